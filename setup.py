@@ -1,0 +1,101 @@
+"""Compiles every cpu.c of the package into one library, once per element type and instruction set.
+
+Which variant runs is decided when the library is opened (backends/cpu/library.py), so one build serves every x86-64
+machine; on other processors only the portable variant is built.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+PACKAGE = Path(__file__).parent / "src" / "handgrad"
+CPU = PACKAGE / "backends" / "cpu"
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+VARIANTS = {  # (dtype, isa): flags
+    ("f32", "portable"): [],
+    ("bf16", "portable"): [],
+}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {
+        ("f32", "avx2"): AVX2,
+        ("bf16", "avx2"): AVX2,
+        ("f32", "avx512"): AVX512,
+        ("bf16", "avx512"): AVX512,
+        ("bf16", "avx512bf16"): [*AVX512, "-mavx512bf16"],
+    }
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+         "-Wall", "-Wextra", "-I" + str(CPU / "include")]
+
+
+def compiles(cc: str, flags: list[str]) -> bool:
+    """Whether the compiler and its run-time library accept these flags."""
+    with tempfile.TemporaryDirectory() as d:
+        source = Path(d) / "probe.c"
+        source.write_text("int main(void) { return 0; }\n")
+        probe = subprocess.run([cc, *flags, str(source), "-o", str(Path(d) / "probe")], capture_output=True)
+    return probe.returncode == 0
+
+
+class BuildKernels(build_ext):
+    """Compiles all variants in parallel and links them; a failing command is shown with its output."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cc = os.environ.get("CC", "cc")
+        if not compiles(cc, []):
+            sys.exit(f"handgrad needs a C compiler to build its kernels, but '{cc}' does not work. "
+                     "hint: install gcc or clang, or set CC")
+        openmp = ["-fopenmp"] if compiles(cc, ["-fopenmp"]) else []
+        if not openmp:
+            print(f"warning: {cc} has no OpenMP; the kernels will run on one thread", file=sys.stderr)
+        build = Path(self.build_temp) / "kernels"
+        build.mkdir(parents=True, exist_ok=True)
+        jobs = [(CPU / "run.c", [], "run.o")]
+        for source in [CPU / "gemm.c", *sorted(PACKAGE.glob("ops/*/cpu.c"))]:
+            stem = source.stem if source.parent == CPU else source.parent.name
+            for (dtype, isa), flags in VARIANTS.items():
+                if compiles_once(cc, flags):
+                    jobs.append((source, [*flags, f"-DHG_DTYPE={dtype}", f"-DHG_ISA={isa}"], f"{stem}_{dtype}_{isa}.o"))
+
+        def compile_one(job: tuple[Path, list[str], str]) -> str:
+            source, flags, name = job
+            run([cc, *FLAGS, *openmp, *flags, "-c", str(source), "-o", str(build / name)])
+            return str(build / name)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run([cc, "-shared", *openmp, *objects, "-lm", "-o", str(target)])
+
+    def get_ext_filename(self, name: str) -> str:
+        return name.replace(".", "/") + ".so"  # no Python version in the name: it is a plain library
+
+
+_PROBED: dict[tuple[str, ...], bool] = {}
+
+
+def compiles_once(cc: str, flags: list[str]) -> bool:
+    """`compiles`, remembered."""
+    key = (cc, *flags)
+    if key not in _PROBED:
+        _PROBED[key] = compiles(cc, flags)
+    return _PROBED[key]
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler command; stops the build with its message if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+setup(ext_modules=[Extension("handgrad.backends.cpu.libhandgrad_cpu", sources=[])], cmdclass={"build_ext": BuildKernels})

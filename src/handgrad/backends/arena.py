@@ -1,0 +1,54 @@
+"""HostArena: the planned memory on the host, shared by the ref and cpu backends."""
+
+import mmap
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from handgrad.backends.base import Arena
+from handgrad.core.errors import HandgradError
+from handgrad.core.knobs import KNOBS
+from handgrad.core.plan import MIB, REGIONS, Plan
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+
+NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "byte": np.uint8}
+KNOBS_DTYPE = np.dtype([(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in KNOBS])
+
+
+class HostArena(Arena):
+    """Zeroed, page-aligned host memory, in huge pages where the kernel gives them (GEMM walks many pages at once)."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        size = max(plan.nbytes, 1)
+        free = available_bytes()
+        if size > free:
+            parts = " | ".join(f"{name} {plan.region[name][1] / MIB:.0f}" for name in REGIONS)
+            raise HandgradError("plan", f"the arena fits in memory, {free / MIB:.0f} MiB are free", f"{size / MIB:.0f} MiB ({parts})",
+                                hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
+                                     "handgrad explain prices each")
+        self._memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(self._memory, np.uint8)
+        self.address = self.bytes.ctypes.data
+
+    def view(self, tensor: Tensor) -> np.ndarray:
+        start = self.plan.offset[tensor]
+        return self.bytes[start : start + tensor.nbytes].view(NUMPY[tensor.dtype.name]).reshape(tensor.shape)
+
+    def part(self, flat: str, param: Tensor) -> np.ndarray:
+        start, dtype = self.plan.part(flat, param)
+        return self.bytes[start : start + param.size * dtype.size].view(NUMPY[dtype.name]).reshape(param.shape)
+
+    def knobs(self, program: Program) -> Any:
+        return self.view(program.knobs).view(KNOBS_DTYPE)[0:1].view(np.recarray)[0]
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping, bytes."""
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":") for line in f)
+    return int(fields["MemAvailable"].split()[0]) * 1024

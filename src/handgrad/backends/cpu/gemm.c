@@ -1,0 +1,399 @@
+// gemm: a packed matrix product for one or a few cores        contract: gemm.h
+//
+// The heart is a tile: MR x NR sums held in registers for a whole block of k. Each step of k loads NR numbers of B and
+// broadcasts MR of A, so one load feeds several multiply-adds:
+//
+//               NR (2 vectors)        isa        lanes  MR x NR   registers of sums
+//             +---------------+       avx512      16    14 x 32       28 of 32
+//   A: MR     |  MR x NR sums |       avx2         8     6 x 16       12 of 16
+//   numbers   |               |       neon         4     8 x 12       24 of 32
+//             +---------------+       sse          4     4 x  8        8 of 16
+//
+// Operands are packed first, so that a tile reads two streams from front to back: A in panels of MR rows, B in panels
+// of NR columns, k outermost inside a panel. A packed element is a `unit` of 4 bytes: one float, or with vdpbf16ps two
+// bf16 neighbours in k, which one instruction multiplies and adds. Without that instruction bf16 becomes float here.
+//
+// The smaller operand (by rows of A against columns of B) is packed once, by all threads, and is shared. The larger one
+// is cut into chunks of a few panels; a thread packs a chunk for itself, right before it multiplies it with all shared
+// panels, so a chunk is read from memory once and stays in the thread's own cache.
+//
+// k is cut into blocks of at most K_UNITS; between blocks sums are kept as float, in the result or in scratch. A sum
+// runs over k in one fixed order, and threads share out panels only, so their number never changes a bit.
+//
+// source  own work after Goto & van de Geijn, "Anatomy of high-performance matrix multiplication", TOMS 2008
+#include "gemm.h"
+#include "vmath.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, MR = 14, NV = 2 };
+#elif defined(__AVX2__)
+enum { LANES = 8, MR = 6, NV = 2 };
+#elif defined(__aarch64__)
+enum { LANES = 4, MR = 8, NV = 3 };
+#else
+enum { LANES = 4, MR = 4, NV = 2 };
+#endif
+#if HG_BF16 && defined(__AVX512BF16__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+enum {
+  NR = NV * LANES,
+  AR = (MR + LANES - 1) / LANES * LANES,  // stride of a packed A panel: MR rounded up to whole vectors
+  KPU = PAIRS ? 2 : 1,                    // elements of k in a unit
+  K_UNITS = 768,                          // a B panel of a block of k: 768 * 32 * 4 = 96 KiB of a 1 MiB L2
+  CHUNK_A = 8, CHUNK_B = 4,               // panels of a private chunk: 8 * 48 or 4 * 96 = 384 KiB
+  SHARED = 2048, STREAMED = 4096,         // rows or columns of an outer block; they bound the scratch
+};
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t units __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// LANES units of one row that lie side by side in k; `left` elements exist, the rest is zero.
+static inline units load_along_k(const real *p, int64_t left) {
+  real edge[LANES * KPU] = {0};
+  if (left < LANES * KPU) p = memcpy(edge, p, sizeof(real) * (size_t)(left > 0 ? left : 0));
+#if HG_BF16 && !PAIRS
+  halves h;
+  memcpy(&h, p, sizeof h);
+  return (units)(__builtin_convertvector(h, words) << 16);
+#else
+  units v;
+  memcpy(&v, p, sizeof v);
+  return v;
+#endif
+}
+
+// One unit of each of LANES neighbours that lie side by side in memory; k runs `ld` apart, `left` values of k exist.
+static inline units load_across(const real *p, int64_t ld, int64_t left) {
+#if HG_BF16
+  halves h;
+  memcpy(&h, p, sizeof h);
+  words v = __builtin_convertvector(h, words);
+  if (!PAIRS) return (units)(v << 16);
+  if (left < 2) return (units)v;
+  memcpy(&h, p + ld, sizeof h);
+  return (units)(v | __builtin_convertvector(h, words) << 16);
+#else
+  (void)ld, (void)left;
+  units v;
+  memcpy(&v, p, sizeof v);
+  return v;
+#endif
+}
+
+// In place: lane j of row i becomes lane i of row j. log2(LANES) rounds of exchanges between rows s apart.
+static inline __attribute__((always_inline)) void transpose(units r[LANES]) {
+#if __has_builtin(__builtin_shuffle)
+#pragma GCC unroll 4
+  for (int s = LANES / 2; s > 0; s /= 2) {
+    units low, high;
+    for (int l = 0; l < LANES; l++) {
+      low[l] = l & s ? LANES + l - s : l;
+      high[l] = l & s ? LANES + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if (i & s) continue;
+      units x = r[i], y = r[i + s];
+      r[i] = __builtin_shuffle(x, y, low);
+      r[i + s] = __builtin_shuffle(x, y, high);
+    }
+  }
+#else
+  for (int i = 0; i < LANES; i++) {
+    for (int j = 0; j < i; j++) {
+      int32_t x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+  }
+#endif
+}
+
+// Packs `count` <= LANES rows (of A) or columns (of B): unit u of row i goes to dst[u * stride + i], missing rows are 0.
+// `along_k`: a row's elements lie side by side and rows are ld apart; otherwise the other way round.
+static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t count, int64_t k) {
+  int64_t n_units = ceil_div(k, KPU);
+  if (!along_k) {
+    real edge[2][LANES] = {{0}, {0}};
+    for (int64_t u = 0; u < n_units; u++) {
+      const real *p = src + u * KPU * ld;
+      int64_t left = k - u * KPU, apart = ld;
+      if (count < LANES) {
+        memcpy(edge[0], p, sizeof(real) * (size_t)count);
+        if (left > 1) memcpy(edge[1], p + (KPU - 1) * ld, sizeof(real) * (size_t)count);
+        p = edge[0];
+        apart = LANES;
+      }
+      units v = load_across(p, apart, left);
+      memcpy(dst + u * stride, &v, sizeof v);
+    }
+    return;
+  }
+  for (int64_t u = 0; u < n_units; u += LANES) {
+    units r[LANES];
+    int64_t left = k - u * KPU, rows = least(n_units - u, LANES);
+    if (count == LANES && left >= LANES * KPU) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) r[i] = load_along_k(src + i * ld + u * KPU, LANES * KPU);
+    } else {
+      for (int i = 0; i < LANES; i++) r[i] = i < count ? load_along_k(src + i * ld + u * KPU, left) : (units){0};
+    }
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if (i < rows) memcpy(dst + (u + i) * stride, &r[i], sizeof r[i]);
+    }
+  }
+}
+
+// A panel of `count` <= width neighbours, width a multiple of LANES.
+static void pack_panel(int32_t *dst, int width, const real *src, int64_t ld, int along_k, int64_t count, int64_t k) {
+  for (int h = 0; h < width; h += LANES) {
+    int64_t here = least(LANES, count - h > 0 ? count - h : 0);
+    pack_lanes(dst + h, width, here ? src + h * (along_k ? ld : 1) : src, ld, along_k, here, k);
+  }
+}
+
+// ---- the tile ------------------------------------------------------------------------------------------------------
+
+static inline vec multiply_add(vec sum, float a, vec b) {
+#if PAIRS
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+#else
+  return sum + a * b;
+#endif
+}
+
+// c(rows, NR) = or += panel of A * panel of B. `rows` is a constant after inlining, so the sums live in registers.
+static inline __attribute__((always_inline)) void tile_rows(const int rows, int64_t n_units, const float *a, const float *b,
+                                                            float *c, int64_t ldc, int add) {
+  vec sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) sum[i][j] = (vec){0};
+    __builtin_prefetch(c + i * ldc);
+    __builtin_prefetch(c + i * ldc + NR / 2);
+  }
+  for (int64_t u = 0; u < n_units; u++) {
+    vec bv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) memcpy(&bv[j], b + j * LANES, sizeof(vec));
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], a[i], bv[j]);
+    }
+    __builtin_prefetch(a + 24 * AR);  // both streams come from L2 or L3: ask some 700 cycles ahead
+    __builtin_prefetch(b + 24 * NR);
+    __builtin_prefetch(b + 24 * NR + NR / 2);
+    a += AR;
+    b += NR;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) {
+      float *to = c + i * ldc + j * LANES;
+      if (add) {
+        vec old;
+        memcpy(&old, to, sizeof old);
+        sum[i][j] += old;
+      }
+      memcpy(to, &sum[i][j], sizeof(vec));
+    }
+  }
+}
+
+static void tile(int64_t rows, int64_t n_units, const float *a, const float *b, float *c, int64_t ldc, int add) {
+#define ROWS(r) case r: tile_rows(r <= MR ? r : MR, n_units, a, b, c, ldc, add); break;
+  switch (rows) {
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+  }
+}
+
+// ---- what happens to a finished tile -------------------------------------------------------------------------------
+
+// Where sums stand between blocks of k, and whether they can go there straight from the registers.
+typedef struct {
+  const Gemm *g;
+  float *sum;     // of the outer block's first element
+  int64_t ld;
+  int has_sum;    // earlier blocks of k (or the caller) have left sums to add to
+  int last;       // this is the last block of k: bias, GELU, rounding
+} Finish;
+
+// Tile values (rows, cols) at row i, column j of the result: adds what was there, then bias, then GELU.
+static inline __attribute__((always_inline)) void finish_tile(const Finish *f, float *c, const float *sum, int64_t i, int64_t j,
+                                                              int64_t rows, const int64_t cols) {
+  const Gemm *g = f->g;
+  float bias[NR] = {0};
+  if (g->bias) for (int64_t q = 0; q < cols; q++) bias[q] = load(g->bias[j + q]);
+  for (int64_t r = 0; r < rows; r++, c += NR, sum += f->ld) {
+    if (f->has_sum) for (int64_t q = 0; q < cols; q++) c[q] += sum[q];
+    for (int64_t q = 0; q < cols; q++) c[q] += bias[q];
+    int64_t at = (i + r) * g->ldc + j;
+    if (g->pre) for (int64_t q = 0; q < cols; q++) g->pre[at + q] = store(c[q]);
+    if (g->gelu) for (int64_t q = 0; q < cols; q++) c[q] = vgelu(c[q]);
+    for (int64_t q = 0; q < cols; q++) g->y[at + q] = store(c[q]);
+  }
+}
+
+// One tile from multiply to memory; (i, j) counts from the result's origin, (si, sj) from the outer block's.
+static void tile_at(const Finish *f, int64_t n_units, const int32_t *a, const int32_t *b, int64_t i, int64_t j, int64_t si,
+                    int64_t sj, int64_t rows, int64_t cols) {
+  float *sum = f->sum + si * f->ld + sj;
+  int plain = f->g->sum || !f->last || (!HG_BF16 && !f->g->bias && !f->g->pre && !f->g->gelu);
+  if (plain && cols == NR) {
+    tile(rows, n_units, (const float *)a, (const float *)b, sum, f->ld, f->has_sum);
+    return;
+  }
+  float c[MR * NR] __attribute__((aligned(64)));
+  tile(rows, n_units, (const float *)a, (const float *)b, c, NR, 0);
+  if (!plain) {
+    if (cols == NR) finish_tile(f, c, sum, i, j, rows, NR);
+    else finish_tile(f, c, sum, i, j, rows, cols);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t q = 0; q < cols; q++) sum[r * f->ld + q] = c[r * NR + q] + (f->has_sum ? sum[r * f->ld + q] : 0.0f);
+  }
+}
+
+// ---- blocking ------------------------------------------------------------------------------------------------------
+
+// One side of the product: the rows of A or the columns of B, cut into panels of equal height (within one row).
+typedef struct {
+  const real *p;
+  int64_t ld;
+  int along_k;     // an element's neighbours in memory are neighbours in k
+  int64_t size;    // rows or columns
+  int most;        // of a panel: MR or NR
+  int width;       // stride of a packed panel: AR or NR
+} Side;
+
+// First row or column of panel q of a block of `size`. Rows are spread evenly, as a short last panel wastes broadcasts;
+// columns are not, as a short panel costs a whole one.
+static inline int64_t panel_begin(const Side *s, int64_t size, int64_t q) {
+  return s->most == NR ? least(q * NR, size) : size * q / ceil_div(size, MR);
+}
+
+static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64_t q, int64_t k0, int64_t k) {
+  int64_t first = panel_begin(s, size, q), end = panel_begin(s, size, q + 1), at = begin + first;
+  pack_panel(dst, s->width, s->p + (s->along_k ? at * s->ld + k0 : k0 * s->ld + at), s->ld, s->along_k, end - first, k);
+}
+
+typedef struct {
+  int64_t k_block;                   // elements of k
+  int64_t shared_block, stream_block;  // rows or columns
+  int64_t shared_bytes, sum_bytes, chunk_bytes;
+} Blocking;
+
+static int64_t even_block(int64_t size, int64_t most, int64_t multiple) {
+  int64_t blocks = ceil_div(size, most);
+  return ceil_div(ceil_div(size, blocks), multiple) * multiple;
+}
+
+static Blocking blocking(int64_t m, int64_t n, int64_t k, int as_sum) {
+  int a_shared = m <= n;
+  int64_t shared = a_shared ? m : n, streamed = a_shared ? n : m;
+  Blocking b;
+  b.k_block = even_block(k, K_UNITS * KPU, KPU);
+  b.shared_block = even_block(shared, SHARED, NR);
+  b.stream_block = even_block(streamed, STREAMED, NR);
+  int64_t n_units = b.k_block / KPU, chunk = a_shared ? CHUNK_B * NR : CHUNK_A * AR;
+  int64_t shared_width = a_shared ? ceil_div(least(m, b.shared_block), MR) * AR : ceil_div(least(n, b.shared_block), NR) * NR;
+  int64_t all_streamed = a_shared ? ceil_div(n, NR) * NR : ceil_div(m, MR) * AR;
+  b.shared_bytes = shared_width * n_units * 4;
+  b.chunk_bytes = ceil_div(least(chunk, all_streamed) * n_units * 4, 64) * 64;
+  int in_result = as_sum || !HG_BF16 || k <= b.k_block;
+  b.sum_bytes = in_result ? 0 : ceil_div(b.shared_block * b.stream_block * 4, 64) * 64;
+  return b;
+}
+
+int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int as_sum, int64_t threads) {
+  if (m <= 0 || n <= 0 || k <= 0) return 0;
+  Blocking b = blocking(m, n, k, as_sum);
+  return b.shared_bytes + b.sum_bytes + threads * b.chunk_bytes;
+}
+
+// All tiles of streamed panels [first, end) with all shared panels.
+static void multiply_chunk(const Finish *f, const Side *shared, const Side *streamed, const int32_t *shared_pack,
+                           const int32_t *chunk, int64_t s0, int64_t s_size, int64_t t0, int64_t t_size, int64_t first,
+                           int64_t end, int64_t n_units) {
+  int64_t panels = ceil_div(s_size, shared->most);
+  for (int64_t p = 0; p < panels; p++) {
+    int64_t s = panel_begin(shared, s_size, p), s_count = panel_begin(shared, s_size, p + 1) - s;
+    const int32_t *sp = shared_pack + p * shared->width * n_units;
+    for (int64_t q = first; q < end; q++) {
+      int64_t t = panel_begin(streamed, t_size, q), t_count = panel_begin(streamed, t_size, q + 1) - t;
+      const int32_t *tp = chunk + (q - first) * streamed->width * n_units;
+      if (streamed->most == NR) tile_at(f, n_units, sp, tp, s0 + s, t0 + t, s, t, s_count, t_count);
+      else tile_at(f, n_units, tp, sp, t0 + t, s0 + s, t, s, t_count, s_count);
+    }
+  }
+}
+
+void gemm(const Gemm *g) {
+  if (g->m <= 0 || g->n <= 0 || g->k <= 0) return;
+  Side a = {g->a, g->lda, !g->a_trans, g->m, MR, AR}, b = {g->b, g->ldb, g->b_trans, g->n, NR, NR};
+  int a_shared = g->m <= g->n;
+  const Side *shared = a_shared ? &a : &b, *streamed = a_shared ? &b : &a;
+  Blocking bl = blocking(g->m, g->n, g->k, g->sum != NULL);
+  int32_t *shared_pack = g->scratch;
+  float *sums = (float *)((char *)g->scratch + bl.shared_bytes);
+  char *chunks = (char *)sums + bl.sum_bytes;
+  int sums_in_scratch = bl.sum_bytes > 0;
+  int64_t threads = (double)g->m * (double)g->n * (double)g->k < 5e5 ? 1 : least(g->threads, hg_threads());
+
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+  {
+    int32_t *chunk = (int32_t *)(chunks + hg_thread() * bl.chunk_bytes);
+    for (int64_t s0 = 0; s0 < shared->size; s0 += bl.shared_block) {
+      int64_t s_size = least(bl.shared_block, shared->size - s0), s_panels = ceil_div(s_size, shared->most);
+      for (int64_t t0 = 0; t0 < streamed->size; t0 += bl.stream_block) {
+        int64_t t_size = least(bl.stream_block, streamed->size - t0), t_panels = ceil_div(t_size, streamed->most);
+        int64_t most = a_shared ? CHUNK_B : CHUNK_A;
+        int64_t n_chunks = least(ceil_div(ceil_div(t_panels, most), hg_team()) * hg_team(), t_panels);
+        for (int64_t k0 = 0; k0 < g->k; k0 += bl.k_block) {
+          int64_t k = least(bl.k_block, g->k - k0), n_units = ceil_div(k, KPU);
+          if (t0 == 0 || bl.k_block < g->k) {
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < s_panels; p++) {
+              pack(shared, shared_pack + p * shared->width * n_units, s0, s_size, p, k0, k);
+            }
+          }
+          int64_t i0 = a_shared ? s0 : t0, j0 = a_shared ? t0 : s0;
+          Finish f = {g, NULL, g->ldc, k0 > 0 || (g->sum && g->accumulate), k0 + k >= g->k};
+          if (sums_in_scratch) {
+            f.sum = sums;
+            f.ld = a_shared ? bl.stream_block : bl.shared_block;
+          } else {
+            f.sum = g->sum ? g->sum + i0 * g->ldc + j0 : HG_BF16 ? NULL : (float *)g->y + i0 * g->ldc + j0;
+          }
+          for (int64_t c = hg_thread(); c < n_chunks; c += hg_team()) {
+            int64_t first = t_panels * c / n_chunks, end = t_panels * (c + 1) / n_chunks;
+            for (int64_t q = first; q < end; q++) {
+              pack(streamed, chunk + (q - first) * streamed->width * n_units, t0, t_size, q, k0, k);
+            }
+            multiply_chunk(&f, shared, streamed, shared_pack, chunk, s0, s_size, t0, t_size, first, end, n_units);
+          }
+#pragma omp barrier
+        }
+      }
+    }
+  }
+}

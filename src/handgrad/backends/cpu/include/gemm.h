@@ -1,0 +1,32 @@
+// The matrix product that linear and lm_loss are made of; gemm.c explains how it works.
+//
+//   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float, whatever the element type
+//
+// The result goes either to `sum` as float (parameter gradients; may be added to), or to `y` as real after
+// v = C + bias;  pre = v;  y = gelu ? gelu(v) : v.
+#pragma once
+#include "kernel.h"
+
+typedef struct {
+  int64_t m, n, k;
+  const real *a;     // (m, k), or (k, m) when a_trans; lda elements from row to row
+  const real *b;     // (k, n), or (n, k) when b_trans; ldb elements from row to row
+  int64_t lda, ldb, ldc;
+  int a_trans, b_trans;
+  float *sum;        // (m, n) float, or NULL: then y
+  int accumulate;    // sum += C instead of sum = C
+  real *y;           // (m, n)
+  real *pre;         // (m, n) or NULL
+  const real *bias;  // (n) or NULL
+  int gelu;
+  void *scratch;     // gemm_scratch bytes for at least this many threads, 64-byte aligned
+  int64_t threads;   // the number that scratch was sized for; no more take part
+} Gemm;
+
+// The result does not depend on the number of threads, bit for bit: k is never shared out.
+#define gemm KERNEL(gemm)
+void gemm(const Gemm *g);
+
+// Bytes of scratch for one product; `as_sum` tells that the result goes to `sum`.
+#define gemm_scratch KERNEL(gemm_scratch)
+int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int as_sum, int64_t threads);

@@ -1,0 +1,66 @@
+// What every cpu.c includes first: the element type, the instruction set, and how a kernel is called.
+//
+// A file is compiled once per element type and instruction set:
+//   -DHG_DTYPE=f32|bf16     `real` is the type of activations and parameters; sums, statistics and gradients of
+//                           parameters are always float
+//   -DHG_ISA=portable|avx2|avx512|avx512bf16    only a name here; the compiler gets the matching -m flags
+// so plain loops over `load` and `store` become the right vector code and no kernel mentions a dtype.
+//
+// Python calls a kernel through ENTRY with one packed block of 8-byte slots, in the order
+// outputs, inputs, sizes; an optional input that is absent is NULL.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+static inline int hg_thread(void) { return omp_get_thread_num(); }
+static inline int hg_team(void) { return omp_get_num_threads(); }     // inside a parallel region
+static inline int hg_threads(void) { return omp_get_max_threads(); }  // what the next region will use
+#else
+static inline int hg_thread(void) { return 0; }
+static inline int hg_team(void) { return 1; }
+static inline int hg_threads(void) { return 1; }
+#endif
+
+typedef union { void *p; int64_t i; double f; } Arg;
+typedef struct { void (*fn)(const Arg *); const Arg *args; } Entry;
+#define P(k) a[k].p
+#define I(k) a[k].i
+#define F(k) ((float)a[k].f)
+
+#define HG_PASTE3(x, y, z) x##_##y##_##z
+#define HG_NAME(x, y, z) HG_PASTE3(x, y, z)
+#define KERNEL(name) HG_NAME(name, HG_DTYPE, HG_ISA)  // linear_forward -> linear_forward_bf16_avx512
+#define EXPORT __attribute__((visibility("default")))
+#define ENTRY(name) EXPORT void KERNEL(name)(const Arg *a)
+#define SCRATCH(name) EXPORT int64_t KERNEL(name##_scratch)  // bytes that entry `name` needs, a function of the sizes
+
+#define HG_IS_f32 0
+#define HG_IS_bf16 1
+#define HG_IS_NAME(d) HG_IS_CAT(d)
+#define HG_IS_CAT(d) HG_IS_##d
+#define HG_BF16 HG_IS_NAME(HG_DTYPE)
+
+typedef uint16_t bf16;
+static inline float bf16_to_float(bf16 v) {
+  union { uint32_t u; float f; } x = {.u = (uint32_t)v << 16};
+  return x.f;
+}
+// Round to nearest even; NaN stays NaN. Branch-free so that loops over it vectorise.
+static inline bf16 float_to_bf16(float f) {
+  union { float f; uint32_t u; } x = {.f = f};
+  uint32_t rounded = (x.u + 0x7fffu + ((x.u >> 16) & 1u)) >> 16;
+  return (bf16)(f == f ? rounded : 0x7fc0u);
+}
+
+#if HG_BF16
+typedef bf16 real;
+static inline float load(real v) { return bf16_to_float(v); }
+static inline real store(float v) { return float_to_bf16(v); }
+#else
+typedef float real;
+static inline float load(real v) { return v; }
+static inline real store(float v) { return v; }
+#endif

@@ -1,0 +1,16 @@
+// The scalars that change from step to step. They live in the arena, are written by the host before a step and read by
+// kernels, so that the bound argument blocks (and a captured graph) never change. Mirrors core/knobs.py; a test
+// compares the two layouts.
+#pragma once
+#include "kernel.h"
+
+typedef struct {
+  uint64_t seed;       // of dropout
+  int64_t step;        // optimizer step, counted from 1 (AdamW's bias correction)
+  int64_t micro_step;  // index inside the accumulation; 0 writes parameter gradients, later ones add to them
+  int64_t position;    // decode: tokens already in the cache
+  float lr;            // learning rate of this step
+  float loss_scale;    // 1 / (targets that count in the whole step)
+  float grad_norm;     // out: global L2 norm of the gradients
+  float grad_scale;    // out: clip factor that AdamW applies
+} Knobs;

@@ -1,0 +1,42 @@
+// exp and GELU as straight-line float code, so that `omp simd` loops over them vectorise; libm calls do not.
+// a * b + c is left to the compiler, which fuses it where the instruction set can. Errors against float64 are those
+// that tests/test_vmath.py measures.
+#pragma once
+#include "kernel.h"
+
+// e^x, at most 1 ulp; 0 below -87.3, +inf above 88.7, NaN kept. Cody-Waite reduction, degree-6 polynomial.
+static inline float vexp(float x) {
+  float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it leaves n = round(x / ln 2) in the low bits
+  float n = shifted - 12582912.0f;
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact when multiplied by n
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  union { float f; uint32_t u; } scale = {.f = shifted}, y = {.f = p};
+  y.u += scale.u << 23;  // times 2^n, on the exponent field
+  y.f = x < -87.33654f ? 0.0f : y.f;
+  return x <= 88.72283f ? y.f : x + INFINITY;  // the sum keeps a NaN
+}
+
+#define GELU_K 0.7978845608f  // sqrt(2 / pi)
+#define GELU_C 0.044715f
+
+// GPT-2's GELU, x (1 + tanh(u)) / 2 with u = K (x + C x^3) (Hendrycks & Gimpel 2016), written x / (1 + e^-2u): the same
+// function without the cancellation in 1 + tanh.
+static inline float vgelu(float x) {
+  return x / (1.0f + vexp(-2.0f * GELU_K * x * (GELU_C * x * x + 1.0f)));
+}
+
+// d gelu / dx = s + x s (1 - s) 2u' with s = 1 / (1 + e^-2u) and 1 - s = e^-2u s. Beyond |x| = 10 it is 0 or 1, and
+// the clamp keeps u' and e^-2u finite.
+static inline float vgelu_grad(float x) {
+  x = x > 10.0f ? 10.0f : x;
+  x = x < -10.0f ? -10.0f : x;
+  float e = vexp(-2.0f * GELU_K * x * (GELU_C * x * x + 1.0f));
+  float s = 1.0f / (1.0f + e);
+  return s + x * (e * s * s) * (2.0f * GELU_K) * (3.0f * GELU_C * x * x + 1.0f);
+}

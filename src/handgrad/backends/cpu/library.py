@@ -1,0 +1,77 @@
+"""The compiled kernels: finds the library, picks the instruction set, looks up entry points."""
+
+import ctypes
+import os
+from pathlib import Path
+
+from handgrad.core.errors import HandgradError
+
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+PATH = Path(__file__).parent / "libhandgrad_cpu.so"
+
+
+def physical_threads() -> int:
+    """Cores this process may use, hyper-threads counted once."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+        except OSError:
+            return len(allowed)
+    return len(cores)
+
+
+class Library:
+    """libhandgrad_cpu.so, opened once a process. `isa` is the widest set of this machine, or HANDGRAD_ISA if set."""
+
+    def __init__(self) -> None:
+        if not PATH.exists():
+            raise HandgradError("cpu", f"the kernels are compiled when handgrad is installed, {PATH.name} beside {__name__}", "no such file",
+                                hint="pip install . needs a C compiler (gcc or clang)")
+        self._dll = ctypes.CDLL(str(PATH))
+        widest = self._dll.hg_isa()
+        wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])
+        if wanted not in ISAS:
+            raise HandgradError("cpu", f"HANDGRAD_ISA is one of {', '.join(ISAS)}", f"'{wanted}'")
+        if ISAS.index(wanted) > widest:
+            raise HandgradError("cpu", f"this processor runs up to {ISAS[widest]}", f"HANDGRAD_ISA={wanted}")
+        self.isa = wanted
+        self.has_openmp = bool(self._dll.hg_has_openmp())
+        self.run = self._dll.hg_run
+        self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        self.run.restype = None
+        self.run_timed = self._dll.hg_run_timed
+        self.run_timed.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        self.run_timed.restype = None
+
+    def set_threads(self, threads: int) -> None:
+        """Threads of every later kernel of this process."""
+        self._dll.hg_set_threads(threads)
+
+    def _symbol(self, name: str, dtype: str):
+        isa = "avx512" if self.isa == "avx512bf16" and dtype == "f32" else self.isa
+        return getattr(self._dll, f"{name}_{dtype}_{isa}", None)
+
+    def entry(self, name: str, dtype: str) -> int | None:
+        """The address of a kernel for this instruction set, or None if the library has none."""
+        symbol = self._symbol(name, dtype)
+        return None if symbol is None else ctypes.cast(symbol, ctypes.c_void_p).value
+
+    def scratch(self, name: str, dtype: str, sizes: list[int]) -> int:
+        """Bytes of scratch that a kernel asks for at these sizes."""
+        symbol = self._symbol(name, dtype)
+        if symbol is None:
+            raise HandgradError("cpu", "every kernel that declares scratch exports its size", f"no {name}_{dtype}_{self.isa}")
+        symbol.restype = ctypes.c_int64
+        return symbol(*[ctypes.c_int64(size) for size in sizes])
+
+
+_OPEN: list[Library] = []
+
+
+def library() -> Library:
+    """The process's library, opened at first use."""
+    if not _OPEN:
+        _OPEN.append(Library())
+    return _OPEN[0]

@@ -1,0 +1,56 @@
+// run: executes a bound stretch of the list. One call from Python runs a whole step.
+#define HG_DTYPE f32
+#define HG_ISA portable
+#include "kernel.h"
+#include <time.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT void hg_run(const Entry *list, int64_t n) {
+  for (int64_t i = 0; i < n; i++) list[i].fn(list[i].args);
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// The same, adding each call's seconds to seconds[i].
+EXPORT void hg_run_timed(const Entry *list, int64_t n, double *seconds) {
+  for (int64_t i = 0; i < n; i++) {
+    double begin = now();
+    list[i].fn(list[i].args);
+    seconds[i] += now() - begin;
+  }
+}
+
+// The widest instruction set that this processor and operating system offer: 3 avx512bf16, 2 avx512, 1 avx2, 0 none.
+EXPORT int hg_isa(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide && __builtin_cpu_supports("avx512bf16")) return 3;
+    return wide ? 2 : 1;
+  }
+#endif
+  return 0;
+}
+
+EXPORT int hg_has_openmp(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+EXPORT void hg_set_threads(int n) {
+#ifdef _OPENMP
+  omp_set_num_threads(n);
+#else
+  (void)n;
+#endif
+}

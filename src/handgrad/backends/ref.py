@@ -1,0 +1,108 @@
+"""ref: the numpy executor. The oracle of every op and of whole models.
+
+exact    every tensor is float64 in a dictionary; there is no arena. Truth.
+rounded  every tensor lies in the planned arena in its declared dtype and is rounded when written; ops compute in float32.
+         With `poison`, outputs become NaN before inputs are read, as a kernel that writes first would do: a planner that
+         lets two live tensors overlap cannot hide.
+"""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from handgrad.backends.arena import KNOBS_DTYPE, HostArena
+from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.core.op import Op
+from handgrad.core.plan import Plan
+from handgrad.core.program import Call, Program
+from handgrad.core.tensor import Role, Tensor
+
+
+class ExactArena(Arena):
+    """float64 arrays by tensor, made when first asked for. Slices of a flat vector share its memory."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self._arrays: dict[Tensor, np.ndarray] = {}
+        self._flat: dict[str, np.ndarray] = {}
+        self._knobs: dict[int, np.ndarray] = {}
+
+    def view(self, tensor: Tensor) -> np.ndarray:
+        if tensor.flat:
+            head = self.plan.programs[0]
+            flat = self._flat.setdefault(tensor.flat, np.zeros(head.flat_size))
+            start = head.starts[tensor] if tensor in head.starts else head.first(head.params[tensor.name.removeprefix("d ")].tensor)
+            return flat[start : start + tensor.size].reshape(tensor.shape)
+        if tensor not in self._arrays:
+            self._arrays[tensor] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
+        return self._arrays[tensor]
+
+    def part(self, flat: str, param: Tensor) -> np.ndarray:
+        head = self.plan.programs[0]
+        start = head.first(param)
+        return self._flat.setdefault(flat, np.zeros(head.flat_size))[start : start + param.size].reshape(param.shape)
+
+    def knobs(self, program: Program) -> Any:
+        return self._knobs.setdefault(id(program), np.zeros(1, KNOBS_DTYPE).view(np.recarray))[0]
+
+
+class RefExecutable(Executable):
+    """Runs each call's `ref` in list order."""
+
+    def __init__(self, program: Program, arena: Arena, poison: bool):
+        self.program, self.arena, self.poison = program, arena, poison
+        self.knobs = arena.knobs(program)
+
+    def run(self, start: int = 0, stop: int | None = None) -> None:
+        for c in self.program.calls[start:stop]:
+            self._call(c)
+
+    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
+        for c in self.program.calls[start:stop]:
+            begin = time.perf_counter()
+            self._call(c)
+            after(c, time.perf_counter() - begin)
+
+    def _call(self, c: Call) -> None:
+        exact = isinstance(self.arena, ExactArena)
+        v = SimpleNamespace(knobs=self.knobs, **c.sizes, **{k: a for k, a in c.attrs.items() if k not in c.sizes})
+        outs = [None if t is None else self.arena.view(t) for t in c.outs]
+        if self.poison:
+            for arg, out in zip(c.op.out_args, outs):
+                if out is not None and not arg.given:
+                    out.view(np.uint8)[...] = 0xFF  # NaN in f32 and bf16
+        for args, views in ((c.op.in_args, [None if t is None else self.arena.view(t) for t in c.ins]), (c.op.out_args, outs)):
+            for arg, view in zip(args, views):
+                if args is c.op.out_args and (not arg.given or arg.name == "knobs"):
+                    continue  # made here, or already the record
+                is_float = view is not None and view.dtype.kind != "i"
+                setattr(v, arg.name, view.astype(np.float64 if exact else np.float32) if is_float else view)
+        for arg, tensor, out, value in zip(c.op.out_args, c.outs, outs, c.op.ref(v)):
+            if out is None or value is None:
+                continue
+            adds = tensor.role is Role.GRAD and (arg.name not in c.first or self.knobs.micro_step > 0)
+            out[...] = np.reshape(out + value if adds else value, out.shape)
+
+
+class RefBackend(Backend):
+    """`exact=True`: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
+
+    name = "ref"
+
+    def __init__(self, exact: bool = True, poison: bool = False):
+        self.exact, self.poison = exact, poison and not exact
+
+    def has(self, op: Op) -> bool:
+        return True
+
+    def scratch(self, call: Call) -> int:
+        return 0
+
+    def alloc(self, plan: Plan) -> Arena:
+        return ExactArena(plan) if self.exact else HostArena(plan)
+
+    def bind(self, program: Program, arena: Arena) -> RefExecutable:
+        return RefExecutable(program, arena, self.poison)

@@ -1,0 +1,53 @@
+"""handgrad explain MODEL: the listing, the memory map and the price of every remedy, without allocating anything."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from handgrad.backends import open_backend
+from handgrad.cli.flags import parse
+from handgrad.models import GPT2, preset
+from handgrad.train.explain import explain
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Which run."""
+
+    model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
+    """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    micro_batch: int = 16
+    """sequences in one forward and backward pass"""
+    seq_len: int = 0
+    """tokens in a sequence; 0: the model's longest"""
+    vocab_size: int = 0
+    """tokens in the vocabulary; 0: GPT-2's 50257"""
+    dropout: float = 0.0
+    """probability of dropping"""
+    dtype: Literal["bf16", "f32"] = "bf16"
+    """working dtype"""
+    recompute: Literal["none", "act", "act_norm", "block"] = "none"
+    """what is computed again in backward instead of kept"""
+    head_chunks: int = 0
+    """pieces in which the head's logits are made; 0: pieces of at most 1024 rows"""
+    val: bool = True
+    """plan for validation too, as a run with a validation set does"""
+    sample: bool = True
+    """plan for samples too, as a run that prints them does"""
+    threads: int = 0
+    """CPU threads; each needs scratch of its own. 0: physical cores"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the page."""
+    a = parse(Explain, argv, "explain")
+    sizes = preset(a.model)
+    if a.vocab_size:
+        sizes["vocab_size"] = a.vocab_size
+    model = GPT2(**sizes, dropout=a.dropout)
+    backend = open_backend("cpu", a.threads)
+    print(explain(model, a.micro_batch, a.seq_len or model.max_seq_len, dtype=a.dtype, backend=backend, recompute=a.recompute,
+                  head_chunks=a.head_chunks, val=a.val, sample=a.sample))
+    print(f"\nscratch is that of the cpu backend, {backend.isa}, {backend.threads} threads; the run allocates these bytes once")
+    return 0

@@ -1,0 +1,62 @@
+"""handgrad generate RUN: continues a prompt with the newest checkpoint of a run folder, streaming to the terminal."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from handgrad.cli.flags import parse
+from handgrad.core.errors import HandgradError
+from handgrad.infer.sampling import Sampling, StopStrings
+from handgrad.infer.load import load_run
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Which model, how it is asked, how it answers."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """run folder, or one of its checkpoints"""
+    prompt: str = "\n"
+    """text to continue; - reads standard input"""
+    max_tokens: int = 256
+    """tokens to generate"""
+    temperature: float = 0.8
+    """0: always the likeliest token"""
+    top_k: int = 0
+    """only the k likeliest tokens; 0: all"""
+    top_p: float = 1.0
+    """only the likeliest tokens that together have this probability"""
+    seed: int = 0
+    """of the draws"""
+    stop: tuple[str, ...] = ()
+    """end before any of these strings"""
+    dtype: Literal["saved", "f32", "bf16"] = "saved"
+    """working dtype; saved: the one it was trained in"""
+    backend: Literal["cpu", "ref"] = "cpu"
+    """cpu: C kernels; ref: the numpy oracle"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
+
+
+def main(argv: list[str]) -> int:
+    """Generates; the prompt is printed first."""
+    a = parse(Generate, argv, "generate")
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed)
+    if a.max_tokens < 1:
+        raise HandgradError("generate", "max_tokens is at least 1", a.max_tokens)
+    engine, tokenizer = load_run(Path(a.run), a.dtype, a.backend, a.threads)
+    prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
+    ids = tokenizer.encode(prompt)
+    stop = StopStrings(a.stop)
+    print(prompt, end="", flush=True)
+    for piece in tokenizer.stream(engine.generate(ids, a.max_tokens, sampling, tokenizer.eot)):
+        print(stop.feed(piece), end="", flush=True)
+        if stop.found is not None:
+            break
+    else:
+        print(stop.finish(), end="")
+    print()
+    return 0

@@ -1,0 +1,86 @@
+"""handgrad ops [check|grad|bench] [OP...]: the support table; ops against their oracle, finite differences, the clock."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from handgrad.backends import open_backend
+from handgrad.cli.flags import parse
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.core.op import Op
+from handgrad.ops import OPS
+from handgrad.testing import bench_case, check_case, gradcheck_op
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What to do with which ops."""
+
+    mode: Annotated[Literal["support", "check", "grad", "bench"], tyro.conf.Positional] = "support"
+    """support: who implements what; check: error against the oracle over tolerance; grad: gradient rules against finite
+    differences; bench: time, GB/s and GFLOP/s of the cases from real models"""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """op names; none: all"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table; the exit code is 1 if a check fails."""
+    a = parse(Ops, argv, "ops")
+    unknown = [n for n in a.names if n not in OPS]
+    if unknown:
+        raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
+    chosen = [OPS[n] for n in a.names or OPS]
+    table, failed = {"support": support, "check": check, "grad": grad, "bench": bench}[a.mode](chosen, open_backend("cpu", a.threads))
+    Console(highlight=False).print(table)
+    return 1 if failed else 0
+
+
+def support(ops: list[Op], backend) -> tuple[Table, bool]:
+    """Op by backend."""
+    table = Table("op", "inputs", "outputs", "oracle", f"cpu ({backend.isa})", "gradient", "cases", box=None)
+    for op in ops:
+        rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
+        table.add_row(op.name, op.ins, op.outs, "yes", "f32 bf16" if backend.has(op) else "-", rule, str(len(op.cases)))
+    return table, False
+
+
+def check(ops: list[Op], backend) -> tuple[Table, bool]:
+    """The worst error / tolerance of every op and dtype over its cases."""
+    table, failed = Table("op", "dtype", "worst case", "output", "error", "error / tolerance", "", box=None), False
+    for op in ops:
+        for name in ("f32", "bf16"):
+            found = [(e, c) for c in op.cases for e in check_case(op, c, backend, DTYPES[name])]
+            worst, case = max(found, key=lambda pair: pair[0].ratio)
+            failed |= worst.ratio > 1
+            sizes = " ".join(f"{k}={v}" for k, v in case.sizes.items())
+            table.add_row(op.name, name, sizes, worst.out, f"{worst.error:.2e}", f"{worst.ratio:.2f}", "ok" if worst.ratio <= 1 else "FAILED")
+    return table, failed
+
+
+def grad(ops: list[Op], backend) -> tuple[Table, bool]:
+    """Gradient rules against central differences in float64."""
+    table, failed = Table("op", "case", "relative error", "", box=None), False
+    for op in ops:
+        for case in op.cases:
+            if not case.real and (type(op).backward is not Op.backward):
+                error = gradcheck_op(op, case)
+                failed |= error > 1e-6
+                table.add_row(op.name, " ".join(f"{k}={v}" for k, v in case.sizes.items()), f"{error:.1e}", "ok" if error <= 1e-6 else "FAILED")
+    return table, failed
+
+
+def bench(ops: list[Op], backend) -> tuple[Table, bool]:
+    """Median time of the cases that have a real model's shape."""
+    table = Table("op", "dtype", "shape of", "ms", "GB/s", "GFLOP/s", box=None)
+    for op in ops:
+        for case in (c for c in op.cases if c.real):
+            for name in ("f32", "bf16"):
+                t = bench_case(op, case, backend, DTYPES[name])
+                table.add_row(op.name, name, case.real, f"{t.seconds * 1e3:.3f}", f"{t.gbps:.1f}", f"{t.gflops:.1f}" if t.gflops else "-")
+    return table, False

@@ -1,0 +1,85 @@
+"""backward: walks the recorded forward in reverse and lets every op append its own gradient calls to the same list."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from handgrad.core.op import Op
+from handgrad.core.program import Call, Program
+from handgrad.core.tensor import Role, Tensor
+
+Policy = Callable[[Program, Call], set[str]]  # names of the outputs of a call that are not kept for backward
+
+
+def keep_all(p: Program, c: Call) -> set[str]:
+    """Recompute nothing."""
+    return set()
+
+
+def drop_act(p: Program, c: Call) -> set[str]:
+    """Recompute activation functions: the output of a linear that also stored its pre-activation."""
+    return {"y"} if c.op.name == "linear" and c.pre is not None else set()
+
+
+def drop_act_norm(p: Program, c: Call) -> set[str]:
+    """Recompute activation functions and the outputs of norms (from the residual sum, which is kept)."""
+    return {"y"} if c.op.name in ("add_norm", "norm") else drop_act(p, c)
+
+
+def drop_block(p: Program, c: Call) -> set[str]:
+    """Recompute a block from its input: keeps the residual that enters it, and attention's output and statistics."""
+    if c.op.name == "attention":
+        return set()
+    acts = [t for t in c.ins if t is not None and t.role is Role.ACT]
+    enters = acts and all(p.producer[t].block != c.block for t in acts)
+    return {"y"} if enters else {name for name, t in c.named_outs() if t.role is Role.ACT}
+
+
+POLICIES: dict[str, Policy] = {"none": keep_all, "act": drop_act, "act_norm": drop_act_norm, "block": drop_block}
+
+
+def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor, Tensor] | None = None) -> None:
+    """Appends the gradient of everything recorded so far.
+
+    The chain starts at the ops that make a gradient themselves (lm_loss) and at `seeds`, gradients that are given for
+    outputs. A second contribution to an activation is summed by the op `add` (core knows no ops by name), unless the rule
+    took the first one into its kernel. Outputs named by `drop` are made again by their op on first use, once per block and never across blocks.
+    """
+    forward, block = list(p.calls), None
+    dropped: dict[Tensor, Call] = {}
+    for c in forward:
+        names = drop(p, c)
+        dropped |= {t: c for name, t in c.named_outs() if name in names}
+    remade: dict[Tensor, Tensor] = {}
+    p.slots.clear()
+    p.slots.update(seeds or {})
+
+    def live(t: Tensor | None) -> Tensor | None:
+        """The tensor itself, or what the recomputation of its block made in its place."""
+        if t is None or t not in dropped or dropped[t].block != block:
+            return t
+        if t not in remade:
+            source = dropped[t]
+            want = {name for name, out in source.named_outs() if out in dropped}
+            kept = tuple(None if arg.name in want else out for arg, out in zip(source.op.out_args, source.outs))
+            again = replace(source, outs=kept, ins=tuple(live(i) for i in source.ins))
+            with p.at(source, "recompute"):
+                for name, new in source.op.remake(p, again, want).items():
+                    remade[getattr(source, name)] = new
+        return remade[t]
+
+    for c in reversed(forward):
+        if c.block != block:
+            block = c.block
+            remade.clear()
+        d = {name: p.slots.pop(t, None) for name, t in c.named_outs()}
+        if not c.op.starts_gradient and all(t is None for t in d.values()):
+            continue
+        saved = set(c.op.saved.split())
+        view = replace(c, outs=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.out_args, c.outs)),
+                       ins=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.in_args, c.ins)))
+        with p.at(c, "backward"):
+            for name, gradient in c.op.backward(p, view, d).items():
+                target = getattr(c, name)
+                if target.role is Role.ACT:
+                    held = p.slots.get(target)
+                    p.slots[target] = gradient if held is None else p.emit(add, held, gradient)

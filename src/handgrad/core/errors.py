@@ -1,0 +1,24 @@
+"""The one error a user sees, in the house grammar: `[where] rule, but got value. Context. Hint.`"""
+
+
+class HandgradError(Exception):
+    """A mistake of the user's that can be told in one line.
+
+    `where` is the op, file or stage; `rule` the sentence that must hold; `got` what was found instead.
+    The command line prints it and exits with 2; nothing has been written or allocated by then.
+
+    >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
+    [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE
+    """
+
+    def __init__(self, where: str, rule: str, got: object = None, *, context: str = "", hint: str = ""):
+        text = f"[{where}] {rule}"
+        if got is not None:
+            text += f", but got {got}"
+        text += "."
+        if context:
+            text += f" {context}."
+        if hint:
+            text += f" hint: {hint}"
+        super().__init__(text)
+        self.where = where

@@ -1,0 +1,197 @@
+"""plan: lifetimes to byte offsets. One allocation: params | grads | state | activations | io."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from handgrad.core.dtypes import F32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.op import Scratch
+from handgrad.core.program import Call, Program
+from handgrad.core.tensor import Role, Tensor
+
+ALIGN = 256  # bytes
+REGIONS = ("params", "grads", "state", "activations", "io")
+MIB = 1 << 20
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to the arena's alignment, bytes."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """Bytes that are taken from call `first` to call `last` of one list, both included."""
+
+    owner: Tensor | Call  # a Call owns scratch
+    nbytes: int
+    first: int
+    last: int
+
+
+@dataclass
+class Plan:
+    """Where everything lies. `offset` and `scratch` are bytes from the start of the arena."""
+
+    programs: tuple[Program, ...]
+    offset: dict[Tensor, int] = field(default_factory=dict)
+    scratch: dict[Call, int] = field(default_factory=dict)
+    flats: dict[str, tuple[int, DType]] = field(default_factory=dict)  # flat vector: start in bytes, element type
+    region: dict[str, tuple[int, int]] = field(default_factory=dict)  # name: (start, bytes)
+    peak: dict[int, tuple[int, Call | None]] = field(default_factory=dict)  # program index: live bytes, call
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arena in bytes."""
+        return sum(size for _, size in self.region.values())
+
+    @property
+    def bound(self) -> int:
+        """The least the activations could take: the most bytes that live at one call."""
+        return max((live for live, _ in self.peak.values()), default=0)
+
+    def part(self, flat: str, param: Tensor) -> tuple[int, DType]:
+        """Where a parameter's stretch of a flat vector starts, bytes, and its element type. `param` is the first program's."""
+        start, dtype = self.flats[flat]
+        return start + self.programs[0].first(param) * dtype.size, dtype
+
+    def report(self) -> str:
+        """The memory map: bytes by region, the call where activations peak, and activations kept by block."""
+        lines = [f"{name:12} {size:>16,} B  {size / MIB:10.1f} MiB" for name, (_, size) in self.region.items()]
+        lines.append(f"{'total':12} {self.nbytes:>16,} B  {self.nbytes / MIB:10.1f} MiB")
+        live, call = self.peak.get(0, (0, None))
+        if call is not None:
+            lines.append(f"peak of activations {live / MIB:.1f} MiB at {call.phase} {call.op.name} of {call.block}, {call.where}")
+        return "\n".join(lines)
+
+    def by_block(self) -> list[tuple[str, int, int, int]]:
+        """Per block: bytes of parameters, of gradients plus optimizer state, of activations that backward still reads."""
+        p = self.programs[0]
+        rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        flats = [flat for flat in self.flats if flat != "param"]
+        for info in p.params.values():
+            rows[info.block][0] += info.tensor.nbytes
+            rows[info.block][1] += info.tensor.size * F32.size * len(flats)
+        crosses = {t for c in p.calls if c.phase != "forward" for t in c.ins if t is not None and t.role is Role.ACT}
+        for t, c in p.producer.items():
+            if c.phase == "forward" and t in crosses:
+                rows[c.block][2] += t.nbytes
+        return [(block, *row) for block, row in rows.items()]
+
+
+def lifetimes(p: Program, scratch: Scratch) -> list[Lifetime]:
+    """First and last use of every activation in list order; scratch lives for its own call; outputs to the end."""
+    first: dict[Tensor, int] = {}
+    last: dict[Tensor, int] = {}
+    spans = []
+    for i, c in enumerate(p.calls):
+        for t in (*c.outs, *c.ins):
+            if t is not None and t.role is Role.ACT:
+                first.setdefault(t, i)
+                last[t] = i
+        nbytes = scratch(c)
+        if nbytes:
+            spans.append(Lifetime(c, aligned(nbytes), i, i))
+    for t in p.outputs.values():
+        if t.role is Role.ACT:
+            last[t] = len(p.calls)
+    return spans + [Lifetime(t, aligned(t.nbytes), first[t], last[t]) for t in first]
+
+
+def place(spans: Sequence[Lifetime]) -> tuple[dict[Tensor | Call, int], int]:
+    """Offsets and total bytes: biggest first, each at the lowest gap that no overlapping lifetime occupies."""
+    offsets: dict[Tensor | Call, int] = {}
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted by offset
+    top = 0
+    for span in sorted(spans, key=lambda s: (-s.nbytes, s.first)):
+        at = 0
+        for low, high, first, last in placed:
+            if last < span.first or span.last < first:
+                continue
+            if at + span.nbytes <= low:
+                break
+            at = max(at, high)
+        offsets[span.owner] = at
+        placed.append((at, at + span.nbytes, span.first, span.last))
+        placed.sort()
+        top = max(top, at + span.nbytes)
+    return offsets, top
+
+
+def peak_of(p: Program, spans: Sequence[Lifetime]) -> tuple[int, Call | None]:
+    """The most bytes alive at one call, and that call."""
+    change = [0] * (len(p.calls) + 2)
+    for span in spans:
+        change[span.first] += span.nbytes
+        change[span.last + 1] -= span.nbytes
+    live = best = at = 0
+    for i, delta in enumerate(change):
+        live += delta
+        if live > best:
+            best, at = live, i
+    return best, p.calls[min(at, len(p.calls) - 1)] if p.calls else None
+
+
+def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
+    """The layout of one arena for programs that share parameters and never run at the same time.
+
+    Parameters (and what follows their flat order: gradients, optimizer state) are laid out by the first program; the
+    others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
+    """
+    head, result = programs[0], Plan(programs)
+    used = dict.fromkeys(t.flat for c in head.calls for t in (*c.outs, *c.ins) if t is not None and t.flat)
+    moments = [flat for flat in used if flat not in ("param", "grad")]
+    at = 0
+    for region, flats in (("params", ["param"] * bool(head.params)), ("grads", ["grad"] * bool(head.grads)), ("state", moments)):
+        start = at
+        for flat in flats:
+            dtype = head.dtype if flat == "param" else F32
+            result.flats[flat] = at, dtype
+            at += aligned(head.flat_size * dtype.size)
+        if region == "state":
+            known: dict[str, int] = {}  # programs share a state by its name: prefill and decode have one cache
+            for t in (t for p in programs for t in p.states.values()):
+                if t.name not in known:
+                    known[t.name] = at
+                    at += aligned(t.nbytes)
+                result.offset[t] = known[t.name]
+        result.region[region] = (start, at - start)
+    _place_flat(result)
+    start, top = at, 0
+    for i, p in enumerate(programs):
+        spans = lifetimes(p, scratch)
+        offsets, size = place(spans)
+        for owner, offset in offsets.items():
+            (result.scratch if isinstance(owner, Call) else result.offset)[owner] = start + offset
+        result.peak[i] = peak_of(p, spans)
+        top = max(top, size)
+    result.region["activations"] = (start, top)
+    at = start = start + top
+    for p in programs:
+        for t in (p.knobs, *p.inputs.values()):
+            result.offset[t] = at
+            at += aligned(t.nbytes)
+    result.region["io"] = (start, at - start)
+    return result
+
+
+def _place_flat(result: Plan) -> None:
+    """Offsets of parameters, gradients and the optimizer's slices, in all programs by the first one's order."""
+    head = result.programs[0]
+
+    def at(flat: str, first: int) -> int:
+        start, dtype = result.flats[flat]
+        return start + first * dtype.size
+
+    for p in result.programs:
+        for name, info in p.params.items():
+            twin = head.params.get(name)
+            if twin is None or twin.tensor.shape != info.tensor.shape or p.dtype is not head.dtype:
+                raise HandgradError("plan", "programs that share an arena share their parameters", f"'{name}' in one only")
+            result.offset[info.tensor] = at("param", head.first(twin.tensor))
+            if name in p.grads:
+                result.offset[p.grads[name]] = at("grad", head.first(twin.tensor))
+    for t, first in head.starts.items():
+        if t not in result.offset:
+            result.offset[t] = at(t.flat, first)

@@ -1,0 +1,290 @@
+"""Program: the flat list of calls that is planned, printed, tested and executed. Model code appends to it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from handgrad.core.dtypes import BYTE, F32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.knobs import KNOBS_BYTES
+from handgrad.core.op import Op, bind_dims
+from handgrad.core.tensor import Role, Tensor
+
+FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so a tensor's start is the same index in every flat vector
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter starts: "normal" with a standard deviation, "ones" or "zeros"; rows past `rows` are zero."""
+
+    kind: str
+    std: float = 0.0
+    rows: int | None = None
+
+
+def normal(std: float, rows: int | None = None) -> Init:
+    """Independent draws from N(0, std^2)."""
+    return Init("normal", std, rows)
+
+
+ZEROS, ONES = Init("zeros"), Init("ones")
+
+
+@dataclass(frozen=True)
+class Param:
+    """What is known of a parameter where it is used first: its handle, start, weight decay and block."""
+
+    tensor: Tensor
+    init: Init
+    decay: bool
+    block: str
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The contiguous stretch of one block's parameters under one decay rule, in elements of the flat vectors."""
+
+    block: str
+    decay: bool
+    start: int
+    size: int
+    members: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Call:
+    """One entry of the list."""
+
+    op: Op
+    outs: tuple[Tensor | None, ...]
+    ins: tuple[Tensor | None, ...]
+    attrs: dict[str, Any]
+    phase: str  # forward, recompute, backward, norm, update
+    block: str
+    where: str  # file:line of the model code that asked for it
+    sizes: dict[str, int]
+    dtype: DType  # the program's working dtype
+    first: frozenset[str] = frozenset()  # given outputs that this call is the first to write in a step
+
+    def __getattr__(self, name: str) -> Tensor | None:  # an input or output by its declared name
+        for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
+            for arg, tensor in zip(args, tensors):
+                if arg.name == name:
+                    return tensor
+        raise AttributeError(f"{self.op.name} has no argument '{name}'")
+
+    def named_outs(self) -> Iterator[tuple[str, Tensor]]:
+        """The outputs that exist, with their declared names."""
+        return ((arg.name, t) for arg, t in zip(self.op.out_args, self.outs) if t is not None)
+
+    @property
+    def flops(self) -> int:
+        return self.op.flops(self)
+
+
+@dataclass
+class Program:
+    """A list of calls under one working dtype.
+
+    `mode` is what the model is recorded for: "train", "loss", "logits", "prefill" or "decode".
+    """
+
+    dtype: DType = F32
+    mode: str = "train"
+    calls: list[Call] = field(default_factory=list)
+    params: dict[str, Param] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # read by the host after a run: alive to the end of the list
+    slots: dict[Tensor, Tensor] = field(default_factory=dict)  # while recording backward: gradients collected so far
+    starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a bucket's handle in its flat vector
+    phase: str = "forward"
+
+    def __post_init__(self) -> None:
+        self.knobs = Tensor("knobs", (KNOBS_BYTES,), BYTE, Role.KNOB)
+        self.producer: dict[Tensor, Call] = {}
+        self._scope: list[str] = []
+        self._block = ""
+        self._where = ""
+        self._streams = 0
+        self._written: set[Tensor] = set()
+        self._buckets: tuple[Bucket, ...] | None = None
+        self._names: dict[str, int] = {}
+
+    # recording ----------------------------------------------------------------------------------------------------
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
+        """A tensor that the host writes before each run."""
+        return self.inputs.setdefault(name, Tensor(name, shape, dtype, Role.INPUT))
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
+        """A tensor that keeps its value from run to run, outside the flat vectors (the KV cache)."""
+        name = ".".join([*self._scope, name])
+        return self.states.setdefault(name, Tensor(name, shape, dtype, Role.STATE))
+
+    def param(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool = True) -> Tensor:
+        """The parameter `name` inside the current scope, declared where it is used; twice the same name is tied."""
+        name = ".".join([*self._scope, name])
+        known = self.params.get(name)
+        if known is None:
+            if self._buckets is not None:
+                raise HandgradError("program", "parameters are declared before the update is recorded", f"'{name}' after it")
+            known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, decay, self._block)
+            self.params[name] = known
+        if known.tensor.shape != shape:
+            raise HandgradError("program", f"parameter '{name}' has one shape", f"{known.tensor.shape} and {shape}")
+        return known.tensor
+
+    def output(self, name: str, tensor: Tensor) -> Tensor:
+        """Marks a tensor that the host reads after a run."""
+        self.outputs[name] = tensor
+        return tensor
+
+    def grad(self, param: Tensor) -> Tensor:
+        """The gradient of a parameter: f32, same shape, one per parameter however often it is used."""
+        if param.name not in self.grads:
+            self.grads[param.name] = Tensor("d " + param.name, param.shape, F32, Role.GRAD, "grad")
+        return self.grads[param.name]
+
+    def next_stream(self) -> int:
+        """A number for one random call, the same however the program is recomputed or planned."""
+        self._streams += 1
+        return self._streams
+
+    def is_written(self, grad: Tensor) -> bool:
+        """Whether an earlier call of the list writes this parameter gradient."""
+        return grad in self._written
+
+    def take(self, tensor: Tensor) -> Tensor | None:
+        """Removes and returns the gradient collected so far for an activation."""
+        return self.slots.pop(tensor, None)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefixes the names of parameters and states."""
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    @contextmanager
+    def block(self, name: str, *, prefix: bool = True) -> Iterator[None]:
+        """A named stretch of the list: the unit of recompute, of communication and of profiling. Not nested."""
+        outer, self._block = self._block, name
+        if prefix:
+            self._scope.append(name)
+        yield
+        if prefix:
+            self._scope.pop()
+        self._block = outer
+
+    @contextmanager
+    def at(self, call: Call, phase: str) -> Iterator[None]:
+        """Records on behalf of another call: its block and source line, in the given phase."""
+        outer = self.phase, self._block, self._where
+        self.phase, self._block, self._where = phase, call.block, call.where
+        yield
+        self.phase, self._block, self._where = outer
+
+    def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
+        """Appends a call and returns its output handle, or a tuple of them; given outputs (`into`) are not returned."""
+        outs = self.emit_call(op, ins, attrs, into or {})
+        made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.given)
+        return made[0] if len(made) == 1 else made
+
+    def emit_call(self, op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any],
+                  into: dict[str, Tensor | None] | None = None) -> tuple[Tensor | None, ...]:
+        """`emit` with all outputs returned, in declared order."""
+        where = self._where or caller()
+        if set(attrs) != set(op.attrs):
+            raise HandgradError(op.name, f"takes attributes {sorted(op.attrs)}", sorted(attrs), context=f"recorded at {where}")
+        sizes = bind_dims(op, ins, attrs, where)
+        outs: list[Tensor | None] = []
+        first = set()
+        for arg in op.out_args:
+            if arg.given:
+                target = (into or {}).get(arg.name)
+                outs.append(target)
+                if target is None:
+                    if not arg.optional:
+                        raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
+                elif target.role is Role.GRAD and target not in self._written:
+                    self._written.add(target)
+                    first.add(arg.name)
+            elif arg.optional and not op.makes(arg.name, attrs, self.dtype):
+                outs.append(None)
+            else:
+                shape = tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
+                outs.append(Tensor(self._fresh(f"{op.name}.{arg.name}"), shape, arg.dtype or self.dtype, Role.ACT))
+        call = Call(op, tuple(outs), tuple(ins), dict(attrs), self.phase, self._block, where, sizes, self.dtype,
+                    frozenset(first))
+        self.calls.append(call)
+        for t in outs:
+            if t is not None and t.role is Role.ACT:
+                self.producer[t] = call
+        return call.outs
+
+    def _fresh(self, stem: str) -> str:
+        stem = f"{self._block}/{stem}" if self._block else stem
+        count = self._names[stem] = self._names.get(stem, 0) + 1
+        return stem if count == 1 else f"{stem}#{count}"
+
+    # the flat vectors -----------------------------------------------------------------------------------------------
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The flat order of all parameters: block by block, decayed ones first. Fixed at the first reading."""
+        if self._buckets is None:
+            groups: dict[tuple[str, bool], list[Param]] = {}
+            for block in dict.fromkeys(p.block for p in self.params.values()):
+                for decay in (True, False):
+                    members = [p for p in self.params.values() if p.block == block and p.decay == decay]
+                    if members:
+                        groups[block, decay] = members
+            buckets, at = [], 0
+            for (block, decay), members in groups.items():
+                start = at
+                for p in members:
+                    self.starts[p.tensor] = at
+                    at += -(-p.tensor.size // FLAT_ALIGN) * FLAT_ALIGN
+                buckets.append(Bucket(block, decay, start, at - start, tuple(p.tensor.name for p in members)))
+            self._buckets = tuple(buckets)
+        return self._buckets
+
+    @property
+    def flat_size(self) -> int:
+        """Elements of each flat vector, alignment included."""
+        last = self.buckets[-1]
+        return last.start + last.size
+
+    def first(self, param: Tensor) -> int:
+        """The element of every flat vector at which a parameter's stretch starts."""
+        assert self.buckets
+        return self.starts[param]
+
+    def slice(self, flat: str, start: int, size: int, name: str) -> Tensor:
+        """A handle on a stretch of a flat vector: "param", "grad", or an optimizer's "m", "v", "master"."""
+        role = {"param": Role.PARAM, "grad": Role.GRAD}.get(flat, Role.STATE)
+        handle = Tensor(name, (size,), self.dtype if flat == "param" else F32, role, flat)
+        self.starts[handle] = start
+        return handle
+
+    @property
+    def num_params(self) -> int:
+        """Parameters without alignment padding."""
+        return sum(p.tensor.size for p in self.params.values())
+
+
+_INSIDE = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "ops"), str(Path(__file__).parent.parent / "models" / "blocks.py"),
+           str(Path(__file__).parent.parent / "optim"))
+
+
+def caller() -> str:
+    """`file:line` of the nearest frame outside the recorder, the ops and the shared model pieces."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_INSIDE) or "contextlib" in frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -1,0 +1,250 @@
+"""Batches of token windows as a pure function of (seed, step, rank, world).
+
+A window is `seq_len` inputs and the same shifted by one as targets: seq_len + 1 consecutive ids of one shard. The
+windows of an epoch lie on a grid of stride `seq_len`, so every id is predicted once. A step takes the next
+`batch_tokens / seq_len` windows of one endless sequence that depends on the seed alone: the number of ranks and the
+micro-batch only decide who computes which of them. Nothing is remembered between calls, so resuming needs no state.
+
+With `shuffle`, each epoch visits its windows in the order of a keyed bijection of 0..n-1 (a Feistel network, no table),
+and shifts the grid, so that a small text is not cut at the same places again and again: after `seq_len` epochs every
+possible window has been seen exactly once (fewer than `seq_len` at the end of each shard excepted).
+"""
+
+import glob
+import math
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.data.shards import open_shard
+
+_MASK = 2**64 - 1
+_MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
+_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1024 is a common limit
+
+
+def tokens(
+    pattern: str | Path,
+    seq_len: int,
+    batch_tokens: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    vocab_size: int | None = None,
+) -> "Tokens":
+    """Returns the `Tokens` over all shards that match the glob `pattern`, in the order of their names.
+
+    seq_len, batch_tokens: tokens in a sequence, and in an optimizer step over all ranks and micro-batches
+    seed, shuffle: which order; without shuffle the order is the file's
+    vocab_size: if given, every batch is checked against it
+
+    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens, or
+    batch_tokens is not a multiple of seq_len.
+
+    >>> import tempfile
+    >>> from handgrad.data.shards import write_shard, id_dtype
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = write_shard(folder + "/val_0.bin", [np.arange(9)], id_dtype(9))
+    ...     data = tokens(folder + "/val_*.bin", seq_len=4, batch_tokens=8, shuffle=False)
+    ...     data.batch(step=0)["targets"]
+    array([[1, 2, 3, 4],
+           [5, 6, 7, 8]], dtype=int32)
+    """
+    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size)
+
+
+class Tokens:
+    """Token windows of one data set; made by `tokens`.
+
+    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size: as given to `tokens`
+    shards: list of Shard, by name
+    folder: Path of the folder of the first shard
+    sequences: sequences in a step
+    windows: sequences in an epoch
+    """
+
+    def __init__(self, pattern, seq_len, batch_tokens, seed, shuffle, vocab_size):
+        if seq_len < 1:
+            raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
+        if batch_tokens < seq_len or batch_tokens % seq_len:
+            below = max(batch_tokens // seq_len, 1) * seq_len
+            rule = f"batch_tokens must be a multiple of seq_len {seq_len}"
+            raise HandgradError("data", rule, batch_tokens, hint=f"{below} or {below + seq_len} would do")
+        paths = sorted(glob.glob(str(pattern)))
+        if not paths:
+            raise HandgradError("data", f"at least one token shard must match {pattern}", "none")
+        self.pattern = str(pattern)
+        self.seq_len = seq_len
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self.shuffle = shuffle
+        self.vocab_size = vocab_size
+        self.shards = [open_shard(path) for path in paths]
+        self.folder = self.shards[0].path.parent
+        self.sequences = batch_tokens // seq_len
+        grid = [self._grid(shard.count) for shard in self.shards]
+        self._room = [room for _, room in grid]
+        self._ends = list(accumulate(windows for windows, _ in grid))
+        self.windows = self._ends[-1]
+        if self.windows == 0:
+            longest = max(shard.count for shard in self.shards)
+            rule = f"a shard must hold seq_len + 1 = {seq_len + 1} tokens"
+            raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="choose a shorter seq_len")
+        self._map = lru_cache(_OPEN_SHARDS)(lambda index: self.shards[index].map())
+
+    def _grid(self, count: int) -> tuple[int, int]:
+        """Returns (windows of an epoch, number of shifts that keep them inside) for a shard of `count` tokens."""
+        windows = (count - 1) // self.seq_len
+        if not self.shuffle or windows == 0:
+            return windows, 1
+        windows = max(count // self.seq_len - 1, 1)  # one less, so that every shift has the same number
+        return windows, min(count - windows * self.seq_len, self.seq_len)
+
+    def batch(
+        self,
+        step: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        micro_batch: int | None = None,
+        micro_step: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Returns {"ids", "targets"}, both (B, seq_len) int32: what `rank` of `world` computes in one micro-step.
+
+        step: 0, 1, 2, ...; any order, any process: the answer is the same
+        micro_batch: B, sequences a rank computes at a time; all of the rank's share if not given
+        micro_step: 0 .. sequences / (world * micro_batch) - 1
+
+        Raises HandgradError if the step's sequences cannot be divided so, or an id is not below `vocab_size`.
+        """
+        if micro_batch is None:
+            micro_batch = max(self.sequences // world, 1)
+        micro_steps, rest = divmod(self.sequences, world * micro_batch)
+        if rest or micro_steps == 0:
+            rule = f"batch_tokens {self.batch_tokens} must be a multiple of seq_len * micro_batch * ranks"
+            raise HandgradError("data", rule, f"{self.seq_len} * {micro_batch} * {world}")
+        if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
+            rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
+            raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
+        first = step * self.sequences + (micro_step * world + rank) * micro_batch
+        windows, offsets = self._order(first, micro_batch)
+        return self._gather(windows, offsets, micro_batch)
+
+    def sweep(self, micro_batch: int, limit: int | None = None, rank: int = 0, world: int = 1):
+        """Yields {"ids", "targets"}, both (micro_batch, seq_len) int32: the data once, in the file's order.
+
+        limit: stop after limit // seq_len sequences (at least one); all if not given
+
+        Which tokens are covered depends on neither micro_batch nor world. Where a batch has no sequence left, its ids
+        are 0 and its targets IGNORE_INDEX: a mean loss is the sum of losses over the number
+        of other targets.
+        Every rank yields the same number of batches.
+        """
+        ends = list(accumulate((shard.count - 1) // self.seq_len for shard in self.shards))
+        total = ends[-1] if limit is None else min(max(limit // self.seq_len, 1), ends[-1])
+        for first in range(0, total, world * micro_batch):
+            begin = first + rank * micro_batch
+            windows = range(begin, min(begin + micro_batch, total))
+            yield self._gather(windows, [0] * len(windows), micro_batch, ends)
+
+    def _order(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Returns (window, shift of its grid) for the `count` places from `first` of the endless sequence."""
+        windows, shifts = [], []
+        while len(windows) < count:
+            epoch, begin = divmod(first + len(windows), self.windows)
+            stop = min(begin + count - len(windows), self.windows)
+            if self.shuffle:
+                windows += _permute(np.arange(begin, stop), self.windows, self.seed, epoch).tolist()
+                shift = (_hash(self.seed, 0) + epoch * _stride(self.seq_len)) % self.seq_len
+            else:
+                windows += range(begin, stop)
+                shift = 0
+            shifts += [shift] * (stop - begin)
+        return windows, shifts
+
+    def _gather(self, windows, shifts, rows: int, ends: list[int] | None = None) -> dict[str, np.ndarray]:
+        ends = ends or self._ends
+        length = self.seq_len
+        ids = np.zeros((rows, length), np.int32)
+        targets = np.full((rows, length), IGNORE_INDEX, np.int32)
+        for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
+            index = bisect_right(ends, window)
+            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._room[index]
+            shard = self._map(index)
+            ids[row] = shard[start : start + length]
+            targets[row] = shard[start + 1 : start + 1 + length]
+        if self.vocab_size is not None:
+            self._check(ids, targets, windows, ends)
+        return {"ids": ids, "targets": targets}
+
+    def _check(self, ids, targets, windows, ends) -> None:
+        # a uint32 id of 2**31 or more is negative here; as unsigned it is too large again
+        last = targets[: len(windows)].view(np.uint32)
+        if len(windows) and max(ids.view(np.uint32).max(), last.max()) >= self.vocab_size:
+            bad = (ids.view(np.uint32)[: len(windows)] >= self.vocab_size) | (last >= self.vocab_size)
+            row = int(np.argmax(bad.any(axis=1)))
+            worst = max(ids.view(np.uint32)[row].max(), last[row].max())
+            path = self.shards[bisect_right(ends, windows[row])].path
+            hint = "the data was made with another tokenizer than the model's"
+            rule = f"{path} must hold ids below the vocabulary size {self.vocab_size}"
+            raise HandgradError("data", rule, worst, hint=hint)
+
+
+def _stride(seq_len: int) -> int:
+    """Returns the shift from epoch to epoch: near the golden section, and prime to seq_len so that it reaches all."""
+    stride = max(round(0.618 * seq_len), 1)
+    while math.gcd(stride, seq_len) != 1:
+        stride += 1
+    return stride
+
+
+def _hash(*words: int) -> int:
+    """Returns 64 mixed bits of the integers `words` (the finalizer of splitmix64 over a running sum)."""
+    state = 0
+    for word in words:
+        state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns where the bijection of 0..n-1 that belongs to (seed, epoch) sends the elements of `x`.
+
+    A Feistel network over pairs (left, right), left < a and right < b, where a * b is n or a little more. A result
+    outside 0..n-1 goes through again until it falls inside, which keeps it a bijection and is rare: a * b - n < a.
+    """
+    a = np.uint64(math.isqrt(n - 1) + 1)
+    b = np.uint64(-(-n // int(a)))
+    keys = _keys(seed, epoch)
+    out = x.astype(np.uint64)
+    todo = slice(None)
+    while True:
+        left, right = np.divmod(out[todo], b)
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            left = (left + _mix(right, even)) % a
+            right = (right + _mix(left, odd)) % b
+        out[todo] = left * b + right
+        outside = out >= n
+        if not outside.any():
+            return out
+        todo = outside
+
+
+@lru_cache(4)
+def _keys(seed: int, epoch: int) -> list[np.uint64]:
+    return [np.uint64(_hash(seed, epoch, turn)) for turn in range(1, 5)]
+
+
+def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    x = (x ^ key) * _MIX_1  # wraps modulo 2**64, as wanted
+    x ^= x >> _SHIFT
+    x *= _MIX_2
+    x >>= _SHIFT  # 32 bits: the sum with a half below 2**32 cannot wrap
+    return x

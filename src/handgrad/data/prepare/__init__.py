@@ -1,0 +1,1 @@
+"""From raw data to token shards, one file per kind of data."""

@@ -1,0 +1,179 @@
+"""Token shards: a header of 256 int32, then the token ids. Both of llm.c's formats.
+
+    header[0]  magic    20240520: uint16 ids, version 1      20240801: uint32 ids, version 7
+    header[1]  version
+    header[2]  number of ids, low 32 bits
+    header[3:] zero
+
+All little-endian. The count has 32 bits in the file, so a shard of 2**32 ids or more wraps it; the file's size is what
+counts here, in 64 bits, and the header must agree with it. A cut-off or grown file therefore never passes.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+
+HEADER_BYTES = 256 * 4
+FORMATS = {  # magic: (version, type of an id)
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Returns the narrowest shard type that holds ids below `vocab_size`.
+
+    >>> id_dtype(50257), id_dtype(65537)
+    (dtype('uint16'), dtype('uint32'))
+    """
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A checked token file: where it is, the type of its ids, how many there are."""
+
+    path: Path
+    dtype: np.dtype
+    count: int
+
+    def map(self) -> np.ndarray:
+        """Returns the ids, (count,) uint16 or uint32, read-only and memory-mapped: only what is touched is read."""
+        try:
+            return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.count,)))
+        except (OSError, ValueError) as error:
+            raise HandgradError("data", f"{self.path} must stay as it was when the run began", error) from None
+
+
+def open_shard(path: str | Path) -> Shard:
+    """Returns the `Shard` at `path`, after checking its header against its size. Reads no ids.
+
+    Raises HandgradError for a file that is missing, empty, cut off, too long, or of another format or version.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_shard(folder + "/a.bin", [np.array([5, 6, 7])], id_dtype(10)).count
+    ...     open_shard(folder + "/a.bin").map().tolist()
+    3
+    [5, 6, 7]
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HandgradError("data", "a token shard must be a file", f"{path}, which is {_kind(path)}")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise HandgradError("data", f"{path} must be readable", error.strerror) from None
+    if size == 0:
+        raise HandgradError("data", f"{path} must hold tokens", "an empty file")
+    if len(raw) < HEADER_BYTES:
+        raise HandgradError("data", f"{path} must start with a header of {HEADER_BYTES} bytes", f"{size} bytes in all")
+    magic, version, low_count = (int(word) for word in np.frombuffer(raw, "<u4", 3))
+    if magic not in FORMATS:
+        known = " or ".join(str(m) for m in FORMATS)
+        hint = "make shards of a text with: handgrad data text FILE"
+        raise HandgradError("data", f"{path} must start with the magic number {known}", magic, hint=hint)
+    known_version, dtype = FORMATS[magic]
+    if version != known_version:
+        raise HandgradError("data", f"{path} (magic {magic}) must be version {known_version}", version)
+    count, rest = divmod(size - HEADER_BYTES, dtype.itemsize)
+    if rest or count % 2**32 != low_count:
+        promised = HEADER_BYTES + low_count * dtype.itemsize
+        rule = f"{path} must have {promised} bytes, as its header counts {low_count} tokens"
+        raise HandgradError("data", rule, size, hint="a download or a copy was cut off" if size < promised else "")
+    if count == 0:
+        raise HandgradError("data", f"{path} must hold tokens", "a header that counts 0")
+    return Shard(path, dtype, count)
+
+
+class ShardWriter:
+    """A token file that grows by `append` and appears under its name, complete and on disk, when the block ends.
+
+    An exception inside the block leaves neither the file nor its temporary, and an older file of that name as it was.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ShardWriter(folder + "/a.bin", id_dtype(10)) as shard:
+    ...         shard.append([1, 2])
+    ...         shard.append([3])
+    ...     open_shard(folder + "/a.bin").count
+    3
+    """
+
+    def __init__(self, path: str | Path, dtype: np.dtype):
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        self._file = None
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self._file = self._temporary.open("wb")
+            self._file.write(bytes(HEADER_BYTES))
+        except OSError as error:
+            raise HandgradError("data", f"{self.path} must be writable", error.strerror) from None
+        return self
+
+    def append(self, ids) -> None:
+        """Writes `ids`, (n,) of any integer type. Raises HandgradError for an id that the shard's type cannot hold."""
+        ids = np.asarray(ids)
+        if not ids.size:
+            return
+        low, high, limit = int(ids.min()), int(ids.max()), int(np.iinfo(self.dtype).max)
+        if low < 0 or high > limit:
+            rule = f"ids in a {self.dtype.name} shard must lie in 0..{limit}"
+            raise HandgradError("data", rule, low if low < 0 else high)
+        try:
+            self._file.write(np.ascontiguousarray(ids, self.dtype))
+        except OSError as error:
+            raise HandgradError("data", f"{self.path} must be written", error.strerror) from None
+        self.count += ids.size
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                self._file.close()
+        except OSError as failure:
+            if kind is None:  # else the first error is the one to tell
+                raise HandgradError("data", f"{self.path} must be written", failure.strerror) from None
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        magic = next(m for m, (_, dtype) in FORMATS.items() if dtype == self.dtype)
+        header = np.zeros(256, "<u4")
+        header[:3] = magic, FORMATS[magic][0], self.count % 2**32
+        with self._file as file:
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self._temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the new name could be lost with the power
+        finally:
+            os.close(folder)
+
+
+def write_shard(path: str | Path, pieces, dtype: np.dtype) -> Shard:
+    """Writes the id arrays of the iterable `pieces` as one shard and returns it. Memory: one piece at a time."""
+    with ShardWriter(path, dtype) as writer:
+        for ids in pieces:
+            writer.append(ids)
+    return Shard(writer.path, writer.dtype, writer.count)
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        return "missing"
+    return "a folder" if path.is_dir() else "not a regular file"

@@ -1,0 +1,86 @@
+"""Engine: text generation with a key/value cache. Prefill takes the prompt in pieces, decode one token at a time."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from handgrad.backends.base import Arena, Backend
+from handgrad.core.dtypes import DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.program import Program
+from handgrad.infer.sampling import Sampler, Sampling
+from handgrad.models import GPT2, batch
+
+PREFILL = 64  # tokens of one prefill piece: enough rows for a GEMM to be near its peak
+
+
+def record(model: GPT2, dtype: DType) -> tuple[Program, Program]:
+    """The programs (prefill, decode) of one sequence; they share the cache."""
+    prefill, decode = Program(dtype, "prefill"), Program(dtype, "decode")
+    model.forward(prefill, batch(prefill, 1, min(PREFILL, model.max_seq_len)))
+    model.forward(decode, batch(decode, 1, 1))
+    return prefill, decode
+
+
+class Engine:
+    """Generates from the parameters that lie in an arena planned with `record`'s programs."""
+
+    def __init__(self, model: GPT2, programs: tuple[Program, Program], arena: Arena, backend: Backend):
+        self.model = model
+        self._prefill, self._decode = programs
+        self._run = tuple(backend.bind(p, arena) for p in programs)
+        self._ids = tuple(arena.view(p.inputs["ids"]) for p in programs)
+        self._knobs: tuple[Any, ...] = tuple(arena.knobs(p) for p in programs)
+        self._logits = arena.view(self._decode.outputs["logits"])[0, : model.vocab_size]
+        self.position = 0  # tokens in the cache
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Appends tokens to the cache; returns the logits (V,) f32 after the last one."""
+        if len(ids) == 0:
+            raise HandgradError("generate", "a prompt has at least one token", "none")
+        if self.position + len(ids) > self.model.max_seq_len:
+            raise HandgradError("generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids))
+        ids, piece = list(ids), len(self._ids[0])
+        while len(ids) > 2 and self.position + piece <= self.model.max_seq_len:
+            part = ids[: min(piece, len(ids) - 1)]  # rows past the prompt write cache rows that later tokens overwrite
+            self._ids[0][...] = 0
+            self._ids[0][: len(part)] = part
+            self._step(0, len(part))
+            ids = ids[len(part) :]
+        for token in ids:
+            self._ids[1][0] = token
+            self._step(1, 1)
+        return self._logits.astype(np.float32)
+
+    def _step(self, which: int, count: int) -> None:
+        self._knobs[which].position = self.position
+        self._run[which].run()
+        self.position += count
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop_id: int | None = None) -> Iterator[int]:
+        """Yields up to `max_tokens` token ids after `prompt`; ends at `stop_id`.
+
+        The model sees at most max_seq_len tokens. When the window is full, its newer half is read again from position 0,
+        so generation may go on for ever; a longer prompt is cut to its end likewise.
+        """
+        bad = [t for t in prompt if not 0 <= t < self.model.vocab_size]
+        if bad:
+            raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
+        sampler, window = Sampler(sampling, self.model.vocab_size), list(prompt)[-self.model.max_seq_len :]
+        self.position = 0
+        logits = self.logits(window)
+        for i in range(max_tokens):
+            token = sampler.pick(logits)
+            if token == stop_id:
+                return
+            yield token
+            if i + 1 == max_tokens:
+                return
+            window.append(token)
+            if self.position == self.model.max_seq_len:
+                window = window[-(self.model.max_seq_len // 2) or -1 :]
+                self.position = 0
+                logits = self.logits(window)
+            else:
+                logits = self.logits([token])

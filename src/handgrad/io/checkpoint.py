@@ -1,0 +1,289 @@
+"""Checkpoints that a kill, a full disk or a power cut at any instant cannot spoil.
+
+    step_000500/
+        model.safetensors           parameters, by name
+        state.rank00.safetensors    optimizer state and all else that a bit-exact resume needs
+        run.json                    {"step": 500, ...}: configuration, knobs, versions
+        DONE                        empty; a folder without it is no checkpoint
+
+Saving step 500, and what is left if it is killed between two lines:
+
+    1  write step_000500.tmp-<pid>/{model, state, run.json}, flush each file    a .tmp- folder: never read
+    2  write DONE in it, flush DONE and the folder                              the same
+    3  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
+    4  rename the .tmp- folder to step_000500, flush the run folder             step_000500, complete
+    5  delete .old, then what keep_last and keep_every do not keep              deleted as .tmp- folders: never read
+
+The name step_000500 is only ever given to a folder that is complete and on disk, and renaming is atomic. DONE then adds
+what a name cannot: a copy made by other means that stopped half-way is refused. The next save begins by removing
+.tmp- folders and by giving a .old folder whose step is gone its name back. One process saves into a run folder.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+
+from handgrad.core.errors import HandgradError
+
+MODEL = "model.safetensors"
+STATE = "state.rank00.safetensors"
+META = "run.json"
+DONE = "DONE"
+_STEP = re.compile(r"step_(\d{6,})(\.old)?")
+_DTYPES = {  # safetensors' name: numpy's
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U8": "uint8",
+}
+
+
+def save(
+    out_dir: str | Path,
+    step: int,
+    tensors: Mapping[str, np.ndarray],
+    state: Mapping[str, np.ndarray],
+    meta: dict,
+    *,
+    keep_last: int = 1,
+    keep_every: int = 0,
+) -> Path:
+    """Writes a checkpoint and returns its folder, `out_dir`/step_<6 digits>; then prunes (see `prune`).
+
+    tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written from where
+        they lie, without a copy; of others a copy is made
+    meta: what JSON can hold; "step" is added
+
+    A complete checkpoint of the same step is replaced. On failure (full disk, no permission) HandgradError is raised,
+    the temporary folder is gone and every older checkpoint is as it was.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, 500, {"w": np.ones((2, 3), np.float32)}, {}, {"seed": 1})
+    ...     path.name, load_meta(path)["seed"], load(path, {"w": ((2, 3), "float32")})["w"].sum()
+    ('step_000500', 1, np.float32(6.0))
+    """
+    _check_keep(keep_last, keep_every)
+    out_dir = Path(out_dir)
+    final = out_dir / f"step_{step:06d}"
+    building = _temporary(final)
+    try:
+        text = json.dumps({**meta, "step": step}, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _clean(out_dir)
+        building.mkdir()
+        _write_tensors(building / MODEL, tensors)
+        _write_tensors(building / STATE, state)
+        for name, content in ((META, text), (DONE, "")):
+            (building / name).write_text(content, encoding="utf-8")
+            _flush(building / name)
+        _flush(building)
+        old = final.with_name(final.name + ".old")
+        if final.exists():
+            final.rename(old)
+        building.rename(final)
+        _flush(out_dir)
+        _delete(old)
+        prune(out_dir, keep_last, keep_every, but=step)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        hint = "older checkpoints are untouched; free some space or choose another run folder"
+        raise HandgradError("checkpoint", f"{final} must be writable", reason, hint=hint) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # no longer there if all went well
+    return final
+
+
+def load(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
+    """Returns the model's tensors in checkpoint `path`: name -> array, each read from disk when it is asked for.
+
+    expected: name -> (shape, dtype), dtype as numpy takes it or "bfloat16"
+
+    Raises HandgradError if `path` is no complete checkpoint, the file is damaged, or a tensor is missing, unexpected,
+    or of another shape or type. That is checked here, for all of them, before the first is read.
+    """
+    return Tensors(_complete(path) / MODEL, expected)
+
+
+def load_state(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
+    """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`."""
+    return Tensors(_complete(path) / STATE, expected)
+
+
+def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
+    """Returns the run.json of checkpoint `path`: what `save` got as meta, and "step".
+
+    expected: key -> type of the value, for keys that must be there
+
+    Raises HandgradError if `path` is no complete checkpoint, or its run.json is damaged or lacks a key.
+    """
+    file = _complete(path) / META
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HandgradError("checkpoint", f"{file} must be JSON", error) from None
+    if not isinstance(meta, dict):
+        raise HandgradError("checkpoint", f"{file} must hold an object", type(meta).__name__)
+    for key, kind in {"step": int, **(expected or {})}.items():
+        # JSON has one number type in two spellings, and True is an int to Python
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(meta.get(key), kinds) or (kind is not bool and isinstance(meta.get(key), bool)):
+            found = type(meta[key]).__name__ if key in meta else "nothing"
+            raise HandgradError("checkpoint", f"{file} must hold {key!r} of type {kind.__name__}", found)
+    if meta["step"] < 0:
+        raise HandgradError("checkpoint", f"{file} must hold a step of at least 0", meta["step"])
+    return meta
+
+
+def newest(out_dir: str | Path) -> Path | None:
+    """Returns the folder of the complete checkpoint with the highest step in `out_dir`, or None."""
+    found = _checkpoints(Path(out_dir))
+    return found[max(found)] if found else None
+
+
+def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, but: int | None = None) -> None:
+    """Deletes checkpoints, except the `keep_last` highest steps, multiples of `keep_every` (0: none) and step `but`."""
+    _check_keep(keep_last, keep_every)
+    found = _checkpoints(Path(out_dir))
+    for step in sorted(found)[:-keep_last]:
+        if step != but and (keep_every == 0 or step % keep_every):
+            _delete(found[step])
+
+
+class Tensors(Mapping):
+    """The tensors of one safetensors file: name -> array, a fresh copy read from disk at each access."""
+
+    def __init__(self, path: Path, expected: Mapping[str, tuple[tuple[int, ...], object]]):
+        self._path = path
+        # pread, not mmap: what has been read stays out of the process's memory once the array is dropped
+        self._file = _readable(path, safe_open, path, "np", backend="pread")
+        names = set(_readable(path, self._file.keys))
+        missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
+        if missing:
+            raise HandgradError("checkpoint", f"{path} must hold the tensor {missing[0]!r}", _more("no such", missing))
+        if extra:
+            rule = f"{path} must hold only the {len(expected)} expected tensors"
+            raise HandgradError("checkpoint", rule, _more(f"also {extra[0]!r}", extra), hint="is it another model's?")
+        for name, (shape, dtype) in expected.items():
+            header = _readable(path, self._file.get_slice, name)
+            found = _spec(header.get_shape(), _DTYPES.get(header.get_dtype(), header.get_dtype()))
+            if found != _spec(shape, np.dtype(dtype).name):
+                rule = f"tensor {name!r} in {path} must be {_spec(shape, np.dtype(dtype).name)}"
+                raise HandgradError("checkpoint", rule, found, hint="is it another model's?")
+        self._names = list(expected)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return _readable(self._path, self._file.get_tensor, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _readable(path: Path, read, *args, **kwargs):
+    try:
+        return read(*args, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", error) from None
+
+
+def _spec(shape, dtype: str) -> str:
+    return f"{dtype} ({', '.join(str(size) for size in shape)})"
+
+
+def _more(first: str, names: list[str]) -> str:
+    return first + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # alive until all is written
+    specs = {
+        name: TensorSpec(
+            dtype=array.dtype.name,
+            shape=tensors[name].shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in arrays.items()
+    }
+    serialize_file(specs, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; we go by the umask, as for run.json
+    _flush(path)
+
+
+def _complete(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise HandgradError("checkpoint", "a checkpoint must be a folder", f"no folder {path}")
+    if not (path / DONE).is_file():
+        hint = "it was not completely written or copied; use another one"
+        raise HandgradError("checkpoint", f"{path} must be complete", "no file DONE in it", hint=hint)
+    return path
+
+
+def _checkpoints(out_dir: Path) -> dict[int, Path]:
+    """Returns step -> folder of the complete checkpoints; a .old folder counts if its step has no other."""
+    found = {}
+    for path in sorted(out_dir.glob("step_*"), reverse=True):  # step_000500.old before step_000500
+        match = _STEP.fullmatch(path.name)
+        if match and (path / DONE).is_file():
+            found[int(match[1])] = path
+    return found
+
+
+def _clean(out_dir: Path) -> None:
+    for path in out_dir.glob("step_*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for old in out_dir.glob("step_*.old"):
+        final = old.with_suffix("")
+        if (final / DONE).is_file() or not (old / DONE).is_file():
+            _delete(old)
+        else:
+            _delete(final)
+            old.rename(final)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint, if there; under a temporary name, so that half a folder never bears a checkpoint's."""
+    if folder.exists():
+        temporary = _temporary(folder)
+        folder.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+
+
+def _flush(path: Path) -> None:
+    """Returns once what was written to the file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_keep(keep_last: int, keep_every: int) -> None:
+    if keep_last < 1 or keep_every < 0:
+        rule = "keep_last must be at least 1 and keep_every at least 0"
+        raise HandgradError("checkpoint", rule, f"{keep_last} and {keep_every}")

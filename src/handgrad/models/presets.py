@@ -1,0 +1,67 @@
+"""Named sizes: GPT-2's four, every llm.c descriptor, and the one-dial form `d<layers>`."""
+
+from handgrad.core.errors import HandgradError
+from handgrad.models.gpt2 import GPT2
+
+# name: layers, heads, hidden size
+GPT2_SIZES = {
+    "124m":  (12, 12, 768),
+    "355m":  (24, 16, 1024),
+    "774m":  (36, 20, 1280),
+    "1558m": (48, 25, 1600),
+}
+# llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
+DEPTHS = {6: (6, 384), 12: (12, 768), 24: (16, 1024), 36: (20, 1280), 48: (25, 1600), 60: (30, 1920), 72: (30, 2880), 84: (36, 3456)}
+# GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; 40 heads
+# of 128 are 5120, which is what is built here.
+GPT3_WIDTHS = {
+    384:   (6, 6, 384),
+    768:   (12, 12, 768),
+    1024:  (24, 16, 1024),
+    1536:  (24, 16, 1536),
+    2048:  (24, 16, 2048),
+    2560:  (32, 32, 2560),
+    4096:  (32, 32, 4096),
+    5140:  (40, 40, 5120),
+    12288: (96, 96, 12288),
+}
+
+
+def names() -> list[str]:
+    """Every preset's name."""
+    return (["tiny"] + [f"gpt2-{n}" for n in GPT2_SIZES] + [f"d{d}" for d in DEPTHS] + [f"gpt2:d{d}" for d in DEPTHS]
+            + [f"gpt3:c{c}" for c in GPT3_WIDTHS])
+
+
+def preset(name: str) -> dict[str, int]:
+    """The sizes of a preset, as GPT2's fields: num_layers, num_heads, hidden_size, max_seq_len, vocab_size.
+
+    A depth without a row of its own gets width 64 per layer and heads of 64, the rule the table follows at d6 and d12.
+
+    >>> preset("gpt2-124m")["hidden_size"], preset("d8")["hidden_size"], preset("gpt3:c5140")["hidden_size"]
+    (768, 512, 5120)
+    """
+    seq_len, row = 1024, None
+    key = name.lower().removeprefix("gpt2:")
+    if key == "tiny":  # the Shakespeare recipe's
+        seq_len, row = 64, (4, 4, 128)
+    elif key.startswith("gpt2-"):
+        row = GPT2_SIZES.get(key.removeprefix("gpt2-"))
+    elif key.startswith("gpt3:c") and key[6:].isdigit():
+        seq_len, row = 2048, GPT3_WIDTHS.get(int(key[6:]))
+    elif key.startswith("d") and key[1:].isdigit() and int(key[1:]) > 0:
+        depth = int(key[1:])
+        row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
+    if row is None:
+        raise HandgradError("model", "a preset is one of " + ", ".join(names()) + " or d<layers>", f"'{name}'")
+    layers, heads, hidden = row
+    return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)
+
+
+def gpt2(name: str = "124m", **changes: object) -> GPT2:
+    """A GPT2 by preset name ("124m" is "gpt2-124m"), with fields changed.
+
+    >>> gpt2("124m", dropout=0.1).num_layers
+    12
+    """
+    return GPT2(**(preset(name if not name[0].isdigit() else "gpt2-" + name) | changes))

@@ -1,0 +1,25 @@
+"""The ops: one folder each, with math, oracle, C kernel, gradient rule and cases. `OPS` is the table of all."""
+
+from handgrad.ops.adamw.op import adamw
+from handgrad.ops.add.op import add
+from handgrad.ops.add_norm.op import add_norm, norm, norm_backward
+from handgrad.ops.attention.op import attention, attention_backward
+from handgrad.ops.attention_decode.op import attention_decode
+from handgrad.ops.cast.op import cast
+from handgrad.ops.dropout.op import dropout
+from handgrad.ops.embed.op import embed, embed_backward
+from handgrad.ops.fill.op import fill
+from handgrad.ops.global_norm.op import global_norm
+from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
+from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
+
+_ALL = (
+    embed, embed_backward,
+    linear, linear_gelu, linear_gelu_backward, linear_backward_w, linear_backward_x,
+    norm, add_norm, norm_backward,
+    attention, attention_backward, attention_decode,
+    dropout,
+    lm_loss, lm_loss_forward_backward,
+    add, cast, fill, global_norm, adamw,
+)
+OPS = {op.name: op for op in _ALL}

@@ -1,0 +1,22 @@
+"""add: the sum of two gradients of one activation. See README.md."""
+
+from typing import Any
+
+from handgrad.core.op import C, Op, case
+from handgrad.ops.add import reference
+
+
+class Add(Op):
+    """y = a + b."""
+
+    name = "add"
+    ins = "a:N,C b:N,C"
+    outs = "y:N,C"
+    cpu = C("add", "y a b | N C")
+    cases = (case(N=7, C=33), case(N=1, C=1), case(N=1024, C=768, real="gpt2-124m, B=4 T=256"))
+
+    def ref(self, v: Any) -> tuple:
+        return (reference.add(v.a, v.b),)
+
+
+add = Add()

@@ -1,0 +1,117 @@
+// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add        math: README.md §2, §3
+// forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
+// backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) f32           dx also serves as dh
+// numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
+// layout    rows are shared among threads; dw and db are summed over chunks of rows, then over chunks, column by column
+// determinism  chunks depend on N alone and are added in order, whatever the number of threads
+// source    own work
+#include "knobs.h"
+
+// One row's statistics and y. Three passes over a row that stays in the first cache.
+static inline void norm_row(real *restrict y, float *mean, float *rstd, const real *restrict s, const real *restrict w,
+                            const real *restrict b, int64_t C, float eps) {
+  float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < C; c++) sum += load(s[c]);
+  float m = sum / (float)C;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < C; c++) squares += (load(s[c]) - m) * (load(s[c]) - m);
+  float r = 1.0f / sqrtf(squares / (float)C + eps);
+#pragma omp simd
+  for (int64_t c = 0; c < C; c++) y[c] = store((load(s[c]) - m) * r * load(w[c]) + load(b[c]));
+  *mean = m;
+  *rstd = r;
+}
+
+ENTRY(add_norm_forward) {
+  real *s = P(0), *y = P(1);            // (N, C)
+  float *mean = P(2), *rstd = P(3);     // (N)
+  const real *x = P(4), *h = P(5);      // (N, C)
+  const real *w = P(6), *b = P(7);      // (C)
+  int64_t N = I(8), C = I(9);
+  float eps = F(10);
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n++) {
+#pragma omp simd
+    for (int64_t i = n * C; i < (n + 1) * C; i++) s[i] = store(load(x[i]) + load(h[i]));
+    norm_row(y + n * C, mean + n, rstd + n, s + n * C, w, b, C, eps);
+  }
+}
+
+ENTRY(norm_forward) {
+  real *y = P(0);                       // (N, C)
+  float *mean = P(1), *rstd = P(2);     // (N)
+  const real *x = P(3);                 // (N, C)
+  const real *w = P(4), *b = P(5);      // (C)
+  int64_t N = I(6), C = I(7);
+  float eps = F(8);
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n++) norm_row(y + n * C, mean + n, rstd + n, x + n * C, w, b, C, eps);
+}
+
+// Rows of one chunk: at most 128 chunks, so that their partial sums stay small, of at least 16 rows.
+static int64_t chunk_rows(int64_t N) {
+  int64_t rows = (N + 127) / 128;
+  return rows > 16 ? rows : 16;
+}
+static int64_t num_chunks(int64_t N) { return (N + chunk_rows(N) - 1) / chunk_rows(N); }
+
+SCRATCH(norm_backward)(int64_t N, int64_t C, int64_t threads) {
+  (void)threads;
+  return num_chunks(N) * 2 * C * (int64_t)sizeof(float);
+}
+
+// dx = ds + rstd * (dn - mean of dn - n * mean of dn n) with n = (s - mean) * rstd and dn = dy * w; adds the row to dw, db
+static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, const real *restrict dy,
+                                     const real *restrict ds, const real *restrict s, const real *restrict w, float mean,
+                                     float rstd, int64_t C) {
+  float sum = 0.0f, dot = 0.0f;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t c = 0; c < C; c++) {
+    float g = load(dy[c]), normed = (load(s[c]) - mean) * rstd, dn = g * load(w[c]);
+    sum += dn;
+    dot += dn * normed;
+    dw[c] += g * normed;
+    db[c] += g;
+  }
+  sum /= (float)C;
+  dot /= (float)C;
+#pragma omp simd
+  for (int64_t c = 0; c < C; c++) {
+    float normed = (load(s[c]) - mean) * rstd, dn = load(dy[c]) * load(w[c]);
+    dx[c] = store((ds ? load(ds[c]) : 0.0f) + rstd * (dn - sum - normed * dot));
+  }
+}
+
+ENTRY(norm_backward) {
+  real *dx = P(0);                                  // (N, C)
+  float *dw = P(1), *db = P(2);                     // (C)
+  const real *dy = P(3), *ds = P(4), *s = P(5);     // (N, C); ds is what reaches s from the residual stream, or NULL
+  const real *w = P(6);                             // (C)
+  const float *mean = P(7), *rstd = P(8);           // (N)
+  int64_t N = I(9), C = I(10);
+  const Knobs *knobs = P(13);
+  int add_w = I(11) || knobs->micro_step > 0, add_b = I(12) || knobs->micro_step > 0;
+  float *partial = P(14);                           // (chunks, 2, C)
+  int64_t rows = chunk_rows(N), chunks = num_chunks(N);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < chunks; k++) {
+      float *to = partial + k * 2 * C;
+      memset(to, 0, (size_t)(2 * C) * sizeof(float));
+      for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
+        norm_row_backward(dx + n * C, to, to + C, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n], rstd[n], C);
+    }
+#pragma omp for simd schedule(simd : static)
+    for (int64_t c = 0; c < C; c++) {
+      float sum_w = add_w ? dw[c] : 0.0f, sum_b = add_b ? db[c] : 0.0f;
+      for (int64_t k = 0; k < chunks; k++) {
+        sum_w += partial[k * 2 * C + c];
+        sum_b += partial[k * 2 * C + C + c];
+      }
+      dw[c] = sum_w;
+      db[c] = sum_b;
+    }
+  }
+}

@@ -1,0 +1,27 @@
+"""add_norm and norm in numpy: the math as it is written in README.md. Works in the dtype of its inputs."""
+
+import numpy as np
+
+
+def norm_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y (N, C), mean (N), rstd (N) from x (N, C), w (C), b (C)."""
+    mean = x.mean(-1)
+    centred = x - mean[:, None]
+    rstd = 1 / np.sqrt((centred**2).mean(-1) + x.dtype.type(eps))
+    return centred * rstd[:, None] * w + b, mean, rstd
+
+
+def add_norm_forward(x: np.ndarray, h: np.ndarray, w: np.ndarray, b: np.ndarray,
+                     eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """s = x + h (N, C), then y, mean, rstd of norm_forward(s)."""
+    s = x + h
+    return s, *norm_forward(s, w, b, eps)
+
+
+def norm_backward(dy: np.ndarray, ds: np.ndarray | None, s: np.ndarray, w: np.ndarray, mean: np.ndarray,
+                  rstd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dx (N, C), dw (C), db (C). ds is the gradient that reaches s without passing the norm."""
+    n = (s - mean[:, None]) * rstd[:, None]
+    dn = dy * w
+    dx = rstd[:, None] * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
+    return (dx if ds is None else ds + dx), (dy * n).sum(0), dy.sum(0)

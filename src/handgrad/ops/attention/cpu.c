@@ -1,0 +1,191 @@
+// attention: y = softmax(q k' / sqrt(D), causal) v, with dropout of the probabilities          math: README.md §2, §3
+// forward   writes =  y: (N, H D) dtype;  lse: (B, H, T) f32
+// backward  writes =  dqkv: (N, 3 H D) dtype
+// numerics  f32 softmax and sums; the probabilities are made again from lse; with AVX512-BF16 they are rounded to bf16
+// layout    forward: threads share (head, row block) items; backward: a head is one thread's, key blocks outside
+// determinism  fixed order for any number of threads; a call's dropout depends on knobs and element index alone
+// source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2
+#include "flash.h"
+
+ENTRY(attention_forward) {
+  real *y = P(0);            // (N, H D)
+  float *lse = P(1);         // (B, H, T)
+  const real *qkv = P(2);    // (N, 3, H, D)
+  int64_t N = I(3), T = I(4), H = I(5), D = I(6);
+  DropoutRule drop = dropout_rule(P(9), F(7), I(8));  // knobs, p, call
+  char *scratch = P(10);     // attention_forward_scratch bytes
+  Attend x = {.q = qkv, .k = qkv + H * D, .v = qkv + 2 * H * D, .q_row = 3 * H * D, .kv_row = 3 * H * D,
+              .q_seq = 3 * T * H * D, .kv_seq = 3 * T * H * D, .B = N / T, .Tq = T, .H = H, .D = D,
+              .drop = drop};
+  attend(y, lse, &x, scratch);
+}
+
+// bytes of scratch
+__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t N, int64_t T, int64_t H, int64_t D,
+                                                                                 int64_t threads) {
+  (void)N, (void)H;
+  return attend_scratch(T, D, threads);
+}
+
+// Of one head. Tp is T rounded up to whole blocks. Without vdpbf16ps pairs and rows are the same buffers.
+typedef struct {
+  elem *q_rows, *dy_rows;            // (Tp, Dp)
+  unit *q_pairs, *dy_pairs, *k_pairs;  // (Tp / PAIR, Dp)
+  unit *k, *v;                       // transposed panels
+  elem *rows;                        // (BC, Dp) being packed
+  float *dq;                         // (Tp, Dp)
+  float *dk, *dv;                    // (BC, Dp)
+  float *delta;                      // (T)
+  float *s, *ds;                     // (BR, BC): scores, then probabilities; their gradients
+  elem *ds_rows;
+  unit *p_pairs, *ds_pairs;
+} BackwardScratch;
+
+static char *backward_layout(BackwardScratch *w, char *at, int64_t T, int64_t D) {
+  int64_t Dp = padded(D), head = round_up(T, BC) * Dp, item = (int64_t)sizeof(elem), block = BR * BC;
+  w->q_rows = take(&at, head * item);
+  w->dy_rows = take(&at, head * item);
+  w->k_pairs = take(&at, head * item);
+  w->k = take(&at, head * item);
+  w->v = take(&at, head * item);
+  w->rows = take(&at, BC * Dp * item);
+  w->dq = take(&at, head * 4);
+  w->dk = take(&at, BC * Dp * 4);
+  w->dv = take(&at, BC * Dp * 4);
+  w->delta = take(&at, round_up(T, BC) * 4);
+  w->s = take(&at, block * 4);
+  w->ds = take(&at, block * 4);
+#if PAIR == 2
+  w->q_pairs = take(&at, head * item);
+  w->dy_pairs = take(&at, head * item);
+  w->ds_rows = take(&at, block * item);
+  w->p_pairs = take(&at, block * item);
+  w->ds_pairs = take(&at, block * item);
+#else
+  w->q_pairs = w->q_rows;
+  w->dy_pairs = w->dy_rows;
+  w->ds_rows = w->ds;
+  w->p_pairs = w->s;
+  w->ds_pairs = w->ds;
+#endif
+  return at;
+}
+
+static void as_pairs(unit *pairs, const float *s, int n) {
+#if PAIR == 2
+  __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                   19, 3, 18, 2, 17, 1, 16, 0);
+  for (int r = 0; r < n; r += 2, s += 2 * BC, pairs += BC)
+    for (int c = 0; c < BC; c += 16) {
+      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + BC + c), _mm512_loadu_ps(s + c));
+      _mm512_storeu_si512(pairs + c, _mm512_permutexvar_epi16(order, (__m512i)both));
+    }
+#else
+  (void)pairs, (void)s, (void)n;
+#endif
+}
+
+// dx (n keys, Dp) = or += p' (keys, queries) dy (queries, Dp), of p only what is seen
+static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int queries, int64_t shift, int64_t Dp, int add) {
+  int end = (queries + PAIR - 1) / PAIR;
+  for (int c = 0; c < Dp; c += NR)
+    for (int r = 0; r < n; r += MR) {
+      int start = larger(0, r - shift) / PAIR;
+      tile(dx + r * Dp + c, Dp, p + start * BC + r, 1, BC, dy + start * Dp + c, Dp, end - start, add);
+    }
+}
+
+// s becomes the dropped probabilities, ds the gradient of q k'
+static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int64_t shift, float scale,
+                               DropoutRule drop, int64_t element, int64_t T) {
+  float factor[BC];
+  for (int c = 0; c < BC; c++) factor[c] = 1.0f;
+  for (int r = 0; r < (int)round_up(n, PAIR); r++, s += BC, ds += BC) {
+    int seen = r < n ? smaller(BC, r + shift + 1) : 0;
+    int width = smaller(BC, round_up(r / MR * MR + MR + shift, VL));
+    float top = r < n ? lse[r] : 0.0f, mean = r < n ? delta[r] : 0.0f;
+    if (drop.threshold) dropout_factors(factor, element + r * T, width, drop);
+#pragma omp simd
+    for (int c = 0; c < width; c++) {
+      float p = vexp(fmaf(s[c], scale, -top)), g = p * fmaf(ds[c], factor[c], -mean) * scale;
+      s[c] = c < seen ? p * factor[c] : 0.0f;
+      ds[c] = c < seen ? g : 0.0f;
+    }
+  }
+}
+
+static void write_rows(real *y, int64_t y_row, const float *x, int n, int64_t D) {
+  for (int r = 0; r < n; r++, y += y_row, x += padded(D))
+    for (int64_t d = 0; d < D; d++) y[d] = store(x[d]);
+}
+
+static void backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const float *lse, int64_t T, int64_t H,
+                          int64_t D, DropoutRule drop, int64_t element, const BackwardScratch *w) {
+  int64_t Dp = padded(D), C = H * D, row = 3 * C;
+  float scale = 1.0f / sqrtf((float)D);
+  for (int64_t t = 0; t < T; t += BC) {
+    int n = smaller(BC, T - t);
+    pack_rows(w->q_rows + t * Dp, qkv + t * row, row, n, BC, D);
+    pack_pairs(w->q_pairs + t / PAIR * Dp, w->q_rows + t * Dp, BC, Dp);
+    pack_rows(w->dy_rows + t * Dp, dy + t * C, C, n, BC, D);
+    pack_pairs(w->dy_pairs + t / PAIR * Dp, w->dy_rows + t * Dp, BC, Dp);
+    pack_rows(w->rows, qkv + t * row + C, row, n, BC, D);
+    pack_pairs(w->k_pairs + t / PAIR * Dp, w->rows, BC, Dp);
+    pack_transposed(w->k + t * Dp / PAIR, w->rows, Dp);
+    pack_rows(w->rows, qkv + t * row + 2 * C, row, n, BC, D);
+    pack_transposed(w->v + t * Dp / PAIR, w->rows, Dp);
+  }
+  for (int64_t t = 0; t < T; t++) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; d++) sum += load(dy[t * C + d]) * load(y[t * C + d]);
+    w->delta[t] = sum;
+  }
+  for (int64_t key = 0; key < T; key += BC) {
+    int keys = smaller(BC, T - key);
+    for (int64_t t = key; t < T; t += BR) {
+      int n = smaller(BR, T - t);
+      int64_t shift = t - key;
+      block_scores(w->s, w->q_rows + t * Dp, w->k + key * Dp / PAIR, n, shift, D);
+      block_scores(w->ds, w->dy_rows + t * Dp, w->v + key * Dp / PAIR, n, shift, D);
+      block_softmax_back(w->s, w->ds, lse + t, w->delta + t, n, shift, scale, drop, element + t * T + key, T);
+      as_pairs(w->p_pairs, w->s, n);
+      as_pairs(w->ds_pairs, w->ds, n);
+      block_mix_back(w->dv, w->p_pairs, w->dy_pairs + t / PAIR * Dp, keys, n, shift, Dp, t > key);
+      block_mix_back(w->dk, w->ds_pairs, w->q_pairs + t / PAIR * Dp, keys, n, shift, Dp, t > key);
+      block_mix(w->dq + t * Dp, as_rows(w->ds_rows, w->ds, n), w->k_pairs + key / PAIR * Dp, n, shift, Dp, key > 0);
+    }
+    write_rows(dqkv + key * row + C, row, w->dk, keys, D);
+    write_rows(dqkv + key * row + 2 * C, row, w->dv, keys, D);
+  }
+  for (int64_t t = 0; t < T; t += BR) write_rows(dqkv + t * row, row, w->dq + t * Dp, smaller(BR, T - t), D);
+}
+
+ENTRY(attention_backward) {
+  real *dqkv = P(0);        // (N, 3, H, D)
+  const real *dy = P(1);    // (N, H D)
+  const real *qkv = P(2);   // (N, 3, H, D)
+  const real *y = P(3);     // (N, H D)
+  const float *lse = P(4);  // (B, H, T)
+  int64_t N = I(5), T = I(6), H = I(7), D = I(8);
+  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // knobs, p, call
+  char *scratch = P(12);    // attention_backward_scratch bytes
+  BackwardScratch size;
+  int64_t bytes = backward_layout(&size, NULL, T, D) - (char *)NULL;
+#pragma omp parallel for schedule(static)
+  for (int64_t head = 0; head < N / T * H; head++) {
+    int64_t b = head / H, h = head % H, at = b * T * H * D + h * D, at3 = 3 * b * T * H * D + h * D;
+    BackwardScratch w;
+    backward_layout(&w, scratch + hg_thread() * bytes, T, D);
+    backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + head * T, T, H, D, drop,
+                  head * T * T, &w);
+  }
+}
+
+// bytes of scratch
+__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t N, int64_t T, int64_t H, int64_t D,
+                                                                                  int64_t threads) {
+  (void)N, (void)H;
+  BackwardScratch w;
+  return threads * (backward_layout(&w, NULL, T, D) - (char *)NULL);
+}

@@ -1,0 +1,291 @@
+// The engine of causal attention: register tiles, packing, and the forward pass over blocks of queries and keys with a
+// running softmax. attention/cpu.c trains with it, attention_decode/cpu.c prefills with it.      math: README.md §2
+//
+// layout    blocks of BR queries by BC keys; a block product is cut into MR x NR tiles that live in registers
+// numerics  sums and softmax in f32; with AVX512-BF16 the factors of a product are bf16, else everything is f32
+// source    own work, after Dao et al. 2022 (FlashAttention), algorithm 1, and Rabe & Staats 2021
+#pragma once
+#include "kernel.h"
+#include "philox.h"
+#include "vmath.h"
+
+#if defined(__AVX512F__)
+#define VL 16  // floats of a vector
+#define MR 8
+#elif defined(__AVX2__)
+#define VL 8
+#define MR 4
+#else
+#define VL 4
+#define MR 4
+#endif
+#define NR (2 * VL)  // MR x NR: 16 (8 without AVX-512) accumulators, enough to hide the latency of a multiply-add
+#define BR 64        // with BC = 64 and D = 64 all that one block pair touches stays in the first two caches
+#define BC 64
+#define SLACK 8.0f   // the running maximum moves only when it grows by more: e^8 harms no sum, and rescaling gets rare
+
+// A unit is what one lane multiplies: a float or, for vdpbf16ps, two bf16 that are neighbours along the summed axis.
+#if HG_BF16 && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define PAIR 2
+typedef bf16 elem;
+typedef uint32_t unit __attribute__((may_alias));
+#define ELEM(v) (v)
+#else
+#define PAIR 1
+typedef float elem;
+typedef float unit;
+#define ELEM(v) load(v)
+#endif
+typedef float vfloat __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint32_t vbits __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+#if PAIR == 2
+typedef vbits vunit;
+#define MAC(c, a, b) ((vfloat)_mm512_dpbf16_ps((__m512)(c), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b)))
+#else
+typedef vfloat vunit;
+#define MAC(c, a, b) ((c) + (a) * (b))
+#endif
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int smaller(int64_t x, int64_t y) { return (int)(x < y ? x : y); }
+static inline int larger(int64_t x, int64_t y) { return (int)(x > y ? x : y); }
+static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp: columns of every packed buffer
+
+static inline __attribute__((always_inline)) vfloat vector_max(vfloat x, vfloat y) {
+  vbits greater = (vbits)(x > y);
+  return (vfloat)(((vbits)x & greater) | ((vbits)y & ~greater));
+}
+
+static inline __attribute__((always_inline)) float max_of_lanes(vfloat x) {
+  vbits lane;
+  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i;
+#pragma GCC unroll 4
+  for (int s = 1; s < VL; s *= 2) x = vector_max(x, __builtin_shuffle(x, lane ^ (uint32_t)s));
+  return x[0];
+}
+
+// c (MR, NR) = or += a (MR, k) b (k, NR); k counts units. The strides let a be read along rows or along columns.
+static inline __attribute__((always_inline)) void tile(float *c, int64_t c_row, const unit *a, int64_t a_row,
+                                                       int64_t a_k, const unit *b, int64_t b_k, int k, int add) {
+  vfloat x[MR], y[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) {
+    x[i] = add ? *(vfloat *)(c + i * c_row) : (vfloat){0};
+    y[i] = add ? *(vfloat *)(c + i * c_row + VL) : (vfloat){0};
+  }
+  for (int u = 0; u < k; u++, a += a_k, b += b_k) {
+    vunit b0 = *(const vunit *)b, b1 = *(const vunit *)(b + VL);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      x[i] = MAC(x[i], a[i * a_row], b0);
+      y[i] = MAC(y[i], a[i * a_row], b1);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) {
+    *(vfloat *)(c + i * c_row) = x[i];
+    *(vfloat *)(c + i * c_row + VL) = y[i];
+  }
+}
+
+// s (n, BC) = a (n, D) t (D, keys): row r of a is a query that sees the keys <= r + shift of the block; tiles that no
+// query sees are not written.
+static void block_scores(float *s, const elem *a, const unit *t, int n, int64_t shift, int64_t D) {
+  int64_t Dp = padded(D);
+  int k = (int)((D + PAIR - 1) / PAIR);
+  for (int c = 0; c < BC; c += NR, t += NR * Dp / PAIR)
+    for (int r = larger(0, c - shift) / MR * MR; r < n; r += MR)
+      tile(s + r * BC + c, BC, (const unit *)(a + r * Dp), Dp / PAIR, 1, t, NR, k, 0);
+}
+
+// o (n, Dp) = or += p (n, BC) v (BC, Dp), of p only what is seen
+static void block_mix(float *o, const elem *p, const unit *v, int n, int64_t shift, int64_t Dp, int add) {
+  for (int c = 0; c < Dp; c += NR)
+    for (int r = 0; r < n; r += MR) {
+      int k = smaller(BC, r + MR + shift);
+      if (k > 0 || !add)
+        tile(o + r * Dp + c, Dp, (const unit *)(p + r * BC), BC / PAIR, 1, v + c, Dp, (k + PAIR - 1) / PAIR, add);
+    }
+}
+
+// rows (padded_n, Dp) = src (n, D), zeros around it
+static void pack_rows(elem *rows, const real *src, int64_t src_row, int n, int padded_n, int64_t D) {
+  int64_t Dp = padded(D);
+  for (int r = 0; r < padded_n; r++, rows += Dp, src += src_row) {
+    int64_t filled = r < n ? D : 0;
+    for (int64_t d = 0; d < filled; d++) rows[d] = ELEM(src[d]);
+    for (int64_t d = filled; d < Dp; d++) rows[d] = 0;
+  }
+}
+
+// pairs (n / PAIR, Dp) units = rows (n, Dp): neighbouring rows share a unit, as the right factor of a product over rows
+static void pack_pairs(unit *pairs, const elem *rows, int n, int64_t Dp) {
+#if PAIR == 2
+  for (int r = 0; r < n; r += 2, rows += 2 * Dp, pairs += Dp)
+#pragma omp simd
+    for (int64_t d = 0; d < Dp; d++) pairs[d] = (uint32_t)rows[d] | (uint32_t)rows[Dp + d] << 16;
+#else
+  if (pairs != rows) memcpy(pairs, rows, (size_t)(n * Dp) * sizeof *rows);
+#endif
+}
+
+// A (VL, VL) transpose of units: step s swaps the two off-diagonal s x s corners of every 2s x 2s square.
+static inline void transpose(unit *to, const unit *from, int64_t from_row) {
+  vbits v[VL], lane;
+  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) v[i] = *(const vbits *)(from + i * from_row);
+#pragma GCC unroll 4
+  for (int s = 1; s < VL; s *= 2) {
+    vbits low = lane + ((vbits)((lane & (uint32_t)s) != 0) & (uint32_t)(VL - s)), high = low + (uint32_t)s;
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++)
+      if (!(i & s)) {
+        vbits x = v[i], y = v[i + s];
+        v[i] = __builtin_shuffle(x, y, low);
+        v[i + s] = __builtin_shuffle(x, y, high);
+      }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) *(vbits *)(to + i * NR) = v[i];
+}
+
+// panels (BC / NR) of (Dp / PAIR, NR) units = rows (BC, Dp) transposed: the right factor of a product over D
+static void pack_transposed(unit *panels, const elem *rows, int64_t Dp) {
+  for (int c = 0; c < BC; c += VL)
+    for (int64_t u = 0; u < Dp / PAIR; u += VL)
+      transpose(panels + (int64_t)(c / NR) * NR * Dp / PAIR + u * NR + c % NR, (const unit *)(rows + c * Dp) + u,
+                Dp / PAIR);
+}
+
+// The same (BR, BC) block of floats as factors: by rows, or as pairs of rows. Without vdpbf16ps both are the block.
+static inline const elem *as_rows(elem *rows, const float *s, int n) {
+#if PAIR == 2
+  for (int i = 0; i < n * BC; i += 32)
+    _mm512_storeu_si512(rows + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + i + 16), _mm512_loadu_ps(s + i)));
+  return rows;
+#else
+  (void)rows, (void)n;
+  return s;
+#endif
+}
+
+// Where a forward pass finds its operands: Tq queries of each sequence at `position`, and all keys up to the last query.
+typedef struct {
+  const real *q, *k, *v;
+  int64_t q_row, kv_row;  // elements from one token to the next; a token holds its heads one after another
+  int64_t q_seq, kv_seq;  // elements from one sequence to the next
+  int64_t B, Tq, position, H, D;
+  DropoutRule drop;  // threshold 0: none
+} Attend;
+
+typedef struct {
+  elem *q, *p, *rows;  // (BR, Dp); (BR, BC); (BC, Dp) being packed
+  unit *k, *v;         // transposed panels; pairs: all keys of one head
+  float *s, *o;        // (BR, BC) scores, then probabilities; (BR, Dp) not yet normalised
+} AttendScratch;
+
+static inline void *take(char **at, int64_t bytes) {
+  void *p = *at;
+  *at += round_up(bytes, 64);
+  return p;
+}
+
+static inline char *attend_layout(AttendScratch *w, char *at, int64_t keys, int64_t D) {
+  int64_t Dp = padded(D), item = (int64_t)sizeof(elem);
+  w->q = take(&at, BR * Dp * item);
+  w->p = take(&at, PAIR == 2 ? BR * BC * item : 0);
+  w->rows = take(&at, BC * Dp * item);
+  w->k = take(&at, round_up(keys, BC) * Dp * item);
+  w->v = take(&at, round_up(keys, BC) * Dp * item);
+  w->s = take(&at, BR * BC * 4);
+  w->o = take(&at, BR * Dp * 4);
+  return at;
+}
+
+static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
+  AttendScratch w;
+  return threads * (attend_layout(&w, NULL, keys, D) - (char *)NULL);
+}
+
+// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head, the first of which sees keys 0 .. first
+static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n, int64_t first,
+                        int64_t element) {
+  int64_t D = x->D, Dp = padded(D), T = x->Tq + x->position;
+  float scale = 1.0f / sqrtf((float)D), max[BR], factor[BC];
+  vfloat sum[BR];  // by lanes
+  pack_rows(w->q, q, x->q_row, n, (int)round_up(n, MR), D);
+  for (int r = 0; r < n; r++) max[r] = -INFINITY, sum[r] = (vfloat){0};
+  for (int64_t key = 0; key < first + n; key += BC) {
+    int64_t shift = first - key;
+    block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, shift, D);
+    for (int r = 0; r < n; r++) {
+      float *s = w->s + r * BC, top;
+      int seen = smaller(BC, r + shift + 1);
+      int width = smaller(BC, round_up(larger(0, r / MR * MR + MR + shift), VL));
+      for (int c = larger(0, seen); c < width; c++) s[c] = -INFINITY;
+      vfloat tops = (vfloat){0} - INFINITY;
+      for (int c = 0; c < width; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
+      top = max_of_lanes(tops);
+      if (top * scale > max[r] + SLACK) {
+        float shrink = vexp(max[r] - top * scale);
+        max[r] = top * scale;
+        sum[r] *= shrink;
+        if (key > 0)
+          for (int64_t d = 0; d < Dp; d++) w->o[r * Dp + d] *= shrink;
+      }
+      top = max[r];
+#pragma omp simd
+      for (int c = 0; c < width; c++) s[c] = vexp(s[c] * scale - top);
+      for (int c = 0; c < width; c += VL) sum[r] += *(vfloat *)(s + c);
+      if (x->drop.threshold) {
+        dropout_factors(factor, element + r * T + key, width, x->drop);
+#pragma omp simd
+        for (int c = 0; c < width; c++) s[c] *= factor[c];
+      }
+    }
+    block_mix(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
+  }
+  for (int r = 0; r < n; r++) {
+    float total = 0.0f;
+    for (int i = 0; i < VL; i++) total += sum[r][i];
+    for (int64_t d = 0; d < D; d++) y[r * x->H * D + d] = store(w->o[r * Dp + d] / total);
+    if (lse) lse[r] = max[r] + logf(total);
+  }
+}
+
+// y (B Tq, H D); lse (B, H, Tq) or NULL. Each thread takes a run of (head, row block) items of equal cost and packs the
+// keys of its heads as far as its queries see; an item's arithmetic does not depend on who does it.
+static void attend(real *y, float *lse, const Attend *x, char *scratch) {
+  int64_t blocks = (x->Tq + BR - 1) / BR, D = x->D, Dp = padded(D), T = x->position + x->Tq;
+  int64_t cost = 0;
+  for (int64_t i = 0; i < blocks; i++) cost += (x->position + i * BR) / BC + 1;
+  int64_t total = cost * x->B * x->H;
+#pragma omp parallel
+  {
+    int64_t from = total * hg_thread() / hg_team(), to = total * (hg_thread() + 1) / hg_team(), at = 0;
+    AttendScratch w;
+    attend_layout(&w, scratch + hg_thread() * attend_scratch(T, D, 1), T, D);
+    for (int64_t head = 0; head < x->B * x->H; head++) {
+      int64_t b = head / x->H, h = head % x->H, packed = 0;
+      const real *k = x->k + b * x->kv_seq + h * D, *v = x->v + b * x->kv_seq + h * D;
+      for (int64_t i = 0; i < blocks; i++) {
+        int64_t row = i * BR, n = smaller(BR, x->Tq - row), first = x->position + row;
+        int mine = from <= at && at < to;
+        at += first / BC + 1;
+        if (!mine) continue;
+        for (; packed < first + n; packed += BC) {
+          int filled = smaller(BC, T - packed);
+          pack_rows(w.rows, k + packed * x->kv_row, x->kv_row, filled, BC, D);
+          pack_transposed(w.k + packed * Dp / PAIR, w.rows, Dp);
+          pack_rows(w.rows, v + packed * x->kv_row, x->kv_row, filled, BC, D);
+          pack_pairs(w.v + packed / PAIR * Dp, w.rows, BC, Dp);
+        }
+        attend_rows(y + ((b * x->Tq + row) * x->H + h) * D, lse ? lse + head * x->Tq + row : NULL, x, &w,
+                    x->q + b * x->q_seq + row * x->q_row + h * D, (int)n, first,
+                    (head * x->Tq + row) * T);
+      }
+    }
+  }
+}

@@ -1,0 +1,100 @@
+// attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2
+// forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + Tq - 1 of each sequence
+// numerics  f32 softmax and sums
+// layout    Tq = 1: threads share (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
+//           so memory is streamed; then runs are merged.  Tq > 1: blocks of queries, as in training
+// determinism  runs are fixed and merged in order, for any number of threads
+// source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
+#include "../attention/flash.h"
+
+#define RUN 64  // positions of one item: small enough that short caches feed all threads, large enough to merge seldom
+
+// (B, runs) items of: max (H), sum (H), out (H, D)
+static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H * (D + 2), 16); }
+
+// one run of one sequence: the softmax over its n positions alone, not normalised
+static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H, int64_t D) {
+  float *max = partial, *sum = partial + H, *out = partial + 2 * H, scale = 1.0f / sqrtf((float)D);
+  int64_t row = 2 * H * D;
+  for (int s = 0; s < n; s++)
+    for (int64_t h = 0; h < H; h++) {
+      const real *k = cache + s * row + h * D;
+      float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t d = 0; d < D; d++) dot += load(q[h * D + d]) * load(k[d]);
+      score[h * RUN + s] = dot * scale;
+    }
+  for (int64_t h = 0; h < H; h++) {
+    float *p = score + h * RUN, top = p[0], total = 0.0f;
+    for (int s = 1; s < n; s++) top = p[s] > top ? p[s] : top;
+#pragma omp simd reduction(+ : total)
+    for (int s = 0; s < n; s++) {
+      p[s] = vexp(p[s] - top);
+      total += p[s];
+    }
+    max[h] = top;
+    sum[h] = total;
+  }
+  memset(out, 0, (size_t)(H * D) * sizeof *out);
+  for (int s = 0; s < n; s++)
+    for (int64_t h = 0; h < H; h++) {
+      const real *v = cache + s * row + (H + h) * D;
+      float p = score[h * RUN + s];
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) out[h * D + d] += p * load(v[d]);
+    }
+}
+
+static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h, int64_t H, int64_t D, float *out) {
+  int64_t step = partial_floats(H, D);
+  float top = -INFINITY, total = 0.0f;
+  for (int64_t i = 0; i < runs; i++) top = partial[i * step + h] > top ? partial[i * step + h] : top;
+  memset(out, 0, (size_t)D * sizeof *out);
+  for (int64_t i = 0; i < runs; i++, partial += step) {
+    float weight = vexp(partial[h] - top);
+    total += weight * partial[H + h];
+    for (int64_t d = 0; d < D; d++) out[d] += weight * partial[2 * H + h * D + d];
+  }
+  for (int64_t d = 0; d < D; d++) y[d] = store(out[d] / total);
+}
+
+ENTRY(attention_decode) {
+  real *y = P(0);          // (N, H D), N = B Tq
+  real *cache = P(1);      // (B, S_max, 2, H, D), in and out
+  const real *qkv = P(2);  // (N, 3, H, D)
+  int64_t N = I(3), Tq = I(4), S_max = I(5), H = I(6), D = I(7);
+  const Knobs *knobs = P(8);
+  char *scratch = P(9);    // attention_decode_scratch bytes
+  int64_t B = N / Tq, C = H * D, position = knobs->position, sequence = S_max * 2 * C;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < N; i++)
+    memcpy(cache + i / Tq * sequence + (position + i % Tq) * 2 * C, qkv + i * 3 * C + C, (size_t)(2 * C) * sizeof(real));
+  if (Tq > 1) {
+    Attend x = {.q = qkv, .k = cache, .v = cache + C, .q_row = 3 * C, .kv_row = 2 * C, .q_seq = Tq * 3 * C,
+                .kv_seq = sequence, .B = B, .Tq = Tq, .position = position, .H = H, .D = D};
+    attend(y, NULL, &x, scratch);
+    return;
+  }
+  int64_t runs = position / RUN + 1, step = partial_floats(H, D);
+  float *partial = (float *)scratch, *work = partial + B * (S_max / RUN + 1) * step;
+#pragma omp parallel
+  {
+    float *score = work + hg_thread() * (H * RUN + D);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < B * runs; i++) {
+      int64_t b = i / runs, first = i % runs * RUN;
+      decode_run(partial + i * step, score, qkv + b * 3 * C, cache + b * sequence + first * 2 * C,
+                 smaller(RUN, position + 1 - first), H, D);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < B * H; i++)
+      decode_merge(y + i * D, partial + i / H * runs * step, runs, i % H, H, D, score + H * RUN);
+  }
+}
+
+// bytes of scratch
+__attribute__((visibility("default"))) int64_t KERNEL(attention_decode_scratch)(int64_t N, int64_t Tq, int64_t S_max,
+                                                                                int64_t H, int64_t D, int64_t threads) {
+  if (Tq > 1) return attend_scratch(S_max, D, threads);
+  return 4 * (N * (S_max / RUN + 1) * partial_floats(H, D) + threads * (H * RUN + D));
+}

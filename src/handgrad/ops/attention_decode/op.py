@@ -1,0 +1,30 @@
+"""attention_decode: attention of new tokens over a cache of keys and values, which it appends to. See README.md."""
+
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.op import C, Op, case
+from handgrad.ops.attention_decode import reference
+
+
+class AttentionDecode(Op):
+    """Appends k, v of T new tokens per sequence at knobs.position; y = softmax(q k' / sqrt(D)) v over all up to each token."""
+
+    name = "attention_decode"
+    ins = "qkv:N,Q"
+    outs = "y:N,C +cache:B,S,2,H,D"
+    attrs = {"T": int, "S": int, "H": int}
+    cpu = C("attention_decode", "y cache qkv | N T S H D knobs scratch", "attention_decode_scratch N T S H D threads")
+    cases = (case(N=1, Q=48, T=1, S=7, H=2), case(N=10, Q=99, T=5, S=13, H=1), case(N=128, Q=192, T=64, S=65, H=4),
+             case(N=1, Q=2304, T=1, S=1024, H=12, real="gpt2-124m, decode at 0 of 1024"))
+
+    def derive(self, d: dict[str, int]) -> None:
+        if d["Q"] % (3 * d["H"]):
+            raise HandgradError("attention_decode", f"qkv is 3 x {d['H']} heads wide", d["Q"])
+        d["D"], d["B"], d["C"] = d["Q"] // (3 * d["H"]), d["N"] // d["T"], d["Q"] // 3
+
+    def ref(self, v: Any) -> tuple:
+        return reference.attention_decode(v.cache, v.qkv, v.T, int(v.knobs.position))
+
+
+attention_decode = AttentionDecode()

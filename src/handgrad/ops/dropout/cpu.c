@@ -1,0 +1,22 @@
+// dropout: y = x * (kept ? 1 / (1 - p) : 0); its own gradient, applied to dy                      math: README.md §2, §3
+// forward   writes =  y: (N, C) dtype
+// numerics  one multiplication in f32, one rounding
+// layout    blocks of elements; four elements share one call of the generator
+// determinism  an element's bits depend on knobs, call and its index alone (philox.h)
+// source    own work
+#include "philox.h"
+
+ENTRY(dropout_forward) {
+  real *y = P(0);                       // (N, C)
+  const real *x = P(1);                 // (N, C)
+  int64_t n = I(2) * I(3);              // N, C
+  DropoutRule rule = dropout_rule(P(6), F(4), I(5));  // knobs, p, call
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < n; first += DROPOUT_BLOCK) {
+    float factor[DROPOUT_BLOCK];
+    int64_t size = n - first < DROPOUT_BLOCK ? n - first : DROPOUT_BLOCK;
+    dropout_factors(factor, first, size, rule);
+#pragma omp simd
+    for (int64_t k = 0; k < size; k++) y[first + k] = store(load(x[first + k]) * factor[k]);
+  }
+}

@@ -1,0 +1,29 @@
+"""dropout: zeroes a fraction p of all elements and scales the rest up. See README.md."""
+
+from typing import Any
+
+from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call, Program
+from handgrad.core.tensor import Tensor
+from handgrad.ops.dropout import reference
+
+
+class Dropout(Op):
+    """y = x / (1 - p) where kept, else 0. What is kept depends on knobs, `stream` and the element's index alone."""
+
+    name = "dropout"
+    ins = "x:N,C"
+    outs = "y:N,C"
+    attrs = {"p": float, "stream": int}
+    cpu = C("dropout_forward", "y x | N C p stream knobs")
+    cases = (case(N=7, C=33, p=0.1, stream=1), case(N=1, C=1, p=0.5, stream=2), case(N=64, C=128, p=0.0, stream=3),
+             case(N=1024, C=768, p=0.1, stream=4, real="gpt2-124m, B=4 T=256"))
+
+    def ref(self, v: Any) -> tuple:
+        return (reference.dropout_forward(v.x, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step),)
+
+    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask
+
+
+dropout = Dropout()

@@ -1,0 +1,32 @@
+// global_norm: the L2 norm of all gradients and the factor that clips it                            math: README.md §2
+// writes =  knobs.grad_norm, knobs.grad_scale
+// numerics  squares and sums in double: no overflow below 1e38, and the order hardly matters
+// layout    chunks of elements shared among threads, one partial sum each
+// determinism  chunks are fixed and added in order, whatever the number of threads; NaN and inf reach grad_norm
+// source    own work; clipping as torch.nn.utils.clip_grad_norm_
+#include "knobs.h"
+
+#define CHUNK 32768  // elements
+
+SCRATCH(global_norm)(int64_t n) { return (n + CHUNK - 1) / CHUNK * (int64_t)sizeof(double); }
+
+ENTRY(global_norm) {
+  Knobs *knobs = P(0);
+  const float *grad = P(1);  // (n)
+  int64_t n = I(2), chunks = (n + CHUNK - 1) / CHUNK;
+  float clip = F(3);         // largest norm that passes, 0: no clipping
+  double *partial = P(4);    // (chunks)
+#pragma omp parallel for schedule(static)
+  for (int64_t k = 0; k < chunks; k++) {
+    int64_t end = (k + 1) * CHUNK < n ? (k + 1) * CHUNK : n;
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = k * CHUNK; i < end; i++) sum += (double)grad[i] * (double)grad[i];
+    partial[k] = sum;
+  }
+  double total = 0.0;
+  for (int64_t k = 0; k < chunks; k++) total += partial[k];
+  float norm = (float)sqrt(total), scale = clip > 0.0f ? clip / (norm + 1e-6f) : 1.0f;
+  knobs->grad_norm = norm;
+  knobs->grad_scale = scale > 1.0f ? 1.0f : scale;  // written so that NaN passes
+}

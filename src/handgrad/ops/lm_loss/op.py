@@ -1,0 +1,78 @@
+"""lm_loss: the head and its cross entropy, chunk by chunk, so that all logits never exist at once. See README.md."""
+
+from typing import Any
+
+from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call, Program
+from handgrad.core.tensor import IGNORE_INDEX, Tensor
+from handgrad.ops.lm_loss import reference
+
+
+class LmLoss(Op):
+    """losses = logsumexp(x w^T) - (x w^T)[target], nats per row. Only evaluation needs it alone.
+
+    `logits` is room for one chunk; what it holds afterwards means nothing.
+    """
+
+    name = "lm_loss"
+    ins = "x:N,C w:Vp,C targets:N:i32"
+    outs = "losses:N:f32 logits:rows,Vp"
+    attrs = {"V": int, "chunks": int}
+    cpu = C("lm_loss_forward", "losses x w targets | N C V Vp ignore_index rows threads logits scratch",
+            "lm_loss_scratch N C Vp rows threads")
+    cases = (case(N=7, C=33, Vp=19, V=17, chunks=2), case(N=1, C=1, Vp=1, V=1, chunks=1), case(N=67, C=64, Vp=128, V=97, chunks=3),
+             case(N=1024, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=256"))
+
+    def derive(self, d: dict[str, int]) -> None:
+        d["rows"] = -(-d["N"] // d["chunks"])  # of one chunk
+        d["ignore_index"] = IGNORE_INDEX
+
+    def ref(self, v: Any) -> tuple:
+        return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index), None
+
+    def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
+        return _targets(rng, shape, v) if arg.name == "targets" else None
+
+    def flops(self, c: Call) -> int:
+        return 2 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
+
+
+class LmLossForwardBackward(Op):
+    """The loss and its own gradient in one pass over the chunks: losses, dx, and dw += ...
+
+    Nothing follows the loss, so its gradient can be made while a chunk of logits is at hand: no logits are kept and none
+    is computed twice. Gradients are of knobs.loss_scale * sum(losses).
+    """
+
+    name = "lm_loss_forward_backward"
+    ins = "x:N,C w:Vp,C targets:N:i32"
+    outs = "losses:N:f32 dx:N,C logits:rows,Vp +dw:Vp,C:f32"
+    attrs = {"V": int, "chunks": int}
+    saved = "dx"
+    starts_gradient = True
+    cpu = C("lm_loss_forward_backward", "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads knobs logits scratch",
+            "lm_loss_scratch N C Vp rows threads")
+    cases = LmLoss.cases
+
+    derive = LmLoss.derive
+    sample = LmLoss.sample
+
+    def ref(self, v: Any) -> tuple:
+        losses, dx, dw = reference.lm_loss_forward_backward(v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale)
+        return losses, dx, None, dw
+
+    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        return {"x": c.dx}
+
+    def flops(self, c: Call) -> int:
+        return 6 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
+
+
+def _targets(rng: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
+    """Random targets, every fifth one ignored."""
+    targets = rng.integers(0, v["V"], shape, dtype="int32")
+    targets[4::5] = IGNORE_INDEX
+    return targets
+
+
+lm_loss, lm_loss_forward_backward = LmLoss(), LmLossForwardBackward()

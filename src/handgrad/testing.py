@@ -1,0 +1,283 @@
+"""How ops and models are judged: checks against the float64 oracle, finite differences, derived tolerances, timing.
+
+Used by the tests and by `handgrad ops`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from handgrad.backends.base import Arena, Backend
+from handgrad.backends.ref import RefBackend
+from handgrad.core.backward import Policy, backward, keep_all
+from handgrad.core.dtypes import BF16, F32, DType
+from handgrad.core.op import Case, Op
+from handgrad.core.plan import plan
+from handgrad.core.program import ONES, Call, Program
+from handgrad.core.tensor import Role, Tensor
+
+SENTINEL = 0xA5
+
+
+@dataclass(frozen=True)
+class Error:
+    """The worst element of one output. `ratio` is error / tolerance: above 1 is a failure."""
+
+    out: str
+    error: float
+    tolerance: float
+    nmse: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.tolerance if self.error else 0.0
+
+
+def tolerance(exact: np.ndarray, rounded: np.ndarray, dtype: DType, terms: int = 1) -> float:
+    """Twice the error that the oracle itself makes when computed in the working dtype, plus one ULP at the largest value.
+
+    A sum of `terms` products in float32 may be ordered otherwise than numpy does it: independent roundings walk
+    sqrt(terms) units away, which matters where outputs are float32.
+    """
+    top = float(np.max(np.abs(exact), initial=0.0))
+    ulp = 2.0 ** (np.floor(np.log2(top)) if top > 0 else 0.0) * 2 * dtype.unit
+    emulated = float(np.max(np.abs(rounded.astype(np.float64) - exact), initial=0.0))
+    walk = np.sqrt(terms) * F32.unit * top
+    return 2 * emulated + ulp + walk
+
+
+def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) -> tuple[Program, Call]:
+    """A program of one call: every input is an input, every given output a tensor of its own."""
+    p = Program(dtype, mode="train")
+    sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
+    op.derive(sizes)
+
+    def shape(arg: Any) -> tuple[int, ...]:
+        return tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
+
+    ins = tuple(p.input(a.name, shape(a), a.dtype or dtype) for a in op.in_args)
+    into: dict[str, Tensor | None] = {}
+    for a in op.out_args:
+        if a.given and a.name == "knobs":
+            into[a.name] = p.knobs
+        elif a.given and (not a.optional or op.makes(a.name, case.sizes, dtype)):
+            role = Role.GRAD if a.dtype is F32 and a.name.startswith("d") and not accumulate else Role.STATE
+            into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype or dtype, role)
+    p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into)
+    return p, p.calls[-1]
+
+
+def case_arrays(op: Op, c: Call, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random values for inputs and given outputs, already rounded to their dtypes.
+
+    The first rows of matrices are unkind: one of zeros, two alike, one with a large mean.
+    """
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = dict(c.sizes) | c.attrs
+    for args, tensors in ((op.in_args, c.ins), (op.out_args, c.outs)):
+        for arg, t in zip(args, tensors):
+            if t is None or (args is op.out_args and not arg.given) or t.role is Role.KNOB:
+                continue
+            value = op.sample(rng, arg, t.shape, arrays)
+            if value is None:
+                value = rng.standard_normal(t.shape)
+                if len(t.shape) == 2 and t.shape[0] > 4 and args is op.in_args:
+                    value[0], value[1] = 0.0, value[2]
+                    value[3] += 8.0
+            arrays[arg.name] = round_to(np.asarray(value), t.dtype)
+    return {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
+
+
+def round_to(value: np.ndarray, dtype: DType) -> np.ndarray:
+    """The nearest values that the dtype holds, as float64 (integers untouched)."""
+    if dtype.unit == 0.0:
+        return value
+    return value.astype(ml_dtypes.bfloat16 if dtype is BF16 else np.float32).astype(np.float64)
+
+
+def run_case(p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_step: int = 0) -> dict[str, np.ndarray]:
+    """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
+    layout = plan(p, scratch=backend.scratch)
+    arena = backend.alloc(layout)
+    raw = getattr(arena, "bytes", None)
+    if raw is not None:
+        raw[:] = SENTINEL
+    for args, tensors in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)):
+        for arg, t in zip(args, tensors):
+            if t is not None and arg.name in arrays:
+                arena.view(t)[...] = arrays[arg.name]
+    set_knobs(arena.knobs(p), micro_step)
+    before = None if raw is None else raw.copy()
+    backend.bind(p, arena).run()
+    outs = {name: np.array(arena.view(t), np.float64) for name, t in c.named_outs() if t.role is not Role.KNOB and name != "logits"}
+    if any(t is p.knobs for t in c.outs):
+        outs["knobs"] = np.array([arena.knobs(p).grad_norm, arena.knobs(p).grad_scale], np.float64)
+    if raw is not None:
+        spans = [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
+        if c in layout.scratch:
+            spans.append((layout.scratch[c], backend.scratch(c)))
+        for start, size in spans:
+            raw[start : start + size] = before[start : start + size]
+        assert np.array_equal(raw, before), f"{c.op.name} wrote outside its outputs"
+    return outs
+
+
+def set_knobs(knobs: Any, micro_step: int = 0) -> None:
+    """The knob values of every check: step 3, learning rate 1e-3, and so on."""
+    knobs.seed, knobs.step, knobs.micro_step, knobs.position = 7, 3, micro_step, 0
+    knobs.lr, knobs.loss_scale, knobs.grad_norm, knobs.grad_scale = 1e-3, 0.125, 0.0, 0.5
+
+
+def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
+    """Errors of every output of a case against the oracle, first writing and then accumulating."""
+    errors = []
+    for accumulate in (False, True) if any(a.given for a in op.out_args) else (False,):
+        p, c = case_program(op, case, dtype, accumulate=accumulate)
+        arrays = case_arrays(op, c, seed)
+        runs = [run_case(p, c, arrays, b) for b in (RefBackend(), RefBackend(exact=False), backend)]
+        terms = max([1, *c.sizes.values()])
+        for arg in op.out_args:
+            if arg.name not in runs[0]:
+                continue
+            exact, rounded, got = (r[arg.name] for r in runs)
+            limit = tolerance(exact, rounded, (arg.dtype or dtype) if arg.name != "knobs" else F32, terms)
+            error = float(np.max(np.abs(got - exact), initial=0.0))
+            if not np.isfinite(got).all():
+                error = np.inf
+            errors.append(Error(arg.name, error, limit, float(np.mean((got - exact) ** 2) / (np.mean(exact**2) + 1e-300))))
+    return errors
+
+
+def check_op(op: Op, backends: list[Backend], dtypes: tuple[DType, ...] = (F32, BF16)) -> None:
+    """Asserts every case of an op on every backend, and its gradient rule where it has one."""
+    for case in op.cases:
+        for backend in backends:
+            for dtype in dtypes:
+                for e in check_case(op, case, backend, dtype):
+                    assert e.ratio <= 1, f"{op.name} {case.sizes} {backend.name} {dtype}: {e}"
+        if not case.real and type(op).backward is not Op.backward:
+            worst = gradcheck_op(op, case)
+            assert worst < 1e-6, f"gradient rule of {op.name} {case.sizes}: relative error {worst:.1e}"
+
+
+PARAMS = ("w", "b", "wte", "wpe")  # input names that are parameters
+
+
+def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
+    """The largest relative error of an op's gradient rule against central differences of its oracle, in float64."""
+    from handgrad.ops import add
+
+    p = Program(F32, mode="train")
+    sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
+    op.derive(sizes)
+    ins, into = [], {}
+    for a in op.in_args:
+        shape = tuple(sizes[d] if d in sizes else int(d) for d in a.dims)
+        if a.name in PARAMS:
+            ins.append(p.param(a.name, shape, ONES))
+        elif a.dtype is None or a.dtype is F32:
+            ins.append(Tensor(a.name, shape, F32, Role.ACT))
+        else:
+            ins.append(p.input(a.name, shape, a.dtype))
+    for a in op.out_args:
+        if a.given:
+            into[a.name] = p.grad(p.params[a.name[1:]].tensor)
+    p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into)
+    c, forward = p.calls[-1], len(p.calls)
+    results = [(name, t) for name, t in c.named_outs() if t.dtype is F32 and name in ("y", "s", "losses")]
+    seeds = {} if op.starts_gradient else {t: p.input("seed " + name, t.shape, F32) for name, t in results}
+    backward(p, add, seeds=seeds)
+    backend = RefBackend()
+    arena = backend.alloc(plan(p))
+    set_knobs(arena.knobs(p))
+    arrays = case_arrays(op, c)
+    rng = np.random.default_rng(1)
+    for t in ins:
+        arena.view(t)[...] = arrays[t.name]
+    for seed in seeds.values():
+        arena.view(seed)[...] = rng.standard_normal(seed.shape)
+    run = backend.bind(p, arena)
+    run.run()
+    gradients = {t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.slots[t])) for t in ins
+                 if t.role is Role.PARAM or t in p.slots}
+
+    def loss() -> float:
+        run.run(0, forward)
+        if op.starts_gradient:
+            return float(arena.knobs(p).loss_scale * arena.view(c.losses).sum())
+        return sum(float((arena.view(t) * arena.view(seeds[t])).sum()) for _, t in results)
+
+    return max(difference_error(loss, arena.view(t), gradient, samples, rng) for t, gradient in gradients.items())
+
+
+def difference_error(loss: Callable[[], float], x: np.ndarray, gradient: np.ndarray, samples: int, rng: Any,
+                     step: float = 1e-5) -> float:
+    """The largest |numeric - gradient| / (largest |gradient|) over a few random elements of x, which is restored."""
+    worst, scale = 0.0, float(np.max(np.abs(gradient))) + 1e-12
+    for _ in range(samples):
+        at = tuple(rng.integers(0, n) for n in x.shape)
+        old = x[at]
+        x[at] = old + step
+        high = loss()
+        x[at] = old - step
+        low = loss()
+        x[at] = old
+        worst = max(worst, abs((high - low) / (2 * step) - gradient[at]) / scale)
+    return worst
+
+
+def gradcheck(record: Callable[[Program], None], fill: Callable[[Program, Arena], None], drop: Policy = keep_all,
+              samples: int = 3) -> float:
+    """The largest relative gradient error of a whole model in float64. `record` appends the forward, `fill` writes inputs."""
+    from handgrad.ops import add
+
+    p = Program(F32, mode="train")
+    record(p)
+    forward = len(p.calls)
+    backward(p, add, drop=drop)
+    backend = RefBackend()
+    arena = backend.alloc(plan(p))
+    fill(p, arena)
+    run = backend.bind(p, arena)
+    run.run()
+    gradients = {name: np.array(arena.view(p.grad(info.tensor))) for name, info in p.params.items()}
+    rng = np.random.default_rng(2)
+
+    def loss() -> float:
+        run.run(0, forward)
+        return float(arena.knobs(p).loss_scale * arena.view(p.outputs["losses"]).sum())
+
+    return max(difference_error(loss, arena.view(p.params[name].tensor), g, samples, rng) for name, g in gradients.items())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One case on one backend: median seconds, and what that is in GB/s (1e9) and GFLOP/s."""
+
+    seconds: float
+    gbps: float
+    gflops: float
+
+
+def bench_case(op: Op, case: Case, backend: Backend, dtype: DType, seconds: float = 0.3) -> Timing:
+    """Times a case: median of as many runs as fit in `seconds`, at least five, after one to warm up."""
+    p, c = case_program(op, case, dtype)
+    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    for arg, t in zip(op.in_args, c.ins):
+        if t is not None:
+            arena.view(t)[...] = case_arrays(op, c)[arg.name]
+    set_knobs(arena.knobs(p))
+    run = backend.bind(p, arena)
+    run.run()
+    times, begin = [], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        run.run()
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    return Timing(median, op.nbytes(c) / median / 1e9, op.flops(c) / median / 1e9)

@@ -1,0 +1,63 @@
+"""One id per character: the smallest tokenizer there is, made from the text it will see."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+from handgrad.tokenizers.base import checked
+
+
+def chars(text: str | Iterable[str]) -> "CharTokenizer":
+    """Returns a tokenizer of the characters in `text`, a string or pieces of one, in code point order.
+
+    >>> tokenizer = chars("hello")
+    >>> tokenizer.vocab_size, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0])
+    (4, [1, 3, 2, 0], 'he')
+    """
+    found = set()
+    for piece in [text] if isinstance(text, str) else text:
+        found.update(piece)
+    if not found:
+        raise HandgradError("tokenizer", "the text that a character tokenizer is made from must not be empty")
+    return CharTokenizer("".join(sorted(found)))
+
+
+class CharTokenizer:
+    """See `handgrad.tokenizers.Tokenizer`; made by `chars`. `characters[id]` is what an id stands for."""
+
+    name = "chars"
+    eot = None
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self.vocab_size = len(characters)
+        points = _code_points(characters)
+        self._id_of = np.full(points.max() + 1, -1, np.int32)
+        self._id_of[points] = np.arange(len(characters))
+
+    def encode(self, text: str) -> np.ndarray:
+        """As `Tokenizer.encode`; HandgradError for a character that was not in the text it was made from."""
+        points = _code_points(text)
+        ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
+        unknown = (ids < 0) | (points >= len(self._id_of))
+        if unknown.any():
+            where = int(np.argmax(unknown))
+            rule = f"the text must be spelled with the {self.vocab_size} characters of the training text"
+            hint = "the gpt2 tokenizer knows every character"
+            raise HandgradError("tokenizer", rule, f"{text[where]!r} at character {where}", hint=hint)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        return (self.characters[id] for id in checked(ids, self.vocab_size))
+
+    def save(self, folder: str | Path) -> dict:
+        return {"kind": "chars", "characters": self.characters}
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)

@@ -1,0 +1,80 @@
+"""Any tokenizer.json, through the `tokenizers` library: byte-level and other BPE, Unigram, WordPiece."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from handgrad.core.errors import HandgradError
+from handgrad.tokenizers.base import checked
+
+FILE = "tokenizer.json"
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SEP]")  # how families spell it
+
+
+def from_file(path: str | Path) -> "FileTokenizer":
+    """Returns the tokenizer that the tokenizer.json at `path` describes.
+
+    Its `eot` is the first of <|endoftext|>, <|end_of_text|>, <|im_end|>, <eos>, </s>, [SEP] that it knows, else None.
+    Padding, truncation and special tokens around the text that the file asks for are left out: training text is cut
+    elsewhere. Raises HandgradError if the file is missing or no such description.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
+    try:
+        return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), path.name)
+    except Exception as error:  # the library raises nothing narrower
+        raise HandgradError("tokenizer", f"{path} must describe a tokenizer", error) from None
+
+
+class FileTokenizer:
+    """See `handgrad.tokenizers.Tokenizer`; made by `from_file`."""
+
+    def __init__(self, library: tokenizers.Tokenizer, name: str):
+        library.no_padding()
+        library.no_truncation()
+        library.encode_special_tokens = True  # that is: as the characters they are spelled with
+        known = library.get_vocab(with_added_tokens=True)
+        if not known:
+            raise ValueError("it has no tokens")
+        self.name = name
+        self.vocab_size = max(known.values()) + 1  # ids may have holes
+        self.eot = next((known[end] for end in _ENDS if end in known), None)
+        self._library = library
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
+        try:
+            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # such as a vocabulary without an unknown token
+            raise HandgradError("tokenizer", f"{self.name} must be able to encode the text", error) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        # what an id adds can depend on the one before (a space, half a character): decode it behind what was shown last
+        shown, pending = [], []
+        for id in checked(ids, self.vocab_size):
+            pending.append(id)
+            text = self._after(shown, pending)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text
+                shown, pending = pending, []
+        if pending:
+            yield self._after(shown, pending)
+
+    def _after(self, shown: list[int], pending: list[int]) -> str:
+        return self.decode(shown + pending)[len(self.decode(shown)) :]
+
+    def save(self, folder: str | Path) -> dict:
+        try:
+            self._library.save(str(Path(folder) / FILE))
+        except Exception as error:
+            raise HandgradError("tokenizer", f"{folder} must be writable", error) from None
+        return {"kind": "file", "path": FILE}

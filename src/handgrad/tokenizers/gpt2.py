@@ -1,0 +1,93 @@
+"""GPT-2's byte-level BPE, from the merges beside this file; tiktoken does the work. No network."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from handgrad.core.errors import HandgradError
+from handgrad.tokenizers.base import checked, whole_characters
+
+MERGES = Path(__file__).with_name("gpt2_vocab.bpe")
+SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+END_OF_TEXT = 50256
+# contractions; words, numbers and other signs with the space before them; spaces that end the text or precede one more
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@cache
+def gpt2() -> "GPT2Tokenizer":
+    """Returns GPT-2's tokenizer: 50257 ids, of which 50256 ends a document.
+
+    >>> tokenizer = gpt2()
+    >>> tokenizer.encode("Hello world").tolist()
+    [15496, 995]
+    >>> tokenizer.decode([15496, 995])
+    'Hello world'
+    """
+    return GPT2Tokenizer()
+
+
+class GPT2Tokenizer:
+    """See `handgrad.tokenizers.Tokenizer`; made by `gpt2`."""
+
+    name = "gpt2"
+    vocab_size = END_OF_TEXT + 1
+    eot = END_OF_TEXT
+
+    def __init__(self):
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=PATTERN,
+            mergeable_ranks=read_ranks(MERGES),
+            special_tokens={"<|endoftext|>": END_OF_TEXT},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        except UnicodeEncodeError as error:
+            raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
+        except ValueError:  # the pattern gives up on hundreds of thousands of spaces in a row: cut there, once
+            half = len(text) // 2
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode(list(checked(ids, self.vocab_size)))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        return whole_characters(
+            self._encoding.decode_single_token_bytes(id) for id in checked(ids, self.vocab_size)
+        )
+
+    def save(self, folder: str | Path) -> dict:
+        return {"kind": "gpt2"}
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Returns {token bytes: id} from the merges at `path`, which must be OpenAI's file to the byte.
+
+    A line "a b" merges two earlier tokens into the next id, after the 256 single bytes. The file spells a byte as a
+    printable character: itself if it is printable in Latin-1, else the next free one from U+0100.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise HandgradError("tokenizer", f"{path} must be readable", error.strerror) from None
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != SHA256:
+        rule = f"{path} must be GPT-2's merges (sha256 {SHA256[:8]}...)"
+        raise HandgradError("tokenizer", rule, f"{digest[:8]}...", hint="install handgrad again")
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    ranks = {bytes([byte]): id for id, byte in enumerate(printable + others)}
+    for line in raw.decode("utf-8").splitlines()[1:]:
+        token = bytes(byte_of[character] for character in line.replace(" ", ""))
+        ranks[token] = len(ranks)
+    return ranks

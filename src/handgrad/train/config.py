@@ -1,0 +1,131 @@
+"""The settings of a run: four groups of flags, with the defaults of the Shakespeare recipe. What is 0 or empty is resolved
+from the rest, and the resolved table is printed and saved."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which GPT-2."""
+
+    preset: str = "tiny"
+    """tiny, gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1558m, d6 .. d84, gpt3:c384 .. gpt3:c12288"""
+    depth: int = 0
+    """one-dial size: this many layers, 64 wide for each; replaces the preset"""
+    num_layers: int = 0
+    """layers; 0: the preset's"""
+    num_heads: int = 0
+    """attention heads; 0: the preset's"""
+    hidden_size: int = 0
+    """width; 0: the preset's"""
+    max_seq_len: int = 0
+    """longest sequence, tokens; 0: the preset's"""
+    vocab_size: int = 0
+    """tokens in the vocabulary; 0: the data's"""
+    dropout: float = 0.0
+    """probability of dropping embeddings, attention weights and branches"""
+    tie_embeddings: bool = True
+    """use the token embedding as the head"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it reads."""
+
+    train: str = "shakespeare"
+    """'shakespeare' (in the package), a folder made by `handgrad data`, or a glob of .bin token shards"""
+    val: str = ""
+    """glob of validation shards; empty: the folder's own"""
+    seq_len: int = 0
+    """tokens in a training sequence; 0: the model's longest"""
+    batch_tokens: int = 0
+    """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
+    shuffle: bool = True
+    """visit the sequences in random order"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 2e-3
+    """peak learning rate"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.99
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """of matrices and embeddings; biases and norms do not decay"""
+    clip: float = 1.0
+    """largest global gradient norm; 0: no clipping"""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """shape of the learning rate after warm-up"""
+    warmup: int = 100
+    """steps from 0 to the peak"""
+    final: float | None = None
+    """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and with what."""
+
+    out: str = ""
+    """run folder; empty: runs/<data>-NNN, the next free number"""
+    resume: bool = False
+    """go on from the newest complete checkpoint in the run folder; a fresh start if there is none"""
+    steps: int = 2000
+    """optimizer steps"""
+    micro_batch: int = 12
+    """sequences in one forward and backward pass"""
+    dtype: Literal["auto", "f32", "bf16"] = "auto"
+    """working dtype; bf16 keeps f32 master weights; auto: bf16 where the processor multiplies it natively"""
+    backend: Literal["cpu", "ref"] = "cpu"
+    """cpu: C kernels; ref: the numpy oracle, float64 and slow"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
+    recompute: Literal["none", "act", "act_norm", "block"] = "none"
+    """what is computed again in backward instead of kept"""
+    head_chunks: int = 0
+    """pieces in which the head's logits are made; 0: pieces of at most 1024 rows"""
+    seed: int = 1337
+    """of initial weights, data order, dropout and sampling"""
+    val_every: int = 250
+    """steps between validations; 0: never. The last step is always validated if a validation set exists"""
+    val_tokens: int = 65536
+    """tokens of a validation; 0: the whole set"""
+    sample_every: int = 0
+    """steps between samples; 0: only after the last step"""
+    sample_tokens: int = 256
+    """tokens of a sample; 0: no samples"""
+    prompt: str = "\n"
+    """start of every sample"""
+    save_every: int = 1000
+    """steps between checkpoints; 0: only after the last step"""
+    keep_last: int = 2
+    """newest checkpoints that are kept; 0: all"""
+    keep_every: int = 0
+    """checkpoints at multiples of this step are never deleted; 0: none"""
+    max_skipped: int = 10
+    """stop after this many skipped updates in a row"""
+    skip_loss_z: float = 0.0
+    """skip an update whose loss is this many standard deviations above the last 128; 0: never"""
+    skip_grad_z: float = 0.0
+    """the same for the gradient norm"""
+    check: Literal["off", "nan"] = "off"
+    """nan: look at every output of every call and name the first that is not finite; slow"""
+    tensorboard: bool = False
+    """also write TensorBoard event files into the run folder"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,84 @@
+"""explain: everything about a run before it runs: the listing, the memory map to the byte, flops, the price of remedies."""
+
+from dataclasses import dataclass
+
+from handgrad.backends.base import Backend
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.listing import listing
+from handgrad.core.plan import MIB, Plan, plan
+from handgrad.core.program import Program
+from handgrad.infer.engine import record as record_engine
+from handgrad.models import GPT2
+from handgrad.optim import AdamW
+from handgrad.train.trainer import chunks_of, record_loss, record_train
+
+REMEDIES = ("none", "act", "act_norm", "block")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` of it is the page that the command prints."""
+
+    program: Program
+    plan: Plan
+    rows: int
+    remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-step
+
+    @property
+    def flops_per_token(self) -> float:
+        """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
+        return sum(c.flops for c in self.program.calls) / self.rows
+
+    def __str__(self) -> str:
+        p, at = self.program, self.plan
+        calls = {phase: sum(c.phase == phase for c in p.calls) for phase in dict.fromkeys(c.phase for c in p.calls)}
+        lines = [
+            listing(p, at), "",
+            f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
+            f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
+            f"flops         {self.flops_per_token / 1e6:,.1f} M a token, {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-step",
+            "", at.report(), "",
+            f"{'block':8} {'parameters':>14} {'grads + state':>14} {'kept activations':>18}   MiB",
+        ]
+        for block, params, state, kept in at.by_block():
+            lines.append(f"{block:8} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
+        base = at.nbytes
+        lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
+        flops = sum(c.flops for c in p.calls)
+        for name, nbytes, count in self.remedies:
+            lines.append(f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {100 * (count / flops - 1):10.1f}%")
+        return "\n".join(lines)
+
+
+def explain(model: GPT2, micro_batch: int, seq_len: int, *, dtype: str = "bf16", backend: Backend | None = None,
+            recompute: str = "none", head_chunks: int = 0, optim: AdamW = AdamW(), val: bool = True, sample: bool = True,
+            remedies: bool = True) -> Explanation:
+    """What a run of these settings would record and allocate. Nothing is allocated here.
+
+    The plan is the one that Trainer makes from the same arguments: `plan.nbytes` equals its arena, to the byte.
+    Without a backend, kernels are taken to need no scratch.
+
+    >>> import handgrad as hg
+    >>> page = hg.explain(hg.models.gpt2("124m"), micro_batch=16, seq_len=1024)
+    >>> page.program.num_params
+    124475904
+    """
+    kind = DTYPES[dtype]
+
+    def lay_out(micro_batch: int, recompute: str, head_chunks: int) -> tuple[Program, Plan]:
+        train = record_train(model, optim, micro_batch, seq_len, kind, recompute, head_chunks)
+        others = [record_loss(model, micro_batch, seq_len, kind, head_chunks)] if val else []
+        others += record_engine(model, kind) if sample else ()
+        return train, plan(train, *others, **({} if backend is None else {"scratch": backend.scratch}))
+
+    program, layout = lay_out(micro_batch, recompute, head_chunks)
+    chunks = chunks_of(micro_batch * seq_len, head_chunks)
+    prices = []
+    if remedies:
+        options = [(f"recompute {r}", micro_batch, r, chunks) for r in REMEDIES if r != recompute]
+        options += [(f"micro-batch {b}", b, recompute, 0) for b in (micro_batch // 2, micro_batch // 4) if b]
+        options += [(f"head chunks {n}", micro_batch, recompute, n) for n in (1, 4 * chunks) if n != chunks and n <= micro_batch * seq_len]
+        for name, b, r, n in options:
+            other, its = lay_out(b, r, n)
+            prices.append((name, its.nbytes, sum(c.flops for c in other.calls) * micro_batch // b))
+    return Explanation(program, layout, micro_batch * seq_len, tuple(prices))

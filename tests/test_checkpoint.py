@@ -1,0 +1,363 @@
+"""Checkpoints: exact, small in memory, and never spoiled by a kill, a full disk or damage."""
+
+import doctest
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from handgrad import io
+from handgrad.core.errors import HandgradError
+from handgrad.io import checkpoint
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+TENSORS = {
+    "h.0.w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "h.0.b": np.array([1.5, -0.0, np.inf], BF16),
+    "scalar": np.array(np.nan, np.float32),
+    "none": np.zeros((0, 4), np.float32),
+}
+STATE = {"m": np.full(5, 0.25, np.float32), "rng": np.array([2**63 + 1], np.uint64), "n": np.array(-3, np.int64)}
+
+
+def expected(tensors):
+    return {name: (array.shape, array.dtype) for name, array in tensors.items()}
+
+
+def folders(out_dir):
+    return sorted(path.name for path in Path(out_dir).iterdir())
+
+
+def test_examples():
+    result = doctest.testmod(checkpoint)
+    assert result.attempted and not result.failed
+
+
+def test_round_trip_is_exact(tmp_path):
+    meta = {"config": {"layers": 4, "name": "é"}, "lr": 0.1, "best": None, "inf": float("inf")}
+    path = io.save(tmp_path / "run", 500, TENSORS, STATE, meta)
+    assert path == tmp_path / "run" / "step_000500" == io.newest(tmp_path / "run")
+    assert folders(path) == ["DONE", "model.safetensors", "run.json", "state.rank00.safetensors"]
+    assert len({(path / name).stat().st_mode for name in folders(path)}) == 1
+    for tensors, found in [(TENSORS, io.load(path, expected(TENSORS))), (STATE, io.load_state(path, expected(STATE)))]:
+        assert list(found) == list(tensors) and len(found) == len(tensors)
+        for name, array in found.items():
+            assert array.dtype == tensors[name].dtype and array.shape == tensors[name].shape
+            assert array.tobytes() == tensors[name].tobytes() and array.flags.writeable
+        with pytest.raises(KeyError):
+            found["x"]
+    assert io.load_meta(path, {"config": dict, "lr": float}) == {**meta, "step": 500}
+
+
+def test_strided_and_large_steps(tmp_path):
+    w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    path = io.save(tmp_path, 12_345_678, {"t": w.T, "s": w[:, ::2]}, {}, {})
+    found = io.load(path, {"t": ((3, 2), "float32"), "s": ((2, 2), "float32")})
+    assert (found["t"] == w.T).all() and (found["s"] == w[:, ::2]).all()
+    assert io.newest(tmp_path).name == "step_12345678"
+
+
+def test_other_libraries_read_it(tmp_path):
+    torch_reader = pytest.importorskip("safetensors.torch")
+    path = io.save(tmp_path, 1, TENSORS, {}, {})
+    for name, tensor in torch_reader.load_file(path / "model.safetensors").items():
+        assert tensor.float().numpy().tobytes() == TENSORS[name].astype(np.float32).tobytes()
+
+
+def test_keeping(tmp_path):
+    for step in range(0, 1100, 100):
+        io.save(tmp_path, step, {}, {}, {}, keep_last=2, keep_every=400)
+    assert folders(tmp_path) == [f"step_{step:06d}" for step in (0, 400, 800, 900, 1000)]
+    io.save(tmp_path, 500, {}, {}, {}, keep_last=1)  # a run that went back: what it has just saved stays
+    assert folders(tmp_path) == ["step_000500", "step_001000"]
+    io.prune(tmp_path, 1)
+    assert folders(tmp_path) == ["step_001000"]
+    for wrong in [dict(keep_last=0), dict(keep_last=1, keep_every=-1)]:
+        with pytest.raises(HandgradError, match="keep_last must"):
+            io.save(tmp_path, 1, {}, {}, {}, **wrong)
+
+
+def test_newest_wants_done(tmp_path):
+    assert io.newest(tmp_path / "none") is None and io.newest(tmp_path) is None
+    io.save(tmp_path, 1, TENSORS, {}, {}, keep_last=9)
+    path = io.save(tmp_path, 2, TENSORS, {}, {}, keep_last=9)
+    (path / "DONE").unlink()
+    (tmp_path / "step_000009.tmp-1").mkdir()
+    (tmp_path / "step_000009.tmp-1" / "DONE").touch()
+    (tmp_path / "step_x").mkdir()
+    (tmp_path / "step_000007").touch()
+    assert io.newest(tmp_path).name == "step_000001"
+    for load in (io.load, io.load_state, io.load_meta):
+        with pytest.raises(HandgradError, match="no file DONE in it"):
+            load(path, {})
+        with pytest.raises(HandgradError, match="no folder"):
+            load(tmp_path / "step_000003", {})
+
+
+# kills ----------------------------------------------------------------------------------------------------------------
+
+KILLED_AT_EVERY_CALL = """
+import os, sys
+import numpy as np
+from handgrad import io
+
+out, step = sys.argv[1], int(sys.argv[2])
+count = 0
+
+def die(event, args):
+    global count
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"):
+        count += 1
+        if count == at:
+            os._exit(9)
+
+for at in range(1, 200):
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(die)  # for good: hence the fork
+        io.save(out, step, {"w": np.full(1000, 2, np.float32)}, {"m": np.full(10, 2)}, {"value": 2})
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def check_whole(out_dir, allowed):
+    """Returns the value that the newest checkpoint holds, after checking that all its files agree on it."""
+    path = io.newest(out_dir)
+    value = io.load_meta(path, {"value": int})["value"]
+    assert (io.load(path, {"w": ((1000,), "float32")})["w"] == value).all()
+    assert (io.load_state(path, {"m": ((10,), "int64")})["m"] == value).all()
+    assert value in allowed
+    return value
+
+
+@pytest.mark.parametrize("step", [2, 1])  # a new step; the step that is there already
+def test_killed_between_any_two_file_operations(tmp_path, step):
+    out = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED_AT_EVERY_CALL, str(out), str(step)]
+    values, codes = [], []
+
+    def fresh():
+        shutil.rmtree(out, ignore_errors=True)
+        io.save(out, 1, {"w": np.full(1000, 1, np.float32)}, {"m": np.full(10, 1)}, {"value": 1})
+
+    fresh()
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            codes.append(int(line))
+            values.append(check_whole(out, {1, 2}))
+            if codes[-1] == 0:
+                break
+            # whoever comes next finds order again
+            io.save(out, 3, {"w": np.full(1000, 3, np.float32)}, {"m": np.full(10, 3)}, {"value": 3}, keep_last=9)
+            left = folders(out)
+            assert left[-1] == "step_000003" and all("." not in name for name in left)
+            assert check_whole(out, {3}) == 3
+            fresh()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.kill()
+    assert codes[-1] == 0 and set(codes[:-1]) == {9} and len(codes) > 10
+    assert values[0] == 1 and values[-1] == 2 and values == sorted(values)
+    assert folders(out) == [f"step_{step:06d}"]
+
+
+SAVES_FOREVER = """
+import sys
+import numpy as np
+from handgrad import io
+
+value = int(sys.argv[2])
+while True:
+    value += 1
+    w, m = np.full(1_000_000, value, np.float32), np.full(1_000_000, value, np.float32)
+    io.save(sys.argv[1], value // 3, {"w": w}, {"m": m}, {"value": value})
+    print(value, flush=True)
+"""
+
+
+def test_kill_9_at_random_instants(tmp_path):
+    rng = random.Random(0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    value = 2
+    for _ in range(6):
+        command = [sys.executable, "-c", SAVES_FOREVER, str(tmp_path), str(value)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        said = [int(line) for line in process.stdout]
+        process.wait()
+        path = io.newest(tmp_path)
+        found = io.load_meta(path, {"value": int})["value"]
+        assert found >= (said[-1] if said else value + 1)  # what was said to be saved is
+        for tensors in (io.load(path, {"w": ((10**6,), "float32")}), io.load_state(path, {"m": ((10**6,), "float32")})):
+            assert all((array == found).all() for array in tensors.values())
+        value = found
+
+
+# disks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("which", ["model", "state", "meta"])
+def test_full_disk(small_disk, step, which):
+    value = {"w": np.full(1000, 1, np.float32)}, {"m": np.full(10, 1)}, {"value": 1}
+    io.save(small_disk, 1, *value)
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    parts = [{"w": np.zeros(1000, np.float32)}, {"m": np.zeros(10)}, {"value": 2}]
+    large = {"model": {"w": np.zeros(300_000, np.float32)}, "state": {"m": np.zeros(150_000)}, "meta": {"x": "x" * 2**21}}
+    parts[list(large).index(which)] = large[which]
+    with pytest.raises(HandgradError, match="No space left on device") as error:
+        io.save(small_disk, step, *parts)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()} == before
+    assert folders(small_disk) == ["step_000001"]
+    check_whole(small_disk, {1})
+    io.save(small_disk, 2, *value)
+    assert folders(small_disk) == ["step_000002"]
+
+
+def test_unwritable(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HandgradError, match="must be writable"):
+        io.save(tmp_path / "file", 1, {}, {}, {})
+    with pytest.raises(HandgradError, match="must be writable, but got Not a directory"):
+        io.save(tmp_path / "file" / "run", 1, {}, {}, {})
+
+
+def test_meta_that_is_not_json(tmp_path):
+    with pytest.raises(HandgradError, match="run.json must be JSON"):
+        io.save(tmp_path / "run", 1, {}, {}, {"x": np.float32(1)})
+    assert not (tmp_path / "run").exists()
+
+
+# damage ---------------------------------------------------------------------------------------------------------------
+
+
+WHOLE = expected(TENSORS)
+OTHERS = [
+    ({**WHOLE, "more": ((1,), "float32")}, "must hold the tensor 'more', but got no such"),
+    ({name: WHOLE[name] for name in list(WHOLE)[1:]}, "only the 3 expected tensors, but got also 'h.0.w'"),
+    ({**WHOLE, "h.0.w": ((3, 2), "float32")}, r"'h.0.w' in .* must be float32 \(3, 2\), but got float32 \(2, 3\)"),
+    ({**WHOLE, "h.0.b": ((3,), "float32")}, r"must be float32 \(3\), but got bfloat16 \(3\)"),
+]
+
+
+@pytest.mark.parametrize("wanted, message", OTHERS)
+def test_another_model(tmp_path, wanted, message):
+    path = io.save(tmp_path, 1, TENSORS, TENSORS, {})
+    for load in (io.load, io.load_state):
+        with pytest.raises(HandgradError, match=message) as error:
+            load(path, wanted)
+        assert "\n" not in str(error.value) and str(error.value).startswith("[checkpoint]")
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "short", "long", "header", "text"])
+def test_damaged_safetensors(tmp_path, damage):
+    path = io.save(tmp_path, 1, TENSORS, {}, {})
+    file = path / "model.safetensors"
+    raw = file.read_bytes()
+    file.unlink()
+    content = {
+        "empty": b"",
+        "short": raw[:-1],
+        "long": raw + b"x",
+        "header": b"\xff" * 8 + raw[8:],
+        "text": b"not a checkpoint at all",
+    }
+    if damage != "gone":
+        file.write_bytes(content[damage])
+    with pytest.raises(HandgradError, match="must be a whole safetensors file"):
+        io.load(path, expected(TENSORS))
+
+
+def test_damaged_between_opening_and_reading(tmp_path):
+    path = io.save(tmp_path, 1, TENSORS, {}, {})
+    found = io.load(path, expected(TENSORS))
+    os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(HandgradError, match="must be a whole safetensors file"):
+        dict(found)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "must be JSON"),
+        ('{"step": 1, "conf', "must be JSON"),
+        ("[" * 10**5, "must be JSON"),
+        ("[]", "must hold an object, but got list"),
+        ("{}", "'step' of type int, but got nothing"),
+        ('{"step": "1"}', "'step' of type int, but got str"),
+        ('{"step": true}', "'step' of type int, but got bool"),
+        ('{"step": -1, "config": {}, "lr": 1}', "step of at least 0, but got -1"),
+        ('{"step": 1}', "'config' of type dict, but got nothing"),
+        ('{"step": 1, "config": []}', "'config' of type dict, but got list"),
+        ('{"step": 1, "config": {}, "lr": true}', "'lr' of type float, but got bool"),
+    ],
+)
+def test_damaged_run_json(tmp_path, text, message):
+    path = io.save(tmp_path, 1, {}, {}, {})
+    (path / "run.json").write_text(text)
+    with pytest.raises(HandgradError, match=message):
+        io.load_meta(path, {"config": dict, "lr": float})
+    (path / "run.json").write_text(json.dumps({"step": 1, "config": {}, "lr": 1}))
+    assert io.load_meta(path, {"config": dict, "lr": float})["lr"] == 1
+    (path / "run.json").unlink()
+    with pytest.raises(HandgradError, match="must be JSON"):
+        io.load_meta(path)
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+import numpy as np
+from handgrad import io
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+w = {f"w{i}": np.ones((8, 2**18), np.float32) for i in range(16)}  # 16 tensors of 8 MiB
+io.save(sys.argv[1], 1, {}, {}, {})
+before = peak()
+path = io.save(sys.argv[1], 2, w, w, {})
+saved = peak()
+for name, array in io.load(path, {name: ((8, 2**18), "float32") for name in w}).items():
+    w[name][...] = array
+    del array
+print(saved - before, peak() - saved)
+"""
+
+
+def test_peak_memory(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    saving, loading = map(float, done.stdout.split())
+    assert saving < 4  # MiB, of 256 written
+    assert loading < 8 + 12  # one tensor, and the next while the last is being dropped

@@ -1,0 +1,188 @@
+"""Tokenizers: exact ids, round trips, streaming, saving, and what they refuse."""
+
+import doctest
+import json
+import sys
+
+import numpy as np
+import pytest
+import tokenizers as library
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handgrad import data, tokenizers
+from handgrad.core.errors import HandgradError
+from handgrad.tokenizers.gpt2 import END_OF_TEXT, MERGES, read_ranks
+
+MIXED = "Hello world's été\r\n\t  naïve 😀👩‍👩‍👧 漢字 ١٢٣ 12345 <|endoftext|> \x00\x7f  end  "
+
+
+@pytest.fixture(scope="module")
+def file_tokenizer(tmp_path_factory):
+    """A small byte-level BPE as a tokenizer.json, with the padding and truncation that such files like to bring."""
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator(data.shakespeare().read_text(encoding="utf-8")[:50_000].splitlines(), trainer)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=7)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return tokenizers.from_file(path)
+
+
+@pytest.mark.parametrize("name", ["handgrad.tokenizers", "handgrad.tokenizers.gpt2", "handgrad.tokenizers.chars"])
+def test_examples(name):
+    result = doctest.testmod(sys.modules[name])
+    assert result.attempted and not result.failed
+
+
+def test_gpt2_ids():
+    tokenizer = tokenizers.gpt2()
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.encode("").tolist() == [] and tokenizer.encode("").dtype == np.int32
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.name) == (50257, END_OF_TEXT, "gpt2")
+    assert tokenizer.decode([END_OF_TEXT]) == "<|endoftext|>"
+    assert END_OF_TEXT not in tokenizer.encode("<|endoftext|>")
+    assert tokenizers.gpt2() is tokenizer
+
+
+def test_gpt2_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ranks = read_ranks(MERGES)
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    sign = dict(zip(printable, map(chr, printable), strict=True))
+    sign.update({byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in printable)})
+    vocab = {"".join(sign[byte] for byte in token): id for token, id in ranks.items()}
+    vocab["<|endoftext|>"] = END_OF_TEXT
+    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").splitlines()[1:]]
+    judge = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
+    ours = tokenizers.gpt2()
+    text = data.shakespeare().read_text(encoding="utf-8")[:200_000]
+    assert ours.encode(text).tolist() == judge(text)["input_ids"]
+    plain = MIXED.replace("<|endoftext|>", "")
+    assert ours.encode(plain).tolist() == judge(plain)["input_ids"]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text(max_size=80))
+    def same(text):
+        if "<|endoftext|>" not in text:
+            assert ours.encode(text).tolist() == judge(text)["input_ids"]
+
+    same()
+
+
+def test_gpt2_takes_a_million_spaces():
+    for text in (" " * 10**6 + "a", "a" * 10**6):
+        assert tokenizers.gpt2().decode(tokenizers.gpt2().encode(text)) == text
+
+
+def every(file_tokenizer):
+    return [tokenizers.gpt2(), tokenizers.chars(MIXED), file_tokenizer]
+
+
+def test_round_trip_and_stream(file_tokenizer):
+    for tokenizer in every(file_tokenizer):
+        ids = tokenizer.encode(MIXED)
+        assert ids.dtype == np.int32 and ids.ndim == 1
+        assert 0 <= ids.min() and ids.max() < tokenizer.vocab_size
+        assert tokenizer.decode(ids) == MIXED
+        pieces = list(tokenizer.stream(iter(ids)))
+        assert "".join(pieces) == MIXED
+        assert all("\N{REPLACEMENT CHARACTER}" not in piece and piece for piece in pieces)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 50256), max_size=30))
+def test_gpt2_streams_what_it_decodes(ids):
+    tokenizer = tokenizers.gpt2()
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=40))
+def test_file_streams_what_it_decodes(file_tokenizer, text):
+    ids = file_tokenizer.encode(text)
+    assert "".join(file_tokenizer.stream(ids)) == file_tokenizer.decode(ids) == text
+
+
+def test_stream_comes_at_once():
+    def endless():
+        while True:
+            yield 0
+
+    stream = tokenizers.gpt2().stream(endless())
+    assert [next(stream) for _ in range(3)] == ["!", "!", "!"]
+    cut = tokenizers.gpt2().encode("😀")[:1]
+    assert list(tokenizers.gpt2().stream(cut)) == ["\N{REPLACEMENT CHARACTER}"]  # half a character at the end shows
+
+
+def test_save_and_load(file_tokenizer, tmp_path):
+    for tokenizer in every(file_tokenizer):
+        spec = json.loads(json.dumps(tokenizer.save(tmp_path)))
+        again = tokenizers.load(spec, tmp_path)
+        assert again.encode(MIXED).tolist() == tokenizer.encode(MIXED).tolist()
+        assert (again.vocab_size, again.eot) == (tokenizer.vocab_size, tokenizer.eot)
+    with pytest.raises(HandgradError, match="must be writable"):
+        file_tokenizer.save(tmp_path / "none")
+
+
+def test_file_equals_the_library(file_tokenizer, tmp_path):
+    file_tokenizer.save(tmp_path)
+    judge = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = data.shakespeare().read_text(encoding="utf-8")[:20_000]
+    assert file_tokenizer.encode(text).tolist() == judge.encode(text).ids
+    assert file_tokenizer.eot == judge.token_to_id("<|endoftext|>")
+
+
+def test_chars():
+    tokenizer = tokenizers.chars(["ba", "c\n😀"])
+    assert tokenizer.characters == "\nabc😀" and tokenizer.eot is None
+    assert tokenizer.encode("cab😀").tolist() == [3, 1, 2, 4]
+    for text, place in [("abX", 2), ("\U0010ffff", 0), ("é", 0)]:
+        with pytest.raises(HandgradError, match=f"at character {place}"):
+            tokenizer.encode(text)
+    with pytest.raises(HandgradError, match="must not be empty"):
+        tokenizers.chars("")
+
+
+def test_ids_out_of_range(file_tokenizer):
+    for tokenizer in every(file_tokenizer):
+        for bad in (-1, tokenizer.vocab_size, 2**40):
+            with pytest.raises(HandgradError, match=f"must lie in 0..{tokenizer.vocab_size - 1}, but got {bad}"):
+                tokenizer.decode([0, bad])
+            with pytest.raises(HandgradError, match="must lie in"):
+                list(tokenizer.stream([bad]))
+
+
+def test_text_that_is_no_unicode(file_tokenizer):
+    for tokenizer in (tokenizers.gpt2(), file_tokenizer):
+        with pytest.raises(HandgradError, match="must be Unicode"):
+            tokenizer.encode("a\udc80")
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (None, "kind must be"),
+        ({}, "kind must be"),
+        ({"kind": ["gpt2"]}, "kind must be"),
+        ({"kind": "chars"}, "each once"),
+        ({"kind": "chars", "characters": "aa"}, "each once"),
+        ({"kind": "chars", "characters": ""}, "each once"),
+        ({"kind": "file", "path": 3}, "must have a path"),
+        ({"kind": "file", "path": "none.json"}, "no file"),
+    ],
+)
+def test_bad_spec(tmp_path, spec, message):
+    with pytest.raises(HandgradError, match=message):
+        tokenizers.load(spec, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_bad_tokenizer_file(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(HandgradError, match="must describe a tokenizer"):
+        tokenizers.from_file(tmp_path / "tokenizer.json")
