@@ -154,16 +154,17 @@ def test_killed_between_any_two_file_operations(tmp_path, step):
         io.save(out, 1, {"w": np.full(1000, 1, np.float32)}, {"m": np.full(10, 1)}, {"value": 1})
 
     fresh()
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         for line in process.stdout:
             codes.append(int(line))
             values.append(check_whole(out, {1, 2}))
             if codes[-1] == 0:
                 break
-            # whoever comes next finds order again
+            # whoever comes next finds order again, and what was there
             io.save(out, 3, {"w": np.full(1000, 3, np.float32)}, {"m": np.full(10, 3)}, {"value": 3}, keep_last=9)
-            left = folders(out)
-            assert left[-1] == "step_000003" and all("." not in name for name in left)
+            assert set(folders(out)) <= {"step_000001", "step_000002", "step_000003"}
+            assert (out / f"step_{1 if values[-1] == 1 else step:06d}" / "DONE").exists()
             assert check_whole(out, {3}) == 3
             fresh()
             process.stdin.write("\n")
@@ -172,6 +173,19 @@ def test_killed_between_any_two_file_operations(tmp_path, step):
     assert codes[-1] == 0 and set(codes[:-1]) == {9} and len(codes) > 10
     assert values[0] == 1 and values[-1] == 2 and values == sorted(values)
     assert folders(out) == [f"step_{step:06d}"]
+
+
+@pytest.mark.parametrize("old_is_whole", [True, False])
+def test_leftover_of_a_replacement(tmp_path, old_is_whole):
+    path = io.save(tmp_path, 1, {}, {}, {"value": "old"})
+    path.rename(tmp_path / "step_000001.old")
+    (tmp_path / "step_000001").mkdir()  # a copy of something that stopped at once
+    if not old_is_whole:
+        (tmp_path / "step_000001.old" / "DONE").unlink()
+    assert (io.newest(tmp_path) is not None) == old_is_whole
+    io.save(tmp_path, 2, {}, {}, {}, keep_last=9)
+    assert folders(tmp_path) == ["step_000001", "step_000002"]
+    assert (tmp_path / "step_000001" / "DONE").exists() == old_is_whole
 
 
 SAVES_FOREVER = """
@@ -230,7 +244,7 @@ def test_full_disk(small_disk, step, which):
     io.save(small_disk, 1, *value)
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     parts = [{"w": np.zeros(1000, np.float32)}, {"m": np.zeros(10)}, {"value": 2}]
-    large = {"model": {"w": np.zeros(300_000, np.float32)}, "state": {"m": np.zeros(150_000)}, "meta": {"x": "x" * 2**21}}
+    large = {"model": {"w": np.zeros(150_000)}, "state": {"m": np.zeros(150_000)}, "meta": {"x": "x" * 2**21}}
     parts[list(large).index(which)] = large[which]
     with pytest.raises(HandgradError, match="No space left on device") as error:
         io.save(small_disk, step, *parts)

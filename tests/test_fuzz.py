@@ -21,7 +21,7 @@ fuzz = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCh
 
 @st.composite
 def mutations(draw, head: int):
-    """A function bytes -> bytes: some of overwriting, flipping, cutting, inserting and doubling, mostly near the head."""
+    """A function bytes -> bytes that overwrites, flips, cuts, inserts and doubles within `head` of start or end."""
     edits = []
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["set", "flip", "cut", "insert", "delete", "double"]))
@@ -139,6 +139,9 @@ def test_run_json(folder, mutate):
     survives(lambda: io.load_meta(path, {"config": dict, "names": list}))
 
 
+KEYS = ["tokenizer", "vocab_size", "dtype", "train", "val"]
+
+
 def use_meta(folder):
     meta = data.read_meta(folder)
     tokenizer = tokenizers.load(meta["tokenizer"], folder)
@@ -153,7 +156,7 @@ def test_meta_json(folder, mutate):
 
 
 @fuzz
-@given(key=st.sampled_from(["tokenizer", "vocab_size", "dtype", "train", "val", "kind", "characters"]), value=json_values())
+@given(key=st.sampled_from([*KEYS, "kind", "characters"]), value=json_values())
 def test_meta_json_fields(folder, key, value):
     meta = json.loads(whole(folder)["meta"])
     (meta["tokenizer"] if key in ("kind", "characters") else meta)[key] = value

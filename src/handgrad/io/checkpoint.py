@@ -203,7 +203,8 @@ def _readable(path: Path, read, *args, **kwargs):
     try:
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
-        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", error) from None
+        reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
+        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason) from None
 
 
 def _spec(shape, dtype: str) -> str:

@@ -26,7 +26,8 @@ def from_file(path: str | Path) -> "FileTokenizer":
     try:
         return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), path.name)
     except Exception as error:  # the library raises nothing narrower
-        raise HandgradError("tokenizer", f"{path} must describe a tokenizer", error) from None
+        reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
+        raise HandgradError("tokenizer", f"{path} must describe a tokenizer", reason) from None
 
 
 class FileTokenizer:

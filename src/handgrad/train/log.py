@@ -19,7 +19,8 @@ from handgrad.core.errors import HandgradError
 
 KEYS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
-LIVE_SECONDS = 0.1  # between redraws of the live line: one takes about 1 ms from the kernels
+LIVE_WIDTH = 92  # columns that the live line takes in a long run, without its bar
+LIVE_SECONDS = 0.1  # between redraws of the live line: one takes 0.4 ms from the kernels
 RATE_DECAY = 0.95  # of the running mean of tokens per second, per step
 
 
@@ -62,9 +63,10 @@ class RunLog:
         self._events = _event_writer(Path(out_dir) / "tensorboard", resumed_at) if tensorboard else None
         earlier = _drop_after(self.path, resumed_at) if resumed_at else []
         self._before = max((line["seconds"] for line in earlier if line.get("seconds")), default=0.0)
-        self._val_loss = next((line["val_loss"] for line in reversed(earlier) if line.get("val_loss")), None)
-        try:
-            self._file = self.path.open("ab" if resumed_at else "wb", buffering=0)  # a line is one write: kill -9 loses none
+        vals = [line["val_loss"] for line in earlier if line.get("val_loss")]
+        self._val_loss = vals[-1] if vals else None
+        try:  # unbuffered: a line is one write, and kill -9 loses none
+            self._file = self.path.open("ab" if resumed_at else "wb", buffering=0)
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
         self._console = None if quiet else Console()
@@ -73,7 +75,7 @@ class RunLog:
         self._start = time.perf_counter()
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None  # step and time of this attempt's first report, for the ETA
-        self._rate = [0.0, 0.0]  # tokens and seconds, both decayed alike: their ratio has no bias to correct
+        self._tokens = self._busy = 0.0  # tokens and seconds, both decayed alike: their ratio has no bias to correct
 
     def __enter__(self) -> "RunLog":
         return self
@@ -150,16 +152,16 @@ class RunLog:
 
     def _measure(self, tokens: int, step_seconds: float) -> None:
         if self._first is not None:  # the first step warms up caches and is left out of the mean
-            self._rate = [RATE_DECAY * old + new for old, new in zip(self._rate, (tokens, step_seconds))]
-            tokens, step_seconds = self._rate
+            self._tokens = tokens = RATE_DECAY * self._tokens + tokens
+            self._busy = step_seconds = RATE_DECAY * self._busy + step_seconds
         self.tokens_per_second = tokens / max(step_seconds, 1e-9)
 
     def _show(self, line: dict, step_seconds: float, now: float) -> None:
         wait = LIVE_SECONDS if self._is_live else PLAIN_SECONDS
         is_due = now - self._shown >= wait or line["step"] >= self.total_steps
         if "val_loss" in line or (is_due and not self._is_live):
-            text = Text(plain_line(line, self.total_steps, step_seconds))
-            self._console.print(text, no_wrap=True, overflow="ellipsis" if self._is_live else "ignore", crop=self._is_live)
+            text, overflow = plain_line(line, self.total_steps, step_seconds), "ellipsis" if self._is_live else "ignore"
+            self._console.print(Text(text), no_wrap=True, overflow=overflow, crop=self._is_live)
         if is_due:
             self._shown = now
         if is_due and self._is_live:
@@ -179,11 +181,10 @@ class RunLog:
         for name in ("grad_norm", "lr"):  # of least use on a narrow screen
             if len("  ".join(shown.values())) >= self._console.width:
                 del shown[name]
-        text = "  ".join(shown.values())
-        room = min(self._console.width - len(text) - 1, 30)
-        table = Table.grid(padding=(0, 1, 0, 0))
+        room = min(self._console.width - LIVE_WIDTH, 30)  # not what this line leaves: the bar would change its length
         bar = [ProgressBar(self.total_steps, step, width=room)] if room >= 8 else []
-        table.add_row(*bar, Text(text, no_wrap=True, overflow="ellipsis"))
+        table = Table.grid(padding=(0, 1, 0, 0))
+        table.add_row(*bar, Text("  ".join(shown.values()), no_wrap=True, overflow="ellipsis"))
         return table
 
     def _add_scalars(self, line: dict) -> None:
@@ -224,7 +225,7 @@ def plain_line(line: dict, total_steps: int, step_seconds: float) -> str:
     >>> plain_line(line | {"val_loss": 3.5}, 18865, 3.061)
     'step 1200/18865 | loss 3.4120 | val 3.5000 | grad 0.41 | lr 5.9e-4 | 171k tok/s | 3.06 s'
     """
-    took = f"{step_seconds:#.3g} s" if step_seconds >= 1 else f"{1e3 * step_seconds:#.3g} ms"
+    took = f"{step_seconds:.2f} s" if step_seconds >= 1 else f"{1e3 * step_seconds:.1f} ms"
     return " | ".join([*_parts(line, total_steps).values(), took])
 
 
@@ -236,11 +237,8 @@ def short(number: float) -> str:
     """
     if number < 999.5:
         return f"{number:.0f}"
-    for unit in "kMBT":
-        number /= 1000
-        if number < 999.5:
-            break
-    return f"{number:#.3g}".rstrip(".") + unit
+    power = next((power for power in (3, 6, 9) if number < 999.5 * 10**power), 12)
+    return f"{number / 10**power:#.3g}".rstrip(".") + "kMBT"[power // 3 - 1]
 
 
 def clock(seconds: float) -> str:
@@ -271,7 +269,7 @@ def replace_file(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise HandgradError("log", f"{path} must be writable", error.strerror) from None
+        raise HandgradError("run", f"{path} must be writable", error.strerror) from None
 
 
 def _parts(line: dict, total_steps: int) -> dict[str, str]:
@@ -288,8 +286,8 @@ def _parts(line: dict, total_steps: int) -> dict[str, str]:
 
 def _dump(line: dict) -> bytes:
     """One line of the log. JSON has no NaN and no infinity: they become null."""
-    line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
-    return json.dumps(line, allow_nan=False).encode() + b"\n"
+    numbers = {key: None for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(line | numbers, allow_nan=False).encode() + b"\n"
 
 
 def _parse(row: bytes) -> dict | None:
@@ -315,12 +313,13 @@ def _event_writer(folder: Path, resumed_at: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
-        hint = "pip install 'handgrad[tensorboard]'"
-        raise HandgradError("log", "--run.tensorboard needs the package tensorboard", "none installed", hint=hint) from None
+        rule, hint = "--run.tensorboard needs the package tensorboard", "pip install 'handgrad[tensorboard]'"
+        raise HandgradError("log", rule, "none installed", hint=hint) from None
     try:
         writer = EventFileWriter(str(folder))
     except OSError as error:
         raise HandgradError("log", f"{folder} must be writable", error.strerror) from None
     # makes TensorBoard forget what an attempt that died wrote from this step on
-    writer.add_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START)))
+    restart = SessionLog(status=SessionLog.START)
+    writer.add_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
     return writer

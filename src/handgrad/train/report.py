@@ -68,7 +68,7 @@ def _figures(steps: list[dict], summary: Mapping) -> str:
         step, best = min(vals, key=lambda point: point[1])
         tiles.append(("best val loss", f"{best:.4f}", f"step {step:,}"))
     for key, name in COUNTS.items():
-        if isinstance(summary.get(key), int | float):
+        if isinstance(summary.get(key), int):
             tiles.append((name, short(summary[key]), f"{summary[key]:,}"))
     if rates := _points(steps, "tokens_per_second"):
         tiles.append(("throughput", short(rates[-1][1]), "tokens per second"))
@@ -82,19 +82,20 @@ def _curves(steps: list[dict], events: list[dict]) -> str:
     """The four pictures."""
     if not steps:
         return "<p>No step has been logged yet.</p>"
+    marks = [line["step"] for line in events]
     last = max(line["step"] for line in steps + events)
-    rate, norm, speed = (_points(steps, key) for key in ("lr", "grad_norm", "tokens_per_second"))
-    validation = Curve(_points(steps, "val_loss"), "val", "validation", dots=True)
-    values = [value for _, value in norm]
-    is_wide = bool(values) and min(values) > 0 and max(values) > 10 * min(values)
-    pictures = [
-        ("Loss, nats per token", _draw("loss", [*_noisy(_points(steps, "loss"), "train"), validation], last, width=10.0, height=3.3,
-                                       marks=[line["step"] for line in events])),
-        ("Learning rate", _draw("lr", [Curve(rate, "train")], last, from_zero=True)),
-        ("Gradient norm, before clipping", _draw("grad_norm", _noisy(norm), last, is_log=is_wide)),
-        ("Throughput, tokens per second", _draw("speed", [Curve(speed, "train")], last, from_zero=True, is_large=True)),
-    ]
-    html = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in pictures)
+    names = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second")
+    loss, val_loss, lr, grad_norm, speed = (_points(steps, name) for name in names)
+    losses = [*_noisy(loss, "train"), Curve(val_loss, "val", "validation", dots=True)]
+    norms = [value for _, value in grad_norm]
+    is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
+    pictures = {
+        "Loss, nats per token": _draw("loss", losses, last, size=(10.0, 3.3), marks=marks),
+        "Learning rate": _draw("lr", [Curve(lr, "train")], last, from_zero=True),
+        "Gradient norm, before clipping": _draw("grad_norm", _noisy(grad_norm), last, is_log=is_wide),
+        "Throughput, tokens per second": _draw("speed", [Curve(speed, "train")], last, from_zero=True, is_large=True),
+    }
+    html = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in pictures.items())
     return f'<section class="curves">{html}</section>'
 
 
@@ -112,27 +113,45 @@ class Curve:
 COLOURS = {"train": "#2a6fb0", "val": "#d0632b", "rule": "#d9d6cf"}  # in the SVG; the page's own take their place
 
 
-def _draw(name: str, curves: Sequence[Curve], last: int, *, width: float = 3.2, height: float = 2.1, marks: Sequence[int] = (),
-          is_log: bool = False, from_zero: bool = False, is_large: bool = False) -> str:
-    """An SVG of `width` x `height` inches, whose colours are variables of the page. `marks` are steps of events."""
-    import matplotlib  # half a second: paid by those who report
+def _draw(
+    name: str,
+    curves: Sequence[Curve],
+    last: int,
+    *,
+    size: tuple[float, float] = (3.2, 2.1),
+    marks: Sequence[int] = (),
+    is_log: bool = False,
+    from_zero: bool = False,
+    is_large: bool = False,
+) -> str:
+    """An SVG of steps 0 to `last`, `size` inches wide and high; `marks` are the steps of events."""
+    import matplotlib  # half a second: paid for by those who report
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    rule = COLOURS["rule"]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}):
-        figure = Figure((width, height))
+    (width, height), rule = size, COLOURS["rule"]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
+        figure = Figure(size)
         axes = figure.add_axes((0.5 / width, 0.4 / height, 1 - 0.75 / width, 1 - 0.5 / height))
         curves = [curve for curve in curves if curve.points]
         for curve in curves:
             points = _thin(curve.points)
             is_dotted = len(points) == 1 or (curve.dots and len(points) <= 60)
-            axes.plot([step for step, _ in points], [value for _, value in points], color=COLOURS[curve.colour],
-                      linewidth=0.6 if curve.faint else 1.6, alpha=0.35 if curve.faint else 1.0, label=curve.label or None,
-                      marker="o" if is_dotted else "", markersize=3.5, clip_on=False, solid_joinstyle="round")
+            axes.plot(
+                [step for step, _ in points],
+                [value for _, value in points],
+                "o-" if is_dotted else "-",
+                color=COLOURS[curve.colour],
+                label=curve.label or None,
+                linewidth=0.6 if curve.faint else 1.6,
+                alpha=0.35 if curve.faint else 1.0,
+                markersize=3.5,
+                clip_on=False,
+            )
         if marks:
-            axes.plot(marks, [0.02] * len(marks), "x", color=COLOURS["val"], markersize=5, label="event",
-                      transform=axes.get_xaxis_transform(), clip_on=False)
+            heights = [0.02] * len(marks)  # of the picture, not a loss
+            place = axes.get_xaxis_transform()
+            axes.plot(marks, heights, "x", color=COLOURS["val"], label="event", markersize=5, transform=place)
         axes.set_xlim(0, max(last, 1))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=NICE))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -143,7 +162,8 @@ def _draw(name: str, curves: Sequence[Curve], last: int, *, width: float = 3.2, 
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
-        axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_large else FuncFormatter(lambda value, _: f"{value:g}"))
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_large else plain)
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.grid(axis="y", color=rule, linewidth=0.6)
@@ -245,7 +265,7 @@ def _shown(value: Any) -> str:
     """A setting for people: text as it is where nothing would be invisible, all else as JSON."""
     if isinstance(value, str) and value == value.strip() != "":
         return value
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _read(path: Path) -> str | None:
@@ -280,7 +300,8 @@ body { max-width: 64rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; background: 
 h1 { margin: 0; font-size: 1.9rem; letter-spacing: -0.02em; line-height: 1.2; }
 h2 { margin: 3rem 0 0.75rem; font-size: 1.05rem; }
 header p { margin: 0.3rem 0 0; color: var(--dim); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 2rem; margin: 2rem 0 2.5rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 2rem;
+  margin: 2rem 0 2.5rem; }
 dt, dd, figcaption, caption, th { color: var(--dim); font-size: 0.85rem; }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
 dt + dd { color: var(--ink); font-size: 1.6rem; line-height: 1.25; letter-spacing: -0.01em; }
@@ -298,8 +319,8 @@ pre { margin: 0; padding: 1rem 1.25rem; max-height: 32rem; overflow: auto; backg
 .groups table { margin-bottom: 2rem; break-inside: avoid; }
 table { width: 100%; border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 caption { padding-bottom: 0.35rem; text-align: left; font-weight: 600; }
-th, td { padding: 0.22rem 0; border-top: 1px solid var(--rule); text-align: left; font-weight: 400; vertical-align: top; }
-th { padding-right: 1rem; white-space: nowrap; }
+th, td { padding: 0.22rem 0; border-top: 1px solid var(--rule); text-align: left; vertical-align: top; }
+th { padding-right: 1rem; font-weight: 400; white-space: nowrap; }
 .events th { width: 5rem; }
 td { overflow-wrap: anywhere; }
 @media print { pre { max-height: none; } }

@@ -23,7 +23,7 @@
 // source  own work after Goto & van de Geijn, "Anatomy of high-performance matrix multiplication", TOMS 2008
 #include "gemm.h"
 #include "vmath.h"
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -60,22 +60,55 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// LANES units of one row that lie side by side in k; `left` elements exist, the rest is zero.
-static inline units load_along_k(const real *p, int64_t left) {
-  real edge[LANES * KPU] = {0};
-  if (left < LANES * KPU) p = memcpy(edge, p, sizeof(real) * (size_t)(left > 0 ? left : 0));
-#if HG_BF16 && !PAIRS
-  halves h;
-  memcpy(&h, p, sizeof h);
-  return (units)(__builtin_convertvector(h, words) << 16);
+// Four units of LANES / 4 rows: lane group g holds row 4 g. Rows are `ld` bytes apart.
+static inline units four_units(const char *p, int64_t ld) {
+#if defined(__AVX512F__)
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 4 * ld)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 8 * ld)), 2);
+  return (units)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 12 * ld)), 3);
+#elif defined(__AVX2__)
+  return (units)_mm256_loadu2_m128i((const __m128i *)(p + 4 * ld), (const __m128i *)p);
 #else
+  (void)ld;
   units v;
   memcpy(&v, p, sizeof v);
   return v;
 #endif
 }
 
-// One unit of each of LANES neighbours that lie side by side in memory; k runs `ld` apart, `left` values of k exist.
+// dst[u * stride + i] = unit u of row i, for a block of LANES x LANES units; rows are `ld` bytes apart. Loading by quarters puts every unit into its
+// lane group at once (as fast as a copy), so only the 4 x 4 transposes inside the groups are left: two rounds of unpack.
+static inline void transpose(int32_t *dst, int stride, const void *src, int64_t ld) {
+#if __has_builtin(__builtin_shuffle)
+  units low1, high1, low2, high2;
+  for (int l = 0; l < LANES; l++) {
+    int at = l / 4 * 4, other = l & 1 ? LANES : 0, from = l & 2 ? LANES : 0;
+    low1[l] = other + at + l % 4 / 2;
+    high1[l] = other + at + 2 + l % 4 / 2;
+    low2[l] = from + at + l % 2;
+    high2[l] = from + at + 2 + l % 2;
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < LANES; s += 4) {
+    const char *p = (const char *)src + 4 * s;
+    units r0 = four_units(p, ld), r1 = four_units(p + ld, ld);
+    units r2 = four_units(p + 2 * ld, ld), r3 = four_units(p + 3 * ld, ld);
+    units a = __builtin_shuffle(r0, r1, low1), b = __builtin_shuffle(r0, r1, high1);
+    units c = __builtin_shuffle(r2, r3, low1), d = __builtin_shuffle(r2, r3, high1);
+    units column[4] = {__builtin_shuffle(a, c, low2), __builtin_shuffle(a, c, high2), __builtin_shuffle(b, d, low2),
+                       __builtin_shuffle(b, d, high2)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) memcpy(dst + (s + i) * stride, &column[i], sizeof(units));
+  }
+#else
+  for (int u = 0; u < LANES; u++) {
+    for (int i = 0; i < LANES; i++) memcpy(dst + u * stride + i, (const char *)src + i * ld + 4 * u, 4);
+  }
+#endif
+}
+
+// One unit of each of LANES neighbours that lie side by side in memory; the next element of k is at p + ld.
 static inline units load_across(const real *p, int64_t ld, int64_t left) {
 #if HG_BF16
   halves h;
@@ -93,77 +126,50 @@ static inline units load_across(const real *p, int64_t ld, int64_t left) {
 #endif
 }
 
-// In place: lane j of row i becomes lane i of row j. log2(LANES) rounds of exchanges between rows s apart.
-static inline __attribute__((always_inline)) void transpose(units r[LANES]) {
-#if __has_builtin(__builtin_shuffle)
-#pragma GCC unroll 4
-  for (int s = LANES / 2; s > 0; s /= 2) {
-    units low, high;
-    for (int l = 0; l < LANES; l++) {
-      low[l] = l & s ? LANES + l - s : l;
-      high[l] = l & s ? LANES + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      if (i & s) continue;
-      units x = r[i], y = r[i + s];
-      r[i] = __builtin_shuffle(x, y, low);
-      r[i + s] = __builtin_shuffle(x, y, high);
-    }
-  }
+// Element i of k as it goes into a unit.
+static inline void put(void *unit, int64_t i, real v) {
+#if PAIRS
+  memcpy((char *)unit + 2 * i, &v, 2);
 #else
-  for (int i = 0; i < LANES; i++) {
-    for (int j = 0; j < i; j++) {
-      int32_t x = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = x;
-    }
-  }
+  float f = load(v);
+  memcpy((char *)unit + 4 * i, &f, 4);
 #endif
 }
 
-// Packs `count` <= LANES rows (of A) or columns (of B): unit u of row i goes to dst[u * stride + i], missing rows are 0.
-// `along_k`: a row's elements lie side by side and rows are ld apart; otherwise the other way round.
-static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t count, int64_t k) {
-  int64_t n_units = ceil_div(k, KPU);
-  if (!along_k) {
-    real edge[2][LANES] = {{0}, {0}};
-    for (int64_t u = 0; u < n_units; u++) {
-      const real *p = src + u * KPU * ld;
-      int64_t left = k - u * KPU, apart = ld;
-      if (count < LANES) {
-        memcpy(edge[0], p, sizeof(real) * (size_t)count);
-        if (left > 1) memcpy(edge[1], p + (KPU - 1) * ld, sizeof(real) * (size_t)count);
-        p = edge[0];
-        apart = LANES;
+// Packs LANES neighbours (rows of A or columns of B): unit u of neighbour i goes to dst[u * stride + i]. `along_k`: a
+// neighbour's elements lie side by side and neighbours are ld apart; otherwise the other way round. Only `room`
+// neighbours exist; the lanes of others hold anything, their sums are never kept. An odd last pair of k is filled with 0.
+static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t room, int64_t k) {
+  int64_t n_units = ceil_div(k, KPU), count = least(room, LANES);
+  if (along_k) {
+    for (int64_t u = 0; u < n_units; u += LANES) {
+      const real *p = src + u * KPU;
+      int64_t left = least(k - u * KPU, LANES * KPU);
+      if ((PAIRS || !HG_BF16) && count == LANES && left == LANES * KPU) {
+        transpose(dst + u * stride, stride, p, ld * (int64_t)sizeof(real));
+        continue;
       }
-      units v = load_across(p, apart, left);
+      int32_t block[LANES][LANES], across[LANES][LANES];
+      memset(block, 0, sizeof block);
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t q = 0; q < left; q++) put(block[i], q, p[i * ld + q]);
+      }
+      transpose(across[0], LANES, block, sizeof block[0]);
+      for (int64_t i = 0; i < least(n_units - u, LANES); i++) memcpy(dst + (u + i) * stride, across[i], sizeof across[i]);
+    }
+  } else if (count == LANES) {
+    for (int64_t u = 0; u < n_units; u++) {
+      units v = load_across(src + u * KPU * ld, ld, k - u * KPU);
       memcpy(dst + u * stride, &v, sizeof v);
     }
-    return;
-  }
-  for (int64_t u = 0; u < n_units; u += LANES) {
-    units r[LANES];
-    int64_t left = k - u * KPU, rows = least(n_units - u, LANES);
-    if (count == LANES && left >= LANES * KPU) {
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) r[i] = load_along_k(src + i * ld + u * KPU, LANES * KPU);
-    } else {
-      for (int i = 0; i < LANES; i++) r[i] = i < count ? load_along_k(src + i * ld + u * KPU, left) : (units){0};
+  } else {
+    for (int64_t u = 0; u < n_units; u++) {
+      for (int64_t i = 0; i < count; i++) {
+        int32_t unit = 0;
+        for (int64_t q = 0; q < least(KPU, k - u * KPU); q++) put(&unit, q, src[(u * KPU + q) * ld + i]);
+        dst[u * stride + i] = unit;
+      }
     }
-    transpose(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      if (i < rows) memcpy(dst + (u + i) * stride, &r[i], sizeof r[i]);
-    }
-  }
-}
-
-// A panel of `count` <= width neighbours, width a multiple of LANES.
-static void pack_panel(int32_t *dst, int width, const real *src, int64_t ld, int along_k, int64_t count, int64_t k) {
-  for (int h = 0; h < width; h += LANES) {
-    int64_t here = least(LANES, count - h > 0 ? count - h : 0);
-    pack_lanes(dst + h, width, here ? src + h * (along_k ? ld : 1) : src, ld, along_k, here, k);
   }
 }
 
@@ -291,9 +297,16 @@ static inline int64_t panel_begin(const Side *s, int64_t size, int64_t q) {
   return s->most == NR ? least(q * NR, size) : size * q / ceil_div(size, MR);
 }
 
-static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64_t q, int64_t k0, int64_t k) {
-  int64_t first = panel_begin(s, size, q), end = panel_begin(s, size, q + 1), at = begin + first;
-  pack_panel(dst, s->width, s->p + (s->along_k ? at * s->ld + k0 : k0 * s->ld + at), s->ld, s->along_k, end - first, k);
+// Packs panels [first, end) of the block of `size` rows or columns that starts at `begin`, elements [k0, k0 + k) of k.
+static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64_t first, int64_t end, int64_t k0, int64_t k) {
+  int64_t n_units = ceil_div(k, KPU);
+  for (int64_t q = first; q < end; q++, dst += s->width * n_units) {
+    int64_t at = begin + panel_begin(s, size, q), past = begin + panel_begin(s, size, q + 1);
+    for (int h = 0; h < s->width && at + h < past; h += LANES) {
+      const real *p = s->p + (s->along_k ? (at + h) * s->ld + k0 : k0 * s->ld + at + h);
+      pack_lanes(dst + h, s->width, p, s->ld, s->along_k, s->size - at - h, k);
+    }
+  }
 }
 
 typedef struct {
@@ -373,7 +386,7 @@ void gemm(const Gemm *g) {
           if (t0 == 0 || bl.k_block < g->k) {
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < s_panels; p++) {
-              pack(shared, shared_pack + p * shared->width * n_units, s0, s_size, p, k0, k);
+              pack(shared, shared_pack + p * shared->width * n_units, s0, s_size, p, p + 1, k0, k);
             }
           }
           int64_t i0 = a_shared ? s0 : t0, j0 = a_shared ? t0 : s0;
@@ -386,9 +399,7 @@ void gemm(const Gemm *g) {
           }
           for (int64_t c = hg_thread(); c < n_chunks; c += hg_team()) {
             int64_t first = t_panels * c / n_chunks, end = t_panels * (c + 1) / n_chunks;
-            for (int64_t q = first; q < end; q++) {
-              pack(streamed, chunk + (q - first) * streamed->width * n_units, t0, t_size, q, k0, k);
-            }
+            pack(streamed, chunk, t0, t_size, first, end, k0, k);
             multiply_chunk(&f, shared, streamed, shared_pack, chunk, s0, s_size, t0, t_size, first, end, n_units);
           }
 #pragma omp barrier

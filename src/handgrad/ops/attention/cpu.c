@@ -106,8 +106,8 @@ static void block_softmax_back(float *s, float *ds, const float *lse, const floa
     float top = r < n ? lse[r] : 0.0f, mean = r < n ? delta[r] : 0.0f;
     if (drop.threshold) dropout_factors(factor, element + r * T, width, drop);
 #pragma omp simd
-    for (int c = 0; c < width; c++) {
-      float p = vexp(fmaf(s[c], scale, -top)), g = p * fmaf(ds[c], factor[c], -mean) * scale;
+    for (int c = 0; c < (width & -VL); c++) {
+      float p = vexp(s[c] * scale - top), g = p * (ds[c] * factor[c] - mean) * scale;
       s[c] = c < seen ? p * factor[c] : 0.0f;
       ds[c] = c < seen ? g : 0.0f;
     }

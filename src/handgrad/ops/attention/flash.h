@@ -9,6 +9,9 @@
 #include "philox.h"
 #include "vmath.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #if defined(__AVX512F__)
 #define VL 16  // floats of a vector
 #define MR 8
@@ -26,7 +29,6 @@
 
 // A unit is what one lane multiplies: a float or, for vdpbf16ps, two bf16 that are neighbours along the summed axis.
 #if HG_BF16 && defined(__AVX512BF16__)
-#include <immintrin.h>
 #define PAIR 2
 typedef bf16 elem;
 typedef uint32_t unit __attribute__((may_alias));
@@ -53,15 +55,31 @@ static inline int larger(int64_t x, int64_t y) { return (int)(x > y ? x : y); }
 static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp: columns of every packed buffer
 
 static inline __attribute__((always_inline)) vfloat vector_max(vfloat x, vfloat y) {
+#if VL == 16
+  return (vfloat)_mm512_max_ps((__m512)x, (__m512)y);
+#elif VL == 8
+  return (vfloat)_mm256_max_ps((__m256)x, (__m256)y);
+#else
   vbits greater = (vbits)(x > y);
   return (vfloat)(((vbits)x & greater) | ((vbits)y & ~greater));
+#endif
+}
+
+static inline __attribute__((always_inline)) vfloat lanes_swapped(vfloat x, uint32_t distance) {
+  vbits lane;
+  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i ^ distance;
+  return __builtin_shuffle(x, lane);
 }
 
 static inline __attribute__((always_inline)) float max_of_lanes(vfloat x) {
-  vbits lane;
-  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i;
 #pragma GCC unroll 4
-  for (int s = 1; s < VL; s *= 2) x = vector_max(x, __builtin_shuffle(x, lane ^ (uint32_t)s));
+  for (uint32_t s = VL / 2; s; s /= 2) x = vector_max(x, lanes_swapped(x, s));
+  return x[0];
+}
+
+static inline __attribute__((always_inline)) float sum_of_lanes(vfloat x) {
+#pragma GCC unroll 4
+  for (uint32_t s = VL / 2; s; s /= 2) x += lanes_swapped(x, s);
   return x[0];
 }
 
@@ -220,36 +238,41 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
   for (int64_t key = 0; key < first + n; key += BC) {
     int64_t shift = first - key;
     block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, shift, D);
+    float top[BR];
+    int width[BR];
     for (int r = 0; r < n; r++) {
-      float *s = w->s + r * BC, top;
-      int seen = smaller(BC, r + shift + 1);
-      int width = smaller(BC, round_up(larger(0, r / MR * MR + MR + shift), VL));
-      for (int c = larger(0, seen); c < width; c++) s[c] = -INFINITY;
+      float *s = w->s + r * BC;
       vfloat tops = (vfloat){0} - INFINITY;
-      for (int c = 0; c < width; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
-      top = max_of_lanes(tops);
-      if (top * scale > max[r] + SLACK) {
-        float shrink = vexp(max[r] - top * scale);
-        max[r] = top * scale;
+      width[r] = smaller(BC, round_up(larger(0, r / MR * MR + MR + shift), VL));
+      for (int c = larger(0, r + shift + 1); c < width[r]; c++) s[c] = -INFINITY;
+      for (int c = 0; c < width[r]; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
+      top[r] = max_of_lanes(tops) * scale;
+    }
+    for (int r = 0; r < n; r++)
+      if (top[r] > max[r] + SLACK) {
+        float shrink = vexp(max[r] - top[r]);
+        max[r] = top[r];
         sum[r] *= shrink;
         if (key > 0)
           for (int64_t d = 0; d < Dp; d++) w->o[r * Dp + d] *= shrink;
       }
-      top = max[r];
-#pragma omp simd
-      for (int c = 0; c < width; c++) s[c] = vexp(s[c] * scale - top);
-      for (int c = 0; c < width; c += VL) sum[r] += *(vfloat *)(s + c);
-      if (x->drop.threshold) {
-        dropout_factors(factor, element + r * T + key, width, x->drop);
-#pragma omp simd
-        for (int c = 0; c < width; c++) s[c] *= factor[c];
+    for (int r = 0; r < n; r++) {
+      float *s = w->s + r * BC, base = max[r];
+      for (int c = 0; c < width[r]; c += VL) {
+#pragma GCC unroll 1
+        for (int l = c; l < c + VL; l++) s[l] = vexp(s[l] * scale - base);
+        sum[r] += *(vfloat *)(s + c);
       }
     }
+    if (x->drop.threshold)
+      for (int r = 0; r < n; r++) {
+        dropout_factors(factor, element + r * T + key, width[r], x->drop);
+        for (int c = 0; c < width[r]; c++) w->s[r * BC + c] *= factor[c];
+      }
     block_mix(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
   }
   for (int r = 0; r < n; r++) {
-    float total = 0.0f;
-    for (int i = 0; i < VL; i++) total += sum[r][i];
+    float total = sum_of_lanes(sum[r]);
     for (int64_t d = 0; d < D; d++) y[r * x->H * D + d] = store(w->o[r * Dp + d] / total);
     if (lse) lse[r] = max[r] + logf(total);
   }

@@ -1,0 +1,288 @@
+import json
+import math
+import os
+import sys
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handgrad.core.errors import HandgradError
+from handgrad.train import log as log_module
+from handgrad.train.log import RunLog, clock, plain_line, read_log, replace_file, short
+
+KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
+
+
+def write(log, steps, **more):
+    usual = {"lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "step_seconds": 0.1}
+    for step in steps:
+        log.step(step, **({"loss": 5.0 - step} | usual | more))
+
+
+def log_of(folder, steps, **more):
+    with RunLog(folder, 100, quiet=True) as log:
+        write(log, steps, **more)
+    return folder / "log.jsonl"
+
+
+# the file -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_has_exactly_the_promised_keys(tmp_path):
+    with RunLog(tmp_path, 2, quiet=True) as log:
+        write(log, [1])
+        write(log, [2], val_loss=4.5)
+    first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert list(first) == KEYS
+    assert sorted(second) == sorted([*KEYS, "val_loss"])
+    assert (second["step"], second["loss"], second["val_loss"], second["lr"]) == (2, 3.0, 4.5, 1e-3)
+
+
+def test_a_line_is_in_the_file_as_soon_as_step_returns(tmp_path):
+    log = RunLog(tmp_path, 2, quiet=True)
+    write(log, [1])
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1]
+    log.close()
+    log.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null(tmp_path, value):
+    path = log_of(tmp_path, [1], loss=value, grad_norm=value, val_loss=value)
+    line = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line["loss"] is None and line["grad_norm"] is None and line["val_loss"] is None
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    (line,) = read_log(log_of(tmp_path, [1], loss=numpy.float32("nan"), grad_norm=numpy.float32(0.25)))
+    assert line["loss"] is None and line["grad_norm"] == 0.25
+
+
+def test_a_fresh_run_starts_an_empty_log(tmp_path):
+    log_of(tmp_path, [1, 2, 3])
+    assert [line["step"] for line in read_log(log_of(tmp_path, [1]))] == [1]
+
+
+def test_resume_drops_later_steps_and_a_torn_end(tmp_path):
+    path = log_of(tmp_path, range(1, 8))
+    before = path.read_bytes().splitlines(keepends=True)
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')
+    with RunLog(tmp_path, 100, resumed_at=4, quiet=True) as log:
+        write(log, range(5, 10))
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[:4] == before[:4]
+    assert [json.loads(line)["step"] for line in after] == list(range(1, 10))
+
+
+def test_seconds_go_on_where_the_earlier_attempt_stopped(tmp_path):
+    path = log_of(tmp_path, [1, 2])
+    lines = read_log(path)
+    lines[0]["seconds"], lines[1]["seconds"] = 100.0, 900.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with RunLog(tmp_path, 100, resumed_at=1, quiet=True) as log:
+        assert 100.0 <= log.seconds < 110.0
+        write(log, [2])
+    assert 100.0 <= read_log(path)[-1]["seconds"] < 110.0
+
+
+def test_a_rewrite_that_fails_keeps_the_old_log(tmp_path, monkeypatch):
+    path = log_of(tmp_path, range(1, 8))
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(HandgradError, match="No space left on device"):
+        RunLog(tmp_path, 100, resumed_at=4, quiet=True)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_an_event_is_a_line_of_its_own(tmp_path):
+    with RunLog(tmp_path, 2, quiet=True) as log:
+        log.event(1, "skipped: non-finite gradient")
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "event": "skipped: non-finite gradient"}]
+
+
+def test_the_rate_is_a_mean_that_leaves_out_the_first_step(tmp_path):
+    log = RunLog(tmp_path, 100, quiet=True)
+    rates = []
+    for step, seconds in enumerate([10.0, 1.0, 2.0, 4.0], 1):
+        write(log, [step], tokens=100, step_seconds=seconds)
+        rates.append(log.tokens_per_second)
+    log.close()
+    mean_seconds = (0.95**2 * 1.0 + 0.95 * 2.0 + 4.0) / (0.95**2 + 0.95 + 1)
+    assert rates == pytest.approx([10.0, 100.0, 100 * (0.95 + 1) / (0.95 + 2), 100 / mean_seconds])
+
+
+# bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_log_has_no_lines(tmp_path):
+    assert read_log(tmp_path / "log.jsonl") == []
+
+
+def test_damage_before_the_last_line_is_named(tmp_path):
+    path = log_of(tmp_path, [1, 2, 3])
+    path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": x'))
+    with pytest.raises(HandgradError, match=r"\[log\] every line of .* but got .* in line 2\. hint: "):
+        read_log(path)
+
+
+@given(cut=st.integers(0, 500), at=st.integers(0, 499), byte=st.binary(max_size=3))
+def test_a_mutated_log_is_read_or_refused(tmp_path_factory, cut, at, byte):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    good = b"".join(log_module._dump({"step": i, "loss": 1.5, "seconds": 2.0 * i}) for i in range(9))
+    path.write_bytes((good[:at] + byte + good[at + len(byte) :])[:cut])
+    try:
+        lines = read_log(path)
+    except HandgradError:
+        return
+    assert all(isinstance(line["step"], int) for line in lines)
+
+
+DAMAGED = ["[]", "3", "{}", '{"step": -1}', '{"step": 1.5}', '{"step": 1, "loss": "x"}', "\0" * 64, "[" * 100_000]
+DAMAGED += ['{"step": 1' + "0" * 5000 + "}", '{"step": 1, "loss": 1' + "0" * 400 + "}"]
+
+
+@pytest.mark.parametrize("row", DAMAGED)
+def test_what_is_not_a_line_is_refused(tmp_path, row):
+    (tmp_path / "log.jsonl").write_text(row + '\n{"step": 1}\n')
+    with pytest.raises(HandgradError, match="in line 1"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(HandgradError, match=r"\[log\] .*log.jsonl must be writable, but got No such file or directory"):
+        RunLog(tmp_path / "nowhere", 1, quiet=True)
+    (tmp_path / "file").write_text("")
+    for resumed_at in (0, 3):
+        with pytest.raises(HandgradError, match="Not a directory"):
+            RunLog(tmp_path / "file", 5, resumed_at=resumed_at, quiet=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with RunLog(tmp_path, 1, quiet=True) as log, pytest.raises(HandgradError, match="No space left on device"):
+        write(log, [1])
+
+
+def test_replace_file_replaces(tmp_path):
+    path = tmp_path / "a.txt"
+    replace_file(path, "old")
+    replace_file(path, "néw \ud800")
+    assert path.read_text(encoding="utf-8") == "néw ?" and os.listdir(tmp_path) == ["a.txt"]
+
+
+# the screen ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_line(tmp_path):
+    line = {"step": 9, "loss": 3.412, "grad_norm": 0.41, "lr": 5.9e-4, "tokens_per_second": 171_000.0}
+    assert plain_line(line, 18865, 3.06) == "step 9/18865 | loss 3.4120 | grad 0.41 | lr 5.9e-4 | 171k tok/s | 3.06 s"
+    odd = {"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.0, "tokens_per_second": 0.0}
+    assert plain_line(odd, 2, 0.0123) == "step 1/2 | loss nan | grad inf | lr 0.0e+0 | 0 tok/s | 12.3 ms"
+
+
+def test_short_numbers():
+    numbers = (0, 999, 999.6, 12_345, 999_600, 1.5e9, 2e12)
+    assert [short(n) for n in numbers] == ["0", "999", "1.00k", "12.3k", "1.00M", "1.50B", "2.00T"]
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 59.6, 3599.7, 90_000)] == ["0:00", "1:00", "1:00:00", "25:00:00"]
+
+
+def test_without_a_terminal_a_line_every_few_seconds_and_at_each_validation(tmp_path, capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: now)
+    with RunLog(tmp_path, 20) as log:
+        for step in range(1, 21):
+            now += 1.0
+            write(log, [step], val_loss=4.0 if step == 9 else None)
+        log.say("[bold]saved[/bold] :smile: " + "x" * 200)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1/20", "6/20", "9/20", "11/20", "16/20", "20/20"]
+    assert "val 4.0000" in lines[2] and "\x1b" not in "".join(lines)
+    assert lines[-1] == "[bold]saved[/bold] :smile: " + "x" * 200
+
+
+def test_quiet_shows_nothing(tmp_path, capsys):
+    with RunLog(tmp_path, 2, quiet=True) as log:
+        write(log, [1, 2], val_loss=3.0)
+        log.event(2, "skipped")
+        log.say("hello")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [120, 80, 40])
+def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
+    master, slave = os.openpty()
+    shown = []
+
+    def collect():
+        try:
+            while piece := os.read(master, 4096):
+                shown.append(piece)
+        except OSError:  # how a pty says that its other end is closed
+            pass
+
+    reader = threading.Thread(target=collect)
+    reader.start()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(log_module, "LIVE_SECONDS", 0.0)
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with RunLog(tmp_path, 3) as log:
+            write(log, [1])
+            write(log, [2], val_loss=4.5)
+            log.say("saved step_000002")
+            write(log, [3])
+    reader.join(timeout=10)
+    monkeypatch.undo()
+    os.close(master)
+    text = b"".join(shown).decode()
+    assert "step 1/3  loss 4.0000" in text and "saved step_000002" in text
+    assert ("━" in text) == (width == 120)
+    assert ("0:00 left" in text) == ("in all" in text) == (width > 40)
+    assert text.count("step 2/3 | loss 3.0000") == 1, "a validation leaves a line behind"
+    assert "\x1b[?25l" not in text.replace("\x1b[?25l\x1b[?25h", ""), "the cursor is never hidden for long"
+
+
+# TensorBoard --------------------------------------------------------------------------------------------------------
+
+
+def scalars(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    with RunLog(tmp_path, 3, tensorboard=True, quiet=True) as log:
+        write(log, [1, 2])
+        write(log, [3], val_loss=4.5)
+    read = scalars(tmp_path)
+    assert set(read) == {"loss/train", "loss/val", "lr", "grad_norm", "tokens_per_second"}
+    assert read["loss/train"] == [(1, 4.0), (2, 3.0), (3, 2.0)] and read["loss/val"] == [(3, 4.5)]
+    with RunLog(tmp_path, 3, resumed_at=1, tensorboard=True, quiet=True) as log:
+        write(log, [2], loss=7.0)
+    assert scalars(tmp_path)["loss/train"] == [(1, 4.0), (2, 7.0)]
+
+
+def test_without_the_package_tensorboard_nothing_is_touched(tmp_path, monkeypatch):
+    path = log_of(tmp_path, [1, 2])
+    before = path.read_bytes()
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"] + ["tensorboard"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(HandgradError, match=r"hint: pip install 'handgrad\[tensorboard\]'"):
+        RunLog(tmp_path, 3, tensorboard=True)
+    assert path.read_bytes() == before
