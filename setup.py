@@ -32,8 +32,18 @@ if platform.machine() in ("x86_64", "AMD64"):
         ("bf16", "avx512"): AVX512,
         ("bf16", "avx512bf16"): [*AVX512, "-mavx512bf16"],
     }
-FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-         "-Wall", "-Wextra", "-I" + str(CPU / "include")]
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-I" + str(CPU / "include"),
+]
 
 
 def compiles(cc: str, flags: list[str]) -> bool:
@@ -51,8 +61,10 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cc = os.environ.get("CC", "cc")
         if not compiles(cc, []):
-            sys.exit(f"handgrad needs a C compiler to build its kernels, but '{cc}' does not work. "
-                     "hint: install gcc or clang, or set CC")
+            sys.exit(
+                f"handgrad needs a C compiler to build its kernels, but '{cc}' does not work. "
+                "hint: install gcc or clang, or set CC"
+            )
         openmp = ["-fopenmp"] if compiles(cc, ["-fopenmp"]) else []
         if not openmp:
             print(f"warning: {cc} has no OpenMP; the kernels will run on one thread", file=sys.stderr)
@@ -98,4 +110,6 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-setup(ext_modules=[Extension("handgrad.backends.cpu.libhandgrad_cpu", sources=[])], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("handgrad.backends.cpu.libhandgrad_cpu", sources=[])], cmdclass={"build_ext": BuildKernels}
+)

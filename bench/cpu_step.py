@@ -39,7 +39,9 @@ def handgrad_worker(dtype: str, B: int, T: int):
     ids = np.random.default_rng(0).integers(0, 50257, 64 * B * T + 1)
     write_shard(f"{folder}/train_0.bin", [ids], id_dtype(50257))
     data = hg.data.tokens(f"{folder}/*.bin", seq_len=T, batch_tokens=B * T)
-    run = hg.Trainer(hg.models.gpt2("124m"), hg.optim.AdamW(), data, micro_batch=B, dtype=dtype, val=False, sample=False)
+    run = hg.Trainer(
+        hg.models.gpt2("124m"), hg.optim.AdamW(), data, micro_batch=B, dtype=dtype, val=False, sample=False
+    )
     steps = iter(range(1, 1 << 30))
 
     def step() -> float:
@@ -51,8 +53,7 @@ def handgrad_worker(dtype: str, B: int, T: int):
         def after(call, s):
             seconds[call.op.name] = seconds.get(call.op.name, 0.0) + s
 
-        phases = [c.phase for c in run.program.calls]
-        run._train.run_each(after, 0, phases.index("load") if "load" in phases else None)
+        run.trace(after)
         return {"arena": run.plan.nbytes, "isa": run.backend.isa, "ops_ms": {k: 1e3 * v for k, v in seconds.items()}}
 
     return step, facts
@@ -99,8 +100,13 @@ class Process:
 
     def __init__(self, name: str, B: int, T: int):
         self.name = name
-        self._process = subprocess.Popen([sys.executable, __file__, "--worker", name, f"{B}x{T}"], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads())})
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", name, f"{B}x{T}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads())},
+        )
 
     def ask(self, command: str) -> dict:
         self._process.stdin.write(command + "\n")
@@ -146,9 +152,17 @@ def race(names: list[str], B: int, T: int, rounds: int) -> dict:
                 continue
         for name, ms in round_times.items():
             times[name].append(ms)
-    results = {p.name: {"median_ms": statistics.median(times[p.name]), "best_ms": min(times[p.name]), "all_ms": times[p.name],
-                        "tokens_per_second": B * T / statistics.median(times[p.name]) * 1e3, "loss": losses[p.name]} | p.ask("facts")
-               for p in processes}
+    results = {
+        p.name: {
+            "median_ms": statistics.median(times[p.name]),
+            "best_ms": min(times[p.name]),
+            "all_ms": times[p.name],
+            "tokens_per_second": B * T / statistics.median(times[p.name]) * 1e3,
+            "loss": losses[p.name],
+        }
+        | p.ask("facts")
+        for p in processes
+    }
     for p in processes:
         p.close()
     return results | {"noisy_rounds": noisy}
@@ -160,20 +174,29 @@ def show(shape: str, results: dict) -> None:
     print(f"{'':22}{'median ms':>10}{'best ms':>9}{'tok/s':>8}{'peak RSS MiB':>14}{'arena MiB':>11}")
     for name, r in results.items():
         arena = f"{r['arena'] / 2**20:11.0f}" if "arena" in r else ""
-        print(f"{name:22}{r['median_ms']:10.0f}{r['best_ms']:9.0f}{r['tokens_per_second']:8.0f}{r['rss'] / 2**20:14.0f}{arena}")
+        print(
+            f"{name:22}{r['median_ms']:10.0f}{r['best_ms']:9.0f}{r['tokens_per_second']:8.0f}{r['rss'] / 2**20:14.0f}{arena}"
+        )
     for dtype in ("f32", "bf16"):
-        mine, theirs = results.get(f"handgrad-{dtype}"), [r for n, r in results.items() if n.startswith(f"torch-{dtype}")]
+        mine, theirs = (
+            results.get(f"handgrad-{dtype}"),
+            [r for n, r in results.items() if n.startswith(f"torch-{dtype}")],
+        )
         if mine and theirs:
             best = min(r["median_ms"] for r in theirs)
-            print(f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; RSS {mine['rss'] / min(r['rss'] for r in theirs):.2f} of PyTorch's, "
-                  f"arena + {(mine['rss'] - mine['arena']) / 1e6:.0f} MB")
+            print(
+                f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; RSS {mine['rss'] / min(r['rss'] for r in theirs):.2f} of PyTorch's, "
+                f"arena + {(mine['rss'] - mine['arena']) / 1e6:.0f} MB"
+            )
         if mine:
             total = sum(mine["ops_ms"].values())
             rest = total - sum(mine["ops_ms"].get(op, 0.0) for op in GEMM_OPS)
             ops = "  ".join(f"{op} {ms:.0f}" for op, ms in sorted(mine["ops_ms"].items(), key=lambda kv: -kv[1]))
             print(f"{dtype}: not GEMM {100 * rest / total:.1f} % of the step; ms by op: {ops}")
     if {"handgrad-f32", "handgrad-bf16"} <= set(results):
-        print(f"bf16 is {results['handgrad-f32']['median_ms'] / results['handgrad-bf16']['median_ms']:.2f}x our own f32")
+        print(
+            f"bf16 is {results['handgrad-f32']['median_ms'] / results['handgrad-bf16']['median_ms']:.2f}x our own f32"
+        )
 
 
 def main() -> None:
@@ -186,8 +209,13 @@ def main() -> None:
     a = parser.parse_args()
     if a.worker:
         return worker(a.worker[0], *(int(n) for n in a.worker[1].split("x")))
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     facts = {"cpu": cpu, "threads": threads(), "date": datetime.date.today().isoformat(), "commit": commit}
     print("  ".join(f"{k} {v}" for k, v in facts.items()))
     shapes = {}

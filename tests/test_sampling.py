@@ -145,6 +145,7 @@ def test_a_stream_is_cut_as_the_whole_text_would_be(pieces, stops):
 def test_first_stop():
     assert first_stop("to be or not", ["not", "be"]) == (3, "be")
     assert first_stop("xabc", ["c", "abc"]) == (1, "abc")
+    assert first_stop("xabcd", ["abcd", "bc"]) == (2, "bc"), "as a reader of the stream meets it"
     assert first_stop("to be", []) == (5, None)
 
 

@@ -100,7 +100,9 @@ def round_to(value: np.ndarray, dtype: DType) -> np.ndarray:
     return value.astype(ml_dtypes.bfloat16 if dtype is BF16 else np.float32).astype(np.float64)
 
 
-def run_case(p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_step: int = 0) -> dict[str, np.ndarray]:
+def run_case(
+    p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_step: int = 0
+) -> dict[str, np.ndarray]:
     """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
     layout = plan(p, scratch=backend.scratch)
     arena = backend.alloc(layout)
@@ -114,7 +116,11 @@ def run_case(p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backen
     set_knobs(arena.knobs(p), micro_step)
     before = None if raw is None else raw.copy()
     backend.bind(p, arena).run()
-    outs = {name: np.array(arena.view(t), np.float64) for name, t in c.named_outs() if t.role is not Role.KNOB and name != "logits"}
+    outs = {
+        name: np.array(arena.view(t), np.float64)
+        for name, t in c.named_outs()
+        if t.role is not Role.KNOB and name != "logits"
+    }
     if any(t is p.knobs for t in c.outs):
         outs["knobs"] = np.array([arena.knobs(p).grad_norm, arena.knobs(p).grad_scale], np.float64)
     if raw is not None:
@@ -149,7 +155,9 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
             error = float(np.max(np.abs(got - exact), initial=0.0))
             if not np.isfinite(got).all():
                 error = np.inf
-            errors.append(Error(arg.name, error, limit, float(np.mean((got - exact) ** 2) / (np.mean(exact**2) + 1e-300))))
+            errors.append(
+                Error(arg.name, error, limit, float(np.mean((got - exact) ** 2) / (np.mean(exact**2) + 1e-300)))
+            )
     return errors
 
 
@@ -203,8 +211,11 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
         arena.view(seed)[...] = rng.standard_normal(seed.shape)
     run = backend.bind(p, arena)
     run.run()
-    gradients = {t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.slots[t])) for t in ins
-                 if t.role is Role.PARAM or t in p.slots}
+    gradients = {
+        t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.slots[t]))
+        for t in ins
+        if t.role is Role.PARAM or t in p.slots
+    }
 
     def loss() -> float:
         run.run(0, forward)
@@ -215,8 +226,9 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     return max(difference_error(loss, arena.view(t), gradient, samples, rng) for t, gradient in gradients.items())
 
 
-def difference_error(loss: Callable[[], float], x: np.ndarray, gradient: np.ndarray, samples: int, rng: Any,
-                     step: float = 1e-5) -> float:
+def difference_error(
+    loss: Callable[[], float], x: np.ndarray, gradient: np.ndarray, samples: int, rng: Any, step: float = 1e-5
+) -> float:
     """The largest |numeric - gradient| / (largest |gradient|) over a few random elements of x, which is restored."""
     worst, scale = 0.0, float(np.max(np.abs(gradient))) + 1e-12
     for _ in range(samples):
@@ -231,8 +243,9 @@ def difference_error(loss: Callable[[], float], x: np.ndarray, gradient: np.ndar
     return worst
 
 
-def gradcheck(record: Callable[[Program], None], fill: Callable[[Program, Arena], None], drop: Policy = keep_all,
-              samples: int = 3) -> float:
+def gradcheck(
+    record: Callable[[Program], None], fill: Callable[[Program, Arena], None], drop: Policy = keep_all, samples: int = 3
+) -> float:
     """The largest relative gradient error of a whole model in float64. `record` appends the forward, `fill` writes inputs."""
     from handgrad.ops import add
 
@@ -252,7 +265,9 @@ def gradcheck(record: Callable[[Program], None], fill: Callable[[Program, Arena]
         run.run(0, forward)
         return float(arena.knobs(p).loss_scale * arena.view(p.outputs["losses"]).sum())
 
-    return max(difference_error(loss, arena.view(p.params[name].tensor), g, samples, rng) for name, g in gradients.items())
+    return max(
+        difference_error(loss, arena.view(p.params[name].tensor), g, samples, rng) for name, g in gradients.items()
+    )
 
 
 @dataclass(frozen=True)

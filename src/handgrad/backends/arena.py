@@ -26,9 +26,13 @@ class HostArena(Arena):
         free = available_bytes()
         if size > free:
             parts = " | ".join(f"{name} {plan.region[name][1] / MIB:.0f}" for name in REGIONS)
-            raise HandgradError("plan", f"the arena fits in memory, {free / MIB:.0f} MiB are free", f"{size / MIB:.0f} MiB ({parts})",
-                                hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
-                                     "handgrad explain prices each")
+            raise HandgradError(
+                "plan",
+                f"the arena fits in memory, {free / MIB:.0f} MiB are free",
+                f"{size / MIB:.0f} MiB ({parts})",
+                hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
+                "handgrad explain prices each",
+            )
         self._memory = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)

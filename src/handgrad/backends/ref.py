@@ -34,7 +34,11 @@ class ExactArena(Arena):
         if tensor.flat:
             head = self.plan.programs[0]
             flat = self._flat.setdefault(tensor.flat, np.zeros(head.flat_size))
-            start = head.starts[tensor] if tensor in head.starts else head.first(head.params[tensor.name.removeprefix("d ")].tensor)
+            start = (
+                head.starts[tensor]
+                if tensor in head.starts
+                else head.first(head.params[tensor.name.removeprefix("d ")].tensor)
+            )
             return flat[start : start + tensor.size].reshape(tensor.shape)
         if tensor not in self._arrays:
             self._arrays[tensor] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
@@ -74,7 +78,10 @@ class RefExecutable(Executable):
             for arg, out in zip(c.op.out_args, outs):
                 if out is not None and not arg.given:
                     out.view(np.uint8)[...] = 0xFF  # NaN in f32 and bf16
-        for args, views in ((c.op.in_args, [None if t is None else self.arena.view(t) for t in c.ins]), (c.op.out_args, outs)):
+        for args, views in (
+            (c.op.in_args, [None if t is None else self.arena.view(t) for t in c.ins]),
+            (c.op.out_args, outs),
+        ):
             for arg, view in zip(args, views):
                 if args is c.op.out_args and (not arg.given or arg.name == "knobs"):
                     continue  # made here, or already the record

@@ -26,8 +26,9 @@ def drop_act_norm(p: Program, c: Call) -> set[str]:
 
 
 def drop_block(p: Program, c: Call) -> set[str]:
-    """Recompute a block from its input: keeps the residual that enters it, and attention's output and statistics."""
-    if c.op.name == "attention":
+    """Recompute a block from its input: keeps the residual that enters it, attention's output and statistics, and what
+    the loss made."""
+    if c.op.name == "attention" or c.op.starts_gradient:
         return set()
     acts = [t for t in c.ins if t is not None and t.role is Role.ACT]
     enters = acts and all(p.producer[t].block != c.block for t in acts)
@@ -75,8 +76,11 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         if not c.op.starts_gradient and all(t is None for t in d.values()):
             continue
         saved = set(c.op.saved.split())
-        view = replace(c, outs=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.out_args, c.outs)),
-                       ins=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.in_args, c.ins)))
+        view = replace(
+            c,
+            outs=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.out_args, c.outs)),
+            ins=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.in_args, c.ins)),
+        )
         with p.at(c, "backward"):
             for name, gradient in c.op.backward(p, view, d).items():
                 target = getattr(c, name)

@@ -4,23 +4,26 @@ from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Role, Tensor
 
-PHASE = {"forward": "fwd", "recompute": "re ", "backward": "bwd", "norm": "nrm", "update": "upd"}
+PHASE = {"forward": "fwd", "recompute": "re", "backward": "bwd", "norm": "nrm", "update": "upd", "load": "load"}
 
 
-def _tensor(t: Tensor, plan: Plan | None) -> str:
-    name = t.name.split("/")[-1].split(".", 1)[-1] if t.role is Role.ACT else t.name
+def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
+    name = t.name.removeprefix(c.block + "/") if t.role is Role.ACT else t.name
     at = f"@{plan.offset[t] / MIB:.1f}M" if plan is not None else ""
-    shape = "x".join(map(str, t.shape))
-    return f"{name}{at}({shape}){t.dtype}"
+    return f"{name}{at} ({','.join(map(str, t.shape))}) {t.dtype}"
 
 
 def line(c: Call, plan: Plan | None = None) -> str:
     """One call of the listing."""
-    outs = " ".join(("+=" if arg.given and arg.name not in c.first else "") + _tensor(t, plan)
-                    for arg, t in zip(c.op.out_args, c.outs) if t is not None)
-    ins = " ".join(_tensor(t, plan) for t in c.ins if t is not None)
+    outs = [
+        ("+= " if arg.given and arg.name not in c.first else "") + _tensor(t, c, plan)
+        for arg, t in zip(c.op.out_args, c.outs)
+        if t is not None
+    ]
+    ins = [_tensor(t, c, plan) for t in c.ins if t is not None]
     attrs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in c.attrs.items())
-    return f"{PHASE[c.phase]} {c.block:8} {c.op.name:22} {outs}  <- {ins}  {attrs}  {c.where}".replace("   ", "  ")
+    parts = (f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}", " | ".join(outs), "<-", " | ".join(ins), attrs, c.where)
+    return "  ".join(part for part in parts if part)
 
 
 def listing(p: Program, plan: Plan | None = None) -> str:

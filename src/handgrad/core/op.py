@@ -37,8 +37,15 @@ def parse_args(text: str) -> tuple[Arg, ...]:
     args = []
     for word in text.split():
         name, dims, *dtype = word.rstrip("?").split(":")
-        args.append(Arg(name.lstrip("+"), tuple(dims.split(",")), DTYPES[dtype[0]] if dtype else None,
-                        word.endswith("?"), word.startswith("+")))
+        args.append(
+            Arg(
+                name.lstrip("+"),
+                tuple(dims.split(",")),
+                DTYPES[dtype[0]] if dtype else None,
+                word.endswith("?"),
+                word.startswith("+"),
+            )
+        )
     return tuple(args)
 
 
@@ -139,21 +146,31 @@ def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], whe
     sizes: dict[str, int] = {}
     owner: dict[str, Tensor] = {}
     if len(ins) != len(op.in_args):
-        raise HandgradError(op.name, f"takes {len(op.in_args)} inputs ({op.ins})", len(ins), context=f"recorded at {where}")
+        raise HandgradError(
+            op.name, f"takes {len(op.in_args)} inputs ({op.ins})", len(ins), context=f"recorded at {where}"
+        )
     for arg, t in zip(op.in_args, ins):
         if t is None:
             if not arg.optional:
                 raise HandgradError(op.name, f"needs input '{arg.name}'", "nothing", context=f"recorded at {where}")
             continue
         if len(t.shape) != len(arg.dims):
-            raise HandgradError(op.name, f"{arg.name} has dimensions ({','.join(arg.dims)})", f"'{t.name}' of shape {t.shape}",
-                                context=f"recorded at {where}")
+            raise HandgradError(
+                op.name,
+                f"{arg.name} has dimensions ({','.join(arg.dims)})",
+                f"'{t.name}' of shape {t.shape}",
+                context=f"recorded at {where}",
+            )
         for letter, size in zip(arg.dims, t.shape):
             if sizes.setdefault(letter, size) != size:
                 other = owner[letter]
                 raise HandgradError(
-                    op.name, f"{letter} is {sizes[letter]} in '{other.name}' {other.shape}", f"{size} in '{t.name}' {t.shape}",
-                    context=f"recorded at {where}", hint="a size in the model's configuration and a tensor disagree")
+                    op.name,
+                    f"{letter} is {sizes[letter]} in '{other.name}' {other.shape}",
+                    f"{size} in '{t.name}' {t.shape}",
+                    context=f"recorded at {where}",
+                    hint="a size in the model's configuration and a tensor disagree",
+                )
             owner.setdefault(letter, t)
     for key, value in attrs.items():
         if isinstance(value, int) and not isinstance(value, bool):

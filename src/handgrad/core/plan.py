@@ -62,7 +62,9 @@ class Plan:
         lines.append(f"{'total':12} {self.nbytes:>16,} B  {self.nbytes / MIB:10.1f} MiB")
         live, call = self.peak.get(0, (0, None))
         if call is not None:
-            lines.append(f"peak of activations {live / MIB:.1f} MiB at {call.phase} {call.op.name} of {call.block}, {call.where}")
+            lines.append(
+                f"peak of activations {live / MIB:.1f} MiB at {call.phase} {call.op.name} of {call.block}, {call.where}"
+            )
         return "\n".join(lines)
 
     def by_block(self) -> list[tuple[str, int, int, int]]:
@@ -143,7 +145,11 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     used = dict.fromkeys(t.flat for c in head.calls for t in (*c.outs, *c.ins) if t is not None and t.flat)
     moments = [flat for flat in used if flat not in ("param", "grad")]
     at = 0
-    for region, flats in (("params", ["param"] * bool(head.params)), ("grads", ["grad"] * bool(head.grads)), ("state", moments)):
+    for region, flats in (
+        ("params", ["param"] * bool(head.params)),
+        ("grads", ["grad"] * bool(head.grads)),
+        ("state", moments),
+    ):
         start = at
         for flat in flats:
             dtype = head.dtype if flat == "param" else F32
@@ -188,7 +194,9 @@ def _place_flat(result: Plan) -> None:
         for name, info in p.params.items():
             twin = head.params.get(name)
             if twin is None or twin.tensor.shape != info.tensor.shape or p.dtype is not head.dtype:
-                raise HandgradError("plan", "programs that share an arena share their parameters", f"'{name}' in one only")
+                raise HandgradError(
+                    "plan", "programs that share an arena share their parameters", f"'{name}' in one only"
+                )
             result.offset[info.tensor] = at("param", head.first(twin.tensor))
             if name in p.grads:
                 result.offset[p.grads[name]] = at("grad", head.first(twin.tensor))

@@ -99,7 +99,9 @@ class Program:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # read by the host after a run: alive to the end of the list
+    outputs: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # read by the host after a run: alive to the end of the list
     slots: dict[Tensor, Tensor] = field(default_factory=dict)  # while recording backward: gradients collected so far
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a bucket's handle in its flat vector
     phase: str = "forward"
@@ -132,7 +134,9 @@ class Program:
         known = self.params.get(name)
         if known is None:
             if self._buckets is not None:
-                raise HandgradError("program", "parameters are declared before the update is recorded", f"'{name}' after it")
+                raise HandgradError(
+                    "program", "parameters are declared before the update is recorded", f"'{name}' after it"
+                )
             known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, decay, self._block)
             self.params[name] = known
         if known.tensor.shape != shape:
@@ -195,12 +199,19 @@ class Program:
         made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.given)
         return made[0] if len(made) == 1 else made
 
-    def emit_call(self, op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any],
-                  into: dict[str, Tensor | None] | None = None) -> tuple[Tensor | None, ...]:
+    def emit_call(
+        self,
+        op: Op,
+        ins: tuple[Tensor | None, ...],
+        attrs: dict[str, Any],
+        into: dict[str, Tensor | None] | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """`emit` with all outputs returned, in declared order."""
         where = self._where or caller()
         if set(attrs) != set(op.attrs):
-            raise HandgradError(op.name, f"takes attributes {sorted(op.attrs)}", sorted(attrs), context=f"recorded at {where}")
+            raise HandgradError(
+                op.name, f"takes attributes {sorted(op.attrs)}", sorted(attrs), context=f"recorded at {where}"
+            )
         sizes = bind_dims(op, ins, attrs, where)
         outs: list[Tensor | None] = []
         first = set()
@@ -219,8 +230,18 @@ class Program:
             else:
                 shape = tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
                 outs.append(Tensor(self._fresh(f"{op.name}.{arg.name}"), shape, arg.dtype or self.dtype, Role.ACT))
-        call = Call(op, tuple(outs), tuple(ins), dict(attrs), self.phase, self._block, where, sizes, self.dtype,
-                    frozenset(first))
+        call = Call(
+            op,
+            tuple(outs),
+            tuple(ins),
+            dict(attrs),
+            self.phase,
+            self._block,
+            where,
+            sizes,
+            self.dtype,
+            frozenset(first),
+        )
         self.calls.append(call)
         for t in outs:
             if t is not None and t.role is Role.ACT:
@@ -278,13 +299,19 @@ class Program:
         return sum(p.tensor.size for p in self.params.values())
 
 
-_INSIDE = (str(Path(__file__).parent), str(Path(__file__).parent.parent / "ops"), str(Path(__file__).parent.parent / "models" / "blocks.py"),
-           str(Path(__file__).parent.parent / "optim"))
+_INSIDE = (
+    str(Path(__file__).parent),
+    str(Path(__file__).parent.parent / "ops"),
+    str(Path(__file__).parent.parent / "models" / "blocks.py"),
+    str(Path(__file__).parent.parent / "optim"),
+)
 
 
 def caller() -> str:
     """`file:line` of the nearest frame outside the recorder, the ops and the shared model pieces."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_INSIDE) or "contextlib" in frame.f_code.co_filename):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_INSIDE) or "contextlib" in frame.f_code.co_filename
+    ):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -6,7 +6,6 @@ from enum import Enum
 
 from handgrad.core.dtypes import DType
 
-
 IGNORE_INDEX = -1  # a target that does not count in a loss
 
 

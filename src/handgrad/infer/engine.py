@@ -40,7 +40,9 @@ class Engine:
         if len(ids) == 0:
             raise HandgradError("generate", "a prompt has at least one token", "none")
         if self.position + len(ids) > self.model.max_seq_len:
-            raise HandgradError("generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids))
+            raise HandgradError(
+                "generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids)
+            )
         ids, piece = list(ids), len(self._ids[0])
         while len(ids) > 2 and self.position + piece <= self.model.max_seq_len:
             part = ids[: min(piece, len(ids) - 1)]  # rows past the prompt write cache rows that later tokens overwrite
@@ -58,7 +60,9 @@ class Engine:
         self._run[which].run()
         self.position += count
 
-    def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop_id: int | None = None) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop_id: int | None = None
+    ) -> Iterator[int]:
         """Yields up to `max_tokens` token ids after `prompt`; ends at `stop_id`.
 
         The model sees at most max_seq_len tokens. When the window is full, its newer half is read again from position 0,

@@ -55,7 +55,9 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
     return g.emit(dropout, x, p=p, stream=g.next_stream())
 
 
-def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float, max_len: int) -> Tensor:
+def self_attention(
+    g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float, max_len: int
+) -> Tensor:
     """Causal self-attention with packed q, k, v. In prefill and decode it appends to and reads a KV cache."""
     size = x.shape[-1]
     with g.scope(name):
@@ -79,7 +81,9 @@ def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) ->
 def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, chunks: int) -> None:
     """Ends a program: losses (N) f32 in nats, or logits (N, Vp), marked as outputs; nothing in prefill."""
     if g.mode == "train":
-        losses, *_ = g.emit(lm_loss_forward_backward, x, w, data.targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks)
+        losses, *_ = g.emit(
+            lm_loss_forward_backward, x, w, data.targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
+        )
         g.output("losses", losses)
     elif g.mode == "loss":
         g.output("losses", g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)[0])

@@ -27,7 +27,9 @@ class GPT2:
             if getattr(self, name) < 1:
                 raise HandgradError("model", f"{name} is at least 1", getattr(self, name))
         if self.hidden_size % self.num_heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads")
+            raise HandgradError(
+                "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise HandgradError("model", "dropout lies in [0, 1)", self.dropout)
 
@@ -39,7 +41,9 @@ class GPT2:
     def forward(self, g: Program, data: Batch, head_chunks: int = 1) -> None:
         """Records the forward pass for g.mode; the losses or logits become outputs of the program."""
         C, p = self.hidden_size, self.dropout
-        std = 0.02 / (2 * self.num_layers) ** 0.5  # residual projections: the variance of the sum stays put (GPT-2 §2.3)
+        std = (
+            0.02 / (2 * self.num_layers) ** 0.5
+        )  # residual projections: the variance of the sum stays put (GPT-2 §2.3)
         with g.block("embed", prefix=False):
             wte = g.param("wte.weight", (self.vocab_padded, C), normal(0.02, rows=self.vocab_size))
             wpe = g.param("wpe.weight", (self.max_seq_len, C), normal(0.02))

@@ -3,6 +3,7 @@
 from handgrad.core.errors import HandgradError
 from handgrad.models.gpt2 import GPT2
 
+# fmt: off
 # name: layers, heads, hidden size
 GPT2_SIZES = {
     "124m":  (12, 12, 768),
@@ -11,7 +12,17 @@ GPT2_SIZES = {
     "1558m": (48, 25, 1600),
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
-DEPTHS = {6: (6, 384), 12: (12, 768), 24: (16, 1024), 36: (20, 1280), 48: (25, 1600), 60: (30, 1920), 72: (30, 2880), 84: (36, 3456)}
+# layers: heads, hidden size
+DEPTHS = {
+    6:  (6, 384),
+    12: (12, 768),
+    24: (16, 1024),
+    36: (20, 1280),
+    48: (25, 1600),
+    60: (30, 1920),
+    72: (30, 2880),
+    84: (36, 3456),
+}
 # GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; 40 heads
 # of 128 are 5120, which is what is built here.
 GPT3_WIDTHS = {
@@ -25,12 +36,18 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
+# fmt: on
 
 
 def names() -> list[str]:
     """Every preset's name."""
-    return (["tiny"] + [f"gpt2-{n}" for n in GPT2_SIZES] + [f"d{d}" for d in DEPTHS] + [f"gpt2:d{d}" for d in DEPTHS]
-            + [f"gpt3:c{c}" for c in GPT3_WIDTHS])
+    return (
+        ["tiny"]
+        + [f"gpt2-{n}" for n in GPT2_SIZES]
+        + [f"d{d}" for d in DEPTHS]
+        + [f"gpt2:d{d}" for d in DEPTHS]
+        + [f"gpt3:c{c}" for c in GPT3_WIDTHS]
+    )
 
 
 def preset(name: str) -> dict[str, int]:

@@ -40,9 +40,18 @@ class AdamW:
         for bucket in g.buckets:
             with g.block(bucket.block, prefix=False):
                 name = f"{bucket.block}.{'decay' if bucket.decay else 'plain'}"
-                part = {flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("param", "grad", "m", "v")}
+                part = {
+                    flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}")
+                    for flat in ("param", "grad", "m", "v")
+                }
                 master = None if g.dtype is F32 else g.slice("master", bucket.start, bucket.size, f"{name}.master")
-                g.emit(adamw, part["grad"], into={"p": part["param"], "m": part["m"], "v": part["v"], "master": master},
-                       beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-                       weight_decay=self.weight_decay if bucket.decay else 0.0)
+                g.emit(
+                    adamw,
+                    part["grad"],
+                    into={"p": part["param"], "m": part["m"], "v": part["v"], "master": master},
+                    beta1=self.betas[0],
+                    beta2=self.betas[1],
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if bucket.decay else 0.0,
+                )
         g.phase = "forward"

@@ -1,6 +1,7 @@
 """Any tokenizer.json, through the `tokenizers` library: byte-level and other BPE, Unigram, WordPiece."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,19 @@ def from_file(path: str | Path) -> "FileTokenizer":
     path = Path(path)
     if not path.is_file():
         raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
-    try:
+    with _library_must(f"{path} must describe a tokenizer"):
         return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), path.name)
-    except Exception as error:  # the library raises nothing narrower
+
+
+@contextmanager
+def _library_must(rule: str) -> Iterator[None]:
+    try:
+        yield
+    except (HandgradError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
         reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
-        raise HandgradError("tokenizer", f"{path} must describe a tokenizer", reason) from None
+        raise HandgradError("tokenizer", rule, reason) from None
 
 
 class FileTokenizer:
@@ -50,13 +59,12 @@ class FileTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
-        try:
+        with _library_must(f"{self.name} must be able to encode the text"):
             return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
-        except Exception as error:  # such as a vocabulary without an unknown token
-            raise HandgradError("tokenizer", f"{self.name} must be able to encode the text", error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
+        with _library_must(f"{self.name} must be able to decode the ids"):
+            return self._library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         # what an id adds can depend on the one before (a space, half a character): decode it behind what was shown last
@@ -74,8 +82,6 @@ class FileTokenizer:
         return self.decode(shown + pending)[len(self.decode(shown)) :]
 
     def save(self, folder: str | Path) -> dict:
-        try:
+        with _library_must(f"{folder} must be writable"):
             self._library.save(str(Path(folder) / FILE))
-        except Exception as error:
-            raise HandgradError("tokenizer", f"{folder} must be writable", error) from None
         return {"kind": "file", "path": FILE}

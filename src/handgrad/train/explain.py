@@ -33,11 +33,14 @@ class Explanation:
         p, at = self.program, self.plan
         calls = {phase: sum(c.phase == phase for c in p.calls) for phase in dict.fromkeys(c.phase for c in p.calls)}
         lines = [
-            listing(p, at), "",
+            listing(p, at),
+            "",
             f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token, {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-step",
-            "", at.report(), "",
+            "",
+            at.report(),
+            "",
             f"{'block':8} {'parameters':>14} {'grads + state':>14} {'kept activations':>18}   MiB",
         ]
         for block, params, state, kept in at.by_block():
@@ -46,13 +49,26 @@ class Explanation:
         lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
         flops = sum(c.flops for c in p.calls)
         for name, nbytes, count in self.remedies:
-            lines.append(f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {100 * (count / flops - 1):10.1f}%")
+            lines.append(
+                f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {100 * (count / flops - 1):10.1f}%"
+            )
         return "\n".join(lines)
 
 
-def explain(model: GPT2, micro_batch: int, seq_len: int, *, dtype: str = "bf16", backend: Backend | None = None,
-            recompute: str = "none", head_chunks: int = 0, optim: AdamW = AdamW(), val: bool = True, sample: bool = True,
-            remedies: bool = True) -> Explanation:
+def explain(
+    model: GPT2,
+    micro_batch: int,
+    seq_len: int,
+    *,
+    dtype: str = "bf16",
+    backend: Backend | None = None,
+    recompute: str = "none",
+    head_chunks: int = 0,
+    optim: AdamW = AdamW(),
+    val: bool = True,
+    sample: bool = True,
+    remedies: bool = True,
+) -> Explanation:
     """What a run of these settings would record and allocate. Nothing is allocated here.
 
     The plan is the one that Trainer makes from the same arguments: `plan.nbytes` equals its arena, to the byte.
@@ -77,7 +93,11 @@ def explain(model: GPT2, micro_batch: int, seq_len: int, *, dtype: str = "bf16",
     if remedies:
         options = [(f"recompute {r}", micro_batch, r, chunks) for r in REMEDIES if r != recompute]
         options += [(f"micro-batch {b}", b, recompute, 0) for b in (micro_batch // 2, micro_batch // 4) if b]
-        options += [(f"head chunks {n}", micro_batch, recompute, n) for n in (1, 4 * chunks) if n != chunks and n <= micro_batch * seq_len]
+        options += [
+            (f"head chunks {n}", micro_batch, recompute, n)
+            for n in (1, 4 * chunks)
+            if n != chunks and n <= micro_batch * seq_len
+        ]
         for name, b, r, n in options:
             other, its = lay_out(b, r, n)
             prices.append((name, its.nbytes, sum(c.flops for c in other.calls) * micro_batch // b))

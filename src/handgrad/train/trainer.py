@@ -1,6 +1,6 @@
 """Trainer: one arena, the programs of a run bound to it, and what a training loop calls: step, evaluate, generate, save."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +27,25 @@ from handgrad.train.outliers import Outliers
 HEAD_ROWS = 1024  # rows of logits that exist at a time unless head_chunks says otherwise
 
 
-def record_train(model: GPT2, optim: AdamW, micro_batch: int, seq_len: int, dtype: DType, recompute: str = "none",
-                 head_chunks: int = 0) -> Program:
+def record_train(
+    model: GPT2,
+    optim: AdamW,
+    micro_batch: int,
+    seq_len: int,
+    dtype: DType,
+    recompute: str = "none",
+    head_chunks: int = 0,
+) -> Program:
     """The list of one step: forward, backward | norm | update | load (master weights to working dtype, after a start)."""
     if recompute not in POLICIES:
         raise HandgradError("train", f"recompute is one of {', '.join(POLICIES)}", f"'{recompute}'")
     if seq_len > model.max_seq_len:
-        raise HandgradError("train", f"the model reads at most {model.max_seq_len} tokens", f"seq_len {seq_len}",
-                            hint="--model.max-seq-len")
+        raise HandgradError(
+            "train",
+            f"the model reads at most {model.max_seq_len} tokens",
+            f"seq_len {seq_len}",
+            hint="--model.max-seq-len",
+        )
     p = Program(dtype, "train")
     model.forward(p, batch(p, micro_batch, seq_len), chunks_of(micro_batch * seq_len, head_chunks))
     backward(p, add, drop=POLICIES[recompute])
@@ -44,7 +55,9 @@ def record_train(model: GPT2, optim: AdamW, micro_batch: int, seq_len: int, dtyp
         for bucket in p.buckets:
             with p.block(bucket.block, prefix=False):
                 name = f"{bucket.block}.{'decay' if bucket.decay else 'plain'}"
-                master, working = (p.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("master", "param"))
+                master, working = (
+                    p.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("master", "param")
+                )
                 p.emit(cast, master, into={"y": working})
     return p
 
@@ -111,13 +124,34 @@ class Trainer:
     4.6
     """
 
-    def __init__(self, model: GPT2, optim: AdamW, data: Tokens, *, micro_batch: int, backend: str = "cpu", dtype: str = "f32",
-                 recompute: str = "none", head_chunks: int = 0, val: bool = True, sample: bool = True, seed: int = 0, threads: int = 0,
-                 out: str | Path | None = None, skip_loss_z: float = 0.0, skip_grad_z: float = 0.0, check: str = "off"):
+    def __init__(
+        self,
+        model: GPT2,
+        optim: AdamW,
+        data: Tokens,
+        *,
+        micro_batch: int,
+        backend: str = "cpu",
+        dtype: str = "f32",
+        recompute: str = "none",
+        head_chunks: int = 0,
+        val: bool = True,
+        sample: bool = True,
+        seed: int = 0,
+        threads: int = 0,
+        out: str | Path | None = None,
+        skip_loss_z: float = 0.0,
+        skip_grad_z: float = 0.0,
+        check: str = "off",
+    ):
         rows = micro_batch * data.seq_len
         if micro_batch < 1 or data.batch_tokens % rows:
-            raise HandgradError("train", f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}",
-                                data.batch_tokens, hint="--data.batch-tokens, --run.micro-batch")
+            raise HandgradError(
+                "train",
+                f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}",
+                data.batch_tokens,
+                hint="--data.batch-tokens, --run.micro-batch",
+            )
         if dtype not in ("f32", "bf16"):
             raise HandgradError("train", "dtype is f32 or bf16", f"'{dtype}'")
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
@@ -147,7 +181,9 @@ class Trainer:
 
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
-        batches = [self.data.batch(step - 1, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)]
+        batches = [
+            self.data.batch(step - 1, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)
+        ]
         counts = sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches)
         self._knobs.step, self._knobs.lr, self._knobs.loss_scale = step, lr, 1.0 / max(counts, 1)
         total = 0.0
@@ -173,6 +209,10 @@ class Trainer:
                 return f"{name} {value:.4g} is {z:.1f} standard deviations above the last {len(outliers.window)}"
         return ""
 
+    def trace(self, after: Callable[[Call, float], None]) -> None:
+        """Runs one step on the inputs that lie in the arena, call by call; `after` sees each call and its seconds."""
+        self._train.run_each(after, 0, self._load)
+
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
         if self._loss is None:
@@ -183,7 +223,9 @@ class Trainer:
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
         return total / max(counts, 1)
 
-    def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = Sampling(), stop_id: int | None = None) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = Sampling(), stop_id: int | None = None
+    ) -> Iterator[int]:
         """Yields token ids after `prompt` with the current weights. It uses the arena: finish it before the next step."""
         if self._engine is None:
             raise HandgradError("train", "generation is planned when the trainer is made", "sample=False")
@@ -204,16 +246,28 @@ class Trainer:
 
     def _check_finite(self, c: Call, seconds: float) -> None:
         for name, t in c.named_outs():
-            if t.role is not Role.KNOB and t.dtype.unit and not np.isfinite(self.arena.view(t).astype(np.float32)).all():
-                raise HandgradError("check", "every output is finite", f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
-                                    context=f"block {c.block}, {c.where}")
+            if (
+                t.role is not Role.KNOB
+                and t.dtype.unit
+                and not np.isfinite(self.arena.view(t).astype(np.float32)).all()
+            ):
+                raise HandgradError(
+                    "check",
+                    "every output is finite",
+                    f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
+                    context=f"block {c.block}, {c.where}",
+                )
 
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, np.ndarray]:
         """Optimizer state by name: m.<parameter>, v.<parameter>, master.<parameter>."""
         flats = [flat for flat in self.plan.flats if flat not in ("param", "grad")]
-        return {f"{flat}.{name}": self.arena.part(flat, info.tensor) for flat in flats for name, info in self.program.params.items()}
+        return {
+            f"{flat}.{name}": self.arena.part(flat, info.tensor)
+            for flat in flats
+            for name, info in self.program.params.items()
+        }
 
     def params(self) -> dict[str, np.ndarray]:
         """Views of the weights by name, in the working dtype."""
@@ -236,10 +290,17 @@ class Trainer:
 
     def save(self, step: int, config: dict[str, Any] | None = None, keep_last: int = 0, keep_every: int = 0) -> Path:
         """Writes a complete checkpoint of this step into the run folder; returns its path."""
-        meta = {"step": step, "model": asdict(self.model), "dtype": self.program.dtype.name, "config": config or {},
-                "outliers": {name: list(o.window) for name, o in self._outliers.items()},
-                "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")}}
-        return checkpoint.save(self._folder(), step, self.params(), self._state(), meta, keep_last=keep_last, keep_every=keep_every)
+        meta = {
+            "step": step,
+            "model": asdict(self.model),
+            "dtype": self.program.dtype.name,
+            "config": config or {},
+            "outliers": {name: list(o.window) for name, o in self._outliers.items()},
+            "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
+        }
+        return checkpoint.save(
+            self._folder(), step, self.params(), self._state(), meta, keep_last=keep_last, keep_every=keep_every
+        )
 
     def resume(self) -> int:
         """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none."""
@@ -249,10 +310,17 @@ class Trainer:
         saved = checkpoint.load_meta(path, {"model": dict, "dtype": str, "outliers": dict})
         for key, value in asdict(self.model).items():
             if saved["model"].get(key) != value:
-                raise HandgradError("resume", f"the checkpoint's model has {key} {saved['model'].get(key)}", value,
-                                    context=str(path), hint="another --run.out, or the flags of the first run")
+                raise HandgradError(
+                    "resume",
+                    f"the checkpoint's model has {key} {saved['model'].get(key)}",
+                    value,
+                    context=str(path),
+                    hint="another --run.out, or the flags of the first run",
+                )
         if saved["dtype"] != self.program.dtype.name:
-            raise HandgradError("resume", f"the checkpoint was trained in {saved['dtype']}", self.program.dtype.name, hint="--run.dtype")
+            raise HandgradError(
+                "resume", f"the checkpoint was trained in {saved['dtype']}", self.program.dtype.name, hint="--run.dtype"
+            )
         params, state = self.params(), self._state()
         pairs = [(params, checkpoint.load(path, shapes(params))), (state, checkpoint.load_state(path, shapes(state)))]
         for target, source in pairs:
@@ -265,5 +333,7 @@ class Trainer:
 
     def _folder(self) -> Path:
         if self.out is None:
-            raise HandgradError("train", "a trainer that saves has a run folder", "out=None", hint="Trainer(..., out='runs/name')")
+            raise HandgradError(
+                "train", "a trainer that saves has a run folder", "out=None", hint="Trainer(..., out='runs/name')"
+            )
         return self.out

@@ -20,7 +20,7 @@ class CpuExecutable(Executable):
     """The bound list: `entries` is what hg_run walks."""
 
     def __init__(self, program: Program, arena: HostArena, threads: int):
-        self.program, self.arena, self._lib = program, arena, library()
+        self.program, self.arena, self.threads, self._lib = program, arena, threads, library()
         blocks = [_pack(c, program, arena, threads) for c in program.calls]
         self._args = np.array([slot for block in blocks for slot in block] or [0], np.uint64)
         self._entries = np.zeros((len(blocks), 2), np.uint64)
@@ -32,9 +32,11 @@ class CpuExecutable(Executable):
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
         stop = len(self._entries) if stop is None else stop
+        self._lib.set_threads(self.threads)  # scratch was planned for as many, whatever other backends are open
         self._lib.run(self._address + ENTRY_BYTES * start, stop - start)
 
     def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
+        self._lib.set_threads(self.threads)
         for i in range(start, len(self._entries) if stop is None else stop):
             seconds = np.zeros(1)
             self._lib.run_timed(self._address + ENTRY_BYTES * i, 1, seconds.ctypes.data)
@@ -48,7 +50,9 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int) -> list[int
     pointers = {"knobs": plan.offset[program.knobs], "scratch": plan.scratch.get(c)}
     for word in c.op.cpu.args.replace("|", " ").split():
         if word in tensors or word in pointers:
-            offset = pointers[word] if word in pointers else None if tensors[word] is None else plan.offset[tensors[word]]
+            offset = (
+                pointers[word] if word in pointers else None if tensors[word] is None else plan.offset[tensors[word]]
+            )
             slots.append(0 if offset is None else arena.address + offset)
         elif word.startswith("acc."):
             slots.append(int(word[4:] not in c.first))
@@ -68,7 +72,6 @@ class CpuBackend(Backend):
         self._lib = library()
         self.threads = threads or physical_threads()
         self.isa = self._lib.isa
-        self._lib.set_threads(self.threads)
 
     def has(self, op: Op) -> bool:
         return op.cpu is not None
@@ -87,6 +90,11 @@ class CpuBackend(Backend):
     def bind(self, program: Program, arena: HostArena) -> CpuExecutable:
         for c in program.calls:
             if c.op.cpu is None or self._lib.entry(c.op.cpu.entry, program.dtype.name) is None:
-                raise HandgradError("bind", f"every op has a cpu kernel for {program.dtype}", f"none for '{c.op.name}'",
-                                    context=f"called at {c.where}", hint="handgrad ops")
+                raise HandgradError(
+                    "bind",
+                    f"every op has a cpu kernel for {program.dtype}",
+                    f"none for '{c.op.name}'",
+                    context=f"called at {c.where}",
+                    hint="handgrad ops",
+                )
         return CpuExecutable(program, arena, self.threads)

@@ -183,9 +183,30 @@ static inline vec multiply_add(vec sum, float a, vec b) {
 #endif
 }
 
+// Source lines of the thread's next chunk, asked for while it computes this one: a few every SLICE steps of k, so that they
+// neither wait for memory when they are packed nor crowd out the loads of the tile.
+typedef struct {
+  const char *row;
+  int64_t stride, bytes, at, rows;  // bytes wanted of each row; where we are; rows left
+  int64_t lines;                    // per slice
+} Ahead;
+enum { SLICE = 16 };
+
+static inline void fetch_ahead(Ahead *n) {
+  for (int64_t i = 0; i < n->lines && n->rows > 0; i++) {
+    __builtin_prefetch(n->row + n->at, 0, 2);
+    n->at += 64;
+    if (n->at >= n->bytes) {
+      n->at = 0;
+      n->row += n->stride;
+      n->rows--;
+    }
+  }
+}
+
 // c(rows, NR) = or += panel of A * panel of B. `rows` is a constant after inlining, so the sums live in registers.
 static inline __attribute__((always_inline)) void tile_rows(const int rows, int64_t n_units, const float *a, const float *b,
-                                                            float *c, int64_t ldc, int add) {
+                                                            float *c, int64_t ldc, int add, Ahead *ahead) {
   vec sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -194,20 +215,23 @@ static inline __attribute__((always_inline)) void tile_rows(const int rows, int6
     __builtin_prefetch(c + i * ldc);
     __builtin_prefetch(c + i * ldc + NR / 2);
   }
-  for (int64_t u = 0; u < n_units; u++) {
-    vec bv[NV];
+  for (int64_t done = 0; done < n_units; done += SLICE) {
+    fetch_ahead(ahead);
+    for (int64_t u = least(SLICE, n_units - done); u > 0; u--) {
+      vec bv[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) memcpy(&bv[j], b + j * LANES, sizeof(vec));
+      for (int j = 0; j < NV; j++) memcpy(&bv[j], b + j * LANES, sizeof(vec));
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
+      for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], a[i], bv[j]);
+        for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], a[i], bv[j]);
+      }
+      __builtin_prefetch(a + 24 * AR);  // both streams come from L2 or L3: ask some 700 cycles ahead
+      __builtin_prefetch(b + 24 * NR);
+      __builtin_prefetch(b + 24 * NR + NR / 2);
+      a += AR;
+      b += NR;
     }
-    __builtin_prefetch(a + 24 * AR);  // both streams come from L2 or L3: ask some 700 cycles ahead
-    __builtin_prefetch(b + 24 * NR);
-    __builtin_prefetch(b + 24 * NR + NR / 2);
-    a += AR;
-    b += NR;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -224,8 +248,9 @@ static inline __attribute__((always_inline)) void tile_rows(const int rows, int6
   }
 }
 
-static void tile(int64_t rows, int64_t n_units, const float *a, const float *b, float *c, int64_t ldc, int add) {
-#define ROWS(r) case r: tile_rows(r <= MR ? r : MR, n_units, a, b, c, ldc, add); break;
+static void tile(int64_t rows, int64_t n_units, const float *a, const float *b, float *c, int64_t ldc, int add,
+                 Ahead *ahead) {
+#define ROWS(r) case r: tile_rows(r <= MR ? r : MR, n_units, a, b, c, ldc, add, ahead); break;
   switch (rows) {
     ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
   }
@@ -260,15 +285,15 @@ static inline __attribute__((always_inline)) void finish_tile(const Finish *f, f
 
 // One tile from multiply to memory; (i, j) counts from the result's origin, (si, sj) from the outer block's.
 static void tile_at(const Finish *f, int64_t n_units, const int32_t *a, const int32_t *b, int64_t i, int64_t j, int64_t si,
-                    int64_t sj, int64_t rows, int64_t cols) {
+                    int64_t sj, int64_t rows, int64_t cols, Ahead *ahead) {
   float *sum = f->sum + si * f->ld + sj;
   int plain = f->g->sum || !f->last || (!HG_BF16 && !f->g->bias && !f->g->pre && !f->g->gelu);
   if (plain && cols == NR) {
-    tile(rows, n_units, (const float *)a, (const float *)b, sum, f->ld, f->has_sum);
+    tile(rows, n_units, (const float *)a, (const float *)b, sum, f->ld, f->has_sum, ahead);
     return;
   }
   float c[MR * NR] __attribute__((aligned(64)));
-  tile(rows, n_units, (const float *)a, (const float *)b, c, NR, 0);
+  tile(rows, n_units, (const float *)a, (const float *)b, c, NR, 0, ahead);
   if (!plain) {
     if (cols == NR) finish_tile(f, c, sum, i, j, rows, NR);
     else finish_tile(f, c, sum, i, j, rows, cols);
@@ -309,6 +334,13 @@ static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64
   }
 }
 
+// The lines that packing rows or columns [begin, end) will read, to be fetched in `slices` portions.
+static Ahead source_of(const Side *s, int64_t begin, int64_t end, int64_t k0, int64_t k, int64_t slices) {
+  int64_t size = (int64_t)sizeof(real), run = s->along_k ? k : end - begin, runs = s->along_k ? end - begin : k;
+  const real *p = s->p + (s->along_k ? begin * s->ld + k0 : k0 * s->ld + begin);
+  return (Ahead){(const char *)p, s->ld * size, run * size, 0, runs, ceil_div(runs * ceil_div(run * size, 64), slices)};
+}
+
 typedef struct {
   int64_t k_block;                   // elements of k
   int64_t shared_block, stream_block;  // rows or columns
@@ -346,7 +378,7 @@ int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int as_sum, int64_t thread
 // All tiles of streamed panels [first, end) with all shared panels.
 static void multiply_chunk(const Finish *f, const Side *shared, const Side *streamed, const int32_t *shared_pack,
                            const int32_t *chunk, int64_t s0, int64_t s_size, int64_t t0, int64_t t_size, int64_t first,
-                           int64_t end, int64_t n_units) {
+                           int64_t end, int64_t n_units, Ahead *ahead) {
   int64_t panels = ceil_div(s_size, shared->most);
   for (int64_t p = 0; p < panels; p++) {
     int64_t s = panel_begin(shared, s_size, p), s_count = panel_begin(shared, s_size, p + 1) - s;
@@ -354,8 +386,8 @@ static void multiply_chunk(const Finish *f, const Side *shared, const Side *stre
     for (int64_t q = first; q < end; q++) {
       int64_t t = panel_begin(streamed, t_size, q), t_count = panel_begin(streamed, t_size, q + 1) - t;
       const int32_t *tp = chunk + (q - first) * streamed->width * n_units;
-      if (streamed->most == NR) tile_at(f, n_units, sp, tp, s0 + s, t0 + t, s, t, s_count, t_count);
-      else tile_at(f, n_units, tp, sp, t0 + t, s0 + s, t, s, t_count, s_count);
+      if (streamed->most == NR) tile_at(f, n_units, sp, tp, s0 + s, t0 + t, s, t, s_count, t_count, ahead);
+      else tile_at(f, n_units, tp, sp, t0 + t, s0 + s, t, s, t_count, s_count, ahead);
     }
   }
 }
@@ -400,7 +432,14 @@ void gemm(const Gemm *g) {
           for (int64_t c = hg_thread(); c < n_chunks; c += hg_team()) {
             int64_t first = t_panels * c / n_chunks, end = t_panels * (c + 1) / n_chunks;
             pack(streamed, chunk, t0, t_size, first, end, k0, k);
-            multiply_chunk(&f, shared, streamed, shared_pack, chunk, s0, s_size, t0, t_size, first, end, n_units);
+            Ahead ahead = {0};
+            if (c + hg_team() < n_chunks) {
+              int64_t next = c + hg_team();
+              ahead = source_of(streamed, t0 + panel_begin(streamed, t_size, t_panels * next / n_chunks),
+                                t0 + panel_begin(streamed, t_size, t_panels * (next + 1) / n_chunks), k0, k,
+                                s_panels * (end - first) * ceil_div(n_units, SLICE));
+            }
+            multiply_chunk(&f, shared, streamed, shared_pack, chunk, s0, s_size, t0, t_size, first, end, n_units, &ahead);
           }
 #pragma omp barrier
         }

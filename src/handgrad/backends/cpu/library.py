@@ -27,8 +27,12 @@ class Library:
 
     def __init__(self) -> None:
         if not PATH.exists():
-            raise HandgradError("cpu", f"the kernels are compiled when handgrad is installed, {PATH.name} beside {__name__}", "no such file",
-                                hint="pip install . needs a C compiler (gcc or clang)")
+            raise HandgradError(
+                "cpu",
+                f"the kernels are compiled when handgrad is installed, {PATH.name} beside {__name__}",
+                "no such file",
+                hint="pip install . needs a C compiler (gcc or clang)",
+            )
         self._dll = ctypes.CDLL(str(PATH))
         widest = self._dll.hg_isa()
         wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])
@@ -62,7 +66,9 @@ class Library:
         """Bytes of scratch that a kernel asks for at these sizes."""
         symbol = self._symbol(name, dtype)
         if symbol is None:
-            raise HandgradError("cpu", "every kernel that declares scratch exports its size", f"no {name}_{dtype}_{self.isa}")
+            raise HandgradError(
+                "cpu", "every kernel that declares scratch exports its size", f"no {name}_{dtype}_{self.isa}"
+            )
         symbol.restype = ctypes.c_int64
         return symbol(*[ctypes.c_int64(size) for size in sizes])
 

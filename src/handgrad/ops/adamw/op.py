@@ -18,18 +18,31 @@ class AdamW(Op):
     outs = "+p:n +m:n:f32 +v:n:f32 +master:n:f32?"
     attrs = {"beta1": float, "beta2": float, "eps": float, "weight_decay": float}
     cpu = C("adamw", "p m v master grad | n beta1 beta2 eps weight_decay knobs")
-    cases = (case(n=33, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
-             case(n=1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),
-             case(n=4099, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
-             case(n=7_087_872, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, real="gpt2-124m, one block"))
+    cases = (
+        case(n=33, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
+        case(n=1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),
+        case(n=4099, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
+        case(n=7_087_872, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, real="gpt2-124m, one block"),
+    )
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         return dtype is not F32  # in f32 the weight is its own master
 
     def ref(self, v: Any) -> tuple:
         k, weight = v.knobs, v.p if v.master is None else v.master
-        weight, m, s = reference.adamw(weight, v.m, v.v, v.grad, v.beta1, v.beta2, v.eps, v.weight_decay, float(k.lr), int(k.step),
-                                       float(k.grad_scale))
+        weight, m, s = reference.adamw(
+            weight,
+            v.m,
+            v.v,
+            v.grad,
+            v.beta1,
+            v.beta2,
+            v.eps,
+            v.weight_decay,
+            float(k.lr),
+            int(k.step),
+            float(k.grad_scale),
+        )
         return weight, m, s, weight
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

@@ -17,8 +17,12 @@ class AddNorm(Op):
     attrs = {"eps": float}
     saved = "s w mean rstd"  # x and h are free after this call
     cpu = C("add_norm_forward", "s y mean rstd x h w b | N C eps")
-    cases = (case(N=7, C=33, eps=1e-5), case(N=1, C=1, eps=1e-5), case(N=64, C=128, eps=1e-5),
-             case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, C=33, eps=1e-5),
+        case(N=1, C=1, eps=1e-5),
+        case(N=64, C=128, eps=1e-5),
+        case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return reference.add_norm_forward(v.x, v.h, v.w, v.b, v.eps)
@@ -43,7 +47,11 @@ class Norm(Op):
     attrs = {"eps": float}
     saved = "x w mean rstd"
     cpu = C("norm_forward", "y mean rstd x w b | N C eps")
-    cases = (case(N=7, C=33, eps=1e-5), case(N=1, C=1, eps=1e-5), case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, C=33, eps=1e-5),
+        case(N=1, C=1, eps=1e-5),
+        case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return reference.norm_forward(v.x, v.w, v.b, v.eps)
@@ -58,7 +66,11 @@ class NormBackward(Op):
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
     outs = "dx:N,C +dw:C:f32 +db:C:f32"
-    cpu = C("norm_backward", "dx dw db dy ds s w mean rstd | N C acc.dw acc.db knobs scratch", "norm_backward_scratch N C threads")
+    cpu = C(
+        "norm_backward",
+        "dx dw db dy ds s w mean rstd | N C acc.dw acc.db knobs scratch",
+        "norm_backward_scratch N C threads",
+    )
     cases = (case(N=7, C=33), case(N=1, C=1), case(N=300, C=64), case(N=1024, C=768, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:

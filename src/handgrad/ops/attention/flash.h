@@ -14,12 +14,15 @@
 #endif
 #if defined(__AVX512F__)
 #define VL 16  // floats of a vector
+#define LANES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #define MR 8
 #elif defined(__AVX2__)
 #define VL 8
+#define LANES {0, 1, 2, 3, 4, 5, 6, 7}
 #define MR 4
 #else
 #define VL 4
+#define LANES {0, 1, 2, 3}
 #define MR 4
 #endif
 #define NR (2 * VL)  // MR x NR: 16 (8 without AVX-512) accumulators, enough to hide the latency of a multiply-add
@@ -66,9 +69,7 @@ static inline __attribute__((always_inline)) vfloat vector_max(vfloat x, vfloat 
 }
 
 static inline __attribute__((always_inline)) vfloat lanes_swapped(vfloat x, uint32_t distance) {
-  vbits lane;
-  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i ^ distance;
-  return __builtin_shuffle(x, lane);
+  return __builtin_shuffle(x, (vbits)LANES ^ distance);
 }
 
 static inline __attribute__((always_inline)) float max_of_lanes(vfloat x) {
@@ -81,6 +82,20 @@ static inline __attribute__((always_inline)) float sum_of_lanes(vfloat x) {
 #pragma GCC unroll 4
   for (uint32_t s = VL / 2; s; s /= 2) x += lanes_swapped(x, s);
   return x[0];
+}
+
+static inline float dot(const real *x, const real *y, int64_t n) {
+  int64_t whole = n / VL * VL;
+  vfloat sum = {0};
+  for (int64_t i = 0; i < whole; i += VL) {
+    float product[VL];
+#pragma GCC unroll 1  // left as a loop, it becomes one vector
+    for (int l = 0; l < VL; l++) product[l] = load(x[i + l]) * load(y[i + l]);
+    sum += *(vfloat *)product;
+  }
+  float total = sum_of_lanes(sum);
+  for (int64_t i = whole; i < n; i++) total += load(x[i]) * load(y[i]);
+  return total;
 }
 
 // c (MR, NR) = or += a (MR, k) b (k, NR); k counts units. The strides let a be read along rows or along columns.
@@ -150,8 +165,7 @@ static void pack_pairs(unit *pairs, const elem *rows, int n, int64_t Dp) {
 
 // A (VL, VL) transpose of units: step s swaps the two off-diagonal s x s corners of every 2s x 2s square.
 static inline void transpose(unit *to, const unit *from, int64_t from_row) {
-  vbits v[VL], lane;
-  for (int i = 0; i < VL; i++) lane[i] = (uint32_t)i;
+  vbits v[VL], lane = LANES;
 #pragma GCC unroll 16
   for (int i = 0; i < VL; i++) v[i] = *(const vbits *)(from + i * from_row);
 #pragma GCC unroll 4
@@ -259,7 +273,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
     for (int r = 0; r < n; r++) {
       float *s = w->s + r * BC, base = max[r];
       for (int c = 0; c < width[r]; c += VL) {
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // left as a loop, it becomes one vector
         for (int l = c; l < c + VL; l++) s[l] = vexp(s[l] * scale - base);
         sum[r] += *(vfloat *)(s + c);
       }

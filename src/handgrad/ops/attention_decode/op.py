@@ -15,8 +15,12 @@ class AttentionDecode(Op):
     outs = "y:N,C +cache:B,S,2,H,D"
     attrs = {"T": int, "S": int, "H": int}
     cpu = C("attention_decode", "y cache qkv | N T S H D knobs scratch", "attention_decode_scratch N T S H D threads")
-    cases = (case(N=1, Q=48, T=1, S=7, H=2), case(N=10, Q=99, T=5, S=13, H=1), case(N=128, Q=192, T=64, S=65, H=4),
-             case(N=1, Q=2304, T=1, S=1024, H=12, real="gpt2-124m, decode at 0 of 1024"))
+    cases = (
+        case(N=1, Q=48, T=1, S=7, H=2),
+        case(N=10, Q=99, T=5, S=13, H=1),
+        case(N=128, Q=192, T=64, S=65, H=4),
+        case(N=1, Q=2304, T=1, S=1024, H=12, real="gpt2-124m, decode at 0 of 1024"),
+    )
 
     def derive(self, d: dict[str, int]) -> None:
         if d["Q"] % (3 * d["H"]):

@@ -16,8 +16,12 @@ class Dropout(Op):
     outs = "y:N,C"
     attrs = {"p": float, "stream": int}
     cpu = C("dropout_forward", "y x | N C p stream knobs")
-    cases = (case(N=7, C=33, p=0.1, stream=1), case(N=1, C=1, p=0.5, stream=2), case(N=64, C=128, p=0.0, stream=3),
-             case(N=1024, C=768, p=0.1, stream=4, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, C=33, p=0.1, stream=1),
+        case(N=1, C=1, p=0.5, stream=2),
+        case(N=64, C=128, p=0.0, stream=3),
+        case(N=1024, C=768, p=0.1, stream=4, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return (reference.dropout_forward(v.x, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step),)

@@ -18,9 +18,12 @@ class Embed(Op):
     attrs = {"T": int, "decode": bool}
     saved = "ids"
     cpu = C("embed_forward", "y ids wte wpe | N C T decode knobs")
-    cases = (case(N=6, C=33, V=11, Tmax=5, T=3, decode=False), case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
-             case(N=14, C=40, V=5, Tmax=9, T=7, decode=True),
-             case(N=1024, C=768, V=50304, Tmax=1024, T=256, decode=False, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=6, C=33, V=11, Tmax=5, T=3, decode=False),
+        case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
+        case(N=14, C=40, V=5, Tmax=9, T=7, decode=True),
+        case(N=1024, C=768, V=50304, Tmax=1024, T=256, decode=False, real="gpt2-124m, B=4 T=256"),
+    )
 
     def derive(self, d: dict[str, int]) -> None:
         if d["N"] % d["T"]:
@@ -49,8 +52,12 @@ class EmbedBackward(Op):
     outs = "+dwte:V,C:f32 +dwpe:Tmax,C:f32?"
     attrs = {"V": int, "Tmax": int, "T": int}
     cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax acc.dwte acc.dwpe knobs")
-    cases = (case(N=6, C=33, V=11, Tmax=5, T=3), case(N=1, C=1, V=1, Tmax=1, T=1), case(N=60, C=100, V=3, Tmax=20, T=20),
-             case(N=1024, C=768, V=50304, Tmax=1024, T=256, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=6, C=33, V=11, Tmax=5, T=3),
+        case(N=1, C=1, V=1, Tmax=1, T=1),
+        case(N=60, C=100, V=3, Tmax=20, T=20),
+        case(N=1024, C=768, V=50304, Tmax=1024, T=256, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return reference.embed_backward(v.dy, v.ids, v.V, v.Tmax, v.T)

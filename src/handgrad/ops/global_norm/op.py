@@ -15,8 +15,12 @@ class GlobalNorm(Op):
     outs = f"+knobs:{KNOBS_BYTES}:byte"
     attrs = {"clip": float}
     cpu = C("global_norm", "knobs grad | n clip scratch", "global_norm_scratch n")
-    cases = (case(n=33, clip=1.0), case(n=1, clip=0.0), case(n=100_003, clip=1e3),
-             case(n=124_475_904, clip=1.0, real="gpt2-124m"))
+    cases = (
+        case(n=33, clip=1.0),
+        case(n=1, clip=0.0),
+        case(n=100_003, clip=1e3),
+        case(n=124_475_904, clip=1.0, real="gpt2-124m"),
+    )
 
     def ref(self, v: Any) -> tuple:
         v.knobs.grad_norm, v.knobs.grad_scale = reference.global_norm(v.grad, v.clip)

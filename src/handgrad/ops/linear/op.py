@@ -18,10 +18,14 @@ class Linear(Op):
     attrs = {"gelu": bool, "keep_pre": bool}
     saved = "x w pre"
     cpu = C("linear_forward", "y pre x w b | N M K gelu threads scratch", "linear_scratch N M K threads")
-    cases = (case(N=7, K=33, M=19, gelu=False, keep_pre=False), case(N=1, K=1, M=1, gelu=True, keep_pre=True),
-             case(N=65, K=96, M=130, gelu=True, keep_pre=True), case(N=1, K=64, M=257, gelu=False, keep_pre=False),
-             case(N=1024, K=768, M=3072, gelu=True, keep_pre=True, real="gpt2-124m, B=4 T=256"),
-             case(N=1024, K=3072, M=768, gelu=False, keep_pre=False, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, K=33, M=19, gelu=False, keep_pre=False),
+        case(N=1, K=1, M=1, gelu=True, keep_pre=True),
+        case(N=65, K=96, M=130, gelu=True, keep_pre=True),
+        case(N=1, K=64, M=257, gelu=False, keep_pre=False),
+        case(N=1024, K=768, M=3072, gelu=True, keep_pre=True, real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, gelu=False, keep_pre=False, real="gpt2-124m, B=4 T=256"),
+    )
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         return attrs["keep_pre"]
@@ -79,9 +83,15 @@ class LinearBackwardW(Op):
     name = "linear_backward_w"
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:f32 +db:M:f32?"
-    cpu = C("linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads knobs scratch", "linear_scratch N M K threads")
-    cases = (case(N=7, K=33, M=19), case(N=1, K=1, M=1), case(N=130, K=65, M=96),
-             case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"))
+    cpu = C(
+        "linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads knobs scratch", "linear_scratch N M K threads"
+    )
+    cases = (
+        case(N=7, K=33, M=19),
+        case(N=1, K=1, M=1),
+        case(N=130, K=65, M=96),
+        case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return reference.linear_backward_w(v.dy, v.x)
@@ -97,8 +107,12 @@ class LinearBackwardX(Op):
     ins = "dy:N,M w:M,K"
     outs = "dx:N,K"
     cpu = C("linear_backward_x", "dx dy w | N M K threads scratch", "linear_scratch N M K threads")
-    cases = (case(N=7, K=33, M=19), case(N=1, K=1, M=1), case(N=130, K=65, M=96),
-             case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, K=33, M=19),
+        case(N=1, K=1, M=1),
+        case(N=130, K=65, M=96),
+        case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return (reference.linear_backward_x(v.dy, v.w),)

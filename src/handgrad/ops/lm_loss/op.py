@@ -18,10 +18,17 @@ class LmLoss(Op):
     ins = "x:N,C w:Vp,C targets:N:i32"
     outs = "losses:N:f32 logits:rows,Vp"
     attrs = {"V": int, "chunks": int}
-    cpu = C("lm_loss_forward", "losses x w targets | N C V Vp ignore_index rows threads logits scratch",
-            "lm_loss_scratch N C Vp rows threads")
-    cases = (case(N=7, C=33, Vp=19, V=17, chunks=2), case(N=1, C=1, Vp=1, V=1, chunks=1), case(N=67, C=64, Vp=128, V=97, chunks=3),
-             case(N=1024, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=256"))
+    cpu = C(
+        "lm_loss_forward",
+        "losses x w targets | N C V Vp ignore_index rows threads logits scratch",
+        "lm_loss_scratch N C Vp rows threads",
+    )
+    cases = (
+        case(N=7, C=33, Vp=19, V=17, chunks=2),
+        case(N=1, C=1, Vp=1, V=1, chunks=1),
+        case(N=67, C=64, Vp=128, V=97, chunks=3),
+        case(N=1024, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=256"),
+    )
 
     def derive(self, d: dict[str, int]) -> None:
         d["rows"] = -(-d["N"] // d["chunks"])  # of one chunk
@@ -50,15 +57,20 @@ class LmLossForwardBackward(Op):
     attrs = {"V": int, "chunks": int}
     saved = "dx"
     starts_gradient = True
-    cpu = C("lm_loss_forward_backward", "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads knobs logits scratch",
-            "lm_loss_scratch N C Vp rows threads")
+    cpu = C(
+        "lm_loss_forward_backward",
+        "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads knobs logits scratch",
+        "lm_loss_scratch N C Vp rows threads",
+    )
     cases = LmLoss.cases
 
     derive = LmLoss.derive
     sample = LmLoss.sample
 
     def ref(self, v: Any) -> tuple:
-        losses, dx, dw = reference.lm_loss_forward_backward(v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale)
+        losses, dx, dw = reference.lm_loss_forward_backward(
+            v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale
+        )
         return losses, dx, None, dw
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:

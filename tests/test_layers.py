@@ -1,0 +1,94 @@
+"""Imports only go down: the table of ARCHITECTURE.md, checked over the syntax tree of every module."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
+
+# part: other parts of handgrad that it may import
+INSIDE = {
+    "core": "",
+    "backends": "core",
+    "ops": "core",
+    "models": "ops core",
+    "optim": "ops core",
+    "data": "ops core",
+    "tokenizers": "ops core",
+    "io": "ops core",
+    "infer": "models tokenizers io backends ops core",
+    "train": "infer models optim data tokenizers io backends ops core",
+    "testing": "models optim backends ops core",
+    "cli": "train infer testing models optim data tokenizers io backends ops core",
+    "__init__": "train infer models optim data core",  # the public names
+}
+# module: parts (or files) that may import it; the standard library is free, ctypes excepted
+OUTSIDE = {
+    "numpy": "backends data io tokenizers infer train testing reference.py",
+    "ml_dtypes": "backends io testing",
+    "ctypes": "backends",
+    "safetensors": "io",
+    "tiktoken": "tokenizers",
+    "tokenizers": "tokenizers",
+    "tyro": "cli",
+    "rich": "train cli",
+    "matplotlib": "train",
+    "tensorboard": "train",
+}
+
+
+def imports(tree):
+    """(line, module) of every import, however deep; `from handgrad import x` counts as handgrad.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level + (node.module or "")
+            elif node.module == "handgrad":
+                yield from ((node.lineno, f"handgrad.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module
+
+
+def violations(path, source):
+    """`file:line: text` of each import that the tables forbid."""
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    lines = source.splitlines()
+    for line, module in imports(ast.parse(source)):
+        top, _, rest = module.partition(".")
+        if top == "handgrad":
+            allowed = rest.split(".")[0] in (part, *INSIDE[part].split())
+        elif top in OUTSIDE:
+            allowed = part in OUTSIDE[top].split() or path.name in OUTSIDE[top].split()
+        else:
+            allowed = top in sys.stdlib_module_names
+        if not allowed:
+            yield f"{path.relative_to(PACKAGE)}:{line}: {lines[line - 1].strip()}"
+
+
+def test_imports_only_go_down():
+    paths = [path for path in sorted(PACKAGE.rglob("*.py")) if not path.name.startswith("test_")]
+    assert len(paths) > 50
+    found = [text for path in paths for text in violations(path, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(["imports that go up or sideways:", *found])
+
+
+@pytest.mark.parametrize(("path", "line"), [
+    ("core/plan.py", "import numpy as np"),
+    ("core/plan.py", "from handgrad.ops import add"),
+    ("ops/add/op.py", "from handgrad.backends.ref import RefBackend"),
+    ("ops/add/op.py", "import numpy"),
+    ("ops/add/reference.py", "import ctypes"),
+    ("backends/ref.py", "from handgrad import ops"),
+    ("models/gpt2.py", "from handgrad.optim import AdamW"),
+    ("data/loader.py", "from handgrad.io import load"),
+    ("infer/engine.py", "from handgrad.train.trainer import Trainer"),
+    ("train/trainer.py", "from handgrad.cli.flags import parse"),
+    ("train/trainer.py", "import torch"),
+    ("infer/load.py", "from ..train import run"),
+])
+def test_a_forbidden_import_is_named(path, line):
+    assert list(violations(PACKAGE / path, f"import os\n\n\ndef f():\n    {line}\n")) == [f"{path}:5: {line}"]
