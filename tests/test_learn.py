@@ -271,3 +271,22 @@ def test_exercise_6_two_halves_make_a_batch():
     mean = {name: (first[name] + second[name]) / 2 for name in params}
     # Not so when the halves count different numbers of targets: then weigh each half by its own count.
     assert worst(mean, gradients(SMALL, params, ids, targets))[0] < 1e-12
+
+
+def test_chapter_1_and_the_package_are_the_same_computation(tmp_path):
+    """Ten optimizer steps from the same weights on the same batches, float32: the losses differ by rounding only."""
+    import handgrad as hg
+    from handgrad.data import id_dtype, write_shard
+
+    ids = np.random.default_rng(3).integers(0, SMALL.vocab_size, 4000)
+    write_shard(tmp_path / "train_0.bin", [ids], id_dtype(SMALL.vocab_size))
+    data = hg.data.tokens(tmp_path / "*.bin", seq_len=SMALL.max_seq_len, batch_tokens=6 * SMALL.max_seq_len)
+    model = hg.models.GPT2(SMALL.vocab_size, SMALL.max_seq_len, SMALL.num_layers, SMALL.num_heads, SMALL.hidden_size)
+    run = hg.Trainer(model, hg.optim.AdamW(betas=(0.9, 0.99)), data, micro_batch=6, val=False, sample=False)
+    params = {name: p.astype(np.float32) for name, p in run.params().items()}
+    batches = [data.batch(step) for step in range(10)]
+    theirs = [loss for loss, _ in gpt2.train(SMALL, params, [(b["ids"], b["targets"]) for b in batches], lambda step: 1e-3)]
+    ours = [run.step(step, 1e-3).loss for step in range(1, 11)]
+    print("largest difference of a loss", max(abs(a - b) for a, b in zip(ours, theirs)))
+    assert ours[0] > ours[-1]
+    assert np.allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order, ten updates apart

@@ -1,9 +1,9 @@
 """ref: the numpy executor. The oracle of every op and of whole models.
 
 exact    every tensor is float64 in a dictionary; there is no arena. Truth.
-rounded  every tensor lies in the planned arena in its declared dtype and is rounded when written; ops compute in float32.
-         With `poison`, outputs become NaN before inputs are read, as a kernel that writes first would do: a planner that
-         lets two live tensors overlap cannot hide.
+rounded  every tensor lies in the planned arena in its declared dtype and is rounded when written; ops compute in
+         float32. With `poison`, outputs become NaN before inputs are read, as a kernel that writes first would do: a
+         planner that lets two live tensors overlap cannot hide.
 """
 
 import time

@@ -42,8 +42,9 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
     """Appends the gradient of everything recorded so far.
 
     The chain starts at the ops that make a gradient themselves (lm_loss) and at `seeds`, gradients that are given for
-    outputs. A second contribution to an activation is summed by the op `add` (core knows no ops by name), unless the rule
-    took the first one into its kernel. Outputs named by `drop` are made again by their op on first use, once per block and never across blocks.
+    outputs. A second contribution to an activation is summed by the op `add` (core knows no ops by name), unless the
+    rule took the first one into its kernel. Outputs named by `drop` are made again by their op on first use, once per
+    block and never across blocks.
     """
     forward, block = list(p.calls), None
     dropped: dict[Tensor, Call] = {}

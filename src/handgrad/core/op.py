@@ -104,8 +104,8 @@ class Op:
     def backward(self, g: "Program", c: "Call", d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """Appends gradient calls; returns the gradients of the activation inputs by input name.
 
-        `d` holds the gradient of each output (None where nothing reads it). `g.take(c.x)` removes and returns a gradient
-        that input x already has from a later reader, for rules whose kernel can add to it.
+        `d` holds the gradient of each output (None where nothing reads it). `g.take(c.x)` removes and returns a
+        gradient that input x already has from a later reader, for rules whose kernel can add to it.
         """
         raise HandgradError(self.name, "this op has no gradient", hint="it belongs after backward or in inference")
 

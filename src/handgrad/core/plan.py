@@ -52,7 +52,7 @@ class Plan:
         return max((live for live, _ in self.peak.values()), default=0)
 
     def part(self, flat: str, param: Tensor) -> tuple[int, DType]:
-        """Where a parameter's stretch of a flat vector starts, bytes, and its element type. `param` is the first program's."""
+        """Start in bytes and element type of a parameter's stretch of a flat vector; `param` is the first program's."""
         start, dtype = self.flats[flat]
         return start + self.programs[0].first(param) * dtype.size, dtype
 
@@ -68,7 +68,7 @@ class Plan:
         return "\n".join(lines)
 
     def by_block(self) -> list[tuple[str, int, int, int]]:
-        """Per block: bytes of parameters, of gradients plus optimizer state, of activations that backward still reads."""
+        """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward still reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         flats = [flat for flat in self.flats if flat != "param"]

@@ -12,7 +12,7 @@ VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows 
 
 @dataclass(frozen=True)
 class GPT2:
-    """Sizes of a GPT-2. `dropout` applies to embeddings, attention probabilities and both branches, in training only."""
+    """Sizes of a GPT-2. `dropout` applies to embeddings, attention weights and both branches, in training only."""
 
     vocab_size: int = 50257
     max_seq_len: int = 1024

@@ -23,8 +23,8 @@ DEPTHS = {
     72: (30, 2880),
     84: (36, 3456),
 }
-# GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; 40 heads
-# of 128 are 5120, which is what is built here.
+# GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; 40
+# heads of 128 are 5120, which is what is built here.
 GPT3_WIDTHS = {
     384:   (6, 6, 384),
     768:   (12, 12, 768),

@@ -1,4 +1,4 @@
-"""explain: everything about a run before it runs: the listing, the memory map to the byte, flops, the price of remedies."""
+"""explain: all about a run before it runs: the listing, the memory map to the byte, flops, the price of remedies."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Trainer: one arena, the programs of a run bound to it, and what a training loop calls: step, evaluate, generate, save."""
+"""Trainer: one arena, the programs of a run bound to it, and what a loop calls: step, evaluate, generate, save."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass

@@ -105,11 +105,13 @@ static void block_softmax_back(float *s, float *ds, const float *lse, const floa
     int width = smaller(BC, round_up(r / MR * MR + MR + shift, VL));
     float top = r < n ? lse[r] : 0.0f, mean = r < n ? delta[r] : 0.0f;
     if (drop.threshold) dropout_factors(factor, element + r * T, width, drop);
-#pragma omp simd
-    for (int c = 0; c < (width & -VL); c++) {
-      float p = vexp(s[c] * scale - top), g = p * (ds[c] * factor[c] - mean) * scale;
-      s[c] = c < seen ? p * factor[c] : 0.0f;
-      ds[c] = c < seen ? g : 0.0f;
+    for (int c = 0; c < width; c += VL) {
+#pragma GCC unroll 1  // left as a loop, it becomes one vector
+      for (int l = c; l < c + VL; l++) s[l] = vexp(s[l] * scale - top);
+      vfloat *p = (vfloat *)(s + c), *dp = (vfloat *)(ds + c), kept = *(vfloat *)(factor + c);
+      vbits mask = (vbits)((vbits)LANES + (uint32_t)c < (uint32_t)seen);
+      *dp = (vfloat)((vbits)(*p * (*dp * kept - mean) * scale) & mask);
+      *p = (vfloat)((vbits)(*p * kept) & mask);
     }
   }
 }

@@ -8,7 +8,7 @@ from handgrad.ops.attention_decode import reference
 
 
 class AttentionDecode(Op):
-    """Appends k, v of T new tokens per sequence at knobs.position; y = softmax(q k' / sqrt(D)) v over all up to each token."""
+    """Appends k, v of T new tokens at knobs.position;  y = softmax(q k' / sqrt(D)) v over all up to each token."""
 
     name = "attention_decode"
     ins = "qkv:N,Q"

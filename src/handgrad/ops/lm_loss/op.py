@@ -47,8 +47,8 @@ class LmLoss(Op):
 class LmLossForwardBackward(Op):
     """The loss and its own gradient in one pass over the chunks: losses, dx, and dw += ...
 
-    Nothing follows the loss, so its gradient can be made while a chunk of logits is at hand: no logits are kept and none
-    is computed twice. Gradients are of knobs.loss_scale * sum(losses).
+    Nothing follows the loss, so its gradient can be made while a chunk of logits is at hand: no logits are kept and
+    none is computed twice. Gradients are of knobs.loss_scale * sum(losses).
     """
 
     name = "lm_loss_forward_backward"

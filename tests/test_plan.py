@@ -1,0 +1,142 @@
+"""The planner: no two live tensors overlap, and the arena is as small as it can be. A broken planner must be caught."""
+
+import numpy as np
+import pytest
+
+from handgrad.backends import open_backend
+from handgrad.core import plan as planner
+from handgrad.core.dtypes import BF16, F32
+from handgrad.core.plan import ALIGN, Lifetime, aligned, place, plan
+from handgrad.core.program import Call
+from handgrad.core.tensor import Role
+from handgrad.infer.engine import record
+from handgrad.models import gpt2
+from handgrad.optim import AdamW
+from handgrad.train.trainer import record_loss, record_train
+
+POLICIES = ("none", "act", "act_norm", "block")
+SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
+    ("gpt2-124m", 4, 64, F32, 0.0),
+    ("gpt2-124m", 16, 1024, BF16, 0.0),
+    ("gpt2-124m", 16, 1024, BF16, 0.1),
+    ("gpt2-1558m", 4, 1024, BF16, 0.0),
+    ("d6", 12, 256, F32, 0.1),
+    ("gpt3:c5140", 1, 2048, BF16, 0.0),
+]
+
+
+def lay_out(model, micro_batch, seq_len, dtype, policy):
+    """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
+    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, policy)
+    return plan(train, record_loss(model, micro_batch, seq_len, dtype), *record(model, dtype), scratch=open_backend("cpu").scratch)
+
+
+def spans(layout, index):
+    """(start, end, first call, last call, name) of everything in one program's activations, counted anew from the list."""
+    p, used, found = layout.programs[index], {}, []
+    for i, c in enumerate(p.calls):
+        for t in (*c.ins, *c.outs):
+            if t is not None and t.role is Role.ACT:
+                used.setdefault(t, []).append(i)
+        nbytes = open_backend("cpu").scratch(c)
+        if nbytes:
+            found.append((layout.scratch[c], layout.scratch[c] + nbytes, i, i, f"scratch of {c.op}"))
+    for t, at in used.items():
+        last = len(p.calls) if t in p.outputs.values() else at[-1]
+        found.append((layout.offset[t], layout.offset[t] + t.nbytes, at[0], last, t.name))
+    return found
+
+
+def overlap(found):
+    """The names of two spans that share bytes at a call, or None."""
+    found, alive = sorted(found, key=lambda s: s[2]), []
+    for start, end, first, last, name in found:
+        alive = [s for s in alive if s[3] >= first]
+        for other in alive:
+            if start < other[1] and other[0] < end:
+                return name, other[4]
+        alive.append((start, end, first, last, name))
+    return None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-B{s[1]}-T{s[2]}-{s[3]}-p{s[4]}")
+def test_no_overlap_and_near_the_lower_bound(shape, policy):
+    preset, micro_batch, seq_len, dtype, dropout = shape
+    layout = lay_out(gpt2(preset, dropout=dropout), micro_batch, seq_len, dtype, policy)
+    start, size = layout.region["activations"]
+    peak = 0
+    for index, p in enumerate(layout.programs):
+        found = spans(layout, index)
+        assert overlap(found) is None
+        assert all(start <= low and high <= start + size and low % ALIGN == 0 for low, high, *_ in found)
+        live = np.zeros(len(p.calls) + 2, np.int64)
+        for low, high, first, last, _ in found:
+            live[first] += aligned(high - low)
+            live[last + 1] -= aligned(high - low)
+        peak = max(peak, int(live.cumsum().max()))
+    assert layout.bound == peak
+    print(f"activations {size:,} B, lower bound {peak:,} B: {100 * (size / peak - 1):.3f} % more")
+    assert peak <= size <= 1.02 * peak
+
+
+def test_regions_and_flat_vectors_lie_side_by_side():
+    layout = lay_out(gpt2("d6"), 2, 64, BF16, "none")
+    at = 0
+    for start, size in layout.region.values():
+        assert start == at and size % ALIGN == 0
+        at += size
+    assert at == layout.nbytes
+    p, stretches = layout.programs[0], []
+    for flat in ("param", "grad", "m", "v", "master"):
+        for info in p.params.values():
+            start, dtype = layout.part(flat, info.tensor)
+            stretches.append((start, start + info.tensor.size * dtype.size))
+    stretches.sort()
+    assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(stretches, stretches[1:]))
+    assert stretches[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
+    for other in layout.programs[1:]:  # evaluation and generation read the very weights that are trained
+        assert all(layout.offset[info.tensor] == layout.offset[p.params[name].tensor] for name, info in other.params.items())
+
+
+def test_place_fills_gaps():
+    """Big ones first; a later small one goes below a big one that is dead by then."""
+    a, b, c = (Lifetime(Call(None, (), (), {}, "", "", "", {}, F32), n * ALIGN, first, last) for n, first, last in ((4, 0, 1), (2, 1, 2), (4, 2, 3)))
+    offsets, top = place([a, b, c])
+    assert top == 6 * ALIGN and offsets[a.owner] == offsets[c.owner] == 0 and offsets[b.owner] == 4 * ALIGN
+
+
+# a planner that frees one step early, and one that never frees ---------------------------------------------------------
+
+LIFETIMES = planner.lifetimes
+
+
+def too_short(p, scratch):
+    return [Lifetime(s.owner, s.nbytes, s.first, max(s.first, s.last - 1)) for s in LIFETIMES(p, scratch)]
+
+
+def unending(p, scratch):
+    return [Lifetime(s.owner, s.nbytes, 0, len(p.calls)) for s in LIFETIMES(p, scratch)]
+
+
+def same(a, b):
+    return np.array_equal(a[0], b[0]) and all(np.array_equal(a[1][name], b[1][name]) for name in b[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("backend", ["poisoned", "cpu"])
+def test_one_arena_computes_what_separate_buffers_do(one_pass, tiny, monkeypatch, backend, dtype, policy, dropout):
+    model = tiny(dropout=dropout)
+    got = one_pass(model, backend, dtype=dtype, policy=policy)
+    assert all(np.isfinite(g.astype(np.float32)).all() for g in got[1].values())
+    monkeypatch.setattr(planner, "lifetimes", unending)
+    assert same(got, one_pass(model, "rounded" if backend == "poisoned" else backend, dtype=dtype, policy=policy))
+    monkeypatch.setattr(planner, "lifetimes", too_short)  # the negative control
+    assert not same(one_pass(model, backend, dtype=dtype, policy=policy), got)
+
+
+def test_the_overlap_check_sees_a_planner_that_frees_early(monkeypatch):
+    monkeypatch.setattr(planner, "lifetimes", too_short)
+    assert overlap(spans(lay_out(gpt2("d6"), 4, 64, F32, "none"), 0)) is not None

@@ -1,0 +1,83 @@
+"""Recomputing instead of keeping changes the memory, never a bit of the losses and gradients."""
+
+import pytest
+
+from handgrad.core.backward import backward
+from handgrad.core.dtypes import BF16
+from handgrad.core.op import Op
+from handgrad.core.plan import plan
+from handgrad.core.program import Program
+from handgrad.models import batch, gpt2
+from handgrad.ops import OPS, add
+from handgrad.optim import AdamW
+from handgrad.train.trainer import record_train
+
+POLICIES = ("act", "act_norm", "block")
+
+
+@pytest.fixture(scope="module")
+def kept(one_pass, tiny):
+    """Losses and gradients without recomputation, by setting; each is computed once."""
+    known = {}
+
+    def get(backend, dtype, dropout, tie):
+        key = backend, dtype, dropout, tie
+        if key not in known:
+            known[key] = one_pass(tiny(dropout=dropout, tie_embeddings=tie), backend, dtype=dtype, micro_steps=2)
+        return known[key]
+
+    return get
+
+
+def differences(a, b):
+    """Names of what is not bit-identical."""
+    return [name for name in b[1] if a[1][name].tobytes() != b[1][name].tobytes()] + ["losses"] * (a[0].tobytes() != b[0].tobytes())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("dropout", "tie"), [(0.0, True), (0.25, True), (0.25, False)])
+@pytest.mark.parametrize("backend", ["cpu", "ref", "poisoned"])
+def test_every_policy_gives_the_same_bits(one_pass, tiny, kept, backend, dtype, dropout, tie, policy):
+    got = one_pass(tiny(dropout=dropout, tie_embeddings=tie), backend, dtype=dtype, policy=policy, micro_steps=2)
+    assert differences(got, kept(backend, dtype, dropout, tie)) == []
+
+
+def test_a_larger_model_on_all_threads(one_pass, tiny):
+    model = tiny(dropout=0.1, max_seq_len=128, hidden_size=192)
+    base = one_pass(model, micro_batch=2, seq_len=128)
+    for policy in POLICIES:
+        assert differences(one_pass(model, policy=policy, micro_batch=2, seq_len=128), base) == []
+
+
+def test_another_dropout_mask_in_recomputation_is_caught(one_pass, tiny, kept, monkeypatch):
+    """The negative control: a dropout that is made again from the next stream."""
+    again = Op.remake
+    dropout = type(OPS["dropout"])
+
+    def wrong(self, g, c, want):
+        c.attrs["stream"] += 1
+        made = again(self, g, c, want)
+        c.attrs["stream"] -= 1
+        return made
+
+    monkeypatch.setattr(dropout, "remake", wrong)
+    got = one_pass(tiny(dropout=0.25), "cpu", policy="block", micro_steps=2)
+    assert differences(got, kept("cpu", "f32", 0.25, True)) != []
+
+
+def test_each_policy_takes_less_memory_than_the_one_before():
+    sizes = []
+    for policy in ("none", *POLICIES):
+        p = record_train(gpt2("124m"), AdamW(), 16, 1024, BF16, policy)
+        sizes.append(plan(p).region["activations"][1])
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
+
+
+def test_a_policy_may_be_any_function(tiny):
+    """Dropping only attention's output makes attention run again, in its own block."""
+    p = Program(mode="train")
+    tiny().forward(p, batch(p, 2, 16))
+    backward(p, add, drop=lambda p, c: {"y"} if c.op.name == "attention" else set())
+    again = [(c.op.name, c.block) for c in p.calls if c.phase == "recompute"]
+    assert again == [("attention", "h.1"), ("attention", "h.0")]
