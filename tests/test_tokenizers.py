@@ -135,6 +135,7 @@ def test_file_equals_the_library(file_tokenizer, tmp_path):
     text = data.shakespeare().read_text(encoding="utf-8")[:20_000]
     assert file_tokenizer.encode(text).tolist() == judge.encode(text).ids
     assert file_tokenizer.eot == judge.token_to_id("<|endoftext|>")
+    assert file_tokenizer.eot not in file_tokenizer.encode("<|endoftext|>")
 
 
 def test_chars():

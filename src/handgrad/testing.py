@@ -66,9 +66,11 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
         if a.given and a.name == "knobs":
             into[a.name] = p.knobs
         elif a.given and (not a.optional or op.makes(a.name, case.sizes, dtype)):
-            role = Role.GRAD if a.dtype is F32 and a.name.startswith("d") and not accumulate else Role.STATE
+            role = Role.GRAD if a.dtype is F32 and a.name.startswith("d") else Role.STATE
             into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype or dtype, role)
     p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into)
+    if accumulate:
+        p.calls[-1].first = frozenset()  # as if an earlier call had written the gradients
     return p, p.calls[-1]
 
 
@@ -140,12 +142,13 @@ def set_knobs(knobs: Any, micro_step: int = 0) -> None:
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
-    """Errors of every output of a case against the oracle, first writing and then accumulating."""
+    """Errors of every output of a case against the oracle. Gradients are written, added to in a step, and across steps."""
     errors = []
-    for accumulate in (False, True) if any(a.given for a in op.out_args) else (False,):
+    modes = [(False, 0), (True, 0), (False, 1)]
+    for accumulate, micro_step in modes if any(a.given for a in op.out_args) else modes[:1]:
         p, c = case_program(op, case, dtype, accumulate=accumulate)
         arrays = case_arrays(op, c, seed)
-        runs = [run_case(p, c, arrays, b) for b in (RefBackend(), RefBackend(exact=False), backend)]
+        runs = [run_case(p, c, arrays, b, micro_step) for b in (RefBackend(), RefBackend(exact=False), backend)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
             if arg.name not in runs[0]:

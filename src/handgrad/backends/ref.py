@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.arena import KNOBS_DTYPE, HostArena
+from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, HostArena
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan
@@ -72,7 +72,8 @@ class RefExecutable(Executable):
 
     def _call(self, c: Call) -> None:
         exact = isinstance(self.arena, ExactArena)
-        v = SimpleNamespace(knobs=self.knobs, **c.sizes, **{k: a for k, a in c.attrs.items() if k not in c.sizes})
+        kept = np.float64 if exact else NUMPY[c.dtype.name]
+        v = SimpleNamespace(knobs=self.knobs, round=lambda x: x.astype(kept).astype(x.dtype), **c.sizes, **{k: a for k, a in c.attrs.items() if k not in c.sizes})
         outs = [None if t is None else self.arena.view(t) for t in c.outs]
         if self.poison:
             for arg, out in zip(c.op.out_args, outs):

@@ -130,7 +130,10 @@ class Op:
         return total
 
     def ref(self, v: Any) -> tuple:
-        """The oracle: outputs in order from a namespace of inputs, given outputs, sizes and attributes (numpy)."""
+        """The oracle: outputs in order from a namespace of inputs, given outputs, sizes and attributes (numpy).
+
+        `v.round(x)` is x as the working dtype stores it, for values that are kept and read again by the same call.
+        """
         raise NotImplementedError
 
     def sample(self, rng: Any, arg: Arg, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

@@ -66,7 +66,7 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
         folder = out / "data"
         if not (folder / "meta.json").exists():
             text = hg_data.shakespeare()
-            hg_data.prepare_text([text], folder, tokenizers.chars(text.read_text()))
+            hg_data.prepare_text([text], folder, tokenizers.chars(text.read_text(encoding="utf-8")))
     elif Path(d.train).is_dir():
         folder = Path(d.train)
     else:

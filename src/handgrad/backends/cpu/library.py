@@ -33,6 +33,9 @@ class Library:
                 "no such file",
                 hint="pip install . needs a C compiler (gcc or clang)",
             )
+        # Threads that wait for each other spin only this long (some microseconds), then sleep. libgomp's own default of
+        # milliseconds makes a step many times slower as soon as another program wants a core.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         self._dll = ctypes.CDLL(str(PATH))
         widest = self._dll.hg_isa()
         wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])

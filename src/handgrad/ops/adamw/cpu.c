@@ -1,4 +1,4 @@
-// adamw: m, v, p from a gradient; decay is decoupled                                                math: README.md §2
+// adamw: m, v, p from a gradient; decay is decoupled                                               math: README.md §2
 // writes =  p: (n) dtype;  m, v: (n) f32;  in bf16 master: (n) f32, which p is the rounded copy of
 // numerics  f32; bias corrections in double
 // layout    one pass over flat vectors, blocks of elements shared among threads

@@ -3,8 +3,19 @@
 import numpy as np
 
 
-def adamw(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, beta1: float, beta2: float, eps: float,
-          weight_decay: float, lr: float, step: int, grad_scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def adamw(
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    grad: np.ndarray,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    lr: float,
+    step: int,
+    grad_scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """p, m, v (n) after one step, counted from 1. p is the f32 weight: the master where the dtype is bf16."""
     g = grad * grad_scale
     m = beta1 * m + (1 - beta1) * g

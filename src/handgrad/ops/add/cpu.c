@@ -1,4 +1,4 @@
-// add: y = a + b                                                                                    math: README.md §2
+// add: y = a + b                                                                                   math: README.md §2
 // writes =  y: (N, C) dtype
 // numerics  one rounding
 // source    own work

@@ -1,4 +1,4 @@
-// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add        math: README.md §2, §3
+// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add      math: README.md §2, §3
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) f32           dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
@@ -67,10 +67,10 @@ SCRATCH(norm_backward)(int64_t N, int64_t C, int64_t threads) {
   return num_chunks(N) * 2 * C * (int64_t)sizeof(float);
 }
 
-// dx = ds + rstd * (dn - mean of dn - n * mean of dn n) with n = (s - mean) * rstd and dn = dy * w; adds the row to dw, db
-static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, const real *restrict dy,
-                                     const real *restrict ds, const real *restrict s, const real *restrict w, float mean,
-                                     float rstd, int64_t C) {
+// dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds the row to dw and db
+static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db,
+                                     const real *restrict dy, const real *restrict ds, const real *restrict s,
+                                     const real *restrict w, float mean, float rstd, int64_t C) {
   float sum = 0.0f, dot = 0.0f;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t c = 0; c < C; c++) {
@@ -107,7 +107,8 @@ ENTRY(norm_backward) {
       float *to = partial + k * 2 * C;
       memset(to, 0, (size_t)(2 * C) * sizeof(float));
       for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
-        norm_row_backward(dx + n * C, to, to + C, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n], rstd[n], C);
+        norm_row_backward(dx + n * C, to, to + C, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n], rstd[n],
+                          C);
     }
 #pragma omp for simd schedule(simd : static)
     for (int64_t c = 0; c < C; c++) {

@@ -11,15 +11,9 @@ def norm_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> tup
     return centred * rstd[:, None] * w + b, mean, rstd
 
 
-def add_norm_forward(x: np.ndarray, h: np.ndarray, w: np.ndarray, b: np.ndarray,
-                     eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """s = x + h (N, C), then y, mean, rstd of norm_forward(s)."""
-    s = x + h
-    return s, *norm_forward(s, w, b, eps)
-
-
-def norm_backward(dy: np.ndarray, ds: np.ndarray | None, s: np.ndarray, w: np.ndarray, mean: np.ndarray,
-                  rstd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def norm_backward(
+    dy: np.ndarray, ds: np.ndarray | None, s: np.ndarray, w: np.ndarray, mean: np.ndarray, rstd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dx (N, C), dw (C), db (C). ds is the gradient that reaches s without passing the norm."""
     n = (s - mean[:, None]) * rstd[:, None]
     dn = dy * w

@@ -137,7 +137,10 @@ static void backward_head(real *dqkv, const real *dy, const real *qkv, const rea
     pack_rows(w->rows, qkv + t * row + 2 * C, row, n, BC, D);
     pack_transposed(w->v + t * Dp / PAIR, w->rows, Dp);
   }
-  for (int64_t t = 0; t < T; t++) w->delta[t] = dot(dy + t * C, y + t * C, D);
+  for (int64_t t = 0; t < T; t++) {
+    prefetch(y + t * C + D, D);
+    w->delta[t] = dot(dy + t * C, y + t * C, D);
+  }
   for (int64_t key = 0; key < T; key += BC) {
     int keys = smaller(BC, T - key);
     for (int64_t t = key; t < T; t += BR) {

@@ -44,6 +44,7 @@ typedef float unit;
 #endif
 typedef float vfloat __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint32_t vbits __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint16_t vhalf __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 #if PAIR == 2
 typedef vbits vunit;
 #define MAC(c, a, b) ((vfloat)_mm512_dpbf16_ps((__m512)(c), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b)))
@@ -84,15 +85,18 @@ static inline __attribute__((always_inline)) float sum_of_lanes(vfloat x) {
   return x[0];
 }
 
+static inline __attribute__((always_inline)) vfloat widen(const real *x) {
+#if HG_BF16
+  return (vfloat)(__builtin_convertvector(*(const vhalf *)x, vbits) << 16);
+#else
+  return *(const vfloat *)x;
+#endif
+}
+
 static inline float dot(const real *x, const real *y, int64_t n) {
   int64_t whole = n / VL * VL;
   vfloat sum = {0};
-  for (int64_t i = 0; i < whole; i += VL) {
-    float product[VL];
-#pragma GCC unroll 1  // left as a loop, it becomes one vector
-    for (int l = 0; l < VL; l++) product[l] = load(x[i + l]) * load(y[i + l]);
-    sum += *(vfloat *)product;
-  }
+  for (int64_t i = 0; i < whole; i += VL) sum += widen(x + i) * widen(y + i);
   float total = sum_of_lanes(sum);
   for (int64_t i = whole; i < n; i++) total += load(x[i]) * load(y[i]);
   return total;
@@ -142,11 +146,17 @@ static void block_mix(float *o, const elem *p, const unit *v, int n, int64_t shi
     }
 }
 
+// The next head lies beside this one in every row, but rows are far apart: hardware does not foresee that.
+static inline void prefetch(const real *next, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(next + i, 0, 2);
+}
+
 // rows (padded_n, Dp) = src (n, D), zeros around it
 static void pack_rows(elem *rows, const real *src, int64_t src_row, int n, int padded_n, int64_t D) {
   int64_t Dp = padded(D);
   for (int r = 0; r < padded_n; r++, rows += Dp, src += src_row) {
     int64_t filled = r < n ? D : 0;
+    prefetch(src + D, filled);
     for (int64_t d = 0; d < filled; d++) rows[d] = ELEM(src[d]);
     for (int64_t d = filled; d < Dp; d++) rows[d] = 0;
   }

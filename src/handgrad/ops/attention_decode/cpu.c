@@ -19,10 +19,8 @@ static void decode_run(float *partial, float *score, const real *q, const real *
   for (int s = 0; s < n; s++)
     for (int64_t h = 0; h < H; h++) {
       const real *k = cache + s * row + h * D;
-      float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < D; d++) dot += load(q[h * D + d]) * load(k[d]);
-      score[h * RUN + s] = dot * scale;
+      prefetch(k + H * D, D);
+      score[h * RUN + s] = dot(q + h * D, k, D) * scale;
     }
   for (int64_t h = 0; h < H; h++) {
     float *p = score + h * RUN, top = p[0], total = 0.0f;
@@ -35,14 +33,24 @@ static void decode_run(float *partial, float *score, const real *q, const real *
     max[h] = top;
     sum[h] = total;
   }
-  memset(out, 0, (size_t)(H * D) * sizeof *out);
-  for (int s = 0; s < n; s++)
-    for (int64_t h = 0; h < H; h++) {
-      const real *v = cache + s * row + (H + h) * D;
-      float p = score[h * RUN + s];
-#pragma omp simd
-      for (int64_t d = 0; d < D; d++) out[h * D + d] += p * load(v[d]);
+  for (int64_t h = 0; h < H; h++, out += D) {
+    const real *v = cache + (H + h) * D;
+    const float *p = score + h * RUN;
+    int64_t d = 0;
+    for (; d + NR <= D; d += NR) {
+      vfloat x = {0}, y = {0};
+      for (int s = 0; s < n; s++) {
+        x += p[s] * widen(v + s * row + d);
+        y += p[s] * widen(v + s * row + d + VL);
+      }
+      *(vfloat *)(out + d) = x;
+      *(vfloat *)(out + d + VL) = y;
     }
+    for (; d < D; d++) {
+      out[d] = 0.0f;
+      for (int s = 0; s < n; s++) out[d] += p[s] * load(v[s * row + d]);
+    }
+  }
 }
 
 static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h, int64_t H, int64_t D, float *out) {

@@ -1,4 +1,4 @@
-// cast: y = x in the element type                                                                   math: README.md §2
+// cast: y = x in the element type                                                                  math: README.md §2
 // writes =  y: (n)
 // numerics  to bf16: round to nearest even, NaN stays NaN
 // source    own work

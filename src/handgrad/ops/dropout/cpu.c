@@ -1,4 +1,4 @@
-// dropout: y = x * (kept ? 1 / (1 - p) : 0); its own gradient, applied to dy                      math: README.md §2, §3
+// dropout: y = x * (kept ? 1 / (1 - p) : 0); its own gradient, applied to dy                     math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
 // numerics  one multiplication in f32, one rounding
 // layout    blocks of elements; four elements share one call of the generator

@@ -17,13 +17,14 @@ def philox4x32(counter_lo: np.ndarray, counter_hi: int, key: int) -> np.ndarray:
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(ROUNDS):
         m0, m1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = m1 >> HALF ^ c1 ^ np.uint64(k0), m1 & LOW, m0 >> HALF ^ c3 ^ np.uint64(k1), m0 & LOW
+        c0, c1 = m1 >> HALF ^ c1 ^ np.uint64(k0), m1 & LOW
+        c2, c3 = m0 >> HALF ^ c3 ^ np.uint64(k1), m0 & LOW
         k0, k1 = k0 + KEY_STEPS[0] & 0xFFFFFFFF, k1 + KEY_STEPS[1] & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], -1).astype(np.uint32)
 
 
 def keep_mask(index: np.ndarray, p: float, seed: int, step: int, micro_step: int, call: int) -> np.ndarray:
-    """Whether each element is kept (bool, the shape of index). p is rounded to float32 first, as the kernels receive it."""
+    """Whether each element is kept (bool, the shape of index). p is rounded to float32, as the kernels receive it."""
     index = np.asarray(index, np.uint64)
     stream = int(call) << 48 ^ int(micro_step) << 32 ^ int(step)
     bits = philox4x32(index // np.uint64(4), stream, int(seed))
@@ -34,4 +35,5 @@ def keep_mask(index: np.ndarray, p: float, seed: int, step: int, micro_step: int
 def dropout_forward(x: np.ndarray, p: float, call: int, seed: int, step: int, micro_step: int) -> np.ndarray:
     """y (N, C) = x / (1 - p) where kept, 0 elsewhere. The backward is the same function of dy."""
     index = np.arange(x.size, dtype=np.uint64).reshape(x.shape)
-    return np.where(keep_mask(index, p, seed, step, micro_step, call), x / x.dtype.type(1 - np.float32(p)), x.dtype.type(0))
+    kept = keep_mask(index, p, seed, step, micro_step, call)
+    return np.where(kept, x / x.dtype.type(1 - np.float32(p)), x.dtype.type(0))

@@ -1,4 +1,4 @@
-// embed: y = wte[id] + wpe[position]                                                            math: README.md §2, §3
+// embed: y = wte[id] + wpe[position]                                                             math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
 // backward  writes = or += dwte: (V, C) f32, dwpe: (Tmax, C) f32; what no row reaches is zero when =
 // numerics  one rounding forward; gradients summed in f32 in row order

@@ -1,4 +1,4 @@
-// fill: x = value in the first micro-step, nothing later                                            math: README.md §2
+// fill: x = value in the first micro-step, nothing later                                           math: README.md §2
 // writes =  x: (n) f32
 // source    own work
 #include "knobs.h"

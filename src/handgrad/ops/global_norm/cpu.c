@@ -1,4 +1,4 @@
-// global_norm: the L2 norm of all gradients and the factor that clips it                            math: README.md §2
+// global_norm: the L2 norm of all gradients and the factor that clips it                           math: README.md §2
 // writes =  knobs.grad_norm, knobs.grad_scale
 // numerics  squares and sums in double: no overflow below 1e38, and the order hardly matters
 // layout    chunks of elements shared among threads, one partial sum each

@@ -4,6 +4,6 @@ import numpy as np
 
 
 def global_norm(grad: np.ndarray, clip: float) -> tuple[float, float]:
-    """The L2 norm of grad (n), and min(1, clip / (norm + 1e-6)), or 1 where clip is 0: knobs.grad_norm, knobs.grad_scale."""
+    """grad_norm, the L2 norm of grad (n), and grad_scale, min(1, clip / (norm + 1e-6)) or 1 where clip is 0."""
     norm = np.sqrt((grad.astype(np.float64) ** 2).sum())
     return norm, np.minimum(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0

@@ -35,7 +35,7 @@ class LmLoss(Op):
         d["ignore_index"] = IGNORE_INDEX
 
     def ref(self, v: Any) -> tuple:
-        return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index), None
+        return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index, v.round), None
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _targets(rng, shape, v) if arg.name == "targets" else None
@@ -69,7 +69,7 @@ class LmLossForwardBackward(Op):
 
     def ref(self, v: Any) -> tuple:
         losses, dx, dw = reference.lm_loss_forward_backward(
-            v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale
+            v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale, v.round
         )
         return losses, dx, None, dw
 

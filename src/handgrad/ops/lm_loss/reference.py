@@ -1,11 +1,15 @@
 """lm_loss in numpy: softmax cross entropy of x w^T against targets, with its gradient. See README.md."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+Keep = Callable[[np.ndarray], np.ndarray]  # what lying in the room for logits does to values: rounds them
 
-def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int) -> np.ndarray:
+
+def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, keep: Keep) -> np.ndarray:
     """losses (N) in nats; x (N, C), w (Vp, C) of which V rows count, targets (N). Ignored targets give 0."""
-    logits = x @ w[:V].T
+    logits = keep(x @ w[:V].T)
     top = logits.max(-1, keepdims=True)
     lse = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[:, 0]
     counts = targets != ignore_index
@@ -14,14 +18,14 @@ def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, i
 
 
 def lm_loss_forward_backward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int,
-                             loss_scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                             loss_scale: float, keep: Keep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """losses (N), dx (N, C), dw (Vp, C): gradients of loss_scale * sum of losses."""
-    logits = x @ w[:V].T
+    logits = keep(x @ w[:V].T)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     counts = targets != ignore_index
     p[np.arange(len(x)), np.where(counts, targets, 0)] -= 1
-    dlogits = p * (counts * x.dtype.type(loss_scale))[:, None]
+    dlogits = keep(p * (counts * x.dtype.type(loss_scale))[:, None])
     dw = np.zeros_like(w)
     dw[:V] = dlogits.T @ x
-    return lm_loss_forward(x, w, targets, V, ignore_index), dlogits @ w[:V], dw
+    return lm_loss_forward(x, w, targets, V, ignore_index, keep), dlogits @ w[:V], dw

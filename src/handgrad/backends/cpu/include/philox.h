@@ -26,11 +26,6 @@ static inline philox4 philox(uint64_t counter_lo, uint64_t counter_hi, uint64_t 
 
 // Dropout's rule, shared by every op that drops: element i of call `call` is kept when its 32 bits are >= threshold.
 // Key: the seed. Counter: (i / 4, stream). Lane: i % 4. A kept element is scaled by 1 / (1 - p); p < 1.
-static inline uint64_t dropout_stream(int64_t call, int64_t step, int64_t micro_step) {
-  return (uint64_t)call << 48 ^ (uint64_t)micro_step << 32 ^ (uint64_t)step;
-}
-static inline uint32_t dropout_threshold(float p) { return (uint32_t)((double)p * 4294967296.0); }
-
 typedef struct {
   uint64_t key, stream;
   uint32_t threshold;
@@ -38,8 +33,8 @@ typedef struct {
 } DropoutRule;
 
 static inline DropoutRule dropout_rule(const Knobs *knobs, float p, int64_t call) {
-  uint64_t stream = dropout_stream(call, knobs->step, knobs->micro_step);
-  return (DropoutRule){knobs->seed, stream, dropout_threshold(p), 1.0f / (1.0f - p)};
+  uint64_t stream = (uint64_t)call << 48 ^ (uint64_t)knobs->micro_step << 32 ^ (uint64_t)knobs->step;
+  return (DropoutRule){knobs->seed, stream, (uint32_t)((double)p * 4294967296.0), 1.0f / (1.0f - p)};
 }
 
 #define DROPOUT_BLOCK 512  // elements at a time: their bits stay in the first cache

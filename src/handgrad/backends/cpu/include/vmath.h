@@ -4,7 +4,7 @@
 #pragma once
 #include "kernel.h"
 
-// e^x, at most 1 ulp; 0 below -87.3, +inf above 88.7, NaN kept. Cody-Waite reduction, degree-6 polynomial.
+// e^x within 1.1 ulp; 0 below -87.3, +inf above 88.7, NaN kept. Cody-Waite reduction, degree-6 polynomial.
 static inline float vexp(float x) {
   float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it leaves n = round(x / ln 2) in the low bits
   float n = shifted - 12582912.0f;
@@ -26,13 +26,13 @@ static inline float vexp(float x) {
 #define GELU_C 0.044715f
 
 // GPT-2's GELU, x (1 + tanh(u)) / 2 with u = K (x + C x^3) (Hendrycks & Gimpel 2016), written x / (1 + e^-2u): the same
-// function without the cancellation in 1 + tanh.
+// function without the cancellation in 1 + tanh. Error at most 1.5e-7 of max(1, |gelu|); 0 for large negative x.
 static inline float vgelu(float x) {
   return x / (1.0f + vexp(-2.0f * GELU_K * x * (GELU_C * x * x + 1.0f)));
 }
 
 // d gelu / dx = s + x s (1 - s) 2u' with s = 1 / (1 + e^-2u) and 1 - s = e^-2u s. Beyond |x| = 10 it is 0 or 1, and
-// the clamp keeps u' and e^-2u finite.
+// the clamp keeps u' and e^-2u finite. Absolute error at most 2.5e-7.
 static inline float vgelu_grad(float x) {
   x = x > 10.0f ? 10.0f : x;
   x = x < -10.0f ? -10.0f : x;

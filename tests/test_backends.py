@@ -1,0 +1,173 @@
+"""What the kernels and Python must agree on, and what a backend refuses."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from handgrad.backends import open_backend
+from handgrad.backends.arena import KNOBS_DTYPE, available_bytes
+from handgrad.backends.ref import RefBackend
+from handgrad.core.dtypes import BF16, F32
+from handgrad.core.errors import HandgradError
+from handgrad.core.knobs import KNOBS, KNOBS_BYTES
+from handgrad.core.op import C, Op
+from handgrad.core.plan import plan
+from handgrad.core.program import Program
+from handgrad.models import batch
+from handgrad.ops import OPS, add, linear
+from handgrad.train.trainer import initialize
+
+library = importlib.import_module("handgrad.backends.cpu.library")  # the package has a function of that name
+INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / "include"
+
+
+def test_knobs_have_the_same_layout_in_c(tmp_path):
+    """A compiled probe prints where C keeps each field."""
+    compiler = next((found for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (found := shutil.which(name))), None)
+    assert compiler, "installing handgrad needed a C compiler, and so does this test"
+    fields = "".join(f'printf("{name} %zu %zu\\n", offsetof(Knobs, {name}), sizeof(((Knobs *)0)->{name}));' for name, *_ in KNOBS)
+    probe = f'#include "knobs.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {fields} printf("all %zu 0\\n", sizeof(Knobs)); }}\n'
+    (tmp_path / "probe.c").write_text(probe)
+    subprocess.run([compiler, "-std=gnu11", "-DHG_DTYPE=f32", "-DHG_ISA=portable", f"-I{INCLUDE}", "-o", "probe", "probe.c", "-lm"], cwd=tmp_path, check=True)
+    said = subprocess.run(["./probe"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    *in_c, (_, size, _) = (line.split() for line in said.splitlines())
+    assert in_c == [[name, str(offset), str(kind.itemsize)] for name, (kind, offset) in KNOBS_DTYPE.fields.items()]
+    assert int(size) == KNOBS_DTYPE.itemsize == KNOBS_BYTES
+
+
+def test_every_op_has_a_kernel_in_both_dtypes_and_declares_its_arguments():
+    lib = library.library()
+    for op in OPS.values():
+        names = {arg.name for arg in (*op.in_args, *op.out_args)} | set(op.attrs)
+        letters = {d for arg in (*op.in_args, *op.out_args) for d in arg.dims}
+        for case in op.cases:
+            sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int)}
+            op.derive(sizes)
+            known = names | letters | set(sizes) | {"knobs", "scratch", "threads"}
+            assert {word.removeprefix("acc.") for word in op.cpu.args.replace("|", " ").split()} <= known, op
+        assert op.cases, op
+        for dtype in ("f32", "bf16"):
+            assert lib.entry(op.cpu.entry, dtype), (op, dtype)
+
+
+@pytest.fixture(scope="module")
+def program(tiny):
+    p = Program(F32, "loss")
+    tiny().forward(p, batch(p, 2, 16))
+    return p
+
+
+@pytest.mark.parametrize("backend", [open_backend("cpu"), open_backend("ref"), RefBackend(exact=False)], ids=["cpu", "ref", "rounded"])
+def test_run_each_does_what_run_does(program, backend):
+    arena = backend.alloc(plan(program, scratch=backend.scratch))
+    initialize(program, arena, seed=1)
+    run, losses, seen = backend.bind(program, arena), arena.view(program.outputs["losses"]), []
+    run.run()
+    at_once = np.array(losses)
+    losses[...] = 0
+    run.run_each(lambda c, seconds: seen.append((c, seconds)))
+    assert np.array_equal(losses, at_once) and at_once.min() > 0
+    assert [c for c, _ in seen] == program.calls and all(seconds >= 0 for _, seconds in seen)
+    seen.clear()
+    run.run_each(lambda c, seconds: seen.append(c), 2, 5)
+    assert seen == program.calls[2:5]
+
+
+def test_poison_shows_a_call_that_reads_what_nobody_wrote():
+    """y = x + y, where y itself is the output: an input that the plan has put under the output reads NaN."""
+    p = Program(F32)
+    a, b = (p.input(name, (4, 4), F32) for name in "ab")
+    first = p.emit(add, a, b)
+    p.output("second", p.emit(add, first, a))
+    layout = plan(p)
+    layout.offset[p.outputs["second"]] = layout.offset[first]  # what a broken planner does
+    results = []
+    for poison in (False, True):
+        backend = RefBackend(exact=False, poison=poison)
+        arena = backend.alloc(layout)
+        arena.view(a)[...], arena.view(b)[...] = 1, 2
+        backend.bind(p, arena).run()
+        results.append(arena.view(p.outputs["second"]).copy())
+    assert (results[0] == 4).all() and np.isnan(results[1]).all()
+
+
+def test_the_arena_is_one_zeroed_block_of_the_planned_size(program):
+    layout = plan(program)
+    arena = open_backend("cpu").alloc(layout)
+    assert arena.bytes.nbytes == layout.nbytes and not arena.bytes.any() and arena.address % 4096 == 0
+    view = arena.view(program.params["wte.weight"].tensor)
+    assert view.base is not None and np.shares_memory(view, arena.bytes)
+
+
+def test_an_arena_that_does_not_fit_is_refused_with_its_regions():
+    p = Program(F32)
+    p.emit(add, *(p.input(name, (1 << 20, available_bytes() >> 20), F32) for name in "ab"))
+    with pytest.raises(HandgradError, match=r"\[plan\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)"):
+        open_backend("cpu").alloc(plan(p))
+
+
+class Twice(Op):
+    """y = 2 x, on the ref backend only."""
+
+    name, ins, outs = "twice", "x:N,C", "y:N,C"
+
+
+class Lost(Op):
+    """An op whose kernel was never compiled."""
+
+    name, ins, outs, cpu = "lost", "x:N,C", "y:N,C", C("lost_forward", "y x | N C")
+
+
+@pytest.mark.parametrize("op", [Twice(), Lost()], ids=repr)
+def test_an_op_without_a_kernel_is_refused_before_anything_runs(op):
+    p = Program(BF16)
+    p.emit(op, p.input("x", (2, 3), BF16))
+    backend = open_backend("cpu")
+    with pytest.raises(HandgradError, match=rf"\[bind\] every op has a cpu kernel for bf16, but got none for '{op}'.*test_backends.py:\d+"):
+        backend.bind(p, backend.alloc(plan(p)))
+
+
+def test_shapes_that_disagree_are_refused_while_recording():
+    p = Program(F32)
+    x, w = p.input("x", (8, 768), F32), p.input("w", (3072, 1024), F32)
+    with pytest.raises(HandgradError, match=r"\[linear\] K is 768 in 'x' \(8, 768\), but got 1024 in 'w' \(3072, 1024\).*test_backends.py:\d+"):
+        p.emit(linear, x, w, None, gelu=False, keep_pre=False)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(HandgradError, match=r"\[backend\] the backend is one of ref, cpu, but got 'gpu'"):
+        open_backend("gpu")
+
+
+def opened_with(isa):
+    """What a fresh process says when it opens the library under this HANDGRAD_ISA."""
+    code = "from handgrad.backends import open_backend; print(open_backend('cpu').isa)"
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | {"HANDGRAD_ISA": isa}, capture_output=True, text=True)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = opened_with("sse9")
+    assert done.returncode and "[cpu] HANDGRAD_ISA is one of portable, avx2, avx512, avx512bf16, but got 'sse9'" in done.stderr
+
+
+def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
+    widest = library.ISAS[library.library()._dll.hg_isa()]
+    if widest == library.ISAS[-1]:  # this one lacks none: pretend
+        monkeypatch.setattr(library.ctypes, "CDLL", lambda path: type("Old", (), {"hg_isa": staticmethod(lambda: 1)}))
+        monkeypatch.setenv("HANDGRAD_ISA", "avx512")
+        with pytest.raises(HandgradError, match=r"\[cpu\] this processor runs up to avx2, but got HANDGRAD_ISA=avx512"):
+            library.Library()
+    else:
+        assert f"this processor runs up to {widest}" in opened_with(library.ISAS[-1]).stderr
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "PATH", tmp_path / "libhandgrad_cpu.so")
+    with pytest.raises(HandgradError, match=r"\[cpu\] the kernels are compiled when handgrad is installed.*needs a C compiler"):
+        library.Library()

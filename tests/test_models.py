@@ -1,0 +1,218 @@
+"""Whole models: gradients against finite differences in float64, and everything against PyTorch at GPT-2's real shape."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from handgrad import Trainer, data
+from handgrad.backends import open_backend
+from handgrad.core.backward import POLICIES
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.core.plan import plan
+from handgrad.core.program import Program
+from handgrad.models import GPT2, batch, gpt2, names, preset
+from handgrad.ops import OPS
+from handgrad.optim import AdamW, schedules
+from handgrad.testing import gradcheck, set_knobs
+from handgrad.train.trainer import initialize
+
+SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
+judge = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(judge)
+
+
+# finite differences ----------------------------------------------------------------------------------------------------
+
+
+def difference(model, policy="none", samples=3):
+    """The largest relative error of any gradient of the model against central differences, in float64."""
+
+    def fill(p, arena):
+        rng = np.random.default_rng(0)
+        initialize(p, arena, seed=1)
+        for info in p.params.values():
+            w = arena.part("param", info.tensor)[: info.init.rows]
+            w += rng.normal(0, 0.2, w.shape)
+        for t in p.inputs.values():
+            arena.view(t)[...] = rng.integers(0, model.vocab_size, t.shape)
+        arena.view(p.inputs["targets"])[3] = -1  # does not count
+        set_knobs(arena.knobs(p))
+
+    return gradcheck(lambda p: model.forward(p, batch(p, 2, 9), 3), fill, POLICIES[policy], samples)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("tie", [True, False])
+def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
+    error = difference(tiny(vocab_size=23, hidden_size=24, dropout=dropout, tie_embeddings=tie), policy)
+    print(f"relative error {error:.1e}")
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("name", ["norm_backward", "linear_gelu_backward", "attention_backward", "linear_backward_w", "embed_backward"])
+def test_one_percent_in_one_rule_is_caught(tiny, monkeypatch, name):
+    kind = type(OPS[name])
+    right = kind.ref
+    monkeypatch.setattr(kind, "ref", lambda self, v: tuple(None if out is None else 1.01 * out for out in right(self, v)))
+    assert difference(tiny(vocab_size=23, hidden_size=24)) > 1e-4
+
+
+# PyTorch ---------------------------------------------------------------------------------------------------------------
+
+B, T = 4, 64
+STEPS = 10
+OPTIM = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
+LR = schedules.cosine(6e-4, warmup=3, steps=STEPS)
+
+
+def run_logits(model, params, ids, dtype):
+    """Logits (rows, V) float32 of handgrad for these weights."""
+    p = Program(DTYPES[dtype], "logits")
+    model.forward(p, batch(p, *ids.shape))
+    backend = open_backend("cpu")
+    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    for name, info in p.params.items():
+        arena.part("param", info.tensor)[...] = params[name]
+    arena.view(p.inputs["ids"])[...] = ids.reshape(-1)
+    backend.bind(p, arena).run()
+    return np.array(arena.view(p.outputs["logits"])[:, : model.vocab_size], np.float32)
+
+
+def relative(got, want):
+    """|got - want| / |want|, whole tensors: the key third of c_attn.bias alone has a true gradient of 0."""
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
+
+
+def compare(model, torch_model, to_ours, pattern, dtype="f32", seq_len=T):
+    """Relative errors of logits and of each gradient, and the losses of both over STEPS training steps.
+
+    to_ours: turns PyTorch's named tensors into handgrad's
+    """
+    tokens = data.tokens(pattern, seq_len=seq_len, batch_tokens=B * seq_len, vocab_size=model.vocab_size)
+    batches = [tokens.batch(step) for step in range(STEPS)]
+    ids, targets = (torch.from_numpy(np.ascontiguousarray(batches[0][key], np.int64)) for key in ("ids", "targets"))
+    params = to_ours({name: p.detach().numpy() for name, p in torch_model.named_parameters()})
+    errors = {}
+    logits, loss = torch_model(ids, targets)
+    errors["logits"] = relative(run_logits(model, params, batches[0]["ids"], dtype), logits.detach().flatten(0, 1).float().numpy())
+    loss.backward()
+    want = to_ours({name: p.grad.numpy() for name, p in torch_model.named_parameters()})
+    run = Trainer(model, AdamW(**OPTIM), tokens, micro_batch=B, dtype=dtype, val=False, sample=False)
+    run.load_params(params)
+    first = run.step(1, LR(1))
+    errors |= {name: relative(run.grads()[name], g) for name, g in want.items()}
+    assert set(want) == set(run.grads())
+    ours = [first.loss] + [run.step(step, LR(step)).loss for step in range(2, STEPS + 1)]
+    del run, want, params, logits, loss
+    theirs = judge.train_steps(torch_model, [(b["ids"], b["targets"]) for b in batches], LR, **OPTIM)
+    return errors, ours, theirs
+
+
+def report(title, errors, ours, theirs):
+    worst = sorted((e, name) for name, e in errors.items() if name != "logits")[-3:]
+    print(f"\n{title}: logits {errors['logits']:.1e}; worst gradients " + ", ".join(f"{n} {e:.1e}" for e, n in worst[::-1]))
+    print("losses  handgrad " + " ".join(f"{x:.5f}" for x in ours))
+    print("        PyTorch  " + " ".join(f"{x:.5f}" for x in theirs))
+
+
+@pytest.fixture(scope="module")
+def bpe_shards(tmp_path_factory):
+    """Ids below 50257, unevenly frequent as in text, so that ten steps change the loss."""
+    ids = np.random.default_rng(0).zipf(1.3, 20_000) % 50257
+    folder = tmp_path_factory.mktemp("bpe")
+    data.write_shard(folder / "a.bin", [ids], data.id_dtype(50257))
+    return str(folder / "a.bin")
+
+
+def judge_of(model):
+    torch.manual_seed(0)
+    sizes = model.vocab_size, model.max_seq_len, model.num_layers, model.num_heads, model.hidden_size
+    return judge.GPT2(*sizes, vocab_padded=model.vocab_padded)
+
+
+def test_gpt2_124m_equals_pytorch_in_float32(bpe_shards):
+    model = gpt2("124m")
+    errors, ours, theirs = compare(model, judge_of(model), dict, bpe_shards)
+    report(f"gpt2-124m f32, B={B} T={T}", errors, ours, theirs)
+    assert max(errors.values()) <= 1e-4
+    assert np.abs(np.array(ours) - theirs).max() <= 1e-4
+    assert ours[-1] < ours[0] - 1  # and it learns
+
+
+def test_gpt2_equals_pytorch_in_bf16(bpe_shards):
+    """bf16 keeps 8 bits: a rounding is off by at most u = 2^-9 and by u/sqrt(3) in the mean square.
+
+    A gradient passes about 8 rounded tensors in each of 12 blocks on its way down the branches; independent errors add in
+    squares. The residual stream, which carries most of it, is rounded twice a block, forward and backward, and the
+    weights once: sqrt(12 * (4 + 8)) * u / sqrt(3) = 1.4e-2. Twice that is allowed for single tensors.
+    """
+    model = gpt2("124m", num_layers=12, hidden_size=192, num_heads=3)
+    errors, ours, theirs = compare(model, judge_of(model), dict, bpe_shards, dtype="bf16")
+    report(f"12 layers, 192 wide, bf16, B={B} T={T}", errors, ours, theirs)
+    assert max(errors.values()) <= 2.8e-2
+    assert np.median(list(errors.values())) <= 1.4e-2
+    assert np.abs(np.array(ours) - theirs).max() <= 2e-2
+
+
+# sizes -----------------------------------------------------------------------------------------------------------------
+
+COUNTS = {  # with the vocabulary padded to 50304 rows
+    "gpt2-124m": 124_475_904, "gpt2-355m": 354_871_296, "gpt2-774m": 774_090_240, "gpt2-1558m": 1_557_686_400,
+    "d6": 30_357_504, "d12": 124_475_904, "d24": 354_871_296, "d36": 774_090_240, "d48": 1_557_686_400,
+    "d60": 2_754_259_200, "d72": 7_316_887_680, "d84": 12_220_657_920, "gpt3:c768": 125_262_336,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_presets_have_their_parameters(name):
+    model, p = gpt2(name), Program(mode="loss")
+    model.forward(p, batch(p, 1, 8))
+    C = model.hidden_size
+    by_formula = (model.vocab_padded + model.max_seq_len + 2) * C + model.num_layers * (12 * C * C + 13 * C)
+    assert p.num_params == by_formula == COUNTS.get(name, COUNTS.get(name.removeprefix("gpt2:"), by_formula))
+    assert C % model.num_heads == 0 and model.max_seq_len == (2048 if name.startswith("gpt3") else 64 if name == "tiny" else 1024)
+
+
+def test_the_gpt3_sizes():
+    """In billions, as the paper and llm.c give them; its 13B width is repaired to 40 heads of 128."""
+    sizes = {}
+    for width in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288):
+        p = Program(mode="loss")
+        gpt2(f"gpt3:c{width}").forward(p, batch(p, 1, 8))
+        sizes[width] = round(p.num_params / 1e9, 3)
+    assert sizes == {384: 0.031, 1024: 0.356, 1536: 0.760, 2048: 1.316, 2560: 2.652, 4096: 6.658, 5140: 12.853, 12288: 174.600}
+
+
+def test_one_dial_sizes():
+    assert preset("d8") == dict(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024, vocab_size=50257)
+    with pytest.raises(HandgradError, match=r"\[model\] a preset is one of tiny, gpt2-124m, .* or d<layers>, but got 'gpt5'"):
+        preset("gpt5")
+
+
+@pytest.mark.parametrize("bad", [dict(num_layers=0), dict(num_heads=5), dict(dropout=1.0), dict(vocab_size=0), dict(dropout=-0.1)])
+def test_sizes_that_cannot_be_are_refused(bad):
+    with pytest.raises(HandgradError, match=r"\[model\]"):
+        gpt2("124m", **bad)
+
+
+def test_initial_weights_are_seeded_and_scaled(tiny, shards):
+    tokens = data.tokens(shards, seq_len=16, batch_tokens=16)
+    model = tiny(hidden_size=192, num_layers=3)
+    a, b, other = (Trainer(model, AdamW(), tokens, micro_batch=1, seed=seed, val=False, sample=False).params() for seed in (1, 1, 2))
+    for name, w in a.items():
+        assert np.array_equal(w, b[name])
+        if name.endswith("bias"):
+            assert not w.any()
+        elif ".ln_" in name or name.startswith("ln_"):
+            assert (w == 1).all()
+        else:
+            std = 0.02 / 6**0.5 if name.endswith("c_proj.weight") else 0.02
+            rows = w[: model.vocab_size] if name == "wte.weight" else w
+            assert not np.array_equal(w, other[name])
+            assert abs(rows.std() / std - 1) < 0.05 and abs(rows.mean()) < 0.05 * std * 5
+    assert not a["wte.weight"][model.vocab_size :].any()  # padding

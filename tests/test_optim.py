@@ -1,0 +1,97 @@
+"""Schedules at their corners; AdamW and clipping against PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+
+from handgrad.backends import open_backend
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.core.plan import plan
+from handgrad.core.program import ONES, Program, normal
+from handgrad.optim import AdamW, schedules
+
+
+@pytest.mark.parametrize(("kind", "final", "last"), [("cosine", 0.1, 0.1), ("linear", 0.0, 0.0), ("constant", None, 1.0), ("wsd", 0.0, 0.0)])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_every_schedule_warms_up_peaks_and_ends(kind, final, last, warmup):
+    lr = schedules.schedule(kind, 2.0, warmup, 100, final)
+    assert [lr(step) for step in range(1, warmup + 1)] == [2.0 * step / warmup for step in range(1, warmup + 1)]
+    after = [lr(step) for step in range(max(warmup, 1), 101)]
+    assert after == sorted(after, reverse=True) and max(after) <= 2.0
+    assert lr(100) == pytest.approx(2.0 * last, abs=1e-12) and lr(150) == pytest.approx(2.0 * last, abs=1e-12)
+
+
+def test_schedules_at_known_points():
+    assert schedules.cosine(1.0, 0, 100, 0.0)(25) == pytest.approx(0.5 + 0.5 * np.cos(np.pi / 4))
+    assert schedules.linear(1.0, 20, 100, 0.2)(60) == pytest.approx(0.6)
+    assert schedules.constant(3e-4)(1) == schedules.constant(3e-4)(10**9) == 3e-4
+    wsd = schedules.wsd(1.0, 10, 100)
+    assert wsd(80) == 1.0 and wsd(85) == pytest.approx(0.5) and wsd(100) == 0.0
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (("cosin", 1.0, 0, 10), r"\[schedule\] the kind is one of cosine, linear, constant, wsd, but got 'cosin'"),
+    (("cosine", 1.0, 11, 10), r"\[schedule\] warm-up lies between 0 and the 10 steps of the run, but got 11"),
+    (("cosine", 1.0, -1, 10), r"\[schedule\] warm-up .* but got -1"),
+    (("constant", 1.0, 0, 10, 0.5), r"\[schedule\] a constant schedule ends at its peak \(final 1.0\), but got 0.5"),
+])
+def test_a_schedule_that_cannot_be_is_refused(arguments, text):
+    with pytest.raises(HandgradError, match=text):
+        schedules.schedule(*arguments)
+
+
+@pytest.mark.parametrize("bad", [dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1.0), dict(weight_decay=float("nan")), dict(clip=-1.0)])
+def test_hyperparameters_out_of_range_are_refused(bad):
+    with pytest.raises(HandgradError, match=r"\[optim\]"):
+        AdamW(**bad)
+
+
+SHAPES = {"w": (37, 130), "norm": (301,)}  # a matrix, which decays, and a vector, which does not
+
+
+def ours(optim, starts, grads, dtype, backend):
+    """Weights after one update for each of `grads`, and the gradient norms that were measured."""
+    p = Program(DTYPES[dtype], "train")
+    for name, shape in SHAPES.items():
+        p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0), decay=len(shape) == 2))
+    optim.record(p)
+    backend = open_backend(backend)
+    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    flat = "param" if dtype == "f32" else "master"
+    for name, w in starts.items():
+        arena.part(flat, p.params[name].tensor)[...] = w
+    knobs, run, norms = arena.knobs(p), backend.bind(p, arena), []
+    for knobs.step, step in enumerate(grads, 1):
+        knobs.lr = 1e-2 / knobs.step
+        for name, g in step.items():
+            arena.part("grad", p.params[name].tensor)[...] = g
+        run.run()
+        norms.append(float(knobs.grad_norm))
+    working = {name: np.array(arena.part("param", info.tensor), np.float32) for name, info in p.params.items()}
+    return {name: np.array(arena.part(flat, info.tensor)) for name, info in p.params.items()}, working, norms
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "f32"), ("cpu", "bf16"), ("ref", "f32")])
+def test_ten_steps_of_adamw_equal_pytorch(clip, backend, dtype):
+    rng = np.random.default_rng(0)
+    starts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    grads = [{name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(10)]
+    masters, working, norms = ours(AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=clip), starts, grads, dtype, backend)
+
+    torch_params = {name: torch.nn.Parameter(torch.tensor(w, dtype=torch.float64)) for name, w in starts.items()}
+    judge = torch.optim.AdamW([{"params": [torch_params["w"]], "weight_decay": 0.1}, {"params": [torch_params["norm"]], "weight_decay": 0.0}],
+                              betas=(0.9, 0.95), eps=1e-8)
+    for i, step in enumerate(grads, 1):
+        for name, g in step.items():
+            torch_params[name].grad = torch.tensor(g, dtype=torch.float64)
+        norm = torch.nn.utils.clip_grad_norm_(torch_params.values(), clip or float("inf"))
+        assert norms[i - 1] == pytest.approx(float(norm), rel=1e-6)
+        for group in judge.param_groups:
+            group["lr"] = 1e-2 / i
+        judge.step()
+    for name, w in torch_params.items():
+        np.testing.assert_allclose(masters[name], w.detach().numpy(), rtol=2e-6, atol=2e-6)
+        if dtype == "bf16":  # what the model reads is the master, rounded to nearest even
+            np.testing.assert_array_equal(working[name], torch.from_numpy(masters[name]).bfloat16().float().numpy())
