@@ -142,10 +142,13 @@ def set_knobs(knobs: Any, micro_step: int = 0) -> None:
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
-    """Errors of every output of a case against the oracle. Gradients are written, added to in a step, and across steps."""
+    """Errors of every output of a case against the oracle.
+
+    Gradients are written, added to within a micro-step, and added to across micro-steps; at real shapes only written.
+    """
     errors = []
     modes = [(False, 0), (True, 0), (False, 1)]
-    for accumulate, micro_step in modes if any(a.given for a in op.out_args) else modes[:1]:
+    for accumulate, micro_step in modes if any(a.given for a in op.out_args) and not case.real else modes[:1]:
         p, c = case_program(op, case, dtype, accumulate=accumulate)
         arrays = case_arrays(op, c, seed)
         runs = [run_case(p, c, arrays, b, micro_step) for b in (RefBackend(), RefBackend(exact=False), backend)]

@@ -26,7 +26,7 @@ class ExactArena(Arena):
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self._arrays: dict[Tensor, np.ndarray] = {}
+        self._arrays: dict[Tensor | str, np.ndarray] = {}
         self._flat: dict[str, np.ndarray] = {}
         self._knobs: dict[int, np.ndarray] = {}
 
@@ -40,9 +40,10 @@ class ExactArena(Arena):
                 else head.first(head.params[tensor.name.removeprefix("d ")].tensor)
             )
             return flat[start : start + tensor.size].reshape(tensor.shape)
-        if tensor not in self._arrays:
-            self._arrays[tensor] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
-        return self._arrays[tensor]
+        key = tensor.name if tensor.role is Role.STATE else tensor  # programs share a state by its name
+        if key not in self._arrays:
+            self._arrays[key] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
+        return self._arrays[key]
 
     def part(self, flat: str, param: Tensor) -> np.ndarray:
         head = self.plan.programs[0]

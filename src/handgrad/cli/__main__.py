@@ -1,7 +1,11 @@
 """handgrad: train, generate, explain, data, ops. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
 
+import difflib
 import os
 import sys
+from importlib import import_module
+
+from handgrad.core.errors import HandgradError
 
 VERBS = {
     "train": "train a GPT-2; without arguments, a small one on Shakespeare, in about a minute",
@@ -14,34 +18,39 @@ VERBS = {
 
 def usage() -> str:
     """The verbs, a line each."""
-    return "usage: handgrad VERB [flags]\n\n" + "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+    return f"usage: handgrad VERB [flags]\n\n{verbs}\n\nflags of a verb: handgrad VERB --help"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, 2 for a user's mistake (told in one line), 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv: list[str]) -> int:
+    """Runs the verb that the first word names; returns its exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
-    from handgrad.core.errors import HandgradError
+    if argv[0] not in VERBS:
+        near = difflib.get_close_matches(argv[0], VERBS, 1)
+        hint = f"did you mean handgrad {near[0]}?" if near else "handgrad --help"
+        raise HandgradError("handgrad", f"the verb is one of {', '.join(VERBS)}", f"'{argv[0]}'", hint=hint)
+    return import_module(f"handgrad.cli.{argv[0]}").main(argv[1:])
 
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a user's mistake (told in one line), 130 when interrupted."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
-        if argv[0] not in VERBS:
-            import difflib
-
-            near = difflib.get_close_matches(argv[0], VERBS, 1)
-            raise HandgradError("handgrad", f"the verb is one of {', '.join(VERBS)}", f"'{argv[0]}'",
-                                hint=f"handgrad {near[0]}" if near else "handgrad --help")
-        from importlib import import_module
-
-        return import_module(f"handgrad.cli.{argv[0]}").main(argv[1:])
+        try:
+            code = run(sys.argv[1:] if argv is None else argv)
+        except SystemExit as end:  # --help
+            code = end.code or 0
+        sys.stdout.flush()  # a reader that has left, as in `handgrad explain | head`, is noticed here
+        return code
     except HandgradError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("[handgrad] interrupted.", file=sys.stderr)
+        print("\n[handgrad] interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `handgrad explain | head`
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -10,6 +10,8 @@ from handgrad import data, tokenizers
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 
+USAGE = "handgrad data text FILE..."
+
 
 @dataclass(frozen=True)
 class Text:
@@ -29,15 +31,15 @@ class Text:
 
 def main(argv: list[str]) -> int:
     """Runs the recipe that the first word names."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: {USAGE} [flags]\n\nflags: handgrad data text --help")
+        return 0
     if argv[:1] != ["text"]:
-        if argv[:1] in (["-h"], ["--help"]):
-            print("usage: handgrad data text FILE... [flags]\n\nflags: handgrad data text --help")
-            return 0
-        raise HandgradError("data", "the recipe is 'text'", f"'{argv[0]}'" if argv else "nothing", hint="handgrad data text FILE...")
+        raise HandgradError("data", "the recipe is 'text'", f"'{argv[0]}'" if argv else "nothing", hint=USAGE)
     a = parse(Text, argv[1:], "data text")
     files = [Path(f) for f in a.files]
     if not files:
-        raise HandgradError("data", "text comes from at least one file", "none", hint="handgrad data text FILE...")
+        raise HandgradError("data", "text comes from at least one file", "none", hint=USAGE)
     if a.tokenizer == "gpt2":
         tokenizer = tokenizers.gpt2()
     elif a.tokenizer == "chars":

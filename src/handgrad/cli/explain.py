@@ -7,6 +7,7 @@ import tyro
 
 from handgrad.backends import open_backend
 from handgrad.cli.flags import parse
+from handgrad.core.errors import HandgradError
 from handgrad.models import GPT2, preset
 from handgrad.train.explain import explain
 
@@ -27,14 +28,16 @@ class Explain:
     """probability of dropping"""
     dtype: Literal["bf16", "f32"] = "bf16"
     """working dtype"""
-    recompute: Literal["none", "act", "act_norm", "block"] = "none"
+    recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what is computed again in backward instead of kept"""
     head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of at most 1024 rows"""
+    """pieces in which the head's logits are made; 0: pieces of at most 512 rows"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
     """plan for samples too, as a run that prints them does"""
+    accumulation: int = 1
+    """micro-batches in an optimizer step"""
     threads: int = 0
     """CPU threads; each needs scratch of its own. 0: physical cores"""
 
@@ -42,12 +45,27 @@ class Explain:
 def main(argv: list[str]) -> int:
     """Prints the page."""
     a = parse(Explain, argv, "explain")
+    if a.micro_batch < 1:
+        raise HandgradError("explain", "--micro-batch is at least 1", a.micro_batch)
     sizes = preset(a.model)
     if a.vocab_size:
         sizes["vocab_size"] = a.vocab_size
     model = GPT2(**sizes, dropout=a.dropout)
     backend = open_backend("cpu", a.threads)
-    print(explain(model, a.micro_batch, a.seq_len or model.max_seq_len, dtype=a.dtype, backend=backend, recompute=a.recompute,
-                  head_chunks=a.head_chunks, val=a.val, sample=a.sample))
-    print(f"\nscratch is that of the cpu backend, {backend.isa}, {backend.threads} threads; the run allocates these bytes once")
+    print(
+        explain(
+            model,
+            a.micro_batch,
+            a.seq_len or model.max_seq_len,
+            dtype=a.dtype,
+            backend=backend,
+            recompute=a.recompute,
+            head_chunks=a.head_chunks,
+            accumulation=a.accumulation,
+            val=a.val,
+            sample=a.sample,
+        )
+    )
+    where = f"the cpu backend, {backend.isa}, {backend.threads} thread{'s' * (backend.threads > 1)}"
+    print(f"\nscratch is that of {where}; the run allocates these bytes once")
     return 0

@@ -1,31 +1,97 @@
-"""Flags from dataclasses, through tyro; a wrong flag is one line that names the nearest right one."""
+"""Flags from dataclasses, through tyro; a wrong command line is one line that names the flag and what it takes."""
 
 import difflib
-import re
-from typing import TypeVar
+import io
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from handgrad.core.errors import HandgradError
 
 Settings = TypeVar("Settings")
+# type of a field: what its flag takes, and what reads it
+TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", int),
+    float: ("a number", float),
+    float | None: ("a number or None", lambda word: word == "None" or float(word)),
+    str: ("text", str),
+    tuple[str, ...]: ("text", str),
+}
 
 
 def parse(kind: type[Settings], argv: list[str], verb: str, default: Settings | None = None) -> Settings:
-    """The settings that the command line says, over `default`. Raises HandgradError for unknown flags and bad values."""
-    known = set(re.findall(r"--[a-z0-9][a-z0-9.\-]*", tyro.extras.get_parser(kind, **_default(default)).format_help()))
-    for word in argv:
-        flag = word.split("=")[0].replace("_", "-")
-        if word.startswith("--") and flag not in known and flag != "--help":
-            near = difflib.get_close_matches(flag, known, 1, cutoff=0.5)
-            raise HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=f"did you mean {near[0]}?" if near else "")
+    """The settings of a command line, over `default`. Raises HandgradError for unknown flags and bad values."""
+    defaults = {} if default is None else {"default": default}
     try:
-        return tyro.cli(kind, args=argv, prog=f"handgrad {verb}", description=" ", console_outputs=True, **_default(default))
-    except SystemExit as error:
-        if error.code:
-            raise HandgradError(verb, "flags take the values that --help names", " ".join(argv)) from None
-        raise
+        with redirect_stderr(io.StringIO()):  # tyro explains in a box of ten lines
+            return tyro.cli(kind, args=argv, prog=f"handgrad {verb}", description=" ", **defaults)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    raise _mistake(kind, argv, verb)
 
 
-def _default(default: object) -> dict[str, object]:
-    return {} if default is None else {"default": default}
+def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
+    """What is wrong with this command line, in the house grammar."""
+    known = dict(_flags(kind, "--"))
+    for word, following in zip(argv, [*argv[1:], ""]):
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if not flag.startswith("--"):
+            continue
+        if flag not in known:
+            name = flag.rpartition(".")[2].lstrip("-")
+            same = [other for other in known if other.rpartition(".")[2] == name]  # --steps is --run.steps
+            near = same or difflib.get_close_matches(flag, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
+            return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=hint)
+        if known[flag] is bool:
+            if equals:
+                return HandgradError(verb, f"{flag} takes nothing", f"'{value}'")
+            continue
+        value = value if equals else following
+        takes, reads = _takes(known[flag])
+        if not value or (not equals and value.startswith("--")):
+            return HandgradError(verb, f"{flag} takes {takes}", "nothing")
+        try:
+            reads(value)
+        except ValueError:
+            return HandgradError(verb, f"{flag} takes {takes}", f"'{value}'")
+    words = {name: hint for name, hint in _fields(kind) if name.isupper()}
+    for (name, hint), word in zip(words.items(), argv):
+        if get_origin(hint) is Literal and word not in get_args(hint):
+            return HandgradError(verb, f"{name} is {_takes(hint)[0]}", f"'{word}'")
+    rule = " ".join(["after the verb come", *words, "and flags"] if words else ["after the verb come flags"])
+    return HandgradError(verb, rule, f"'{' '.join(argv)}'" if argv else "nothing", hint=f"handgrad {verb} --help")
+
+
+def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
+    """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind)), get_args(kind).index
+    return TAKES[kind]
+
+
+def _fields(kind: type) -> Iterator[tuple[str, Any]]:
+    """(name, type) of the fields of a dataclass; the names of positional words are in capitals."""
+    hints = get_type_hints(kind, include_extras=True)
+    for f in fields(kind):
+        hint, extras = hints[f.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *extras = get_args(hint)
+        yield f.name.upper() if tyro.conf.Positional in extras else f.name.replace("_", "-"), hint
+
+
+def _flags(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(flag, type) of every flag of a dataclass and of those inside it."""
+    yield "--help", bool
+    for name, hint in _fields(kind):
+        if is_dataclass(hint):
+            yield from _flags(hint, f"{prefix}{name}.")
+        elif not name.isupper():
+            yield prefix + name, hint
+            if hint is bool:
+                yield f"{prefix}no-{name}", bool

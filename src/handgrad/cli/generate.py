@@ -9,8 +9,8 @@ import tyro
 
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.infer.load import load_run
+from handgrad.infer.sampling import Sampling, StopStrings
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Generate:
 
     run: Annotated[str, tyro.conf.Positional]
     """run folder, or one of its checkpoints"""
-    prompt: str = "\n"
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
     """text to continue; - reads standard input"""
     max_tokens: int = 256
     """tokens to generate"""
@@ -44,19 +44,27 @@ class Generate:
 def main(argv: list[str]) -> int:
     """Generates; the prompt is printed first."""
     a = parse(Generate, argv, "generate")
-    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed)
+    sampling, stop = Sampling(a.temperature, a.top_k, a.top_p, a.seed), StopStrings(a.stop)
     if a.max_tokens < 1:
-        raise HandgradError("generate", "max_tokens is at least 1", a.max_tokens)
+        raise HandgradError("generate", "--max-tokens is at least 1", a.max_tokens)
+    prompt = read_prompt() if a.prompt == "-" else a.prompt
+    if not prompt:
+        raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
     engine, tokenizer = load_run(Path(a.run), a.dtype, a.backend, a.threads)
-    prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
     ids = tokenizer.encode(prompt)
-    stop = StopStrings(a.stop)
     print(prompt, end="", flush=True)
     for piece in tokenizer.stream(engine.generate(ids, a.max_tokens, sampling, tokenizer.eot)):
         print(stop.feed(piece), end="", flush=True)
         if stop.found is not None:
             break
-    else:
-        print(stop.finish(), end="")
-    print()
+    print(stop.finish())
     return 0
+
+
+def read_prompt() -> str:
+    """The text on standard input."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise HandgradError("generate", "a prompt is UTF-8 text", found) from None

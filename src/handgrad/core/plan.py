@@ -1,5 +1,10 @@
-"""plan: lifetimes to byte offsets. One allocation: params | grads | state | activations | io."""
+"""plan: lifetimes to byte offsets. One allocation: params | state | grads | activations | io.
 
+A gradient is born in backward. Unless several micro-batches add to it, its memory holds activations until then: the
+last blocks' gradients are written when the first blocks' activations still live, and the other way round.
+"""
+
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +16,7 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Role, Tensor
 
 ALIGN = 256  # bytes
-REGIONS = ("params", "grads", "state", "activations", "io")
+REGIONS = ("params", "state", "grads", "activations", "io")
 MIB = 1 << 20
 
 
@@ -48,7 +53,7 @@ class Plan:
 
     @property
     def bound(self) -> int:
-        """The least the activations could take: the most bytes that live at one call."""
+        """The least the activations (with gradients, where they share memory) could take: the most that live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
     def part(self, flat: str, param: Tensor) -> tuple[int, DType]:
@@ -63,7 +68,7 @@ class Plan:
         live, call = self.peak.get(0, (0, None))
         if call is not None:
             lines.append(
-                f"peak of activations {live / MIB:.1f} MiB at {call.phase} {call.op.name} of {call.block}, {call.where}"
+                f"peak: {live / MIB:.1f} MiB of activations and gradients at {call.phase} {call.op.name} of {call.block}, {call.where}"
             )
         return "\n".join(lines)
 
@@ -101,10 +106,13 @@ def lifetimes(p: Program, scratch: Scratch) -> list[Lifetime]:
     return spans + [Lifetime(t, aligned(t.nbytes), first[t], last[t]) for t in first]
 
 
-def place(spans: Sequence[Lifetime]) -> tuple[dict[Tensor | Call, int], int]:
+Fixed = tuple[int, int, int, int]  # offset, end, first, last: bytes that are taken already, from call to call
+
+
+def place(spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[dict[Tensor | Call, int], int]:
     """Offsets and total bytes: biggest first, each at the lowest gap that no overlapping lifetime occupies."""
     offsets: dict[Tensor | Call, int] = {}
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted by offset
+    placed = sorted(fixed)
     top = 0
     for span in sorted(spans, key=lambda s: (-s.nbytes, s.first)):
         at = 0
@@ -113,20 +121,37 @@ def place(spans: Sequence[Lifetime]) -> tuple[dict[Tensor | Call, int], int]:
                 continue
             if at + span.nbytes <= low:
                 break
-            at = max(at, high)
+            at = max(at, aligned(high))
         offsets[span.owner] = at
-        placed.append((at, at + span.nbytes, span.first, span.last))
-        placed.sort()
+        insort(placed, (at, at + span.nbytes, span.first, span.last))
         top = max(top, at + span.nbytes)
     return offsets, top
 
 
-def peak_of(p: Program, spans: Sequence[Lifetime]) -> tuple[int, Call | None]:
+def gradient_spans(head: Program, p: Program) -> list[Fixed]:
+    """When the bytes of the flat gradients are taken, for p's activations: from the first writing to the end of the list.
+
+    The alignment padding between them stays zero for ever, since norm and update run over it.
+    """
+    end, size = len(p.calls), F32.size
+    written = {t: i for i, c in reversed(list(enumerate(p.calls))) for t in c.outs if t is not None}
+    spans, at = [], 0
+    for name, info in sorted(head.params.items(), key=lambda item: head.first(item[1].tensor)):
+        start, stop = (size * (head.first(info.tensor) + n) for n in (0, info.tensor.size))
+        spans.append((at, start, 0, end))
+        if p is head:
+            spans.append((start, stop, written.get(p.grads.get(name), 0), end))
+        at = stop
+    spans.append((at, size * head.flat_size, 0, end))
+    return [span for span in spans if span[0] < span[1]]
+
+
+def peak_of(p: Program, spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[int, Call | None]:
     """The most bytes alive at one call, and that call."""
     change = [0] * (len(p.calls) + 2)
-    for span in spans:
-        change[span.first] += span.nbytes
-        change[span.last + 1] -= span.nbytes
+    for nbytes, first, last in [(s.nbytes, s.first, s.last) for s in spans] + [(b - a, i, j) for a, b, i, j in fixed]:
+        change[first] += nbytes
+        change[last + 1] -= nbytes
     live = best = at = 0
     for i, delta in enumerate(change):
         live += delta
@@ -147,8 +172,8 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     at = 0
     for region, flats in (
         ("params", ["param"] * bool(head.params)),
-        ("grads", ["grad"] * bool(head.grads)),
         ("state", moments),
+        ("grads", ["grad"] * bool(head.grads)),
     ):
         start = at
         for flat in flats:
@@ -164,15 +189,17 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
                 result.offset[t] = known[t.name]
         result.region[region] = (start, at - start)
     _place_flat(result)
-    start, top = at, 0
+    shared = bool(head.grads) and not head.accumulates
+    start = result.region["grads"][0] if shared else at
+    top = at - start
     for i, p in enumerate(programs):
-        spans = lifetimes(p, scratch)
-        offsets, size = place(spans)
+        spans, fixed = lifetimes(p, scratch), gradient_spans(head, p) if shared else []
+        offsets, size = place(spans, fixed)
         for owner, offset in offsets.items():
             (result.scratch if isinstance(owner, Call) else result.offset)[owner] = start + offset
-        result.peak[i] = peak_of(p, spans)
+        result.peak[i] = peak_of(p, spans, fixed)
         top = max(top, size)
-    result.region["activations"] = (start, top)
+    result.region["activations"] = (at, start + top - at)
     at = start = start + top
     for p in programs:
         for t in (p.knobs, *p.inputs.values()):

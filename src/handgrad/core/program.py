@@ -94,6 +94,7 @@ class Program:
 
     dtype: DType = F32
     mode: str = "train"
+    accumulates: bool = True  # several passes add to the gradients before an update, so they keep their memory
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)

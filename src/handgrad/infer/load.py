@@ -15,47 +15,60 @@ from handgrad.infer.engine import Engine, record
 from handgrad.io import checkpoint
 from handgrad.models import GPT2
 
-KINDS = {"bf16": "bfloat16", "f32": "float32"}
+TOKENIZER = "tokenizer-spec.json"  # in the run folder: what tokenizers.load reads
+ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
 
 
-def load_run(path: Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0) -> tuple[Engine, tokenizers.Tokenizer]:
+def load_run(
+    path: Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
+) -> tuple[Engine, tokenizers.Tokenizer]:
     """(engine, tokenizer) of a run folder's newest checkpoint, or of the checkpoint `path` itself.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError where something is missing.
     """
     if not path.is_dir():
         raise HandgradError("generate", "a run folder is a folder", f"no '{path}'", hint="handgrad train makes one")
-    folder = path if path.name.startswith("step_") else checkpoint.newest(path)
+    folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
     if folder is None:
         raise HandgradError("generate", "a run folder holds a complete checkpoint", f"none in '{path}'")
-    saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
-    known = {f.name for f in fields(GPT2)}
-    if set(saved["model"]) != known or saved["dtype"] not in KINDS:
-        raise HandgradError("generate", f"{folder}/run.json describes a GPT2", sorted(set(saved["model"]) ^ known))
-    try:
-        model = GPT2(**saved["model"])
-    except TypeError as error:
-        raise HandgradError("generate", f"{folder}/run.json describes a GPT2", error) from None
-    kind = saved["dtype"] if dtype == "saved" else dtype
+    model, saved_as = _described(folder)
+    tokenizer = _tokenizer(folder.resolve().parent)
+    kind = saved_as if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    programs = record(model, DTYPES[kind])
-    layout = plan(programs[1], programs[0], scratch=engine_backend.scratch)
-    expected = {name: (info.tensor.shape, KINDS[saved["dtype"]]) for name, info in programs[1].params.items()}
-    tensors = checkpoint.load(folder, expected)
-    arena = engine_backend.alloc(layout)
-    for name, info in programs[1].params.items():
-        target = arena.part("param", info.tensor)
+    prefill, decode = programs = record(model, DTYPES[kind])
+    params = {name: info.tensor for name, info in decode.params.items()}
+    tensors = checkpoint.load(folder, {name: (t.shape, ON_DISK[saved_as]) for name, t in params.items()})
+    arena = engine_backend.alloc(plan(decode, prefill, scratch=engine_backend.scratch))
+    for name, t in params.items():
+        target = arena.part("param", t)
         target[...] = np.asarray(tensors[name]).astype(target.dtype)
-    return Engine(model, programs, arena, engine_backend), _tokenizer(folder.parent)
+    return Engine(model, programs, arena, engine_backend), tokenizer
+
+
+def _described(folder: Path) -> tuple[GPT2, str]:
+    """(model, dtype) that a checkpoint says it holds."""
+    saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
+    known = {f.name: f.type for f in fields(GPT2)}
+    for name in known.keys() ^ saved["model"].keys():
+        rule = f"{folder}/run.json gives {', '.join(known)}"
+        raise HandgradError("generate", rule, f"{'no ' if name in known else ''}{name!r}")
+    for name, value in saved["model"].items():
+        if type(value) is not known[name]:
+            raise HandgradError("generate", f"{folder}/run.json gives {name} as {known[name].__name__}", repr(value))
+    if saved["dtype"] not in ON_DISK:
+        rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
+        raise HandgradError("generate", rule, repr(saved["dtype"]))
+    return GPT2(**saved["model"]), saved["dtype"]
 
 
 def _tokenizer(run: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a run folder; GPT-2's where the data said nothing."""
-    path = run / "tokenizer-spec.json"
-    if not path.exists():
-        return tokenizers.gpt2()
+    """The tokenizer of a run folder."""
+    path = run / TOKENIZER
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except FileNotFoundError:
+        hint = "checkpoints are read inside their run folder"
+        raise HandgradError("generate", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise HandgradError("generate", f"{path} is JSON", error) from None
     return tokenizers.load(spec, run)

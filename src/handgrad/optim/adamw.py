@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
-from handgrad.ops import adamw, global_norm
+from handgrad.ops import adamw, fill, global_norm
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class AdamW:
 
         Between the two phases "norm" and "update" the host may decide to skip the update.
         """
+        g.phase = "backward"
+        for info in g.params.values():
+            if not g.is_written(g.grad(info.tensor)):  # nothing reads this parameter: its gradient is zero
+                g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
         g.phase = "norm"
         total = g.slice("grad", 0, g.flat_size, "grads")
         g.emit(global_norm, total, into={"knobs": g.knobs}, clip=self.clip)

@@ -1,8 +1,13 @@
-"""The settings of a run: four groups of flags, with the defaults of the Shakespeare recipe. What is 0 or empty is resolved
-from the rest, and the resolved table is printed and saved."""
+"""The settings of a run: four groups of flags, with the defaults of the Shakespeare recipe.
 
+What is 0 or empty is resolved from the rest; the resolved table is printed and saved.
+"""
+
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from handgrad.core.errors import HandgradError
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     """use the token embedding as the head"""
 
+    def __post_init__(self) -> None:
+        _check(self, "model", 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -43,6 +51,9 @@ class DataConfig:
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True
     """visit the sequences in random order"""
+
+    def __post_init__(self) -> None:
+        _check(self, "data", 0, "seq_len batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,9 @@ class OptimConfig:
     final: float | None = None
     """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
 
+    def __post_init__(self) -> None:
+        _check(self, "optim", 0, "lr warmup" if self.final is None else "lr warmup final")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -87,10 +101,10 @@ class RunConfig:
     """cpu: C kernels; ref: the numpy oracle, float64 and slow"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
-    recompute: Literal["none", "act", "act_norm", "block"] = "none"
+    recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what is computed again in backward instead of kept"""
     head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of at most 1024 rows"""
+    """pieces in which the head's logits are made; 0: pieces of at most 512 rows"""
     seed: int = 1337
     """of initial weights, data order, dropout and sampling"""
     val_every: int = 250
@@ -101,8 +115,8 @@ class RunConfig:
     """steps between samples; 0: only after the last step"""
     sample_tokens: int = 256
     """tokens of a sample; 0: no samples"""
-    prompt: str = "\n"
-    """start of every sample"""
+    prompt: str = ""
+    """start of every sample; empty: a line break"""
     save_every: int = 1000
     """steps between checkpoints; 0: only after the last step"""
     keep_last: int = 2
@@ -120,6 +134,11 @@ class RunConfig:
     tensorboard: bool = False
     """also write TensorBoard event files into the run folder"""
 
+    def __post_init__(self) -> None:
+        _check(self, "run", 1, "steps micro_batch")
+        _check(self, "run", 0, "threads head_chunks seed val_every val_tokens sample_every sample_tokens")
+        _check(self, "run", 0, "save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -129,3 +148,19 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def _check(settings: Any, group: str, least: int, names: str) -> None:
+    """Raises HandgradError unless every field is of its type, and those of these names are finite and so large."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value, flag = getattr(settings, name), f"--{group}.{name.replace('_', '-')}"
+        if get_origin(kind) is Literal:
+            rule = None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
+        elif kind in (int, bool, str):
+            rule = None if type(value) is kind else f"of type {kind.__name__}"
+        else:
+            rule = None if type(value) in (int, float, *get_args(kind)) else "a number"
+        if rule is None and name in names.split() and not least <= value < math.inf:
+            rule = f"a number from {least} on"
+        if rule is not None:
+            raise HandgradError(group, f"{flag} is {rule}", repr(value))

@@ -62,8 +62,9 @@ def explain(
     *,
     dtype: str = "bf16",
     backend: Backend | None = None,
-    recompute: str = "none",
+    recompute: str = "act",
     head_chunks: int = 0,
+    accumulation: int = 1,
     optim: AdamW = AdamW(),
     val: bool = True,
     sample: bool = True,
@@ -72,6 +73,7 @@ def explain(
     """What a run of these settings would record and allocate. Nothing is allocated here.
 
     The plan is the one that Trainer makes from the same arguments: `plan.nbytes` equals its arena, to the byte.
+    `accumulation` is the number of micro-batches in a step.
     Without a backend, kernels are taken to need no scratch.
 
     >>> import handgrad as hg
@@ -81,13 +83,13 @@ def explain(
     """
     kind = DTYPES[dtype]
 
-    def lay_out(micro_batch: int, recompute: str, head_chunks: int) -> tuple[Program, Plan]:
-        train = record_train(model, optim, micro_batch, seq_len, kind, recompute, head_chunks)
+    def lay_out(micro_batch: int, recompute: str, head_chunks: int, steps: int) -> tuple[Program, Plan]:
+        train = record_train(model, optim, micro_batch, seq_len, kind, recompute, head_chunks, steps > 1)
         others = [record_loss(model, micro_batch, seq_len, kind, head_chunks)] if val else []
         others += record_engine(model, kind) if sample else ()
         return train, plan(train, *others, **({} if backend is None else {"scratch": backend.scratch}))
 
-    program, layout = lay_out(micro_batch, recompute, head_chunks)
+    program, layout = lay_out(micro_batch, recompute, head_chunks, accumulation)
     chunks = chunks_of(micro_batch * seq_len, head_chunks)
     prices = []
     if remedies:
@@ -99,6 +101,6 @@ def explain(
             if n != chunks and n <= micro_batch * seq_len
         ]
         for name, b, r, n in options:
-            other, its = lay_out(b, r, n)
+            other, its = lay_out(b, r, n, accumulation * micro_batch // b)
             prices.append((name, its.nbytes, sum(c.flops for c in other.calls) * micro_batch // b))
     return Explanation(program, layout, micro_batch * seq_len, tuple(prices))

@@ -1,13 +1,19 @@
-"""run: one training run from its settings to a run folder. The loop is linear; `once in a while` says what happens when."""
+"""train: a training run, from its settings to a run folder. The loop is linear: what happens now and then is in it."""
 
+import inspect
 import json
 import os
 import platform
+import re
+import shutil
 import signal
+import threading
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from itertools import zip_longest
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -18,186 +24,330 @@ from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.errors import HandgradError
 from handgrad.infer import Sampling
+from handgrad.infer.load import TOKENIZER
 from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import Config
-from handgrad.train.log import RunLog
+from handgrad.train.log import RunLog, replace_file
 from handgrad.train.report import write_report
 from handgrad.train.trainer import Trainer
 
 INTERRUPTED = 130  # exit code, as shells give for Ctrl-C
+SETTINGS = "config.json"
+SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
+SAMPLING = {"temperature": 0.8, "top_k": 200}
 
 
-class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; the second one acts at once."""
+def train(c: Config, quiet: bool = False) -> int:
+    """Trains as the settings say. Returns the exit code: 0, or 130 when interrupted; a checkpoint is then written.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then.
+    """
+    out = Path(c.run.out) if c.run.out else default_folder(c)
+    with undone_unless_begun(out, c.run.resume):
+        run = Run(c, out)
+        log = RunLog(out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, quiet=quiet)
+        run.describe()
+    if not quiet:
+        run.show()
+    with log:
+        finished = loop(run, log)
+        last = run.trainer.last_step
+        if finished and run.prompt:
+            text = run.sample()
+            log.say(f"\n{text}\n")
+            replace_file(out / "sample.txt", text + "\n")
+        summary = run.facts | {"tokens": last * run.config.data.batch_tokens}
+        replace_file(out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
+        write_report(out)
+        if finished:
+            log.say(f"run folder {out}: report.html, log.jsonl, step_{last:06d}; handgrad generate {out} --prompt TEXT")
+        else:
+            log.say(f"stopped after step {last} and saved; go on with: handgrad train --run.resume --run.out {out}")
+    return 0 if finished else INTERRUPTED
 
-    def __enter__(self) -> "Interrupt":
-        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
-    def __exit__(self, *exc: Any) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
+def loop(run: "Run", log: RunLog) -> bool:
+    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step."""
+    c, trainer = run.config, run.trainer
+    r, skipped, saved = c.run, 0, run.done
+    with Interrupt(log.say) as interrupt:
+        try:
+            for step in range(run.done + 1, r.steps + 1):
+                begin = time.perf_counter()
+                result = trainer.step(step, run.lr(step))
+                seconds = time.perf_counter() - begin
+                last = step == r.steps
+                # now and then: validate
+                val_loss = None
+                if run.val is not None and (last or due(step, r.val_every)):
+                    val_loss = trainer.evaluate(run.val, r.val_tokens or None)
+                log.step(
+                    step, loss=result.loss, val_loss=val_loss, lr=run.lr(step), grad_norm=result.grad_norm,
+                    tokens=c.data.batch_tokens, step_seconds=seconds,
+                )  # fmt: skip
+                if result.skipped:
+                    log.event(step, f"update skipped: {result.skipped}")
+                skipped = skipped + 1 if result.skipped else 0
+                if skipped > r.max_skipped:
+                    raise HandgradError(
+                        "train",
+                        f"at most {r.max_skipped} updates in a row are skipped",
+                        f"step {step}: {result.skipped}",
+                        hint="a lower --optim.lr; --run.check nan names the call",
+                    )
+                # now and then: save
+                if last or interrupt.asked or due(step, r.save_every):
+                    run.save()
+                    saved = step
+                if interrupt.asked:
+                    return last
+                # now and then: sample
+                if run.prompt and due(step, r.sample_every) and not last:
+                    log.say(f"\n{run.sample()}\n")
+        except HandgradError as error:
+            if error.where == "data" and trainer.last_step > saved:  # bad tokens far into the data lose no work
+                run.save()
+            raise
+    return True
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._old[number])
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens at this one."""
+    return every > 0 and step % every == 0
 
 
-def model_of(c: Config, vocab_size: int) -> GPT2:
-    """The model that the settings ask for, on data with this vocabulary."""
-    m = c.model
-    sizes = preset(f"d{m.depth}" if m.depth else m.preset)
-    for name in ("num_layers", "num_heads", "hidden_size", "max_seq_len"):
-        sizes[name] = getattr(m, name) or sizes[name]
-    if 0 < m.vocab_size < vocab_size:
-        raise HandgradError("model", f"the data needs a vocabulary of {vocab_size}", f"--model.vocab-size {m.vocab_size}")
-    sizes["vocab_size"] = m.vocab_size or vocab_size
-    return GPT2(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
+class Run:
+    """What the settings of a run come to: data, tokenizer, schedule, trainer; resumed, if asked.
+
+    config: the settings, with every 0, "auto", None and empty text replaced by what it stands for
+    facts: what the settings do not say, by name
+    done: steps that are behind it
+    """
+
+    def __init__(self, c: Config, out: Path):
+        backend = open_backend(c.run.backend, c.run.threads)
+        shards, val_shards, meta = find_data(c, out)
+        self.out = out
+        self.tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
+        model = model_of(c, meta["vocab_size"] if meta else self.tokenizer.vocab_size)
+        isa, threads = getattr(backend, "isa", "numpy"), getattr(backend, "threads", 1)
+        self.config = c = resolve(c, model, out, isa, threads)
+        r, o, d = c.run, c.optim, c.data
+        self.lr = schedules.schedule(o.schedule, o.lr, o.warmup, r.steps, o.final)
+        optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
+        self.prompt = prompt_ids(self.tokenizer, r.prompt) if r.sample_tokens else []
+        ids = {"vocab_size": model.vocab_size}
+        data = hg_data.tokens(shards, d.seq_len, d.batch_tokens, seed=r.seed, shuffle=d.shuffle, **ids)
+        self.val = hg_data.tokens(val_shards, d.seq_len, d.seq_len, shuffle=False, **ids) if val_shards else None
+        self.trainer = Trainer(
+            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype, recompute=r.recompute,
+            head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
+            threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
+        )  # fmt: skip
+        data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
+        self.done = self.trainer.resume() if r.resume else 0
+        if self.done > r.steps:
+            raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {self.done}", r.steps)
+        self.facts = {
+            "params": self.trainer.program.num_params,
+            "arena": f"{self.trainer.plan.nbytes / 2**20:.1f} MiB",
+            "hardware": f"{processor()}, {threads} thread{'s' * (threads != 1)}",
+            "isa": isa,
+            "dtype": r.dtype,
+        }
+
+    def describe(self) -> None:
+        """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
+        replace_file(self.out / SETTINGS, json.dumps(asdict(self.config), indent=2) + "\n")
+        replace_file(self.out / "memory.txt", self.trainer.plan.report() + "\n")
+        replace_file(self.out / TOKENIZER, json.dumps(self.tokenizer.save(self.out)) + "\n")
+
+    def show(self) -> None:
+        """Prints the settings, the longest group beside the others, and the facts."""
+        table = Table(box=None, padding=(0, 1), show_header=False)
+        columns: list[list[tuple[str, str, str]]] = [[], []]
+        for group, values in asdict(self.config).items():
+            for i, (name, value) in enumerate(values.items()):
+                text = repr(value) if isinstance(value, str) else str(value)
+                columns[group == "run"].append(("" if i else group, name.replace("_", "-"), text))
+        for left, right in zip_longest(*columns, fillvalue=("", "", "")):
+            table.add_row(*left, "  ", *right)
+        console = Console(highlight=False)
+        console.print(table)
+        f, where = self.facts, f"run folder {self.out}"
+        console.print(
+            f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}, {f['isa']}", soft_wrap=True
+        )
+        console.print(f" {where}, resumed at step {self.done}" if self.done else f" {where}", soft_wrap=True)
+        console.print()
+
+    def sample(self) -> str:
+        """The prompt and how the model goes on, always drawn alike."""
+        r = self.config.run
+        ids = self.trainer.generate(self.prompt, r.sample_tokens, Sampling(**SAMPLING, seed=r.seed))
+        return self.tokenizer.decode([*self.prompt, *ids])
+
+    def save(self) -> None:
+        """Writes a checkpoint of the step just done."""
+        r = self.config.run
+        self.trainer.save(self.trainer.last_step, asdict(self.config), keep_last=r.keep_last, keep_every=r.keep_every)
+
+
+# from flags to what they mean -----------------------------------------------------------------------------------------
 
 
 def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """(train glob, val glob or "", meta): packaged text is prepared inside the run folder, a folder brings its own split."""
+    """(train glob, val glob or "", meta). Packaged text is prepared inside the run folder; a folder has its split."""
     d = c.data
     if d.train == "shakespeare":
         folder = out / "data"
         if not (folder / "meta.json").exists():
             text = hg_data.shakespeare()
-            hg_data.prepare_text([text], folder, tokenizers.chars(text.read_text(encoding="utf-8")))
+            hg_data.prepare_text([text], folder, tokenizers.chars(hg_data.read_text([text])))
     elif Path(d.train).is_dir():
         folder = Path(d.train)
     else:
         return d.train, d.val, hg_data.read_meta(Path(d.train).parent)
-    meta = hg_data.read_meta(folder)
-    has_val = any(folder.glob("val_*.bin"))
-    return str(folder / "train_*.bin"), d.val or (str(folder / "val_*.bin") if has_val else ""), meta
+    own = str(folder / "val_*.bin") if any(folder.glob("val_*.bin")) else ""
+    return str(folder / "train_*.bin"), d.val or own, hg_data.read_meta(folder)
 
 
-def run_folder(c: Config) -> Path:
-    """The folder of this run. A folder that holds a run is only entered to resume it."""
-    if c.run.out:
-        out = Path(c.run.out)
-        if (out / "log.jsonl").exists() and not c.run.resume:
-            raise HandgradError("run", "a run folder holds one run", f"'{out}' with a log in it", hint="--run.resume, or another --run.out")
-    else:
-        stem = "shakespeare" if c.data.train == "shakespeare" else (Path(c.data.train).name.split("*")[0].strip("_-.") or "run")
-        taken = [int(p.name.rsplit("-", 1)[1]) for p in Path("runs").glob(f"{stem}-*") if p.name.rsplit("-", 1)[1].isdigit()]
-        number = max(taken, default=0) + (0 if c.run.resume and taken else 1)
-        out = Path("runs") / f"{stem}-{number:03d}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise HandgradError("run", "the run folder is writable", f"'{out}': {error.strerror}", hint="--run.out") from None
-    return out
+def model_of(c: Config, vocab_size: int) -> GPT2:
+    """The model that the settings ask for, on data with this vocabulary."""
+    m = c.model
+    if 0 < m.vocab_size < vocab_size:
+        raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
+    sizes = preset(f"d{m.depth}" if m.depth else m.preset)
+    sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
+    return GPT2(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
 
 
-def resolve(c: Config, model: GPT2, isa: str) -> Config:
-    """The settings with every 0 and "auto" replaced by what is meant."""
+def resolve(c: Config, model: GPT2, out: Path, isa: str, threads: int) -> Config:
+    """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
     seq_len = c.data.seq_len or model.max_seq_len
     batch_tokens = c.data.batch_tokens or c.run.micro_batch * seq_len
+    final = c.optim.final
+    if final is None:
+        final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
     dtype = ("bf16" if isa == "avx512bf16" else "f32") if c.run.dtype == "auto" else c.run.dtype
-    sizes = {k: v for k, v in asdict(model).items()}
-    return replace(c, model=replace(c.model, **sizes), data=replace(c.data, seq_len=seq_len, batch_tokens=batch_tokens),
-                   run=replace(c.run, dtype=dtype))
+    return Config(
+        replace(c.model, **asdict(model)),
+        replace(c.data, seq_len=seq_len, batch_tokens=batch_tokens),
+        replace(c.optim, warmup=min(c.optim.warmup, c.run.steps), final=final),
+        replace(c.run, out=str(out), dtype=dtype, threads=threads, prompt=c.run.prompt or "\n"),
+    )
 
 
-def train(c: Config, quiet: bool = False) -> int:
-    """Trains as the settings say; returns the exit code: 0, or 130 when interrupted (a checkpoint is then written)."""
-    lr = schedules.schedule(c.optim.schedule, c.optim.lr, min(c.optim.warmup, c.run.steps), c.run.steps, c.optim.final)
-    optim = AdamW((c.optim.beta1, c.optim.beta2), c.optim.eps, c.optim.weight_decay, c.optim.clip)
-    out = run_folder(c)
-    train_glob, val_glob, meta = find_data(c, out)
-    tokenizer = tokenizers.load(meta["tokenizer"], Path(train_glob).parent) if meta else tokenizers.gpt2()
-    model = model_of(c, meta["vocab_size"] if meta else tokenizer.vocab_size)
-    backend = open_backend(c.run.backend, c.run.threads)
-    c = resolve(c, model, getattr(backend, "isa", ""))
-    r = c.run
-    data = hg_data.tokens(train_glob, c.data.seq_len, c.data.batch_tokens, seed=r.seed, shuffle=c.data.shuffle, vocab_size=model.vocab_size)
-    val = hg_data.tokens(val_glob, c.data.seq_len, c.data.seq_len, shuffle=False, vocab_size=model.vocab_size) if val_glob else None
-    prompt = tokenizer.encode(r.prompt) if r.sample_tokens else []
-    trainer = Trainer(model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype, recompute=r.recompute,
-                      head_chunks=r.head_chunks, val=val is not None, sample=len(prompt) > 0, seed=r.seed, threads=r.threads, out=out,
-                      skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check)
-    done = trainer.resume() if r.resume else 0
-    hardware = f"{platform.processor() or platform.machine()}, {getattr(backend, 'threads', 1)} threads, {r.backend} {getattr(backend, 'isa', '')}"
-    _write(out / "config.json", json.dumps(asdict(c), indent=2))
-    _write(out / "memory.txt", trainer.plan.report())
-    if meta:
-        _write(out / "tokenizer-spec.json", json.dumps(tokenizer.save(out), ensure_ascii=False))
-    facts = {"params": trainer.program.num_params, "arena": f"{trainer.plan.nbytes / 2**20:.1f} MiB", "hardware": hardware, "dtype": r.dtype,
-             "isa": getattr(backend, "isa", ""), "threads": getattr(backend, "threads", 1)}
-    log = RunLog(out, r.steps, resumed_at=done, tensorboard=r.tensorboard, quiet=quiet)
-    if not quiet:
-        print_settings(c, facts | {"run folder": str(out)} | ({"resumed at": f"step {done}"} if done else {}))
-    skipped, code = 0, 0
-
-    def sample() -> str:
-        ids = trainer.generate(prompt, r.sample_tokens, Sampling(temperature=0.8, top_k=200, seed=r.seed))
-        return r.prompt + "".join(tokenizer.stream(ids))
-
-    def save(step: int) -> None:
-        trainer.save(step, asdict(c), keep_last=r.keep_last, keep_every=r.keep_every)
-
-    with Interrupt() as interrupt, log:
-        for step in range(done + 1, r.steps + 1):
-            begin = time.perf_counter()
-            result = trainer.step(step, lr(step))
-            seconds = time.perf_counter() - begin
-            last = step == r.steps
-            # once in a while: validate
-            val_loss = None
-            if val is not None and (last or (r.val_every and step % r.val_every == 0)):
-                val_loss = trainer.evaluate(val, r.val_tokens or None)
-            log.step(step, loss=result.loss, val_loss=val_loss, lr=lr(step), grad_norm=result.grad_norm,
-                     tokens=c.data.batch_tokens, step_seconds=seconds)
-            if result.skipped:
-                log.event(step, f"update skipped: {result.skipped}")
-            skipped = skipped + 1 if result.skipped else 0
-            if skipped > r.max_skipped:
-                raise HandgradError("train", f"at most {r.max_skipped} updates in a row are skipped",
-                                    f"step {step}: {result.skipped}", hint="a lower --optim.lr; --run.check nan names the call")
-            # once in a while: sample
-            if len(prompt) and r.sample_every and step % r.sample_every == 0 and not last:
-                log.say(sample())
-            # once in a while: save
-            if last or interrupt.asked or (r.save_every and step % r.save_every == 0):
-                save(step)
-            if interrupt.asked and not last:
-                code = INTERRUPTED
-                break
-        if len(prompt) and not code:
-            text = sample()
-            log.say(text)
-            _write(out / "sample.txt", text)
-        log.say(f"stopped at step {trainer.last_step} and saved; go on with: handgrad train --run.resume --run.out {out}" if code
-                else f"run folder {out}: report.html, log.jsonl, step_{trainer.last_step:06d}/")
-    _write(out / "run.json", json.dumps({"summary": facts | {"tokens": trainer.last_step * c.data.batch_tokens}}, indent=2))
-    write_report(out)
-    return code
+def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
+    """The tokens of the prompt of samples."""
+    try:
+        return tokenizer.encode(prompt).tolist()
+    except HandgradError:
+        rule, hint = "--run.prompt is spelled with the data's characters", "another, or --run.sample-tokens 0"
+        raise HandgradError("run", rule, repr(prompt), hint=hint) from None
 
 
-def print_settings(c: Config, facts: dict[str, Any]) -> None:
-    """The resolved settings as a table, group by group."""
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    for group, values in asdict(c).items():
-        for i, (key, value) in enumerate(values.items()):
-            table.add_row(group if i == 0 else "", key.replace("_", "-"), repr(value) if isinstance(value, str) else str(value))
-    for i, (key, value) in enumerate(facts.items()):
-        table.add_row("run is" if i == 0 else "", key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console(highlight=False).print(table)
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces a small text file in one step."""
-    new = path.with_name(path.name + ".tmp")
-    with open(new, "w", encoding="utf-8") as f:
-        f.write(text + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
+# the run folder -------------------------------------------------------------------------------------------------------
+
+
+def default_folder(c: Config) -> Path:
+    """runs/<data>-NNN: the next free number, or the last taken one if it is to be resumed."""
+    stem = re.split(r"[*?\[]", Path(c.data.train).name)[0].strip("_-.") or "run"
+    taken = [int(p.name[len(stem) + 1 :]) for p in Path("runs").glob(f"{stem}-*") if p.name[len(stem) + 1 :].isdigit()]
+    number = max(taken, default=0) + (0 if c.run.resume and taken else 1)
+    return Path("runs") / f"{stem}-{number:03d}"
+
+
+@contextmanager
+def undone_unless_begun(out: Path, resume: bool) -> Iterator[None]:
+    """Makes the run folder. If the block fails, all that was not there before is gone again."""
+    if (out / "log.jsonl").exists() and not resume:
+        hint = "--run.resume, or another --run.out"
+        raise HandgradError("run", "a run folder holds one run", f"'{out}', which has a log", hint=hint)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = set(out.iterdir())
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        got = f"'{out}': {error.strerror}"
+        raise HandgradError("run", "the run folder is writable", got, hint="another --run.out") from None
+    try:
+        yield
+    except BaseException:
+        for path in set(out.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in made:
+            if not any(folder.iterdir()):  # another run may live beside it by now
+                folder.rmdir()
+        raise
+
+
+def resumed(c: Config) -> Config | None:
+    """The settings saved in the run folder that these resume, or None: defaults to read the command line over.
+
+    Sizes that are the preset's are left to it, so that another preset on the command line is another model.
+    """
+    out = Path(c.run.out) if c.run.out else default_folder(c)
+    path = out / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        saved = Config(**{f.name: f.default_factory(**groups[f.name]) for f in fields(Config)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
+    m = saved.model
+    own = preset(f"d{m.depth}" if m.depth else m.preset)
+    sizes = {name: 0 for name in SIZES if getattr(m, name) == own[name]}
+    return replace(saved, model=replace(m, **sizes), run=replace(saved.run, out=str(out)))
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into `asked`, which the loop reads between steps; the second ends the process.
+
+    A step may be one long call into C, and Python's own handlers wait for its end. A thread hears of the signal at
+    once, through a pipe.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, say: Callable[[str], None]):
+        self.asked, self._say = False, say
+
+    def __enter__(self) -> "Interrupt":
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in self.SIGNALS}
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+    def _listen(self) -> None:
+        while number := os.read(self._reader, 1):  # none once the other end is closed
+            if number[0] not in self.SIGNALS:
+                continue
+            if self.asked:
+                os._exit(INTERRUPTED)
+            self.asked = True
+            self._say("stopping after this step; once more to stop at once, without saving")

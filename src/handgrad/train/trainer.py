@@ -1,5 +1,6 @@
 """Trainer: one arena, the programs of a run bound to it, and what a loop calls: step, evaluate, generate, save."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from handgrad.ops import add, cast
 from handgrad.optim import AdamW
 from handgrad.train.outliers import Outliers
 
-HEAD_ROWS = 1024  # rows of logits that exist at a time unless head_chunks says otherwise
+HEAD_ROWS = 512  # rows of logits that exist at a time unless head_chunks says otherwise
 
 
 def record_train(
@@ -33,10 +34,14 @@ def record_train(
     micro_batch: int,
     seq_len: int,
     dtype: DType,
-    recompute: str = "none",
+    recompute: str = "act",
     head_chunks: int = 0,
+    accumulates: bool = False,
 ) -> Program:
-    """The list of one step: forward, backward | norm | update | load (master weights to working dtype, after a start)."""
+    """The list of one step: forward, backward | norm | update | load (master weights to working dtype, after a start).
+
+    `accumulates`: a step has several micro-batches.
+    """
     if recompute not in POLICIES:
         raise HandgradError("train", f"recompute is one of {', '.join(POLICIES)}", f"'{recompute}'")
     if seq_len > model.max_seq_len:
@@ -46,7 +51,7 @@ def record_train(
             f"seq_len {seq_len}",
             hint="--model.max-seq-len",
         )
-    p = Program(dtype, "train")
+    p = Program(dtype, "train", accumulates)
     model.forward(p, batch(p, micro_batch, seq_len), chunks_of(micro_batch * seq_len, head_chunks))
     backward(p, add, drop=POLICIES[recompute])
     optim.record(p)
@@ -84,7 +89,7 @@ def initialize(p: Program, arena: Any, seed: int) -> None:
         target[...] = 1.0 if info.init.kind == "ones" else 0.0
         if info.init.kind == "normal":
             rng = np.random.default_rng([seed, i])
-            for row in np.array_split(rows, max(1, rows.size // (1 << 22))):  # 16 MiB at a time
+            for row in np.array_split(rows, max(1, rows.size // (1 << 17))):  # small pieces, so that malloc keeps none of it
                 row[...] = rng.standard_normal(row.shape, np.float32) * np.float32(info.init.std)
 
 
@@ -110,7 +115,7 @@ class Trainer:
     backend              "cpu" or "ref"
     dtype                "f32", or "bf16" with float32 master weights
     recompute            "none", "act", "act_norm" or "block"
-    head_chunks          pieces of the head's logits; 0 for pieces of at most 1024 rows
+    head_chunks          pieces of the head's logits; 0 for pieces of at most 512 rows
     val, sample          plan for evaluate() and for generate() too
     seed                 of the initial weights and of dropout
     skip_loss_z, skip_grad_z   z-scores above which an update is skipped; 0 for never
@@ -133,7 +138,7 @@ class Trainer:
         micro_batch: int,
         backend: str = "cpu",
         dtype: str = "f32",
-        recompute: str = "none",
+        recompute: str = "act",
         head_chunks: int = 0,
         val: bool = True,
         sample: bool = True,
@@ -158,7 +163,9 @@ class Trainer:
         self.micro_batch, self.accumulation, self.check = micro_batch, data.batch_tokens // rows, check
         self.backend = open_backend(backend, threads)
         kind = DTYPES[dtype]
-        train = record_train(model, optim, micro_batch, data.seq_len, kind, recompute, head_chunks)
+        train = record_train(
+            model, optim, micro_batch, data.seq_len, kind, recompute, head_chunks, self.accumulation > 1
+        )
         loss = record_loss(model, micro_batch, data.seq_len, kind, head_chunks) if val else None
         engine = record_engine(model, kind) if sample else ()
         self.program = train
@@ -274,7 +281,7 @@ class Trainer:
         return {name: self.arena.part("param", info.tensor) for name, info in self.program.params.items()}
 
     def grads(self) -> dict[str, np.ndarray]:
-        """Views of the gradients by name, float32: the sum of the last step, before clipping."""
+        """Views of the gradients by name, float32, before clipping. They hold until the next step or evaluation."""
         return {name: self.arena.part("grad", info.tensor) for name, info in self.program.params.items()}
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
@@ -289,7 +296,10 @@ class Trainer:
         self._train.run(self._load)
 
     def save(self, step: int, config: dict[str, Any] | None = None, keep_last: int = 0, keep_every: int = 0) -> Path:
-        """Writes a complete checkpoint of this step into the run folder; returns its path."""
+        """Writes a complete checkpoint of this step into the run folder; returns its path.
+
+        keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
+        """
         meta = {
             "step": step,
             "model": asdict(self.model),
@@ -298,9 +308,8 @@ class Trainer:
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
         }
-        return checkpoint.save(
-            self._folder(), step, self.params(), self._state(), meta, keep_last=keep_last, keep_every=keep_every
-        )
+        kept = {"keep_last": keep_last or sys.maxsize, "keep_every": keep_every}
+        return checkpoint.save(self._folder(), step, self.params(), self._state(), meta, **kept)
 
     def resume(self) -> int:
         """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none."""

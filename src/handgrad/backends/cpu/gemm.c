@@ -10,12 +10,11 @@
 //             +---------------+       sse          4     4 x  8        8 of 16
 //
 // Operands are packed first, so that a tile reads two streams from front to back: A in panels of MR rows, B in panels
-// of NR columns, k outermost inside a panel. A packed element is a `unit` of 4 bytes: one float, or with vdpbf16ps two
-// bf16 neighbours in k, which one instruction multiplies and adds. Without that instruction bf16 becomes float here.
+// of NR columns, k outermost inside a panel, in units of 4 bytes (pack.h).
 //
 // The smaller operand (by rows of A against columns of B) is packed once, by all threads, and is shared. The larger one
-// is cut into chunks of a few panels; a thread claims a chunk, packs it for itself, right before it multiplies it with
-// all shared panels, so a chunk is read from memory once and stays in the thread's own L2. While it computes, it already
+// is cut into chunks of a few panels; a thread claims a chunk and packs it for itself, right before it multiplies it
+// with all shared panels, so a chunk is read from memory once and stays in the thread's own L2. Meanwhile it already
 // asks for the source lines of its next chunk.
 //
 // k is cut into blocks of at most K_UNITS; between blocks sums are kept as float, in the result or in scratch. A sum
@@ -25,159 +24,29 @@
 //
 // source  own work after Goto & van de Geijn, "Anatomy of high-performance matrix multiplication", TOMS 2008
 #include "gemm.h"
+#include "pack.h"
 #include "vmath.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
-enum { LANES = 16, MR = 14, NV = 2 };
+enum { MR = 14, NV = 2 };
 #elif defined(__AVX2__)
-enum { LANES = 8, MR = 6, NV = 2 };
+enum { MR = 6, NV = 2 };
 #elif defined(__aarch64__)
-enum { LANES = 4, MR = 8, NV = 3 };
+enum { MR = 8, NV = 3 };
 #else
-enum { LANES = 4, MR = 4, NV = 2 };
-#endif
-#if HG_BF16 && defined(__AVX512BF16__)
-#define PAIRS 1
-#else
-#define PAIRS 0
+enum { MR = 4, NV = 2 };
 #endif
 enum {
   NR = NV * LANES,
   AR = (MR + LANES - 1) / LANES * LANES,  // stride of a packed A panel: MR rounded up to whole vectors
-  KPU = PAIRS ? 2 : 1,                    // elements of k in a unit
   K_UNITS = 1024,                         // a B panel of a block of k: 1024 * 32 * 4 = 128 KiB of a 1 MiB L2
   CHUNK_BYTES = 256 * 1024,               // of a packed chunk; about as much again is on its way for the next one
-  SHARED = 2048, STREAMED = 4096,         // rows or columns of an outer block; they bound the scratch
+  SHARED = 2048,                          // rows or columns of an outer block bound the scratch: of the packed side,
+  STREAMED = 4096,                        // and of sums that wait for the next block of k
   DOT_ROWS = 4,
 };
 static const double SMALL = 5e5;             // multiply-adds below which waking threads costs more than it saves
 static const int64_t STREAM_BYTES = 1 << 20; // a larger result has left the caches before anyone reads it
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t units __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// ---- packing -------------------------------------------------------------------------------------------------------
-
-// Four units of LANES / 4 rows: lane group g holds row 4 g. Rows are `ld` bytes apart.
-static inline units four_units(const char *p, int64_t ld) {
-#if defined(__AVX512F__)
-  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 4 * ld)), 1);
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 8 * ld)), 2);
-  return (units)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(p + 12 * ld)), 3);
-#elif defined(__AVX2__)
-  return (units)_mm256_loadu2_m128i((const __m128i *)(p + 4 * ld), (const __m128i *)p);
-#else
-  (void)ld;
-  units v;
-  memcpy(&v, p, sizeof v);
-  return v;
-#endif
-}
-
-// dst[u * stride + i] = unit u of row i, for a block of LANES x LANES units; rows are `ld` bytes apart. Loading by quarters puts every unit into its
-// lane group at once (as fast as a copy), so only the 4 x 4 transposes inside the groups are left: two rounds of unpack.
-static inline void transpose(int32_t *dst, int stride, const void *src, int64_t ld) {
-#if __has_builtin(__builtin_shuffle)
-  units low1, high1, low2, high2;
-  for (int l = 0; l < LANES; l++) {
-    int at = l / 4 * 4, other = l & 1 ? LANES : 0, from = l & 2 ? LANES : 0;
-    low1[l] = other + at + l % 4 / 2;
-    high1[l] = other + at + 2 + l % 4 / 2;
-    low2[l] = from + at + l % 2;
-    high2[l] = from + at + 2 + l % 2;
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < LANES; s += 4) {
-    const char *p = (const char *)src + 4 * s;
-    units r0 = four_units(p, ld), r1 = four_units(p + ld, ld);
-    units r2 = four_units(p + 2 * ld, ld), r3 = four_units(p + 3 * ld, ld);
-    units a = __builtin_shuffle(r0, r1, low1), b = __builtin_shuffle(r0, r1, high1);
-    units c = __builtin_shuffle(r2, r3, low1), d = __builtin_shuffle(r2, r3, high1);
-    units column[4] = {__builtin_shuffle(a, c, low2), __builtin_shuffle(a, c, high2), __builtin_shuffle(b, d, low2),
-                       __builtin_shuffle(b, d, high2)};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) memcpy(dst + (s + i) * stride, &column[i], sizeof(units));
-  }
-#else
-  for (int u = 0; u < LANES; u++) {
-    for (int i = 0; i < LANES; i++) memcpy(dst + u * stride + i, (const char *)src + i * ld + 4 * u, 4);
-  }
-#endif
-}
-
-// One unit of each of LANES neighbours that lie side by side in memory; the next element of k is at p + ld.
-static inline units load_across(const real *p, int64_t ld, int64_t left) {
-#if HG_BF16
-  halves h;
-  memcpy(&h, p, sizeof h);
-  words v = __builtin_convertvector(h, words);
-  if (!PAIRS) return (units)(v << 16);
-  if (left < 2) return (units)v;
-  memcpy(&h, p + ld, sizeof h);
-  return (units)(v | __builtin_convertvector(h, words) << 16);
-#else
-  (void)ld, (void)left;
-  units v;
-  memcpy(&v, p, sizeof v);
-  return v;
-#endif
-}
-
-// Element i of k as it goes into a unit.
-static inline void put(void *unit, int64_t i, real v) {
-#if PAIRS
-  memcpy((char *)unit + 2 * i, &v, 2);
-#else
-  float f = load(v);
-  memcpy((char *)unit + 4 * i, &f, 4);
-#endif
-}
-
-// Packs LANES neighbours (rows of A or columns of B): unit u of neighbour i goes to dst[u * stride + i]. `along_k`: a
-// neighbour's elements lie side by side and neighbours are ld apart; otherwise the other way round. Only `room`
-// neighbours exist; the lanes of others hold anything, their sums are never kept. An odd last pair of k is filled with 0.
-static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t room, int64_t k) {
-  int64_t n_units = ceil_div(k, KPU), count = least(room, LANES);
-  if (along_k) {
-    for (int64_t u = 0; u < n_units; u += LANES) {
-      const real *p = src + u * KPU;
-      int64_t left = least(k - u * KPU, LANES * KPU);
-      if ((PAIRS || !HG_BF16) && count == LANES && left == LANES * KPU) {
-        transpose(dst + u * stride, stride, p, ld * (int64_t)sizeof(real));
-        continue;
-      }
-      int32_t block[LANES][LANES], across[LANES][LANES];
-      memset(block, 0, sizeof block);
-      for (int64_t i = 0; i < count; i++) {
-        for (int64_t q = 0; q < left; q++) put(block[i], q, p[i * ld + q]);
-      }
-      transpose(across[0], LANES, block, sizeof block[0]);
-      for (int64_t i = 0; i < least(n_units - u, LANES); i++) memcpy(dst + (u + i) * stride, across[i], sizeof across[i]);
-    }
-  } else if (count == LANES) {
-    for (int64_t u = 0; u < n_units; u++) {
-      units v = load_across(src + u * KPU * ld, ld, k - u * KPU);
-      memcpy(dst + u * stride, &v, sizeof v);
-    }
-  } else {
-    for (int64_t u = 0; u < n_units; u++) {
-      for (int64_t i = 0; i < count; i++) {
-        int32_t unit = 0;
-        for (int64_t q = 0; q < least(KPU, k - u * KPU); q++) put(&unit, q, src[(u * KPU + q) * ld + i]);
-        dst[u * stride + i] = unit;
-      }
-    }
-  }
-}
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
@@ -235,8 +104,9 @@ static inline void put_vec(float *to, vec v, Mode mode) {
 }
 
 // c(rows, NR) = or += panel of A * panel of B. `rows` is a constant after inlining, so the sums live in registers.
-static inline __attribute__((always_inline)) void tile_rows(const int rows, int64_t n_units, const float *a, const float *b,
-                                                            float *c, int64_t ldc, Mode mode, Ahead *ahead) {
+static inline __attribute__((always_inline)) void tile_rows(const int rows, int64_t n_units, const float *a,
+                                                            const float *b, float *c, int64_t ldc, Mode mode,
+                                                            Ahead *ahead) {
   vec sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -294,8 +164,8 @@ static inline void round_row(real *to, const float *c) {
 }
 
 // Finishes the values c (rows of NR, `cols` of them real) of the result at (i, j). Constant `cols` makes copies moves.
-static inline __attribute__((always_inline)) void finish_rows(const Gemm *g, float *c, int64_t i, int64_t j, int64_t rows,
-                                                              const int64_t cols) {
+static inline __attribute__((always_inline)) void finish_rows(const Gemm *g, float *c, int64_t i, int64_t j,
+                                                              int64_t rows, const int64_t cols) {
   float bias[NR] = {0};
   real out[NR];
   if (g->bias) {
@@ -304,12 +174,10 @@ static inline __attribute__((always_inline)) void finish_rows(const Gemm *g, flo
   for (int64_t r = 0; r < rows; r++, c += NR) {
     int64_t at = (i + r) * g->ldc + j;
     for (int q = 0; q < NR; q++) c[q] += bias[q];
-    if (g->pre) {
+    if (g->gelu) {  // of the rounded value, so that GELU of a kept `pre` gives the same bits later
       round_row(out, c);
-      memcpy(g->pre + at, out, sizeof(real) * (size_t)cols);
-    }
-    if (g->gelu) {
-      for (int q = 0; q < NR; q++) c[q] = vgelu(c[q]);
+      if (g->pre) memcpy(g->pre + at, out, sizeof(real) * (size_t)cols);
+      for (int q = 0; q < NR; q++) c[q] = vgelu(load(out[q]));
     }
     round_row(out, c);
     memcpy(g->y + at, out, sizeof(real) * (size_t)cols);
@@ -321,7 +189,7 @@ static void finish(const Gemm *g, float *c, int64_t i, int64_t j, int64_t rows, 
   else finish_rows(g, c, i, j, rows, cols);
 }
 
-// ---- one round: an outer block of the result and a block of k --------------------------------------------------------
+// ---- one round: an outer block of the result and a block of k ------------------------------------------------------
 
 // One side of the product: the rows of A or the columns of B, cut into panels.
 typedef struct {
@@ -352,7 +220,8 @@ static inline int64_t panel_begin(const Side *s, int64_t size, int64_t q) {
 }
 
 // Packs panels [first, end) of the block of `size` rows or columns that starts at `begin`, elements [k0, k0 + k) of k.
-static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64_t first, int64_t end, int64_t k0, int64_t k) {
+static void pack(const Side *s, int32_t *dst, int64_t begin, int64_t size, int64_t first, int64_t end, int64_t k0,
+                 int64_t k) {
   for (int64_t q = first; q < end; q++, dst += s->width * ceil_div(k, KPU)) {
     int64_t at = begin + panel_begin(s, size, q), past = begin + panel_begin(s, size, q + 1);
     for (int h = 0; h < s->width && at + h < past; h += LANES) {
@@ -426,7 +295,7 @@ static Blocking blocking(int64_t m, int64_t n, int64_t k, int as_sum) {
   int64_t n_units = b.k_block / KPU, a_panel = AR * n_units * 4, b_panel = NR * n_units * 4;
   int64_t shared = b.a_shared ? m : n, streamed = b.a_shared ? n : m;
   b.shared_block = even_block(shared, SHARED, NR);
-  b.stream_block = even_block(streamed, STREAMED, NR);
+  b.stream_block = k <= b.k_block ? streamed : even_block(streamed, STREAMED, NR);
   int64_t shared_panels = ceil_div(least(shared, b.shared_block), b.a_shared ? MR : NR);
   int64_t stream_panels = ceil_div(streamed, b.a_shared ? NR : MR);
   int64_t panel = b.a_shared ? b_panel : a_panel, fit = CHUNK_BYTES / panel;
@@ -443,16 +312,42 @@ int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int as_sum, int64_t thread
   return b.shared_bytes + b.sum_bytes + threads * b.chunk_bytes;
 }
 
+static Round round_at(const Gemm *g, const Blocking *b, const Side *shared, const Side *streamed, int64_t s0,
+                      int64_t t0, int64_t k0) {
+  Round r = {.g = g, .shared = shared, .streamed = streamed, .s0 = s0, .t0 = t0, .k0 = k0, .shared_pack = g->scratch};
+  r.s_size = least(b->shared_block, shared->size - s0);
+  r.t_size = least(b->stream_block, streamed->size - t0);
+  r.k = least(b->k_block, g->k - k0);
+  r.n_units = ceil_div(r.k, KPU);
+  if (b->sum_bytes) {
+    r.sum = (float *)((char *)g->scratch + b->shared_bytes);
+    r.ld_sum = b->a_shared ? b->stream_block : b->shared_block;
+  } else if (g->sum || !HG_BF16) {
+    r.sum = (g->sum ? g->sum : (float *)g->y) + (b->a_shared ? s0 * g->ldc + t0 : t0 * g->ldc + s0);
+    r.ld_sum = g->ldc;
+  }
+  int rounded = g->y && (HG_BF16 || g->bias || g->gelu), aligned = (uintptr_t)r.sum % 64 == 0 && g->ldc % 16 == 0;
+  int pays = g->sum && aligned && b->k_block >= g->k && g->m * g->n * 4 >= STREAM_BYTES;
+  r.plain = !rounded || k0 + r.k < g->k;
+  r.mode = k0 > 0 || (g->sum && g->accumulate) ? ADD : pays ? STREAM : WRITE;
+  return r;
+}
+
+// Claims the next `step` panels of a round; the first of them.
+static inline int64_t claim(int64_t *claimed, int64_t step) {
+  int64_t first;
+#pragma omp atomic capture
+  { first = *claimed; *claimed += step; }
+  return first;
+}
+
 static void multiply(const Gemm *g, int64_t threads) {
   Side a = {g->a, g->lda, !g->a_trans, g->m, MR, AR}, b = {g->b, g->ldb, g->b_trans, g->n, NR, NR};
   Blocking bl = blocking(g->m, g->n, g->k, g->sum != NULL);
   const Side *shared = bl.a_shared ? &a : &b, *streamed = bl.a_shared ? &b : &a;
-  float *sums = (float *)((char *)g->scratch + bl.shared_bytes);
-  char *chunks = (char *)sums + bl.sum_bytes;
-  int rounded = g->y && (HG_BF16 || g->bias || g->pre || g->gelu);
-  int aligned = g->sum && (uintptr_t)g->sum % 64 == 0 && g->ldc % 16 == 0;
-  int stream = aligned && bl.k_block >= g->k && g->m * g->n * 4 >= STREAM_BYTES;
-  int64_t claimed[2] = {0, 0};  // chunks of this round and of the next, which starts from 0
+  char *chunks = (char *)g->scratch + bl.shared_bytes + bl.sum_bytes;
+  int64_t claimed[2] = {0, 0};  // panels of this round; of the next round, set back to 0 meanwhile
+  (void)threads;
 
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
   {
@@ -461,39 +356,22 @@ static void multiply(const Gemm *g, int64_t threads) {
     for (int64_t s0 = 0; s0 < shared->size; s0 += bl.shared_block) {
       for (int64_t t0 = 0; t0 < streamed->size; t0 += bl.stream_block) {
         for (int64_t k0 = 0; k0 < g->k; k0 += bl.k_block, turn ^= 1) {
-          Round r = {.g = g, .shared = shared, .streamed = streamed, .s0 = s0, .s_size = least(bl.shared_block, shared->size - s0),
-                     .t0 = t0, .t_size = least(bl.stream_block, streamed->size - t0), .k0 = k0,
-                     .k = least(bl.k_block, g->k - k0), .shared_pack = g->scratch};
-          r.n_units = ceil_div(r.k, KPU);
-          r.plain = !rounded || k0 + r.k < g->k;
-          r.mode = k0 > 0 || (g->sum && g->accumulate) ? ADD : stream ? STREAM : WRITE;
-          if (bl.sum_bytes) {
-            r.sum = sums;
-            r.ld_sum = bl.a_shared ? bl.stream_block : bl.shared_block;
-          } else if (g->sum || !HG_BF16) {
-            r.sum = (g->sum ? g->sum : (float *)g->y) + (bl.a_shared ? s0 * g->ldc + t0 : t0 * g->ldc + s0);
-            r.ld_sum = g->ldc;
+          Round r = round_at(g, &bl, shared, streamed, s0, t0, k0);
+          int64_t shared_panels = ceil_div(r.s_size, shared->most), panels = ceil_div(r.t_size, streamed->most);
+#pragma omp for schedule(static)
+          for (int64_t p = 0; p < shared_panels; p++) {
+            pack(shared, r.shared_pack + p * shared->width * r.n_units, s0, r.s_size, p, p + 1, k0, r.k);
           }
-          if (t0 == 0 || bl.k_block < g->k) {
-#pragma omp for schedule(static) nowait
-            for (int64_t p = 0; p < ceil_div(r.s_size, shared->most); p++) {
-              pack(shared, r.shared_pack + p * shared->width * r.n_units, s0, r.s_size, p, p + 1, k0, r.k);
-            }
-          }
-#pragma omp barrier
           if (hg_thread() == 0) claimed[turn ^ 1] = 0;
-          // Chunks shrink when there are few, so that a slower core leaves work to the others.
-          int64_t panels = ceil_div(r.t_size, streamed->most), per_thread = ceil_div(panels, 6 * hg_team());
-          int64_t step = least(bl.chunk_panels, per_thread), next;
-#pragma omp atomic capture
-          { next = claimed[turn]; claimed[turn] += step; }
+          // Chunks are smaller where panels are few, so that a slower core leaves work to the others.
+          int64_t step = least(bl.chunk_panels, ceil_div(panels, 6 * hg_team()));
+          int64_t next = claim(&claimed[turn], step);
           while (next < panels) {
             int64_t first = next, end = least(first + step, panels);
-#pragma omp atomic capture
-            { next = claimed[turn]; claimed[turn] += step; }
             Ahead ahead = {0};
+            next = claim(&claimed[turn], step);
             if (next < panels) {
-              int64_t slices = ceil_div(r.s_size, shared->most) * (end - first) * ceil_div(r.n_units, SLICE);
+              int64_t slices = shared_panels * (end - first) * ceil_div(r.n_units, SLICE);
               ahead = source_of(&r, next, least(next + step, panels), slices);
             }
             pack(streamed, chunk, t0, r.t_size, first, end, k0, r.k);
@@ -509,25 +387,11 @@ static void multiply(const Gemm *g, int64_t threads) {
   }
 }
 
-// ---- up to DOT_ROWS rows of A: dot products straight from memory -----------------------------------------------------
-
-// LANES units that lie side by side in k; `left` elements exist, the rest is zero.
-static inline vec load_along_k(const real *p, int64_t left) {
-  real edge[LANES * KPU] = {0};
-  if (left < LANES * KPU) p = memcpy(edge, p, sizeof(real) * (size_t)left);
-#if HG_BF16 && !PAIRS
-  halves h;
-  memcpy(&h, p, sizeof h);
-  return (vec)(__builtin_convertvector(h, words) << 16);
-#else
-  vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-#endif
-}
+// ---- up to DOT_ROWS rows of A: dot products straight from memory ---------------------------------------------------
 
 // c[i * NR + j] = row i of A dot row j of B (stored (n, k)), for `rows` rows, a constant, and 4 rows of B at once.
-static inline __attribute__((always_inline)) void dots(const int rows, const Gemm *g, const real *b, int64_t count, float *c) {
+static inline __attribute__((always_inline)) void dots(const int rows, const Gemm *g, const real *b, int64_t count,
+                                                       float *c) {
   vec sum[DOT_ROWS][4];
   for (int i = 0; i < rows; i++) {
     for (int j = 0; j < 4; j++) sum[i][j] = (vec){0};
@@ -535,9 +399,13 @@ static inline __attribute__((always_inline)) void dots(const int rows, const Gem
   for (int64_t k = 0; k < g->k; k += LANES * KPU) {
     int64_t left = g->k - k;
     vec bv[4];
-    for (int j = 0; j < 4; j++) bv[j] = load_along_k(b + (j < count ? j : 0) * g->ldb + k, left);
+    for (int j = 0; j < 4; j++) {
+      const real *p = b + (j < count ? j : 0) * g->ldb + k;
+      bv[j] = (vec)load_along_k(p, left);
+      __builtin_prefetch(p + 4 * g->ldb, 0, 2);  // the next four rows
+    }
     for (int i = 0; i < rows; i++) {
-      vec av = load_along_k(g->a + i * g->lda + k, left);
+      vec av = (vec)load_along_k(g->a + i * g->lda + k, left);
       for (int j = 0; j < 4; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j]);
     }
   }
@@ -552,6 +420,7 @@ static inline __attribute__((always_inline)) void dots(const int rows, const Gem
 }
 
 static void multiply_dots(const Gemm *g, int64_t threads) {
+  (void)threads;
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
   for (int64_t j = 0; j < g->n; j += NR) {
     int64_t cols = least(NR, g->n - j);

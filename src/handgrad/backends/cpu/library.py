@@ -35,7 +35,7 @@ class Library:
             )
         # Threads that wait for each other spin only this long (some microseconds), then sleep. libgomp's own default of
         # milliseconds makes a step many times slower as soon as another program wants a core.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._dll = ctypes.CDLL(str(PATH))
         widest = self._dll.hg_isa()
         wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])

@@ -59,6 +59,7 @@ def prepare_text(
     out_dir = Path(out_dir)
     spans = _split([Path(file) for file in files], val_fraction)
     building = out_dir / ".preparing"
+    is_new = not out_dir.exists()
     try:
         shutil.rmtree(building, ignore_errors=True)  # of an attempt that was killed
         building.mkdir(parents=True)
@@ -80,6 +81,8 @@ def prepare_text(
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        if is_new and out_dir.is_dir() and not any(out_dir.iterdir()):
+            out_dir.rmdir()
     return meta
 
 

@@ -89,6 +89,16 @@ static inline void norm_row_backward(real *restrict dx, float *restrict dw, floa
   }
 }
 
+// d = or += the sum of all chunks, columns [from, to)
+static inline void sum_chunks(float *restrict d, int add, const float *restrict partial, int64_t chunks, int64_t C,
+                              int64_t from, int64_t to) {
+  for (int64_t k = 0; k < chunks; k++) {
+    int keep = add || k > 0;
+#pragma omp simd
+    for (int64_t c = from; c < to; c++) d[c] = (keep ? d[c] : 0.0f) + partial[k * 2 * C + c];
+  }
+}
+
 ENTRY(norm_backward) {
   real *dx = P(0);                                  // (N, C)
   float *dw = P(1), *db = P(2);                     // (C)
@@ -110,15 +120,8 @@ ENTRY(norm_backward) {
         norm_row_backward(dx + n * C, to, to + C, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n], rstd[n],
                           C);
     }
-#pragma omp for simd schedule(simd : static)
-    for (int64_t c = 0; c < C; c++) {
-      float sum_w = add_w ? dw[c] : 0.0f, sum_b = add_b ? db[c] : 0.0f;
-      for (int64_t k = 0; k < chunks; k++) {
-        sum_w += partial[k * 2 * C + c];
-        sum_b += partial[k * 2 * C + C + c];
-      }
-      dw[c] = sum_w;
-      db[c] = sum_b;
-    }
+    int64_t from = C * hg_thread() / hg_team(), to = C * (hg_thread() + 1) / hg_team();
+    sum_chunks(dw, add_w, partial, chunks, C, from, to);
+    sum_chunks(db, add_b, partial + C, chunks, C, from, to);
   }
 }

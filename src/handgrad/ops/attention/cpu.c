@@ -14,34 +14,33 @@ ENTRY(attention_forward) {
   int64_t N = I(3), T = I(4), H = I(5), D = I(6);
   DropoutRule drop = dropout_rule(P(9), F(7), I(8));  // knobs, p, call
   char *scratch = P(10);     // attention_forward_scratch bytes
-  Attend x = {.q = qkv, .k = qkv + H * D, .v = qkv + 2 * H * D, .q_row = 3 * H * D, .kv_row = 3 * H * D,
-              .q_seq = 3 * T * H * D, .kv_seq = 3 * T * H * D, .B = N / T, .Tq = T, .H = H, .D = D,
-              .drop = drop};
+  int64_t C = H * D, row = 3 * C;
+  Attend x = {.q = qkv, .k = qkv + C, .v = qkv + 2 * C, .q_row = row, .kv_row = row, .q_seq = T * row,
+              .kv_seq = T * row, .B = N / T, .T = T, .H = H, .D = D, .drop = drop};
   attend(y, lse, &x, scratch);
 }
 
 // bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t N, int64_t T, int64_t H, int64_t D,
-                                                                                 int64_t threads) {
+__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t N, int64_t T, int64_t H,
+                                                                                 int64_t D, int64_t threads) {
   (void)N, (void)H;
   return attend_scratch(T, D, threads);
 }
 
 // Of one head. Tp is T rounded up to whole blocks. Without vdpbf16ps pairs and rows are the same buffers.
 typedef struct {
-  elem *q_rows, *dy_rows;            // (Tp, Dp)
+  elem *q_rows, *dy_rows;              // (Tp, Dp)
   unit *q_pairs, *dy_pairs, *k_pairs;  // (Tp / PAIR, Dp)
-  unit *k, *v;                       // transposed panels
-  elem *rows;                        // (BC, Dp) being packed
-  float *dq;                         // (Tp, Dp)
-  float *dk, *dv;                    // (BC, Dp)
-  float *delta;                      // (T)
-  float *s, *ds;                     // (BR, BC): scores, then probabilities; their gradients
-  elem *ds_rows;
+  unit *k, *v;                         // transposed panels
+  elem *rows;                          // (BC, Dp) being packed
+  float *dq, *dk, *dv;                 // (Tp, Dp); (BC, Dp)
+  float *delta;                        // (T) rowsum of dy y
+  float *s, *ds;                       // (BR, BC) scores, then dropped probabilities; gradients of the scores
+  elem *ds_rows;                       // the same as factors
   unit *p_pairs, *ds_pairs;
 } BackwardScratch;
 
-static char *backward_layout(BackwardScratch *w, char *at, int64_t T, int64_t D) {
+static uintptr_t backward_layout(BackwardScratch *w, uintptr_t at, int64_t T, int64_t D) {
   int64_t Dp = padded(D), head = round_up(T, BC) * Dp, item = (int64_t)sizeof(elem), block = BR * BC;
   w->q_rows = take(&at, head * item);
   w->dy_rows = take(&at, head * item);
@@ -73,8 +72,8 @@ static char *backward_layout(BackwardScratch *w, char *at, int64_t T, int64_t D)
 
 static void as_pairs(unit *pairs, const float *s, int n) {
 #if PAIR == 2
-  __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                   19, 3, 18, 2, 17, 1, 16, 0);
+  __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int r = 0; r < n; r += 2, s += 2 * BC, pairs += BC)
     for (int c = 0; c < BC; c += 16) {
       __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + BC + c), _mm512_loadu_ps(s + c));
@@ -86,7 +85,8 @@ static void as_pairs(unit *pairs, const float *s, int n) {
 }
 
 // dx (n keys, Dp) = or += p' (keys, queries) dy (queries, Dp), of p only what is seen
-static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int queries, int64_t shift, int64_t Dp, int add) {
+static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int queries, int64_t shift, int64_t Dp,
+                           int add) {
   int end = (queries + PAIR - 1) / PAIR;
   for (int c = 0; c < Dp; c += NR)
     for (int r = 0; r < n; r += MR) {
@@ -96,8 +96,8 @@ static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int 
 }
 
 // s becomes the dropped probabilities, ds the gradient of q k'
-static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int64_t shift, float scale,
-                               DropoutRule drop, int64_t element, int64_t T) {
+static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int64_t shift,
+                               float scale, DropoutRule drop, int64_t element, int64_t T) {
   float factor[BC];
   for (int c = 0; c < BC; c++) factor[c] = 1.0f;
   for (int r = 0; r < (int)round_up(n, PAIR); r++, s += BC, ds += BC) {
@@ -121,8 +121,8 @@ static void write_rows(real *y, int64_t y_row, const float *x, int n, int64_t D)
     for (int64_t d = 0; d < D; d++) y[d] = store(x[d]);
 }
 
-static void backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const float *lse, int64_t T, int64_t H,
-                          int64_t D, DropoutRule drop, int64_t element, const BackwardScratch *w) {
+static void backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const float *lse, int64_t T,
+                          int64_t H, int64_t D, DropoutRule drop, int64_t element, const BackwardScratch *w) {
   int64_t Dp = padded(D), C = H * D, row = 3 * C;
   float scale = 1.0f / sqrtf((float)D);
   for (int64_t t = 0; t < T; t += BC) {
@@ -138,7 +138,7 @@ static void backward_head(real *dqkv, const real *dy, const real *qkv, const rea
     pack_transposed(w->v + t * Dp / PAIR, w->rows, Dp);
   }
   for (int64_t t = 0; t < T; t++) {
-    prefetch(y + t * C + D, D);
+    prefetch(y + t * C + D, D);  // the next head
     w->delta[t] = dot(dy + t * C, y + t * C, D);
   }
   for (int64_t key = 0; key < T; key += BC) {
@@ -171,21 +171,21 @@ ENTRY(attention_backward) {
   DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // knobs, p, call
   char *scratch = P(12);    // attention_backward_scratch bytes
   BackwardScratch size;
-  int64_t bytes = backward_layout(&size, NULL, T, D) - (char *)NULL;
+  uintptr_t bytes = backward_layout(&size, 0, T, D);
 #pragma omp parallel for schedule(static)
   for (int64_t head = 0; head < N / T * H; head++) {
     int64_t b = head / H, h = head % H, at = b * T * H * D + h * D, at3 = 3 * b * T * H * D + h * D;
     BackwardScratch w;
-    backward_layout(&w, scratch + hg_thread() * bytes, T, D);
+    backward_layout(&w, (uintptr_t)scratch + (uintptr_t)hg_thread() * bytes, T, D);
     backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + head * T, T, H, D, drop,
                   head * T * T, &w);
   }
 }
 
 // bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t N, int64_t T, int64_t H, int64_t D,
-                                                                                  int64_t threads) {
+__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t N, int64_t T, int64_t H,
+                                                                                  int64_t D, int64_t threads) {
   (void)N, (void)H;
   BackwardScratch w;
-  return threads * (backward_layout(&w, NULL, T, D) - (char *)NULL);
+  return threads * (int64_t)backward_layout(&w, 0, T, D);
 }

@@ -53,12 +53,13 @@ typedef vfloat vunit;
 #define MAC(c, a, b) ((c) + (a) * (b))
 #endif
 
+#define INLINE static inline __attribute__((always_inline))  // vectors must not cross a call
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int smaller(int64_t x, int64_t y) { return (int)(x < y ? x : y); }
 static inline int larger(int64_t x, int64_t y) { return (int)(x > y ? x : y); }
 static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp: columns of every packed buffer
 
-static inline __attribute__((always_inline)) vfloat vector_max(vfloat x, vfloat y) {
+INLINE vfloat vector_max(vfloat x, vfloat y) {
 #if VL == 16
   return (vfloat)_mm512_max_ps((__m512)x, (__m512)y);
 #elif VL == 8
@@ -69,24 +70,28 @@ static inline __attribute__((always_inline)) vfloat vector_max(vfloat x, vfloat 
 #endif
 }
 
-static inline __attribute__((always_inline)) vfloat lanes_swapped(vfloat x, uint32_t distance) {
+INLINE vfloat lanes_swapped(vfloat x, uint32_t distance) {
   return __builtin_shuffle(x, (vbits)LANES ^ distance);
 }
 
-static inline __attribute__((always_inline)) float max_of_lanes(vfloat x) {
+INLINE float max_of_lanes(vfloat x) {
 #pragma GCC unroll 4
   for (uint32_t s = VL / 2; s; s /= 2) x = vector_max(x, lanes_swapped(x, s));
   return x[0];
 }
 
-static inline __attribute__((always_inline)) float sum_of_lanes(vfloat x) {
+INLINE float sum_of_lanes(vfloat x) {
 #pragma GCC unroll 4
   for (uint32_t s = VL / 2; s; s /= 2) x += lanes_swapped(x, s);
   return x[0];
 }
 
-static inline __attribute__((always_inline)) vfloat widen(const real *x) {
-#if HG_BF16
+INLINE vfloat widen(const real *x) {
+#if HG_BF16 && VL == 16
+  return (vfloat)((vbits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)) << 16);
+#elif HG_BF16 && VL == 8
+  return (vfloat)((vbits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)x)) << 16);
+#elif HG_BF16
   return (vfloat)(__builtin_convertvector(*(const vhalf *)x, vbits) << 16);
 #else
   return *(const vfloat *)x;
@@ -103,8 +108,8 @@ static inline float dot(const real *x, const real *y, int64_t n) {
 }
 
 // c (MR, NR) = or += a (MR, k) b (k, NR); k counts units. The strides let a be read along rows or along columns.
-static inline __attribute__((always_inline)) void tile(float *c, int64_t c_row, const unit *a, int64_t a_row,
-                                                       int64_t a_k, const unit *b, int64_t b_k, int k, int add) {
+INLINE void tile(float *c, int64_t c_row, const unit *a, int64_t a_row, int64_t a_k, const unit *b, int64_t b_k, int k,
+                 int add) {
   vfloat x[MR], y[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++) {
@@ -146,7 +151,7 @@ static void block_mix(float *o, const elem *p, const unit *v, int n, int64_t shi
     }
 }
 
-// The next head lies beside this one in every row, but rows are far apart: hardware does not foresee that.
+// asks for n elements that are read soon and that the hardware does not foresee, past the end of an array too
 static inline void prefetch(const real *next, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(next + i, 0, 2);
 }
@@ -156,7 +161,7 @@ static void pack_rows(elem *rows, const real *src, int64_t src_row, int n, int p
   int64_t Dp = padded(D);
   for (int r = 0; r < padded_n; r++, rows += Dp, src += src_row) {
     int64_t filled = r < n ? D : 0;
-    prefetch(src + D, filled);
+    prefetch(src + D, filled);  // the next head: it lies beside this one, but rows are far apart
     for (int64_t d = 0; d < filled; d++) rows[d] = ELEM(src[d]);
     for (int64_t d = filled; d < Dp; d++) rows[d] = 0;
   }
@@ -213,12 +218,12 @@ static inline const elem *as_rows(elem *rows, const float *s, int n) {
 #endif
 }
 
-// Where a forward pass finds its operands: Tq queries of each sequence at `position`, and all keys up to the last query.
+// Where a forward pass finds its operands: T queries of each sequence from `position` on, and all keys up to the last.
 typedef struct {
   const real *q, *k, *v;
   int64_t q_row, kv_row;  // elements from one token to the next; a token holds its heads one after another
   int64_t q_seq, kv_seq;  // elements from one sequence to the next
-  int64_t B, Tq, position, H, D;
+  int64_t B, T, position, H, D;
   DropoutRule drop;  // threshold 0: none
 } Attend;
 
@@ -228,13 +233,14 @@ typedef struct {
   float *s, *o;        // (BR, BC) scores, then probabilities; (BR, Dp) not yet normalised
 } AttendScratch;
 
-static inline void *take(char **at, int64_t bytes) {
-  void *p = *at;
-  *at += round_up(bytes, 64);
+static inline void *take(uintptr_t *at, int64_t bytes) {
+  void *p = (void *)*at;
+  *at += (uintptr_t)round_up(bytes, 64);
   return p;
 }
 
-static inline char *attend_layout(AttendScratch *w, char *at, int64_t keys, int64_t D) {
+// Places the buffers from address `at`; returns the address behind them, which from 0 is their size.
+static inline uintptr_t attend_layout(AttendScratch *w, uintptr_t at, int64_t keys, int64_t D) {
   int64_t Dp = padded(D), item = (int64_t)sizeof(elem);
   w->q = take(&at, BR * Dp * item);
   w->p = take(&at, PAIR == 2 ? BR * BC * item : 0);
@@ -248,13 +254,13 @@ static inline char *attend_layout(AttendScratch *w, char *at, int64_t keys, int6
 
 static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
   AttendScratch w;
-  return threads * (attend_layout(&w, NULL, keys, D) - (char *)NULL);
+  return threads * (int64_t)attend_layout(&w, 0, keys, D);
 }
 
 // y (n, H D) and lse (n, or NULL) of n <= BR queries of one head, the first of which sees keys 0 .. first
-static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n, int64_t first,
-                        int64_t element) {
-  int64_t D = x->D, Dp = padded(D), T = x->Tq + x->position;
+static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n,
+                        int64_t first, int64_t element) {
+  int64_t D = x->D, Dp = padded(D);
   float scale = 1.0f / sqrtf((float)D), max[BR], factor[BC];
   vfloat sum[BR];  // by lanes
   pack_rows(w->q, q, x->q_row, n, (int)round_up(n, MR), D);
@@ -290,7 +296,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
     }
     if (x->drop.threshold)
       for (int r = 0; r < n; r++) {
-        dropout_factors(factor, element + r * T + key, width[r], x->drop);
+        dropout_factors(factor, element + r * x->T + key, width[r], x->drop);
         for (int c = 0; c < width[r]; c++) w->s[r * BC + c] *= factor[c];
       }
     block_mix(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
@@ -302,10 +308,10 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
   }
 }
 
-// y (B Tq, H D); lse (B, H, Tq) or NULL. Each thread takes a run of (head, row block) items of equal cost and packs the
+// y (B T, H D); lse (B, H, T) or NULL. Each thread takes a run of (head, row block) items of equal cost and packs the
 // keys of its heads as far as its queries see; an item's arithmetic does not depend on who does it.
 static void attend(real *y, float *lse, const Attend *x, char *scratch) {
-  int64_t blocks = (x->Tq + BR - 1) / BR, D = x->D, Dp = padded(D), T = x->position + x->Tq;
+  int64_t T = x->T, blocks = (T + BR - 1) / BR, keys = x->position + T, D = x->D, Dp = padded(D);
   int64_t cost = 0;
   for (int64_t i = 0; i < blocks; i++) cost += (x->position + i * BR) / BC + 1;
   int64_t total = cost * x->B * x->H;
@@ -313,25 +319,24 @@ static void attend(real *y, float *lse, const Attend *x, char *scratch) {
   {
     int64_t from = total * hg_thread() / hg_team(), to = total * (hg_thread() + 1) / hg_team(), at = 0;
     AttendScratch w;
-    attend_layout(&w, scratch + hg_thread() * attend_scratch(T, D, 1), T, D);
+    attend_layout(&w, (uintptr_t)scratch + (uintptr_t)(hg_thread() * attend_scratch(keys, D, 1)), keys, D);
     for (int64_t head = 0; head < x->B * x->H; head++) {
       int64_t b = head / x->H, h = head % x->H, packed = 0;
       const real *k = x->k + b * x->kv_seq + h * D, *v = x->v + b * x->kv_seq + h * D;
       for (int64_t i = 0; i < blocks; i++) {
-        int64_t row = i * BR, n = smaller(BR, x->Tq - row), first = x->position + row;
+        int64_t row = i * BR, n = smaller(BR, T - row), first = x->position + row;
         int mine = from <= at && at < to;
         at += first / BC + 1;
         if (!mine) continue;
         for (; packed < first + n; packed += BC) {
-          int filled = smaller(BC, T - packed);
+          int filled = smaller(BC, keys - packed);
           pack_rows(w.rows, k + packed * x->kv_row, x->kv_row, filled, BC, D);
           pack_transposed(w.k + packed * Dp / PAIR, w.rows, Dp);
           pack_rows(w.rows, v + packed * x->kv_row, x->kv_row, filled, BC, D);
           pack_pairs(w.v + packed / PAIR * Dp, w.rows, BC, Dp);
         }
-        attend_rows(y + ((b * x->Tq + row) * x->H + h) * D, lse ? lse + head * x->Tq + row : NULL, x, &w,
-                    x->q + b * x->q_seq + row * x->q_row + h * D, (int)n, first,
-                    (head * x->Tq + row) * T);
+        attend_rows(y + ((b * T + row) * x->H + h) * D, lse ? lse + head * T + row : NULL, x, &w,
+                    x->q + b * x->q_seq + row * x->q_row + h * D, (int)n, first, (head * T + row) * T);
       }
     }
   }

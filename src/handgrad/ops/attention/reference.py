@@ -22,12 +22,14 @@ def scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return np.where(np.tri(s.shape[-2], s.shape[-1], s.shape[-1] - s.shape[-2], dtype=bool), s, -np.inf).astype(s.dtype)
 
 
-def dropout_factors(shape: tuple[int, ...], p: float, call: int, seed: int, step: int, micro_step: int) -> np.ndarray | float:
+def dropout_factors(
+    shape: tuple[int, ...], p: float, call: int, seed: int, step: int, micro_step: int
+) -> np.ndarray | float:
     """1 / (1 - p) where a probability is kept, 0 where it is dropped; elements are counted in row-major order."""
     if p == 0:
         return 1.0
     index = np.arange(np.prod(shape, dtype=np.uint64), dtype=np.uint64)
-    return keep_mask(index, p, seed, step, micro_step, call).reshape(shape) / (1 - p)
+    return keep_mask(index, p, seed, step, micro_step, call).reshape(shape) / (1 - np.float64(np.float32(p)))
 
 
 def attention_forward(qkv: np.ndarray, T: int, H: int, p: float = 0.0, call: int = 0, seed: int = 0, step: int = 0,

@@ -1,13 +1,14 @@
 // attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2
-// forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + Tq - 1 of each sequence
+// forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  f32 softmax and sums
-// layout    Tq = 1: threads share (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
-//           so memory is streamed; then runs are merged.  Tq > 1: blocks of queries, as in training
+// layout    T = 1: threads share (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
+//           so memory is streamed; then runs are merged.  T > 1: blocks of queries, as in training
 // determinism  runs are fixed and merged in order, for any number of threads
 // source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
 #include "../attention/flash.h"
 
 #define RUN 64  // positions of one item: small enough that short caches feed all threads, large enough to merge seldom
+#define AHEAD 6  // cache rows to fetch in advance: doubles the bandwidth that one core draws
 
 // (B, runs) items of: max (H), sum (H), out (H, D)
 static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H * (D + 2), 16); }
@@ -19,7 +20,8 @@ static void decode_run(float *partial, float *score, const real *q, const real *
   for (int s = 0; s < n; s++)
     for (int64_t h = 0; h < H; h++) {
       const real *k = cache + s * row + h * D;
-      prefetch(k + H * D, D);
+      prefetch(k + AHEAD * row, D);
+      prefetch(k + AHEAD * row + H * D, D);
       score[h * RUN + s] = dot(q + h * D, k, D) * scale;
     }
   for (int64_t h = 0; h < H; h++) {
@@ -67,24 +69,24 @@ static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h,
 }
 
 ENTRY(attention_decode) {
-  real *y = P(0);          // (N, H D), N = B Tq
-  real *cache = P(1);      // (B, S_max, 2, H, D), in and out
+  real *y = P(0);          // (N, H D), N = B T
+  real *cache = P(1);      // (B, S, 2, H, D), in and out
   const real *qkv = P(2);  // (N, 3, H, D)
-  int64_t N = I(3), Tq = I(4), S_max = I(5), H = I(6), D = I(7);
+  int64_t N = I(3), T = I(4), S = I(5), H = I(6), D = I(7);
   const Knobs *knobs = P(8);
   char *scratch = P(9);    // attention_decode_scratch bytes
-  int64_t B = N / Tq, C = H * D, position = knobs->position, sequence = S_max * 2 * C;
-#pragma omp parallel for schedule(static)
+  int64_t B = N / T, C = H * D, position = knobs->position, sequence = S * 2 * C;
+#pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)
-    memcpy(cache + i / Tq * sequence + (position + i % Tq) * 2 * C, qkv + i * 3 * C + C, (size_t)(2 * C) * sizeof(real));
-  if (Tq > 1) {
-    Attend x = {.q = qkv, .k = cache, .v = cache + C, .q_row = 3 * C, .kv_row = 2 * C, .q_seq = Tq * 3 * C,
-                .kv_seq = sequence, .B = B, .Tq = Tq, .position = position, .H = H, .D = D};
+    memcpy(cache + i / T * sequence + (position + i % T) * 2 * C, qkv + i * 3 * C + C, (size_t)(2 * C) * sizeof(real));
+  if (T > 1) {
+    Attend x = {.q = qkv, .k = cache, .v = cache + C, .q_row = 3 * C, .kv_row = 2 * C, .q_seq = T * 3 * C,
+                .kv_seq = sequence, .B = B, .T = T, .position = position, .H = H, .D = D};
     attend(y, NULL, &x, scratch);
     return;
   }
   int64_t runs = position / RUN + 1, step = partial_floats(H, D);
-  float *partial = (float *)scratch, *work = partial + B * (S_max / RUN + 1) * step;
+  float *partial = (float *)scratch, *work = partial + B * (S / RUN + 1) * step;
 #pragma omp parallel
   {
     float *score = work + hg_thread() * (H * RUN + D);
@@ -101,8 +103,8 @@ ENTRY(attention_decode) {
 }
 
 // bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_decode_scratch)(int64_t N, int64_t Tq, int64_t S_max,
+__attribute__((visibility("default"))) int64_t KERNEL(attention_decode_scratch)(int64_t N, int64_t T, int64_t S,
                                                                                 int64_t H, int64_t D, int64_t threads) {
-  if (Tq > 1) return attend_scratch(S_max, D, threads);
-  return 4 * (N * (S_max / RUN + 1) * partial_floats(H, D) + threads * (H * RUN + D));
+  if (T > 1) return attend_scratch(S, D, threads);
+  return 4 * (N * (S / RUN + 1) * partial_floats(H, D) + threads * (H * RUN + D));
 }

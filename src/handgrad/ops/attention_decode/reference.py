@@ -5,13 +5,13 @@ import numpy as np
 from handgrad.ops.attention.reference import join_heads, scores, split_heads
 
 
-def attention_decode(cache: np.ndarray, qkv: np.ndarray, Tq: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """y (N, H D) and the new cache (B, S_max, 2, H, D) from qkv (N, 3 H D) of Tq tokens at `position` of each sequence."""
+def attention_decode(cache: np.ndarray, qkv: np.ndarray, T: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """y (N, H D) and the new cache (B, S, 2, H, D), from qkv (N, 3 H D): T tokens a sequence from `position` on."""
     B, _, _, H, D = cache.shape
-    end = position + Tq
+    end = position + T
     cache = cache.copy()
-    cache[:, position:end] = qkv.reshape(B, Tq, 3, H, D)[:, :, 1:]
-    q = split_heads(qkv[:, : H * D], Tq, H)
+    cache[:, position:end] = qkv.reshape(B, T, 3, H, D)[:, :, 1:]
+    q = split_heads(qkv[:, : H * D], T, H)
     k, v = (cache[:, :end, i].swapaxes(1, 2) for i in (0, 1))
     s = scores(q, k)
     probs = np.exp(s - s.max(-1, keepdims=True))

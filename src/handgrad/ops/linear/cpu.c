@@ -11,7 +11,8 @@
 #include "vmath.h"
 
 // Bytes of scratch for any of the three products at these sizes.
-__attribute__((visibility("default"))) int64_t KERNEL(linear_scratch)(int64_t N, int64_t M, int64_t K, int64_t threads) {
+__attribute__((visibility("default"))) int64_t KERNEL(linear_scratch)(int64_t N, int64_t M, int64_t K,
+                                                                      int64_t threads) {
   int64_t y = gemm_scratch(N, M, K, 0, threads), dw = gemm_scratch(M, K, N, 1, threads);
   int64_t dx = gemm_scratch(N, K, M, 0, threads), most = y > dw ? y : dw;
   return most > dx ? most : dx;

@@ -1,4 +1,4 @@
-// lm_loss: losses = cross entropy of softmax(x w^T), the logits never held but for a chunk of rows    math: README.md §2
+// lm_loss: losses = cross entropy of softmax(x w^T), a chunk of rows of logits at a time    math: README.md §2
 // forward           writes =        losses: (N) float, nats
 // forward_backward  writes =        losses, dx: (N, C) dtype;  writes = or += dw: (Vp, C) float
 //                   + when the flag or knobs->micro_step is not 0; gradients carry knobs->loss_scale, losses do not
@@ -12,8 +12,8 @@
 #include "vmath.h"
 
 // Bytes of scratch for the three products of a chunk; the logits chunk (rows_per_chunk, Vp) comes on top.
-__attribute__((visibility("default"))) int64_t KERNEL(lm_loss_scratch)(int64_t N, int64_t C, int64_t Vp, int64_t rows_per_chunk,
-                                                                       int64_t threads) {
+__attribute__((visibility("default"))) int64_t KERNEL(lm_loss_scratch)(int64_t N, int64_t C, int64_t Vp,
+                                                                       int64_t rows_per_chunk, int64_t threads) {
   int64_t rows = N < rows_per_chunk ? N : rows_per_chunk;
   int64_t y = gemm_scratch(rows, Vp, C, 0, threads), dw = gemm_scratch(Vp, C, rows, 1, threads);
   int64_t dx = gemm_scratch(rows, C, Vp, 0, threads), most = y > dw ? y : dw;
@@ -66,12 +66,13 @@ typedef struct {
 
 // Logits of `rows` rows from `first`, then their losses; with `gradient` the chunk holds the logits' gradients.
 static void chunk_losses(const Head *h, int64_t first, int64_t rows, int gradient, float scale) {
-  gemm(&(Gemm){.m = rows, .n = h->V, .k = h->C, .a = h->x + first * h->C, .lda = h->C, .b = h->w, .ldb = h->C, .b_trans = 1,
-               .y = h->logits, .ldc = h->Vp, .threads = h->threads, .scratch = h->scratch});
+  gemm(&(Gemm){.m = rows, .n = h->V, .k = h->C, .a = h->x + first * h->C, .lda = h->C, .b = h->w, .ldb = h->C,
+               .b_trans = 1, .y = h->logits, .ldc = h->Vp, .threads = h->threads, .scratch = h->scratch});
 #pragma omp parallel for schedule(static) if (rows * h->V > 4096)
   for (int64_t r = 0; r < rows; r++) {
     int32_t target = h->targets[first + r];
-    h->losses[first + r] = row_loss(h->logits + r * h->Vp, target, h->V, h->Vp, target == h->ignore_index, gradient, scale);
+    int ignored = target == h->ignore_index;
+    h->losses[first + r] = row_loss(h->logits + r * h->Vp, target, h->V, h->Vp, ignored, gradient, scale);
   }
 }
 
@@ -96,9 +97,11 @@ ENTRY(lm_loss_forward_backward) {
   for (int64_t first = 0; first < h.N; first += rows_per_chunk) {
     int64_t rows = h.N - first < rows_per_chunk ? h.N - first : rows_per_chunk;
     chunk_losses(&h, first, rows, 1, knobs->loss_scale);
-    gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = h.x + first * h.C, .ldb = h.C,
-                 .sum = dw, .ldc = h.C, .accumulate = accumulate || first > 0, .threads = h.threads, .scratch = h.scratch});
-    gemm(&(Gemm){.m = rows, .n = h.C, .k = h.Vp, .a = h.logits, .lda = h.Vp, .b = h.w, .ldb = h.C, .y = dx + first * h.C,
-                 .ldc = h.C, .threads = h.threads, .scratch = h.scratch});
+    const real *x = h.x + first * h.C;
+    gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = x, .ldb = h.C,
+                 .sum = dw, .ldc = h.C, .accumulate = accumulate || first > 0, .threads = h.threads,
+                 .scratch = h.scratch});
+    gemm(&(Gemm){.m = rows, .n = h.C, .k = h.Vp, .a = h.logits, .lda = h.Vp, .b = h.w, .ldb = h.C,
+                 .y = dx + first * h.C, .ldc = h.C, .threads = h.threads, .scratch = h.scratch});
   }
 }

@@ -27,7 +27,7 @@ class LmLoss(Op):
         case(N=7, C=33, Vp=19, V=17, chunks=2),
         case(N=1, C=1, Vp=1, V=1, chunks=1),
         case(N=67, C=64, Vp=128, V=97, chunks=3),
-        case(N=1024, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=256"),
+        case(N=256, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=64"),
     )
 
     def derive(self, d: dict[str, int]) -> None:

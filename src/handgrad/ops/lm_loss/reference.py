@@ -7,14 +7,18 @@ import numpy as np
 Keep = Callable[[np.ndarray], np.ndarray]  # what lying in the room for logits does to values: rounds them
 
 
-def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, keep: Keep) -> np.ndarray:
-    """losses (N) in nats; x (N, C), w (Vp, C) of which V rows count, targets (N). Ignored targets give 0."""
-    logits = keep(x @ w[:V].T)
+def cross_entropy(logits: np.ndarray, targets: np.ndarray, ignore_index: int) -> np.ndarray:
+    """losses (N) in nats from logits (N, V) and targets (N). Ignored targets give 0."""
     top = logits.max(-1, keepdims=True)
     lse = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[:, 0]
     counts = targets != ignore_index
-    picked = logits[np.arange(len(x)), np.where(counts, targets, 0)]
+    picked = logits[np.arange(len(logits)), np.where(counts, targets, 0)]
     return np.where(counts, lse - picked, 0)
+
+
+def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, keep: Keep) -> np.ndarray:
+    """losses (N); x (N, C), w (Vp, C) of which V rows count, targets (N)."""
+    return cross_entropy(keep(x @ w[:V].T), targets, ignore_index)
 
 
 def lm_loss_forward_backward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int,
@@ -28,4 +32,4 @@ def lm_loss_forward_backward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, 
     dlogits = keep(p * (counts * x.dtype.type(loss_scale))[:, None])
     dw = np.zeros_like(w)
     dw[:V] = dlogits.T @ x
-    return lm_loss_forward(x, w, targets, V, ignore_index, keep), dlogits @ w[:V], dw
+    return cross_entropy(logits, targets, ignore_index), dlogits @ w[:V], dw

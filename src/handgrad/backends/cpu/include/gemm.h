@@ -3,7 +3,7 @@
 //   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float, whatever the element type
 //
 // The result goes either to `sum` as float (parameter gradients; may be added to), or to `y` as real after
-// v = C + bias;  pre = v;  y = gelu ? gelu(v) : v.
+// pre = C + bias;  y = gelu ? gelu(pre) : pre.
 #pragma once
 #include "kernel.h"
 
@@ -16,7 +16,7 @@ typedef struct {
   float *sum;        // (m, n) float, or NULL: then y
   int accumulate;    // sum += C instead of sum = C
   real *y;           // (m, n)
-  real *pre;         // (m, n) or NULL
+  real *pre;         // (m, n) or NULL; only with gelu
   const real *bias;  // (n) or NULL
   int gelu;
   void *scratch;     // gemm_scratch bytes for at least this many threads, 64-byte aligned

@@ -1,0 +1,92 @@
+"""The smoke test: record, plan, train thirty steps, generate, save, resume, in seconds."""
+
+import numpy as np
+import pytest
+
+import handgrad as hg
+from handgrad.core.backward import backward
+from handgrad.core.dtypes import F32
+from handgrad.core.plan import plan
+from handgrad.core.program import Program
+from handgrad.ops import add
+
+STEPS = 30
+MODEL = hg.models.GPT2(vocab_size=10, max_seq_len=16, num_layers=2, num_heads=2, hidden_size=32)
+LR = hg.schedules.cosine(peak=1e-2, warmup=5, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A text that can be learnt: 0 1 2 ... 9 0 1 2 ..."""
+    folder = tmp_path_factory.mktemp("count")
+    hg.data.write_shard(folder / "a.bin", [np.arange(4000) % 10], hg.data.id_dtype(10))
+    return hg.data.tokens(folder / "a.bin", seq_len=16, batch_tokens=128, vocab_size=10)
+
+
+def trainer(tokens, **changes):
+    return hg.Trainer(MODEL, hg.optim.AdamW(weight_decay=0.0), tokens, micro_batch=4, seed=1, **changes)
+
+
+def train(run, first, last):
+    return [run.step(step, LR(step)).loss for step in range(first, last + 1)]
+
+
+@pytest.fixture(scope="module", params=["f32", "bf16"])
+def trained(request, tokens, tmp_path_factory):
+    run = trainer(tokens, dtype=request.param, out=tmp_path_factory.mktemp("run"))
+    return run, train(run, 1, STEPS)
+
+
+def test_record_and_plan():
+    p = Program(F32, "train")
+    MODEL.forward(p, hg.models.batch(p, 4, 16))
+    forward = len(p.calls)
+    backward(p, add)
+    assert [c.phase for c in p.calls] == ["forward"] * forward + ["backward"] * (len(p.calls) - forward)
+    assert set(p.grads) == set(p.params)
+    layout = plan(p)
+    assert layout.nbytes < sum(t.nbytes for c in p.calls for t in c.outs if t is not None) + 3 * 4 * p.flat_size
+
+
+def test_it_learns_to_count(trained, tokens):
+    run, losses = trained
+    assert losses[0] == pytest.approx(np.log(10), abs=0.1)
+    assert losses[-1] < 0.5 and run.evaluate(tokens, 1024) < 0.5
+
+
+def test_it_counts(trained):
+    run, _ = trained
+    greedy = hg.Sampling(temperature=0.0)
+    assert list(run.generate([5, 6, 7], 30, greedy)) == [(8 + i) % 10 for i in range(30)]
+    assert list(run.generate([8], 40, greedy, stop_id=3)) == [9, 0, 1, 2]
+
+
+def test_it_goes_on_where_it_stopped(trained, tokens, tmp_path):
+    """Fifteen steps, a checkpoint, fifteen more in another trainer: the same bits as thirty at once."""
+    run, losses = trained
+    dtype = run.program.dtype.name
+    first = trainer(tokens, dtype=dtype, out=tmp_path)
+    half = train(first, 1, STEPS // 2)
+    first.save(STEPS // 2)
+    second = trainer(tokens, dtype=dtype, out=tmp_path)
+    assert second.resume() == STEPS // 2
+    assert half + train(second, STEPS // 2 + 1, STEPS) == losses
+    assert all(np.array_equal(w, second.params()[name]) for name, w in run.params().items())
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tokens):
+    run = trainer(tokens)
+    train(run, 1, 2)
+    run.params()["ln_f.weight"][0] = np.inf
+    before = {name: w.copy() for name, w in run.params().items()}
+    with np.errstate(invalid="ignore"):
+        assert "nan" in run.step(3, LR(3)).skipped
+    assert all(np.array_equal(w, before[name]) for name, w in run.params().items())
+
+
+def test_the_check_names_the_call_that_went_wrong(tokens):
+    run = trainer(tokens, check="nan")
+    train(run, 1, 1)
+    run.params()["h.1.ln_2.weight"][3] = np.nan
+    with pytest.raises(hg.HandgradError, match=r"\[check\] .* 'y' of forward add_norm\. block h\.1, gpt2\.py:\d+"):
+        run.step(2, LR(2))
