@@ -13,6 +13,7 @@ has the best pass too. Percentages are of the peak (bench/peak.c) measured in th
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -47,20 +48,35 @@ def flops(name: str, rows: int) -> int:
 
 
 class Tensors:
-    """Operands of all products. Gradients and outputs are touched once, so that no pass pays for page faults."""
+    """Operands of all products in one allocation of huge pages, as the package's arena. Every page is touched once."""
 
     def __init__(self, rows: int, bf16: bool):
         self.bf16 = bf16
         names = [*[(name, layer) for name in LINEARS for layer in range(LAYERS)], ("head", 0)]
         widths = {width for name in [*LINEARS, "head"] for width in shape(name)}
-        self.w = {key: self.random(shape(key[0]), 0.02) for key in names}
-        self.dw = {key: np.ones(shape(key[0]), np.float32) for key in names}
-        self.x = {width: self.random((rows, width), 1.0) for width in widths}  # inputs and gradients of outputs
-        self.y = {width: self.random((rows, width), 1.0) for width in widths}  # outputs and gradients of inputs
+        weights = sum(int(np.prod(shape(name))) for name, _ in names)
+        padding = 256 * 2 * (len(names) + len(widths))
+        self._memory = mmap.mmap(-1, 8 * (weights + rows * sum(widths)) + padding)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._used = 0
+        self.w = {key: self.real(shape(key[0]), 0.02) for key in names}
+        self.dw = {key: self.array(shape(key[0]), np.float32) for key in names}
+        self.x = {width: self.real((rows, width), 1.0) for width in widths}  # inputs and gradients of outputs
+        self.y = {width: self.real((rows, width), 1.0) for width in widths}  # outputs and gradients of inputs
 
-    def random(self, shape: tuple[int, int], scale: float) -> np.ndarray:
+    def array(self, shape: tuple[int, int], dtype: type) -> np.ndarray:
+        """Ones, aligned to 256 bytes."""
+        out = np.frombuffer(self._memory, dtype, shape[0] * shape[1], self._used).reshape(shape)
+        self._used += -(-out.nbytes // 256) * 256
+        out[...] = 1
+        return out
+
+    def real(self, shape: tuple[int, int], scale: float) -> np.ndarray:
+        """Normal numbers as float, or as the bits of bf16."""
         values = np.resize(np.random.default_rng(0).normal(0, scale, 65521).astype(np.float32), shape)
-        return (values.view(np.uint32) >> 16).astype(np.uint16) if self.bf16 else values
+        out = self.array(shape, np.uint16 if self.bf16 else np.float32)
+        out[...] = values.view(np.uint32) >> 16 if self.bf16 else values
+        return out
 
 
 def openblas_pass(rows: int):

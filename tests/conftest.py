@@ -50,9 +50,10 @@ def one_pass():
     backends = {"cpu": lambda threads: open_backend("cpu", threads), "ref": lambda threads: RefBackend(),
                 "rounded": lambda threads: RefBackend(exact=False), "poisoned": lambda threads: RefBackend(exact=False, poison=True)}
 
-    def run(model, backend="cpu", *, dtype="f32", policy="none", micro_batch=3, seq_len=17, chunks=2, threads=0, micro_steps=1):
+    def run(model, backend="cpu", *, dtype="f32", policy="none", micro_batch=3, seq_len=17, chunks=2, threads=0, micro_steps=1,
+            accumulates=True):
         backend = backends[backend](threads)
-        p = Program(DTYPES[dtype], "train")
+        p = Program(DTYPES[dtype], "train", accumulates)
         model.forward(p, batch(p, micro_batch, seq_len), chunks)
         backward(p, add, drop=POLICIES[policy])
         arena = backend.alloc(plan(p, scratch=backend.scratch))
@@ -60,6 +61,8 @@ def one_pass():
         rng = np.random.default_rng(4)
         for info in p.params.values():  # away from the start: biases other than 0, norms' weights other than 1
             w = arena.part("param", info.tensor)
+            if dtype == "bf16":
+                w[...] = arena.part("grad", info.tensor)  # where initial weights are drawn
             w[: info.init.rows] += rng.normal(0, 0.1, w[: info.init.rows].shape).astype(w.dtype)
         for t in p.inputs.values():
             arena.view(t)[...] = rng.integers(0, model.vocab_size, t.shape)

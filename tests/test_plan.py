@@ -25,9 +25,9 @@ SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
 ]
 
 
-def lay_out(model, micro_batch, seq_len, dtype, policy):
+def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
     """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
-    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, policy)
+    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, policy, 0, accumulates)
     return plan(train, record_loss(model, micro_batch, seq_len, dtype), *record(model, dtype), scratch=open_backend("cpu").scratch)
 
 
@@ -44,6 +44,10 @@ def spans(layout, index):
     for t, at in used.items():
         last = len(p.calls) if t in p.outputs.values() else at[-1]
         found.append((layout.offset[t], layout.offset[t] + t.nbytes, at[0], last, t.name))
+    if index == 0 and not p.accumulates:  # a gradient takes its memory from the call that writes it first
+        for t in p.grads.values():
+            first = next(i for i, c in enumerate(p.calls) if t in c.outs)
+            found.append((layout.offset[t], layout.offset[t] + t.nbytes, first, len(p.calls), t.name))
     return found
 
 
@@ -59,12 +63,16 @@ def overlap(found):
     return None
 
 
+@pytest.mark.parametrize("accumulates", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-B{s[1]}-T{s[2]}-{s[3]}-p{s[4]}")
-def test_no_overlap_and_near_the_lower_bound(shape, policy):
+def test_no_overlap_and_near_the_lower_bound(shape, policy, accumulates):
     preset, micro_batch, seq_len, dtype, dropout = shape
-    layout = lay_out(gpt2(preset, dropout=dropout), micro_batch, seq_len, dtype, policy)
+    layout = lay_out(gpt2(preset, dropout=dropout), micro_batch, seq_len, dtype, policy, accumulates)
     start, size = layout.region["activations"]
+    if not accumulates:  # activations live in the gradients' memory too
+        size += layout.region["grads"][1]
+        start = layout.region["grads"][0]
     peak = 0
     for index, p in enumerate(layout.programs):
         found = spans(layout, index)
@@ -75,9 +83,10 @@ def test_no_overlap_and_near_the_lower_bound(shape, policy):
             live[first] += aligned(high - low)
             live[last + 1] -= aligned(high - low)
         peak = max(peak, int(live.cumsum().max()))
-    assert layout.bound == peak
+    padding = 0 if accumulates else 2 * ALIGN * len(layout.programs[0].params)
+    assert peak <= layout.bound <= peak + padding
     print(f"activations {size:,} B, lower bound {peak:,} B: {100 * (size / peak - 1):.3f} % more")
-    assert peak <= size <= 1.02 * peak
+    assert peak <= size <= (1.02 if accumulates else 1.04) * peak  # gradients cannot move, so a little is lost beside them
 
 
 def test_regions_and_flat_vectors_lie_side_by_side():
@@ -88,7 +97,7 @@ def test_regions_and_flat_vectors_lie_side_by_side():
         at += size
     assert at == layout.nbytes
     p, stretches = layout.programs[0], []
-    for flat in ("param", "grad", "m", "v", "master"):
+    for flat in ("param", "grad", "m", "v", "low"):
         for info in p.params.values():
             start, dtype = layout.part(flat, info.tensor)
             stretches.append((start, start + info.tensor.size * dtype.size))
@@ -135,6 +144,27 @@ def test_one_arena_computes_what_separate_buffers_do(one_pass, tiny, monkeypatch
     assert same(got, one_pass(model, "rounded" if backend == "poisoned" else backend, dtype=dtype, policy=policy))
     monkeypatch.setattr(planner, "lifetimes", too_short)  # the negative control
     assert not same(one_pass(model, backend, dtype=dtype, policy=policy), got)
+
+
+def unborn(head, p):
+    """Gradients that the planner believes to be born one call late."""
+    return [(a, b, first + 1 if first else 0, last) for a, b, first, last in SPANS(head, p)]
+
+
+SPANS = planner.gradient_spans
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_activations_in_the_gradients_memory_change_nothing(one_pass, tiny, monkeypatch, dtype, policy):
+    """Sharing memory with gradients is invisible in the numbers; believing them born late is not."""
+    model = tiny()
+    apart = one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=True)
+    assert same(apart, one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=False))
+    assert same(one_pass(model, "rounded", dtype=dtype, policy=policy, accumulates=True),
+                one_pass(model, "poisoned", dtype=dtype, policy=policy, accumulates=False))
+    monkeypatch.setattr(planner, "gradient_spans", unborn)
+    assert overlap(spans(lay_out(model, 4, 16, F32, policy, False), 0)) is not None
 
 
 def test_the_overlap_check_sees_a_planner_that_frees_early(monkeypatch):

@@ -19,7 +19,7 @@ from handgrad.train.config import Config
 from handgrad.train.outliers import WINDOW
 
 TINY = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 --model.vocab-size 97 "
+    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 "
     "--run.micro-batch 2 --run.threads 1 --run.steps 6 --optim.warmup 2 --run.val-tokens 64 --run.sample-tokens 0"
 ).split()
 
@@ -70,7 +70,7 @@ def log():
 
 
 def test_the_run_folder(words, capsys):
-    assert train("--run.sample-tokens", "8", "--run.val-every", "4", "--run.save-every", "2", "--run.prompt", "abc") == 0
+    assert train(*"--run.sample-tokens 8 --run.val-every 4 --run.save-every 2 --run.prompt abc".split()) == 0
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         "config.json", "log.jsonl", "memory.txt", "report.html", "run.json", "sample.txt", "tokenizer-spec.json",
@@ -84,7 +84,7 @@ def test_the_run_folder(words, capsys):
     text = Path("run/sample.txt").read_text()
     assert text.startswith("abc") and len(text) == 3 + 8 + 1
     out = capsys.readouterr().out
-    assert text in out and "step 6/6 | loss" in out and "tok/s" in out and "run folder run" in out
+    assert text in out and "step 6/6 | loss" in out and "tok/s" in out and "in run: report.html" in out
     page = Path("run/report.html").read_text()
     assert "<svg" in page and "hidden_size" in page and "abc" in page and "http" not in page.replace("www.w3.org", "")
     summary = json.loads(Path("run/run.json").read_text())["summary"]
@@ -150,13 +150,12 @@ def test_folders_are_numbered(words):
 
 def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
     (words / "words" / "meta.json").unlink()
-    flags = [flag for flag in TINY if flag not in ("--model.vocab-size", "97")]
-    assert main(["train", "--data.train", "words/train_*.bin", "--run.out", "run", *flags, "--run.steps", "1"]) == 0
+    assert main(["train", "--data.train", "words/train_*.bin", "--run.out", "run", *TINY, "--run.steps", "1"]) == 0
     assert json.loads(Path("run/config.json").read_text())["model"]["vocab_size"] == 50257
     assert json.loads(Path("run/tokenizer-spec.json").read_text()) == {"kind": "gpt2"}
 
 
-# mistakes that are known before: one line, and no run folder -----------------------------------------------------------
+# mistakes that are known before: one line, and no run folder ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("flags", "line"), [
@@ -194,14 +193,15 @@ def damage(path, how):
     elif how == "a token of another vocabulary":
         write_shard(path, [np.full(5000, 97)], id_dtype(98))
     else:
-        path.write_bytes({"empty": b"", "header cut off": raw[:500], "truncated": raw[:-10], "too long": raw + b"00",
-                          "wrong magic": b"abcd" + raw[4:], "wrong version": raw[:4] + b"\7\0\0\0" + raw[8:]}[how])  # fmt: skip
+        wrong = {"empty": b"", "header cut off": raw[:500], "truncated": raw[:-10], "too long": raw + b"00"}
+        wrong |= {"wrong magic": b"abcd" + raw[4:], "wrong version": raw[:4] + b"\7\0\0\0" + raw[8:]}
+        path.write_bytes(wrong[how])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("how", "part"), [
     ("missing", "at least one token shard must match"),
-    ("empty", "0 bytes"),
+    ("empty", "must hold tokens, but got an empty file."),
     ("header cut off", "500"),
     ("truncated", "must"),
     ("too long", "must"),
@@ -220,7 +220,7 @@ def test_damaged_shards(words, told, split, how, part):
 
 def test_a_text_file_is_no_shard(words, told):
     Path("play.txt").write_text("To be, or not to be\n" * 100)
-    assert "play.txt" in told("--data.train", "play.txt")
+    assert "play.txt must" in told("--data.train", "play.txt")
 
 
 def test_sequences_longer_than_the_data(words, told):
@@ -282,23 +282,23 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_read_only(words, told, small_disk):
     small_disk("size=1m,ro")
     line = told("--run.out", "disk/run")
-    assert line == "[run] the run folder is writable, but got 'disk/run': Read-only file system. hint: another --run.out"
+    assert line.startswith("[run] the run folder is writable, but got 'disk/run': Read-only file system.")
 
 
 def test_a_disk_that_is_full_at_once(words, told, small_disk):
     small_disk("size=16k")
     line = told("--run.out", "disk/run", "--data.train", "shakespeare")
-    assert "must be writable, but got No space left on device." in line
+    assert line.startswith("[data] disk/run/data/") and "No space left on device" in line
 
 
 def test_a_disk_that_fills_up_while_saving(words, told, small_disk):
-    """The checkpoints before it stay whole; with room again the run goes on, bit for bit like one that had it all along."""
+    """The checkpoints before it stay whole; with room again the run goes on like one that always had it."""
     flags = ["--run.save-every", "2", "--run.keep-last", "9", "--run.dtype", "f32"]
     assert train(*flags) == 0
     size = sum(path.stat().st_size for path in Path("run/step_000006").iterdir())
     small_disk(f"size={int(2.5 * size) >> 10}k")
     line = told("--run.out", "disk/run", *flags, made=True)
-    assert re.match(r"\[checkpoint\] disk/run/step_000006 must be writable, but got No space left on device\. hint: ", line)
+    assert line.startswith("[checkpoint] disk/run/step_000006 must be writable, but got ") and "No space left" in line
     kept = sorted(path.name for path in Path("disk/run").glob("step_*"))
     assert kept == ["step_000002", "step_000004"]
     subprocess.run(["mount", "-o", "remount,size=64m", "disk"], check=True)
@@ -325,8 +325,8 @@ def test_updates_that_are_not_finite_are_skipped_and_named_and_end_the_run(words
 
 def test_nan_check_names_call_block_and_source_line(words, told):
     line = told("--run.out", "run", "--optim.lr", "1e30", "--optim.warmup", "0", "--run.check", "nan", made=True)
-    pattern = r"\[check\] every output is finite, but got a non-finite value in '\w+' of \w+ \w+\. block \S+, \S+\.py:\d+\."
-    assert re.match(pattern, line), line
+    rule = r"\[check\] every output is finite, but got a non-finite value"
+    assert re.match(rf"{rule} in '\w+' of \w+ \w+\. block \S+, \S+\.py:\d+\.", line), line
 
 
 def test_updates_far_outside_the_last_ones_are_skipped(words):
@@ -339,7 +339,8 @@ def test_updates_far_outside_the_last_ones_are_skipped(words):
     assert train(*flags, "--run.skip-loss-z", "5") == 0
     events = [line for line in log() if "event" in line]
     assert [line["step"] for line in events] == [spike + 1]
-    assert re.match(rf"update skipped: loss \S+ is \d+\.\d standard deviations above the last {WINDOW}", events[0]["event"])
+    rule = rf"update skipped: loss \S+ is \d+\.\d standard deviations above the last {WINDOW}"
+    assert re.match(rule, events[0]["event"])
     without = log()[-1]["loss"]
     shutil.rmtree("run")
     assert train(*flags) == 0

@@ -13,7 +13,7 @@ from handgrad.core.plan import MIB, REGIONS, Plan
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
-NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "byte": np.uint8}
+NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "i16": np.int16, "byte": np.uint8}
 KNOBS_DTYPE = np.dtype([(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in KNOBS])
 
 

@@ -38,7 +38,10 @@ def main(argv: list[str]) -> int:
     chosen = [OPS[n] for n in a.names or OPS]
     mode = {"support": support, "check": check, "grad": grad, "bench": bench}[a.mode]
     table, failed = mode(chosen, open_backend("cpu", a.threads))
-    Console(highlight=False).print(table)
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = True
+    Console(highlight=False, markup=False, emoji=False).print(table)  # db:M:f32 is no picture of an M
     return 1 if failed else 0
 
 

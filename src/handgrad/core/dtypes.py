@@ -16,8 +16,9 @@ class DType:
 
 
 F32 = DType("f32", 4, 2.0**-24)
-BF16 = DType("bf16", 2, 2.0**-9)
+BF16 = DType("bf16", 2, 2.0**-8)
 I32 = DType("i32", 4, 0.0)
+I16 = DType("i16", 2, 0.0)
 BYTE = DType("byte", 1, 0.0)
 
-DTYPES = {d.name: d for d in (F32, BF16, I32, BYTE)}
+DTYPES = {d.name: d for d in (F32, BF16, I32, I16, BYTE)}

@@ -76,10 +76,10 @@ class Plan:
         """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward still reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-        flats = [flat for flat in self.flats if flat != "param"]
+        state = sum(dtype.size for flat, (_, dtype) in self.flats.items() if flat != "param")
         for info in p.params.values():
             rows[info.block][0] += info.tensor.nbytes
-            rows[info.block][1] += info.tensor.size * F32.size * len(flats)
+            rows[info.block][1] += info.tensor.size * state
         crosses = {t for c in p.calls if c.phase != "forward" for t in c.ins if t is not None and t.role is Role.ACT}
         for t, c in p.producer.items():
             if c.phase == "forward" and t in crosses:
@@ -110,11 +110,20 @@ Fixed = tuple[int, int, int, int]  # offset, end, first, last: bytes that are ta
 
 
 def place(spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[dict[Tensor | Call, int], int]:
-    """Offsets and total bytes: biggest first, each at the lowest gap that no overlapping lifetime occupies."""
+    """Offsets and total bytes, each span at the lowest gap that no overlapping lifetime occupies: the better of two orders.
+
+    Biggest first suits activations by themselves; longest-lived first suits them among gradients, whose places are fixed.
+    """
+    biggest = sorted(spans, key=lambda s: (-s.nbytes, s.first))
+    longest = sorted(spans, key=lambda s: (s.first - s.last, -s.nbytes))
+    return min((_first_fit(order, fixed) for order in (biggest, longest)), key=lambda placed: placed[1])
+
+
+def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[Tensor | Call, int], int]:
     offsets: dict[Tensor | Call, int] = {}
     placed = sorted(fixed)
     top = 0
-    for span in sorted(spans, key=lambda s: (-s.nbytes, s.first)):
+    for span in spans:
         at = 0
         for low, high, first, last in placed:
             if last < span.first or span.last < first:
@@ -167,7 +176,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
     """
     head, result = programs[0], Plan(programs)
-    used = dict.fromkeys(t.flat for c in head.calls for t in (*c.outs, *c.ins) if t is not None and t.flat)
+    used = {t.flat: t.dtype for c in head.calls for t in (*c.outs, *c.ins) if t is not None and t.flat}
     moments = [flat for flat in used if flat not in ("param", "grad")]
     at = 0
     for region, flats in (
@@ -177,7 +186,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     ):
         start = at
         for flat in flats:
-            dtype = head.dtype if flat == "param" else F32
+            dtype = head.dtype if flat == "param" else used.get(flat, F32)
             result.flats[flat] = at, dtype
             at += aligned(head.flat_size * dtype.size)
         if region == "state":

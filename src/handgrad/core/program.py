@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.dtypes import BYTE, F32, DType
+from handgrad.core.dtypes import BYTE, F32, I16, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.knobs import KNOBS_BYTES
 from handgrad.core.op import Op, bind_dims
@@ -288,9 +288,10 @@ class Program:
         return self.starts[param]
 
     def slice(self, flat: str, start: int, size: int, name: str) -> Tensor:
-        """A handle on a stretch of a flat vector: "param", "grad", or an optimizer's "m", "v", "master"."""
+        """A handle on a stretch of a flat vector: "param", "grad", or an optimizer's "m", "v", "low"."""
         role = {"param": Role.PARAM, "grad": Role.GRAD}.get(flat, Role.STATE)
-        handle = Tensor(name, (size,), self.dtype if flat == "param" else F32, role, flat)
+        dtype = {"param": self.dtype, "low": I16}.get(flat, F32)
+        handle = Tensor(name, (size,), dtype, role, flat)
         self.starts[handle] = start
         return handle
 

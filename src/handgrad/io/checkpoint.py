@@ -44,6 +44,7 @@ _DTYPES = {  # safetensors' name: numpy's
     "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
+    "I16": "int16",
     "U64": "uint64",
     "U32": "uint32",
     "U8": "uint8",

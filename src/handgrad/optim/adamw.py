@@ -48,11 +48,11 @@ class AdamW:
                     flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}")
                     for flat in ("param", "grad", "m", "v")
                 }
-                master = None if g.dtype is F32 else g.slice("master", bucket.start, bucket.size, f"{name}.master")
+                low = None if g.dtype is F32 else g.slice("low", bucket.start, bucket.size, f"{name}.low")
                 g.emit(
                     adamw,
                     part["grad"],
-                    into={"p": part["param"], "m": part["m"], "v": part["v"], "master": master},
+                    into={"p": part["param"], "m": part["m"], "v": part["v"], "low": low},
                     beta1=self.betas[0],
                     beta2=self.betas[1],
                     eps=self.eps,

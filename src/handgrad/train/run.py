@@ -27,7 +27,7 @@ from handgrad.infer import Sampling
 from handgrad.infer.load import TOKENIZER
 from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.config import Config
+from handgrad.train.config import Config, ModelConfig
 from handgrad.train.log import RunLog, replace_file
 from handgrad.train.report import write_report
 from handgrad.train.trainer import Trainer
@@ -53,17 +53,19 @@ def train(c: Config, quiet: bool = False) -> int:
     with log:
         finished = loop(run, log)
         last = run.trainer.last_step
-        if finished and run.prompt:
-            text = run.sample()
-            log.say(f"\n{text}\n")
+        text = run.sample() if finished and run.prompt else ""
+        if text:
             replace_file(out / "sample.txt", text + "\n")
         summary = run.facts | {"tokens": last * run.config.data.batch_tokens}
         replace_file(out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
         write_report(out)
-        if finished:
-            log.say(f"run folder {out}: report.html, log.jsonl, step_{last:06d}; handgrad generate {out} --prompt TEXT")
-        else:
-            log.say(f"stopped after step {last} and saved; go on with: handgrad train --run.resume --run.out {out}")
+    if finished:  # below the live line, which has ended
+        log.say(f"\n{text}\n" if text else "")
+        log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
+        log.say(f"ask it: handgrad generate {out} --prompt TEXT")
+    else:
+        log.say(f"stopped after step {last}, saved in {out}")
+        log.say(f"go on: handgrad train --run.resume --run.out {out}")
     return 0 if finished else INTERRUPTED
 
 
@@ -146,6 +148,8 @@ class Run:
             threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
         )  # fmt: skip
         data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
+        if self.val is not None:
+            next(self.val.sweep(1))
         self.done = self.trainer.resume() if r.resume else 0
         if self.done > r.steps:
             raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {self.done}", r.steps)
@@ -166,6 +170,8 @@ class Run:
     def show(self) -> None:
         """Prints the settings, the longest group beside the others, and the facts."""
         table = Table(box=None, padding=(0, 1), show_header=False)
+        for _ in range(7):
+            table.add_column(overflow="fold")
         columns: list[list[tuple[str, str, str]]] = [[], []]
         for group, values in asdict(self.config).items():
             for i, (name, value) in enumerate(values.items()):
@@ -173,7 +179,7 @@ class Run:
                 columns[group == "run"].append(("" if i else group, name.replace("_", "-"), text))
         for left, right in zip_longest(*columns, fillvalue=("", "", "")):
             table.add_row(*left, "  ", *right)
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         console.print(table)
         f, where = self.facts, f"run folder {self.out}"
         console.print(
@@ -297,7 +303,7 @@ def undone_unless_begun(out: Path, resume: bool) -> Iterator[None]:
 def resumed(c: Config) -> Config | None:
     """The settings saved in the run folder that these resume, or None: defaults to read the command line over.
 
-    Sizes that are the preset's are left to it, so that another preset on the command line is another model.
+    Sizes that are the preset's are left to it, and all are where another is asked for: that is another model.
     """
     out = Path(c.run.out) if c.run.out else default_folder(c)
     path = out / SETTINGS
@@ -310,7 +316,8 @@ def resumed(c: Config) -> Config | None:
         raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
     m = saved.model
     own = preset(f"d{m.depth}" if m.depth else m.preset)
-    sizes = {name: 0 for name in SIZES if getattr(m, name) == own[name]}
+    other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
+    sizes = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
     return replace(saved, model=replace(m, **sizes), run=replace(saved.run, out=str(out)))
 
 

@@ -38,7 +38,9 @@ def record_train(
     head_chunks: int = 0,
     accumulates: bool = False,
 ) -> Program:
-    """The list of one step: forward, backward | norm | update | load (master weights to working dtype, after a start).
+    """The list of one step: forward, backward | norm | update | load.
+
+    "load" turns float32 weights that lie in the gradients' memory into the working dtype; it runs once after a start.
 
     `accumulates`: a step has several micro-batches.
     """
@@ -60,10 +62,10 @@ def record_train(
         for bucket in p.buckets:
             with p.block(bucket.block, prefix=False):
                 name = f"{bucket.block}.{'decay' if bucket.decay else 'plain'}"
-                master, working = (
-                    p.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("master", "param")
+                x, y, low = (
+                    p.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("grad", "param", "low")
                 )
-                p.emit(cast, master, into={"y": working})
+                p.emit(cast, x, into={"y": y, "low": low})
     return p
 
 
@@ -82,9 +84,9 @@ def chunks_of(rows: int, head_chunks: int) -> int:
 
 
 def initialize(p: Program, arena: Any, seed: int) -> None:
-    """Draws the initial weights in float32, each parameter from its own stream of the seed, without a copy."""
+    """Draws the initial weights in float32, each parameter from its own stream of the seed, where "load" finds them."""
     for i, info in enumerate(p.params.values()):
-        target = arena.part("master" if "master" in arena.plan.flats else "param", info.tensor)
+        target = arena.part("param" if p.dtype is F32 else "grad", info.tensor)
         rows = target if info.init.rows is None else target[: info.init.rows]
         target[...] = 1.0 if info.init.kind == "ones" else 0.0
         if info.init.kind == "normal":
@@ -113,7 +115,7 @@ class Trainer:
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     micro_batch          sequences per forward and backward pass; a step accumulates as many as it needs
     backend              "cpu" or "ref"
-    dtype                "f32", or "bf16" with float32 master weights
+    dtype                "f32", or "bf16", whose weights keep their low 16 bits beside them
     recompute            "none", "act", "act_norm" or "block"
     head_chunks          pieces of the head's logits; 0 for pieces of at most 512 rows
     val, sample          plan for evaluate() and for generate() too
@@ -268,7 +270,7 @@ class Trainer:
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, np.ndarray]:
-        """Optimizer state by name: m.<parameter>, v.<parameter>, master.<parameter>."""
+        """Optimizer state by name: m.<parameter>, v.<parameter>, low.<parameter>."""
         flats = [flat for flat in self.plan.flats if flat not in ("param", "grad")]
         return {
             f"{flat}.{name}": self.arena.part(flat, info.tensor)
@@ -285,14 +287,14 @@ class Trainer:
         return {name: self.arena.part("grad", info.tensor) for name, info in self.program.params.items()}
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
-        """Replaces the weights (master weights included) by arrays of the same names and shapes."""
+        """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
         mine = {name: info.tensor for name, info in self.program.params.items()}
         if set(params) != set(mine):
             raise HandgradError("train", f"weights are {len(mine)} named arrays", sorted(set(params) ^ set(mine))[:3])
         for name, t in mine.items():
             if params[name].shape != t.shape:
                 raise HandgradError("train", f"'{name}' has shape {t.shape}", params[name].shape)
-            self.arena.part("master" if "master" in self.plan.flats else "param", t)[...] = params[name]
+            self.arena.part("param" if self.program.dtype is F32 else "grad", t)[...] = params[name]
         self._train.run(self._load)
 
     def save(self, step: int, config: dict[str, Any] | None = None, keep_last: int = 0, keep_every: int = 0) -> Path:

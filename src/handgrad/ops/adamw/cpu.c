@@ -1,5 +1,5 @@
 // adamw: m, v, p from a gradient; decay is decoupled                                               math: README.md §2
-// writes =  p: (n) dtype;  m, v: (n) f32;  in bf16 master: (n) f32, which p is the rounded copy of
+// writes =  p: (n) dtype;  m, v: (n) f32;  in bf16 low: (n) i16, the half of the float32 weight that p lacks
 // numerics  f32; bias corrections in double
 // layout    one pass over flat vectors, blocks of elements shared among threads
 // source    after Loshchilov & Hutter 2019, algorithm 2; order of operations as in torch.optim.AdamW
@@ -11,9 +11,7 @@ ENTRY(adamw) {
   real *restrict p = P(0);                       // (n)
   float *restrict m = P(1), *restrict v = P(2);  // (n)
 #if HG_BF16
-  float *restrict weight = P(3);                 // (n) master
-#else
-  float *restrict weight = p;                    // its own master
+  int16_t *restrict low = P(3);                  // (n)
 #endif
   const float *restrict grad = P(4);             // (n)
   int64_t n = I(5);
@@ -31,9 +29,16 @@ ENTRY(adamw) {
       float g = grad[i] * scale;
       m[i] = keep1 * m[i] + take1 * g;
       v[i] = keep2 * v[i] + take2 * (g * g);
-      weight[i] = shrink * weight[i] - rate * (m[i] / (sqrtf(v[i]) * root + floor));
 #if HG_BF16
-      p[i] = store(weight[i]);
+      float weight = join_weight(p[i], low[i]);
+#else
+      float weight = p[i];
+#endif
+      weight = shrink * weight - rate * (m[i] / (sqrtf(v[i]) * root + floor));
+#if HG_BF16
+      p[i] = split_weight(weight, low + i);
+#else
+      p[i] = weight;
 #endif
     }
   }

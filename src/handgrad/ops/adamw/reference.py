@@ -16,7 +16,7 @@ def adamw(
     step: int,
     grad_scale: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """p, m, v (n) after one step, counted from 1. p is the f32 weight: the master where the dtype is bf16."""
+    """p, m, v (n) after one step, counted from 1. p is the whole weight, also where the dtype is bf16."""
     g = grad * grad_scale
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g**2

@@ -55,6 +55,19 @@ static inline bf16 float_to_bf16(float f) {
   return (bf16)(f == f ? rounded : 0x7fc0u);
 }
 
+// A float32 weight in two halves: its nearest bf16, which the model reads, and a signed 16-bit rest, which only the update
+// reads. Together they are the float32, bit for bit. Ties go away from zero, so that the rest fits 16 bits.
+static inline bf16 split_weight(float f, int16_t *low) {
+  union { float f; uint32_t u; } x = {.f = f};
+  uint32_t high = (x.u + 0x8000u) >> 16;
+  *low = (int16_t)(uint16_t)x.u;  // the low half, which is negative just where rounding went up
+  return (bf16)high;
+}
+static inline float join_weight(bf16 high, int16_t low) {
+  union { uint32_t u; float f; } x = {.u = ((uint32_t)high << 16) + (uint32_t)(int32_t)low};
+  return x.f;
+}
+
 #if HG_BF16
 typedef bf16 real;
 static inline float load(real v) { return bf16_to_float(v); }

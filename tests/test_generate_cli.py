@@ -1,0 +1,234 @@
+"""handgrad generate: what the flags do, and one line for whatever is wrong with a checkpoint or a prompt."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from handgrad.cli.__main__ import main
+
+LINE = "the quick brown fox jumps over a lazy dog.\n"  # 43 letters: the model sees it begin everywhere
+TEXT = LINE * 200
+TINY = (
+    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 --run.micro-batch 4 "
+    "--run.threads 1 --run.steps 150 --run.dtype f32 --optim.lr 0.01 --optim.warmup 10 --run.save-every 75"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run that has read one line again and again."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "line.txt").write_text(TEXT)
+    words = f"data text {folder}/line.txt --out {folder}/data --tokenizer chars".split()
+    assert main(words) == 0
+    assert main(["train", "--data.train", f"{folder}/data", "--run.out", f"{folder}/run", *TINY]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run folder, to be damaged."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture
+def says(run, capsys):
+    """A function that generates from the run and returns what is printed."""
+
+    def generate(*flags, at=run):
+        assert main(["generate", str(at), "--threads", "1", "--max-tokens", "30", *flags]) == 0
+        out, err = capsys.readouterr()
+        assert not err
+        return out
+
+    return generate
+
+
+@pytest.fixture
+def told(capsys):
+    """A function that generates, which must fail; returns its one line of error."""
+
+    def generate(at, *flags):
+        capsys.readouterr()
+        assert main(["generate", str(at), "--threads", "1", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("[") and err.count("\n") == 1, out + err
+        return err.strip()
+
+    return generate
+
+
+# what the flags do ----------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_comes_first_and_greedy_goes_on_with_the_line(says):
+    text = says("--prompt", "the quick b", "--temperature", "0")
+    assert text == LINE[:41] + "\n"
+
+
+def test_seeds(says):
+    one, again, two = (says("--temperature", "2", "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == again != two
+
+
+def test_top_k_and_top_p_at_their_narrowest_are_greedy(says):
+    greedy = says("--temperature", "0", "--prompt", "the")
+    assert says("--top-k", "1", "--prompt", "the") == greedy
+    assert says("--top-p", "1e-9", "--prompt", "the") == greedy
+
+
+def test_stop_strings_end_before_themselves(says):
+    assert says("--temperature", "0", "--prompt", "the quick", "--stop", "over", "fox") == "the quick brown \n"
+    assert says("--temperature", "0", "--prompt", "the quick", "--stop", "never").startswith("the quick brown fox")
+
+
+def test_a_text_longer_than_the_model_reads(says):
+    """The window moves on: 200 tokens from a model of 32, after a prompt of 80."""
+    text = says("--temperature", "0", "--prompt", TEXT[:80], "--max-tokens", "200")
+    assert text.startswith(TEXT[:80]) and len(text) == 80 + 200 + 1
+
+
+def test_a_checkpoint_and_other_dtypes_and_backends(says, run):
+    flags = ("--temperature", "0", "--prompt", "the ")
+    text = says(*flags)
+    assert says(*flags, at=run / "step_000150") == text
+    assert says(*flags, "--backend", "ref") == text
+    assert says(*flags, "--dtype", "bf16").startswith("the ")
+    assert says(*flags, at=run / "step_000075").startswith("the ")
+
+
+def test_a_prompt_from_standard_input(says, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the fox\n")))
+    assert says("--prompt", "-").startswith("the fox\n")
+
+
+def test_streaming(run):
+    """The first characters are there while the last are still to come."""
+    command = [sys.executable, "-m", "handgrad.cli", "generate", str(run), "--threads", "1", "--max-tokens", "20000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert len(process.stdout.read(10)) == 10
+        first = time.perf_counter()
+        assert process.poll() is None
+        rest = process.stdout.read()
+        assert len(rest) > 10_000 and time.perf_counter() - first > 0.05
+    assert process.returncode == 0
+
+
+# prompts and flags out of range ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--prompt", ""], "[generate] a prompt holds at least one character, but got an empty one."),
+    (["--max-tokens", "0"], "[generate] --max-tokens is at least 1, but got 0."),
+    (["--temperature", "-1"], "[sample] temperature must be 0 (greedy) or a positive number, but got -1.0."),
+    (["--temperature", "nan"], "[sample] temperature must be 0 (greedy) or a positive number, but got nan."),
+    (["--top-k", "-1"], "[sample] top_k must be 0 (all tokens) or more, but got -1."),
+    (["--top-p", "0"], "[sample] top_p must lie above 0 and at most at 1 (all tokens), but got 0.0."),
+    (["--seed", "-1"], "[sample] seed must be 0 or more, but got -1."),
+    (["--stop", ""], "[sample] a stop string must hold at least one character, but got an empty one."),
+    (["--dtype", "f16"], "[generate] --dtype takes one of saved, f32, bf16, but got 'f16'."),
+])  # fmt: skip
+def test_flags_out_of_range(run, told, flags, line):
+    assert told(run, *flags) == line
+
+
+def test_characters_outside_the_vocabulary(run, told):
+    line = told(run, "--prompt", "foxé")
+    assert line.startswith("[tokenizer] the text must be spelled with the 29 characters of the training text")
+    assert "but got 'é' at character 3." in line
+
+
+def test_standard_input_that_is_empty(run, told, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "but got an empty one" in told(run, "--prompt", "-")
+
+
+# damaged run folders --------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_no_runs(told, tmp_path):
+    line = "[generate] a run folder is a folder, but got no 'none'. hint: handgrad train makes one"
+    assert told("none") == line
+    assert told(tmp_path) == f"[generate] a run folder holds a complete checkpoint, but got none in '{tmp_path}'."
+
+
+def test_a_checkpoint_without_done(copy, told, says):
+    (copy / "step_000150" / "DONE").unlink()
+    assert "must be complete, but got no file DONE in it." in told(copy / "step_000150")
+    assert says(at=copy)  # the one before it
+    (copy / "step_000075" / "DONE").unlink()
+    assert "holds a complete checkpoint, but got none" in told(copy)
+
+
+def change(copy, do):
+    """Rewrites the newest checkpoint's tensors."""
+    path = copy / "step_000150" / "model.safetensors"
+    tensors = load_file(path)
+    do(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(("do", "part"), [
+    (lambda t: t.pop("h.1.mlp.c_fc.weight"), "must hold the tensor 'h.1.mlp.c_fc.weight', but got no such."),
+    (lambda t: t.update({"h.2.ln_1.weight": np.zeros(32, np.float32)}), "but got also 'h.2.ln_1.weight'."),
+    (lambda t: t.update({"wte.weight": np.zeros((128, 31), np.float32)}),
+     "must be float32 (128, 32), but got float32 (128, 31)."),
+    (lambda t: t.update({"wpe.weight": t["wpe.weight"].astype(np.float64)}),
+     "must be float32 (32, 32), but got float64 (32, 32)."),
+])  # fmt: skip
+def test_tensors_missing_too_many_or_misshapen(copy, told, do, part):
+    change(copy, do)
+    line = told(copy)
+    assert line.startswith("[checkpoint] ") and part in line
+
+
+def test_weights_that_are_not_numbers(copy, capsys):
+    change(copy, lambda tensors: tensors["wte.weight"].fill(np.nan))
+    capsys.readouterr()
+    assert main(["generate", str(copy), "--threads", "1"]) == 2
+    assert "the weights are damaged or the training run diverged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "header", "noise", "missing"])
+def test_corrupt_safetensors(copy, told, how):
+    path = copy / "step_000150" / "model.safetensors"
+    raw = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        new = {"empty": b"", "truncated": raw[:-100], "header": b"\xff" * 8 + raw[8:], "noise": raw[:20] + raw[40:]}
+        path.write_bytes(new[how])
+    assert "model.safetensors must be a whole safetensors file, but got " in told(copy)
+
+
+@pytest.mark.parametrize(("do", "part"), [
+    (lambda saved: saved["model"].pop("num_heads"), "run.json gives "),
+    (lambda saved: saved["model"].update(color=1), "but got 'color'."),
+    (lambda saved: saved["model"].update(num_heads="2"), "run.json gives num_heads as int, but got '2'."),
+    (lambda saved: saved["model"].update(num_heads=3), "hidden_size is a multiple of num_heads"),
+    (lambda saved: saved.update(dtype="f16"), "run.json gives a dtype of bf16, f32, but got 'f16'."),
+    (lambda saved: saved.pop("model"), "must hold 'model' of type dict"),
+])  # fmt: skip
+def test_damaged_descriptions(copy, told, do, part):
+    path = copy / "step_000150" / "run.json"
+    saved = json.loads(path.read_text())
+    do(saved)
+    path.write_text(json.dumps(saved))
+    assert part in told(copy)
+
+
+def test_a_tokenizer_that_is_missing_or_damaged(copy, told):
+    path = copy / "tokenizer-spec.json"
+    path.write_text("{")
+    assert "tokenizer-spec.json is JSON" in told(copy)
+    path.write_text('{"kind": "words"}')
+    assert "a tokenizer's kind must be" in told(copy)
+    path.unlink()
+    assert "tokenizer-spec.json says how text becomes tokens, but got no such file." in told(copy / "step_000150")

@@ -1,0 +1,341 @@
+"""A run that was stopped, killed or cut short goes on as if nothing had been: the same log, the same weights."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from handgrad.cli.__main__ import main
+from handgrad.data import id_dtype, write_shard
+from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from handgrad.train.outliers import WINDOW
+from handgrad.train.run import resumed, train
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A folder of shards: ids below 97 with much repetition."""
+    folder = tmp_path_factory.mktemp("words")
+    rng = np.random.default_rng(0)
+    write_shard(folder / "train_0.bin", [np.cumsum(rng.integers(0, 3, 20_000)) % 97], id_dtype(97))
+    write_shard(folder / "val_0.bin", [np.cumsum(rng.integers(0, 3, 500)) % 97], id_dtype(97))
+    characters = "".join(map(chr, range(33, 130)))
+    meta = {"tokenizer": {"kind": "chars", "characters": characters}, "vocab_size": 97, "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"train": {}, "val": {}}))
+    return str(folder)
+
+
+def config(words, out, **run):
+    """Two accumulated micro-batches a step, dropout, a checkpoint every 4 steps, a validation every 5."""
+    return Config(
+        ModelConfig(num_layers=2, num_heads=2, hidden_size=32, max_seq_len=16, dropout=0.1),
+        DataConfig(words, batch_tokens=64),
+        OptimConfig(warmup=4),
+        RunConfig(**dict(out=str(out), steps=STEPS, micro_batch=2, threads=1, save_every=4, keep_last=9, val_every=5,
+                         val_tokens=64, sample_tokens=4, sample_every=3, prompt="a") | run),
+    )  # fmt: skip
+
+
+def flags(c):
+    """The settings as a command line."""
+    words = []
+    for group in ("model", "data", "optim", "run"):
+        for name, value in vars(getattr(c, group)).items():
+            flag = f"--{group}.{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words += [flag if value else f"--{group}.no-{name.replace('_', '-')}"]
+            elif value is not None:
+                words += [flag, str(value)]
+    return words
+
+
+def log(out):
+    """The log without the two keys that tell the time."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def weights(out, step=STEPS):
+    folder = Path(out) / f"step_{step:06d}"
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "state.rank00.safetensors")}
+
+
+def same(out, other, step=STEPS):
+    assert log(out) == log(other)
+    assert weights(out, step) == weights(other, step)
+
+
+def forget(out, after):
+    """Leaves what a run that died before its next checkpoint had left."""
+    for path in Path(out).glob("step_*"):
+        if int(path.name[5:]) > after:
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """Run folders that nothing interrupted, by dtype."""
+    made = {}
+
+    def run(dtype):
+        if dtype not in made:
+            made[dtype] = tmp_path_factory.mktemp("whole") / dtype
+            assert train(config(words, made[dtype], dtype=dtype), quiet=True) == 0
+        return made[dtype]
+
+    return run
+
+
+# in one process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("after", [4, 8])
+def test_resume_is_bit_for_bit(words, whole, tmp_path, dtype, after):
+    assert [line["step"] for line in log(whole(dtype))] == list(range(1, STEPS + 1))
+    shutil.copytree(whole(dtype), tmp_path / "run")
+    forget(tmp_path / "run", after)
+    assert train(config(words, tmp_path / "run", dtype=dtype, resume=True), quiet=True) == 0
+    same(tmp_path / "run", whole(dtype))
+
+
+def test_another_seed_is_another_run(words, whole, tmp_path):
+    """The comparison above can fail."""
+    assert train(config(words, tmp_path / "run", dtype="f32", seed=1), quiet=True) == 0
+    with pytest.raises(AssertionError):
+        same(tmp_path / "run", whole("f32"))
+
+
+def test_outlier_windows_go_on(words, tmp_path):
+    """Skips depend on the last 128 losses: a run resumed within a window skips the same updates."""
+    settings = dict(
+        steps=WINDOW + 30, save_every=WINDOW + 10, sample_tokens=0, skip_loss_z=1.0, skip_grad_z=1.0, max_skipped=99
+    )
+
+    def flat(out, **more):  # learns nothing, so that losses vary but do not fall
+        return replace(config(words, out, **settings, **more), optim=OptimConfig(lr=0.0, warmup=0))
+
+    assert train(flat(tmp_path / "whole"), quiet=True) == 0
+    skips = [line["step"] for line in log(tmp_path / "whole") if "event" in line]
+    assert min(skips) < WINDOW + 10 < max(skips)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    forget(tmp_path / "run", WINDOW + 10)
+    assert train(flat(tmp_path / "run", resume=True), quiet=True) == 0
+    same(tmp_path / "run", tmp_path / "whole", WINDOW + 30)
+
+
+def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
+    out = str(tmp_path / "run")
+    assert main(["train", *flags(config(words, out, steps=4))]) == 0
+    assert main(["train", "--run.resume", "--run.out", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
+    saved = resumed(Config(run=RunConfig(out=out)))
+    assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
+    assert log(out)[-1]["lr"] <= 1e-4
+
+
+def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run")]) == 0
+    same(tmp_path / "run", whole("f32"))
+
+
+def test_nothing_to_resume_is_a_fresh_start(words, whole, tmp_path):
+    assert train(config(words, tmp_path / "run", dtype="f32", resume=True), quiet=True) == 0
+    same(tmp_path / "run", whole("f32"))
+
+
+# what cannot be resumed -----------------------------------------------------------------------------------------------
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("words_", "part"), [
+    ("--model.hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
+    ("--model.depth 3", "[resume] the checkpoint's model has "),
+    ("--model.preset gpt2-124m", "[resume] the checkpoint's model has "),
+    ("--model.dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
+    ("--run.dtype bf16", "[resume] the checkpoint was trained in f32, but got bf16. hint: --run.dtype"),
+    ("--run.steps 11", "[resume] --run.steps is at least the checkpoint's step 12, but got 11."),
+])  # fmt: skip
+def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    before = everything(tmp_path)
+    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run"), *words_.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(part) and err.count("\n") == 1
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.json", b"{"), ("config.json", b"[]"), ("config.json", b'{"model": {}}'), ("log.jsonl", b"x\n{}\n"),
+    ("step_000012/run.json", b"{"), ("step_000012/run.json", b'{"step": 12}'),
+    ("step_000012/model.safetensors", b""), ("step_000012/state.rank00.safetensors", b"\xff" * 64),
+])  # fmt: skip
+def test_resume_from_a_damaged_folder(whole, tmp_path, capsys, name, content):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    before = everything(tmp_path)
+    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("[") and err.count("\n") == 1 and Path(name).name in err
+    assert everything(tmp_path) == before
+
+
+def test_a_checkpoint_without_done_does_not_count(words, whole, tmp_path):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    (tmp_path / "run" / "step_000012" / "DONE").unlink()
+    shutil.rmtree(tmp_path / "run" / "step_000008")
+    assert train(config(words, tmp_path / "run", dtype="f32", resume=True), quiet=True) == 0
+    same(tmp_path / "run", whole("f32"))
+
+
+# stopped and killed ---------------------------------------------------------------------------------------------------
+
+
+def start(c, code="from handgrad.cli.__main__ import main", **kwargs):
+    """Starts `handgrad train` in a process of its own."""
+    code += "\nimport sys; sys.exit(main(['train', *sys.argv[1:]]))"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *flags(c)], **pipes | kwargs)
+
+
+def after_steps(out, process, count):
+    """Waits until the log has so many lines."""
+    path, end = Path(out) / "log.jsonl", time.time() + 120
+    while time.time() < end:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    raise AssertionError("no step in two minutes")
+
+
+LONG = dict(steps=400, save_every=50, sample_tokens=0, val_every=0, keep_last=2, dtype="f32")
+
+
+@pytest.fixture(scope="module")
+def long(words, tmp_path_factory):
+    """A run that lasts about a second and that nothing interrupted."""
+    out = tmp_path_factory.mktemp("long") / "run"
+    assert train(config(words, out, **LONG), quiet=True) == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_path, number):
+    out = tmp_path / "run"
+    process = start(config(words, out, **LONG))
+    after_steps(out, process, 60)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and not stderr
+    step = log(out)[-1]["step"]
+    assert 60 <= step < 400 and (out / f"step_{step:06d}" / "DONE").exists() and (out / "report.html").exists()
+    assert "stopping after this step" in stdout
+    last = f"stopped after step {step}, saved in {out}\ngo on: handgrad train --run.resume --run.out {out}\n"
+    assert stdout.endswith(last)
+    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    same(out, long, 400)
+
+
+def test_a_second_signal_acts_at_once(words, tmp_path):
+    """A step of ten thousand micro-batches: after the first signal it goes on, after the second it is over."""
+    out = tmp_path / "run"
+    c = config(words, out, **LONG)
+    process = start(Config(c.model, DataConfig(words, batch_tokens=32 * 10_000), c.optim, c.run))
+    while not (out / "memory.txt").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=2)
+    assert process.returncode == 130 and not list(out.glob("step_*"))
+
+
+def test_killed_in_a_step(words, long, tmp_path):
+    """kill -9, three times over, wherever it hits."""
+    out = tmp_path / "run"
+    for count in (20, 130, 260):
+        process = start(config(words, out, **LONG, resume=True))
+        after_steps(out, process, count)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    same(out, long, 400)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal
+from handgrad.cli.__main__ import main
+from handgrad.io import checkpoint
+
+def deadly(do, calls=[]):
+    def wrapped(*args):
+        calls.append(do)
+        if len(calls) == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(*args)
+    return wrapped
+
+checkpoint._flush = deadly(checkpoint._flush)
+checkpoint._delete = deadly(checkpoint._delete)
+"""
+
+
+@pytest.mark.parametrize("count", [8, 10, 12, 13])
+def test_killed_while_saving(words, whole, tmp_path, count):
+    """kill -9 in the second save, calls 8 to 14: one file is written, three are, all are, the folder has its name."""
+    out = tmp_path / "run"
+    process = start(config(words, out, dtype="f32"), KILLED_WHILE_SAVING.format(count=count))
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert (out / "step_000004" / "DONE").exists() and not (out / "step_000012").exists()
+    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    same(out, whole("f32"))
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_000004", "step_000008", "step_000012"]
+
+
+def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
+    out = tmp_path / "run"
+    code = "import handgrad.train.run as run, os, signal\nfrom handgrad.cli.__main__ import main\n"
+    code += "run.Trainer = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)"
+    process = start(config(words, out), code)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr == "\n[handgrad] interrupted.\n" and not out.exists()
+
+
+def test_a_live_terminal_is_left_as_it_was(words, tmp_path):
+    """On a terminal: the live line, the sample, the last line; the cursor is there again."""
+    import pty
+
+    leader, follower = pty.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    c = config(words, tmp_path / "run", **LONG | dict(steps=60, sample_tokens=20))
+    process = start(c, stdout=follower, stderr=follower, env=env)
+    os.close(follower)
+    text = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            text += chunk
+    except OSError:  # the end of a pty
+        pass
+    assert process.wait() == 0
+    shown = text.decode()
+    assert "left" in shown and "tok/s" in shown and "report.html, log.jsonl, step_000060" in shown
+    assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l")
