@@ -116,6 +116,11 @@ class Process:
             sys.exit(f"[bench] contender {self.name} died")
         return json.loads(line)
 
+    def cpu_seconds(self) -> float:
+        """Core-seconds that it has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
@@ -132,26 +137,19 @@ def busy_seconds() -> float:
 
 
 def race(names: list[str], B: int, T: int, rounds: int) -> dict:
-    """Results by contender for one shape. A round in which others worked more than a tenth of it is measured again."""
+    """Results by contender for one shape, and the share of the machine that other programs took meanwhile."""
     processes = [Process(name, B, T) for name in names]
     losses = {p.name: p.ask("step")["loss"] for p in processes}
     for _ in range(WARMUP - 1):
         for p in processes:
             p.ask("step")
     times: dict[str, list[float]] = {name: [] for name in names}
-    noisy = 0
-    while min(map(len, times.values())) < rounds and noisy < 2 * rounds:
-        begin, busy, round_times = time.perf_counter(), busy_seconds(), {}
+    begin, others = time.perf_counter(), busy_seconds() - sum(p.cpu_seconds() for p in processes)
+    for _ in range(rounds):
         for p in processes:
-            round_times[p.name] = p.ask("step")["ms"]
-        foreign = (busy_seconds() - busy) - threads() * (time.perf_counter() - begin)
-        idle_machine = sum(os.getloadavg()[:1]) < threads() + 1.0
-        if foreign > 0.1 * (time.perf_counter() - begin) or not idle_machine:
-            noisy += 1
-            if noisy <= rounds:
-                continue
-        for name, ms in round_times.items():
-            times[name].append(ms)
+            times[p.name].append(p.ask("step")["ms"])
+    elapsed = time.perf_counter() - begin
+    foreign = (busy_seconds() - sum(p.cpu_seconds() for p in processes) - others) / (threads() * elapsed)
     results = {
         p.name: {
             "median_ms": statistics.median(times[p.name]),
@@ -165,12 +163,12 @@ def race(names: list[str], B: int, T: int, rounds: int) -> dict:
     }
     for p in processes:
         p.close()
-    return results | {"noisy_rounds": noisy}
+    return results | {"foreign": foreign}
 
 
 def show(shape: str, results: dict) -> None:
-    noisy = results.pop("noisy_rounds")
-    print(f"\nGPT-2 124M, B x T = {shape}, {threads()} threads ({noisy} noisy rounds)")
+    foreign = results.pop("foreign")
+    print(f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs took {100 * foreign:.0f} % of the machine)")
     print(f"{'':22}{'median ms':>10}{'best ms':>9}{'tok/s':>8}{'peak RSS MiB':>14}{'arena MiB':>11}")
     for name, r in results.items():
         arena = f"{r['arena'] / 2**20:11.0f}" if "arena" in r else ""
