@@ -14,11 +14,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 PACKAGE = Path(__file__).parent / "src" / "handgrad"
 CPU = PACKAGE / "backends" / "cpu"
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 VARIANTS = {  # (dtype, isa): flags
     ("f32", "portable"): [],
@@ -55,6 +56,14 @@ def compiles(cc: str, flags: list[str]) -> bool:
     return probe.returncode == 0
 
 
+class WithoutTests(build_py):
+    """Leaves the tests of the op folders out of the wheel."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if not module[1].startswith("test_")]
+
+
 class BuildKernels(build_ext):
     """Compiles all variants in parallel and links them; a failing command is shown with its output."""
 
@@ -63,7 +72,7 @@ class BuildKernels(build_ext):
         if not compiles(cc, []):
             sys.exit(
                 f"handgrad needs a C compiler to build its kernels, but '{cc}' does not work. "
-                "hint: install gcc or clang, or set CC"
+                "hint: install gcc 11 or newer, or set CC to it"
             )
         openmp = ["-fopenmp"] if compiles(cc, ["-fopenmp"]) else []
         if not openmp:
@@ -111,5 +120,6 @@ def run(command: list[str]) -> None:
 
 
 setup(
-    ext_modules=[Extension("handgrad.backends.cpu.libhandgrad_cpu", sources=[])], cmdclass={"build_ext": BuildKernels}
+    ext_modules=[Extension("handgrad.backends.cpu.libhandgrad_cpu", sources=[])],
+    cmdclass={"build_ext": BuildKernels, "build_py": WithoutTests},
 )

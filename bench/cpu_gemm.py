@@ -56,7 +56,8 @@ class Tensors:
         widths = {width for name in [*LINEARS, "head"] for width in shape(name)}
         weights = sum(int(np.prod(shape(name))) for name, _ in names)
         padding = 256 * 2 * (len(names) + len(widths))
-        self._memory = mmap.mmap(-1, 8 * (weights + rows * sum(widths)) + padding)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no huge pages
+        self._memory = mmap.mmap(-1, 8 * (weights + rows * sum(widths)) + padding, flags=private)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._used = 0
         self.w = {key: self.real(shape(key[0]), 0.02) for key in names}

@@ -3,10 +3,10 @@
     python bench/cpu_step.py                       all shapes and contenders, about 25 minutes on 2 cores
     python bench/cpu_step.py --shapes 4x64 --rounds 5 --only handgrad-bf16 torch-bf16
 
-A step is forward, backward, gradient clipping and AdamW on one batch of random tokens. Every contender lives in a process
-of its own (two OpenMP pools in one process slow each other down) and waits while another runs; rounds go through the
-contenders in turn, so a slow minute of the machine hits all of them. Reported: median ms a step over the rounds, tok/s,
-ratios of medians, peak RSS, and for handgrad the planned arena and the share of the step per op.
+A step is forward, backward, gradient clipping and AdamW on one batch of random tokens. Every contender lives in a
+process of its own (two OpenMP pools in one process slow each other down) and waits while another runs; rounds go
+through the contenders in turn, so a slow minute of the machine hits all of them. Reported: median ms a step over the
+rounds, tok/s, ratios of medians, peak RSS, and for handgrad the planned arena and the share of the step per op.
 """
 
 import argparse
@@ -168,12 +168,15 @@ def race(names: list[str], B: int, T: int, rounds: int) -> dict:
 
 def show(shape: str, results: dict) -> None:
     foreign = results.pop("foreign")
-    print(f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs took {100 * foreign:.0f} % of the machine)")
+    print(
+        f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs took {100 * foreign:.0f} % of the machine)"
+    )
     print(f"{'':22}{'median ms':>10}{'best ms':>9}{'tok/s':>8}{'peak RSS MiB':>14}{'arena MiB':>11}")
     for name, r in results.items():
         arena = f"{r['arena'] / 2**20:11.0f}" if "arena" in r else ""
         print(
-            f"{name:22}{r['median_ms']:10.0f}{r['best_ms']:9.0f}{r['tokens_per_second']:8.0f}{r['rss'] / 2**20:14.0f}{arena}"
+            f"{name:22}{r['median_ms']:10.0f}{r['best_ms']:9.0f}{r['tokens_per_second']:8.0f}"
+            f"{r['rss'] / 2**20:14.0f}{arena}"
         )
     for dtype in ("f32", "bf16"):
         mine, theirs = (
@@ -183,7 +186,8 @@ def show(shape: str, results: dict) -> None:
         if mine and theirs:
             best = min(r["median_ms"] for r in theirs)
             print(
-                f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; RSS {mine['rss'] / min(r['rss'] for r in theirs):.2f} of PyTorch's, "
+                f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; "
+                f"RSS {mine['rss'] / min(r['rss'] for r in theirs):.3f} of the least of PyTorch's, "
                 f"arena + {(mine['rss'] - mine['arena']) / 1e6:.0f} MB"
             )
         if mine:

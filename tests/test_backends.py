@@ -159,7 +159,7 @@ def test_an_unknown_instruction_set_is_refused():
 def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
     widest = library.ISAS[library.library()._dll.hg_isa()]
     if widest == library.ISAS[-1]:  # this one lacks none: pretend
-        monkeypatch.setattr(library.ctypes, "CDLL", lambda path: type("Old", (), {"hg_isa": staticmethod(lambda: 1)}))
+        monkeypatch.setattr(library.ctypes, "CDLL", lambda path: type("Old", (), {"hg_isa": staticmethod(lambda: 1), "add_bf16_avx2": 1}))
         monkeypatch.setenv("HANDGRAD_ISA", "avx512")
         with pytest.raises(HandgradError, match=r"\[cpu\] this processor runs up to avx2, but got HANDGRAD_ISA=avx512"):
             library.Library()

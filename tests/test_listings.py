@@ -12,9 +12,9 @@ import pytest
 
 from handgrad.core.dtypes import BF16
 from handgrad.core.listing import listing
+from handgrad.core.program import Program
 from handgrad.infer.engine import record
 from handgrad.models import GPT2, batch
-from handgrad.core.program import Program
 from handgrad.optim import AdamW
 from handgrad.train.trainer import record_loss, record_train
 

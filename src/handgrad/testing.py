@@ -39,7 +39,7 @@ class Error:
 
 
 def tolerance(exact: np.ndarray, rounded: np.ndarray, dtype: DType, terms: int = 1) -> float:
-    """Twice the error that the oracle itself makes when computed in the working dtype, plus one ULP at the largest value.
+    """Twice the error that the oracle itself makes when computed in the working dtype, plus one ULP at the top value.
 
     A sum of `terms` products in float32 may be ordered otherwise than numpy does it: independent roundings walk
     sqrt(terms) units away, which matters where outputs are float32.
@@ -252,7 +252,7 @@ def difference_error(
 def gradcheck(
     record: Callable[[Program], None], fill: Callable[[Program, Arena], None], drop: Policy = keep_all, samples: int = 3
 ) -> float:
-    """The largest relative gradient error of a whole model in float64. `record` appends the forward, `fill` writes inputs."""
+    """The largest relative gradient error of a model in float64. `record` appends the forward, `fill` writes inputs."""
     from handgrad.ops import add
 
     p = Program(F32, mode="train")

@@ -16,6 +16,8 @@ BACKENDS = {"ref": lambda threads: RefBackend(), "cpu": _cpu}
 
 def open_backend(name: str, threads: int = 0) -> Backend:
     """A backend by name; threads 0 takes the physical cores (the ref backend has none of its own)."""
+    if threads < 0:
+        raise HandgradError("backend", "threads is at least 1, or 0 for the physical cores", threads)
     if name not in BACKENDS:
         raise HandgradError("backend", f"the backend is one of {', '.join(BACKENDS)}", f"'{name}'")
     return BACKENDS[name](threads)

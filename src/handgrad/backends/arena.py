@@ -1,6 +1,7 @@
 """HostArena: the planned memory on the host, shared by the ref and cpu backends."""
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -33,9 +34,11 @@ class HostArena(Arena):
                 hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
                 "handgrad explain prices each",
             )
-        self._memory = mmap.mmap(-1, size)
+        # private: shared anonymous memory gets no huge pages
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8)
         self.address = self.bytes.ctypes.data
 

@@ -12,9 +12,6 @@ from handgrad.core.plan import Plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 
-BEGIN, END = 0, None
-UPDATE_PHASES = ("norm", "update")
-
 
 class Executable(ABC):
     """A program bound to an arena."""
@@ -22,11 +19,11 @@ class Executable(ABC):
     program: Program
 
     @abstractmethod
-    def run(self, start: int = BEGIN, stop: int | None = END) -> None:
+    def run(self, start: int = 0, stop: int | None = None) -> None:
         """Runs the calls [start, stop) of the list."""
 
     @abstractmethod
-    def run_each(self, after: Callable[[Call, float], None], start: int = BEGIN, stop: int | None = END) -> None:
+    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
         """Runs call by call; `after(call, seconds)` sees each one when its outputs are ready. For traces and checks."""
 
 

@@ -74,7 +74,12 @@ class RefExecutable(Executable):
     def _call(self, c: Call) -> None:
         exact = isinstance(self.arena, ExactArena)
         kept = np.float64 if exact else NUMPY[c.dtype.name]
-        v = SimpleNamespace(knobs=self.knobs, round=lambda x: x.astype(kept).astype(x.dtype), **c.sizes, **{k: a for k, a in c.attrs.items() if k not in c.sizes})
+        v = SimpleNamespace(
+            knobs=self.knobs,
+            round=lambda x: x.astype(kept).astype(x.dtype),
+            **c.sizes,
+            **{k: a for k, a in c.attrs.items() if k not in c.sizes},
+        )
         outs = [None if t is None else self.arena.view(t) for t in c.outs]
         if self.poison:
             for arg, out in zip(c.op.out_args, outs):

@@ -5,7 +5,7 @@ class HandgradError(Exception):
     """A mistake of the user's that can be told in one line.
 
     `where` is the op, file or stage; `rule` the sentence that must hold; `got` what was found instead.
-    The command line prints it and exits with 2; nothing has been written or allocated by then.
+    The command line prints it and exits with 2.
 
     >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
     [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE

@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def bound(self) -> int:
-        """The least the activations (with gradients, where they share memory) could take: the most that live at once."""
+        """The least that activations (and gradients that share their memory) could take: the most that live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
     def part(self, flat: str, param: Tensor) -> tuple[int, DType]:
@@ -68,12 +68,13 @@ class Plan:
         live, call = self.peak.get(0, (0, None))
         if call is not None:
             lines.append(
-                f"peak: {live / MIB:.1f} MiB of activations and gradients at {call.phase} {call.op.name} of {call.block}, {call.where}"
+                f"peak: {live / MIB:.1f} MiB of activations and gradients"
+                f" at {call.phase} {call.op.name} of {call.block}, {call.where}"
             )
         return "\n".join(lines)
 
     def by_block(self) -> list[tuple[str, int, int, int]]:
-        """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward still reads."""
+        """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         state = sum(dtype.size for flat, (_, dtype) in self.flats.items() if flat != "param")
@@ -110,9 +111,10 @@ Fixed = tuple[int, int, int, int]  # offset, end, first, last: bytes that are ta
 
 
 def place(spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[dict[Tensor | Call, int], int]:
-    """Offsets and total bytes, each span at the lowest gap that no overlapping lifetime occupies: the better of two orders.
+    """Offsets and total bytes, each span at the lowest gap that no overlapping lifetime occupies.
 
-    Biggest first suits activations by themselves; longest-lived first suits them among gradients, whose places are fixed.
+    The better of two orders: biggest first suits activations by themselves, longest-lived first suits them among
+    gradients, whose places are fixed.
     """
     biggest = sorted(spans, key=lambda s: (-s.nbytes, s.first))
     longest = sorted(spans, key=lambda s: (s.first - s.last, -s.nbytes))
@@ -138,7 +140,7 @@ def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[
 
 
 def gradient_spans(head: Program, p: Program) -> list[Fixed]:
-    """When the bytes of the flat gradients are taken, for p's activations: from the first writing to the end of the list.
+    """When the bytes of the flat gradients are taken, for p's activations: from the first writing to the list's end.
 
     The alignment padding between them stays zero for ever, since norm and update run over it.
     """

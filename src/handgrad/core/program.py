@@ -62,7 +62,7 @@ class Call:
     outs: tuple[Tensor | None, ...]
     ins: tuple[Tensor | None, ...]
     attrs: dict[str, Any]
-    phase: str  # forward, recompute, backward, norm, update
+    phase: str  # forward, recompute, backward, norm, update, load
     block: str
     where: str  # file:line of the model code that asked for it
     sizes: dict[str, int]
@@ -213,6 +213,7 @@ class Program:
             raise HandgradError(
                 op.name, f"takes attributes {sorted(op.attrs)}", sorted(attrs), context=f"recorded at {where}"
             )
+        attrs = {name: op.attrs[name](value) for name, value in attrs.items()}  # C reads a float where one is declared
         sizes = bind_dims(op, ins, attrs, where)
         outs: list[Tensor | None] = []
         first = set()

@@ -39,6 +39,9 @@ class Engine:
         """Appends tokens to the cache; returns the logits (V,) f32 after the last one."""
         if len(ids) == 0:
             raise HandgradError("generate", "a prompt has at least one token", "none")
+        bad = [t for t in ids if not 0 <= t < self.model.vocab_size]
+        if bad:
+            raise HandgradError("generate", f"token ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
         if self.position + len(ids) > self.model.max_seq_len:
             raise HandgradError(
                 "generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids)
@@ -65,8 +68,8 @@ class Engine:
     ) -> Iterator[int]:
         """Yields up to `max_tokens` token ids after `prompt`; ends at `stop_id`.
 
-        The model sees at most max_seq_len tokens. When the window is full, its newer half is read again from position 0,
-        so generation may go on for ever; a longer prompt is cut to its end likewise.
+        The model sees at most max_seq_len tokens. When the window is full, its newer half is read again from position
+        0, so generation may go on for ever; a longer prompt is cut to its end likewise.
         """
         bad = [t for t in prompt if not 0 <= t < self.model.vocab_size]
         if bad:

@@ -31,13 +31,13 @@ def load_run(
     folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
     if folder is None:
         raise HandgradError("generate", "a run folder holds a complete checkpoint", f"none in '{path}'")
-    model, saved_as = _described(folder)
+    model, saved_as, stored = _described(folder)
     tokenizer = _tokenizer(folder.resolve().parent)
     kind = saved_as if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
     prefill, decode = programs = record(model, DTYPES[kind])
     params = {name: info.tensor for name, info in decode.params.items()}
-    tensors = checkpoint.load(folder, {name: (t.shape, ON_DISK[saved_as]) for name, t in params.items()})
+    tensors = checkpoint.load(folder, {name: (t.shape, stored) for name, t in params.items()})
     arena = engine_backend.alloc(plan(decode, prefill, scratch=engine_backend.scratch))
     for name, t in params.items():
         target = arena.part("param", t)
@@ -45,8 +45,8 @@ def load_run(
     return Engine(model, programs, arena, engine_backend), tokenizer
 
 
-def _described(folder: Path) -> tuple[GPT2, str]:
-    """(model, dtype) that a checkpoint says it holds."""
+def _described(folder: Path) -> tuple[GPT2, str, str]:
+    """(model, working dtype, dtype on disk) that a checkpoint says it holds; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
     known = {f.name: f.type for f in fields(GPT2)}
     for name in known.keys() ^ saved["model"].keys():
@@ -58,7 +58,8 @@ def _described(folder: Path) -> tuple[GPT2, str]:
     if saved["dtype"] not in ON_DISK:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
         raise HandgradError("generate", rule, repr(saved["dtype"]))
-    return GPT2(**saved["model"]), saved["dtype"]
+    stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
+    return GPT2(**saved["model"]), saved["dtype"], stored
 
 
 def _tokenizer(run: Path) -> tokenizers.Tokenizer:

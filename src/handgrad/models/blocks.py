@@ -1,4 +1,4 @@
-"""Pieces that architectures share: functions of a Program that declare parameters where they use them and emit calls."""
+"""Pieces that architectures share: functions that declare parameters where they use them and emit calls."""
 
 from dataclasses import dataclass
 

@@ -60,9 +60,7 @@ class GPT2Tokenizer:
         return self._encoding.decode(list(checked(ids, self.vocab_size)))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        return whole_characters(
-            self._encoding.decode_single_token_bytes(id) for id in checked(ids, self.vocab_size)
-        )
+        return whole_characters(self._encoding.decode_single_token_bytes(id) for id in checked(ids, self.vocab_size))
 
     def save(self, folder: str | Path) -> dict:
         return {"kind": "gpt2"}

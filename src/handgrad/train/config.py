@@ -96,7 +96,7 @@ class RunConfig:
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
-    """working dtype; bf16 weights keep their low 16 bits beside them; auto: bf16 where the processor multiplies it natively"""
+    """working dtype; bf16 weights keep their low 16 bits beside them; auto: bf16 where the processor multiplies it"""
     backend: Literal["cpu", "ref"] = "cpu"
     """cpu: C kernels; ref: the numpy oracle, float64 and slow"""
     threads: int = 0

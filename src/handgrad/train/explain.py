@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from handgrad.backends.base import Backend
+from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.listing import listing
 from handgrad.core.plan import MIB, Plan, plan
@@ -12,7 +13,7 @@ from handgrad.models import GPT2
 from handgrad.optim import AdamW
 from handgrad.train.trainer import chunks_of, record_loss, record_train
 
-REMEDIES = ("none", "act", "act_norm", "block")
+REMEDIES = tuple(POLICIES)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Explanation:
             "",
             f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
-            f"flops         {self.flops_per_token / 1e6:,.1f} M a token, {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-step",
+            f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
+            f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-step",
             "",
             at.report(),
             "",
@@ -94,7 +96,11 @@ def explain(
     prices = []
     if remedies:
         options = [(f"recompute {r}", micro_batch, r, chunks) for r in REMEDIES if r != recompute]
-        options += [(f"micro-batch {b}", b, recompute, 0) for b in (micro_batch // 2, micro_batch // 4) if b]
+        options += [
+            (f"micro-batch {micro_batch // n}", micro_batch // n, recompute, head_chunks)
+            for n in (2, 4)
+            if micro_batch % n == 0
+        ]
         options += [
             (f"head chunks {n}", micro_batch, recompute, n)
             for n in (1, 4 * chunks)

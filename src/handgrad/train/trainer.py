@@ -91,7 +91,9 @@ def initialize(p: Program, arena: Any, seed: int) -> None:
         target[...] = 1.0 if info.init.kind == "ones" else 0.0
         if info.init.kind == "normal":
             rng = np.random.default_rng([seed, i])
-            for row in np.array_split(rows, max(1, rows.size // (1 << 17))):  # small pieces, so that malloc keeps none of it
+            for row in np.array_split(
+                rows, max(1, rows.size // (1 << 17))
+            ):  # small pieces, so that malloc keeps none of it
                 row[...] = rng.standard_normal(row.shape, np.float32) * np.float32(info.init.std)
 
 
@@ -102,7 +104,7 @@ def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], An
 
 @dataclass(frozen=True)
 class Step:
-    """What a step did: mean loss in nats per token, global gradient norm before clipping, why the update was skipped."""
+    """What a step did: mean loss in nats per token, gradient norm before clipping, why the update was skipped."""
 
     loss: float
     grad_norm: float
@@ -110,7 +112,7 @@ class Step:
 
 
 class Trainer:
-    """Trains a model. Everything is planned, allocated and bound here; a step allocates nothing.
+    """Trains a model. Everything is planned, allocated and bound here; a step allocates no tensor.
 
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     micro_batch          sequences per forward and backward pass; a step accumulates as many as it needs
@@ -161,6 +163,7 @@ class Trainer:
             )
         if dtype not in ("f32", "bf16"):
             raise HandgradError("train", "dtype is f32 or bf16", f"'{dtype}'")
+        self._check_ids(model, data)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         self.micro_batch, self.accumulation, self.check = micro_batch, data.batch_tokens // rows, check
         self.backend = open_backend(backend, threads)
@@ -185,6 +188,11 @@ class Trainer:
         self.last_step = 0
         initialize(train, self.arena, seed)
         self._train.run(self._load)
+
+    @staticmethod
+    def _check_ids(model: GPT2, data: Tokens) -> None:
+        """Has every batch checked against the vocabulary: a kernel would read past the embedding."""
+        data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -212,20 +220,27 @@ class Trainer:
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not np.isfinite(value):
                 return f"{name} is {value}"
-        for (name, outliers), value in zip(self._outliers.items(), (loss, norm)):
-            z = outliers.add(value)
+        scores = [outliers.add(value) for outliers, value in zip(self._outliers.values(), (loss, norm))]
+        for (name, outliers), value, z in zip(self._outliers.items(), (loss, norm), scores):
             if z > outliers.limit > 0:
                 return f"{name} {value:.4g} is {z:.1f} standard deviations above the last {len(outliers.window)}"
         return ""
 
     def trace(self, after: Callable[[Call, float], None]) -> None:
-        """Runs one step on the inputs that lie in the arena, call by call; `after` sees each call and its seconds."""
+        """Runs a step on the inputs that lie in the arena, call by call; `after` sees each call and its seconds.
+
+        The weights are updated as in any step.
+        """
+        self._knobs.micro_step = 0
         self._train.run_each(after, 0, self._load)
 
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
         if self._loss is None:
             raise HandgradError("train", "evaluation is planned when the trainer is made", "val=False")
+        if data.seq_len != self.data.seq_len:
+            raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
+        self._check_ids(self.model, data)
         total, counts = 0.0, 0
         for b in data.sweep(self.micro_batch, max_tokens):
             total += self._losses(self._loss, self._loss.program, b, None)
@@ -235,7 +250,7 @@ class Trainer:
     def generate(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = Sampling(), stop_id: int | None = None
     ) -> Iterator[int]:
-        """Yields token ids after `prompt` with the current weights. It uses the arena: finish it before the next step."""
+        """Yields token ids after `prompt` with the current weights. It uses the arena: finish before the next step."""
         if self._engine is None:
             raise HandgradError("train", "generation is planned when the trainer is made", "sample=False")
         return self._engine.generate(prompt, max_tokens, sampling, stop_id)
@@ -255,8 +270,10 @@ class Trainer:
 
     def _check_finite(self, c: Call, seconds: float) -> None:
         for name, t in c.named_outs():
+            room = name == "logits" and c.op.name != "linear"  # of a chunk: its padded columns hold anything
             if (
-                t.role is not Role.KNOB
+                not room
+                and t.role is not Role.KNOB
                 and t.dtype.unit
                 and not np.isfinite(self.arena.view(t).astype(np.float32)).all()
             ):
@@ -283,7 +300,7 @@ class Trainer:
         return {name: self.arena.part("param", info.tensor) for name, info in self.program.params.items()}
 
     def grads(self) -> dict[str, np.ndarray]:
-        """Views of the gradients by name, float32, before clipping. They hold until the next step or evaluation."""
+        """Views of the gradients by name, float32, before clipping. They hold until anything else runs."""
         return {name: self.arena.part("grad", info.tensor) for name, info in self.program.params.items()}
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
@@ -306,6 +323,7 @@ class Trainer:
             "step": step,
             "model": asdict(self.model),
             "dtype": self.program.dtype.name,
+            "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
@@ -338,6 +356,7 @@ class Trainer:
             for name, array in target.items():
                 array[...] = source[name]
         for name, outliers in self._outliers.items():
+            outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))
         self.last_step = saved["step"]
         return self.last_step

@@ -26,6 +26,7 @@
 #include "gemm.h"
 #include "pack.h"
 #include "vmath.h"
+#include <sched.h>
 
 #if defined(__AVX512F__)
 enum { MR = 14, NV = 2 };
@@ -333,12 +334,41 @@ static Round round_at(const Gemm *g, const Blocking *b, const Side *shared, cons
   return r;
 }
 
-// Claims the next `step` panels of a round; the first of them.
-static inline int64_t claim(int64_t *claimed, int64_t step) {
-  int64_t first;
-#pragma omp atomic capture
-  { first = *claimed; *claimed += step; }
-  return first;
+// How far a round has come. Threads claim work instead of having it dealt out, and wait for packed panels, not for one
+// another, so a thread that another program holds up (or a slower core) delays nobody until the very end.
+typedef struct {
+  int64_t claimed_shared, packed_shared, claimed_streamed;  // panels
+} Progress;
+
+// Adds to a counter; its value before. What a thread wrote before is seen by who reads the new value.
+static inline int64_t advance(int64_t *counter, int64_t step) {
+  return __atomic_fetch_add(counter, step, __ATOMIC_ACQ_REL);
+}
+
+static void run_round(const Round *r, Progress *progress, int32_t *chunk, int64_t chunk_panels) {
+  const Side *shared = r->shared, *streamed = r->streamed;
+  int64_t shared_panels = ceil_div(r->s_size, shared->most), panels = ceil_div(r->t_size, streamed->most);
+  int64_t p;
+  while ((p = advance(&progress->claimed_shared, 1)) < shared_panels) {
+    pack(shared, r->shared_pack + p * shared->width * r->n_units, r->s0, r->s_size, p, p + 1, r->k0, r->k);
+    advance(&progress->packed_shared, 1);
+  }
+  while (__atomic_load_n(&progress->packed_shared, __ATOMIC_ACQUIRE) < shared_panels) sched_yield();
+
+  // Chunks are smaller where panels are few, so that there is something left to claim.
+  int64_t step = least(chunk_panels, ceil_div(panels, 6 * hg_team()));
+  int64_t next = advance(&progress->claimed_streamed, step);
+  while (next < panels) {
+    int64_t first = next, end = least(first + step, panels);
+    Ahead ahead = {0};
+    next = advance(&progress->claimed_streamed, step);
+    if (next < panels) {
+      int64_t slices = shared_panels * (end - first) * ceil_div(r->n_units, SLICE);
+      ahead = source_of(r, next, least(next + step, panels), slices);
+    }
+    pack(streamed, chunk, r->t0, r->t_size, first, end, r->k0, r->k);
+    multiply_chunk(r, chunk, first, end, &ahead);
+  }
 }
 
 static void multiply(const Gemm *g, int64_t threads) {
@@ -346,44 +376,28 @@ static void multiply(const Gemm *g, int64_t threads) {
   Blocking bl = blocking(g->m, g->n, g->k, g->sum != NULL);
   const Side *shared = bl.a_shared ? &a : &b, *streamed = bl.a_shared ? &b : &a;
   char *chunks = (char *)g->scratch + bl.shared_bytes + bl.sum_bytes;
-  int64_t claimed[2] = {0, 0};  // panels of this round; of the next round, set back to 0 meanwhile
+  Progress progress[2] = {{0, 0, 0}, {0, 0, 0}};  // of this round, and of the next, set back to 0 meanwhile
   (void)threads;
 
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
   {
     int32_t *chunk = (int32_t *)(chunks + hg_thread() * bl.chunk_bytes);
-    int turn = 0;
+    int64_t rounds = 0;
     for (int64_t s0 = 0; s0 < shared->size; s0 += bl.shared_block) {
       for (int64_t t0 = 0; t0 < streamed->size; t0 += bl.stream_block) {
-        for (int64_t k0 = 0; k0 < g->k; k0 += bl.k_block, turn ^= 1) {
-          Round r = round_at(g, &bl, shared, streamed, s0, t0, k0);
-          int64_t shared_panels = ceil_div(r.s_size, shared->most), panels = ceil_div(r.t_size, streamed->most);
-#pragma omp for schedule(static)
-          for (int64_t p = 0; p < shared_panels; p++) {
-            pack(shared, r.shared_pack + p * shared->width * r.n_units, s0, r.s_size, p, p + 1, k0, r.k);
-          }
-          if (hg_thread() == 0) claimed[turn ^ 1] = 0;
-          // Chunks are smaller where panels are few, so that a slower core leaves work to the others.
-          int64_t step = least(bl.chunk_panels, ceil_div(panels, 6 * hg_team()));
-          int64_t next = claim(&claimed[turn], step);
-          while (next < panels) {
-            int64_t first = next, end = least(first + step, panels);
-            Ahead ahead = {0};
-            next = claim(&claimed[turn], step);
-            if (next < panels) {
-              int64_t slices = shared_panels * (end - first) * ceil_div(r.n_units, SLICE);
-              ahead = source_of(&r, next, least(next + step, panels), slices);
-            }
-            pack(streamed, chunk, t0, r.t_size, first, end, k0, r.k);
-            multiply_chunk(&r, chunk, first, end, &ahead);
-          }
-#if defined(__AVX2__)
-          _mm_sfence();  // streamed results are visible before the barrier says so
-#endif
+        for (int64_t k0 = 0; k0 < g->k; k0 += bl.k_block, rounds++) {
+          if (rounds > 0) {
 #pragma omp barrier
+          }
+          if (hg_thread() == 0) progress[(rounds + 1) % 2] = (Progress){0, 0, 0};
+          Round r = round_at(g, &bl, shared, streamed, s0, t0, k0);
+          run_round(&r, &progress[rounds % 2], chunk, bl.chunk_panels);
         }
       }
     }
+#if defined(__AVX2__)
+    _mm_sfence();  // streamed results are visible before the region ends
+#endif
   }
 }
 

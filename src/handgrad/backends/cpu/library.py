@@ -31,20 +31,21 @@ class Library:
                 "cpu",
                 f"the kernels are compiled when handgrad is installed, {PATH.name} beside {__name__}",
                 "no such file",
-                hint="pip install . needs a C compiler (gcc or clang)",
+                hint="pip install . needs a C compiler (gcc 11 or newer)",
             )
         # Threads that wait for each other spin only this long (some microseconds), then sleep. libgomp's own default of
         # milliseconds makes a step many times slower as soon as another program wants a core.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._dll = ctypes.CDLL(str(PATH))
         widest = self._dll.hg_isa()
+        while widest and getattr(self._dll, f"add_bf16_{ISAS[widest]}", None) is None:
+            widest -= 1  # the compiler that built the library did not know it
         wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])
         if wanted not in ISAS:
             raise HandgradError("cpu", f"HANDGRAD_ISA is one of {', '.join(ISAS)}", f"'{wanted}'")
         if ISAS.index(wanted) > widest:
             raise HandgradError("cpu", f"this processor runs up to {ISAS[widest]}", f"HANDGRAD_ISA={wanted}")
         self.isa = wanted
-        self.has_openmp = bool(self._dll.hg_has_openmp())
         self.run = self._dll.hg_run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         self.run.restype = None

@@ -29,7 +29,7 @@ EXPORT void hg_run_timed(const Entry *list, int64_t n, double *seconds) {
 EXPORT int hg_isa(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
     int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (wide && __builtin_cpu_supports("avx512bf16")) return 3;
@@ -37,14 +37,6 @@ EXPORT int hg_isa(void) {
   }
 #endif
   return 0;
-}
-
-EXPORT int hg_has_openmp(void) {
-#ifdef _OPENMP
-  return 1;
-#else
-  return 0;
-#endif
 }
 
 EXPORT void hg_set_threads(int n) {

@@ -32,8 +32,9 @@ def dropout_factors(
     return keep_mask(index, p, seed, step, micro_step, call).reshape(shape) / (1 - np.float64(np.float32(p)))
 
 
-def attention_forward(qkv: np.ndarray, T: int, H: int, p: float = 0.0, call: int = 0, seed: int = 0, step: int = 0,
-                      micro_step: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def attention_forward(
+    qkv: np.ndarray, T: int, H: int, p: float = 0.0, call: int = 0, seed: int = 0, step: int = 0, micro_step: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """y (N, H D) and lse (B, H, T) from qkv (N, 3 H D)."""
     q, k, v = (split_heads(x, T, H) for x in np.split(qkv, 3, axis=-1))
     s = scores(q, k)
@@ -43,8 +44,19 @@ def attention_forward(qkv: np.ndarray, T: int, H: int, p: float = 0.0, call: int
     return join_heads(probs @ v).astype(qkv.dtype), lse
 
 
-def attention_backward(dy: np.ndarray, qkv: np.ndarray, y: np.ndarray, lse: np.ndarray, T: int, H: int, p: float = 0.0,
-                       call: int = 0, seed: int = 0, step: int = 0, micro_step: int = 0) -> np.ndarray:
+def attention_backward(
+    dy: np.ndarray,
+    qkv: np.ndarray,
+    y: np.ndarray,
+    lse: np.ndarray,
+    T: int,
+    H: int,
+    p: float = 0.0,
+    call: int = 0,
+    seed: int = 0,
+    step: int = 0,
+    micro_step: int = 0,
+) -> np.ndarray:
     """dqkv (N, 3 H D) from dy (N, H D) and what the forward took and gave."""
     q, k, v = (split_heads(x, T, H) for x in np.split(qkv, 3, axis=-1))
     dy, y = split_heads(dy, T, H), split_heads(y, T, H)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def cast(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """y, low (n) of x (n): y the nearest bf16, low (int16) what its bits are short of x's. Of float64: x itself and 0."""
+    """y, low (n) of x (n): the nearest bf16, and what its bits are short of x's (int16). Of float64: x itself and 0."""
     if x.dtype != np.float32:
         return x, np.zeros(x.shape, np.int16)
     bits = x.view(np.uint32)

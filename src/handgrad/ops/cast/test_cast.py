@@ -17,7 +17,9 @@ def test_the_halves_are_the_float_bit_for_bit():
     """Random bit patterns, ties, the largest finite numbers: kernel and oracle agree, and nothing is lost."""
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 1 << 32, 100_000, np.uint64).astype(np.uint32)
-    bits = np.concatenate([bits, bits & 0xFFFF0000 | 0x8000, np.array([0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 1], np.uint32)])
+    bits = np.concatenate(
+        [bits, bits & 0xFFFF0000 | 0x8000, np.array([0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 1], np.uint32)]
+    )
     x = bits.view(np.float32)
     x = x[np.isfinite(x)]
     y, low = take_apart(x)

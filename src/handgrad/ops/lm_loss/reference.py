@@ -16,13 +16,16 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, ignore_index: int) ->
     return np.where(counts, lse - picked, 0)
 
 
-def lm_loss_forward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, keep: Keep) -> np.ndarray:
+def lm_loss_forward(
+    x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, keep: Keep
+) -> np.ndarray:
     """losses (N); x (N, C), w (Vp, C) of which V rows count, targets (N)."""
     return cross_entropy(keep(x @ w[:V].T), targets, ignore_index)
 
 
-def lm_loss_forward_backward(x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int,
-                             loss_scale: float, keep: Keep) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def lm_loss_forward_backward(
+    x: np.ndarray, w: np.ndarray, targets: np.ndarray, V: int, ignore_index: int, loss_scale: float, keep: Keep
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """losses (N), dx (N, C), dw (Vp, C): gradients of loss_scale * sum of losses."""
     logits = keep(x @ w[:V].T)
     p = np.exp(logits - logits.max(-1, keepdims=True))
