@@ -15,7 +15,7 @@ TEXT = Path(__file__).resolve().parents[1] / "src/handgrad/data/shakespeare.txt"
 B, T = 12, 64
 
 
-def learning_rate(step, steps, peak=1e-3, final=1e-4, warmup=100):
+def learning_rate(step, steps, peak=2e-3, final=2e-4, warmup=100):
     """Returns the rate of a step counted from 1: linear warm-up, then a cosine from peak to final."""
     if step < warmup:
         return peak * step / warmup

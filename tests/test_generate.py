@@ -14,7 +14,7 @@ from handgrad.models import GPT2, batch
 
 GREEDY = Sampling(temperature=0.0)
 # Cache and full pass multiply the same numbers in other orders. In f32 logits differ by a few roundings. In bf16 each of
-# the ~20 tensors on the way may round to its neighbour, u = 2^-9 of its value apart: sqrt(20) u of the largest logit,
+# the ~20 tensors on the way is rounded, off by u = 2^-9 of its value on average: sqrt(20) u of the largest logit,
 # and twice that for the worst of thousands.
 TOLERANCE = {"f32": 1e-5, "bf16": 2 * 20**0.5 * 2.0**-9}
 
