@@ -163,6 +163,7 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def round(self, cores: int) -> None:
+        time.sleep(0.2)  # the threads of the worker before this one still spin for some 30 ms
         begin, busy, own = time.perf_counter(), busy_seconds(), self.cpu_seconds()
         self.process.stdin.write("pass\n")
         self.process.stdin.flush()
