@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from handgrad.backends import BACKENDS, open_backend
+from handgrad.backends import open_backend, why_no_cuda
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import DTYPES
@@ -12,14 +12,14 @@ from handgrad.core.program import Program
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, batch
 from handgrad.ops import add
-from handgrad.train.trainer import initialize
+from handgrad.train.record import initialize
 
 
 def pytest_collection_modifyitems(items):
-    if "cuda" not in BACKENDS:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA backend here"))
+    reason = why_no_cuda()
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +45,11 @@ def tiny():
 def one_pass():
     """A function that runs forward and backward of a model on random tokens; returns (losses, gradients by name).
 
-    backend: "cpu", "ref" (float64), "rounded" (numpy in the working dtype) or "poisoned" (the same, outputs NaN first)
+    backend: "cpu", "cuda", "steady" (cuda, deterministic), "ref" (float64), "rounded" (numpy in the working dtype) or
+    "poisoned" (the same, outputs NaN first)
     """
-    backends = {"cpu": lambda threads: open_backend("cpu", threads), "ref": lambda threads: RefBackend(),
+    backends = {"cpu": lambda threads: open_backend("cpu", threads),
+                "cuda": lambda threads: open_backend("cuda"), "steady": lambda threads: open_backend("cuda", deterministic=True), "ref": lambda threads: RefBackend(),
                 "rounded": lambda threads: RefBackend(exact=False), "poisoned": lambda threads: RefBackend(exact=False, poison=True)}
 
     def run(model, backend="cpu", *, dtype="f32", policy="none", micro_batch=3, seq_len=17, chunks=2, threads=0, micro_steps=1,
@@ -60,18 +62,17 @@ def one_pass():
         initialize(p, arena, seed=3)
         rng = np.random.default_rng(4)
         for info in p.params.values():  # away from the start: biases other than 0, norms' weights other than 1
-            w = arena.part("param", info.tensor)
-            if dtype == "bf16":
-                w[...] = arena.part("grad", info.tensor)  # where initial weights are drawn
+            w = np.array(arena.read_part("param", info.tensor))
             w[: info.init.rows] += rng.normal(0, 0.1, w[: info.init.rows].shape).astype(w.dtype)
+            arena.write_part("param", info.tensor, w)
         for t in p.inputs.values():
-            arena.view(t)[...] = rng.integers(0, model.vocab_size, t.shape)
-        knobs = arena.knobs(p)
-        knobs.seed, knobs.step, knobs.loss_scale = 11, 2, 1 / (micro_batch * seq_len)
+            arena.write(t, rng.integers(0, model.vocab_size, t.shape))
+        arena.write_knobs(p, seed=11, step=2, loss_scale=1 / (micro_batch * seq_len))
         bound = backend.bind(p, arena)
-        for knobs.micro_step in range(micro_steps):
+        for micro_step in range(micro_steps):
+            arena.write_knobs(p, micro_step=micro_step)
             bound.run()
-        losses = np.array(arena.view(p.outputs["losses"]))
-        return losses, {name: np.array(arena.part("grad", info.tensor)) for name, info in p.params.items()}
+        losses = arena.read(p.outputs["losses"])
+        return losses, {name: np.array(arena.read_part("grad", info.tensor)) for name, info in p.params.items()}
 
     return run

@@ -21,7 +21,7 @@ from handgrad.core.plan import plan
 from handgrad.core.program import Program
 from handgrad.models import batch
 from handgrad.ops import OPS, add, linear
-from handgrad.train.trainer import initialize
+from handgrad.train.record import initialize
 
 library = importlib.import_module("handgrad.backends.cpu.library")  # the package has a function of that name
 INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / "include"
@@ -108,7 +108,7 @@ def test_the_arena_is_one_zeroed_block_of_the_planned_size(program):
 def test_an_arena_that_does_not_fit_is_refused_with_its_regions():
     p = Program(F32)
     p.emit(add, *(p.input(name, (1 << 20, available_bytes() >> 20), F32) for name in "ab"))
-    with pytest.raises(HandgradError, match=r"\[plan\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)"):
+    with pytest.raises(HandgradError, match=r"\[memory\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)"):
         open_backend("cpu").alloc(plan(p))
 
 
@@ -137,11 +137,11 @@ def test_shapes_that_disagree_are_refused_while_recording():
     p = Program(F32)
     x, w = p.input("x", (8, 768), F32), p.input("w", (3072, 1024), F32)
     with pytest.raises(HandgradError, match=r"\[linear\] K is 768 in 'x' \(8, 768\), but got 1024 in 'w' \(3072, 1024\).*test_backends.py:\d+"):
-        p.emit(linear, x, w, None, gelu=False, keep_pre=False)
+        p.emit(linear, x, w, None, None, gelu=False, keep_pre=False)
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(HandgradError, match=r"\[backend\] the backend is one of ref, cpu, but got 'gpu'"):
+    with pytest.raises(HandgradError, match=r"\[backend\] the backend is one of auto, ref, cpu, cuda, but got 'gpu'"):
         open_backend("gpu")
 
 

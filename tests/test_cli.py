@@ -156,7 +156,7 @@ def test_ops_support_check_and_grad(capsys):
     assert capsys.readouterr().out.count(" ok") == 4
     assert main("ops grad norm --threads 1".split()) == 0
     assert " ok" in capsys.readouterr().out
-    assert main("ops bench cast --threads 1".split()) == 0
+    assert main("ops bench fill --threads 1".split()) == 0
     assert "GB/s" in capsys.readouterr().out
 
 

@@ -29,6 +29,8 @@ OUTSIDE = {
     "numpy": "backends data io tokenizers infer train testing reference.py",
     "ml_dtypes": "backends io testing",
     "ctypes": "backends",
+    "cuda": "backends",
+    "cudnn": "backends",
     "safetensors": "io",
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",

@@ -9,7 +9,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import plan
 from handgrad.core.program import ONES, Program, normal
-from handgrad.ops.cast.reference import cast, join
+from handgrad.ops.adamw.reference import join_weight, split_weight
 from handgrad.optim import AdamW, schedules
 
 
@@ -63,7 +63,7 @@ def ours(optim, starts, grads, dtype, backend):
         if dtype == "f32":
             arena.part("param", p.params[name].tensor)[...] = w
         else:
-            halves = cast(w)
+            halves = split_weight(w)
             for flat, half in zip(("param", "low"), halves):
                 arena.part(flat, p.params[name].tensor)[...] = half
     knobs, run, norms = arena.knobs(p), backend.bind(p, arena), []
@@ -76,7 +76,7 @@ def ours(optim, starts, grads, dtype, backend):
     working = {name: np.array(arena.part("param", info.tensor), np.float32) for name, info in p.params.items()}
     if dtype == "f32":
         return working, norms
-    return {name: join(w, arena.part("low", p.params[name].tensor)) for name, w in working.items()}, norms
+    return {name: join_weight(w, arena.part("low", p.params[name].tensor)) for name, w in working.items()}, norms
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])

@@ -12,7 +12,7 @@ from handgrad.core.tensor import Role
 from handgrad.infer.engine import record
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
-from handgrad.train.trainer import record_loss, record_train
+from handgrad.train.record import chunks_of, record_loss, record_train
 
 POLICIES = ("none", "act", "act_norm", "block")
 SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
@@ -27,8 +27,9 @@ SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
 
 def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
     """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
-    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, policy, 0, accumulates)
-    return plan(train, record_loss(model, micro_batch, seq_len, dtype), *record(model, dtype), scratch=open_backend("cpu").scratch)
+    chunks = chunks_of(micro_batch * seq_len, 0, 512)
+    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates)
+    return plan(train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype), scratch=open_backend("cpu").scratch)
 
 
 def spans(layout, index):

@@ -183,7 +183,7 @@ def test_mistakes_in_settings(words, told, flags, line):
 
 def test_a_model_that_does_not_fit_says_what_would_help(words, told):
     line = told("--model.preset", "gpt3:c12288", "--model.num-layers", "96", "--model.hidden-size", "12288")
-    assert line.startswith("[plan] the arena fits in memory") and "--run.recompute" in line
+    assert line.startswith("[memory] the arena fits in memory") and "--run.recompute" in line
 
 
 def damage(path, how):

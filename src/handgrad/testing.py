@@ -60,14 +60,14 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
     def shape(arg: Any) -> tuple[int, ...]:
         return tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
 
-    ins = tuple(p.input(a.name, shape(a), a.dtype or dtype) for a in op.in_args)
+    ins = tuple(None if a.name in case.without else p.input(a.name, shape(a), a.dtype(dtype)) for a in op.in_args)
     into: dict[str, Tensor | None] = {}
     for a in op.out_args:
         if a.given and a.name == "knobs":
             into[a.name] = p.knobs
         elif a.given and (not a.optional or op.makes(a.name, case.sizes, dtype)):
-            role = Role.GRAD if a.dtype is F32 and a.name.startswith("d") else Role.STATE
-            into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype or dtype, role)
+            role = Role.GRAD if a.kind == "grad" else Role.STATE
+            into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype(dtype), role)
     p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into)
     if accumulate:
         p.calls[-1].first = frozenset()  # as if an earlier call had written the gradients
@@ -108,37 +108,39 @@ def run_case(
     """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
     layout = plan(p, scratch=backend.scratch)
     arena = backend.alloc(layout)
-    raw = getattr(arena, "bytes", None)
-    if raw is not None:
-        raw[:] = SENTINEL
+    memory = getattr(arena, "memory", None)  # what lies in the arena, byte by byte, where it has bytes
+    if memory is not None:
+        arena.fill(SENTINEL)
     for args, tensors in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)):
         for arg, t in zip(args, tensors):
             if t is not None and arg.name in arrays:
-                arena.view(t)[...] = arrays[arg.name]
-    set_knobs(arena.knobs(p), micro_step)
-    before = None if raw is None else raw.copy()
+                arena.write(t, arrays[arg.name])
+    set_knobs(p, arena, micro_step)
+    before = None if memory is None else memory()
     backend.bind(p, arena).run()
     outs = {
-        name: np.array(arena.view(t), np.float64)
+        name: np.array(arena.read(t), np.float64)
         for name, t in c.named_outs()
         if t.role is not Role.KNOB and name != "logits"
     }
+    knobs = arena.fetch_knobs(p)()
     if any(t is p.knobs for t in c.outs):
-        outs["knobs"] = np.array([arena.knobs(p).grad_norm, arena.knobs(p).grad_scale], np.float64)
-    if raw is not None:
-        spans = [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
+        outs["knobs"] = np.array([knobs.grad_norm, knobs.grad_scale], np.float64)
+    if memory is not None:
+        after, spans = memory(), [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
         if c in layout.scratch:
             spans.append((layout.scratch[c], backend.scratch(c)))
         for start, size in spans:
-            raw[start : start + size] = before[start : start + size]
-        assert np.array_equal(raw, before), f"{c.op.name} wrote outside its outputs"
+            after[start : start + size] = before[start : start + size]
+        assert np.array_equal(after, before), f"{c.op.name} wrote outside its outputs"
+    arena.close()
     return outs
 
 
-def set_knobs(knobs: Any, micro_step: int = 0) -> None:
+def set_knobs(p: Program, arena: Arena, micro_step: int = 0) -> None:
     """The knob values of every check: step 3, learning rate 1e-3, and so on."""
-    knobs.seed, knobs.step, knobs.micro_step, knobs.position = 7, 3, micro_step, 0
-    knobs.lr, knobs.loss_scale, knobs.grad_norm, knobs.grad_scale = 1e-3, 0.125, 0.0, 0.5
+    counters = {"seed": 7, "step": 3, "micro_step": micro_step, "position": 0}
+    arena.write_knobs(p, **counters, lr=1e-3, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
@@ -154,10 +156,11 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
         runs = [run_case(p, c, arrays, b, micro_step) for b in (RefBackend(), RefBackend(exact=False), backend)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
-            if arg.name not in runs[0] or (arg.dtype is not None and not arg.dtype.unit and arg.name != "knobs"):
+            kind = F32 if arg.name == "knobs" else arg.dtype(dtype)
+            if arg.name not in runs[0] or not kind.unit:
                 continue  # bits, which the op's own test puts together again
             exact, rounded, got = (r[arg.name] for r in runs)
-            limit = tolerance(exact, rounded, (arg.dtype or dtype) if arg.name != "knobs" else F32, terms)
+            limit = tolerance(exact, rounded, kind, terms)
             error = float(np.max(np.abs(got - exact), initial=0.0))
             if not np.isfinite(got).all():
                 error = np.inf
@@ -192,12 +195,14 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     ins, into = [], {}
     for a in op.in_args:
         shape = tuple(sizes[d] if d in sizes else int(d) for d in a.dims)
-        if a.name in PARAMS:
+        if a.name in case.without:
+            ins.append(None)
+        elif a.name in PARAMS:
             ins.append(p.param(a.name, shape, ONES))
-        elif a.dtype is None or a.dtype is F32:
+        elif a.dtype(F32) is F32:
             ins.append(Tensor(a.name, shape, F32, Role.ACT))
         else:
-            ins.append(p.input(a.name, shape, a.dtype))
+            ins.append(p.input(a.name, shape, a.dtype(F32)))
     for a in op.out_args:
         if a.given:
             into[a.name] = p.grad(p.params[a.name[1:]].tensor)
@@ -208,10 +213,11 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     backward(p, add, seeds=seeds)
     backend = RefBackend()
     arena = backend.alloc(plan(p))
-    set_knobs(arena.knobs(p))
+    set_knobs(p, arena)
     arrays = case_arrays(op, c)
     rng = np.random.default_rng(1)
-    for t in ins:
+    inputs = [t for t in ins if t is not None]
+    for t in inputs:
         arena.view(t)[...] = arrays[t.name]
     for seed in seeds.values():
         arena.view(seed)[...] = rng.standard_normal(seed.shape)
@@ -219,7 +225,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     run.run()
     gradients = {
         t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.slots[t]))
-        for t in ins
+        for t in inputs
         if t.role is Role.PARAM or t in p.slots
     }
 
@@ -291,8 +297,8 @@ def bench_case(op: Op, case: Case, backend: Backend, dtype: DType, seconds: floa
     arena = backend.alloc(plan(p, scratch=backend.scratch))
     for arg, t in zip(op.in_args, c.ins):
         if t is not None:
-            arena.view(t)[...] = case_arrays(op, c)[arg.name]
-    set_knobs(arena.knobs(p))
+            arena.write(t, case_arrays(op, c)[arg.name])
+    set_knobs(p, arena)
     run = backend.bind(p, arena)
     run.run()
     times, begin = [], time.perf_counter()

@@ -1,6 +1,8 @@
-"""HostArena: the planned memory on the host, shared by the ref and cpu backends."""
+"""Memory on the host: what is common to its arenas, and HostArena, the planned one of the ref and cpu backends."""
 
 import mmap
+from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +20,44 @@ NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "i16": 
 KNOBS_DTYPE = np.dtype([(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in KNOBS])
 
 
-class HostArena(Arena):
+class HostMemory(Arena):
+    """An arena whose tensors are numpy arrays: reading is looking, and nothing is ever awaited."""
+
+    @abstractmethod
+    def view(self, tensor: Tensor) -> np.ndarray:
+        """The tensor's memory."""
+
+    @abstractmethod
+    def part(self, flat: str, param: Tensor) -> np.ndarray:
+        """The memory of a parameter's stretch of a flat vector."""
+
+    @abstractmethod
+    def knobs(self, program: Program) -> Any:
+        """The memory of the program's Knobs, as a numpy record."""
+
+    def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        values = np.array(self.view(tensor))
+        return lambda: values
+
+    def write(self, tensor: Tensor, values: Any) -> None:
+        self.view(tensor)[...] = values
+
+    def read_part(self, flat: str, param: Tensor) -> np.ndarray:
+        return self.part(flat, param)
+
+    def write_part(self, flat: str, param: Tensor, values: Any) -> None:
+        self.part(flat, param)[...] = values
+
+    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
+        values = self.knobs(program).copy()
+        return lambda: values
+
+    def write_knobs(self, program: Program, **values: int | float) -> None:
+        for name, value in values.items():
+            setattr(self.knobs(program), name, value)
+
+
+class HostArena(HostMemory):
     """Zeroed, page-aligned host memory, in huge pages where the kernel gives them (GEMM walks many pages at once)."""
 
     def __init__(self, plan: Plan):
@@ -26,14 +65,7 @@ class HostArena(Arena):
         size = max(plan.nbytes, 1)
         free = available_bytes()
         if size > free:
-            parts = " | ".join(f"{name} {plan.region[name][1] / MIB:.0f}" for name in REGIONS)
-            raise HandgradError(
-                "plan",
-                f"the arena fits in memory, {free / MIB:.0f} MiB are free",
-                f"{size / MIB:.0f} MiB ({parts})",
-                hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
-                "handgrad explain prices each",
-            )
+            raise does_not_fit(plan, free, "")
         # private: shared anonymous memory gets no huge pages
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -41,6 +73,14 @@ class HostArena(Arena):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8)
         self.address = self.bytes.ctypes.data
+
+    def fill(self, byte: int) -> None:
+        """Sets all memory to one byte, for checks of what was touched."""
+        self.bytes[:] = byte
+
+    def memory(self) -> np.ndarray:
+        """A copy of all bytes."""
+        return self.bytes.copy()
 
     def view(self, tensor: Tensor) -> np.ndarray:
         start = self.plan.offset[tensor]
@@ -52,6 +92,18 @@ class HostArena(Arena):
 
     def knobs(self, program: Program) -> Any:
         return self.view(program.knobs).view(KNOBS_DTYPE)[0:1].view(np.recarray)[0]
+
+
+def does_not_fit(plan: Plan, free: int, others: str) -> HandgradError:
+    """The error of an arena that is larger than the memory that is free, bytes."""
+    parts = " | ".join(f"{name} {plan.region[name][1] / MIB:.0f}" for name in REGIONS)
+    return HandgradError(
+        "memory",
+        f"the arena fits in memory, {free / MIB:.0f} MiB are free{others}",
+        f"{plan.nbytes / MIB:.0f} MiB ({parts})",
+        hint="a smaller --run.micro-batch, --run.recompute act or block, more --run.head-chunks; "
+        "handgrad explain prices each",
+    )
 
 
 def available_bytes() -> int:

@@ -1,11 +1,13 @@
 """What a backend is: it allocates the arena of a plan and turns a list of calls into running code.
 
-Nothing else in handgrad asks which backend is running. A new one implements these two classes and a line in `BACKENDS`.
+Nothing else in handgrad asks which backend is running. A new one implements these classes and a line in `BACKENDS`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan
@@ -20,7 +22,8 @@ class Executable(ABC):
 
     @abstractmethod
     def run(self, start: int = 0, stop: int | None = None) -> None:
-        """Runs the calls [start, stop) of the list."""
+        """Starts the calls [start, stop) of the list, after all that was started before; a device may still be at it
+        when this returns."""
 
     @abstractmethod
     def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
@@ -28,27 +31,47 @@ class Executable(ABC):
 
 
 class Arena(ABC):
-    """One allocation of `plan.nbytes` bytes, zeroed."""
+    """One allocation of `plan.nbytes` bytes, zeroed. Reads and writes take their turn among the runs."""
 
     plan: Plan
 
     @abstractmethod
-    def view(self, tensor: Tensor) -> Any:
-        """The tensor's memory as a numpy array (a view; bf16 as ml_dtypes.bfloat16)."""
+    def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        """Starts reading a tensor; calling the result waits and returns its values (bf16 as ml_dtypes.bfloat16)."""
 
     @abstractmethod
-    def part(self, flat: str, param: Tensor) -> Any:
-        """A parameter's stretch of a flat vector ("param", "grad", "m", ...) as a view of its shape."""
+    def write(self, tensor: Tensor, values: Any) -> None:
+        """Fills a tensor; `values` may change as soon as this returns."""
 
     @abstractmethod
-    def knobs(self, program: Program) -> Any:
-        """The program's Knobs as a numpy record (a view)."""
+    def read_part(self, flat: str, param: Tensor) -> np.ndarray:
+        """A parameter's stretch of a flat vector ("param", "grad", "m", ...) in its shape; on the host, a view."""
+
+    @abstractmethod
+    def write_part(self, flat: str, param: Tensor, values: Any) -> None:
+        """Fills a parameter's stretch of a flat vector."""
+
+    @abstractmethod
+    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
+        """Starts reading a program's Knobs; calling the result waits and returns them as a numpy record."""
+
+    @abstractmethod
+    def write_knobs(self, program: Program, **values: int | float) -> None:
+        """Sets some of a program's Knobs."""
+
+    def close(self) -> None:
+        """Gives the memory back; otherwise that happens when nothing refers to the arena any more."""
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The values of a tensor, when all that was started is done."""
+        return self.fetch(tensor)()
 
 
-class Backend(ABC):
-    """`name`, `scratch` for the planner, `alloc` and `bind`."""
+class Planner(ABC):
+    """What planning and explaining a run needs of a backend; no hardware."""
 
     name: str
+    head_rows: int  # rows of logits that exist at a time, unless the user says otherwise
 
     @abstractmethod
     def has(self, op: Op) -> bool:
@@ -57,6 +80,24 @@ class Backend(ABC):
     @abstractmethod
     def scratch(self, call: Call) -> int:
         """Bytes of scratch that this backend's kernel needs for a call."""
+
+    def note(self, call: Call) -> str:
+        """Which implementation a call is bound to, where there is a choice."""
+        return ""
+
+
+class Backend(Planner):
+    """A planner with its hardware: `alloc` and `bind`."""
+
+    hardware: str  # what it runs on, for people
+    dtype: str  # the working dtype that is best here
+    dtypes: tuple[str, ...] = ("f32", "bf16")
+    grad_dtypes: tuple[str, ...] = ("f32",)
+    is_asynchronous: bool = False  # runs are started, not awaited
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """FLOP/s that the hardware can do in this dtype, if that is known."""
+        return None
 
     @abstractmethod
     def alloc(self, plan: Plan) -> Arena:

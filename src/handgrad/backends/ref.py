@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, HostArena
+from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, HostArena, HostMemory
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan
@@ -21,7 +21,7 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Role, Tensor
 
 
-class ExactArena(Arena):
+class ExactArena(HostMemory):
     """float64 arrays by tensor, made when first asked for. Slices of a flat vector share its memory."""
 
     def __init__(self, plan: Plan):
@@ -57,7 +57,7 @@ class ExactArena(Arena):
 class RefExecutable(Executable):
     """Runs each call's `ref` in list order."""
 
-    def __init__(self, program: Program, arena: Arena, poison: bool):
+    def __init__(self, program: Program, arena: HostMemory, poison: bool):
         self.program, self.arena, self.poison = program, arena, poison
         self.knobs = arena.knobs(program)
 
@@ -104,7 +104,7 @@ class RefExecutable(Executable):
 class RefBackend(Backend):
     """`exact=True`: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
 
-    name = "ref"
+    name, hardware, dtype, head_rows = "ref", "numpy", "f32", 512
 
     def __init__(self, exact: bool = True, poison: bool = False):
         self.exact, self.poison = exact, poison and not exact
@@ -118,5 +118,5 @@ class RefBackend(Backend):
     def alloc(self, plan: Plan) -> Arena:
         return ExactArena(plan) if self.exact else HostArena(plan)
 
-    def bind(self, program: Program, arena: Arena) -> RefExecutable:
+    def bind(self, program: Program, arena: HostMemory) -> RefExecutable:
         return RefExecutable(program, arena, self.poison)

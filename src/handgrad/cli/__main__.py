@@ -1,4 +1,4 @@
-"""handgrad: train, generate, explain, data, ops. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
+"""handgrad: train, generate, explain, profile, data, ops, doctor. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
 
 import difflib
 import os
@@ -11,8 +11,10 @@ VERBS = {
     "train": "train a GPT-2; without arguments, a small one on Shakespeare, in about a minute",
     "generate": "continue a prompt with a trained model",
     "explain": "every call, byte and flop of a run before it runs",
+    "profile": "where a step's time goes, against what its bytes and flops must take",
     "data": "turn text into token shards",
     "ops": "the ops: support table, check, grad, bench",
+    "doctor": "what is installed, what was found, what would run",
 }
 
 

@@ -1,11 +1,12 @@
 """handgrad explain MODEL: the listing, the memory map and the price of every remedy, without allocating anything."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
 
 from handgrad.backends import open_backend
+from handgrad.backends.cuda.card import GPUS, Card
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.models import GPT2, preset
@@ -26,12 +27,22 @@ class Explain:
     """tokens in the vocabulary; 0: GPT-2's 50257"""
     dropout: float = 0.0
     """probability of dropping"""
-    dtype: Literal["bf16", "f32"] = "bf16"
+    dtype: Literal["bf16", "tf32", "f32"] = "bf16"
     """working dtype"""
+    master_weights: bool = True
+    """bf16 weights keep their low 16 bits beside them"""
+    grad_dtype: Literal["f32", "bf16"] = "f32"
+    """of parameter gradients; bf16 needs a GPU"""
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """whose scratch and workspaces are counted"""
+    gpu: Literal["a100", "4090", "h100", "h200", "b200"] = "h100"
+    """the card, which may be elsewhere"""
+    deterministic: bool = False
+    """as in a run"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what is computed again in backward instead of kept"""
     head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of at most 512 rows"""
+    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
@@ -51,13 +62,20 @@ def main(argv: list[str]) -> int:
     if a.vocab_size:
         sizes["vocab_size"] = a.vocab_size
     model = GPT2(**sizes, dropout=a.dropout)
-    backend = open_backend("cpu", a.threads)
+    if a.backend == "cuda":
+        gpu = replace(GPUS[a.gpu], tf32=a.dtype == "tf32", deterministic=a.deterministic)
+        backend, where = Card(gpu), f"the cuda backend on an {gpu.name}"
+    else:
+        backend = open_backend("cpu", a.threads)
+        where = f"the cpu backend, {backend.hardware}"
     print(
         explain(
             model,
             a.micro_batch,
             a.seq_len or model.max_seq_len,
             dtype=a.dtype,
+            grad_dtype=a.grad_dtype,
+            master_weights=a.master_weights,
             backend=backend,
             recompute=a.recompute,
             head_chunks=a.head_chunks,
@@ -66,6 +84,5 @@ def main(argv: list[str]) -> int:
             sample=a.sample,
         )
     )
-    where = f"the cpu backend, {backend.isa}, {backend.threads} thread{'s' * (backend.threads > 1)}"
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     return 0

@@ -52,7 +52,7 @@ def sizes(case: Case) -> str:
 
 def support(ops: list[Op], backend) -> tuple[Table, bool]:
     """Op by backend."""
-    table = Table("op", "inputs", "outputs", "oracle", f"cpu ({backend.isa})", "gradient", "cases", box=None)
+    table = Table("op", "inputs", "outputs", "oracle", backend.name, "gradient", "cases", box=None)
     for op in ops:
         rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
         table.add_row(op.name, op.ins, op.outs, "yes", "f32 bf16" if backend.has(op) else "-", rule, str(len(op.cases)))

@@ -1,10 +1,12 @@
 """The listing: one line a call, with phase, block, op, offsets, shapes, dtypes and source line."""
 
+from collections.abc import Callable
+
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Role, Tensor
 
-PHASE = {"forward": "fwd", "recompute": "re", "backward": "bwd", "norm": "nrm", "update": "upd", "load": "load"}
+PHASE = {"forward": "fwd", "recompute": "re", "backward": "bwd", "norm": "nrm", "update": "upd"}
 
 
 def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
@@ -13,7 +15,7 @@ def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
     return f"{name}{at} ({','.join(map(str, t.shape))}) {t.dtype}"
 
 
-def line(c: Call, plan: Plan | None = None) -> str:
+def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
     """One call of the listing."""
     outs = [
         ("+= " if arg.given and arg.name not in c.first else "") + _tensor(t, c, plan)
@@ -22,13 +24,13 @@ def line(c: Call, plan: Plan | None = None) -> str:
     ]
     ins = [_tensor(t, c, plan) for t in c.ins if t is not None]
     attrs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in c.attrs.items())
-    parts = (f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}", " | ".join(outs), "<-", " | ".join(ins), attrs, c.where)
+    parts = (f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}", " | ".join(outs), "<-", " | ".join(ins), attrs, c.where, note)
     return "  ".join(part for part in parts if part)
 
 
-def listing(p: Program, plan: Plan | None = None) -> str:
+def listing(p: Program, plan: Plan | None = None, note: Callable[[Call], str] = lambda c: "") -> str:
     """All calls, a line each. Without a plan no offsets: the form that golden files keep.
 
-    `@` is the offset in the arena in MiB; `+=` marks outputs that are added to.
+    `@` is the offset in the arena in MiB; `+=` marks outputs that are added to. `note` adds what a backend has to say of a call.
     """
-    return "\n".join(line(c, plan) for c in p.calls)
+    return "\n".join(line(c, plan, note(c)) for c in p.calls)

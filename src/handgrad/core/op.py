@@ -5,16 +5,20 @@ Arguments are declared in one line each, `name:DIMS[:dtype][?]`, separated by sp
     ins  = "x:N,C h:N,C w:C b:C?"           letters are unified over all inputs; `?` may be absent
     outs = "s:N,C y:N,C mean:N:f32 +dw:C:f32"
 
-The dtype is the program's working dtype unless given. An output with `+` is not made by the call but given to it
-(`into=`) and read as well as written: a parameter gradient, a parameter in an update, a cache.
+The dtype is the program's working dtype unless given; `grad` is that of its parameter gradients. An output with `+` is
+not made by the call but given to it (`into=`) and read as well as written: a parameter gradient, a parameter in an
+update, a cache.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handgrad.core.dtypes import DTYPES, DType
+from handgrad.core.dtypes import DTYPES, F32, DType
 from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu, Launches
 from handgrad.core.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -27,9 +31,13 @@ class Arg:
 
     name: str
     dims: tuple[str, ...]
-    dtype: DType | None  # None: the program's working dtype
+    kind: str  # a dtype's name, "grad", or "" for the program's working dtype
     optional: bool
     given: bool  # `+`: read and written, made elsewhere
+
+    def dtype(self, working: DType, grad: DType = F32) -> DType:
+        """Its element type in a program of these."""
+        return grad if self.kind == "grad" else DTYPES[self.kind] if self.kind else working
 
 
 def parse_args(text: str) -> tuple[Arg, ...]:
@@ -41,7 +49,7 @@ def parse_args(text: str) -> tuple[Arg, ...]:
             Arg(
                 name.lstrip("+"),
                 tuple(dims.split(",")),
-                DTYPES[dtype[0]] if dtype else None,
+                dtype[0] if dtype else "",
                 word.endswith("?"),
                 word.startswith("+"),
             )
@@ -72,11 +80,12 @@ class Case:
 
     sizes: dict[str, Any]
     real: str = ""
+    without: tuple[str, ...] = ()  # optional inputs that are absent
 
 
-def case(real: str = "", **sizes: Any) -> Case:
-    """A case from keyword arguments: `case(N=7, C=33, eps=1e-5)`."""
-    return Case(sizes, real)
+def case(real: str = "", without: str = "", **sizes: Any) -> Case:
+    """A case from keyword arguments: `case(N=7, C=33, eps=1e-5, without="b")`."""
+    return Case(sizes, real, tuple(without.split()))
 
 
 class Op:
@@ -129,6 +138,10 @@ class Op:
             total += 0 if out is None else out.nbytes * (2 if arg.given and arg.name not in c.first else 1)
         return total
 
+    def cuda(self, c: "Call", gpu: Gpu) -> Launches:
+        """What one call launches on a GPU."""
+        raise NotImplementedError
+
     def ref(self, v: Any) -> tuple:
         """The oracle: outputs in order from a namespace of inputs, given outputs, sizes and attributes (numpy).
 
@@ -139,6 +152,11 @@ class Op:
     def sample(self, rng: Any, arg: Arg, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         """A random array for an input of a case, or None for the default (standard normal)."""
         return None
+
+    @property
+    def folder(self) -> Path:
+        """Where the op's files lie."""
+        return Path(sys.modules[type(self).__module__].__file__).parent
 
     def __repr__(self) -> str:
         return self.name

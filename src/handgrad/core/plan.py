@@ -188,7 +188,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     ):
         start = at
         for flat in flats:
-            dtype = head.dtype if flat == "param" else used.get(flat, F32)
+            dtype = {"param": head.dtype, "grad": head.grad_dtype}.get(flat) or used[flat]
             result.flats[flat] = at, dtype
             at += aligned(head.flat_size * dtype.size)
         if region == "state":

@@ -10,7 +10,7 @@ from typing import Any
 from handgrad.core.dtypes import BYTE, F32, I16, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.knobs import KNOBS_BYTES
-from handgrad.core.op import Op, bind_dims
+from handgrad.core.op import Arg, Op, bind_dims
 from handgrad.core.tensor import Role, Tensor
 
 FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so a tensor's start is the same index in every flat vector
@@ -62,7 +62,7 @@ class Call:
     outs: tuple[Tensor | None, ...]
     ins: tuple[Tensor | None, ...]
     attrs: dict[str, Any]
-    phase: str  # forward, recompute, backward, norm, update, load
+    phase: str  # forward, recompute, backward, norm, update
     block: str
     where: str  # file:line of the model code that asked for it
     sizes: dict[str, int]
@@ -95,6 +95,8 @@ class Program:
     dtype: DType = F32
     mode: str = "train"
     accumulates: bool = True  # several passes add to the gradients before an update, so they keep their memory
+    grad_dtype: DType = F32  # of parameter gradients
+    master: bool = True  # a bf16 weight keeps, in "low", the 16 bits that make it a float32; else it is rounded at random
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -150,9 +152,9 @@ class Program:
         return tensor
 
     def grad(self, param: Tensor) -> Tensor:
-        """The gradient of a parameter: f32, same shape, one per parameter however often it is used."""
+        """The gradient of a parameter: grad_dtype, same shape, one per parameter however often it is used."""
         if param.name not in self.grads:
-            self.grads[param.name] = Tensor("d " + param.name, param.shape, F32, Role.GRAD, "grad")
+            self.grads[param.name] = Tensor("d " + param.name, param.shape, self.grad_dtype, Role.GRAD, "grad")
         return self.grads[param.name]
 
     def next_stream(self) -> int:
@@ -224,14 +226,16 @@ class Program:
                 if target is None:
                     if not arg.optional:
                         raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
-                elif target.role is Role.GRAD and target not in self._written:
+                else:
+                    self._check_given(op, arg, target, sizes, where)
+                if target is not None and target.role is Role.GRAD and target not in self._written:
                     self._written.add(target)
                     first.add(arg.name)
             elif arg.optional and not op.makes(arg.name, attrs, self.dtype):
                 outs.append(None)
             else:
                 shape = tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
-                outs.append(Tensor(self._fresh(f"{op.name}.{arg.name}"), shape, arg.dtype or self.dtype, Role.ACT))
+                outs.append(Tensor(self._fresh(f"{op.name}.{arg.name}"), shape, arg.dtype(self.dtype), Role.ACT))
         call = Call(
             op,
             tuple(outs),
@@ -249,6 +253,17 @@ class Program:
             if t is not None and t.role is Role.ACT:
                 self.producer[t] = call
         return call.outs
+
+    def _check_given(self, op: Op, arg: Arg, target: Tensor, sizes: dict[str, int], where: str) -> None:
+        """Raises unless a given output has the shape and dtype that its kernel will write."""
+        found = (target.size,) if len(arg.dims) == 1 else target.shape  # a kernel of one letter takes any shape flat
+        shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
+        dtype = arg.dtype(self.dtype, self.grad_dtype)
+        if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
+            raise HandgradError(
+                op.name, f"'{arg.name}' is {shape} {dtype}", f"'{target.name}' {target.shape} {target.dtype}",
+                context=f"recorded at {where}",
+            )  # fmt: skip
 
     def _fresh(self, stem: str) -> str:
         stem = f"{self._block}/{stem}" if self._block else stem
@@ -291,7 +306,7 @@ class Program:
     def slice(self, flat: str, start: int, size: int, name: str) -> Tensor:
         """A handle on a stretch of a flat vector: "param", "grad", or an optimizer's "m", "v", "low"."""
         role = {"param": Role.PARAM, "grad": Role.GRAD}.get(flat, Role.STATE)
-        dtype = {"param": self.dtype, "low": I16}.get(flat, F32)
+        dtype = {"param": self.dtype, "grad": self.grad_dtype, "low": I16}.get(flat, F32)
         handle = Tensor(name, (size,), dtype, role, flat)
         self.starts[handle] = start
         return handle

@@ -14,7 +14,7 @@ class Role(Enum):
 
     INPUT = "input"  # written by the host before a step
     PARAM = "param"
-    GRAD = "grad"  # of a parameter; always f32
+    GRAD = "grad"  # of a parameter
     STATE = "state"  # survives a step: AdamW's moments, low halves of weights, the KV cache
     ACT = "act"  # lives from its first to its last use in the list
     KNOB = "knob"  # the per-step scalars

@@ -1,7 +1,6 @@
 """Engine: text generation with a key/value cache. Prefill takes the prompt in pieces, decode one token at a time."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,10 +28,8 @@ class Engine:
     def __init__(self, model: GPT2, programs: tuple[Program, Program], arena: Arena, backend: Backend):
         self.model = model
         self._prefill, self._decode = programs
+        self._arena = arena
         self._run = tuple(backend.bind(p, arena) for p in programs)
-        self._ids = tuple(arena.view(p.inputs["ids"]) for p in programs)
-        self._knobs: tuple[Any, ...] = tuple(arena.knobs(p) for p in programs)
-        self._logits = arena.view(self._decode.outputs["logits"])[0, : model.vocab_size]
         self.position = 0  # tokens in the cache
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -46,21 +43,21 @@ class Engine:
             raise HandgradError(
                 "generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids)
             )
-        ids, piece = list(ids), len(self._ids[0])
+        ids, piece = list(ids), self._prefill.inputs["ids"].size
         while len(ids) > 2 and self.position + piece <= self.model.max_seq_len:
             part = ids[: min(piece, len(ids) - 1)]  # rows past the prompt write cache rows that later tokens overwrite
-            self._ids[0][...] = 0
-            self._ids[0][: len(part)] = part
-            self._step(0, len(part))
+            self._step(0, part + [0] * (piece - len(part)), len(part))
             ids = ids[len(part) :]
         for token in ids:
-            self._ids[1][0] = token
-            self._step(1, 1)
-        return self._logits.astype(np.float32)
+            self._step(1, [token], 1)
+        return self._arena.read(self._decode.outputs["logits"])[0, : self.model.vocab_size].astype(np.float32)
 
-    def _step(self, which: int, count: int) -> None:
-        self._knobs[which].position = self.position
-        self._run[which].run()
+    def _step(self, which: int, ids: list[int], count: int) -> None:
+        """Runs prefill (0) or decode (1), of whose tokens the first `count` are there to stay."""
+        run = self._run[which]
+        self._arena.write(run.program.inputs["ids"], ids)
+        self._arena.write_knobs(run.program, position=self.position)
+        run.run()
         self.position += count
 
     def generate(

@@ -40,8 +40,7 @@ def load_run(
     tensors = checkpoint.load(folder, {name: (t.shape, stored) for name, t in params.items()})
     arena = engine_backend.alloc(plan(decode, prefill, scratch=engine_backend.scratch))
     for name, t in params.items():
-        target = arena.part("param", t)
-        target[...] = np.asarray(tensors[name]).astype(target.dtype)
+        arena.write_part("param", t, np.asarray(tensors[name]))
     return Engine(model, programs, arena, engine_backend), tokenizer
 
 

@@ -25,13 +25,18 @@ def batch(g: Program, batch_size: int, seq_len: int) -> Batch:
     return Batch(g.input("ids", rows, I32), targets, batch_size, seq_len)
 
 
-def dense(g: Program, x: Tensor, name: str, size: int, *, std: float = 0.02, gelu: bool = False) -> Tensor:
-    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it."""
+def dense(
+    g: Program, x: Tensor, name: str, size: int, *, std: float = 0.02, gelu: bool = False, pre_x: Tensor | None = None
+) -> Tensor:
+    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it.
+
+    `pre_x`: x is gelu(pre_x), and backward goes straight to pre_x.
+    """
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS, decay=False)
     keep_pre = gelu and g.mode == "train"
-    out = g.emit(linear, x, w, b, gelu=gelu, keep_pre=keep_pre)
+    out = g.emit(linear, x, w, b, pre_x, gelu=gelu, keep_pre=keep_pre)
     return out[0]
 
 
@@ -64,10 +69,11 @@ def self_attention(
         qkv = dense(g, x, "c_attn", 3 * size)
         if g.mode in ("prefill", "decode"):
             cache = g.state("cache", (data.batch_size, max_len, 2, heads, size // heads), g.dtype)
-            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=max_len, H=heads)
+            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=max_len, H=heads, K=heads)
         else:
             active = p if g.mode == "train" else 0.0
-            y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, p=active, stream=g.next_stream() if active else 0)
+            stream = g.next_stream() if active else 0
+            y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
         return drop(g, dense(g, y, "c_proj", size, std=std), p)
 
 
@@ -75,7 +81,8 @@ def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) ->
     """w2 gelu(w1 x + b1) + b2."""
     with g.scope(name):
         h = dense(g, x, "c_fc", size, gelu=True)
-        return drop(g, dense(g, h, "c_proj", x.shape[-1], std=std), p)
+        pre = g.producer[h].pre  # None unless training
+        return drop(g, dense(g, h, "c_proj", x.shape[-1], std=std, pre_x=pre), p)
 
 
 def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, chunks: int) -> None:
@@ -88,4 +95,4 @@ def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, c
     elif g.mode == "loss":
         g.output("losses", g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)[0])
     elif g.mode in ("logits", "decode"):
-        g.output("logits", g.emit(linear, x, w, None, gelu=False, keep_pre=False)[0])
+        g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])

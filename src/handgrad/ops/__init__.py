@@ -5,7 +5,6 @@ from handgrad.ops.add.op import add
 from handgrad.ops.add_norm.op import add_norm, norm, norm_backward
 from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
-from handgrad.ops.cast.op import cast
 from handgrad.ops.dropout.op import dropout
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
@@ -31,7 +30,6 @@ _ALL = (
     lm_loss,
     lm_loss_forward_backward,
     add,
-    cast,
     fill,
     global_norm,
     adamw,

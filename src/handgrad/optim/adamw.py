@@ -48,11 +48,12 @@ class AdamW:
                     flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}")
                     for flat in ("param", "grad", "m", "v")
                 }
-                low = None if g.dtype is F32 else g.slice("low", bucket.start, bucket.size, f"{name}.low")
+                low = None if g.dtype is F32 or not g.master else g.slice("low", bucket.start, bucket.size, f"{name}.low")
                 g.emit(
                     adamw,
                     part["grad"],
                     into={"p": part["param"], "m": part["m"], "v": part["v"], "low": low},
+                    start=bucket.start,
                     beta1=self.betas[0],
                     beta2=self.betas[1],
                     eps=self.eps,

@@ -95,16 +95,22 @@ class RunConfig:
     """optimizer steps"""
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
-    dtype: Literal["auto", "f32", "bf16"] = "auto"
-    """working dtype; bf16 weights keep their low 16 bits beside them; auto: bf16 where the processor multiplies it"""
-    backend: Literal["cpu", "ref"] = "cpu"
-    """cpu: C kernels; ref: the numpy oracle, float64 and slow"""
+    dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
+    """working dtype; tf32: float32 with quicker, rounder products on a GPU; auto: bf16 where the hardware multiplies it"""
+    master_weights: bool = True
+    """bf16 weights keep their low 16 bits beside them; without, updates are rounded at random"""
+    grad_dtype: Literal["f32", "bf16"] = "f32"
+    """of parameter gradients; bf16 needs a GPU"""
+    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: the numpy oracle, float64 and slow"""
+    deterministic: bool = False
+    """the same bits whatever is recomputed, on a GPU at some cost; the other backends always repeat themselves"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what is computed again in backward instead of kept"""
     head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of at most 512 rows"""
+    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
     seed: int = 1337
     """of initial weights, data order, dropout and sampling"""
     val_every: int = 250

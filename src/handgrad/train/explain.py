@@ -1,17 +1,18 @@
 """explain: all about a run before it runs: the listing, the memory map to the byte, flops, the price of remedies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from handgrad.backends.base import Backend
+from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.listing import listing
 from handgrad.core.plan import MIB, Plan, plan
-from handgrad.core.program import Program
+from handgrad.core.program import Call, Program
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import GPT2
 from handgrad.optim import AdamW
-from handgrad.train.trainer import chunks_of, record_loss, record_train
+from handgrad.train.record import chunks_of, record_loss, record_train
 
 REMEDIES = tuple(POLICIES)
 
@@ -24,6 +25,7 @@ class Explanation:
     plan: Plan
     rows: int
     remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-step
+    note: Callable[[Call], str] = lambda c: ""  # what the backend binds a call to
 
     @property
     def flops_per_token(self) -> float:
@@ -34,7 +36,7 @@ class Explanation:
         p, at = self.program, self.plan
         calls = {phase: sum(c.phase == phase for c in p.calls) for phase in dict.fromkeys(c.phase for c in p.calls)}
         lines = [
-            listing(p, at),
+            listing(p, at, self.note),
             "",
             f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
@@ -63,10 +65,12 @@ def explain(
     seq_len: int,
     *,
     dtype: str = "bf16",
-    backend: Backend | None = None,
+    backend: Planner | None = None,
     recompute: str = "act",
     head_chunks: int = 0,
     accumulation: int = 1,
+    grad_dtype: str = "f32",
+    master_weights: bool = True,
     optim: AdamW = AdamW(),
     val: bool = True,
     sample: bool = True,
@@ -83,16 +87,20 @@ def explain(
     >>> page.program.num_params
     124475904
     """
-    kind = DTYPES[dtype]
+    kind, head_rows = DTYPES["f32" if dtype == "tf32" else dtype], 512 if backend is None else backend.head_rows
 
     def lay_out(micro_batch: int, recompute: str, head_chunks: int, steps: int) -> tuple[Program, Plan]:
-        train = record_train(model, optim, micro_batch, seq_len, kind, recompute, head_chunks, steps > 1)
-        others = [record_loss(model, micro_batch, seq_len, kind, head_chunks)] if val else []
+        chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)
+        train = record_train(
+            model, optim, micro_batch, seq_len, kind, chunks=chunks, recompute=recompute, accumulates=steps > 1,
+            grad_dtype=DTYPES[grad_dtype], master=master_weights,
+        )  # fmt: skip
+        others = [record_loss(model, micro_batch, seq_len, kind, chunks)] if val else []
         others += record_engine(model, kind) if sample else ()
         return train, plan(train, *others, **({} if backend is None else {"scratch": backend.scratch}))
 
     program, layout = lay_out(micro_batch, recompute, head_chunks, accumulation)
-    chunks = chunks_of(micro_batch * seq_len, head_chunks)
+    chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)
     prices = []
     if remedies:
         options = [(f"recompute {r}", micro_batch, r, chunks) for r in REMEDIES if r != recompute]
@@ -109,4 +117,5 @@ def explain(
         for name, b, r, n in options:
             other, its = lay_out(b, r, n, accumulation * micro_batch // b)
             prices.append((name, its.nbytes, sum(c.flops for c in other.calls) * micro_batch // b))
-    return Explanation(program, layout, micro_batch * seq_len, tuple(prices))
+    notes = (lambda c: "") if backend is None else backend.note
+    return Explanation(program, layout, micro_batch * seq_len, tuple(prices), notes)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from handgrad.core.errors import HandgradError
 
-KEYS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+KEYS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
 LIVE_WIDTH = 92  # columns that the live line takes in a long run, without its bar
 LIVE_SECONDS = 0.1  # between redraws of the live line: one takes 0.4 ms from the kernels
@@ -97,12 +97,14 @@ class RunLog:
         tokens: int,
         step_seconds: float,
         val_loss: float | None = None,
+        mfu: float | None = None,
     ) -> None:
         """Records one update.
 
         step: counted from 1
         loss, val_loss: nats a token; val_loss only where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
+        mfu: model flops as a fraction of the hardware's peak, where that is known
         tokens, step_seconds: of this update alone, without validation, sampling and saving
 
         Raises HandgradError if the line cannot be written.
@@ -114,7 +116,9 @@ class RunLog:
         if val_loss is not None:
             self._val_loss = line["val_loss"] = float(val_loss)
         line |= {"lr": float(lr), "grad_norm": float(grad_norm)}
-        line |= {"tokens_per_second": round(self.tokens_per_second, 1), "seconds": round(now, 3)}
+        line |= {"tokens_per_second": round(self.tokens_per_second, 1)}
+        line |= {} if mfu is None else {"mfu": round(mfu, 4)}
+        line |= {"seconds": round(now, 3)}
         self._write(line)
         if self._events is not None:
             self._add_scalars(line)
@@ -281,6 +285,8 @@ def _parts(line: dict, total_steps: int) -> dict[str, str]:
     parts["grad_norm"] = f"grad {grad_norm:.2f}" if 0.1 <= grad_norm < 1000 else f"grad {grad_norm:.2g}"
     parts["lr"] = f"lr {line['lr']:.1e}".replace("e-0", "e-").replace("e+0", "e+")
     parts["tokens_per_second"] = f"{short(line['tokens_per_second'])} tok/s"
+    if "mfu" in line:
+        parts["mfu"] = f"mfu {100 * line['mfu']:.1f}"
     return parts
 
 

@@ -16,7 +16,7 @@ from handgrad.train.log import clock, read_log, replace_file, short
 
 NICE = (1, 2, 2.5, 5, 10)  # distances of tick marks, times a power of ten
 POINTS = 400  # of a curve: about what a screen can show
-SUBTITLE = ("hardware", "isa", "dtype")
+SUBTITLE = ("hardware", "dtype")
 COUNTS = {"params": "parameters", "tokens": "tokens seen"}
 
 Points = Sequence[tuple[int, float]]  # (step, value)
@@ -26,7 +26,7 @@ def write_report(out_dir: str | Path) -> Path:
     """Writes report.html into a run folder from what lies there, and returns its path.
 
     log.jsonl    the curves
-    run.json     its "summary", a flat object: model, params, tokens, hardware, isa, dtype, and anything else
+    run.json     its "summary", a flat object: model, params, tokens, hardware, dtype, and anything else
     config.json  the resolved settings, nested
     sample.txt, memory.txt  shown as they are
 

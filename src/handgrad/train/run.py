@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -22,6 +21,7 @@ from rich.table import Table
 import handgrad.data as hg_data
 from handgrad import tokenizers
 from handgrad.backends import open_backend
+from handgrad.backends.base import Backend
 from handgrad.core.errors import HandgradError
 from handgrad.infer import Sampling
 from handgrad.infer.load import TOKENIZER
@@ -29,8 +29,9 @@ from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import Config, ModelConfig
 from handgrad.train.log import RunLog, replace_file
+from handgrad.train.mfu import flops_per_token, mfu
 from handgrad.train.report import write_report
-from handgrad.train.trainer import Trainer
+from handgrad.train.trainer import Step, Trainer
 
 INTERRUPTED = 130  # exit code, as shells give for Ctrl-C
 SETTINGS = "config.json"
@@ -70,43 +71,62 @@ def train(c: Config, quiet: bool = False) -> int:
 
 
 def loop(run: "Run", log: RunLog) -> bool:
-    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step."""
+    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step.
+
+    A step is logged when the next one has been started, so that a device is never idle while numbers are written.
+    """
     c, trainer = run.config, run.trainer
-    r, skipped, saved = c.run, 0, run.done
+    r, saved = c.run, run.done
+    skips, begin = 0, time.perf_counter()
+
+    def report(step: int, result: Step, val_loss: float | None = None) -> None:
+        """Waits for a step, and writes what it did."""
+        nonlocal skips, begin
+        loss, norm, skipped = result.loss, result.grad_norm, result.skipped
+        seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        if val_loss is None and is_validated(step):
+            val_loss = trainer.evaluate(run.val, r.val_tokens or None)
+            begin = time.perf_counter()
+        log.step(
+            step, loss=loss, val_loss=val_loss, lr=run.lr(step), grad_norm=norm, tokens=c.data.batch_tokens,
+            step_seconds=seconds, mfu=run.mfu(c.data.batch_tokens / seconds),
+        )  # fmt: skip
+        if skipped:
+            log.event(step, f"update skipped: {skipped}")
+        skips = skips + 1 if skipped else 0
+        if skips > r.max_skipped:
+            raise HandgradError(
+                "train",
+                f"at most {r.max_skipped} updates in a row are skipped",
+                f"step {step}: {skipped}",
+                hint="a lower --optim.lr; --run.check nan names the call",
+            )
+
+    def is_validated(step: int) -> bool:
+        return run.val is not None and (step == r.steps or due(step, r.val_every))
+
     with Interrupt(log.say) as interrupt:
         try:
+            waiting: tuple[int, Step] | None = None
             for step in range(run.done + 1, r.steps + 1):
-                begin = time.perf_counter()
-                result = trainer.step(step, run.lr(step))
-                seconds = time.perf_counter() - begin
-                last = step == r.steps
-                # now and then: validate
-                val_loss = None
-                if run.val is not None and (last or due(step, r.val_every)):
-                    val_loss = trainer.evaluate(run.val, r.val_tokens or None)
-                log.step(
-                    step, loss=result.loss, val_loss=val_loss, lr=run.lr(step), grad_norm=result.grad_norm,
-                    tokens=c.data.batch_tokens, step_seconds=seconds,
-                )  # fmt: skip
-                if result.skipped:
-                    log.event(step, f"update skipped: {result.skipped}")
-                skipped = skipped + 1 if result.skipped else 0
-                if skipped > r.max_skipped:
-                    raise HandgradError(
-                        "train",
-                        f"at most {r.max_skipped} updates in a row are skipped",
-                        f"step {step}: {result.skipped}",
-                        hint="a lower --optim.lr; --run.check nan names the call",
-                    )
-                # now and then: save
-                if last or interrupt.asked or due(step, r.save_every):
+                result, last = trainer.step(step, run.lr(step)), step == r.steps
+                if waiting is not None:
+                    report(*waiting)
+                waiting = step, result
+                asked, samples = interrupt.asked, due(step, r.sample_every)
+                saves = last or asked or due(step, r.save_every)
+                if trainer.backend.is_asynchronous and not (saves or samples or is_validated(step)):
+                    continue
+                report(*waiting)
+                waiting = None
+                if saves:
                     run.save()
                     saved = step
-                if interrupt.asked:
+                if asked:
                     return last
-                # now and then: sample
-                if run.prompt and due(step, r.sample_every) and not last:
+                if run.prompt and samples and not last:
                     log.say(f"\n{run.sample()}\n")
+                begin = time.perf_counter()
         except HandgradError as error:
             if error.where == "data" and trainer.last_step > saved:  # bad tokens far into the data lose no work
                 run.save()
@@ -133,8 +153,7 @@ class Run:
         self.out = out
         self.tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
         model = model_of(c, meta["vocab_size"] if meta else self.tokenizer.vocab_size)
-        isa, threads = getattr(backend, "isa", "numpy"), getattr(backend, "threads", 1)
-        self.config = c = resolve(c, model, out, isa, threads)
+        self.config = c = resolve(c, model, out, backend)
         r, o, d = c.run, c.optim, c.data
         self.lr = schedules.schedule(o.schedule, o.lr, o.warmup, r.steps, o.final)
         optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
@@ -143,23 +162,32 @@ class Run:
         data = hg_data.tokens(shards, d.seq_len, d.batch_tokens, seed=r.seed, shuffle=d.shuffle, **ids)
         self.val = hg_data.tokens(val_shards, d.seq_len, d.seq_len, shuffle=False, **ids) if val_shards else None
         self.trainer = Trainer(
-            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype, recompute=r.recompute,
-            head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
+            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
+            master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
+            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
             threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
         )  # fmt: skip
         data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
         if self.val is not None:
             next(self.val.sweep(1))
+        self.peak = self.trainer.backend.peak_flops(r.dtype)
         self.done = self.trainer.resume() if r.resume else 0
         if self.done > r.steps:
             raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {self.done}", r.steps)
         self.facts = {
             "params": self.trainer.program.num_params,
             "arena": f"{self.trainer.plan.nbytes / 2**20:.1f} MiB",
-            "hardware": f"{processor()}, {threads} thread{'s' * (threads != 1)}",
-            "isa": isa,
+            "hardware": backend.hardware,
             "dtype": r.dtype,
         }
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model flops as a fraction of the hardware's peak, where that is known."""
+        if self.peak is None:
+            return None
+        m = self.trainer.model
+        per_token = flops_per_token(self.facts["params"], m.num_layers, m.hidden_size, self.config.data.seq_len)
+        return mfu(tokens_per_second, per_token, self.peak)
 
     def describe(self) -> None:
         """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
@@ -183,7 +211,7 @@ class Run:
         console.print(table)
         f, where = self.facts, f"run folder {self.out}"
         console.print(
-            f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}, {f['isa']}", soft_wrap=True
+            f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True
         )
         console.print(f" {where}, resumed at step {self.done}" if self.done else f" {where}", soft_wrap=True)
         console.print()
@@ -229,19 +257,19 @@ def model_of(c: Config, vocab_size: int) -> GPT2:
     return GPT2(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
 
 
-def resolve(c: Config, model: GPT2, out: Path, isa: str, threads: int) -> Config:
+def resolve(c: Config, model: GPT2, out: Path, backend: Backend) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
     seq_len = c.data.seq_len or model.max_seq_len
     batch_tokens = c.data.batch_tokens or c.run.micro_batch * seq_len
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    dtype = ("bf16" if isa == "avx512bf16" else "f32") if c.run.dtype == "auto" else c.run.dtype
+    dtype = backend.dtype if c.run.dtype == "auto" else c.run.dtype
     return Config(
         replace(c.model, **asdict(model)),
         replace(c.data, seq_len=seq_len, batch_tokens=batch_tokens),
         replace(c.optim, warmup=min(c.optim.warmup, c.run.steps), final=final),
-        replace(c.run, out=str(out), dtype=dtype, threads=threads, prompt=c.run.prompt or "\n"),
+        replace(c.run, out=str(out), dtype=dtype, backend=backend.name, prompt=c.run.prompt or "\n"),
     )
 
 
@@ -252,15 +280,6 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     except HandgradError:
         rule, hint = "--run.prompt is spelled with the data's characters", "another, or --run.sample-tokens 0"
         raise HandgradError("run", rule, repr(prompt), hint=hint) from None
-
-
-def processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 # the run folder -------------------------------------------------------------------------------------------------------

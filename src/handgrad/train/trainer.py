@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends import open_backend
-from handgrad.core.backward import POLICIES, backward
-from handgrad.core.dtypes import DTYPES, F32, DType
+from handgrad.core.dtypes import DTYPES, F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import Plan, plan
 from handgrad.core.program import Call, Program
@@ -20,81 +19,10 @@ from handgrad.data import Tokens
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import record as record_engine
 from handgrad.io import checkpoint
-from handgrad.models import GPT2, batch
-from handgrad.ops import add, cast
+from handgrad.models import GPT2
 from handgrad.optim import AdamW
 from handgrad.train.outliers import Outliers
-
-HEAD_ROWS = 512  # rows of logits that exist at a time unless head_chunks says otherwise
-
-
-def record_train(
-    model: GPT2,
-    optim: AdamW,
-    micro_batch: int,
-    seq_len: int,
-    dtype: DType,
-    recompute: str = "act",
-    head_chunks: int = 0,
-    accumulates: bool = False,
-) -> Program:
-    """The list of one step: forward, backward | norm | update | load.
-
-    "load" turns float32 weights that lie in the gradients' memory into the working dtype; it runs once after a start.
-
-    `accumulates`: a step has several micro-batches.
-    """
-    if recompute not in POLICIES:
-        raise HandgradError("train", f"recompute is one of {', '.join(POLICIES)}", f"'{recompute}'")
-    if seq_len > model.max_seq_len:
-        raise HandgradError(
-            "train",
-            f"the model reads at most {model.max_seq_len} tokens",
-            f"seq_len {seq_len}",
-            hint="--model.max-seq-len",
-        )
-    p = Program(dtype, "train", accumulates)
-    model.forward(p, batch(p, micro_batch, seq_len), chunks_of(micro_batch * seq_len, head_chunks))
-    backward(p, add, drop=POLICIES[recompute])
-    optim.record(p)
-    if dtype is not F32:
-        p.phase = "load"
-        for bucket in p.buckets:
-            with p.block(bucket.block, prefix=False):
-                name = f"{bucket.block}.{'decay' if bucket.decay else 'plain'}"
-                x, y, low = (
-                    p.slice(flat, bucket.start, bucket.size, f"{name}.{flat}") for flat in ("grad", "param", "low")
-                )
-                p.emit(cast, x, into={"y": y, "low": low})
-    return p
-
-
-def record_loss(model: GPT2, micro_batch: int, seq_len: int, dtype: DType, head_chunks: int = 0) -> Program:
-    """The list of one evaluation batch."""
-    p = Program(dtype, "loss")
-    model.forward(p, batch(p, micro_batch, seq_len), chunks_of(micro_batch * seq_len, head_chunks))
-    return p
-
-
-def chunks_of(rows: int, head_chunks: int) -> int:
-    """The number of pieces of the head; 0 asks for pieces of at most HEAD_ROWS rows."""
-    if head_chunks < 0 or head_chunks > rows:
-        raise HandgradError("train", f"head_chunks lies between 1 and the {rows} rows of a micro-batch", head_chunks)
-    return head_chunks or -(-rows // HEAD_ROWS)
-
-
-def initialize(p: Program, arena: Any, seed: int) -> None:
-    """Draws the initial weights in float32, each parameter from its own stream of the seed, where "load" finds them."""
-    for i, info in enumerate(p.params.values()):
-        target = arena.part("param" if p.dtype is F32 else "grad", info.tensor)
-        rows = target if info.init.rows is None else target[: info.init.rows]
-        target[...] = 1.0 if info.init.kind == "ones" else 0.0
-        if info.init.kind == "normal":
-            rng = np.random.default_rng([seed, i])
-            for row in np.array_split(
-                rows, max(1, rows.size // (1 << 17))
-            ):  # small pieces, so that malloc keeps none of it
-                row[...] = rng.standard_normal(row.shape, np.float32) * np.float32(info.init.std)
+from handgrad.train.record import chunks_of, initialize, record_loss, record_train, write_weight
 
 
 def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -102,13 +30,31 @@ def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], An
     return {name: (a.shape, a.dtype) for name, a in arrays.items()}
 
 
-@dataclass(frozen=True)
 class Step:
-    """What a step did: mean loss in nats per token, gradient norm before clipping, why the update was skipped."""
+    """What a step did. Where a device computes it, the values are awaited when they are first looked at.
 
-    loss: float
-    grad_norm: float
-    skipped: str = ""
+    loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
+    """
+
+    def __init__(self, finish: Callable[[], tuple[float, float, str]]):
+        self._finish, self._values = finish, None
+
+    def _wait(self) -> tuple[float, float, str]:
+        if self._values is None:
+            self._values = self._finish()
+        return self._values
+
+    @property
+    def loss(self) -> float:
+        return self._wait()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        return self._wait()[1]
+
+    @property
+    def skipped(self) -> str:
+        return self._wait()[2]
 
 
 class Trainer:
@@ -116,10 +62,13 @@ class Trainer:
 
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     micro_batch          sequences per forward and backward pass; a step accumulates as many as it needs
-    backend              "cpu" or "ref"
-    dtype                "f32", or "bf16", whose weights keep their low 16 bits beside them
+    backend              "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"
+    dtype                "f32", "tf32" (float32 whose products round their factors to 10 bits, on a GPU), or "bf16"
+    master_weights       a bf16 weight keeps the low 16 bits of its float32; without, updates are rounded at random
+    grad_dtype           of parameter gradients: "f32", or "bf16" on a GPU
+    deterministic        the same bits whatever is recomputed, on a GPU at some cost; elsewhere always
     recompute            "none", "act", "act_norm" or "block"
-    head_chunks          pieces of the head's logits; 0 for pieces of at most 512 rows
+    head_chunks          pieces of the head's logits; 0 for the backend's own size of a piece
     val, sample          plan for evaluate() and for generate() too
     seed                 of the initial weights and of dropout
     skip_loss_z, skip_grad_z   z-scores above which an update is skipped; 0 for never
@@ -142,6 +91,9 @@ class Trainer:
         micro_batch: int,
         backend: str = "cpu",
         dtype: str = "f32",
+        master_weights: bool = True,
+        grad_dtype: str = "f32",
+        deterministic: bool = False,
         recompute: str = "act",
         head_chunks: int = 0,
         val: bool = True,
@@ -161,19 +113,25 @@ class Trainer:
                 data.batch_tokens,
                 hint="--data.batch-tokens, --run.micro-batch",
             )
-        if dtype not in ("f32", "bf16"):
-            raise HandgradError("train", "dtype is f32 or bf16", f"'{dtype}'")
         self._check_ids(model, data)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         self.micro_batch, self.accumulation, self.check = micro_batch, data.batch_tokens // rows, check
-        self.backend = open_backend(backend, threads)
-        kind = DTYPES[dtype]
-        train = record_train(
-            model, optim, micro_batch, data.seq_len, kind, recompute, head_chunks, self.accumulation > 1
-        )
-        loss = record_loss(model, micro_batch, data.seq_len, kind, head_chunks) if val else None
+        self.backend = open_backend(backend, threads, tf32=dtype == "tf32", deterministic=deterministic)
+        for name, value, known in (
+            ("dtype", dtype, self.backend.dtypes),
+            ("grad_dtype", grad_dtype, self.backend.grad_dtypes),
+        ):
+            if value not in known:
+                rule = f"{name} is {' or '.join(known)} on the {self.backend.name} backend"
+                raise HandgradError("train", rule, f"'{value}'")
+        kind = F32 if dtype == "tf32" else DTYPES[dtype]
+        chunks = chunks_of(rows, head_chunks, self.backend.head_rows)
+        self.program = train = record_train(
+            model, optim, micro_batch, data.seq_len, kind, chunks=chunks, recompute=recompute,
+            accumulates=self.accumulation > 1, grad_dtype=DTYPES[grad_dtype], master=master_weights,
+        )  # fmt: skip
+        loss = record_loss(model, micro_batch, data.seq_len, kind, chunks) if val else None
         engine = record_engine(model, kind) if sample else ()
-        self.program = train
         self.plan: Plan = plan(*(p for p in (train, loss, *engine) if p is not None), scratch=self.backend.scratch)
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
@@ -181,13 +139,11 @@ class Trainer:
         self._engine = Engine(model, engine, self.arena, self.backend) if engine else None
         phases = [c.phase for c in train.calls]
         self._norm, self._update = phases.index("norm"), phases.index("update")
-        self._load = phases.index("load") if "load" in phases else len(phases)
-        self._knobs = self.arena.knobs(train)
-        self._knobs.seed = seed
         self._outliers = {"loss": Outliers(skip_loss_z), "grad_norm": Outliers(skip_grad_z)}
+        self._pending: Step | None = None  # the last step, whose values may still be on their way
         self.last_step = 0
+        self.arena.write_knobs(train, seed=seed)
         initialize(train, self.arena, seed)
-        self._train.run(self._load)
 
     @staticmethod
     def _check_ids(model: GPT2, data: Tokens) -> None:
@@ -201,19 +157,29 @@ class Trainer:
         batches = [
             self.data.batch(step - 1, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)
         ]
-        counts = sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches)
-        self._knobs.step, self._knobs.lr, self._knobs.loss_scale = step, lr, 1.0 / max(counts, 1)
-        total = 0.0
+        counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
+        self.arena.write_knobs(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
+        losses = []
         for k, b in enumerate(batches):
-            self._knobs.micro_step = k
-            total += self._losses(self._train, self.program, b, self._norm)
-        self._run(self._train, self._norm, self._update)
-        loss, norm = total / max(counts, 1), float(self._knobs.grad_norm)
-        skipped = self._judge(loss, norm)
-        if not skipped:
-            self._run(self._train, self._update, self._load)
+            self.arena.write_knobs(self.program, micro_step=k)
+            losses.append(self._losses(self._train, self.program, b, self._norm))
+        if self._pending is not None:
+            self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
+        if any(o.limit > 0 for o in self._outliers.values()):  # the host decides on the update
+            self._run(self._train, self._norm, self._update)
+        else:  # the norm's kernel does: it knows what is not finite
+            self._run(self._train, self._norm, None)
+        knobs = self.arena.fetch_knobs(self.program)
+
+        def finish() -> tuple[float, float, str]:
+            loss, norm = sum(read() for read in losses) / counts, float(knobs().grad_norm)
+            return loss, norm, self._judge(loss, norm)
+
+        self._pending = result = Step(finish)
         self.last_step = step
-        return Step(loss, norm, skipped)
+        if any(o.limit > 0 for o in self._outliers.values()) and not result.skipped:
+            self._run(self._train, self._update, None)
+        return result
 
     def _judge(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
@@ -231,8 +197,8 @@ class Trainer:
 
         The weights are updated as in any step.
         """
-        self._knobs.micro_step = 0
-        self._train.run_each(after, 0, self._load)
+        self.arena.write_knobs(self.program, micro_step=0)
+        self._train.run_each(after)
 
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
@@ -243,7 +209,7 @@ class Trainer:
         self._check_ids(self.model, data)
         total, counts = 0.0, 0
         for b in data.sweep(self.micro_batch, max_tokens):
-            total += self._losses(self._loss, self._loss.program, b, None)
+            total += self._losses(self._loss, self._loss.program, b, None)()
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
         return total / max(counts, 1)
 
@@ -255,12 +221,13 @@ class Trainer:
             raise HandgradError("train", "generation is planned when the trainer is made", "sample=False")
         return self._engine.generate(prompt, max_tokens, sampling, stop_id)
 
-    def _losses(self, run: Any, p: Program, b: dict[str, np.ndarray], stop: int | None) -> float:
-        """Runs one micro-batch; returns the sum of its losses."""
+    def _losses(self, run: Any, p: Program, b: dict[str, np.ndarray], stop: int | None) -> Callable[[], float]:
+        """Starts one micro-batch; calling the result waits for the sum of its losses."""
         for name, tensor in p.inputs.items():
-            self.arena.view(tensor)[...] = b[name].reshape(-1)
+            self.arena.write(tensor, b[name].reshape(-1))
         self._run(run, 0, stop)
-        return float(self.arena.view(p.outputs["losses"]).sum(dtype=np.float64))
+        losses = self.arena.fetch(p.outputs["losses"])
+        return lambda: float(losses().sum(dtype=np.float64))
 
     def _run(self, run: Any, start: int, stop: int | None) -> None:
         if self.check == "nan":
@@ -275,7 +242,7 @@ class Trainer:
                 not room
                 and t.role is not Role.KNOB
                 and t.dtype.unit
-                and not np.isfinite(self.arena.view(t).astype(np.float32)).all()
+                and not np.isfinite(self.arena.read(t).astype(np.float32)).all()
             ):
                 raise HandgradError(
                     "check",
@@ -290,18 +257,18 @@ class Trainer:
         """Optimizer state by name: m.<parameter>, v.<parameter>, low.<parameter>."""
         flats = [flat for flat in self.plan.flats if flat not in ("param", "grad")]
         return {
-            f"{flat}.{name}": self.arena.part(flat, info.tensor)
+            f"{flat}.{name}": self.arena.read_part(flat, info.tensor)
             for flat in flats
             for name, info in self.program.params.items()
         }
 
     def params(self) -> dict[str, np.ndarray]:
-        """Views of the weights by name, in the working dtype."""
-        return {name: self.arena.part("param", info.tensor) for name, info in self.program.params.items()}
+        """The weights by name, in the working dtype; on the host, views of them."""
+        return {name: self.arena.read_part("param", info.tensor) for name, info in self.program.params.items()}
 
     def grads(self) -> dict[str, np.ndarray]:
-        """Views of the gradients by name, float32, before clipping. They hold until anything else runs."""
-        return {name: self.arena.part("grad", info.tensor) for name, info in self.program.params.items()}
+        """The gradients by name, before clipping; on the host, views. They hold until anything else runs."""
+        return {name: self.arena.read_part("grad", info.tensor) for name, info in self.program.params.items()}
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
         """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
@@ -311,14 +278,15 @@ class Trainer:
         for name, t in mine.items():
             if params[name].shape != t.shape:
                 raise HandgradError("train", f"'{name}' has shape {t.shape}", params[name].shape)
-            self.arena.part("param" if self.program.dtype is F32 else "grad", t)[...] = params[name]
-        self._train.run(self._load)
+            write_weight(self.arena, t, params[name])
 
     def save(self, step: int, config: dict[str, Any] | None = None, keep_last: int = 0, keep_every: int = 0) -> Path:
         """Writes a complete checkpoint of this step into the run folder; returns its path.
 
         keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
         """
+        if self._pending is not None:
+            self._pending.loss  # noqa: B018  what it says of outliers belongs to the checkpoint
         meta = {
             "step": step,
             "model": asdict(self.model),
@@ -350,11 +318,11 @@ class Trainer:
             raise HandgradError(
                 "resume", f"the checkpoint was trained in {saved['dtype']}", self.program.dtype.name, hint="--run.dtype"
             )
-        params, state = self.params(), self._state()
-        pairs = [(params, checkpoint.load(path, shapes(params))), (state, checkpoint.load_state(path, shapes(state)))]
-        for target, source in pairs:
-            for name, array in target.items():
-                array[...] = source[name]
+        weights = checkpoint.load(path, shapes(self.params()))
+        state = checkpoint.load_state(path, shapes(self._state()))
+        for key, values in ({f"param.{name}": w for name, w in weights.items()} | dict(state)).items():
+            flat, _, name = key.partition(".")
+            self.arena.write_part(flat, self.program.params[name].tensor, values)
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))

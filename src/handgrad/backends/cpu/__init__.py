@@ -7,7 +7,7 @@ import numpy as np
 
 from handgrad.backends.arena import HostArena
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.cpu.library import library, physical_threads
+from handgrad.backends.cpu.library import library, physical_threads, processor
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan
@@ -66,12 +66,14 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int) -> list[int
 class CpuBackend(Backend):
     """C kernels on `threads` threads (default: physical cores). `isa` says which instruction set was taken."""
 
-    name = "cpu"
+    name, head_rows = "cpu", 512
 
     def __init__(self, threads: int = 0):
         self._lib = library()
         self.threads = threads or physical_threads()
         self.isa = self._lib.isa
+        self.dtype = "bf16" if self.isa == "avx512bf16" else "f32"
+        self.hardware = f"{processor()}, {self.threads} thread{'s' * (self.threads != 1)}, {self.isa}"
 
     def has(self, op: Op) -> bool:
         return op.cpu is not None

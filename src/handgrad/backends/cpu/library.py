@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import platform
+import re
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
@@ -20,6 +22,15 @@ def physical_threads() -> int:
         except OSError:
             return len(allowed)
     return len(cores)
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 class Library:

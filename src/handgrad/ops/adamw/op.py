@@ -2,37 +2,53 @@
 
 from typing import Any
 
+import numpy as np
+
 from handgrad.core.dtypes import F32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call
 from handgrad.ops.adamw import reference
-from handgrad.ops.cast.reference import cast, join
+
+THREADS, HELD = 256, 5  # of a block; blocks that a multiprocessor holds
 
 
 class AdamW(Op):
-    """Updates p, m, v and, in bf16, low: the 16 bits of the float32 weight that p lacks.
+    """Updates p, m, v and low: the 16 bits of the float32 weight that a bf16 p lacks. Without low a bf16 weight is rounded
+    at random. `start` is the stretch's first element in the flat vectors, a multiple of 4.
 
-    Reads lr, step and grad_scale from knobs.
+    Reads lr, step, seed and grad_scale from knobs; where grad_scale is 0 it changes nothing.
     """
 
     name = "adamw"
-    ins = "grad:n:f32"
+    ins = "grad:n:grad"
     outs = "+p:n +m:n:f32 +v:n:f32 +low:n:i16?"
-    attrs = {"beta1": float, "beta2": float, "eps": float, "weight_decay": float}
-    cpu = C("adamw", "p m v low grad | n beta1 beta2 eps weight_decay knobs")
+    attrs = {"start": int, "beta1": float, "beta2": float, "eps": float, "weight_decay": float}
+    cpu = C("adamw", "p m v low grad | n start beta1 beta2 eps weight_decay knobs")
     cases = (
-        case(n=33, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
-        case(n=1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),
-        case(n=4099, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
-        case(n=7_087_872, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, real="gpt2-124m, one block"),
+        case(n=33, start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
+        case(n=1, start=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),
+        case(n=4099, start=128, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1),
+        case(n=4099, start=128, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, low=False),
+        case(n=640, start=256, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
+        case(n=640, start=256, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, low=False),
+        case(n=7_087_872, start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, real="gpt2-124m, one block"),
     )
 
+    def derive(self, d: dict[str, int]) -> None:
+        if d["start"] % 4:
+            raise HandgradError("adamw", "a stretch starts at a multiple of 4 elements", d["start"])
+
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
-        return dtype is not F32  # in f32 p is the whole weight
+        return dtype is not F32 and attrs.get("low", True)  # in f32 p is the whole weight
 
     def ref(self, v: Any) -> tuple:
-        k, weight = v.knobs, v.p if v.low is None else join(v.p, v.low)
+        k = v.knobs
+        if k.grad_scale == 0:
+            return v.p, v.m, v.v, v.low
         weight, m, s = reference.adamw(
-            weight,
+            v.p if v.low is None else reference.join_weight(v.p, v.low),
             v.m,
             v.v,
             v.grad,
@@ -44,8 +60,20 @@ class AdamW(Op):
             int(k.step),
             float(k.grad_scale),
         )
-        p, low = (weight, None) if v.low is None else cast(weight)
-        return p, m, s, low
+        if v.low is not None:
+            p, low = reference.split_weight(weight)
+            return p, m, s, low
+        if not np.array_equal(v.round(weight), weight, equal_nan=True):  # the working dtype does not hold it
+            weight = reference.round_weight(weight, v.start, int(k.seed), int(k.step))
+        return weight, m, s, None
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        vec = 4 if c.sizes["n"] % 4 == 0 else 1
+        defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": HELD}
+        defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
+        grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * HELD)
+        args = "p m v low grad knobs | n start eps weight_decay"
+        return Launches((Kernel("adamw_kernel", args, grid, THREADS, 0, defines),))
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         if arg.name == "low":

@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from handgrad.ops.dropout.reference import philox4x32
+
+WEIGHT_STREAM = 0xFFFF << 48  # the last of the 2^16 numbers of random calls; those of a program count from 1
+
 
 def adamw(
     p: np.ndarray,
@@ -24,3 +28,33 @@ def adamw(
     v_hat = v / (1 - beta2**step)
     p = p - lr * weight_decay * p
     return p - lr * m_hat / (np.sqrt(v_hat) + eps), m, v
+
+
+def split_weight(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y, low (n) of x (n): the nearest bf16, and what its bits are short of x's (int16). Of float64: x itself and 0."""
+    if x.dtype != np.float32:
+        return x, np.zeros(x.shape, np.int16)
+    bits = x.view(np.uint32)
+    high = (bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    return high.view(np.float32), (bits - high).astype(np.uint16).view(np.int16)
+
+
+def join_weight(y: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """x (n): the float32 numbers that split_weight took apart. With low 0 everywhere, y in its own dtype."""
+    if not low.any():
+        return y
+    bits = y.astype(np.float32).view(np.uint32) + low.astype(np.int32).view(np.uint32)
+    return bits.view(np.float32).astype(y.dtype)
+
+
+def round_weight(x: np.ndarray, start: int, seed: int, step: int) -> np.ndarray:
+    """x (n) float32 as one of its two bf16 neighbours: the upper one as often as x lies near it, so the mean is x.
+
+    Element i has index start + i in the flat vector. What is not finite stays.
+    """
+    index = np.arange(start, start + x.size, dtype=np.uint64)
+    draws = philox4x32(index // np.uint64(4), WEIGHT_STREAM ^ int(step), int(seed))
+    draws = np.take_along_axis(draws, (index % np.uint64(4)).astype(np.int64)[:, None], -1)[:, 0]
+    bits = x.view(np.uint32)
+    rounded = ((bits + (draws & np.uint32(0xFFFF))) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
@@ -21,12 +22,18 @@ class AddNorm(Op):
         case(N=7, C=33, eps=1e-5),
         case(N=1, C=1, eps=1e-5),
         case(N=64, C=128, eps=1e-5),
+        case(N=6, C=1600, eps=1e-5),
+        case(N=5, C=2072, eps=1e-5),
+        case(N=3, C=1037, eps=1e-5),
         case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
         s = v.round(v.x + v.h)  # the norm reads what is kept: made again from it, y is the same
         return s, *reference.norm_forward(s, v.w, v.b, v.eps)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return _forward(c, "add_norm_forward_kernel", "s y mean rstd x h w b | N eps")
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ds = _norm_backward(g, c, d["y"], d["s"], c.s)
@@ -51,11 +58,15 @@ class Norm(Op):
     cases = (
         case(N=7, C=33, eps=1e-5),
         case(N=1, C=1, eps=1e-5),
+        case(N=6, C=1600, eps=1e-5),
         case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
         return reference.norm_forward(v.x, v.w, v.b, v.eps)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return _forward(c, "norm_forward_kernel", "y mean rstd x w b | N eps")
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": _norm_backward(g, c, d["y"], g.take(c.x), c.x)}  # x also feeds the residual: its gradient joins in
@@ -66,22 +77,67 @@ class NormBackward(Op):
 
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
-    outs = "dx:N,C +dw:C:f32 +db:C:f32"
+    outs = "dx:N,C +dw:C:grad +db:C:grad"
     cpu = C(
         "norm_backward",
         "dx dw db dy ds s w mean rstd | N C acc.dw acc.db knobs scratch",
         "norm_backward_scratch N C threads",
     )
-    cases = (case(N=7, C=33), case(N=1, C=1), case(N=300, C=64), case(N=1024, C=768, real="gpt2-124m, B=4 T=256"))
+    cases = (
+        case(N=7, C=33),
+        case(N=1, C=1),
+        case(N=300, C=64),
+        case(N=41, C=1600),
+        case(N=9, C=40, without="ds"),
+        case(N=5, C=2072),
+        case(N=3, C=1037),
+        case(N=1024, C=768, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return reference.norm_backward(v.dy, v.ds, v.s, v.w, v.mean, v.rstd)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        C, streams = c.sizes["C"], 2 + (c.ds is not None)
+        d = _layout(c, packs=7)
+        rows, packs = d["ROWS"], -(-C // (d["TEAM"] * d["VEC"]))
+        shared = C * c.dtype.size * (1 + rows * 2 * streams)  # w, and of each stream two rows a team
+        staged = d["VEC"] > 1 and shared <= gpu.shared
+        if not staged:
+            shared = 8 * C if rows > 1 else 0  # the sums of a block
+        held = max(1, 512 // d["TEAM"]) if rows == 1 else 4 if packs <= 3 else 3 if packs <= 6 else 2  # by registers
+        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # and by shared memory: a block costs 1 KiB more
+        blocks = min(-(-c.sizes["N"] // rows), gpu.sms * held)
+        d |= {"STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
+        args = "dx scratch dy ds s w mean rstd | N"
+        return Launches(
+            (
+                Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),
+                Kernel("norm_backward_sum_kernel", "dw db scratch knobs | acc.dw acc.db", -(-2 * C // 32), 1024, 0, d),
+            ),
+            scratch=blocks * 2 * C * 4,
+        )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         if arg.name in ("mean", "rstd"):  # those of s; eps 1, lest a single column amplify its roundings
             mean = v["s"].mean(-1)
             return mean if arg.name == "mean" else 1 / (((v["s"] - mean[:, None]) ** 2).mean(-1) + 1.0) ** 0.5
         return None
+
+
+def _layout(c: Call, packs: int) -> dict[str, int]:
+    """How rows are shared out: a warp takes one of up to `packs` accesses a thread, a block a longer one."""
+    vec = 16 // c.dtype.size
+    vec = vec if c.sizes["C"] % vec == 0 else 1
+    accesses = -(-c.sizes["C"] // vec)
+    team = 32 if accesses <= 32 * packs else min(1024, -(-accesses // 64) * 32)
+    return {"COLUMNS": c.sizes["C"], "VEC": vec, "TEAM": team, "ROWS": 4 if team == 32 else 1}
+
+
+def _forward(c: Call, entry: str, args: str) -> Launches:
+    defines = _layout(c, packs=8) | {"FORWARD": 1}
+    rows = defines["ROWS"]
+    return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["TEAM"] * rows, 0, defines),))
 
 
 def _norm_backward(g: Program, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-// attention: y = softmax(q k' / sqrt(D), causal) v, with dropout of the probabilities          math: README.md §2, §3
+// attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities   math: README.md §2, §3
 // forward   writes =  y: (N, H D) dtype;  lse: (B, H, T) f32
-// backward  writes =  dqkv: (N, 3 H D) dtype
+// backward  writes =  dqkv: (N, (H + 2 K) D) dtype
 // numerics  f32 softmax and sums; the probabilities are made again from lse; with AVX512-BF16 they are rounded to bf16
-// layout    forward: threads share (head, row block) items; backward: a head is one thread's, key blocks outside
+// layout    forward: threads share (head, row block) items; backward: a key/value head is one thread's, with the query
+//           heads that read it one after another, key blocks outside
 // determinism  fixed order for any number of threads; a call's dropout depends on knobs and element index alone
 // source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2
 #include "flash.h"
@@ -10,20 +11,19 @@
 ENTRY(attention_forward) {
   real *y = P(0);            // (N, H D)
   float *lse = P(1);         // (B, H, T)
-  const real *qkv = P(2);    // (N, 3, H, D)
-  int64_t N = I(3), T = I(4), H = I(5), D = I(6);
-  DropoutRule drop = dropout_rule(P(9), F(7), I(8));  // knobs, p, call
-  char *scratch = P(10);     // attention_forward_scratch bytes
-  int64_t C = H * D, row = 3 * C;
-  Attend x = {.q = qkv, .k = qkv + C, .v = qkv + 2 * C, .q_row = row, .kv_row = row, .q_seq = T * row,
-              .kv_seq = T * row, .B = N / T, .T = T, .H = H, .D = D, .drop = drop};
+  const real *qkv = P(2);    // (N, H + 2 K, D)
+  int64_t N = I(3), T = I(4), H = I(5), K = I(6), D = I(7);
+  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // knobs, p, call
+  char *scratch = P(12);     // attention_forward_scratch bytes
+  int64_t row = (H + 2 * K) * D;
+  Attend x = {.q = qkv, .k = qkv + H * D, .v = qkv + (H + K) * D, .q_row = row, .kv_row = row, .q_seq = T * row,
+              .kv_seq = T * row, .B = N / T, .T = T, .H = H, .K = K, .D = D, .causal = I(8) != 0, .drop = drop};
   attend(y, lse, &x, scratch);
 }
 
 // bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t N, int64_t T, int64_t H,
-                                                                                 int64_t D, int64_t threads) {
-  (void)N, (void)H;
+__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t T, int64_t D,
+                                                                                 int64_t threads) {
   return attend_scratch(T, D, threads);
 }
 
@@ -33,14 +33,14 @@ typedef struct {
   unit *q_pairs, *dy_pairs, *k_pairs;  // (Tp / PAIR, Dp)
   unit *k, *v;                         // transposed panels
   elem *rows;                          // (BC, Dp) being packed
-  float *dq, *dk, *dv;                 // (Tp, Dp); (BC, Dp)
+  float *dq, *dk, *dv;                 // (Tp, Dp); those of k, v: (BC, Dp), or of a group of query heads (Tp, Dp)
   float *delta;                        // (T) rowsum of dy y
   float *s, *ds;                       // (BR, BC) scores, then dropped probabilities; gradients of the scores
   elem *ds_rows;                       // the same as factors
   unit *p_pairs, *ds_pairs;
 } BackwardScratch;
 
-static uintptr_t backward_layout(BackwardScratch *w, uintptr_t at, int64_t T, int64_t D) {
+static uintptr_t backward_layout(BackwardScratch *w, uintptr_t at, int64_t T, int64_t D, int64_t group) {
   int64_t Dp = padded(D), head = round_up(T, BC) * Dp, item = (int64_t)sizeof(elem), block = BR * BC;
   w->q_rows = take(&at, head * item);
   w->dy_rows = take(&at, head * item);
@@ -49,8 +49,8 @@ static uintptr_t backward_layout(BackwardScratch *w, uintptr_t at, int64_t T, in
   w->v = take(&at, head * item);
   w->rows = take(&at, BC * Dp * item);
   w->dq = take(&at, head * 4);
-  w->dk = take(&at, BC * Dp * 4);
-  w->dv = take(&at, BC * Dp * 4);
+  w->dk = take(&at, (group > 1 ? head : BC * Dp) * 4);
+  w->dv = take(&at, (group > 1 ? head : BC * Dp) * 4);
   w->delta = take(&at, round_up(T, BC) * 4);
   w->s = take(&at, block * 4);
   w->ds = take(&at, block * 4);
@@ -95,13 +95,13 @@ static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int 
     }
 }
 
-// s becomes the dropped probabilities, ds the gradient of q k'
-static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int64_t shift,
+// s becomes the dropped probabilities, ds the gradient of q k'; only the first `keys` columns are keys
+static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int keys, int64_t shift,
                                float scale, DropoutRule drop, int64_t element, int64_t T) {
   float factor[BC];
   for (int c = 0; c < BC; c++) factor[c] = 1.0f;
   for (int r = 0; r < (int)round_up(n, PAIR); r++, s += BC, ds += BC) {
-    int seen = r < n ? smaller(BC, r + shift + 1) : 0;
+    int seen = r < n ? smaller(keys, r + shift + 1) : 0;
     int width = smaller(BC, round_up(r / MR * MR + MR + shift, VL));
     float top = r < n ? lse[r] : 0.0f, mean = r < n ? delta[r] : 0.0f;
     if (drop.threshold) dropout_factors(factor, element + r * T, width, drop);
@@ -121,20 +121,24 @@ static void write_rows(real *y, int64_t y_row, const float *x, int n, int64_t D)
     for (int64_t d = 0; d < D; d++) y[d] = store(x[d]);
 }
 
+// Query head h of one sequence; its dk and dv are added to those of the group's heads before it.
 static void backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const float *lse, int64_t T,
-                          int64_t H, int64_t D, DropoutRule drop, int64_t element, const BackwardScratch *w) {
-  int64_t Dp = padded(D), C = H * D, row = 3 * C;
+                          int64_t H, int64_t K, int64_t D, int causal, int64_t h, DropoutRule drop, int64_t element,
+                          const BackwardScratch *w) {
+  int64_t Dp = padded(D), C = H * D, row = (H + 2 * K) * D, group = H / K;
+  int64_t q = h * D, k = (H + h / group) * D, v = k + K * D;  // where they start in a row
+  int before = h % group > 0;
   float scale = 1.0f / sqrtf((float)D);
   for (int64_t t = 0; t < T; t += BC) {
     int n = smaller(BC, T - t);
-    pack_rows(w->q_rows + t * Dp, qkv + t * row, row, n, BC, D);
+    pack_rows(w->q_rows + t * Dp, qkv + t * row + q, row, n, BC, D);
     pack_pairs(w->q_pairs + t / PAIR * Dp, w->q_rows + t * Dp, BC, Dp);
     pack_rows(w->dy_rows + t * Dp, dy + t * C, C, n, BC, D);
     pack_pairs(w->dy_pairs + t / PAIR * Dp, w->dy_rows + t * Dp, BC, Dp);
-    pack_rows(w->rows, qkv + t * row + C, row, n, BC, D);
+    pack_rows(w->rows, qkv + t * row + k, row, n, BC, D);
     pack_pairs(w->k_pairs + t / PAIR * Dp, w->rows, BC, Dp);
     pack_transposed(w->k + t * Dp / PAIR, w->rows, Dp);
-    pack_rows(w->rows, qkv + t * row + 2 * C, row, n, BC, D);
+    pack_rows(w->rows, qkv + t * row + v, row, n, BC, D);
     pack_transposed(w->v + t * Dp / PAIR, w->rows, Dp);
   }
   for (int64_t t = 0; t < T; t++) {
@@ -143,49 +147,57 @@ static void backward_head(real *dqkv, const real *dy, const real *qkv, const rea
   }
   for (int64_t key = 0; key < T; key += BC) {
     int keys = smaller(BC, T - key);
-    for (int64_t t = key; t < T; t += BR) {
-      int n = smaller(BR, T - t);
-      int64_t shift = t - key;
+    float *dk = w->dk + (group > 1 ? key * Dp : 0), *dv = w->dv + (group > 1 ? key * Dp : 0);
+    int64_t start = causal ? key : 0;
+    for (int64_t t = start; t < T; t += BR) {
+      int n = smaller(BR, T - t), add = before || t > start;
+      int64_t shift = causal ? t - key : BC;
       block_scores(w->s, w->q_rows + t * Dp, w->k + key * Dp / PAIR, n, shift, D);
       block_scores(w->ds, w->dy_rows + t * Dp, w->v + key * Dp / PAIR, n, shift, D);
-      block_softmax_back(w->s, w->ds, lse + t, w->delta + t, n, shift, scale, drop, element + t * T + key, T);
+      block_softmax_back(w->s, w->ds, lse + t, w->delta + t, n, keys, shift, scale, drop, element + t * T + key, T);
       as_pairs(w->p_pairs, w->s, n);
       as_pairs(w->ds_pairs, w->ds, n);
-      block_mix_back(w->dv, w->p_pairs, w->dy_pairs + t / PAIR * Dp, keys, n, shift, Dp, t > key);
-      block_mix_back(w->dk, w->ds_pairs, w->q_pairs + t / PAIR * Dp, keys, n, shift, Dp, t > key);
+      block_mix_back(dv, w->p_pairs, w->dy_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
+      block_mix_back(dk, w->ds_pairs, w->q_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
       block_mix(w->dq + t * Dp, as_rows(w->ds_rows, w->ds, n), w->k_pairs + key / PAIR * Dp, n, shift, Dp, key > 0);
     }
-    write_rows(dqkv + key * row + C, row, w->dk, keys, D);
-    write_rows(dqkv + key * row + 2 * C, row, w->dv, keys, D);
+    if (h % group == group - 1) {
+      write_rows(dqkv + key * row + k, row, dk, keys, D);
+      write_rows(dqkv + key * row + v, row, dv, keys, D);
+    }
   }
-  for (int64_t t = 0; t < T; t += BR) write_rows(dqkv + t * row, row, w->dq + t * Dp, smaller(BR, T - t), D);
+  for (int64_t t = 0; t < T; t += BR)
+    write_rows(dqkv + t * row + q, row, w->dq + t * Dp, smaller(BR, T - t), D);
 }
 
 ENTRY(attention_backward) {
-  real *dqkv = P(0);        // (N, 3, H, D)
+  real *dqkv = P(0);        // (N, H + 2 K, D)
   const real *dy = P(1);    // (N, H D)
-  const real *qkv = P(2);   // (N, 3, H, D)
+  const real *qkv = P(2);   // (N, H + 2 K, D)
   const real *y = P(3);     // (N, H D)
   const float *lse = P(4);  // (B, H, T)
-  int64_t N = I(5), T = I(6), H = I(7), D = I(8);
-  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // knobs, p, call
-  char *scratch = P(12);    // attention_backward_scratch bytes
+  int64_t N = I(5), T = I(6), H = I(7), K = I(8), D = I(9), group = H / K;
+  int causal = I(10) != 0;
+  DropoutRule drop = dropout_rule(P(13), F(11), I(12));  // knobs, p, call
+  char *scratch = P(14);    // attention_backward_scratch bytes
   BackwardScratch size;
-  uintptr_t bytes = backward_layout(&size, 0, T, D);
+  uintptr_t bytes = backward_layout(&size, 0, T, D, group);
 #pragma omp parallel for schedule(static)
-  for (int64_t head = 0; head < N / T * H; head++) {
-    int64_t b = head / H, h = head % H, at = b * T * H * D + h * D, at3 = 3 * b * T * H * D + h * D;
+  for (int64_t item = 0; item < N / T * K; item++) {
+    int64_t b = item / K, q_seq = b * T * (H + 2 * K) * D;
     BackwardScratch w;
-    backward_layout(&w, (uintptr_t)scratch + (uintptr_t)hg_thread() * bytes, T, D);
-    backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + head * T, T, H, D, drop,
-                  head * T * T, &w);
+    backward_layout(&w, (uintptr_t)scratch + (uintptr_t)hg_thread() * bytes, T, D, group);
+    for (int64_t h = item % K * group; h < (item % K + 1) * group; h++) {
+      int64_t at = (b * T * H + h) * D, head = b * H + h;
+      backward_head(dqkv + q_seq, dy + at, qkv + q_seq, y + at, lse + head * T, T, H, K, D, causal, h, drop,
+                    head * T * T, &w);
+    }
   }
 }
 
 // bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t N, int64_t T, int64_t H,
+__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t T, int64_t H, int64_t K,
                                                                                   int64_t D, int64_t threads) {
-  (void)N, (void)H;
   BackwardScratch w;
-  return threads * (int64_t)backward_layout(&w, 0, T, D);
+  return threads * (int64_t)backward_layout(&w, 0, T, D, H / K);
 }

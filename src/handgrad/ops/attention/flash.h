@@ -1,5 +1,5 @@
-// The engine of causal attention: register tiles, packing, and the forward pass over blocks of queries and keys with a
-// running softmax. attention/cpu.c trains with it, attention_decode/cpu.c prefills with it.      math: README.md §2
+// The engine of attention: register tiles, packing, and the forward pass over blocks of queries and keys with a running
+// softmax. attention/cpu.c trains with it, attention_decode/cpu.c prefills with it.      math: README.md §2
 //
 // layout    blocks of BR queries by BC keys; a block product is cut into MR x NR tiles that live in registers
 // numerics  sums and softmax in f32; with AVX512-BF16 the factors of a product are bf16, else everything is f32
@@ -219,11 +219,13 @@ static inline const elem *as_rows(elem *rows, const float *s, int n) {
 }
 
 // Where a forward pass finds its operands: T queries of each sequence from `position` on, and all keys up to the last.
+// Query head h reads key/value head h / (H / K).
 typedef struct {
   const real *q, *k, *v;
   int64_t q_row, kv_row;  // elements from one token to the next; a token holds its heads one after another
   int64_t q_seq, kv_seq;  // elements from one sequence to the next
-  int64_t B, T, position, H, D;
+  int64_t B, T, position, H, K, D;
+  int causal;             // 0: every query sees all keys
   DropoutRule drop;  // threshold 0: none
 } Attend;
 
@@ -257,15 +259,15 @@ static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
   return threads * (int64_t)attend_layout(&w, 0, keys, D);
 }
 
-// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head, the first of which sees keys 0 .. first
+// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees keys 0 .. first + r, as far as there are.
 static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n,
                         int64_t first, int64_t element) {
-  int64_t D = x->D, Dp = padded(D);
+  int64_t D = x->D, Dp = padded(D), keys = x->position + x->T;
   float scale = 1.0f / sqrtf((float)D), max[BR], factor[BC];
   vfloat sum[BR];  // by lanes
   pack_rows(w->q, q, x->q_row, n, (int)round_up(n, MR), D);
   for (int r = 0; r < n; r++) max[r] = -INFINITY, sum[r] = (vfloat){0};
-  for (int64_t key = 0; key < first + n; key += BC) {
+  for (int64_t key = 0; key < smaller(first + n, keys); key += BC) {
     int64_t shift = first - key;
     block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, shift, D);
     float top[BR];
@@ -274,7 +276,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
       float *s = w->s + r * BC;
       vfloat tops = (vfloat){0} - INFINITY;
       width[r] = smaller(BC, round_up(larger(0, r / MR * MR + MR + shift), VL));
-      for (int c = larger(0, r + shift + 1); c < width[r]; c++) s[c] = -INFINITY;
+      for (int c = larger(0, smaller(r + shift + 1, keys - key)); c < width[r]; c++) s[c] = -INFINITY;
       for (int c = 0; c < width[r]; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
       top[r] = max_of_lanes(tops) * scale;
     }
@@ -313,7 +315,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
 static void attend(real *y, float *lse, const Attend *x, char *scratch) {
   int64_t T = x->T, blocks = (T + BR - 1) / BR, keys = x->position + T, D = x->D, Dp = padded(D);
   int64_t cost = 0;
-  for (int64_t i = 0; i < blocks; i++) cost += (x->position + i * BR) / BC + 1;
+  for (int64_t i = 0; i < blocks; i++) cost += (x->causal ? x->position + i * BR : keys - 1) / BC + 1;
   int64_t total = cost * x->B * x->H;
 #pragma omp parallel
   {
@@ -322,13 +324,14 @@ static void attend(real *y, float *lse, const Attend *x, char *scratch) {
     attend_layout(&w, (uintptr_t)scratch + (uintptr_t)(hg_thread() * attend_scratch(keys, D, 1)), keys, D);
     for (int64_t head = 0; head < x->B * x->H; head++) {
       int64_t b = head / x->H, h = head % x->H, packed = 0;
-      const real *k = x->k + b * x->kv_seq + h * D, *v = x->v + b * x->kv_seq + h * D;
+      int64_t kv = b * x->kv_seq + h / (x->H / x->K) * D;
+      const real *k = x->k + kv, *v = x->v + kv;
       for (int64_t i = 0; i < blocks; i++) {
-        int64_t row = i * BR, n = smaller(BR, T - row), first = x->position + row;
+        int64_t row = i * BR, n = smaller(BR, T - row), first = x->causal ? x->position + row : keys - 1;
         int mine = from <= at && at < to;
         at += first / BC + 1;
         if (!mine) continue;
-        for (; packed < first + n; packed += BC) {
+        for (; packed < smaller(first + n, keys); packed += BC) {
           int filled = smaller(BC, keys - packed);
           pack_rows(w.rows, k + packed * x->kv_row, x->kv_row, filled, BC, D);
           pack_transposed(w.k + packed * Dp / PAIR, w.rows, Dp);

@@ -1,54 +1,108 @@
-"""attention: causal self-attention over packed q, k, v that never materialises T x T. See README.md."""
+"""attention: self-attention over packed q, k, v that never materialises T x T. See README.md."""
 
 from typing import Any
 
+from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu, Kernel, Launches, Sdpa
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 from handgrad.ops.attention import reference
 
+LIBRARY = True  # bind cuDNN where it can do the call: it is faster on Hopper, README §8
+L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
+
 
 def _derive(d: dict[str, int]) -> None:
-    if d["Q"] % (3 * d["H"]):
-        raise HandgradError("attention", f"qkv is 3 x {d['H']} heads wide", d["Q"])
+    H, K = d["H"], d["K"]
+    if H % K:
+        raise HandgradError("attention", f"key/value heads share {H} query heads evenly", f"{K} of them")
+    if d["Q"] % (H + 2 * K):
+        raise HandgradError("attention", f"qkv is {H} + 2 x {K} heads wide", d["Q"])
     if d["N"] % d["T"]:
         raise HandgradError("attention", f"rows are whole sequences of {d['T']} tokens", d["N"])
-    d["D"], d["B"], d["C"] = d["Q"] // (3 * d["H"]), d["N"] // d["T"], d["Q"] // 3
+    d["D"], d["B"] = d["Q"] // (H + 2 * K), d["N"] // d["T"]
+    d["C"] = H * d["D"]
+
+
+def _flops(c: Call, products: int) -> int:
+    """Of so many products over D, one for every query and every key that it sees."""
+    N, T, C = (c.sizes[letter] for letter in "NTC")
+    return products * N * (T + 1 if c.attrs["causal"] else 2 * T) * C
+
+
+def _library(c: Call, gpu: Gpu) -> bool:
+    """Whether cuDNN does this call; its dropout would draw other bits than ours."""
+    D = c.sizes["D"]
+    return LIBRARY and gpu.cudnn and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
+
+
+def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
+    B, T, H, K, D = (c.sizes[letter] for letter in "BTHKD")
+    return Launches((Sdpa(direction, B, T, H, K, D, c.attrs["causal"], gpu.deterministic),), note="cudnn")
+
+
+def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) -> Kernel:
+    """A launch whose blocks own rows of one of `heads` heads a sequence, `owned` tensors of them, and stream two tiles of
+    two others."""
+    B, T, D, p = c.sizes["B"], c.sizes["T"], c.sizes["D"], c.attrs["p"]
+    if D > 128:
+        raise HandgradError("attention", "the cuda kernels hold heads of at most 128 elements", D)
+    defines = {"D": D, "CAUSAL": int(c.attrs["causal"]), "DROPOUT": int(p > 0)}
+    args += " knobs | N T H K p stream"
+    if c.dtype is not BF16:
+        shared = (owned + 2) * 32 * (D | 1) * 4
+        return Kernel(entry, args, -(-T // 32) * B * heads, 128, shared, defines, "float32.cu")
+    tall = 2 if D <= 64 and p == 0 else 1  # 16-row tiles of a warp; more would not fit in registers
+    row = (-(-D // 16) * 16 + 8) * 2  # bytes
+
+    def shared(warps: int) -> int:
+        return warps * ((owned * 16 * tall + 2 * 2 * 16) * row + 2 * 16 * 8)
+
+    warps = 4 if 2 * shared(4) <= gpu.shared else 2
+    together = max(1, L2_SHARE // (4 * T * D))
+    defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together, "FORWARD": int(owned == 1)}
+    return Kernel(entry, args, -(-T // (16 * tall * warps)) * B * heads, 32 * warps, shared(warps), defines)
 
 
 class Attention(Op):
-    """y = dropout(softmax(q k' / sqrt(D))) v for every head;  lse = logsumexp of the scores. p: dropout."""
+    """y = dropout(softmax(q k' / sqrt(D))) v for every head;  lse = logsumexp of the scores. Query head h reads
+    key/value head h / (H / K). causal: a token sees those up to itself. p: dropout."""
 
     name = "attention"
     ins = "qkv:N,Q"
     outs = "y:N,C lse:B,H,T:f32"
-    attrs = {"T": int, "H": int, "p": float, "stream": int}
+    attrs = {"T": int, "H": int, "K": int, "causal": bool, "p": float, "stream": int}
     saved = "qkv y lse"
-    cpu = C(
-        "attention_forward", "y lse qkv | N T H D p stream knobs scratch", "attention_forward_scratch N T H D threads"
-    )
+    cpu = C("attention_forward", "y lse qkv | N T H K D causal p stream knobs scratch", "attention_forward_scratch T D threads")
     cases = (
-        case(N=34, Q=48, T=17, H=2, p=0.0, stream=1),
-        case(N=1, Q=3, T=1, H=1, p=0.0, stream=1),
-        case(N=130, Q=99, T=65, H=1, p=0.25, stream=2),
-        case(N=128, Q=384, T=64, H=4, p=0.0, stream=1),
-        case(N=1024, Q=2304, T=256, H=12, p=0.0, stream=1, real="gpt2-124m, B=4 T=256"),
+        case(N=34, Q=48, T=17, H=2, K=2, causal=True, p=0.0, stream=1),
+        case(N=1, Q=3, T=1, H=1, K=1, causal=True, p=0.0, stream=1),
+        case(N=130, Q=99, T=65, H=1, K=1, causal=True, p=0.25, stream=2),
+        case(N=128, Q=384, T=64, H=4, K=2, causal=False, p=0.25, stream=3),
+        case(N=200, Q=400, T=200, H=3, K=1, causal=True, p=0.0, stream=1),
+        case(N=130, Q=320, T=130, H=6, K=2, causal=False, p=0.0, stream=1),
+        case(N=1024, Q=2304, T=256, H=12, K=12, causal=True, p=0.0, stream=1, real="gpt2-124m, B=4 T=256"),
     )
 
     def derive(self, d: dict[str, int]) -> None:
         _derive(d)
 
     def ref(self, v: Any) -> tuple:
-        return reference.attention_forward(
-            v.qkv, v.T, v.H, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step
-        )
+        k = v.knobs
+        return reference.attention_forward(v.qkv, v.T, v.H, v.K, v.causal, v.p, v.stream, k.seed, k.step, k.micro_step)
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"qkv": g.emit(attention_backward, d["y"], c.qkv, c.y, c.lse, **c.attrs)}
 
     def flops(self, c: Call) -> int:
-        return 2 * c.sizes["N"] * (c.sizes["T"] + 1) * c.sizes["C"]  # two products over the lower triangle
+        return _flops(c, 2)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        if _library(c, gpu):
+            return _sdpa(c, gpu, "forward")
+        return Launches((_launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1),), note="own")
 
 
 class AttentionBackward(Op):
@@ -60,8 +114,8 @@ class AttentionBackward(Op):
     attrs = Attention.attrs
     cpu = C(
         "attention_backward",
-        "dqkv dy qkv y lse | N T H D p stream knobs scratch",
-        "attention_backward_scratch N T H D threads",
+        "dqkv dy qkv y lse | N T H K D causal p stream knobs scratch",
+        "attention_backward_scratch T H K D threads",
     )
     cases = Attention.cases
 
@@ -69,20 +123,29 @@ class AttentionBackward(Op):
         _derive(d)
 
     def ref(self, v: Any) -> tuple:
+        k = v.knobs
         return (
             reference.attention_backward(
-                v.dy, v.qkv, v.y, v.lse, v.T, v.H, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step
+                v.dy, v.qkv, v.y, v.lse, v.T, v.H, v.K, v.causal, v.p, v.stream, k.seed, k.step, k.micro_step
             ),
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         if arg.name in ("y", "lse"):  # what the forward leaves for this qkv, under the knobs of every check
-            y, lse = reference.attention_forward(v["qkv"], v["T"], v["H"], v["p"], v["stream"], 7, 3, 0)
+            y, lse = reference.attention_forward(v["qkv"], v["T"], v["H"], v["K"], v["causal"], v["p"], v["stream"], 7, 3, 0)
             return y if arg.name == "y" else lse
         return None
 
     def flops(self, c: Call) -> int:
-        return 5 * c.sizes["N"] * (c.sizes["T"] + 1) * c.sizes["C"]
+        return _flops(c, 5)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        if _library(c, gpu):
+            return _sdpa(c, gpu, "backward")
+        dq = _launch(c, gpu, "attention_backward_dq_kernel", "dqkv scratch dy qkv y lse", c.sizes["H"], 2)
+        dkdv = _launch(c, gpu, "attention_backward_dkdv_kernel", "dqkv scratch dy qkv", c.sizes["K"], 2)
+        stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
+        return Launches((dq, dkdv), scratch=stats, note="own")
 
 
 attention, attention_backward = Attention(), AttentionBackward()

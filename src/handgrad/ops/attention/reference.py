@@ -16,9 +16,24 @@ def join_heads(x: np.ndarray) -> np.ndarray:
     return x.swapaxes(1, 2).reshape(B * T, H * D)
 
 
-def scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """q k' / sqrt(D), -inf where a query must not look: query t sees keys 0 .. t + (keys - queries)."""
+def split_qkv(qkv: np.ndarray, T: int, H: int, K: int) -> list[np.ndarray]:
+    """q, k, v (B, H, T, D) from (B T, (H + 2 K) D): key/value head h / (H / K) stands beside query head h."""
+    D = qkv.shape[-1] // (H + 2 * K)
+    q, k, v = (split_heads(x, T, x.shape[-1] // D) for x in np.split(qkv, [H * D, (H + K) * D], axis=-1))
+    return [q, k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)]
+
+
+def sum_groups(dx: np.ndarray, K: int) -> np.ndarray:
+    """(B, K, T, D): the gradient of a key/value head is the sum over the query heads that read it."""
+    B, H, T, D = dx.shape
+    return dx.reshape(B, K, H // K, T, D).sum(2)
+
+
+def scores(q: np.ndarray, k: np.ndarray, causal: bool = True) -> np.ndarray:
+    """q k' / sqrt(D), -inf where a query must not look: if causal, query t sees keys 0 .. t + (keys - queries)."""
     s = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]).astype(q.dtype)
+    if not causal:
+        return s
     return np.where(np.tri(s.shape[-2], s.shape[-1], s.shape[-1] - s.shape[-2], dtype=bool), s, -np.inf).astype(s.dtype)
 
 
@@ -33,11 +48,20 @@ def dropout_factors(
 
 
 def attention_forward(
-    qkv: np.ndarray, T: int, H: int, p: float = 0.0, call: int = 0, seed: int = 0, step: int = 0, micro_step: int = 0
+    qkv: np.ndarray,
+    T: int,
+    H: int,
+    K: int,
+    causal: bool = True,
+    p: float = 0.0,
+    call: int = 0,
+    seed: int = 0,
+    step: int = 0,
+    micro_step: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """y (N, H D) and lse (B, H, T) from qkv (N, 3 H D)."""
-    q, k, v = (split_heads(x, T, H) for x in np.split(qkv, 3, axis=-1))
-    s = scores(q, k)
+    """y (N, H D) and lse (B, H, T) from qkv (N, (H + 2 K) D)."""
+    q, k, v = split_qkv(qkv, T, H, K)
+    s = scores(q, k, causal)
     top = s.max(-1)
     lse = top + np.log(np.exp(s - top[..., None]).sum(-1))
     probs = np.exp(s - lse[..., None]) * dropout_factors(s.shape, p, call, seed, step, micro_step)
@@ -51,20 +75,23 @@ def attention_backward(
     lse: np.ndarray,
     T: int,
     H: int,
+    K: int,
+    causal: bool = True,
     p: float = 0.0,
     call: int = 0,
     seed: int = 0,
     step: int = 0,
     micro_step: int = 0,
 ) -> np.ndarray:
-    """dqkv (N, 3 H D) from dy (N, H D) and what the forward took and gave."""
-    q, k, v = (split_heads(x, T, H) for x in np.split(qkv, 3, axis=-1))
+    """dqkv (N, (H + 2 K) D) from dy (N, H D) and what the forward took and gave."""
+    q, k, v = split_qkv(qkv, T, H, K)
     dy, y = split_heads(dy, T, H), split_heads(y, T, H)
-    probs = np.exp(scores(q, k) - lse[..., None])
+    probs = np.exp(scores(q, k, causal) - lse[..., None])
     kept = dropout_factors(probs.shape, p, call, seed, step, micro_step)
     dv = (probs * kept).swapaxes(-1, -2) @ dy
     dprobs = (dy @ v.swapaxes(-1, -2)) * kept
     delta = (dy * y).sum(-1, keepdims=True)
     ds = probs * (dprobs - delta) / np.sqrt(q.shape[-1])
     dq, dk = ds @ k, ds.swapaxes(-1, -2) @ q
-    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=-1).astype(qkv.dtype)
+    grads = dq, sum_groups(dk, K), sum_groups(dv, K)
+    return np.concatenate([join_heads(dx) for dx in grads], axis=-1).astype(qkv.dtype)

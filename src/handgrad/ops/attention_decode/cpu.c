@@ -14,14 +14,15 @@
 static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H * (D + 2), 16); }
 
 // one run of one sequence: the softmax over its n positions alone, not normalised
-static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H, int64_t D) {
+static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H,
+                       int64_t K, int64_t D) {
   float *max = partial, *sum = partial + H, *out = partial + 2 * H, scale = 1.0f / sqrtf((float)D);
-  int64_t row = 2 * H * D;
+  int64_t row = 2 * K * D, group = H / K;
   for (int s = 0; s < n; s++)
     for (int64_t h = 0; h < H; h++) {
-      const real *k = cache + s * row + h * D;
+      const real *k = cache + s * row + h / group * D;
       prefetch(k + AHEAD * row, D);
-      prefetch(k + AHEAD * row + H * D, D);
+      prefetch(k + AHEAD * row + K * D, D);
       score[h * RUN + s] = dot(q + h * D, k, D) * scale;
     }
   for (int64_t h = 0; h < H; h++) {
@@ -36,7 +37,7 @@ static void decode_run(float *partial, float *score, const real *q, const real *
     sum[h] = total;
   }
   for (int64_t h = 0; h < H; h++, out += D) {
-    const real *v = cache + (H + h) * D;
+    const real *v = cache + (K + h / group) * D;
     const float *p = score + h * RUN;
     int64_t d = 0;
     for (; d + NR <= D; d += NR) {
@@ -70,18 +71,18 @@ static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h,
 
 ENTRY(attention_decode) {
   real *y = P(0);          // (N, H D), N = B T
-  real *cache = P(1);      // (B, S, 2, H, D), in and out
-  const real *qkv = P(2);  // (N, 3, H, D)
-  int64_t N = I(3), T = I(4), S = I(5), H = I(6), D = I(7);
-  const Knobs *knobs = P(8);
-  char *scratch = P(9);    // attention_decode_scratch bytes
-  int64_t B = N / T, C = H * D, position = knobs->position, sequence = S * 2 * C;
+  real *cache = P(1);      // (B, S, 2, K, D), in and out
+  const real *qkv = P(2);  // (N, H + 2 K, D)
+  int64_t N = I(3), T = I(4), S = I(5), H = I(6), K = I(7), D = I(8);
+  const Knobs *knobs = P(9);
+  char *scratch = P(10);    // attention_decode_scratch bytes
+  int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = knobs->position, sequence = S * kv_row;
 #pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)
-    memcpy(cache + i / T * sequence + (position + i % T) * 2 * C, qkv + i * 3 * C + C, (size_t)(2 * C) * sizeof(real));
+    memcpy(cache + i / T * sequence + (position + i % T) * kv_row, qkv + i * row + H * D, (size_t)kv_row * sizeof(real));
   if (T > 1) {
-    Attend x = {.q = qkv, .k = cache, .v = cache + C, .q_row = 3 * C, .kv_row = 2 * C, .q_seq = T * 3 * C,
-                .kv_seq = sequence, .B = B, .T = T, .position = position, .H = H, .D = D};
+    Attend x = {.q = qkv, .k = cache, .v = cache + K * D, .q_row = row, .kv_row = kv_row, .q_seq = T * row,
+                .kv_seq = sequence, .B = B, .T = T, .position = position, .H = H, .K = K, .D = D, .causal = 1};
     attend(y, NULL, &x, scratch);
     return;
   }
@@ -93,8 +94,8 @@ ENTRY(attention_decode) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * runs; i++) {
       int64_t b = i / runs, first = i % runs * RUN;
-      decode_run(partial + i * step, score, qkv + b * 3 * C, cache + b * sequence + first * 2 * C,
-                 smaller(RUN, position + 1 - first), H, D);
+      decode_run(partial + i * step, score, qkv + b * row, cache + b * sequence + first * kv_row,
+                 smaller(RUN, position + 1 - first), H, K, D);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * H; i++)

@@ -12,23 +12,27 @@ class AttentionDecode(Op):
 
     name = "attention_decode"
     ins = "qkv:N,Q"
-    outs = "y:N,C +cache:B,S,2,H,D"
-    attrs = {"T": int, "S": int, "H": int}
-    cpu = C("attention_decode", "y cache qkv | N T S H D knobs scratch", "attention_decode_scratch N T S H D threads")
+    outs = "y:N,C +cache:B,S,2,K,D"
+    attrs = {"T": int, "S": int, "H": int, "K": int}
+    cpu = C("attention_decode", "y cache qkv | N T S H K D knobs scratch", "attention_decode_scratch N T S H D threads")
     cases = (
-        case(N=1, Q=48, T=1, S=7, H=2),
-        case(N=10, Q=99, T=5, S=13, H=1),
-        case(N=128, Q=192, T=64, S=65, H=4),
-        case(N=1, Q=2304, T=1, S=1024, H=12, real="gpt2-124m, decode at 0 of 1024"),
+        case(N=1, Q=48, T=1, S=7, H=2, K=2),
+        case(N=10, Q=99, T=5, S=13, H=1, K=1),
+        case(N=128, Q=128, T=64, S=65, H=4, K=2),
+        case(N=1, Q=2304, T=1, S=1024, H=12, K=12, real="gpt2-124m, decode at 0 of 1024"),
     )
 
     def derive(self, d: dict[str, int]) -> None:
-        if d["Q"] % (3 * d["H"]):
-            raise HandgradError("attention_decode", f"qkv is 3 x {d['H']} heads wide", d["Q"])
-        d["D"], d["B"], d["C"] = d["Q"] // (3 * d["H"]), d["N"] // d["T"], d["Q"] // 3
+        H, K = d["H"], d["K"]
+        if H % K:
+            raise HandgradError("attention_decode", f"key/value heads share {H} query heads evenly", f"{K} of them")
+        if d["Q"] % (H + 2 * K):
+            raise HandgradError("attention_decode", f"qkv is {H} + 2 x {K} heads wide", d["Q"])
+        d["D"], d["B"] = d["Q"] // (H + 2 * K), d["N"] // d["T"]
+        d["C"] = H * d["D"]
 
     def ref(self, v: Any) -> tuple:
-        return reference.attention_decode(v.cache, v.qkv, v.T, int(v.knobs.position))
+        return reference.attention_decode(v.cache, v.qkv, v.T, v.H, int(v.knobs.position))
 
 
 attention_decode = AttentionDecode()

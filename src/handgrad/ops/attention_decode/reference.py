@@ -5,14 +5,16 @@ import numpy as np
 from handgrad.ops.attention.reference import join_heads, scores, split_heads
 
 
-def attention_decode(cache: np.ndarray, qkv: np.ndarray, T: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """y (N, H D) and the new cache (B, S, 2, H, D), from qkv (N, 3 H D): T tokens a sequence from `position` on."""
-    B, _, _, H, D = cache.shape
+def attention_decode(
+    cache: np.ndarray, qkv: np.ndarray, T: int, H: int, position: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """y (N, H D) and the new cache (B, S, 2, K, D), from qkv (N, (H + 2 K) D): T tokens a sequence from `position` on."""
+    B, _, _, K, D = cache.shape
     end = position + T
     cache = cache.copy()
-    cache[:, position:end] = qkv.reshape(B, T, 3, H, D)[:, :, 1:]
+    cache[:, position:end] = qkv[:, H * D :].reshape(B, T, 2, K, D)
     q = split_heads(qkv[:, : H * D], T, H)
-    k, v = (cache[:, :end, i].swapaxes(1, 2) for i in (0, 1))
+    k, v = (cache[:, :end, i].swapaxes(1, 2).repeat(H // K, axis=1) for i in (0, 1))
     s = scores(q, k)
     probs = np.exp(s - s.max(-1, keepdims=True))
     return join_heads(probs / probs.sum(-1, keepdims=True) @ v).astype(qkv.dtype), cache

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
@@ -25,6 +26,12 @@ class Dropout(Op):
 
     def ref(self, v: Any) -> tuple:
         return (reference.dropout_forward(v.x, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step),)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
+        vec = vec if n % vec == 0 else 1
+        grid = min(-(-n // (256 * max(vec, 4))), 8 * gpu.sms)
+        return Launches((Kernel("dropout_forward_kernel", "y x knobs | N C p stream", grid, 256, 0, {"VEC": vec}),))
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
@@ -21,6 +23,8 @@ class Embed(Op):
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3, decode=False),
         case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
+        case(N=4, C=1032, V=3, Tmax=2, T=2, decode=False),
+        case(N=9, C=24, V=3, Tmax=9, T=9, decode=False, without="wpe"),
         case(N=14, C=40, V=5, Tmax=9, T=7, decode=True),
         case(N=1024, C=768, V=50304, Tmax=1024, T=256, decode=False, real="gpt2-124m, B=4 T=256"),
     )
@@ -33,6 +37,11 @@ class Embed(Op):
 
     def ref(self, v: Any) -> tuple:
         return (reference.embed_forward(v.ids, v.wte, v.wpe, v.T, int(v.knobs.position) if v.decode else 0),)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        defines = _layout(c) | {"FORWARD": 1}
+        grid = -(-c.sizes["N"] * (c.sizes["C"] // defines["VEC"]) // 256)
+        return Launches((Kernel("embed_forward_kernel", "y ids wte wpe knobs | N T decode", grid, 256, 0, defines),))
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
@@ -49,21 +58,61 @@ class EmbedBackward(Op):
 
     name = "embed_backward"
     ins = "dy:N,C ids:N:i32"
-    outs = "+dwte:V,C:f32 +dwpe:Tmax,C:f32?"
+    outs = "+dwte:V,C:grad +dwpe:Tmax,C:grad?"
     attrs = {"V": int, "Tmax": int, "T": int}
     cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax acc.dwte acc.dwpe knobs")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3),
         case(N=1, C=1, V=1, Tmax=1, T=1),
         case(N=60, C=100, V=3, Tmax=20, T=20),
+        case(N=2100, C=40, V=300, Tmax=700, T=700),
+        case(N=300, C=1032, V=2, Tmax=12, T=10),
+        case(N=64, C=24, V=9, Tmax=0, T=64),
         case(N=1024, C=768, V=50304, Tmax=1024, T=256, real="gpt2-124m, B=4 T=256"),
     )
+
+    def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
+        return attrs["Tmax"] > 0  # dwpe
 
     def ref(self, v: Any) -> tuple:
         return reference.embed_backward(v.dy, v.ids, v.V, v.Tmax, v.T)
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        N, C = c.sizes["N"], c.sizes["C"]
+        d = _layout(c)
+        accesses, chunks, segments = C // d["VEC"], -(-N // CHUNK), -(-N // SEGMENT)
+        threads = min(256, max(64, -(-accesses // 32) * 32))
+        d |= {"FORWARD": 0, "ROWS": N, "THREADS": threads, "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+        columns = -(-accesses // threads)
+        sorted_, partial = chunks * CHUNK * 8, (2 * chunks * CHUNK) * 8  # bytes in scratch before them
+        steps = []
+        if c.dwpe is not None:
+            grid = -(-c.sizes["Tmax"] * accesses // 256)
+            steps.append(Kernel("embed_position_kernel", "dwpe dy knobs | T Tmax acc.dwpe", grid, 256, 0, d))
+        if "dwte" in c.first:
+            steps.append(Kernel("embed_zero_kernel", "dwte knobs | V", 8 * gpu.sms, 256, 0, d))
+        steps += [
+            Kernel("embed_sort_kernel", "scratch ids", chunks, CHUNK // 2, 0, d),
+            Kernel("embed_merge_kernel", f"scratch@{sorted_} scratch", chunks * CHUNK // 256, 256, 0, d),
+        ]
+        for entry, args in (
+            ("embed_backward_kernel", f"dwte scratch@{partial} dy scratch@{sorted_} knobs | acc.dwte"),
+            ("embed_across_kernel", f"dwte scratch@{partial} scratch@{sorted_} knobs | acc.dwte"),
+        ):
+            steps.append(Kernel(entry, args, (segments, columns, 1), threads, 0, d))
+        return Launches(tuple(steps), scratch=partial + segments * 2 * C * 4)
+
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
+
+
+CHUNK = 2048  # keys that a block sorts: two a thread
+SEGMENT = 32  # sorted rows that a block sums
+
+
+def _layout(c: Call) -> dict[str, int]:
+    vec = 16 // c.dtype.size
+    return {"COLUMNS": c.sizes["C"], "VEC": vec if c.sizes["C"] % vec == 0 else 1}
 
 
 def _ids(rng: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

@@ -1,5 +1,5 @@
-// fill: x = value in the first micro-step, nothing later                                           math: README.md §2
-// writes =  x: (n) f32
+// fill: x = or += value                                                                            math: README.md §2
+// writes = or +=  x: (n) f32
 // source    own work
 #include "knobs.h"
 
@@ -7,8 +7,9 @@ ENTRY(fill) {
   float *x = P(0);  // (n)
   int64_t n = I(1);
   float value = F(2);
-  const Knobs *knobs = P(3);
-  if (knobs->micro_step > 0) return;
+  const Knobs *knobs = P(4);
+  int add = I(3) || knobs->micro_step > 0;
+  if (add && value == 0.0f) return;
 #pragma omp parallel for simd schedule(simd : static)
-  for (int64_t i = 0; i < n; i++) x[i] = value;
+  for (int64_t i = 0; i < n; i++) x[i] = add ? x[i] + value : value;
 }

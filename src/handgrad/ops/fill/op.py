@@ -1,22 +1,30 @@
-"""fill: a gradient's start where no kernel writes it first. See README.md."""
+"""fill: a gradient that is the same everywhere. See README.md."""
 
 from typing import Any
 
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call
 from handgrad.ops.fill import reference
 
 
 class Fill(Op):
-    """x = value in the first micro-step; nothing later, where x is being summed."""
+    """x = value, and += where x already holds a value of this step."""
 
     name = "fill"
-    outs = "+x:n:f32"
+    outs = "+x:n:grad"
     attrs = {"n": int, "value": float}
-    cpu = C("fill", "x | n value knobs")
-    cases = (case(n=33, value=0.0), case(n=1, value=2.5), case(n=7_087_872, value=0.0, real="gpt2-124m, one block"))
+    cpu = C("fill", "x | n value acc.x knobs")
+    cases = (case(n=33, value=0.0), case(n=1, value=2.5), case(n=6400, value=-1.0), case(n=7_087_872, value=0.0, real="gpt2-124m, one block"))
 
     def ref(self, v: Any) -> tuple:
-        return (reference.fill(v.x, v.value, v.knobs.micro_step),)
+        return (reference.fill(v.x, v.value),)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        n, vec = c.sizes["n"], 16 // c.x.dtype.size
+        vec = vec if n % vec == 0 else 1
+        grid = min(-(-n // (256 * vec)), 8 * gpu.sms)
+        return Launches((Kernel("fill_kernel", "x knobs | n value acc.x", grid, 256, 0, {"VEC": vec}),))
 
 
 fill = Fill()

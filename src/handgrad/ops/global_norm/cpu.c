@@ -28,5 +28,5 @@ ENTRY(global_norm) {
   for (int64_t k = 0; k < chunks; k++) total += partial[k];
   float norm = (float)sqrt(total), scale = clip > 0.0f ? clip / (norm + 1e-6f) : 1.0f;
   knobs->grad_norm = norm;
-  knobs->grad_scale = scale > 1.0f ? 1.0f : scale;  // written so that NaN passes
+  knobs->grad_scale = !isfinite(norm) ? 0.0f : scale > 1.0f ? 1.0f : scale;  // 0: no update
 }

@@ -3,15 +3,19 @@
 from typing import Any
 
 from handgrad.core.knobs import KNOBS_BYTES
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call
 from handgrad.ops.global_norm import reference
 
 
 class GlobalNorm(Op):
-    """knobs.grad_norm = |grad|;  knobs.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0."""
+    """knobs.grad_norm = |grad|;  knobs.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0; and 0, which is no
+    update, where the norm is not finite.
+    """
 
     name = "global_norm"
-    ins = "grad:n:f32"
+    ins = "grad:n:grad"
     outs = f"+knobs:{KNOBS_BYTES}:byte"
     attrs = {"clip": float}
     cpu = C("global_norm", "knobs grad | n clip scratch", "global_norm_scratch n")
@@ -19,12 +23,26 @@ class GlobalNorm(Op):
         case(n=33, clip=1.0),
         case(n=1, clip=0.0),
         case(n=100_003, clip=1e3),
+        case(n=70_000, clip=1.0),
         case(n=124_475_904, clip=1.0, real="gpt2-124m"),
     )
 
     def ref(self, v: Any) -> tuple:
         v.knobs.grad_norm, v.knobs.grad_scale = reference.global_norm(v.grad, v.clip)
         return (None,)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        n, vec = c.sizes["n"], 16 // c.grad.dtype.size
+        vec = vec if n % vec == 0 else 1
+        blocks = min(-(-n // (256 * vec)), 8 * gpu.sms)
+        defines = {"VEC": vec, "BLOCKS": blocks}
+        return Launches(
+            (
+                Kernel("global_norm_kernel", "scratch grad | n", blocks, 256, 0, defines),
+                Kernel("global_norm_sum_kernel", "knobs scratch | clip", 1, 1024, 0, defines),
+            ),
+            scratch=8 * blocks,
+        )
 
 
 global_norm = GlobalNorm()

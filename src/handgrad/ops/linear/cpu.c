@@ -2,7 +2,7 @@
 // forward     writes =        y, pre: (N, M) dtype                pre = y before GELU, kept for the backward
 // gelu        writes =        y: (N, M)                           brings y back from pre
 // backward_w  writes = or +=  dw: (M, K), db: (M) float           + when the flag or knobs->micro_step is not 0
-// backward_x  writes =        dx: (N, K) dtype
+// backward_x  writes =        dx: (N, K) dtype                    with pre, where x was gelu(pre): the gradient at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
 // determinism  fixed order of sums at any number of threads
 // source    own work
@@ -37,13 +37,17 @@ ENTRY(linear_gelu) {
   for (int64_t i = 0; i < n; i++) y[i] = store(vgelu(load(pre[i])));
 }
 
-ENTRY(linear_gelu_backward) {
-  real *dpre = P(0);        // (N, M), may be dy itself
-  const real *dy = P(1);    // (N, M)
-  const real *pre = P(2);   // (N, M)
-  int64_t n = I(3) * I(4);
+// dpre = dy gelu'(pre); dpre may be dy itself.
+static void gelu_backward(real *dpre, const real *dy, const real *pre, int64_t n) {
 #pragma omp parallel for simd schedule(static) if (n > 4096)
   for (int64_t i = 0; i < n; i++) dpre[i] = store(load(dy[i]) * vgelu_grad(load(pre[i])));
+}
+
+ENTRY(linear_gelu_backward) {
+  real *dpre = P(0);        // (N, M)
+  const real *dy = P(1);    // (N, M)
+  const real *pre = P(2);   // (N, M)
+  gelu_backward(dpre, dy, pre, I(3) * I(4));
 }
 
 // db = or += the sum of dy over rows. Threads share out columns; a thread reads lines of 128 columns.
@@ -84,7 +88,9 @@ ENTRY(linear_backward_x) {
   real *dx = P(0);          // (N, K)
   const real *dy = P(1);    // (N, M)
   const real *w = P(2);     // (M, K)
-  int64_t N = I(3), M = I(4), K = I(5);
-  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = I(6),
-               .scratch = P(7)});
+  const real *pre = P(3);   // (N, K) or NULL
+  int64_t N = I(4), M = I(5), K = I(6);
+  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = I(7),
+               .scratch = P(8)});
+  if (pre) gelu_backward(dx, dx, pre, N * K);
 }

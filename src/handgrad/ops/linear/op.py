@@ -1,30 +1,39 @@
 """linear: y = x w^T + b, with GELU if asked, and its three gradient calls. See README.md."""
 
+from dataclasses import replace
 from typing import Any
 
-from handgrad.core.dtypes import DType
+from handgrad.core.dtypes import BF16, DType
+from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
 
 class Linear(Op):
-    """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward."""
+    """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward.
+
+    `pre_x`, where it is given, says that x is gelu(pre_x): backward then gives the gradient of pre_x and none of x, and
+    GELU's derivative is part of the product that makes it.
+    """
 
     name = "linear"
-    ins = "x:N,K w:M,K b:M?"
+    ins = "x:N,K w:M,K b:M? pre_x:N,K?"
     outs = "y:N,M pre:N,M?"
     attrs = {"gelu": bool, "keep_pre": bool}
-    saved = "x w pre"
+    saved = "x w pre pre_x"
     cpu = C("linear_forward", "y pre x w b | N M K gelu threads scratch", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19, gelu=False, keep_pre=False),
-        case(N=1, K=1, M=1, gelu=True, keep_pre=True),
-        case(N=65, K=96, M=130, gelu=True, keep_pre=True),
-        case(N=1, K=64, M=257, gelu=False, keep_pre=False),
-        case(N=1024, K=768, M=3072, gelu=True, keep_pre=True, real="gpt2-124m, B=4 T=256"),
-        case(N=1024, K=3072, M=768, gelu=False, keep_pre=False, real="gpt2-124m, B=4 T=256"),
+        case(N=7, K=33, M=19, gelu=False, keep_pre=False, without="pre_x"),
+        case(N=1, K=1, M=1, gelu=True, keep_pre=True, without="pre_x"),
+        case(N=65, K=96, M=130, gelu=True, keep_pre=True, without="pre_x"),
+        case(N=40, K=64, M=48, gelu=True, keep_pre=True, without="pre_x"),
+        case(N=9, K=64, M=48, gelu=True, keep_pre=False, without="b pre_x"),
+        case(N=1, K=64, M=257, gelu=False, keep_pre=False, without="b pre_x"),
+        case(N=1024, K=768, M=3072, gelu=True, keep_pre=True, without="pre_x", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, gelu=False, keep_pre=False, without="pre_x", real="gpt2-124m, B=4 T=256"),
     )
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
@@ -35,12 +44,30 @@ class Linear(Op):
         return (reference.gelu(pre) if v.gelu else pre), pre
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        dy = d["y"]
-        if c.attrs["gelu"]:
+        dy, dpre = d["y"], d.get("pre")  # the reader of y gives dpre where it was told of pre
+        if dy is not None and c.attrs["gelu"]:
             dy = g.emit(linear_gelu_backward, dy, c.pre)
+        if dpre is not None:
+            dy = dpre if dy is None else g.emit(add, dy, dpre)
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
         g.emit(linear_backward_w, dy, c.x, into=into)  # before dx: communication of dw can start early
-        return {"x": g.emit(linear_backward_x, dy, c.w)}
+        return {"x" if c.pre_x is None else "pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x)}
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        N, M, K = (c.sizes[d] for d in "NMK")
+        gelu, wide = c.attrs["gelu"], _vec(c.dtype, M, K) > 1
+        product = Gemm("y", "x", "w", N, M, K, tb=True)
+        if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
+            return Launches((replace(product, epilogue="gelu", bias="b", aux="pre"),), note="gelu in the product")
+        to = "y" if c.pre is None else "pre"
+        steps: list[Gemm | Kernel] = [replace(product, out=to)]
+        if c.b is not None and wide:
+            steps = [replace(product, out=to, epilogue="bias", bias="b")]
+        elif c.b is not None:
+            steps.append(Kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms), 256))
+        if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
+            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=4))
+        return Launches(tuple(steps))
 
     def remake(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
@@ -63,6 +90,9 @@ class LinearGelu(Op):
     def ref(self, v: Any) -> tuple:
         return (reference.gelu(v.pre),)
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=4),))
+
 
 class LinearGeluBackward(Op):
     """dpre = dy * gelu'(pre)."""
@@ -76,13 +106,16 @@ class LinearGeluBackward(Op):
     def ref(self, v: Any) -> tuple:
         return (reference.gelu_backward(v.dy, v.pre),)
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return Launches((_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=2),))
+
 
 class LinearBackwardW(Op):
     """dw += dy^T x;  db += sum of dy over rows."""
 
     name = "linear_backward_w"
     ins = "dy:N,M x:N,K"
-    outs = "+dw:M,K:f32 +db:M:f32?"
+    outs = "+dw:M,K:grad +db:M:grad?"
     cpu = C(
         "linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads knobs scratch", "linear_scratch N M K threads"
     )
@@ -90,35 +123,84 @@ class LinearBackwardW(Op):
         case(N=7, K=33, M=19),
         case(N=1, K=1, M=1),
         case(N=130, K=65, M=96),
+        case(N=1100, K=16, M=264),
         case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
         return reference.linear_backward_w(v.dy, v.x)
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        N, M, K = (c.sizes[d] for d in "NMK")
+        product = Gemm("dw", "dy", "x", M, K, N, ta=True, adds="dw")
+        if c.db is None:
+            return Launches((product,))
+        vec = _vec(c.dtype, M)
+        tiles = -(-M // (32 * vec))
+        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit a multiprocessor; a row for each warp
+        return Launches(
+            (
+                product,
+                Kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), 256, defines={"VEC": vec}),
+                Kernel(
+                    "linear_db_kernel", "db scratch knobs | M acc.db", -(-M // 32), 1024, defines={"PARTS": parts}
+                ),
+            ),
+            scratch=4 * parts * M,
+        )
+
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
 
 
 class LinearBackwardX(Op):
-    """dx = dy w."""
+    """dx = dy w; with pre, where x was gelu(pre), dx is the gradient at pre: (dy w) * gelu'(pre)."""
 
     name = "linear_backward_x"
-    ins = "dy:N,M w:M,K"
+    ins = "dy:N,M w:M,K pre:N,K?"
     outs = "dx:N,K"
-    cpu = C("linear_backward_x", "dx dy w | N M K threads scratch", "linear_scratch N M K threads")
+    cpu = C("linear_backward_x", "dx dy w pre | N M K threads scratch", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19),
+        case(N=7, K=33, M=19, without="pre"),
         case(N=1, K=1, M=1),
         case(N=130, K=65, M=96),
-        case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
+        case(N=67, K=96, M=64),
+        case(N=1024, K=768, M=3072, without="pre", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
-        return (reference.linear_backward_x(v.dy, v.w),)
+        dx = reference.linear_backward_x(v.dy, v.w)
+        return (dx if v.pre is None else reference.gelu_backward(dx, v.pre),)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        N, M, K = (c.sizes[d] for d in "NMK")
+        product = Gemm("dx", "dy", "w", N, K, M)
+        if c.pre is None:
+            return Launches((product,))
+        if _fuses_gelu(c):
+            return Launches((replace(product, epilogue="dgelu", aux="pre"),), note="gelu' in the product")
+        return Launches((product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=2)))
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
+
+
+def _vec(dtype: DType, *sizes: int) -> int:
+    """Elements of a 16-byte access where it divides every size, else 1."""
+    most = 16 // dtype.size
+    return 1 if any(size % most for size in sizes) else most
+
+
+def _fuses_gelu(c: Call) -> bool:
+    """Whether the library's product has an epilogue with GELU for this call."""
+    return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
+
+
+def _elementwise(entry: str, args: str, c: Call, n: int, packs: int) -> Kernel:
+    """One launch over n contiguous elements, `packs` accesses a thread."""
+    vec = _vec(c.dtype, n)
+    return Kernel(entry, args, -(-n // (256 * packs * vec)), 256, defines={"VEC": vec})
 
 
 linear, linear_gelu, linear_gelu_backward = Linear(), LinearGelu(), LinearGeluBackward()

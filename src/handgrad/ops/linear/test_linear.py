@@ -1,12 +1,61 @@
+import numpy as np
 import pytest
 
 from handgrad.backends import open_backend
-from handgrad.ops import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
-from handgrad.testing import check_op
+from handgrad.core.dtypes import F32, I32
+from handgrad.core.program import normal
+from handgrad.ops import OPS, add_norm, linear, lm_loss_forward_backward
+from handgrad.testing import check_op, gradcheck, set_knobs
+
+NAMES = ("linear", "linear_backward_w", "linear_backward_x", "linear_gelu", "linear_gelu_backward")
 
 
-@pytest.mark.parametrize(
-    "op", [linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward], ids=str
-)
-def test_linear(op):
-    check_op(op, [open_backend("cpu")])
+@pytest.mark.parametrize("name", NAMES)
+def test_linear(name):
+    check_op(OPS[name], [open_backend("cpu")])
+
+
+def error_with_readers(readers):
+    """The worst gradient of x -> linear with GELU -> one linear for each reader -> loss. A reader "pre" is told of the
+    pre-activation and gives its gradient; a reader "y" is not, and gives that of GELU's output."""
+    N, K, H, M, V = 6, 5, 7, 9, 11
+
+    def record(g):
+        def weight(name, *shape):
+            return g.param(name, shape, normal(1.0))
+
+        def layer(x, pre_x, name, size, **attrs):
+            w, b = weight("w" + name, size, x.shape[1]), weight("b" + name, size)
+            return g.emit(linear, x, w, b, pre_x, **attrs)
+
+        h, pre = layer(g.input("x", (N, K), F32), None, "in", H, gelu=True, keep_pre=True)
+        outs = [
+            layer(h, pre if reader == "pre" else None, f"{i}", M, gelu=False, keep_pre=False)[0]
+            for i, reader in enumerate(readers)
+        ]
+        y = outs[0] if len(outs) == 1 else g.emit(add_norm, *outs, weight("w", M), weight("b", M), eps=1e-5)[1]
+        head, targets = weight("head", V, M), g.input("targets", (N,), I32)
+        losses, *_ = g.emit(lm_loss_forward_backward, y, head, targets, into={"dw": g.grad(head)}, V=V, chunks=1)
+        g.output("losses", losses)
+
+    def fill(p, arena):
+        rng = np.random.default_rng(0)
+        for info in p.params.values():
+            arena.view(info.tensor)[...] = rng.standard_normal(info.tensor.shape)
+        arena.view(p.inputs["x"])[...] = rng.standard_normal((N, K))
+        arena.view(p.inputs["targets"])[...] = rng.integers(0, V, N)
+        set_knobs(p, arena)
+
+    return gradcheck(record, fill)
+
+
+@pytest.mark.parametrize("readers", [("pre",), ("y",), ("pre", "y"), ("pre", "pre")], ids="+".join)
+def test_the_gradient_comes_through_the_output_and_through_the_pre_activation(readers):
+    assert error_with_readers(readers) < 1e-6
+
+
+def test_a_pre_activation_without_its_slope_is_caught(monkeypatch):
+    kind = type(OPS["linear_backward_x"])
+    right = kind.ref
+    monkeypatch.setattr(kind, "ref", lambda self, v: right(self, type(v)(**{**vars(v), "pre": None})))
+    assert error_with_readers(("pre",)) > 1e-2

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
@@ -27,6 +28,7 @@ class LmLoss(Op):
         case(N=7, C=33, Vp=19, V=17, chunks=2),
         case(N=1, C=1, Vp=1, V=1, chunks=1),
         case(N=67, C=64, Vp=128, V=97, chunks=3),
+        case(N=9, C=8, Vp=8832, V=8801, chunks=2),
         case(N=256, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=64"),
     )
 
@@ -39,6 +41,9 @@ class LmLoss(Op):
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _targets(rng, shape, v) if arg.name == "targets" else None
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return Launches(tuple(step for first, rows in _chunks(c) for step in _losses(c, gpu, first, rows, gradient=False)))
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
@@ -53,7 +58,7 @@ class LmLossForwardBackward(Op):
 
     name = "lm_loss_forward_backward"
     ins = "x:N,C w:Vp,C targets:N:i32"
-    outs = "losses:N:f32 dx:N,C logits:rows,Vp +dw:Vp,C:f32"
+    outs = "losses:N:f32 dx:N,C logits:rows,Vp +dw:Vp,C:grad"
     attrs = {"V": int, "chunks": int}
     saved = "dx"
     starts_gradient = True
@@ -76,6 +81,16 @@ class LmLossForwardBackward(Op):
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": c.dx}
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        C, Vp = c.sizes["C"], c.sizes["Vp"]
+        steps: list[Gemm | Kernel] = []
+        for first, rows in _chunks(c):
+            steps += _losses(c, gpu, first, rows, gradient=True)
+            at = first * C * c.dtype.size
+            steps.append(Gemm("dw", "logits", f"x@{at}", Vp, C, rows, ta=True, adds="dw" if first == 0 else True))
+            steps.append(Gemm(f"dx@{at}", "logits", "w", rows, C, Vp))
+        return Launches(tuple(steps))
+
     def flops(self, c: Call) -> int:
         return 6 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
 
@@ -85,6 +100,33 @@ def _targets(rng: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
     targets = rng.integers(0, v["V"], shape, dtype="int32")
     targets[4::5] = IGNORE_INDEX
     return targets
+
+
+def _chunks(c: Call) -> list[tuple[int, int]]:
+    """First row and number of rows of every chunk."""
+    N, rows = c.sizes["N"], c.sizes["rows"]
+    return [(first, min(rows, N - first)) for first in range(0, N, rows)]
+
+
+def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tuple[Gemm, Kernel]:
+    """The logits of a chunk, then its losses and, if asked, the logits' gradient in their place."""
+    V, Vp, C = (c.sizes[d] for d in ("V", "Vp", "C"))
+    vec = 16 // c.dtype.size if Vp % (16 // c.dtype.size) == 0 else 1
+    threads = min(1024, -(-Vp // (32 * vec)) * 32)
+    shared = 2 * Vp * c.dtype.size  # a row and the next one
+    ahead = vec > 1 and shared + 1024 <= gpu.shared
+    blocks = gpu.sms * max(1, min(1024 // threads, gpu.shared // (shared + 1024) if ahead else 32))
+    return (
+        Gemm("logits", f"x@{first * C * c.dtype.size}", "w", rows, Vp, C, tb=True),
+        Kernel(
+            "lm_loss_rows_kernel",
+            f"losses@{4 * first} logits targets@{4 * first} knobs | ignore_index",
+            min(rows, blocks),
+            threads,
+            shared if ahead else 0,
+            {"ROWS": rows, "V": V, "VP": Vp, "VEC": vec, "THREADS": threads, "AHEAD": int(ahead), "GRADIENT": int(gradient)},
+        ),
+    )
 
 
 lm_loss, lm_loss_forward_backward = LmLoss(), LmLossForwardBackward()

@@ -1,0 +1,437 @@
+"""Whole training steps of GPT-2 on one GPU, handgrad beside PyTorch on the same card in the same run.
+
+    python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
+    python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
+    python bench/gpu_step.py --smoke                     a toy on the CPU: does this script work?
+
+A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
+model of reference/gpt2_torch.py under torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed, its vocabulary
+padded to 50,304, which is faster. Every contender is a process of its own, and rounds go through them in turn; where
+both do not fit on the card, handgrad runs before and after PyTorch. Reported: median ms a step over the rounds, tok/s,
+MFU by llm.c's formula, device memory of the process, the host's time to start a step, and the time from the start of
+the process to its first finished step, with an empty cache and with a full one.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VOCAB = 50257
+HEADER_BYTES = 1024
+WARMUP = {"handgrad": 2, "torch": 1}  # steps after the first: handgrad captures its graphs in the second
+MARGIN_MIB = 3000  # left free when two processes share the card
+PACKAGES = (
+    "handgrad", "numpy", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cublas", "nvidia-cudnn-frontend",
+    "nvidia-cudnn-jit-cu13",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. rounds_of: steps in a round, about two seconds. torch_mib: what PyTorch is known to take at this
+    size, 0 where it is not run."""
+
+    preset: str
+    layers: int
+    heads: int
+    hidden: int
+    B: int
+    T: int
+    step_tokens: int
+    rounds_of: int
+    torch_mib: int
+
+
+TASKS = {
+    "124m": Task("gpt2-124m", 12, 12, 768, 64, 1024, 524288, 3, 31000),
+    "350m": Task("gpt2-355m", 24, 16, 1024, 32, 1024, 524288, 1, 38500),
+    "774m": Task("gpt2-774m", 36, 20, 1280, 16, 1024, 262144, 1, 42500),
+    "1558m": Task("gpt2-1558m", 48, 25, 1600, 8, 1024, 262144, 1, 0),
+    "smoke": Task("d2", 2, 2, 128, 2, 32, 128, 1, 1),
+}
+
+
+# workers ----------------------------------------------------------------------------------------------------------------
+
+
+class Handgrad:
+    """The step of this package, its options as JSON."""
+
+    def __init__(self, task: Task, shard: str, device: str, options: dict):
+        import handgrad as hg
+
+        data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False)
+        self.model, dtype = hg.models.gpt2(task.preset), "bf16" if device == "cuda" else "f32"
+        settings = {"backend": device, "dtype": dtype, "val": False, "sample": False} | options
+        self.run = hg.Trainer(self.model, hg.optim.AdamW(), data, micro_batch=task.B, **settings)
+        self.task, self.dtype = task, settings["dtype"]
+
+    def steps(self, count: int) -> float:
+        """Runs them all; returns the last loss."""
+        for _ in range(count):
+            last = self.run.step(self.run.last_step + 1, 1e-4)
+        return last.loss
+
+    def host_ms(self) -> float:
+        """Time to start a step when nothing is waited for."""
+        begin = time.perf_counter()
+        last = self.run.step(self.run.last_step + 1, 1e-4)
+        ms = 1e3 * (time.perf_counter() - begin)
+        last.loss  # noqa: B018  waits
+        return ms
+
+    def facts(self) -> dict:
+        from handgrad.train.mfu import flops_per_token
+
+        ms: dict[str, float] = {}
+        for _ in range(2):  # the first one warms up
+            ms = {}
+            self.run.trace(lambda c, s, ms=ms: ms.update({c.op.name: ms.get(c.op.name, 0.0) + 1e3 * s}))
+        params = self.run.program.num_params
+        versions = {}
+        for name in PACKAGES:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {
+            "hardware": self.run.backend.hardware,
+            "params": params,
+            "arena": self.run.plan.nbytes,
+            "flops_per_token": flops_per_token(params, self.model.num_layers, self.model.hidden_size, self.task.T),
+            "peak_flops": self.run.backend.peak_flops(self.dtype),
+            "notes": sorted({f"{c.op.name}: {n}" for c in self.run.program.calls if (n := self.run.backend.note(c))}),
+            "micro_step_ms_by_op": dict(sorted(ms.items(), key=lambda item: -item[1])),
+            "versions": versions,
+        }
+
+
+class Torch:
+    """The same step in PyTorch."""
+
+    def __init__(self, task: Task, shard: str, device: str, options: dict):
+        sys.path.insert(0, str(ROOT / "reference"))
+        import numpy as np
+        import torch
+        from gpt2_torch import GPT2, adamw
+
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        self.torch, self.task, self.done = torch, task, 0
+        self.ids = np.fromfile(shard, np.uint16, offset=HEADER_BYTES)
+        vocab = -(-VOCAB // 128) * 128
+        self.model = GPT2(vocab, task.T, task.layers, task.heads, task.hidden, bf16=device == "cuda").to(device)
+        self.model.compile()
+        self.optimizer = adamw(self.model, 1e-4, (0.9, 0.95), 1e-8, 0.1)
+        self.device = device
+
+    def _batch(self, micro_step: int):
+        """The same sequences as handgrad's, in the same order."""
+        t, sequences = self.task, self.task.step_tokens // self.task.T
+        first = self.done * sequences + micro_step * t.B
+        starts = [t.T * (row % ((len(self.ids) - 1) // t.T)) for row in range(first, first + t.B)]
+        both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + t.T + 1].astype("int64")) for s in starts])
+        if self.device == "cuda":
+            both = both.pin_memory().to(self.device, non_blocking=True)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def _step(self):
+        parts = self.task.step_tokens // (self.task.B * self.task.T)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for k in range(parts):
+            loss = self.model(*self._batch(k))[1] / parts
+            loss.backward()
+            total = total + loss.detach()
+        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+        return total
+
+    def steps(self, count: int) -> float:
+        """Runs them all; returns the last loss."""
+        for _ in range(count):
+            last = self._step()
+        return float(last)
+
+    def host_ms(self) -> float:
+        """Time to start a step when nothing is waited for."""
+        begin = time.perf_counter()
+        last = self._step()
+        ms = 1e3 * (time.perf_counter() - begin)
+        float(last)
+        return ms
+
+    def facts(self) -> dict:
+        torch = self.torch
+        facts = {"versions": {"torch": torch.__version__}}
+        if self.device == "cuda":
+            facts["versions"] |= {"torch's cuda": torch.version.cuda, "torch's cudnn": torch.backends.cudnn.version()}
+            facts |= {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
+        return facts
+
+
+def worker(kind: str, name: str, shard: str, device: str, options: str) -> None:
+    """Runs one step, says so, then answers each line of standard input with a line of JSON."""
+    contender = {"handgrad": Handgrad, "torch": Torch}[kind](TASKS[name], shard, device, json.loads(options))
+    loss = contender.steps(1)
+    print(json.dumps({"loss": loss}), flush=True)
+    for line in sys.stdin:
+        command, _, count = line.strip().partition(" ")
+        if command == "steps":
+            begin = time.perf_counter()
+            loss = contender.steps(int(count))
+            answer = {"ms": 1e3 * (time.perf_counter() - begin) / int(count), "loss": loss}
+        else:
+            answer = {"ms": contender.host_ms()} if command == "host" else contender.facts()
+        print(json.dumps(answer), flush=True)
+
+
+# the race ---------------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A contender. `startup`: seconds to its first finished step. `mib`: what it took on the card by then and later."""
+
+    def __init__(self, kind: str, name: str, shard: str, a: argparse.Namespace, cache: str):
+        used, begin = used_mib(), time.perf_counter()
+        python = a.torch_python if kind == "torch" else sys.executable
+        words = [kind, name, shard, "cpu" if a.smoke else "cuda", json.dumps(a.trainer if kind == "handgrad" else {})]
+        self.kind, self._before = kind, used
+        self._process = subprocess.Popen(
+            [python, __file__, "--worker", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"HANDGRAD_CACHE": cache},
+        )  # fmt: skip
+        first = self._read()
+        self.startup, self.first_loss, self.mib = time.perf_counter() - begin, first["loss"], used_mib() - used
+        say(f"{name} {kind}: first step after {self.startup:.1f} s, loss {self.first_loss:.3f}, {self.mib} MiB")
+
+    def ask(self, command: str) -> dict:
+        """The answer to a command; raises RuntimeError if the process has died."""
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass
+        return self._read()
+
+    def _read(self) -> dict:
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.kind} ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        """Ends it and waits until the card is free of it."""
+        self._process.stdin.close()
+        self._process.wait()
+        for _ in range(20):
+            if used_mib() <= self._before + 200:
+                break
+            time.sleep(0.25)
+
+
+def used_mib() -> int:
+    """MiB in use on the first card, by all processes; 0 without one."""
+    return int(smi("memory.used").split()[0])
+
+
+def smi(query: str) -> str:
+    """What nvidia-smi knows of the first card."""
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "0"
+
+
+def say(text: str) -> None:
+    """Progress, apart from the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def race(name: str, shard: str, a: argparse.Namespace, cache: str) -> dict:
+    """Results by contender for one model."""
+    task = TASKS[name]
+    times: dict[str, list[float]] = {"handgrad": []}
+    facts: dict[str, dict] = {}
+
+    def begin(kind: str) -> Process:
+        p = Process(kind, name, shard, a, cache)
+        p.ask(f"steps {WARMUP[kind]}")
+        facts.setdefault(kind, {"startup": p.startup, "first_loss": p.first_loss})
+        return p
+
+    def end(p: Process) -> None:
+        if "versions" not in facts[p.kind]:
+            facts[p.kind]["mib"] = p.mib
+            facts[p.kind]["host_ms"] = statistics.median(p.ask("host")["ms"] for _ in range(3 if p.kind == "handgrad" else 1))
+            facts[p.kind] |= p.ask("facts")
+        p.close()
+
+    def rounds(*processes: Process, count: int) -> None:
+        for _ in range(count):
+            for p in processes:
+                times.setdefault(p.kind, []).append(p.ask(f"steps {a.steps or task.rounds_of}")["ms"])
+
+    ours = begin("handgrad")
+    if a.no_torch or not task.torch_mib:
+        rounds(ours, count=a.rounds)
+        end(ours)
+    elif a.smoke or total_mib() - used_mib() > task.torch_mib + MARGIN_MIB:
+        try:
+            theirs = begin("torch")
+            rounds(ours, theirs, count=a.rounds)
+            end(theirs)
+        except RuntimeError as error:  # its own words are on standard error
+            facts["torch"] = {"failed": str(error)}
+            rounds(ours, count=a.rounds)
+        end(ours)
+    else:
+        say(f"{name}: both do not fit on the card; handgrad before and after PyTorch")
+        rounds(ours, count=(a.rounds + 1) // 2)
+        end(ours)
+        try:
+            theirs = begin("torch")
+            rounds(theirs, count=a.rounds)
+            end(theirs)
+        except RuntimeError as error:
+            facts["torch"] = {"failed": str(error)}
+        ours = begin("handgrad")
+        rounds(ours, count=a.rounds // 2)
+        end(ours)
+    if name in ("124m", "smoke"):  # the cache is full now
+        again = Process("handgrad", name, shard, a, cache)
+        facts["handgrad"]["startup_warm"] = again.startup
+        again.close()
+    results = {}
+    for kind, f in facts.items():
+        results[kind] = f
+        if times.get(kind) and "failed" not in f:
+            ms = statistics.median(times[kind])
+            results[kind] = {"median_ms": ms, "all_ms": times[kind], "tokens_per_second": 1e3 * task.step_tokens / ms} | f
+    mine = results["handgrad"]
+    for r in results.values():
+        if "median_ms" in r and mine.get("peak_flops"):
+            r["mfu"] = r["tokens_per_second"] * mine["flops_per_token"] / mine["peak_flops"]
+    return results
+
+
+def total_mib() -> int:
+    """MiB of the first card."""
+    return int(smi("memory.total").split()[0])
+
+
+def table(results: dict, models: list[str]) -> str:
+    """All of it, for people."""
+    facts = results["facts"]
+    lines = [f"{key:10} {value}" for key, value in facts.items()]
+    head = f"{'model':7}{'':10}{'B':>3}{'ms/step':>10}{'tok/s':>9}{'MFU %':>7}{'ratio':>7}{'GiB':>7}{'host ms':>9}{'start s':>9}{'warm s':>8}"
+    lines += ["", head]
+    for name in models:
+        found = results["models"].get(name, {})
+        base = found.get("torch", {}).get("median_ms")
+        for kind, r in found.items():
+            if "median_ms" not in r:
+                lines.append(f"{name:7}{kind:10} {r.get('failed', 'no result')}")
+                continue
+            ratio = f"{base / r['median_ms']:7.2f}" if base else f"{'-':>7}"
+            mfu = f"{100 * r['mfu']:7.1f}" if "mfu" in r else f"{'-':>7}"
+            warm = f"{r['startup_warm']:8.1f}" if "startup_warm" in r else ""
+            lines.append(
+                f"{name:7}{kind:10}{TASKS[name].B:3}{r['median_ms']:10.1f}{r['tokens_per_second']:9.0f}{mfu}{ratio}"
+                f"{r['mib'] / 1024:7.1f}{r['host_ms']:9.2f}{r['startup']:9.1f}{warm}"
+            )
+    lines += ["", "ratio: PyTorch's ms over this row's; GiB: device memory of the process; start: with an empty cache, which later models share"]
+    for name in models:
+        mine = results["models"].get(name, {}).get("handgrad", {})
+        if "micro_step_ms_by_op" in mine:
+            ops = "  ".join(f"{op} {ms:.2f}" for op, ms in mine["micro_step_ms_by_op"].items())
+            host = 100 * mine["host_ms"] / mine["median_ms"]
+            lines.append(f"{name}: arena {mine['arena'] / 2**30:.2f} GiB, host {host:.2f} % of the step; {'; '.join(mine['notes'])}")
+            lines.append(f"{name}: ms of one micro-step and the update, call by call: {ops}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(TASKS), default=["124m", "350m", "774m", "1558m"])
+    parser.add_argument("--steps", type=int, default=0, help="steps in a round; 0: about two seconds of them")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
+    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
+    parser.add_argument("--trainer", type=json.loads, default={}, help='more of Trainer, as JSON: {"recompute": "none"}')
+    parser.add_argument("--json", type=Path, help="results; the table lies beside it as .txt (bench/results/gpu_step.json)")
+    parser.add_argument("--commit", default="", help="what to call this tree where git does not know")
+    parser.add_argument("--smoke", action="store_true", help="a toy on the CPU; writes no results unless --json is given")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.worker:
+        return worker(*a.worker)
+    models = ["smoke"] if a.smoke else a.models
+    out = a.json or (None if a.smoke else ROOT / "bench" / "results" / "gpu_step.json")
+    card, driver, watts = (smi("name,driver_version,power.limit").split(", ") + ["", ""])[:3]
+    results = {
+        "facts": {
+            "card": platform.machine() if a.smoke else f"{card}, {watts} W, driver {driver}",
+            "date": datetime.date.today().isoformat(),
+            "commit": a.commit or commit(),
+            "command": shlex.join(["python", "bench/gpu_step.py", *sys.argv[1:]]),
+        },
+        "models": {},
+    }
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in models:
+            shard = f"{folder}/{name}.bin"
+            write_random(shard, 2 * TASKS[name].step_tokens + 1)
+            try:
+                results["models"][name] = race(name, shard, a, f"{folder}/cache")
+            except RuntimeError as error:
+                results["models"][name] = {"handgrad": {"failed": str(error)}}
+            found = results["models"][name].values()
+            versions = {k: v for r in found for k, v in r.get("versions", {}).items()}
+            if versions:
+                results["facts"]["versions"] = results["facts"].get("versions", {}) | versions
+            results["facts"]["took"] = f"{time.perf_counter() - start:.0f} s"
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
+                out.with_suffix(".txt").write_text(table(results, models) + "\n")
+    print(table(results, models))
+
+
+def commit() -> str:
+    """Of the tree that is measured; a star if it has changes."""
+    try:
+        command = ["git", "describe", "--always", "--dirty=*"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_random(path: str, count: int) -> None:
+    """A token shard of random ids, as both sides read it."""
+    import numpy as np
+
+    header = np.zeros(HEADER_BYTES // 4, np.int32)
+    header[:3] = 20240520, 1, count
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        file.write(np.random.default_rng(0).integers(0, VOCAB, count).astype(np.uint16).tobytes())
+
+
+if __name__ == "__main__":
+    main()

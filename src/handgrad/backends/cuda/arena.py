@@ -1,0 +1,122 @@
+"""CudaArena: the planned memory on the card, written and read through pinned memory without stopping the stream."""
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, does_not_fit
+from handgrad.backends.base import Arena
+from handgrad.backends.cuda.driver import Device
+from handgrad.core.plan import MIB, Plan
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+
+PIECE, PIECES = 1 << 20, 32  # bytes of one pinned piece, and how many take turns
+RESERVE = 512 * MIB  # left to the libraries and the driver
+
+
+class CudaArena(Arena):
+    """One zeroed allocation."""
+
+    def __init__(self, device: Device, plan: Plan):
+        self.plan, self.device, self.address = plan, device, 0
+        free, total = device.memory()
+        if plan.nbytes + RESERVE > free:
+            others = f" of {total / MIB:.0f} (some for libraries, or held by other processes: nvidia-smi)"
+            raise does_not_fit(plan, max(free - RESERVE, 0), others)
+        self.address = device.alloc(max(plan.nbytes, 1))
+        device.fill(self.address, max(plan.nbytes, 1))
+        self._staging = device.pinned(PIECE * PIECES)
+        self._events: list[Any] = [None] * PIECES
+        self._turn = 0
+        self._room: dict[int, list[int]] = defaultdict(list)  # pinned memory to read into, by size, when not in use
+        self._knobs: dict[int, np.ndarray] = {}
+
+    def close(self) -> None:
+        if self.address:
+            self.device.sync()
+            self.device.free(self.address)
+            self.address = 0
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the driver may be gone at the end of the process
+            self.close()
+
+    def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        return self._fetch(self.plan.offset[tensor], tensor.nbytes, NUMPY[tensor.dtype.name], tensor.shape)
+
+    def write(self, tensor: Tensor, values: Any) -> None:
+        array = np.ascontiguousarray(np.broadcast_to(values, tensor.shape), NUMPY[tensor.dtype.name])
+        self._write(self.plan.offset[tensor], array)
+
+    def read_part(self, flat: str, param: Tensor) -> np.ndarray:
+        start, dtype = self.plan.part(flat, param)
+        out = np.empty(param.shape, NUMPY[dtype.name])
+        self.device.to_host(out.ctypes.data, self.address + start, out.nbytes)
+        self.device.sync()
+        return out
+
+    def write_part(self, flat: str, param: Tensor, values: Any) -> None:
+        start, dtype = self.plan.part(flat, param)
+        self._write(start, np.ascontiguousarray(np.broadcast_to(values, param.shape), NUMPY[dtype.name]))
+
+    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
+        read = self._fetch(self.plan.offset[program.knobs], KNOBS_DTYPE.itemsize, KNOBS_DTYPE, (1,))
+        return lambda: read().view(np.recarray)[0]
+
+    def write_knobs(self, program: Program, **values: int | float) -> None:
+        record = self.written(program)
+        for name, value in values.items():
+            record[name] = value
+        self._write(self.plan.offset[program.knobs], record)
+
+    def written(self, program: Program) -> np.ndarray:
+        """The program's Knobs as the host wrote them last, shape (1,)."""
+        return self._knobs.setdefault(id(program), np.zeros(1, KNOBS_DTYPE))
+
+    def fill(self, byte: int) -> None:
+        """Sets all memory to one byte, for checks of what was touched."""
+        self.device.fill(self.address, self.plan.nbytes, byte)
+
+    def memory(self) -> np.ndarray:
+        """A copy of all bytes."""
+        out = np.empty(self.plan.nbytes, np.uint8)
+        self.device.to_host(out.ctypes.data, self.address, out.nbytes)
+        self.device.sync()
+        return out
+
+    def _write(self, offset: int, array: np.ndarray) -> None:
+        """Copies to a pinned piece, from which the card copies when its turn has come."""
+        source, left, to = array.ctypes.data, array.nbytes, self.address + offset
+        while left > 0:
+            i, size = self._turn, min(left, PIECE)
+            self._turn = (i + 1) % PIECES
+            if self._events[i] is None:
+                self._events[i] = self.device.event()
+            else:
+                self.device.wait(self._events[i])  # until the card has read what lies in this piece
+            ctypes.memmove(self._staging + i * PIECE, source, size)
+            self.device.to_device(to, self._staging + i * PIECE, size)
+            self.device.record(self._events[i])
+            source, to, left = source + size, to + size, left - size
+
+    def _fetch(self, offset: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        room = self._room[nbytes].pop() if self._room[nbytes] else self.device.pinned(max(nbytes, 1))
+        self.device.to_host(room, self.address + offset, nbytes)
+        event = self.device.event()
+        self.device.record(event)
+        held: list[np.ndarray] = []
+
+        def result() -> np.ndarray:
+            if not held:
+                self.device.wait(event)
+                raw = (ctypes.c_char * nbytes).from_address(room) if nbytes else b""
+                held.append(np.frombuffer(raw, dtype).reshape(shape).copy())
+                self._room[nbytes].append(room)
+            return held[0]
+
+        return result

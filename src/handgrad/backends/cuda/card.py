@@ -1,0 +1,51 @@
+"""What can be said of a run on a card without having one: scratch, workspaces, which implementation is bound."""
+
+from handgrad.backends.base import Planner
+from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gemm, Gpu, Kernel, Sdpa
+from handgrad.core.op import Op
+from handgrad.core.plan import aligned
+from handgrad.core.program import Call
+
+GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 << 10),
+    "4090": Gpu("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "sm_90a", 132, 227 << 10),
+    "h200": Gpu("NVIDIA H200", "sm_90a", 132, 227 << 10),
+    "b200": Gpu("NVIDIA B200", "sm_100a", 148, 227 << 10),
+}
+
+
+class Card(Planner):
+    """The cuda backend as a plan sees it, for a card that may be elsewhere."""
+
+    name, head_rows = "cuda", 16384
+
+    def __init__(self, gpu: Gpu | str):
+        if isinstance(gpu, str) and gpu not in GPUS:
+            raise HandgradError("cuda", f"a card that can be described is one of {', '.join(GPUS)}", f"'{gpu}'")
+        self.gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+
+    def has(self, op: Op) -> bool:
+        return type(op).cuda is not Op.cuda
+
+    def scratch(self, call: Call) -> int:
+        """The op's own bytes, and behind them the libraries' workspace."""
+        launches = call.op.cuda(call, self.gpu)
+        library = [s for s in launches.steps if not isinstance(s, Kernel)]
+        rooms = [GEMM_WORKSPACE if isinstance(s, Gemm) else attention_workspace(s) for s in library]
+        return aligned(launches.scratch) + max(rooms, default=0)
+
+    def note(self, call: Call) -> str:
+        return call.op.cuda(call, self.gpu).note
+
+
+def attention_workspace(s: Sdpa) -> int:
+    """Bytes that cuDNN asks for, from above: dq and row sums in float32, eight times over where sums keep their order,
+    and a copy of dk and dv a query head where heads share keys. Binding raises if it asks for more."""
+    if s.direction == "forward":
+        return 1 << 20
+    rows = s.B * s.H * s.T
+    shared = 2 * rows * s.D * 2 if s.H != s.K else 0
+    return rows * s.D * 4 * (8 if s.deterministic else 1) + rows * 4 + shared + (1 << 20)

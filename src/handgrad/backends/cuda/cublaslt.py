@@ -1,0 +1,254 @@
+"""cuBLASLt by ctypes: the few calls that products need, and the choice of the fastest algorithm, kept on disk.
+
+The library is column-major; our row-major out (m, n) = a b is its (n, m) = b' a'. Values are those of cublasLt.h 13.
+"""
+
+import ctypes
+import json
+import statistics
+from collections.abc import Callable
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+
+from handgrad.backends.arena import NUMPY
+from handgrad.backends.cuda import cache
+from handgrad.backends.cuda.card import GEMM_WORKSPACE
+from handgrad.backends.cuda.driver import INSTALL, Device
+from handgrad.core.errors import HandgradError
+
+CANDIDATES = 16  # heuristic results that are timed
+TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
+COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
+EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
+TRANS_A, TRANS_B, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
+MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
+NOT_SUPPORTED = (7, 15)  # INVALID_VALUE is also how an unsupported combination is refused
+
+CALLS = {  # name: argument types; all return a status
+    "cublasLtCreate": [c_void_p],
+    "cublasLtMatmulDescCreate": [c_void_p, c_int, c_int],
+    "cublasLtMatmulDescDestroy": [c_void_p],
+    "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatrixLayoutCreate": [c_void_p, c_int, c_uint64, c_uint64, c_int64],
+    "cublasLtMatmulPreferenceCreate": [c_void_p],
+    "cublasLtMatmulPreferenceDestroy": [c_void_p],
+    "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, c_void_p, c_void_p],
+    "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
+}
+
+
+class Heuristic(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t, 96 bytes; the algorithm is its first 64."""
+
+    _fields_ = [
+        ("algo", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    ]
+
+
+@dataclass(frozen=True)
+class Product:
+    """All that the choice of an algorithm depends on: row-major sizes, element types, epilogue."""
+
+    m: int
+    n: int
+    k: int
+    ta: bool
+    tb: bool
+    a: str
+    b: str
+    out: str
+    epilogue: str
+    adds: bool
+    tf32: bool
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+
+class CublasLt:
+    """The library on one card. `deterministic`: the first algorithm that it proposes, never the fastest by the clock."""
+
+    def __init__(self, device: Device, deterministic: bool = False):
+        try:
+            from cuda.pathfinder import load_nvidia_dynamic_lib
+
+            self._dll = ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+        except Exception as error:  # the finder has several of its own
+            raise HandgradError("cublaslt", "the package nvidia-cublas is installed", error, hint=INSTALL) from None
+        for name, types in CALLS.items():
+            getattr(self._dll, name).argtypes = types
+        self._dll.cublasLtGetVersion.restype = c_size_t
+        self.version = self._dll.cublasLtGetVersion()
+        self.device, self.deterministic = device, deterministic
+        self._handle = c_void_p()
+        self._call("cublasLtCreate", byref(self._handle))
+        self._file = cache.key("algorithms", self.version, device.name) + ".json"
+        self._known: dict[str, str] = {} if deterministic else json.loads(cache.load(self._file) or b"{}")
+        self._chosen: dict[Product, Heuristic] = {}
+
+    def _call(self, name: str, *args: Any) -> None:
+        status = getattr(self._dll, name)(*args)
+        if status:
+            raise HandgradError("cublaslt", f"{name} succeeds", f"status {status}")
+
+    def _set(self, call: str, target: c_void_p, attribute: int, value: Any) -> None:
+        self._call(call, target, attribute, byref(value), sizeof(value))
+
+    def _layout(self, dtype: str, rows: int, columns: int) -> c_void_p:
+        """Of a row-major (rows, columns) matrix."""
+        layout = c_void_p()
+        self._call("cublasLtMatrixLayoutCreate", byref(layout), TYPES[dtype], columns, rows, columns)
+        return layout
+
+    def _describe(self, p: Product, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
+        """The descriptor, and the layouts of the library's A (our b), B (our a) and out."""
+        description = c_void_p()
+        compute = COMPUTE_TF32 if p.tf32 and p.a == "f32" else COMPUTE_F32
+        self._call("cublasLtMatmulDescCreate", byref(description), compute, TYPES["f32"])
+        name = "gelu without bias" if p.epilogue == "gelu" and not bias else p.epilogue
+        values = [(TRANS_A, c_int32(p.tb)), (TRANS_B, c_int32(p.ta)), (EPILOGUE, c_uint32(EPILOGUES[name]))]
+        values += [(BIAS, c_void_p(bias))] * bool(bias)
+        values += [(AUX, c_void_p(aux)), (AUX_LD, c_int64(p.n))] * bool(aux)
+        for attribute, value in values:
+            self._set("cublasLtMatmulDescSetAttribute", description, attribute, value)
+        a = self._layout(p.a, *((p.k, p.m) if p.ta else (p.m, p.k)))
+        b = self._layout(p.b, *((p.n, p.k) if p.tb else (p.k, p.n)))
+        return description, (b, a, self._layout(p.out, p.m, p.n))
+
+    def _proposals(self, description: c_void_p, layouts: tuple[c_void_p, ...], count: int) -> list[Heuristic]:
+        preference = c_void_p()
+        self._call("cublasLtMatmulPreferenceCreate", byref(preference))
+        self._set("cublasLtMatmulPreferenceSetAttribute", preference, MAX_WORKSPACE, c_uint64(GEMM_WORKSPACE))
+        results, got = (Heuristic * count)(), c_int(0)
+        b, a, out = layouts
+        status = self._dll.cublasLtMatmulAlgoGetHeuristic(
+            self._handle, description, b, a, out, out, preference, count, results, byref(got)
+        )
+        self._call("cublasLtMatmulPreferenceDestroy", preference)
+        if status and status not in NOT_SUPPORTED:
+            raise HandgradError("cublaslt", "the heuristic answers", f"status {status}")
+        return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
+
+    def bind(
+        self, p: Product, a: int, b: int, out: int, bias: int, aux: int, workspace: int
+    ) -> Callable[[bool], None]:
+        """A function that starts the product on these addresses; its argument: whether to add to out."""
+        description, layouts = self._describe(p, bias, aux)
+        algorithm = self._algorithm(p, description, layouts)
+        return self._starter(description, layouts, algorithm, a, b, out, workspace)
+
+    def _starter(
+        self, description: c_void_p, layouts: tuple[c_void_p, ...], algorithm: Heuristic, a: int, b: int, out: int,
+        workspace: int,
+    ) -> Callable[[bool], None]:  # fmt: skip
+        lb, la, lo = layouts
+        scalars = (c_float * 2)(0.0, 1.0)
+        zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
+        call, handle, chosen = self._dll.cublasLtMatmul, self._handle, byref(algorithm)
+        stream, size = int(self.device.stream), algorithm.workspace
+
+        def start(adds: bool) -> None:
+            beta = one if adds and scalars else zero
+            status = call(
+                handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, stream
+            )
+            if status:
+                raise HandgradError("cublaslt", "a product runs", f"status {status}")
+
+        return start
+
+    # the choice -----------------------------------------------------------------------------------------------------
+
+    def _algorithm(self, p: Product, description: c_void_p, layouts: tuple[c_void_p, ...]) -> Heuristic:
+        if p not in self._chosen:
+            known = self._known.get(repr(astuple(p)))
+            if known is not None:
+                self._chosen[p] = Heuristic.from_buffer_copy(bytes.fromhex(known))
+            else:
+                found = self._proposals(description, layouts, 1)
+                if not found:
+                    raise HandgradError("cublaslt", "the library multiplies this shape", p)
+                self._chosen[p] = found[0]
+        return self._chosen[p]
+
+    def tune(self, products: list[Product]) -> None:
+        """Times what the library proposes for products that it has not seen, on memory that is given back."""
+        todo = [] if self.deterministic else [p for p in products if repr(astuple(p)) not in self._known]
+        for p in todo:
+            self._known[repr(astuple(p))] = bytes(self._fastest(p)).hex()
+        if todo:
+            cache.store(self._file, json.dumps(self._known).encode())
+
+    def _fastest(self, p: Product) -> Heuristic:
+        device = self.device
+        sizes = {"a": p.m * p.k, "b": p.k * p.n, "out": p.m * p.n, "aux": p.m * p.n * bool(p.epilogue), "bias": p.n}
+        kinds = {"a": p.a, "b": p.b, "out": p.out, "aux": p.out, "bias": p.out}
+        at = {name: device.alloc(max(n * np.dtype(NUMPY[kinds[name]]).itemsize, 256)) for name, n in sizes.items()}
+        workspace = device.alloc(GEMM_WORKSPACE)
+        try:
+            for name in at:  # random values: a product of zeros runs faster than a real one
+                _randomise(device, at[name], sizes[name], NUMPY[kinds[name]])
+            bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
+            aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
+            description, layouts = self._describe(p, bias, aux)
+            found = self._proposals(description, layouts, CANDIDATES)
+            if not found:
+                raise HandgradError("cublaslt", "the library multiplies this shape", p)
+            times = []
+            for algorithm in found:
+                start = self._starter(description, layouts, algorithm, at["a"], at["b"], at["out"], workspace)
+                times.append(self._time(lambda start=start: start(p.adds)))
+            return found[times.index(min(times))]
+        finally:
+            device.sync()
+            for address in (*at.values(), workspace):
+                device.free(address)
+
+    def _time(self, work: Callable[[], None], repeats: int = 5) -> float:
+        begin, end, times = self.device.event(True), self.device.event(True), []
+        try:
+            work()
+        except HandgradError:
+            return float("inf")
+        for _ in range(repeats):
+            self.device.record(begin)
+            work()
+            self.device.record(end)
+            times.append(self.device.seconds(begin, end))
+        return statistics.median(times)
+
+    def peak(self, dtype: str, tf32: bool) -> float:
+        """FLOP/s of a large product, measured: what stands for the peak of a card that no table knows."""
+        p = Product(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32)
+        algorithm, device = self._fastest(p), self.device
+        at = [device.alloc(8192 * 8192 * 4) for _ in range(3)]
+        description, layouts = self._describe(p, 0, 0)
+        for address in at[:2]:
+            _randomise(device, address, 8192 * 8192, NUMPY[dtype])
+        workspace = device.alloc(GEMM_WORKSPACE)
+        seconds = self._time(lambda: self._starter(description, layouts, algorithm, *at, workspace)(False))
+        for address in (*at, workspace):
+            device.free(address)
+        return p.flops / seconds
+
+
+def _randomise(device: Device, address: int, count: int, dtype: Any) -> None:
+    """Normal numbers, a pattern of up to 4 Mi of them repeated."""
+    pattern = np.random.default_rng(0).standard_normal(min(max(count, 1), 1 << 22), np.float32).astype(dtype)
+    item = pattern.dtype.itemsize
+    device.to_device(address, pattern.ctypes.data, min(count, pattern.size) * item)
+    done = min(count, pattern.size)
+    while done < count:
+        size = min(done, count - done)
+        device.within(address + done * item, address, size * item)
+        done += size
+    device.sync()

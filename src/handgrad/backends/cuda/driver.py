@@ -1,0 +1,182 @@
+"""The CUDA driver: cards, memory, streams, events, modules and graphs, as thin functions over cuda-bindings."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu
+
+INSTALL = "pip install 'handgrad[cuda]'"
+MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
+
+try:
+    from cuda.bindings import driver as cu
+except ImportError as error:
+    raise HandgradError("cuda", "the package cuda-bindings is installed", error, hint=INSTALL) from None
+
+
+def check(result: tuple) -> Any:
+    """The values of a driver call, or HandgradError with the driver's name for what went wrong."""
+    status, *values = result
+    if status != cu.CUresult.CUDA_SUCCESS:
+        hint = ""
+        if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            hint = "another process may hold the card: nvidia-smi; or a smaller --run.micro-batch"
+        raise HandgradError("cuda", "driver calls succeed", status.name, hint=hint)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def start() -> int:
+    """Initialises the driver; returns its CUDA version, e.g. 13000."""
+    try:
+        check(cu.cuInit(0))
+        return check(cu.cuDriverGetVersion())
+    except RuntimeError as error:  # no libcuda
+        rule, hint = "there is an NVIDIA driver", "install one (580 or newer), or --run.backend cpu"
+        raise HandgradError("cuda", rule, str(error).strip(), hint=hint) from None
+    except HandgradError as error:
+        hint = "nvidia-smi tells what the driver sees; --run.backend cpu needs none"
+        raise HandgradError("cuda", "there is a GPU that this process may use", error.got, hint=hint) from None
+
+
+class Device:
+    """One card with its primary context and one stream, on which everything runs in order."""
+
+    def __init__(self, index: int = 0):
+        version = start()
+        if version < 13000:
+            got = f"one for CUDA {version // 1000}.{version % 1000 // 10}"
+            raise HandgradError("cuda", "the driver is for CUDA 13 or newer", got, hint="driver 580 or newer")
+        count = check(cu.cuDeviceGetCount())
+        if index >= count:
+            rule, hint = f"there is a GPU {index}", "nvidia-smi; CUDA_VISIBLE_DEVICES hides cards; --run.backend cpu"
+            raise HandgradError("cuda", rule, f"{count} GPUs", hint=hint)
+        self.handle = check(cu.cuDeviceGet(index))
+        self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()
+        self.version = version
+        self.capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+        self.sms, self.shared = self._attribute("MULTIPROCESSOR_COUNT"), self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        if self.capability < MIN_CAPABILITY:
+            raise HandgradError("cuda", "the card has compute capability 8.0 or newer", f"{self.name}, {self.capability}")
+        self.context = check(cu.cuDevicePrimaryCtxRetain(self.handle))
+        check(cu.cuCtxSetCurrent(self.context))
+        self.stream = check(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def _attribute(self, name: str) -> int:
+        kind = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return check(cu.cuDeviceGetAttribute(kind, self.handle))
+
+    @property
+    def arch(self) -> str:
+        """The target that kernels are compiled for: with the architecture's own instructions where it has some."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+    def describe(self, *, cudnn: bool, tf32: bool, deterministic: bool) -> Gpu:
+        """What ops may know of the card."""
+        return Gpu(self.name, self.arch, self.sms, self.shared, cudnn, tf32, deterministic)
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the card."""
+        return check(cu.cuMemGetInfo())
+
+    def alloc(self, nbytes: int) -> int:
+        """The address of fresh device memory."""
+        return int(check(cu.cuMemAlloc(nbytes)))
+
+    def free(self, address: int) -> None:
+        check(cu.cuMemFree(address))
+
+    def pinned(self, nbytes: int) -> int:
+        """The address of host memory that the card copies from and to by itself."""
+        return int(check(cu.cuMemAllocHost(nbytes)))
+
+    def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
+        check(cu.cuMemsetD8Async(address, byte, nbytes, self.stream))
+
+    def to_device(self, device: int, host: int, nbytes: int) -> None:
+        check(cu.cuMemcpyHtoDAsync(device, host, nbytes, self.stream))
+
+    def to_host(self, host: int, device: int, nbytes: int) -> None:
+        check(cu.cuMemcpyDtoHAsync(host, device, nbytes, self.stream))
+
+    def within(self, to: int, source: int, nbytes: int) -> None:
+        check(cu.cuMemcpyDtoDAsync(to, source, nbytes, self.stream))
+
+    def sync(self) -> None:
+        """Waits for all that was started."""
+        check(cu.cuStreamSynchronize(self.stream))
+
+    def event(self, timing: bool = False) -> Any:
+        flags = cu.CUevent_flags.CU_EVENT_DEFAULT if timing else cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        return check(cu.cuEventCreate(flags))
+
+    def record(self, event: Any) -> None:
+        check(cu.cuEventRecord(event, self.stream))
+
+    def wait(self, event: Any) -> None:
+        """Waits, on the host, until the event's turn has come."""
+        check(cu.cuEventSynchronize(event))
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two timing events, the later of which is awaited."""
+        self.wait(end)
+        return check(cu.cuEventElapsedTime(begin, end)) * 1e-3
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """What `work` starts on the stream, as one executable graph; nothing runs yet."""
+        check(cu.cuStreamBeginCapture(self.stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+        try:
+            work()
+        finally:
+            graph = cu.cuStreamEndCapture(self.stream)
+        executable = check(cu.cuGraphInstantiate(check(graph), 0))
+        check(cu.cuGraphUpload(executable, self.stream))
+        return executable
+
+    def replay(self, graph: Any) -> None:
+        check(cu.cuGraphLaunch(graph, self.stream))
+
+
+class Module:
+    """A loaded cubin."""
+
+    def __init__(self, cubin: bytes):
+        self._module = check(cu.cuModuleLoadData(cubin))
+
+    def function(self, name: str, shared: int) -> Any:
+        """A kernel by name, allowed this much dynamic shared memory, bytes."""
+        function = check(cu.cuModuleGetFunction(self._module, name.encode()))
+        if shared > 48 * 1024:
+            kind = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(cu.cuFuncSetAttribute(function, kind, shared))
+        return function
+
+
+def launcher(
+    device: Device, function: Any, grid: tuple[int, int, int], block: int, shared: int, args: Sequence[Any]
+) -> Callable[[], None]:
+    """A function that launches a kernel with these arguments (ctypes values)."""
+    pointers = (ctypes.c_void_p * max(len(args), 1))(*[ctypes.addressof(a) for a in args])
+    keep, address, stream = (args, pointers), ctypes.addressof(pointers), device.stream
+
+    def launch() -> None:
+        assert keep
+        check(cu.cuLaunchKernel(function, *grid, block, 1, 1, shared, stream, address, 0))
+
+    return launch
+
+
+def find_gpus() -> list[tuple[str, tuple[int, int], int]]:
+    """(name, compute capability, bytes of memory) of every card; raises HandgradError where there is no driver."""
+    start()
+    found = []
+    for i in range(check(cu.cuDeviceGetCount())):
+        handle = check(cu.cuDeviceGet(i))
+        kinds = cu.CUdevice_attribute
+        major = check(cu.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
+        minor = check(cu.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
+        name = check(cu.cuDeviceGetName(128, handle)).split(b"\0")[0].decode()
+        found.append((name, (major, minor), check(cu.cuDeviceTotalMem(handle))))
+    return found

@@ -1,0 +1,217 @@
+"""handgrad doctor: what is installed, what was found where, and what a run would be bound to. It changes nothing."""
+
+import ctypes
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from handgrad.backends import open_backend
+from handgrad.cli.flags import parse
+from handgrad.core.dtypes import BF16
+from handgrad.core.errors import HandgradError
+from handgrad.core.plan import MIB
+from handgrad.models import gpt2
+from handgrad.optim import AdamW
+from handgrad.train.record import record_train
+
+OK, MISSING, PROBLEM = "ok", "missing", "problem"
+COLOURS = {OK: "green", MISSING: "yellow", PROBLEM: "bold red"}
+CUDA = "pip install 'handgrad[cuda]'"
+LIBRARIES = (
+    # what, its package, the library's name, how it comes
+    ("cuda-bindings", "cuda-bindings", "", CUDA),
+    ("NVRTC", "nvidia-cuda-nvrtc", "nvrtc", CUDA),
+    ("cuBLASLt", "nvidia-cublas", "cublasLt", CUDA),
+    ("cuDNN frontend", "nvidia-cudnn-frontend", "", f"{CUDA}; without it attention is handgrad's own"),
+    ("cuDNN", "nvidia-cudnn-jit-cu13", "cudnn", f"{CUDA}; without it attention is handgrad's own"),
+    ("NCCL", "nvidia-nccl-cu13", "nccl", "only several GPUs need it: pip install nvidia-nccl-cu13"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: "ok", "missing" or "problem", of what, in words, and what to do about it."""
+
+    state: str
+    name: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The doctor asks nothing."""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the findings; the exit code is 0 if the backend that `auto` means works, else 1."""
+    parse(Settings, argv, "doctor")
+    console = Console(highlight=False, emoji=False)
+    works = False
+    for f in examine():
+        works = f.state == OK  # the last one is about `auto`
+        line = Text.assemble((f"{f.state:8}", COLOURS[f.state]), f" {f.name:15} {f.text}")
+        console.print(line, soft_wrap=True)
+        if f.hint:
+            console.print(Text(f"{'':24} {f.hint}", style="dim"), soft_wrap=True)
+    return 0 if works else 1
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, the one about the backend `auto` last. Never raises: what goes wrong is a finding."""
+    for name, check in CHECKS.items():
+        try:
+            yield from check()
+        except HandgradError as error:
+            yield Finding(PROBLEM, name, str(error))
+        except Exception as error:  # whatever a broken installation throws
+            yield Finding(PROBLEM, name, f"{type(error).__name__}: {error}")
+
+
+def host() -> Iterator[Finding]:
+    """Versions of what runs this."""
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
+    yield Finding(OK, "handgrad", f"{version('handgrad')}, {system}")
+
+
+def cpu() -> Iterator[Finding]:
+    """The CPU backend."""
+    yield Finding(OK, "cpu backend", open_backend("cpu").hardware)
+
+
+def driver() -> Iterator[Finding]:
+    """The NVIDIA driver."""
+    try:
+        from handgrad.backends.cuda.driver import start
+
+        cuda = start()
+    except HandgradError as error:
+        yield Finding(MISSING, "driver", str(error))
+        return
+    try:
+        kernel = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text().split("\n")[0])
+    except OSError:
+        kernel = None
+    text = f"{kernel[1] if kernel else 'version unknown'}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    yield Finding(OK, "driver", text) if cuda >= 13000 else Finding(PROBLEM, "driver", text, "driver 580 or newer")
+
+
+def cards() -> Iterator[Finding]:
+    """Every GPU that this process sees, and its peaks."""
+    try:
+        from handgrad.backends.cuda.driver import Device, find_gpus
+        from handgrad.backends.cuda.peaks import peaks
+
+        found = find_gpus()
+    except HandgradError:  # the driver's line has told it
+        return
+    if not found:
+        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides cards; nvidia-smi lists them")
+    for i, (card, (major, minor), total) in enumerate(found):
+        text, name = f"{card}, compute capability {major}.{minor}", f"GPU {i}"
+        try:
+            device = Device(i)
+            free, total = device.memory()
+        except HandgradError as error:
+            yield Finding(PROBLEM, name, f"{text}, {total / MIB:,.0f} MiB: {error}", "nvidia-smi shows who holds it")
+            continue
+        text += f", {device.sms} SMs, {free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
+        hint = "another process holds much of its memory: nvidia-smi" if free < 0.9 * total else ""
+        yield Finding(OK, name, text, hint)
+        known = peaks(card)
+        if known is None:
+            yield Finding(OK, "peaks", "of a card that the table does not know: a product is measured instead")
+        else:
+            yield Finding(OK, "peaks", f"bf16 {known.bf16:g} TFLOP/s, tf32 {known.tf32:g}, memory {known.gbps:,} GB/s")
+
+
+def libraries() -> Iterator[Finding]:
+    """What the CUDA backend loads: version, and where it lies."""
+    for name, package, library, hint in LIBRARIES:
+        try:
+            installed = f"{package} {version(package)}"
+        except PackageNotFoundError:
+            installed = ""
+        try:
+            where = load(library) if library else locate(package)
+        except Exception as error:  # the finder and the loader have errors of their own
+            reason = str(error).strip().split("\n")[0]
+            if installed:
+                yield Finding(PROBLEM, name, f"{installed} is installed, but does not load: {reason}", hint)
+            else:
+                yield Finding(MISSING, name, "not installed", hint)
+            continue
+        yield Finding(OK, name, f"{installed or 'no package, but a library'} in {where}")
+
+
+def locate(package: str) -> Path:
+    """The folder that a package's first module is imported from."""
+    if package == "cuda-bindings":
+        import cuda.bindings.driver as module
+    else:
+        import cudnn as module
+    return Path(module.__file__).parent
+
+
+def load(library: str) -> Path:
+    """Loads a library the way the backend does; returns its path."""
+    if library == "cudnn":  # its finder is the front end's
+        from handgrad.backends.cuda import cudnn
+
+        if cudnn.library() is None:
+            raise OSError("the front end finds no library")
+    else:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        ctypes.CDLL(load_nvidia_dynamic_lib(library).abs_path)
+    mapped = re.findall(rf"\S*/lib{library}\.so\S*", Path("/proc/self/maps").read_text())
+    return Path(mapped[0]) if mapped else Path(library)
+
+
+def compile_cache() -> Iterator[Finding]:
+    """The folder of compiled kernels and chosen algorithms."""
+    try:
+        from handgrad.backends.cuda.cache import folder
+    except HandgradError:  # without the packages there is nothing to keep
+        return
+    place = folder()
+    files = [p for p in place.rglob("*") if p.is_file()] if place.is_dir() else []
+    text = f"{place}, {len(files)} files, {sum(p.stat().st_size for p in files) / MIB:.1f} MiB"
+    nearest = next(p for p in (place, *place.parents) if p.exists())
+    if nearest.is_dir() and is_writable(nearest):
+        yield Finding(OK, "cache", text)
+    else:
+        yield Finding(PROBLEM, "cache", f"{text}, not writable", "HANDGRAD_CACHE=FOLDER; else every start compiles again")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a file can be made here; asks the system, writes nothing."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def bound() -> Iterator[Finding]:
+    """What `auto` means here, whether it works, and the choices it would make for GPT-2 124M."""
+    backend = open_backend("auto")
+    program = record_train(gpt2("124m"), AdamW(), 1, 1024, BF16, chunks=1)
+    notes = dict.fromkeys(f"{c.op.name}: {backend.note(c)}" for c in program.calls if backend.note(c))
+    for note in notes:
+        yield Finding(OK, "bound", note)
+    yield Finding(OK, "auto", f"the {backend.name} backend, {backend.dtype}: {backend.hardware}")
+
+
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "handgrad": host,
+    "cpu backend": cpu,
+    "driver": driver,
+    "GPU": cards,
+    "libraries": libraries,
+    "cache": compile_cache,
+    "auto": bound,
+}

@@ -1,0 +1,138 @@
+"""handgrad profile MODEL: runs a few steps on random tokens and shows where the time goes, against what must be."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from handgrad import data
+from handgrad.backends import open_backend
+from handgrad.backends.base import Backend
+from handgrad.cli.flags import parse
+from handgrad.core.errors import HandgradError
+from handgrad.models import GPT2, preset
+from handgrad.optim import AdamW
+from handgrad.train.profile import Profile, Row, profile
+from handgrad.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which step, and how it is shown."""
+
+    model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
+    """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    micro_batch: int = 4
+    """sequences in the step"""
+    seq_len: int = 0
+    """tokens in a sequence; 0: the model's longest"""
+    dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
+    """working dtype; auto: bf16 where the hardware multiplies it"""
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU, else cpu"""
+    recompute: Literal["none", "act", "act_norm", "block"] = "act"
+    """what is computed again in backward instead of kept"""
+    head_chunks: int = 0
+    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
+    steps: int = 3
+    """steps that run as always, and as many call by call; the table shows medians"""
+    by: Literal["op", "phase", "block", "call"] = "op"
+    """what a row is"""
+    trace: str = ""
+    """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table; writes the trace."""
+    a = parse(Settings, argv, "profile")
+    for name in ("micro_batch", "steps"):
+        if getattr(a, name) < 1:
+            raise HandgradError("profile", f"--{name.replace('_', '-')} is at least 1", getattr(a, name))
+    if a.trace and not Path(a.trace).absolute().parent.is_dir():
+        raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
+    model = GPT2(**preset(a.model))
+    backend = open_backend(a.backend, a.threads, tf32=a.dtype == "tf32")
+    dtype = backend.dtype if a.dtype == "auto" else a.dtype
+    T = a.seq_len or model.max_seq_len
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.random.default_rng(0).integers(0, model.vocab_size, 2 * a.micro_batch * T + 1)
+        data.write_shard(f"{folder}/random.bin", [ids], data.id_dtype(model.vocab_size))
+        trainer = Trainer(
+            model, AdamW(), data.tokens(f"{folder}/random.bin", T, a.micro_batch * T), micro_batch=a.micro_batch,
+            backend=backend.name, dtype=dtype, recompute=a.recompute, head_chunks=a.head_chunks, threads=a.threads,
+            val=False, sample=False,
+        )  # fmt: skip
+        limits = {"flops_limit": backend.peak_flops(dtype), "bytes_limit": bandwidth(backend)}
+        found = profile(trainer, a.steps, **limits)
+    show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {dtype}, {backend.hardware}")
+    print(f"a step that is not taken apart takes {1e3 * found.step_seconds:.3f} ms,"
+          f" {a.micro_batch * T / found.step_seconds:,.0f} tokens a second")
+    if backend.is_asynchronous:
+        print("each call is started and awaited alone, which adds some microseconds to it: short calls look slower than"
+              " they are, and the sum passes the step")
+    if a.trace:
+        try:
+            found.write_trace(a.trace)
+        except OSError as error:
+            raise HandgradError("profile", f"{a.trace} must be writable", error.strerror) from None
+        print(f"{a.trace}: open it in https://ui.perfetto.dev")
+    return 0
+
+
+def bandwidth(backend: Backend) -> float | None:
+    """Bytes/s of the memory by the card's data sheet; None where no table knows."""
+    gpu = getattr(backend, "gpu", None)
+    if gpu is None:
+        return None
+    from handgrad.backends.cuda.peaks import peaks
+
+    known = peaks(gpu.name)
+    return None if known is None else 1e9 * known.gbps
+
+
+def show(found: Profile, by: str, headline: str) -> None:
+    """Prints the table, and what its last column means."""
+    has_bound = found.flops_limit is not None and found.bytes_limit is not None
+    columns = [by, "calls", "ms", "share", "MB", "GFLOP", "GB/s", "TFLOP/s", *(["of bound"] if has_bound else [])]
+    table = Table(*columns, box=None)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    rows = found.rows(by)
+    for row in rows:
+        table.add_row(*cells(row, found.total, has_bound))
+    total = Row(
+        "sum", len(found.calls), found.total, sum(r.nbytes for r in rows), sum(r.flops for r in rows),
+        sum(r.bound for r in rows) if has_bound else None,
+    )  # fmt: skip
+    table.add_row()
+    table.add_row(*cells(total, found.total, has_bound))
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, 150)  # a row is one line, whatever the terminal folds
+    console.print(headline + "\n", soft_wrap=True)
+    console.print(table)
+    note = "no bound: the limits of this hardware are not known"
+    if has_bound:
+        note = (
+            f"bound: the longer of a call's bytes at {found.bytes_limit / 1e9:,.0f} GB/s and its flops at"
+            f" {found.flops_limit / 1e12:,.1f} TFLOP/s; data that lie in a cache already can beat it"
+        )
+    console.print("\n" + note, soft_wrap=True)
+
+
+def cells(row: Row, total: float, has_bound: bool) -> list[str]:
+    """A row of the table."""
+    seconds = max(row.seconds, 1e-9)
+    line = [
+        row.name, str(row.calls), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / max(total, 1e-9):.1f} %",
+        f"{row.nbytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}" if row.flops else "-", f"{row.nbytes / seconds / 1e9:,.1f}",
+        f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
+    ]  # fmt: skip
+    return [*line, f"{100 * row.bound / seconds:.0f} %"] if has_bound else line

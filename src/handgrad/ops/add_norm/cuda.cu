@@ -1,0 +1,232 @@
+// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add      math: README.md §2, §3
+// forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
+// backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) grad_t        dx also serves as dh
+// numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
+// layout    a row lies in the registers of its team: a warp, or where it is long a block; C is known when compiling
+//           backward: a grid that fills the card walks the rows; a thread sums dw and db of its own columns in registers
+// determinism  fixed order: rows of a team, teams of a block, then blocks (norm_backward_sum); no atomics
+// speed     not measured yet
+// source    own work
+#include "ptx.cuh"
+
+// -DCOLUMNS   C
+// -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
+// -DTEAM      threads that share a row: 32, or all of a block
+// -DROWS      rows that a block holds at a time
+constexpr int C = COLUMNS, PACKS = (C + TEAM * VEC - 1) / (TEAM * VEC);
+typedef Pack<real, VEC> Pk;
+
+// First column of a thread's pack k, and whether it is inside the row: known when compiling for all but the last pack.
+__device__ __forceinline__ int column(int k, int lane) { return (k * TEAM + lane) * VEC; }
+__device__ __forceinline__ bool inside(int k, int lane) { return (k + 1) * TEAM * VEC <= C || column(k, lane) < C; }
+
+// The sum over a team, in all its threads.
+__device__ __forceinline__ float team_sum(float x, float *room) {
+  if constexpr (TEAM == 32) return warp_reduce(x, Sum());
+  else return block_reduce<TEAM>(x, Sum(), 0.0f, room);
+}
+
+#if FORWARD
+// y and the statistics of row n, which the team holds. Rounding leaves a rest in the mean; the second sum takes it out.
+__device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, const Pk s[PACKS], const real *w,
+                                         const real *b, i64 n, int lane, float eps, float *room) {
+  float sum = 0.0f, rest = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane))
+#pragma unroll
+      for (int i = 0; i < VEC; i++) sum += s[k].at(i);
+  float m = team_sum(sum, room) / C;
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane))
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        float centred = s[k].at(i) - m;
+        rest += centred;
+        squares += centred * centred;
+      }
+  m += team_sum(rest, room) / C;
+  float r = 1.0f / sqrtf(team_sum(squares, room) / C + eps);
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane)) {
+      Pk scale = load<real, VEC>(w + column(k, lane)), shift = load<real, VEC>(b + column(k, lane)), out;
+#pragma unroll
+      for (int i = 0; i < VEC; i++) out.set(i, (s[k].at(i) - m) * r * scale.at(i) + shift.at(i));
+      store(y + n * C + column(k, lane), out);
+    }
+  if (lane == 0) {
+    mean[n] = m;
+    rstd[n] = r;
+  }
+}
+
+KERNEL __launch_bounds__(TEAM * ROWS)
+add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            // (N, C)
+                        float *__restrict__ mean, float *__restrict__ rstd,    // (N)
+                        const real *__restrict__ x, const real *__restrict__ h,  // (N, C), not read again
+                        const real *__restrict__ w, const real *__restrict__ b,  // (C)
+                        i64 N, float eps) {
+  __shared__ float room[32];
+  int lane = threadIdx.x % TEAM;
+  i64 n = (i64)blockIdx.x * ROWS + threadIdx.x / TEAM;
+  if (n >= N) return;  // a whole warp
+  Pk row[PACKS], branch[PACKS];
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane)) {
+      row[k] = load_once<real, VEC>(x + n * C + column(k, lane));
+      branch[k] = load_once<real, VEC>(h + n * C + column(k, lane));
+    }
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane)) {
+#pragma unroll
+      for (int i = 0; i < VEC; i++) row[k].set(i, row[k].at(i) + branch[k].at(i));
+      store_once(s + n * C + column(k, lane), row[k]);
+    }
+  norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
+}
+
+KERNEL __launch_bounds__(TEAM * ROWS)
+norm_forward_kernel(real *__restrict__ y,                                    // (N, C)
+                    float *__restrict__ mean, float *__restrict__ rstd,      // (N)
+                    const real *__restrict__ x,                              // (N, C)
+                    const real *__restrict__ w, const real *__restrict__ b,  // (C)
+                    i64 N, float eps) {
+  __shared__ float room[32];
+  int lane = threadIdx.x % TEAM;
+  i64 n = (i64)blockIdx.x * ROWS + threadIdx.x / TEAM;
+  if (n >= N) return;  // a whole warp
+  Pk row[PACKS];
+#pragma unroll
+  for (int k = 0; k < PACKS; k++)
+    if (inside(k, lane)) row[k] = load_once<real, VEC>(x + n * C + column(k, lane));
+  norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
+}
+#else
+// -DSTREAMS   3; 2 where ds is not given
+// -DSTAGED    1: rows come through shared memory, the next one while this one is summed; 0: odd C, or one too long for it
+// -DHELD      blocks that a multiprocessor holds at a time: what bounds the registers
+// -DBLOCKS    blocks in all
+KERNEL __launch_bounds__(TEAM * ROWS, HELD)
+norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
+                     float *__restrict__ partial,                                     // (BLOCKS, 2, C): dw, db
+                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
+                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C), (C)
+                     const float *__restrict__ mean, const float *__restrict__ rstd,  // (N)
+                     i64 N) {
+  __shared__ float room[32];
+  HG_SHARED(real, shared);  // (C) w; (ROWS, 2, STREAMS, C) rows of dy, s, ds;  in the end (2, C) float
+  const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+  const i64 step = (i64)BLOCKS * ROWS;
+  real *const rows = shared + C + team * 2 * STREAMS * C;
+  const real *const streams[3] = {dy, s, ds};
+  // A thread reads back only what it copied itself, so no barrier is needed.
+  auto fetch = [&](i64 n, int stage) {
+    if constexpr (STAGED) {
+      if (n < N)
+#pragma unroll
+        for (int j = 0; j < STREAMS; j++)
+#pragma unroll
+          for (int k = 0; k < PACKS; k++)
+            if (inside(k, lane))
+              copy_async(rows + (stage * STREAMS + j) * C + column(k, lane), streams[j] + n * C + column(k, lane));
+      copy_async_commit();
+    }
+  };
+  i64 n = (i64)blockIdx.x * ROWS + team;
+  float next_mean = n < N ? mean[n] : 0.0f, next_rstd = n < N ? rstd[n] : 0.0f;
+  fetch(n, 0);
+  if constexpr (STAGED) {
+    for (int c = threadIdx.x * VEC; c < C; c += TEAM * ROWS * VEC) store(shared + c, load<real, VEC>(w + c));
+    __syncthreads();
+  }
+  float dw[PACKS][VEC] = {}, db[PACKS][VEC] = {};
+  for (int stage = 0; n < N; n += step, stage ^= 1) {
+    float m = next_mean, r = next_rstd, sum = 0.0f, dot = 0.0f;
+    fetch(n + step, stage ^ 1);
+    if (n + step < N) {
+      next_mean = mean[n + step];
+      next_rstd = rstd[n + step];
+    }
+    const real *from[3] = {dy + n * C, s + n * C, ds + n * C}, *scale = w;
+    if constexpr (STAGED) {
+      copy_async_wait<1>();
+#pragma unroll
+      for (int j = 0; j < STREAMS; j++) from[j] = rows + (stage * STREAMS + j) * C;
+      scale = shared;
+    }
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+      if (inside(k, lane)) {
+        int c = column(k, lane);
+        Pk g = load<real, VEC>(from[0] + c), v = load<real, VEC>(from[1] + c), a = load<real, VEC>(scale + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+          float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
+          sum += dn;
+          dot += dn * normed;
+          dw[k][i] += g.at(i) * normed;
+          db[k][i] += g.at(i);
+        }
+      }
+    sum = team_sum(sum, room) / C;
+    dot = team_sum(dot, room) / C;
+    __syncwarp();  // so that the compiler reads the row again instead of keeping all of it in registers
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+      if (inside(k, lane)) {
+        int c = column(k, lane);
+        Pk g = load<real, VEC>(from[0] + c), v = load<real, VEC>(from[1] + c), a = load<real, VEC>(scale + c), rest = {}, d;
+        if constexpr (STREAMS == 3) rest = load<real, VEC>(from[2] + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+          float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
+          d.set(i, rest.at(i) + r * (dn - sum - normed * dot));
+        }
+        store(dx + n * C + c, d);
+      }
+  }
+  float *const to = partial + (i64)blockIdx.x * 2 * C, *const sums = ROWS == 1 ? to : (float *)shared;
+  for (int turn = 0; turn < ROWS; turn++) {  // teams add their sums in order
+    __syncthreads();
+    if (team == turn)
+#pragma unroll
+      for (int k = 0; k < PACKS; k++)
+        if (inside(k, lane))
+#pragma unroll
+          for (int i = 0; i < VEC; i++) {
+            int c = column(k, lane) + i;
+            sums[c] = turn ? sums[c] + dw[k][i] : dw[k][i];
+            sums[C + c] = turn ? sums[C + c] + db[k][i] : db[k][i];
+          }
+  }
+  __syncthreads();
+  if (ROWS > 1)
+    for (int i = threadIdx.x; i < 2 * C; i += TEAM * ROWS) to[i] = sums[i];
+}
+
+// dw, db = or += the sum of all blocks' rows of partial. 32 x 32 threads: x is a column of (2, C), y shares the blocks.
+KERNEL __launch_bounds__(1024)
+norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C)
+                         const float *__restrict__ partial,                 // (BLOCKS, 2, C)
+                         const Knobs *knobs, i64 acc_w, i64 acc_b) {
+  __shared__ float room[32][33];
+  int x = threadIdx.x % 32, y = threadIdx.x / 32, c = blockIdx.x * 32 + x;
+  float sum = 0.0f;
+  if (c < 2 * C)
+#pragma unroll 4
+    for (i64 k = y; k < BLOCKS; k += 32) sum += partial[k * 2 * C + c];
+  room[y][x] = sum;
+  __syncthreads();
+  sum = warp_reduce(room[x][y], Sum());  // now a warp a column
+  c = blockIdx.x * 32 + y;
+  if (x == 0 && c < 2 * C) {
+    grad_t *to = c < C ? dw + c : db + (c - C);
+    bool add = (c < C ? acc_w : acc_b) || knobs->micro_step > 0;
+    *to = from_float<grad_t>(add ? to_float(*to) + sum : sum);
+  }
+}
+#endif

@@ -1,0 +1,37 @@
+// dropout: y = x * (kept ? 1 / (1 - p) : 0); its own gradient, applied to dy                     math: README.md §2, §3
+// forward   writes =  y: (N, C) dtype
+// numerics  one multiplication in f32, one rounding
+// layout    a grid that fills the card; 16-byte accesses; four elements share one call of the generator
+// determinism  an element's bits depend on knobs, call and its index alone
+// speed     not measured yet
+// source    own work
+#include "kernel.cuh"
+
+// -DVEC  elements of one access: 16 bytes of them where N C is a multiple, else 1
+constexpr int WIDTH = VEC > 1 ? VEC : 4;  // elements that a thread takes at a time
+
+KERNEL __launch_bounds__(256)
+dropout_forward_kernel(real *__restrict__ y, const real *__restrict__ x,  // (N, C)
+                       const Knobs *knobs, i64 N, i64 C, float p, i64 call) {
+  const DropoutRule rule(knobs, p, call);
+  const i64 n = N * C;
+  for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) * WIDTH; i < n; i += (i64)gridDim.x * 256 * WIDTH) {
+    Pack<real, WIDTH> v = {};
+    if constexpr (VEC > 1) v = load<real, WIDTH>(x + i);
+    else
+      for (int k = 0; k < WIDTH; k++)
+        if (i + k < n) v.v[k] = x[i + k];
+#pragma unroll
+    for (int quad = 0; quad < WIDTH / 4; quad++) {
+      const uint4 bits = rule.bits(i / 4 + quad);
+      v.set(4 * quad, v.at(4 * quad) * rule.factor(bits.x));
+      v.set(4 * quad + 1, v.at(4 * quad + 1) * rule.factor(bits.y));
+      v.set(4 * quad + 2, v.at(4 * quad + 2) * rule.factor(bits.z));
+      v.set(4 * quad + 3, v.at(4 * quad + 3) * rule.factor(bits.w));
+    }
+    if constexpr (VEC > 1) store(y + i, v);
+    else
+      for (int k = 0; k < WIDTH; k++)
+        if (i + k < n) y[i + k] = v.v[k];
+  }
+}

@@ -1,0 +1,203 @@
+// embed: y = wte[id] + wpe[position]                                                             math: README.md §2, §3
+// forward   writes =  y: (N, C) dtype
+// backward  writes = or += dwte: (V, C) grad_t, dwpe: (Tmax, C) grad_t; what no row reaches is zero when =
+// numerics  one rounding forward; gradients summed in f32 in row order, and rounded once
+// layout    forward: a thread makes one access of 16 bytes. backward: rows are sorted by token, then shared out evenly,
+//           SEGMENT to a block, whatever the counts; tokens that lie across blocks are put together at the end
+// determinism  fixed order; no atomics
+// speed     not measured yet
+// source    own work
+#include "kernel.cuh"
+
+// -DCOLUMNS   C
+// -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
+constexpr int C = COLUMNS;
+typedef Pack<real, VEC> Pk;
+
+#if FORWARD
+KERNEL __launch_bounds__(256)
+embed_forward_kernel(real *__restrict__ y,          // (N, C)
+                     const int *__restrict__ ids,   // (N), each < V
+                     const real *__restrict__ wte,  // (V, C)
+                     const real *__restrict__ wpe,  // (Tmax, C) or NULL
+                     const Knobs *knobs, i64 N, i64 T, i64 decode) {
+  i64 at = (i64)blockIdx.x * 256 + threadIdx.x, n = at / (C / VEC);
+  if (n >= N) return;
+  int c = (int)(at % (C / VEC)) * VEC;
+  Pk x = load<real, VEC>(wte + (i64)ids[n] * C + c);
+  if (wpe) {
+    i64 position = (u32)n % (u32)T + (decode ? knobs->position : 0);  // in decode rows continue the sequences in the cache
+    Pk place = load<real, VEC>(wpe + position * C + c);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) x.set(i, x.at(i) + place.at(i));
+  }
+  store(y + n * C + c, x);
+}
+#else
+// -DROWS      N
+// -DTHREADS   of a block that sums, at least 64; each has one access of a row
+// -DCHUNK     keys that a block sorts, two a thread: a power of two
+// -DSEGMENT   sorted rows that a block sums
+constexpr i64 N = ROWS, CHUNKS = (N + CHUNK - 1) / CHUNK;
+constexpr int AHEAD = 8;  // rows that a thread reads before it adds them
+
+// A key is a token and its row, all different, so that their order is one order and no tie has to be broken.
+__device__ __forceinline__ i64 token_of(u64 key) { return (i64)(key >> 32); }
+__device__ __forceinline__ i64 row_of(u64 key) { return (i64)(u32)key; }
+
+// dwte = 0 in the first micro-step
+KERNEL embed_zero_kernel(grad_t *__restrict__ dwte,  // (V, C)
+                         const Knobs *knobs, i64 V) {
+  if (knobs->micro_step > 0) return;
+  constexpr int n = VEC == 1 ? 1 : 16 / sizeof(grad_t);
+  const Pack<grad_t, n> zero = {};
+  for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * n; i < V * C; i += (i64)gridDim.x * blockDim.x * n)
+    store(dwte + i, zero);
+}
+
+// Sorts each chunk of rows by key; the last one is filled up with the largest key. Bitonic.
+KERNEL __launch_bounds__(CHUNK / 2)
+embed_sort_kernel(u64 *__restrict__ chunks,      // (CHUNKS, CHUNK)
+                  const int *__restrict__ ids) {  // (N)
+  __shared__ u64 keys[CHUNK];
+  i64 first = (i64)blockIdx.x * CHUNK;
+  for (int i = threadIdx.x; i < CHUNK; i += CHUNK / 2)
+    keys[i] = first + i < N ? (u64)ids[first + i] << 32 | (u64)(first + i) : ~0ull;
+  for (int size = 2; size <= CHUNK; size *= 2)
+    for (int stride = size / 2; stride; stride /= 2) {
+      __syncthreads();
+      int i = 2 * threadIdx.x - (threadIdx.x & (stride - 1));  // the lower of a pair `stride` apart
+      u64 a = keys[i], b = keys[i + stride];
+      if ((a > b) == !(i & size)) {
+        keys[i] = b;
+        keys[i + stride] = a;
+      }
+    }
+  __syncthreads();
+  for (int i = threadIdx.x; i < CHUNK; i += CHUNK / 2) chunks[first + i] = keys[i];
+}
+
+// A key's place among all: in each chunk the number of smaller ones, by binary search.
+KERNEL embed_merge_kernel(u64 *__restrict__ sorted,          // (N)
+                          const u64 *__restrict__ chunks) {  // (CHUNKS, CHUNK)
+  u64 key = chunks[(i64)blockIdx.x * blockDim.x + threadIdx.x];
+  i64 place = 0;
+#pragma unroll 4
+  for (i64 k = 0; k < CHUNKS; k++) {
+    const u64 *chunk = chunks + k * CHUNK;
+    int below = 0;
+#pragma unroll
+    for (int half = CHUNK / 2; half; half /= 2) below += chunk[below + half - 1] < key ? half : 0;
+    place += below + (chunk[below] < key);
+  }
+  if (place < N) sorted[place] = key;  // the others fill up the last chunk
+}
+
+// to = or += sum
+__device__ __forceinline__ void put(grad_t *to, const Pack<float, VEC> &sum, bool add) {
+  Pack<grad_t, VEC> x = {};
+  if (add) x = load<grad_t, VEC>(to);
+#pragma unroll
+  for (int i = 0; i < VEC; i++) x.set(i, add ? x.at(i) + sum.v[i] : sum.v[i]);
+  store(to, x);
+}
+
+// One segment of the sorted rows. A token whose rows all lie inside is written; what belongs to one that began earlier,
+// and to one that goes on, is kept: partial (segments, 2, C), head and tail. A segment of one such token is all head.
+KERNEL __launch_bounds__(THREADS)
+embed_backward_kernel(grad_t *__restrict__ dwte,         // (V, C)
+                      float *__restrict__ partial,       // (segments, 2, C)
+                      const real *__restrict__ dy,       // (N, C)
+                      const u64 *__restrict__ sorted,    // (N)
+                      const Knobs *knobs, i64 acc_te) {
+  __shared__ u64 keys[SEGMENT + 2];  // and the neighbours: no token where there is none
+  i64 first = (i64)blockIdx.x * SEGMENT;
+  int rows = N - first < SEGMENT ? (int)(N - first) : SEGMENT, c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  if (threadIdx.x < SEGMENT + 2) {
+    i64 at = first + threadIdx.x - 1;
+    keys[threadIdx.x] = at >= 0 && at < N ? sorted[at] : ~0ull;
+  }
+  __syncthreads();
+  if (c >= C) return;
+  bool add = acc_te || knobs->micro_step > 0;
+  const u64 *own = keys + 1;
+  Pack<float, VEC> sum = {};
+  for (int base = 0; base < rows; base += AHEAD) {
+    Pk g[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (base + j < rows) g[j] = load_once<real, VEC>(dy + row_of(own[base + j]) * C + c);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+      int k = base + j;
+      if (k >= rows) break;
+      i64 token = token_of(own[k]);
+#pragma unroll
+      for (int i = 0; i < VEC; i++) sum.v[i] += g[j].at(i);
+      bool goes_on = token_of(own[k + 1]) == token;
+      if (goes_on && k + 1 < rows) continue;
+      bool head = token_of(own[-1]) == token;  // equal tokens are neighbours: all from the start on are this one
+      if (head || goes_on) store(partial + ((i64)blockIdx.x * 2 + !head) * C + c, sum);
+      else put(dwte + token * C + c, sum, add);
+      sum = {};
+    }
+  }
+}
+
+// A token that begins in this block's segment and goes on: its tail, then the heads of the segments after it.
+KERNEL __launch_bounds__(THREADS)
+embed_across_kernel(grad_t *__restrict__ dwte,          // (V, C)
+                    const float *__restrict__ partial,  // (segments, 2, C)
+                    const u64 *__restrict__ sorted,     // (N)
+                    const Knobs *knobs, i64 acc_te) {
+  i64 segment = blockIdx.x, after = (segment + 1) * SEGMENT;
+  int c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  if (after >= N || c >= C) return;
+  i64 token = token_of(sorted[after]);
+  if (token_of(sorted[after - 1]) != token) return;  // the last token ends here
+  i64 before = segment * SEGMENT - 1;
+  if (before >= 0 && token_of(sorted[before]) == token) return;  // it began earlier
+  i64 low = after, high = N;  // its last row is low
+  while (high - low > 1) {
+    i64 middle = (low + high) / 2;
+    if (token_of(sorted[middle]) == token) low = middle;
+    else high = middle;
+  }
+  Pack<float, VEC> sum = load<float, VEC>(partial + (segment * 2 + 1) * C + c), head[AHEAD];
+  for (i64 k = segment + 1; k <= low / SEGMENT; k += AHEAD) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (k + j <= low / SEGMENT) head[j] = load<float, VEC>(partial + (k + j) * 2 * C + c);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (k + j <= low / SEGMENT)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum.v[i] += head[j].v[i];
+  }
+  put(dwte + token * C + c, sum, acc_te || knobs->micro_step > 0);
+}
+
+// dwpe: the sum over the sequences, for each position; positions past T get none.
+KERNEL __launch_bounds__(256)
+embed_position_kernel(grad_t *__restrict__ dwpe,    // (Tmax, C)
+                      const real *__restrict__ dy,  // (N, C)
+                      const Knobs *knobs, i64 T, i64 Tmax, i64 acc_pe) {
+  i64 at = (i64)blockIdx.x * 256 + threadIdx.x, t = at / (C / VEC);
+  bool add = acc_pe || knobs->micro_step > 0;
+  if (t >= (add ? T : Tmax)) return;
+  int c = (int)(at % (C / VEC)) * VEC;
+  Pack<float, VEC> sum = {};
+  Pk g[AHEAD];
+  for (i64 n = t; t < T && n < N; n += AHEAD * T) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (n + j * T < N) g[j] = load<real, VEC>(dy + (n + j * T) * C + c);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+      if (n + j * T < N)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum.v[i] += g[j].at(i);
+  }
+  put(dwpe + t * C + c, sum, add);
+}
+#endif

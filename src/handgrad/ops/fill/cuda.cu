@@ -1,0 +1,22 @@
+// fill: x = or += value                                                                            math: README.md §2
+// writes = or +=  x: (n) grad_t
+// layout    a grid that fills the card; 16-byte accesses
+// speed     not measured yet
+// source    own work
+#include "kernel.cuh"
+
+// -DVEC  elements of one access: 16 bytes of them where n is a multiple, else 1
+
+KERNEL __launch_bounds__(256)
+fill_kernel(grad_t *__restrict__ x,  // (n)
+            const Knobs *knobs, i64 n, float value, i64 acc) {
+  const bool add = acc || knobs->micro_step > 0;
+  if (add && value == 0.0f) return;
+  for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) * VEC; i < n; i += (i64)gridDim.x * 256 * VEC) {
+    Pack<grad_t, VEC> v = {};
+    if (add) v = load<grad_t, VEC>(x + i);
+#pragma unroll
+    for (int k = 0; k < VEC; k++) v.set(k, add ? v.at(k) + value : value);
+    store(x + i, v);
+  }
+}

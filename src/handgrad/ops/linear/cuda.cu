@@ -1,0 +1,146 @@
+// linear: what surrounds the products, which are the library's                                    math: README.md §2, §3
+// bias          writes +=         y: (N, M) dtype                y += b; only where rows are no multiple of 16 bytes
+// gelu          writes =          y: (N, M) dtype                y = gelu(pre), may be pre itself
+// gelu_backward writes =          dpre: (N, M) dtype             dpre = dy gelu'(pre), may be dy itself
+// db_partial    writes =          partial: (parts, M) float      sums of dy over stretches of rows
+// db            writes = or +=    db: (M) grad_t                 + when the flag or knobs->micro_step is not 0
+// numerics  float inside, rounded once; GELU as x sigmoid(2u), in bf16 by the hardware's e^x and division
+// layout    16-byte accesses (-DVEC elements); 2 to 8 of them in flight per thread
+// determinism  fixed order: rows of a stretch by 8 warps, warps in order, then stretches (-DPARTS of them)
+// speed     not measured yet
+// source    own work
+#include "kernel.cuh"
+#ifndef VEC
+#define VEC 1
+#endif
+#ifndef PARTS
+#define PARTS 1
+#endif
+
+enum { THREADS = 256, WARPS = THREADS / 32 };
+
+// With 1/2 (1 + tanh(u)) = sigmoid(2u), GELU costs one e^x and one division. For bf16 both come from the hardware,
+// 2^-20 off at most. The bound keeps e^x finite, so that x e^x / (1 + e^x)^2 is not infinity times zero.
+__device__ __forceinline__ float sigmoid_2u(float x) {
+  float z = fminf(-1.5957691216057308f * (x + 0.044715f * x * x * x), 80.0f);  // -2u = -2 sqrt(2/pi) (...)
+#if HG_BF16
+  return __fdividef(1.0f, 1.0f + __expf(z));
+#else
+  return 1.0f / (1.0f + expf(z));
+#endif
+}
+__device__ __forceinline__ float gelu_of(float x) { return x * sigmoid_2u(x); }
+__device__ __forceinline__ float gelu_slope_of(float x) {
+  float s = sigmoid_2u(x);
+  return s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406445f * x * x);
+}
+
+KERNEL __launch_bounds__(THREADS) linear_bias_kernel(
+    real *y,        // (N, M)
+    const real *b,  // (M)
+    i64 N, i64 M) {
+  for (i64 n = blockIdx.x; n < N; n += gridDim.x)
+    for (i64 m = threadIdx.x; m < M; m += THREADS) y[n * M + m] = from_float<real>(to_float(y[n * M + m]) + to_float(b[m]));
+}
+
+// Packs that a thread of the elementwise kernels takes: pack i is THREADS after pack i - 1.
+enum { GELU_PACKS = 4, SLOPE_PACKS = 2 };
+
+KERNEL __launch_bounds__(THREADS) linear_gelu_kernel(
+    real *y,          // (N, M)
+    const real *pre,  // (N, M)
+    i64 N, i64 M) {
+  i64 packs = N * M / VEC, first = (i64)blockIdx.x * (THREADS * GELU_PACKS) + threadIdx.x;
+  Pack<real, VEC> x[GELU_PACKS];
+#pragma unroll
+  for (int i = 0; i < GELU_PACKS; i++)
+    if (first + i * THREADS < packs) x[i] = load_once<real, VEC>(pre + (first + i * THREADS) * VEC);
+#pragma unroll
+  for (int i = 0; i < GELU_PACKS; i++) {
+    if (first + i * THREADS >= packs) break;
+#pragma unroll
+    for (int q = 0; q < VEC; q++) x[i].set(q, gelu_of(x[i].at(q)));
+    store(y + (first + i * THREADS) * VEC, x[i]);
+  }
+}
+
+KERNEL __launch_bounds__(THREADS) linear_gelu_backward_kernel(
+    real *dpre,       // (N, M)
+    const real *dy,   // (N, M)
+    const real *pre,  // (N, M)
+    i64 N, i64 M) {
+  i64 packs = N * M / VEC, first = (i64)blockIdx.x * (THREADS * SLOPE_PACKS) + threadIdx.x;
+  Pack<real, VEC> d[SLOPE_PACKS], x[SLOPE_PACKS];
+#pragma unroll
+  for (int i = 0; i < SLOPE_PACKS; i++) {
+    if (first + i * THREADS >= packs) break;
+    d[i] = load_once<real, VEC>(dy + (first + i * THREADS) * VEC);
+    x[i] = load_once<real, VEC>(pre + (first + i * THREADS) * VEC);
+  }
+#pragma unroll
+  for (int i = 0; i < SLOPE_PACKS; i++) {
+    if (first + i * THREADS >= packs) break;
+#pragma unroll
+    for (int q = 0; q < VEC; q++) d[i].set(q, d[i].at(q) * gelu_slope_of(x[i].at(q)));
+    store(dpre + (first + i * THREADS) * VEC, d[i]);
+  }
+}
+
+// One stretch of rows (blockIdx.y of gridDim.y) of 32 packs of columns. A warp reads a pack per lane, 512 bytes of a
+// row; rows go round the 8 warps, and each has 8 rows on their way.
+KERNEL __launch_bounds__(THREADS, 4) linear_db_partial_kernel(
+    float *partial,  // (parts, M)
+    const real *dy,  // (N, M)
+    i64 N, i64 M) {
+  enum { FLIGHT = 8, ROW = VEC * 33 };
+  __shared__ float room[WARPS * ROW];  // warp, element of a pack, lane; 33 keeps both sides off each other's banks
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  i64 column = ((i64)blockIdx.x * 32 + lane) * VEC;
+  i64 rows = (N + gridDim.y - 1) / gridDim.y, end = (blockIdx.y + 1) * rows < N ? (blockIdx.y + 1) * rows : N;
+  float sum[VEC] = {0.0f};
+  if (column < M) {
+    for (i64 n = blockIdx.y * rows + warp; n < end; n += FLIGHT * WARPS) {
+      Pack<real, VEC> x[FLIGHT] = {};
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+        if (n + i * WARPS < end) x[i] = load<real, VEC>(dy + (n + i * WARPS) * M + column);
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++)
+#pragma unroll
+        for (int q = 0; q < VEC; q++) sum[q] += x[i].at(q);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < VEC; q++) room[warp * ROW + q * 33 + lane] = sum[q];
+  __syncthreads();
+  int c = threadIdx.x;  // a column of the 32 packs
+  if (c < 32 * VEC && (i64)blockIdx.x * (32 * VEC) + c < M) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) total += room[w * ROW + c % VEC * 33 + c / VEC];
+    partial[blockIdx.y * M + (i64)blockIdx.x * (32 * VEC) + c] = total;
+  }
+}
+
+// 32 columns; the partial sums go round 32 warps, all of a warp's on their way at once.
+KERNEL __launch_bounds__(1024) linear_db_kernel(
+    grad_t *db,            // (M)
+    const float *partial,  // (PARTS, M)
+    const Knobs *knobs,
+    i64 M, i64 accumulate) {
+  __shared__ float room[32 * 32];  // warp, column
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  i64 column = (i64)blockIdx.x * 32 + lane;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int p = warp; p < PARTS; p += 32)
+    if (column < M) sum += partial[p * M + column];
+  room[warp * 32 + lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= M) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < 32; w++) total += room[w * 32 + lane];
+  if (accumulate || knobs->micro_step) total += to_float(db[column]);
+  db[column] = from_float<grad_t>(total);
+}

@@ -1,0 +1,104 @@
+// lm_loss: losses and, in place, gradients of a chunk of logits; the products around are the library's   math: README.md §2
+// rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype become their gradients, if GRADIENT
+//           gradients carry knobs->loss_scale, losses do not
+// columns   V..VP are padding: probability 0, gradient 0
+// ignored   a row whose target is ignore_index has loss 0 and gradient 0
+// numerics  the maximum is subtracted; sums in float; a NaN logit gives a NaN loss
+// layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient. With
+//           AHEAD the row lies in shared memory and the next one is on its way there, so that logits are read once and
+//           written once; without (a row is too long) the second and third reading come from L2
+// determinism  fixed order: a thread's columns, then the block's threads
+// speed     not measured yet
+// source    own work
+#include "ptx.cuh"
+
+// -DV columns that count, -DVP all columns, -DROWS of this chunk, -DTHREADS of a block, -DVEC elements of an access
+enum { PACKS = VP / VEC, STEPS = (PACKS + THREADS - 1) / THREADS, UNROLL = AHEAD ? STEPS : 4 };
+
+// A thread's pack of columns at one step.
+__device__ __forceinline__ bool exists(int step) { return step * THREADS + (int)threadIdx.x < PACKS; }
+__device__ __forceinline__ int first_column(int step) { return (step * THREADS + (int)threadIdx.x) * VEC; }
+
+// Its logits. Padding, and what is past the end of the row, looks like -inf.
+__device__ __forceinline__ Pack<real, VEC> columns(const real *row, int step) {
+  Pack<real, VEC> x = {};
+  if (exists(step)) x = load<real, VEC>(row + first_column(step));
+  if ((step + 1) * THREADS * VEC > V) {
+#pragma unroll
+    for (int q = 0; q < VEC; q++)
+      if (first_column(step) + q >= V) x.set(q, -HG_INF);
+  }
+  return x;
+}
+
+__device__ __forceinline__ float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
+
+// Starts to copy a row. A thread copies just what it will read, so it has nobody else to wait for.
+__device__ __forceinline__ void fetch(real *to, const real *row) {
+#if AHEAD
+#pragma unroll
+  for (int s = 0; s < STEPS; s++)
+    if (exists(s)) copy_async(to + first_column(s), row + first_column(s));
+#endif
+}
+
+KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
+    float *losses,       // (ROWS)
+    real *logits,        // (ROWS, VP)
+    const int *targets,  // (ROWS)
+    const Knobs *knobs,
+    i64 ignore_index) {
+  __shared__ float room[THREADS / 32];
+#if AHEAD
+  HG_SHARED(real, rows);  // (2, VP): this row and the next
+  fetch(rows, logits + (i64)blockIdx.x * VP);
+  copy_async_commit();
+#endif
+  int target = targets[blockIdx.x];
+  for (int row = blockIdx.x, turn = 0; row < ROWS; row += gridDim.x, turn ^= 1) {
+    int next = row + gridDim.x, next_target = next < ROWS ? targets[next] : 0;
+#if AHEAD
+    if (next < ROWS) fetch(rows + (turn ^ 1) * VP, logits + (i64)next * VP);
+    copy_async_commit();
+    copy_async_wait<1>();
+    const real *from = rows + turn * VP;
+#else
+    const real *from = logits + (i64)row * VP;
+#endif
+    bool counts = target != ignore_index;
+    bool mine = counts && target / VEC % THREADS == (int)threadIdx.x;  // the target is one of this thread's columns
+    float picked = mine ? to_float(from[target]) : 0.0f;
+
+    float top = -HG_INF, sum = 0.0f;
+#pragma unroll UNROLL
+    for (int s = 0; s < STEPS; s++) {
+      Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+      for (int q = 0; q < VEC; q++) top = fmaxf(top, x.at(q));
+    }
+    top = block_reduce<THREADS>(top, Max(), -HG_INF, room);
+#pragma unroll UNROLL
+    for (int s = 0; s < STEPS; s++) {
+      Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+      for (int q = 0; q < VEC; q++) sum += exp_of(x.at(q) - top);
+    }
+    sum = block_reduce<THREADS>(sum, Sum(), 0.0f, room);
+    if (mine) losses[row] = top + logf(sum) - picked;
+    if (!counts && threadIdx.x == 0) losses[row] = 0.0f;
+
+#if GRADIENT
+    real *gradient = logits + (i64)row * VP;
+    float scale = knobs->loss_scale, factor = scale / sum;
+#pragma unroll UNROLL
+    for (int s = 0; s < STEPS; s++) {
+      Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+      for (int q = 0; q < VEC; q++) x.set(q, counts ? exp_of(x.at(q) - top) * factor : 0.0f);
+      if (exists(s)) store(gradient + first_column(s), x);
+    }
+    if (mine) gradient[target] = from_float<real>((exp_of(picked - top) / sum - 1.0f) * scale);  // after its own store
+#endif
+    target = next_target;
+  }
+}

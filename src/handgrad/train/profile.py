@@ -1,0 +1,138 @@
+"""profile: where a step's time goes, call by call, beside what the bytes and flops of each call must take."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from handgrad.core.listing import PHASE
+from handgrad.core.program import Call
+from handgrad.train.trainer import Trainer
+
+GROUPS = ("op", "phase", "block", "call")
+LEARNING_RATE = 1e-4  # of random tokens nothing is learnt, and nothing may grow
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some calls together. `bound` is the time that they would take at the hardware's limits, None if those are unknown."""
+
+    name: str
+    calls: int
+    seconds: float
+    nbytes: int
+    flops: int
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One step of a micro-batch, taken apart.
+
+    seconds         of each call, median over the traces
+    step_seconds    of a whole step that runs as always, median
+    flops_limit     FLOP/s of the hardware's products, None if unknown
+    bytes_limit     bytes/s of its memory, None if unknown
+    """
+
+    calls: tuple[Call, ...]
+    seconds: tuple[float, ...]
+    step_seconds: float
+    flops_limit: float | None = None
+    bytes_limit: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Seconds of all calls, each by itself."""
+        return sum(self.seconds)
+
+    def bound(self, c: Call) -> float | None:
+        """Seconds that a call takes at least: its bytes through the memory, or its flops through the multipliers."""
+        if self.flops_limit is None or self.bytes_limit is None:
+            return None
+        return max(c.op.nbytes(c) / self.bytes_limit, c.flops / self.flops_limit)
+
+    def rows(self, by: str = "op") -> list[Row]:
+        """The calls by "op", "phase" or "block", slowest first; or by "call", as they are listed."""
+        groups: dict[str, list[int]] = {}
+        for i, c in enumerate(self.calls):
+            key = {"op": c.op.name, "phase": c.phase, "block": c.block, "call": f"{i:4} {title(c)}"}[by]
+            groups.setdefault(key, []).append(i)
+        rows = [self._row(name, indices) for name, indices in groups.items()]
+        return rows if by == "call" else sorted(rows, key=lambda row: -row.seconds)
+
+    def _row(self, name: str, indices: Iterable[int]) -> Row:
+        calls = [self.calls[i] for i in indices]
+        bounds = [self.bound(c) for c in calls]
+        return Row(
+            name,
+            len(calls),
+            sum(self.seconds[i] for i in indices),
+            sum(c.op.nbytes(c) for c in calls),
+            sum(c.flops for c in calls),
+            None if None in bounds else sum(bounds),
+        )
+
+    def write_trace(self, path: str | Path) -> None:
+        """Writes the calls as a Chrome trace (https://ui.perfetto.dev reads it): end to end, a track for each phase."""
+        tracks = {phase: i for i, phase in enumerate(dict.fromkeys(c.phase for c in self.calls))}
+        events: list[dict] = [
+            {"ph": "M", "pid": 0, "tid": track, "name": "thread_name", "args": {"name": phase}}
+            for phase, track in tracks.items()
+        ]
+        at = 0.0
+        for c, seconds in zip(self.calls, self.seconds):
+            events.append({
+                "ph": "X", "pid": 0, "tid": tracks[c.phase], "ts": 1e6 * at, "dur": 1e6 * seconds, "name": c.op.name,
+                "cat": c.phase, "args": arguments(c, seconds),
+            })  # fmt: skip
+            at += seconds
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def title(c: Call) -> str:
+    """A call in a few words: phase, block, op, sizes."""
+    sizes = " ".join(f"{name}={size}" for name, size in c.sizes.items() if name not in c.attrs)
+    return f"{PHASE[c.phase]} {c.block} {c.op.name} {sizes}"
+
+
+def arguments(c: Call, seconds: float) -> dict[str, str | int | float]:
+    """What a viewer shows of a call: every tensor, and its bytes, flops and speeds."""
+    args = (*zip(c.op.out_args, c.outs), *zip(c.op.in_args, c.ins))
+    tensors = {arg.name: f"({','.join(map(str, t.shape))}) {t.dtype}" for arg, t in args if t is not None}
+    nbytes, seconds = c.op.nbytes(c), max(seconds, 1e-9)
+    figures = {"bytes": nbytes, "flops": c.flops, "GB/s": nbytes / seconds / 1e9, "TFLOP/s": c.flops / seconds / 1e12}
+    return {"block": c.block, "where": c.where} | tensors | figures
+
+
+def profile(
+    trainer: Trainer, steps: int = 3, *, flops_limit: float | None = None, bytes_limit: float | None = None
+) -> Profile:
+    """Runs `steps` steps as always, then `steps` call by call. The weights of the trainer change in both.
+
+    A step that accumulates is taken apart in its first micro-batch only: give the trainer one.
+
+    >>> import handgrad as hg
+    >>> data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
+    >>> model = hg.models.GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=32)
+    >>> found = profile(hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=4), steps=1)
+    >>> [row.name for row in found.rows("phase") if row.calls == 1]
+    ['norm']
+    """
+    warm = 3 if trainer.backend.is_asynchronous else 1  # a device's first steps compile, capture, and start the queue
+    marks = []
+    for step in range(1, warm + steps + 1):
+        last = trainer.step(trainer.last_step + 1, LEARNING_RATE)  # waits for the one before it
+        marks.append(time.perf_counter())
+    last.loss  # noqa: B018  the queue is empty when the traces begin
+    step_seconds = statistics.median(b - a for a, b in zip(marks[warm - 1 :], marks[warm:]))
+    calls: list[Call] = []
+    traces = []
+    for _ in range(steps):
+        calls, seconds = [], []
+        trainer.trace(lambda c, s, calls=calls, seconds=seconds: (calls.append(c), seconds.append(s)))
+        traces.append(seconds)
+    medians = tuple(statistics.median(times) for times in zip(*traces))
+    return Profile(tuple(calls), medians, step_seconds, flops_limit, bytes_limit)

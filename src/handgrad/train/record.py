@@ -1,0 +1,94 @@
+"""Recording: the programs of a training run, and the values that its parameters start from."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from handgrad.backends.base import Arena
+from handgrad.core.backward import POLICIES, backward
+from handgrad.core.dtypes import F32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.program import Param, Program
+from handgrad.core.tensor import Tensor
+from handgrad.models import GPT2, batch
+from handgrad.ops import add
+from handgrad.ops.adamw.reference import split_weight
+from handgrad.optim import AdamW
+
+
+def record_train(
+    model: GPT2,
+    optim: AdamW,
+    micro_batch: int,
+    seq_len: int,
+    dtype: DType,
+    *,
+    chunks: int,
+    recompute: str = "act",
+    accumulates: bool = False,
+    grad_dtype: DType = F32,
+    master: bool = True,
+) -> Program:
+    """The list of one step: forward, backward | norm | update.
+
+    chunks: pieces of the head.  accumulates: a step has several micro-batches.
+    """
+    if recompute not in POLICIES:
+        raise HandgradError("train", f"recompute is one of {', '.join(POLICIES)}", f"'{recompute}'")
+    if seq_len > model.max_seq_len:
+        raise HandgradError(
+            "train",
+            f"the model reads at most {model.max_seq_len} tokens",
+            f"seq_len {seq_len}",
+            hint="--model.max-seq-len",
+        )
+    p = Program(dtype, "train", accumulates, grad_dtype, master)
+    model.forward(p, batch(p, micro_batch, seq_len), chunks)
+    backward(p, add, drop=POLICIES[recompute])
+    optim.record(p)
+    return p
+
+
+def record_loss(model: GPT2, micro_batch: int, seq_len: int, dtype: DType, chunks: int) -> Program:
+    """The list of one evaluation batch."""
+    p = Program(dtype, "loss")
+    model.forward(p, batch(p, micro_batch, seq_len), chunks)
+    return p
+
+
+def chunks_of(rows: int, head_chunks: int, head_rows: int) -> int:
+    """The number of pieces of the head; 0 asks for pieces of at most `head_rows` rows."""
+    if head_chunks < 0 or head_chunks > rows:
+        raise HandgradError("train", f"head_chunks lies between 1 and the {rows} rows of a micro-batch", head_chunks)
+    return head_chunks or -(-rows // head_rows)
+
+
+def initialize(p: Program, arena: Arena, seed: int) -> None:
+    """Draws the initial weights in float32, each parameter from its own stream of the seed."""
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:  # numpy's generators leave Python to the other threads
+        params = list(enumerate(p.params.values()))
+        for first in range(0, len(params), workers):  # no more than a few at a time: they are whole copies
+            group = params[first : first + workers]
+            for (_, info), values in zip(group, pool.map(lambda item: draw(item[1], seed, item[0]), group)):
+                write_weight(arena, info.tensor, values)
+
+
+def draw(info: Param, seed: int, stream: int) -> np.ndarray:
+    """The initial values of one parameter, float32."""
+    values = np.full(info.tensor.shape, 1.0 if info.init.kind == "ones" else 0.0, np.float32)
+    if info.init.kind == "normal":
+        rows, rng = values[: info.init.rows], np.random.default_rng([seed, stream])
+        rows[...] = rng.standard_normal(rows.shape, np.float32) * np.float32(info.init.std)
+    return values
+
+
+def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
+    """Sets a parameter from float32 values: in two halves where the plan has low ones, else to the nearest it holds."""
+    if "low" not in arena.plan.flats:
+        arena.write_part("param", param, values)
+        return
+    high, low = split_weight(np.ascontiguousarray(values, np.float32))
+    arena.write_part("param", param, high)
+    arena.write_part("low", param, low)

@@ -1,0 +1,126 @@
+"""handgrad doctor: one line for each finding, an exit code for what `auto` means, and no installation that breaks it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from handgrad import backends
+from handgrad.cli import doctor
+from handgrad.cli.__main__ import main
+from handgrad.core.errors import HandgradError
+
+NAMES = ["handgrad", "cpu backend", "driver", *(name for name, *_ in doctor.LIBRARIES), "auto"]
+
+
+class Device:
+    """A card as `doctor` sees it."""
+
+    sms = 132
+
+    def __init__(self, index):
+        pass
+
+    def memory(self):
+        return 70 << 30, 80 << 30
+
+
+@pytest.fixture
+def findings():
+    def by_name():
+        return {f.name: f for f in doctor.examine()}
+
+    return by_name
+
+
+def test_every_line_has_a_state_and_auto_works(capsys):
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert not err and all(line.split()[0] in (doctor.OK, doctor.MISSING, doctor.PROBLEM) for line in lines)
+    for name in NAMES:
+        assert any(line[9:].startswith(name) for line in lines), name
+    assert lines[-1].startswith("ok       auto")
+
+
+def test_what_is_not_ok_says_what_to_do(findings):
+    for f in findings().values():
+        assert f.state == doctor.OK or f.hint or "hint: " in f.text, f
+
+
+def test_without_any_package_for_gpus():
+    """Nothing of CUDA can be imported, and no package is there: missing, with the command that brings them."""
+    code = (
+        "import sys, importlib.metadata as m; from unittest import mock\n"
+        "sys.modules['cuda'] = sys.modules['cudnn'] = None\n"
+        "whole = m.version\n"
+        "def version(name):\n"
+        "    if name != 'handgrad': raise m.PackageNotFoundError(name)\n"
+        "    return whole(name)\n"
+        "m.version = version\n"
+        "from handgrad.cli.__main__ import main; sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    states = {line[9:25].strip(): line.split()[0] for line in done.stdout.splitlines()}
+    assert {states[name] for name, *_ in doctor.LIBRARIES} == {doctor.MISSING}
+    assert states["driver"] == doctor.MISSING and states["auto"] == doctor.OK
+    assert "pip install 'handgrad[cuda]'" in done.stdout
+
+
+def test_cards_are_told_with_memory_and_peaks(findings, monkeypatch):
+    cards = [("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30), ("NVIDIA Something New", (12, 0), 80 << 30)]
+    pytest.importorskip("cuda.bindings")
+    from handgrad.backends.cuda import driver
+
+    monkeypatch.setattr(driver, "find_gpus", lambda: cards)
+    monkeypatch.setattr(driver, "Device", Device)
+    lines = list(doctor.cards())
+    assert [f.name for f in lines] == ["GPU 0", "peaks", "GPU 1", "peaks"]
+    assert "9.0, 132 SMs, 71,680 of 81,920 MiB free" in lines[0].text and "another process" in lines[0].hint
+    assert "989.4" in lines[1].text and "measured" in lines[3].text
+
+
+def test_a_card_that_another_process_holds_is_a_problem(monkeypatch):
+    def held(index):
+        raise HandgradError("cuda", "driver calls succeed", "CUDA_ERROR_OUT_OF_MEMORY")
+
+    pytest.importorskip("cuda.bindings")
+    from handgrad.backends.cuda import driver
+
+    monkeypatch.setattr(driver, "find_gpus", lambda: [("NVIDIA H200", (9, 0), 141 << 30)])
+    monkeypatch.setattr(driver, "Device", held)
+    (line,) = doctor.cards()
+    assert line.state == doctor.PROBLEM and "OUT_OF_MEMORY" in line.text and "nvidia-smi" in line.hint
+
+
+def test_a_broken_backend_is_told_by_the_exit_code(monkeypatch, capsys):
+    def broken(name, *args, **kwargs):
+        raise HandgradError("cublaslt", "the package nvidia-cublas is installed", "none")
+
+    monkeypatch.setattr(doctor, "open_backend", broken)
+    assert main(["doctor"]) == 1
+    assert "problem  auto" in capsys.readouterr().out
+
+
+def test_any_exception_is_a_finding(monkeypatch):
+    def bad():
+        raise ValueError("torn")
+        yield
+
+    monkeypatch.setitem(doctor.CHECKS, "GPU", bad)
+    found = {f.name: f for f in doctor.examine()}
+    assert found["GPU"].state == doctor.PROBLEM and found["GPU"].text == "ValueError: torn"
+    assert found["auto"].state == doctor.OK
+
+
+def test_a_cache_that_cannot_be_written_is_a_problem(findings, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path / "file" / "inside"))
+    assert findings()["cache"].state == doctor.PROBLEM
+    monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path))
+    assert "1 files" in findings()["cache"].text and findings()["cache"].state == doctor.OK
+
+
+def test_auto_means_what_a_run_means(findings):
+    assert backends.open_backend("auto").name in findings()["auto"].text

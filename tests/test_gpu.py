@@ -1,0 +1,198 @@
+"""What only a card can show: every op's kernels and library calls against the oracle, whole models, graphs, memory."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import handgrad as hg
+from handgrad.backends import open_backend
+from handgrad.backends.cuda.card import Card
+from handgrad.core.backward import POLICIES
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.data import id_dtype, write_shard
+from handgrad.models import GPT2
+from handgrad.ops import OPS
+from handgrad.testing import check_case
+
+pytestmark = pytest.mark.gpu
+SMALL = dict(vocab_size=97, max_seq_len=64, num_layers=2, num_heads=2, hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def card():
+    return open_backend("cuda")
+
+
+@pytest.fixture(scope="module")
+def steady():
+    return open_backend("cuda", deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("name", OPS)
+def test_op(card, name, dtype):
+    for case in OPS[name].cases:
+        for e in check_case(OPS[name], case, card, DTYPES[dtype]):
+            assert e.ratio <= 1, f"{case.sizes}: {e}"
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_backward", "linear", "linear_backward_x"])
+def test_op_without_libraries_choice(steady, name):
+    for case in OPS[name].cases:
+        for e in check_case(OPS[name], case, steady, DTYPES["bf16"]):
+            assert e.ratio <= 1, f"{case.sizes}: {e}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_model_equals_the_oracle(one_pass, policy, dropout):
+    model = GPT2(**SMALL, dropout=dropout)
+    sizes = dict(policy=policy, seq_len=64, micro_batch=2)
+    losses, grads = one_pass(model, "cuda", **sizes)
+    exact, truth = one_pass(model, "ref", **sizes)
+    assert np.abs(losses - exact).max() < 1e-5
+    for name, g in truth.items():
+        assert np.abs(grads[name] - g).max() <= 1e-5 * np.abs(g).max() + 1e-9, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recompute_and_head_chunks_are_bit_invisible(one_pass, dropout):
+    """With `deterministic`, whatever is recomputed; losses also however the head is cut."""
+    model = GPT2(**SMALL, dropout=dropout)
+    want = one_pass(model, "steady", dtype="bf16", seq_len=64, micro_batch=2)
+    for policy in POLICIES:
+        losses, grads = one_pass(model, "steady", dtype="bf16", policy=policy, seq_len=64, micro_batch=2)
+        assert np.array_equal(losses, want[0])
+        assert all(np.array_equal(grads[name], g) for name, g in want[1].items()), policy
+    assert np.array_equal(one_pass(model, "steady", dtype="bf16", seq_len=64, micro_batch=2, chunks=4)[0], want[0])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A glob of shards of 97 words that follow each other with some regularity."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    ids = np.cumsum(rng.integers(0, 4, 300_000)) % 97
+    write_shard(folder / "train_0.bin", [ids], id_dtype(97))
+    return str(folder / "*.bin")
+
+
+def trainer(text, out=None, **changes):
+    data = hg.data.tokens(text, seq_len=64, batch_tokens=2048)
+    sizes = dict(micro_batch=8, backend="cuda", dtype="bf16", deterministic=True, out=out)
+    return hg.Trainer(GPT2(**SMALL, dropout=changes.pop("dropout", 0.0)), hg.optim.AdamW(), data, **sizes | changes)
+
+
+def curve(run, steps, start=1):
+    return [(r.loss, r.grad_norm) for r in (run.step(k, 1e-3) for k in range(start, steps + 1))]
+
+
+def test_deterministic_runs_repeat_bit_for_bit(text):
+    """Three steps are eager, captured and replayed; a second trainer does the same."""
+    first, second = curve(trainer(text), 6), curve(trainer(text), 6)
+    assert first == second and first[-1][0] < first[0][0]
+
+
+def test_replay_equals_eager(text):
+    run, eager = trainer(text), trainer(text, check="nan")  # check runs call by call
+    assert curve(run, 4) == curve(eager, 4)
+
+
+def test_resume_is_bit_for_bit(text, tmp_path):
+    whole = curve(trainer(text, dropout=0.1), 8)
+    run = trainer(text, tmp_path, dropout=0.1)
+    curve(run, 4)
+    run.save(4)
+    again = trainer(text, tmp_path, dropout=0.1)
+    assert again.resume() == 4 and curve(again, 8, 5) == whole[4:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"grad_dtype": "bf16"}, {"master_weights": False}, {"dtype": "tf32"}, {"dtype": "f32"}, {"deterministic": False}],
+    ids=str,
+)
+def test_precisions_learn_alike(text, changes):
+    got, want = curve(trainer(text, **changes), 30), curve(trainer(text, backend="cpu", dtype="f32"), 30)
+    assert abs(got[0][0] - want[0][0]) < 0.01 and abs(got[-1][0] - want[-1][0]) < 0.05, (got[-1], want[-1])
+
+
+def test_not_finite_gradients_change_nothing(text):
+    run = trainer(text)
+    curve(run, 1)
+    name = next(iter(run.params()))
+    broken = {n: np.array(w, np.float32) for n, w in run.params().items()}
+    broken[name][0, 0] = np.nan
+    run.load_params(broken)
+    before = run.params()
+    result = run.step(2, 1e-3)
+    assert result.skipped and all(np.array_equal(w, before[n], equal_nan=True) for n, w in run.params().items())
+
+
+def test_check_names_the_call(text):
+    run = trainer(text, check="nan")
+    broken = {n: np.array(w, np.float32) for n, w in run.params().items()}
+    broken["h.1.mlp.c_fc.bias"][3] = np.inf
+    run.load_params(broken)
+    with pytest.raises(HandgradError, match=r"non-finite value in '\w+' of forward linear.*block h.1"):
+        run.step(1, 1e-3)
+
+
+def test_explain_on_a_laptop_equals_the_card(card):
+    model = hg.models.gpt2("124m")
+    page = hg.explain(model, 4, 1024, backend=Card(card.gpu), val=False, sample=False, remedies=False)
+    same = hg.explain(model, 4, 1024, backend=card, val=False, sample=False, remedies=False)
+    assert page.plan.nbytes == same.plan.nbytes
+    free = card.device.memory()[0]
+    arena = card.alloc(page.plan)
+    taken = free - card.device.memory()[0]
+    arena.close()
+    assert page.plan.nbytes <= taken <= page.plan.nbytes + (4 << 20)
+
+
+def test_an_arena_that_does_not_fit_is_refused(card):
+    page = hg.explain(hg.models.gpt2("1558m"), 64, 1024, backend=card, remedies=False)
+    with pytest.raises(HandgradError, match=r"\[memory\] the arena fits in memory, \d+ MiB are free of \d+"):
+        card.alloc(page.plan)
+
+
+def test_generation_equals_the_cpu(text):
+    """The same weights continue a prompt with the same most likely tokens."""
+    runs = [trainer(text, backend=b, dtype="f32") for b in ("cuda", "cpu")]
+    for run in runs:
+        curve(run, 2)
+    runs[0].load_params({n: np.array(w) for n, w in runs[1].params().items()})
+    greedy = hg.infer.Sampling(temperature=0.0)
+    got, want = (list(run.generate([1, 2, 3], 40, greedy)) for run in runs)
+    assert got == want
+
+
+def test_twenty_steps_of_gpt2_follow_pytorch():
+    """GPT-2 124M in bf16 against PyTorch's autocast: losses agree within the noise of bf16."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    command = [sys.executable, "bench/gpu_curves.py", "--steps", "20", "--micro-batch", "8", "--batch-tokens", "32768"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert float(out.stdout.split()[-1]) < 0.03
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_compute_sanitizer_is_silent():
+    code = (
+        "from handgrad.backends import open_backend; from handgrad.ops import OPS;"
+        "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16\n"
+        "card = open_backend('cuda', deterministic=True)\n"
+        "for op in OPS.values():\n"
+        "    for case in [c for c in op.cases if not c.real][:3]:\n"
+        "        for dtype in (F32, BF16): check_case(op, case, card, dtype)\n"
+    )
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-1000:]
