@@ -3,9 +3,9 @@
     python bench/gpu_books.py --data 'books/train*.bin' --val 'books/val*.bin'     about 4 minutes on one H100
     python bench/gpu_books.py --smoke --data ... --val ...                         a toy on the CPU: does this work?
 
---data and --val are globs of token shards, which may be compressed (.bin.xz). PyTorch starts from the same weights, sees
-the same batches in the same order and follows the same schedule, in bf16 autocast under torch.compile. Written to
-bench/results/gpu_books.{json,txt,png}: loss and gradient norm of every step, validation loss, the largest difference.
+--data and --val are globs of token shards, which may be compressed (.bin.xz). PyTorch starts from the same weights,
+sees the same batches in the same order and follows the same schedule, in bf16 autocast under torch.compile. Written
+to bench/results/gpu_books.{json,txt,png}: loss and gradient norm of every step, validation loss, largest difference.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def text(results: dict) -> str:
     mine, theirs, gaps = results["handgrad"], results.get("torch", {}), results.get("differences")
     lines = [f"{key:12} {value}" for key, value in results["facts"].items()]
     lines += [f"{'speed':12} {mine['tokens_per_second']:,.0f} tokens a second, validation apart"]
-    lines += [f"{'skipped':12} {len(mine['skipped'])} updates", "", f"{'step':>5}{'loss':>9}{'PyTorch':>9}{'val':>9}{'grad':>8}"]
+    lines += [f"{'skipped':12} {len(mine['skipped'])} updates", ""]
+    lines.append(f"{'step':>5}{'loss':>9}{'PyTorch':>9}{'val':>9}{'grad':>8}")
     count = len(mine["loss"])
     lines.append(f"{0:5}{'':18}{mine['val_loss'][0]:9.4f}")
     for step in range(1, count + 1):
@@ -144,8 +145,9 @@ def text(results: dict) -> str:
         g, n = gaps["loss"], gaps["grad_norm"]
         lines += [
             "",
-            f"against PyTorch over {len(theirs['loss'])} steps: loss differs by at most {g['max']:.4f} (step {g['step']}),"
-            f" {g['mean']:.4f} on average; gradient norm by at most {100 * n['max']:.2f} % (step {n['step']})",
+            f"against PyTorch over {len(theirs['loss'])} steps: loss differs by at most {g['max']:.5f}"
+            f" (step {g['step']}), {g['mean']:.5f} on average;"
+            f" gradient norm by at most {100 * n['max']:.2f} % (step {n['step']})",
         ]
     return "\n".join(lines)
 

@@ -63,7 +63,7 @@ TASKS = {
 }
 
 
-# workers ----------------------------------------------------------------------------------------------------------------
+# workers -------------------------------------------------------------------------------------------------------------
 
 
 class Handgrad:
@@ -199,7 +199,7 @@ def worker(kind: str, name: str, shard: str, device: str, options: str) -> None:
         print(json.dumps(answer), flush=True)
 
 
-# the race ---------------------------------------------------------------------------------------------------------------
+# the race ------------------------------------------------------------------------------------------------------------
 
 
 class Process:
@@ -277,7 +277,8 @@ def race(name: str, shard: str, a: argparse.Namespace, cache: str) -> dict:
     def end(p: Process) -> None:
         if "versions" not in facts[p.kind]:
             facts[p.kind]["mib"] = p.mib
-            facts[p.kind]["host_ms"] = statistics.median(p.ask("host")["ms"] for _ in range(3 if p.kind == "handgrad" else 1))
+            tries = 3 if p.kind == "handgrad" else 1
+            facts[p.kind]["host_ms"] = statistics.median(p.ask("host")["ms"] for _ in range(tries))
             facts[p.kind] |= p.ask("facts")
         p.close()
 
@@ -321,7 +322,8 @@ def race(name: str, shard: str, a: argparse.Namespace, cache: str) -> dict:
         results[kind] = f
         if times.get(kind) and "failed" not in f:
             ms = statistics.median(times[kind])
-            results[kind] = {"median_ms": ms, "all_ms": times[kind], "tokens_per_second": 1e3 * task.step_tokens / ms} | f
+            speed = 1e3 * task.step_tokens / ms
+            results[kind] = {"median_ms": ms, "all_ms": times[kind], "tokens_per_second": speed} | f
     mine = results["handgrad"]
     for r in results.values():
         if "median_ms" in r and mine.get("peak_flops"):
@@ -338,8 +340,8 @@ def table(results: dict, models: list[str]) -> str:
     """All of it, for people."""
     facts = results["facts"]
     lines = [f"{key:10} {value}" for key, value in facts.items()]
-    head = f"{'model':7}{'':10}{'B':>3}{'ms/step':>10}{'tok/s':>9}{'MFU %':>7}{'ratio':>7}{'GiB':>7}{'host ms':>9}{'start s':>9}{'warm s':>8}"
-    lines += ["", head]
+    head = f"{'model':17}{'B':>3}{'ms/step':>10}{'tok/s':>9}{'MFU %':>7}{'ratio':>7}{'GiB':>7}"
+    lines += ["", f"{head}{'host ms':>9}{'start s':>9}{'warm s':>8}"]
     for name in models:
         found = results["models"].get(name, {})
         base = found.get("torch", {}).get("median_ms")
@@ -354,13 +356,18 @@ def table(results: dict, models: list[str]) -> str:
                 f"{name:7}{kind:10}{TASKS[name].B:3}{r['median_ms']:10.1f}{r['tokens_per_second']:9.0f}{mfu}{ratio}"
                 f"{r['mib'] / 1024:7.1f}{r['host_ms']:9.2f}{r['startup']:9.1f}{warm}"
             )
-    lines += ["", "ratio: PyTorch's ms over this row's; GiB: device memory of the process; start: with an empty cache, which later models share"]
+    lines += [
+        "",
+        "ratio: PyTorch's ms over this row's; GiB: device memory of the process; host: to start one step;",
+        "start: to the first finished step, with a cache that is empty for the first model; warm: with a full one",
+    ]
     for name in models:
         mine = results["models"].get(name, {}).get("handgrad", {})
         if "micro_step_ms_by_op" in mine:
             ops = "  ".join(f"{op} {ms:.2f}" for op, ms in mine["micro_step_ms_by_op"].items())
             host = 100 * mine["host_ms"] / mine["median_ms"]
-            lines.append(f"{name}: arena {mine['arena'] / 2**30:.2f} GiB, host {host:.2f} % of the step; {'; '.join(mine['notes'])}")
+            what = f"arena {mine['arena'] / 2**30:.2f} GiB, host {host:.2f} % of the step"
+            lines.append("; ".join([f"{name}: {what}", *mine["notes"]]))
             lines.append(f"{name}: ms of one micro-step and the update, call by call: {ops}")
     return "\n".join(lines)
 
@@ -372,10 +379,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
-    parser.add_argument("--trainer", type=json.loads, default={}, help='more of Trainer, as JSON: {"recompute": "none"}')
-    parser.add_argument("--json", type=Path, help="results; the table lies beside it as .txt (bench/results/gpu_step.json)")
+    parser.add_argument("--trainer", type=json.loads, default={}, help="""of Trainer: {"recompute": "none"}""")
+    parser.add_argument("--json", type=Path, help="results; the table goes beside it, as .txt")
     parser.add_argument("--commit", default="", help="what to call this tree where git does not know")
-    parser.add_argument("--smoke", action="store_true", help="a toy on the CPU; writes no results unless --json is given")
+    parser.add_argument("--smoke", action="store_true", help="a toy on the CPU; writes only where --json says")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:

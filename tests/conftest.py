@@ -7,7 +7,6 @@ from handgrad.backends import open_backend, why_no_cuda
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import DTYPES
-from handgrad.core.plan import plan
 from handgrad.core.program import Program
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, batch
@@ -58,7 +57,7 @@ def one_pass():
         p = Program(DTYPES[dtype], "train", accumulates)
         model.forward(p, batch(p, micro_batch, seq_len), chunks)
         backward(p, add, drop=POLICIES[policy])
-        arena = backend.alloc(plan(p, scratch=backend.scratch))
+        arena = backend.alloc(backend.plan(p))
         initialize(p, arena, seed=3)
         rng = np.random.default_rng(4)
         for info in p.params.values():  # away from the start: biases other than 0, norms' weights other than 1

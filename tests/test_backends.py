@@ -65,7 +65,7 @@ def program(tiny):
 
 @pytest.mark.parametrize("backend", [open_backend("cpu"), open_backend("ref"), RefBackend(exact=False)], ids=["cpu", "ref", "rounded"])
 def test_run_each_does_what_run_does(program, backend):
-    arena = backend.alloc(plan(program, scratch=backend.scratch))
+    arena = backend.alloc(backend.plan(program))
     initialize(program, arena, seed=1)
     run, losses, seen = backend.bind(program, arena), arena.view(program.outputs["losses"]), []
     run.run()

@@ -6,7 +6,6 @@ import pytest
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import plan
 from handgrad.core.program import Program
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import PREFILL, record
@@ -27,7 +26,7 @@ class Judge:
         full = Program(DTYPES[dtype], "logits")
         model.forward(full, batch(full, 1, model.max_seq_len))
         backend = open_backend(backend)
-        arena = backend.alloc(plan(programs[1], programs[0], full, scratch=backend.scratch))
+        arena = backend.alloc(backend.plan(programs[1], programs[0], full))
         rng = np.random.default_rng(3)
         for info in programs[1].params.values():  # loud enough that tokens depend on the context
             w = arena.part("param", info.tensor)[: info.init.rows]

@@ -14,7 +14,6 @@ from handgrad.backends import open_backend
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import plan
 from handgrad.core.program import Program
 from handgrad.models import GPT2, batch, gpt2, names, preset
 from handgrad.ops import OPS
@@ -77,7 +76,7 @@ def run_logits(model, params, ids, dtype):
     p = Program(DTYPES[dtype], "logits")
     model.forward(p, batch(p, *ids.shape))
     backend = open_backend("cpu")
-    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    arena = backend.alloc(backend.plan(p))
     for name, info in p.params.items():
         arena.part("param", info.tensor)[...] = params[name]
     arena.view(p.inputs["ids"])[...] = ids.reshape(-1)

@@ -7,7 +7,6 @@ import torch
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import plan
 from handgrad.core.program import ONES, Program, normal
 from handgrad.ops.adamw.reference import join_weight, split_weight
 from handgrad.optim import AdamW, schedules
@@ -58,7 +57,7 @@ def ours(optim, starts, grads, dtype, backend):
         p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0), decay=len(shape) == 2))
     optim.record(p)
     backend = open_backend(backend)
-    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    arena = backend.alloc(backend.plan(p))
     for name, w in starts.items():
         if dtype == "f32":
             arena.part("param", p.params[name].tensor)[...] = w

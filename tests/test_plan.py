@@ -6,7 +6,7 @@ import pytest
 from handgrad.backends import open_backend
 from handgrad.core import plan as planner
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.plan import ALIGN, Lifetime, aligned, place, plan
+from handgrad.core.plan import ALIGN, Lifetime, aligned, place
 from handgrad.core.program import Call
 from handgrad.core.tensor import Role
 from handgrad.infer.engine import record
@@ -29,7 +29,7 @@ def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
     """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
     chunks = chunks_of(micro_batch * seq_len, 0, 512)
     train = record_train(model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates)
-    return plan(train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype), scratch=open_backend("cpu").scratch)
+    return open_backend("cpu").plan(train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype))
 
 
 def spans(layout, index):
@@ -121,12 +121,12 @@ def test_place_fills_gaps():
 LIFETIMES = planner.lifetimes
 
 
-def too_short(p, scratch):
-    return [Lifetime(s.owner, s.nbytes, s.first, max(s.first, s.last - 1)) for s in LIFETIMES(p, scratch)]
+def too_short(p, scratch, beside):
+    return [Lifetime(s.owner, s.nbytes, s.first, max(s.first, s.last - 1)) for s in LIFETIMES(p, scratch, beside)]
 
 
-def unending(p, scratch):
-    return [Lifetime(s.owner, s.nbytes, 0, len(p.calls)) for s in LIFETIMES(p, scratch)]
+def unending(p, scratch, beside):
+    return [Lifetime(s.owner, s.nbytes, 0, len(p.calls)) for s in LIFETIMES(p, scratch, beside)]
 
 
 def same(a, b):

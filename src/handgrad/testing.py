@@ -106,7 +106,7 @@ def run_case(
     p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_step: int = 0
 ) -> dict[str, np.ndarray]:
     """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
-    layout = plan(p, scratch=backend.scratch)
+    layout = backend.plan(p)
     arena = backend.alloc(layout)
     memory = getattr(arena, "memory", None)  # what lies in the arena, byte by byte, where it has bytes
     if memory is not None:
@@ -294,7 +294,7 @@ class Timing:
 def bench_case(op: Op, case: Case, backend: Backend, dtype: DType, seconds: float = 0.3) -> Timing:
     """Times a case: median of as many runs as fit in `seconds`, at least five, after one to warm up."""
     p, c = case_program(op, case, dtype)
-    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    arena = backend.alloc(backend.plan(p))
     for arg, t in zip(op.in_args, c.ins):
         if t is not None:
             arena.write(t, case_arrays(op, c)[arg.name])

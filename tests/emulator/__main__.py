@@ -29,4 +29,4 @@ for op in [OPS[name] for name in names] or [op for op in OPS.values() if Emulate
                 if worst > 1 or "--verbose" in sys.argv:
                     print(f"     {said}")
 print("error / tolerance is at most 1 everywhere" if not bad else f"{bad} are BAD")
-sys.exit(bad > 0)
+sys.exit(int(bad > 0))

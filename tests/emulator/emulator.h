@@ -3,7 +3,6 @@
 // Barriers and warp collectives switch fibres. Whatever the hardware leaves undefined and can be seen here ends the
 // launch with a message: see runtime.cc.
 #pragma once
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -146,6 +145,17 @@ static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
 
 // Arithmetic ---------------------------------------------------------------------------------------------------------
 
+// <math.h> takes longer to compile than a kernel does.
+extern "C" {
+float expf(float), exp2f(float), expm1f(float), logf(float), log2f(float), log1pf(float), powf(float, float), tanhf(float);
+float sqrtf(float), fabsf(float), fmaxf(float, float), fminf(float, float), fmaf(float, float, float), floorf(float);
+float ceilf(float), rintf(float), roundf(float), truncf(float), erff(float), ldexpf(float, int), copysignf(float, float);
+double exp(double), log(double), sqrt(double), pow(double, double), floor(double);
+}
+static inline bool isnan(float x) { return x != x; }
+static inline bool isinf(float x) { return fabsf(x) == __builtin_inff(); }
+static inline bool isfinite(float x) { return fabsf(x) < __builtin_inff(); }
+static inline int abs(int x) { return x < 0 ? -x : x; }
 template <class A, class B> static inline auto min(A a, B b) -> decltype(a + b) { return b < a ? b : a; }
 template <class A, class B> static inline auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

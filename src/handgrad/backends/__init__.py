@@ -12,7 +12,7 @@ def _cpu(threads: int, tf32: bool, deterministic: bool) -> Backend:
 
 
 def _cuda(threads: int, tf32: bool, deterministic: bool) -> Backend:
-    from handgrad.backends.cuda import CudaBackend
+    from handgrad.backends.cuda.backend import CudaBackend
 
     return CudaBackend(tf32, deterministic)
 

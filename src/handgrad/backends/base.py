@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from handgrad.core.op import Op
-from handgrad.core.plan import Plan
+from handgrad.core.plan import Plan, plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 
@@ -72,6 +72,7 @@ class Planner(ABC):
 
     name: str
     head_rows: int  # rows of logits that exist at a time, unless the user says otherwise
+    runs_beside: bool = False  # calls whose op allows it run at the same time as the next one
 
     @abstractmethod
     def has(self, op: Op) -> bool:
@@ -80,6 +81,10 @@ class Planner(ABC):
     @abstractmethod
     def scratch(self, call: Call) -> int:
         """Bytes of scratch that this backend's kernel needs for a call."""
+
+    def plan(self, *programs: Program) -> Plan:
+        """The layout of an arena in which these programs run here."""
+        return plan(*programs, scratch=self.scratch, beside=self.runs_beside)
 
     def note(self, call: Call) -> str:
         """Which implementation a call is bound to, where there is a choice."""

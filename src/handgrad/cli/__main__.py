@@ -1,4 +1,4 @@
-"""handgrad: train, generate, explain, profile, data, ops, doctor. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
+"""handgrad: a verb, then its flags. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
 
 import difflib
 import os

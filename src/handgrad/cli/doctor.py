@@ -188,7 +188,8 @@ def compile_cache() -> Iterator[Finding]:
     if nearest.is_dir() and is_writable(nearest):
         yield Finding(OK, "cache", text)
     else:
-        yield Finding(PROBLEM, "cache", f"{text}, not writable", "HANDGRAD_CACHE=FOLDER; else every start compiles again")
+        hint = "HANDGRAD_CACHE=FOLDER; else every start compiles again"
+        yield Finding(PROBLEM, "cache", f"{text}, not writable", hint)
 
 
 def is_writable(folder: Path) -> bool:

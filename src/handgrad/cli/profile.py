@@ -132,7 +132,7 @@ def cells(row: Row, total: float, has_bound: bool) -> list[str]:
     seconds = max(row.seconds, 1e-9)
     line = [
         row.name, str(row.calls), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / max(total, 1e-9):.1f} %",
-        f"{row.nbytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}" if row.flops else "-", f"{row.nbytes / seconds / 1e9:,.1f}",
-        f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
+        f"{row.nbytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}" if row.flops else "-",
+        f"{row.nbytes / seconds / 1e9:,.1f}", f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
     ]  # fmt: skip
     return [*line, f"{100 * row.bound / seconds:.0f} %"] if has_bound else line

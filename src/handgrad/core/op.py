@@ -97,6 +97,7 @@ class Op:
     saved: str = ""  # names of inputs and outputs that the gradient rule reads; all else is free after the call
     attrs: dict[str, type] = {}
     starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward stretch (lm_loss)
+    beside: bool = False  # a backend may run it at the same time as the call after it, which does not need it
     cpu: C | None = None
     cases: tuple[Case, ...] = ()
 

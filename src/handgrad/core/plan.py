@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from handgrad.core.dtypes import F32, DType
+from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Scratch
 from handgrad.core.program import Call, Program
@@ -88,19 +88,23 @@ class Plan:
         return [(block, *row) for block, row in rows.items()]
 
 
-def lifetimes(p: Program, scratch: Scratch) -> list[Lifetime]:
-    """First and last use of every activation in list order; scratch lives for its own call; outputs to the end."""
+def lifetimes(p: Program, scratch: Scratch, beside: bool = False) -> list[Lifetime]:
+    """First and last use of every activation in list order; scratch lives for its own call; outputs to the end.
+
+    beside: calls whose op says so still run while the call after them does.
+    """
     first: dict[Tensor, int] = {}
     last: dict[Tensor, int] = {}
     spans = []
     for i, c in enumerate(p.calls):
+        end = i + (beside and c.op.beside)
         for t in (*c.outs, *c.ins):
             if t is not None and t.role is Role.ACT:
                 first.setdefault(t, i)
-                last[t] = i
+                last[t] = max(end, last.get(t, 0))
         nbytes = scratch(c)
         if nbytes:
-            spans.append(Lifetime(c, aligned(nbytes), i, i))
+            spans.append(Lifetime(c, aligned(nbytes), i, end))
     for t in p.outputs.values():
         if t.role is Role.ACT:
             last[t] = len(p.calls)
@@ -144,7 +148,7 @@ def gradient_spans(head: Program, p: Program) -> list[Fixed]:
 
     The alignment padding between them stays zero for ever, since norm and update run over it.
     """
-    end, size = len(p.calls), F32.size
+    end, size = len(p.calls), head.grad_dtype.size
     written = {t: i for i, c in reversed(list(enumerate(p.calls))) for t in c.outs if t is not None}
     spans, at = [], 0
     for name, info in sorted(head.params.items(), key=lambda item: head.first(item[1].tensor)):
@@ -171,8 +175,10 @@ def peak_of(p: Program, spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) 
     return best, p.calls[min(at, len(p.calls) - 1)] if p.calls else None
 
 
-def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
+def plan(*programs: Program, scratch: Scratch = lambda c: 0, beside: bool = False) -> Plan:
     """The layout of one arena for programs that share parameters and never run at the same time.
+
+    scratch: bytes that a call needs for itself.  beside: some calls run at the same time as the next one.
 
     Parameters (and what follows their flat order: gradients, optimizer state) are laid out by the first program; the
     others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
@@ -204,7 +210,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0) -> Plan:
     start = result.region["grads"][0] if shared else at
     top = at - start
     for i, p in enumerate(programs):
-        spans, fixed = lifetimes(p, scratch), gradient_spans(head, p) if shared else []
+        spans, fixed = lifetimes(p, scratch, beside), gradient_spans(head, p) if shared else []
         offsets, size = place(spans, fixed)
         for owner, offset in offsets.items():
             (result.scratch if isinstance(owner, Call) else result.offset)[owner] = start + offset

@@ -10,7 +10,6 @@ from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import plan
 from handgrad.infer.engine import Engine, record
 from handgrad.io import checkpoint
 from handgrad.models import GPT2
@@ -38,7 +37,7 @@ def load_run(
     prefill, decode = programs = record(model, DTYPES[kind])
     params = {name: info.tensor for name, info in decode.params.items()}
     tensors = checkpoint.load(folder, {name: (t.shape, stored) for name, t in params.items()})
-    arena = engine_backend.alloc(plan(decode, prefill, scratch=engine_backend.scratch))
+    arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
     for name, t in params.items():
         arena.write_part("param", t, np.asarray(tensors[name]))
     return Engine(model, programs, arena, engine_backend), tokenizer

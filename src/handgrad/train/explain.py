@@ -97,7 +97,7 @@ def explain(
         )  # fmt: skip
         others = [record_loss(model, micro_batch, seq_len, kind, chunks)] if val else []
         others += record_engine(model, kind) if sample else ()
-        return train, plan(train, *others, **({} if backend is None else {"scratch": backend.scratch}))
+        return train, (plan if backend is None else backend.plan)(train, *others)
 
     program, layout = lay_out(micro_batch, recompute, head_chunks, accumulation)
     chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)

@@ -1,4 +1,4 @@
-"""Model flops utilisation: the part of the hardware's peak that the model's own arithmetic takes, by llm.c's formula."""
+"""Model flops utilisation: the part of the hardware's peak that the model itself needs, by llm.c's formula."""
 
 
 def flops_per_token(num_params: int, num_layers: int, hidden_size: int, seq_len: int) -> int:

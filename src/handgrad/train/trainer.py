@@ -12,7 +12,7 @@ import numpy as np
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES, F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import Plan, plan
+from handgrad.core.plan import Plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import IGNORE_INDEX, Role
 from handgrad.data import Tokens
@@ -132,7 +132,7 @@ class Trainer:
         )  # fmt: skip
         loss = record_loss(model, micro_batch, data.seq_len, kind, chunks) if val else None
         engine = record_engine(model, kind) if sample else ()
-        self.plan: Plan = plan(*(p for p in (train, loss, *engine) if p is not None), scratch=self.backend.scratch)
+        self.plan: Plan = self.backend.plan(*(p for p in (train, loss, *engine) if p is not None))
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
         self._loss = None if loss is None else self.backend.bind(loss, self.arena)

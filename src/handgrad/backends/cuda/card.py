@@ -20,7 +20,7 @@ GPUS = {
 class Card(Planner):
     """The cuda backend as a plan sees it, for a card that may be elsewhere."""
 
-    name, head_rows = "cuda", 16384
+    name, head_rows, runs_beside = "cuda", 32768, True
 
     def __init__(self, gpu: Gpu | str):
         if isinstance(gpu, str) and gpu not in GPUS:

@@ -19,7 +19,8 @@ from handgrad.backends.cuda.card import GEMM_WORKSPACE
 from handgrad.backends.cuda.driver import INSTALL, Device
 from handgrad.core.errors import HandgradError
 
-CANDIDATES = 16  # heuristic results that are timed
+CANDIDATES = 16  # heuristic results that are timed, for each product
+TURNS, TURN_FLOPS = 3, 5e11  # times that a candidate is timed, and about how much it does each time: a millisecond
 TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
 COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
@@ -139,27 +140,27 @@ class CublasLt:
         return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
 
     def bind(
-        self, p: Product, a: int, b: int, out: int, bias: int, aux: int, workspace: int
+        self, p: Product, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
         """A function that starts the product on these addresses; its argument: whether to add to out."""
         description, layouts = self._describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
-        return self._starter(description, layouts, algorithm, a, b, out, workspace)
+        return self._starter(description, layouts, algorithm, a, b, out, workspace, stream)
 
     def _starter(
         self, description: c_void_p, layouts: tuple[c_void_p, ...], algorithm: Heuristic, a: int, b: int, out: int,
-        workspace: int,
+        workspace: int, stream: Any,
     ) -> Callable[[bool], None]:  # fmt: skip
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
         call, handle, chosen = self._dll.cublasLtMatmul, self._handle, byref(algorithm)
-        stream, size = int(self.device.stream), algorithm.workspace
+        on, size = int(stream), algorithm.workspace
 
         def start(adds: bool) -> None:
             beta = one if adds and scalars else zero
             status = call(
-                handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, stream
+                handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, on
             )
             if status:
                 raise HandgradError("cublaslt", "a product runs", f"status {status}")
@@ -181,64 +182,76 @@ class CublasLt:
         return self._chosen[p]
 
     def tune(self, products: list[Product]) -> None:
-        """Times what the library proposes for products that it has not seen, on memory that is given back."""
-        todo = [] if self.deterministic else [p for p in products if repr(astuple(p)) not in self._known]
-        for p in todo:
-            self._known[repr(astuple(p))] = bytes(self._fastest(p)).hex()
-        if todo:
-            cache.store(self._file, json.dumps(self._known).encode())
+        """Times what the library proposes for products that it has not seen, on memory that is given back.
 
-    def _fastest(self, p: Product) -> Heuristic:
-        device = self.device
-        sizes = {"a": p.m * p.k, "b": p.k * p.n, "out": p.m * p.n, "aux": p.m * p.n * bool(p.epilogue), "bias": p.n}
-        kinds = {"a": p.a, "b": p.b, "out": p.out, "aux": p.out, "bias": p.out}
-        at = {name: device.alloc(max(n * np.dtype(NUMPY[kinds[name]]).itemsize, 256)) for name, n in sizes.items()}
+        A step heats the card until its clocks fall, so candidates are compared hot: warmed up, without pauses, in turn.
+        """
+        todo = [p for p in dict.fromkeys(products) if repr(astuple(p)) not in self._known and not self.deterministic]
+        if not todo:
+            return
+        device, begin, end = self.device, self.device.event(True), self.device.event(True)
+        widths = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
+        sizes = {
+            "a": max(p.m * p.k * widths[p.a] for p in todo),
+            "b": max(p.k * p.n * widths[p.b] for p in todo),
+            "out": max(p.m * p.n * widths[p.out] for p in todo),
+            "aux": max(p.m * p.n * widths[p.out] * bool(p.epilogue) for p in todo),
+            "bias": max(p.n * widths[p.out] for p in todo),
+        }
+        at = {name: device.alloc(max(size, 256)) for name, size in sizes.items()}
         workspace = device.alloc(GEMM_WORKSPACE)
+        candidates: list[tuple[Product, Heuristic, Callable[[bool], None]]] = []
         try:
             for name in at:  # random values: a product of zeros runs faster than a real one
-                _randomise(device, at[name], sizes[name], NUMPY[kinds[name]])
-            bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
-            aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
-            description, layouts = self._describe(p, bias, aux)
-            found = self._proposals(description, layouts, CANDIDATES)
-            if not found:
-                raise HandgradError("cublaslt", "the library multiplies this shape", p)
-            times = []
-            for algorithm in found:
-                start = self._starter(description, layouts, algorithm, at["a"], at["b"], at["out"], workspace)
-                times.append(self._time(lambda start=start: start(p.adds)))
-            return found[times.index(min(times))]
+                _randomise(device, at[name], sizes[name] // 2, NUMPY["bf16"])
+            for p in todo:
+                bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
+                aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
+                description, layouts = self._describe(p, bias, aux)
+                found = self._proposals(description, layouts, CANDIDATES)
+                if not found:
+                    raise HandgradError("cublaslt", "the library multiplies this shape", p)
+                for algorithm in found:
+                    addresses = at["a"], at["b"], at["out"], workspace
+                    candidates.append((p, algorithm, self._starter(description, layouts, algorithm, *addresses, device.stream)))
+            times: list[list[float]] = [[] for _ in candidates]
+            for turn in range(TURNS + 1):
+                for mine, (p, _, start) in zip(times, candidates):
+                    repeats = 1 + int(TURN_FLOPS / p.flops)
+                    device.record(begin)
+                    for _ in range(repeats):
+                        start(p.adds)
+                    device.record(end)
+                    if turn:  # the first only warms up
+                        mine.append(device.seconds(begin, end) / repeats)
+            for p in todo:
+                ours = [(statistics.median(t), i) for i, (t, c) in enumerate(zip(times, candidates)) if c[0] == p]
+                self._known[repr(astuple(p))] = bytes(candidates[min(ours)[1]][1]).hex()
         finally:
             device.sync()
             for address in (*at.values(), workspace):
                 device.free(address)
-
-    def _time(self, work: Callable[[], None], repeats: int = 5) -> float:
-        begin, end, times = self.device.event(True), self.device.event(True), []
-        try:
-            work()
-        except HandgradError:
-            return float("inf")
-        for _ in range(repeats):
-            self.device.record(begin)
-            work()
-            self.device.record(end)
-            times.append(self.device.seconds(begin, end))
-        return statistics.median(times)
+        cache.store(self._file, json.dumps(self._known).encode())
 
     def peak(self, dtype: str, tf32: bool) -> float:
         """FLOP/s of a large product, measured: what stands for the peak of a card that no table knows."""
-        p = Product(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32)
-        algorithm, device = self._fastest(p), self.device
+        p, device = Product(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32), self.device
         at = [device.alloc(8192 * 8192 * 4) for _ in range(3)]
-        description, layouts = self._describe(p, 0, 0)
+        workspace, begin, end = device.alloc(GEMM_WORKSPACE), device.event(True), device.event(True)
         for address in at[:2]:
             _randomise(device, address, 8192 * 8192, NUMPY[dtype])
-        workspace = device.alloc(GEMM_WORKSPACE)
-        seconds = self._time(lambda: self._starter(description, layouts, algorithm, *at, workspace)(False))
+        description, layouts = self._describe(p, 0, 0)
+        best = float("inf")
+        for algorithm in self._proposals(description, layouts, 4):
+            start = self._starter(description, layouts, algorithm, *at, workspace, device.stream)
+            for _ in range(3):
+                device.record(begin)
+                start(False)
+                device.record(end)
+                best = min(best, device.seconds(begin, end))
         for address in (*at, workspace):
             device.free(address)
-        return p.flops / seconds
+        return p.flops / best
 
 
 def _randomise(device: Device, address: int, count: int, dtype: Any) -> None:

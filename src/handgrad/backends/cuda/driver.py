@@ -61,7 +61,10 @@ class Device:
             raise HandgradError("cuda", "the card has compute capability 8.0 or newer", f"{self.name}, {self.capability}")
         self.context = check(cu.cuDevicePrimaryCtxRetain(self.handle))
         check(cu.cuCtxSetCurrent(self.context))
-        self.stream = check(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.stream = check(cu.cuStreamCreate(flags))
+        _, first = check(cu.cuCtxGetStreamPriorityRange())
+        self.side = check(cu.cuStreamCreateWithPriority(flags, first))  # for what runs beside the next call
 
     def _attribute(self, name: str) -> int:
         kind = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -112,8 +115,12 @@ class Device:
         flags = cu.CUevent_flags.CU_EVENT_DEFAULT if timing else cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
         return check(cu.cuEventCreate(flags))
 
-    def record(self, event: Any) -> None:
-        check(cu.cuEventRecord(event, self.stream))
+    def record(self, event: Any, stream: Any = None) -> None:
+        check(cu.cuEventRecord(event, stream or self.stream))
+
+    def follow(self, event: Any, stream: Any) -> None:
+        """Has a stream wait for an event."""
+        check(cu.cuStreamWaitEvent(stream, event, 0))
 
     def wait(self, event: Any) -> None:
         """Waits, on the host, until the event's turn has come."""
@@ -155,11 +162,11 @@ class Module:
 
 
 def launcher(
-    device: Device, function: Any, grid: tuple[int, int, int], block: int, shared: int, args: Sequence[Any]
+    stream: Any, function: Any, grid: tuple[int, int, int], block: int, shared: int, args: Sequence[Any]
 ) -> Callable[[], None]:
     """A function that launches a kernel with these arguments (ctypes values)."""
     pointers = (ctypes.c_void_p * max(len(args), 1))(*[ctypes.addressof(a) for a in args])
-    keep, address, stream = (args, pointers), ctypes.addressof(pointers), device.stream
+    keep, address = (args, pointers), ctypes.addressof(pointers)
 
     def launch() -> None:
         assert keep

@@ -1,4 +1,4 @@
-"""What a card can do at most, by the name that its driver tells: dense products and memory, from NVIDIA's data sheets."""
+"""What a card can do at most, by the name that its driver tells: dense products and memory, from NVIDIA's sheets."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Peaks:
 
 
 # Data sheets and white papers of the cards: "NVIDIA A100 Tensor Core GPU", "NVIDIA Ampere GA102 GPU Architecture",
-# "NVIDIA ADA GPU Architecture", "NVIDIA H100 Tensor Core GPU Architecture", "NVIDIA H200", "GH200 Grace Hopper Superchip",
+# "NVIDIA ADA GPU Architecture", "NVIDIA H100 Tensor Core GPU Architecture", "NVIDIA H200", "GH200 Grace Hopper",
 # "NVIDIA Blackwell Architecture Technical Brief", "NVIDIA RTX Blackwell GPU Architecture", "HGX B300", "RTX PRO 6000".
 # The sheets of Hopper and later print figures with sparsity, twice these. GeForce cards sum in float32 at half the
 # printed rate. A card that is sold under one name with several speeds is left out: it is measured.
@@ -66,7 +66,8 @@ def peaks(name: str) -> Peaks | None:
 
     A part of a card (MIG), a laptop's or a cut-down one has a longer name and is another card.
 
-    >>> peaks("NVIDIA H100 80GB HBM3").bf16, peaks("NVIDIA GeForce RTX 4090").gbps, peaks("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    >>> h100 = "NVIDIA H100 80GB HBM3"
+    >>> peaks(h100).bf16, peaks("NVIDIA GeForce RTX 4090").gbps, peaks(h100 + " MIG 1g.10gb")
     (989.4, 1008, None)
     """
     return CARDS.get(name.removeprefix("NVIDIA ").removeprefix("GeForce "))

@@ -40,7 +40,7 @@ __device__ __forceinline__ bf16 split_weight(float weight, short *low) {
 __device__ __forceinline__ float join_weight(bf16 high, short low) {
   return __uint_as_float(__float_as_uint(to_float(high)) + (u32)(int)low);
 }
-// One of the two neighbours of a weight: the upper as often as the 16 bits that are cut off say, so the mean is the weight.
+// One of a weight's two neighbours: the upper as often as the 16 bits that are cut off say, so the mean is the weight.
 __device__ __forceinline__ bf16 round_weight(float weight, u32 draw) {
   u32 bits = __float_as_uint(weight);
   bool finite = (bits & 0x7f800000u) != 0x7f800000u;
@@ -62,6 +62,9 @@ adamw_kernel(real *__restrict__ p,                              // (n)
   __syncthreads();
   const float rate = rates[0], root = rates[1], shrink = (float)(1.0 - (double)knobs->lr * (double)weight_decay);
   const float keep1 = (float)BETA1, take1 = (float)(1.0 - BETA1), keep2 = (float)BETA2, take2 = (float)(1.0 - BETA2);
+#if HG_BF16 && !LOW
+  const u64 key = knobs->seed, stream = WEIGHT_STREAM ^ (u64)knobs->step;
+#endif
   for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * 4; i < n; i += (i64)gridDim.x * THREADS * 4) {
     Pack<grad_t, 4> g = read(grad, i, n);
     Pack<float, 4> first = read(m, i, n), second = read(v, i, n);
@@ -69,7 +72,7 @@ adamw_kernel(real *__restrict__ p,                              // (n)
 #if LOW
     Pack<short, 4> rest = read(low, i, n);
 #elif HG_BF16
-    const uint4 bits = philox((u64)(start + i) / 4, WEIGHT_STREAM ^ (u64)knobs->step, knobs->seed);
+    const uint4 bits = philox((u64)(start + i) / 4, stream, key);
     const u32 draw[4] = {bits.x, bits.y, bits.z, bits.w};
 #endif
 #pragma unroll

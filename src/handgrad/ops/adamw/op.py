@@ -11,12 +11,13 @@ from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
 from handgrad.ops.adamw import reference
 
-THREADS, HELD = 256, 5  # of a block; blocks that a multiprocessor holds
+THREADS = 256  # of a block
 
 
 class AdamW(Op):
-    """Updates p, m, v and low: the 16 bits of the float32 weight that a bf16 p lacks. Without low a bf16 weight is rounded
-    at random. `start` is the stretch's first element in the flat vectors, a multiple of 4.
+    """Updates p, m, v and low: the 16 bits of the float32 weight that a bf16 p lacks. Without low it is rounded at random.
+
+    `start` is the stretch's first element in the flat vectors, a multiple of 4.
 
     Reads lr, step, seed and grad_scale from knobs; where grad_scale is 0 it changes nothing.
     """
@@ -69,9 +70,10 @@ class AdamW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         vec = 4 if c.sizes["n"] % 4 == 0 else 1
-        defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": HELD}
+        held = 5 if vec == 4 else 4  # blocks that the registers of a multiprocessor are enough for
+        defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": held}
         defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
-        grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * HELD)
+        grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * held)
         args = "p m v low grad knobs | n start eps weight_decay"
         return Launches((Kernel("adamw_kernel", args, grid, THREADS, 0, defines),))
 

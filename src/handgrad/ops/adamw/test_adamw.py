@@ -6,7 +6,6 @@ from handgrad.backends import open_backend
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import case
-from handgrad.core.plan import plan
 from handgrad.ops import adamw
 from handgrad.ops.adamw.reference import join_weight, round_weight, split_weight
 from handgrad.testing import case_arrays, case_program, check_op, set_knobs
@@ -19,7 +18,7 @@ def update(backend, dtype, arrays, grad_scale=1.0, **attrs):
     n = arrays["p"].size
     sizes = dict(n=n, start=128, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, low="low" in arrays)
     p, c = case_program(adamw, case(**sizes | attrs), dtype)
-    arena = backend.alloc(plan(p, scratch=backend.scratch))
+    arena = backend.alloc(backend.plan(p))
     for t in (*c.ins, *c.outs):
         if t is not None:
             arena.write(t, arrays[t.name])

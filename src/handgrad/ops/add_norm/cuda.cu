@@ -3,7 +3,7 @@
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) grad_t        dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
 // layout    a row lies in the registers of its team: a warp, or where it is long a block; C is known when compiling
-//           backward: a grid that fills the card walks the rows; a thread sums dw and db of its own columns in registers
+//           backward: a grid that fills the card walks the rows; a thread sums dw and db of its columns in registers
 // determinism  fixed order: rows of a team, teams of a block, then blocks (norm_backward_sum); no atomics
 // speed     not measured yet
 // source    own work
@@ -107,7 +107,7 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
 }
 #else
 // -DSTREAMS   3; 2 where ds is not given
-// -DSTAGED    1: rows come through shared memory, the next one while this one is summed; 0: odd C, or one too long for it
+// -DSTAGED    1: rows come through shared memory, the next while this one is summed; 0: C is odd, or too long for it
 // -DHELD      blocks that a multiprocessor holds at a time: what bounds the registers
 // -DBLOCKS    blocks in all
 KERNEL __launch_bounds__(TEAM * ROWS, HELD)
@@ -179,7 +179,8 @@ norm_backward_kernel(real *__restrict__ dx,                                     
     for (int k = 0; k < PACKS; k++)
       if (inside(k, lane)) {
         int c = column(k, lane);
-        Pk g = load<real, VEC>(from[0] + c), v = load<real, VEC>(from[1] + c), a = load<real, VEC>(scale + c), rest = {}, d;
+        Pk g = load<real, VEC>(from[0] + c), v = load<real, VEC>(from[1] + c), a = load<real, VEC>(scale + c);
+        Pk rest = {}, d;
         if constexpr (STREAMS == 3) rest = load<real, VEC>(from[2] + c);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {

@@ -106,7 +106,7 @@ class NormBackward(Op):
         if not staged:
             shared = 8 * C if rows > 1 else 0  # the sums of a block
         held = max(1, 512 // d["TEAM"]) if rows == 1 else 4 if packs <= 3 else 3 if packs <= 6 else 2  # by registers
-        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # and by shared memory: a block costs 1 KiB more
+        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # and by shared memory: 1 KiB more each
         blocks = min(-(-c.sizes["N"] // rows), gpu.sms * held)
         d |= {"STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
         args = "dx scratch dy ds s w mean rstd | N"

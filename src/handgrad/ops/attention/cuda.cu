@@ -37,13 +37,13 @@ __device__ __forceinline__ Place place(int tiles, int heads) {
 // tile (rows, LD) = rows first .. of x (.., D), zeros outside; complete after copy_async_wait and a barrier
 template <int rows> __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *x, i64 stride, int first, int end) {
   constexpr int words = DP / 8;
+  const int row_bytes = (int)stride * 2;  // one multiply-add makes an address
 #pragma unroll
   for (int i = 0; i < rows * words / THREADS; i++) {
     int word = i * THREADS + threadIdx.x, r = word / words, c = word % words * 8, row = first + r;
-    const bf16 *from = x + row * stride + c;
+    const bf16 *from = (const bf16 *)((const char *)(x + c) + (i64)row * row_bytes);
     if constexpr (VEC == 8) {
-      bool valid = row < end && c < D;
-      copy_async(tile + r * LD + c, valid ? from : x, valid);
+      copy_async(tile + r * LD + c, from, row < end && c < D);
     } else {
       Pack<bf16, 8> y;
 #pragma unroll
@@ -402,7 +402,14 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
       float s[TALL][SPAN / 8][4], ds[TALL][SPAN / 8][4];
       scores(s, left, k_tile + part * LD);
       scores(ds, left_dy, v_tile + part * LD);
-      const bool masked = CAUSAL ? key0 + SPAN - 1 > own : key0 + SPAN > T;
+      if (CAUSAL ? key0 + SPAN - 1 > own : key0 + SPAN > T)
+#pragma unroll
+        for (int m = 0; m < TALL; m++)
+#pragma unroll
+          for (int n = 0; n < SPAN / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              if (key0 + n * 8 + t * 2 + e % 2 > (CAUSAL ? own + m * 16 + e / 2 * 8 + g : T - 1)) s[m][n][e] = -HG_INF;
 #pragma unroll
       for (int m = 0; m < TALL; m++)
 #pragma unroll
@@ -412,7 +419,6 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             float prob = exp2_fast(s[m][n][e] * scale2 - base[m][e / 2]);
-            if (masked && key0 + n * 8 + t * 2 + e % 2 > (CAUSAL ? own + m * 16 + e / 2 * 8 + g : T - 1)) prob = 0.0f;
             float dprob = DROPOUT ? (bits >> e & 1 ? ds[m][n][e] * rule.scale : 0.0f) : ds[m][n][e];
             ds[m][n][e] = prob * (dprob - delta[m][e / 2]);
           }
@@ -485,7 +491,14 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
       float s[TALL][SPAN / 8][4], ds[TALL][SPAN / 8][4];
       scores(s, left, q_tile + part * LD);
       scores(ds, left_v, dy_tile + part * LD);
-      const bool masked = CAUSAL && query0 < own + OWN - 1;
+      if (CAUSAL && query0 < own + OWN - 1)
+#pragma unroll
+        for (int m = 0; m < TALL; m++)
+#pragma unroll
+          for (int n = 0; n < SPAN / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              if (own + m * 16 + e / 2 * 8 + g > query0 + n * 8 + t * 2 + e % 2) s[m][n][e] = -HG_INF;
 #pragma unroll
       for (int n = 0; n < SPAN / 8; n++) {
         Pack<float, 4> row = load<float, 4>((const float *)(stat + part + n * 8));  // lse, delta of two queries
@@ -496,7 +509,6 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             float prob = exp2_fast(s[m][n][e] * scale2 - row.v[e % 2 * 2]);
-            if (masked && own + m * 16 + e / 2 * 8 + g > query0 + n * 8 + t * 2 + e % 2) prob = 0.0f;
             float dprob = DROPOUT ? (bits >> e & 1 ? ds[m][n][e] * rule.scale : 0.0f) : ds[m][n][e];
             ds[m][n][e] = prob * (dprob - row.v[e % 2 * 2 + 1]);
             s[m][n][e] = bits >> e & 1 ? prob : 0.0f;

@@ -3,7 +3,9 @@
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
+from handgrad.core.program import Call
 from handgrad.ops.attention_decode import reference
 
 
@@ -33,6 +35,17 @@ class AttentionDecode(Op):
 
     def ref(self, v: Any) -> tuple:
         return reference.attention_decode(v.cache, v.qkv, v.T, v.H, int(v.knobs.position))
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
+        vec = 16 // c.dtype.size if D % (16 // c.dtype.size) == 0 else 1
+        lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
+        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks a multiprocessor, but not for a few keys each
+        defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts}
+        args = "y scratch cache qkv knobs | T S H K"
+        attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), 128, defines=defines)
+        merge = Kernel("attention_decode_merge_kernel", "y scratch", queries, 128, defines=defines)
+        return Launches((attend, merge) if parts > 1 else (attend,), scratch=4 * queries * parts * (D + 2))
 
 
 attention_decode = AttentionDecode()

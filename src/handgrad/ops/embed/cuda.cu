@@ -26,7 +26,7 @@ embed_forward_kernel(real *__restrict__ y,          // (N, C)
   int c = (int)(at % (C / VEC)) * VEC;
   Pk x = load<real, VEC>(wte + (i64)ids[n] * C + c);
   if (wpe) {
-    i64 position = (u32)n % (u32)T + (decode ? knobs->position : 0);  // in decode rows continue the sequences in the cache
+    i64 position = (u32)n % (u32)T + (decode ? knobs->position : 0);  // in decode rows continue what is in the cache
     Pk place = load<real, VEC>(wpe + position * C + c);
 #pragma unroll
     for (int i = 0; i < VEC; i++) x.set(i, x.at(i) + place.at(i));

@@ -15,7 +15,12 @@ class Fill(Op):
     outs = "+x:n:grad"
     attrs = {"n": int, "value": float}
     cpu = C("fill", "x | n value acc.x knobs")
-    cases = (case(n=33, value=0.0), case(n=1, value=2.5), case(n=6400, value=-1.0), case(n=7_087_872, value=0.0, real="gpt2-124m, one block"))
+    cases = (
+        case(n=33, value=0.0),
+        case(n=1, value=2.5),
+        case(n=6400, value=-1.0),
+        case(n=7_087_872, value=0.0, real="gpt2-124m, one block"),
+    )
 
     def ref(self, v: Any) -> tuple:
         return (reference.fill(v.x, v.value),)

@@ -10,8 +10,9 @@ from handgrad.ops.global_norm import reference
 
 
 class GlobalNorm(Op):
-    """knobs.grad_norm = |grad|;  knobs.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0; and 0, which is no
-    update, where the norm is not finite.
+    """knobs.grad_norm = |grad|;  knobs.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0.
+
+    Where the norm is not finite the scale is 0, which is no update.
     """
 
     name = "global_norm"

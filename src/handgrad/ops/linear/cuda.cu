@@ -9,7 +9,7 @@
 // determinism  fixed order: rows of a stretch by 8 warps, warps in order, then stretches (-DPARTS of them)
 // speed     not measured yet
 // source    own work
-#include "kernel.cuh"
+#include "ptx.cuh"
 #ifndef VEC
 #define VEC 1
 #endif
@@ -19,14 +19,14 @@
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
-// With 1/2 (1 + tanh(u)) = sigmoid(2u), GELU costs one e^x and one division. For bf16 both come from the hardware,
-// 2^-20 off at most. The bound keeps e^x finite, so that x e^x / (1 + e^x)^2 is not infinity times zero.
+// With 1/2 (1 + tanh(u)) = sigmoid(2u), GELU costs one exponential and one division. For bf16 both come from the
+// hardware, 2^-20 off at most. The bound keeps the exponential finite; a NaN comes back through x.
 __device__ __forceinline__ float sigmoid_2u(float x) {
-  float z = fminf(-1.5957691216057308f * (x + 0.044715f * x * x * x), 80.0f);  // -2u = -2 sqrt(2/pi) (...)
 #if HG_BF16
-  return __fdividef(1.0f, 1.0f + __expf(z));
+  float z = fminf(x * (-2.3022082f - 0.10294324f * x * x), 120.0f);  // -2u log2(e), u = sqrt(2/pi) (x + 0.044715 x^3)
+  return __fdividef(1.0f, 1.0f + exp2_fast(z));
 #else
-  return 1.0f / (1.0f + expf(z));
+  return 1.0f / (1.0f + expf(fminf(x * (-1.5957691f - 0.07135482f * x * x), 80.0f)));
 #endif
 }
 __device__ __forceinline__ float gelu_of(float x) { return x * sigmoid_2u(x); }

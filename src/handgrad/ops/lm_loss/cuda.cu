@@ -3,7 +3,7 @@
 //           gradients carry knobs->loss_scale, losses do not
 // columns   V..VP are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
-// numerics  the maximum is subtracted; sums in float; a NaN logit gives a NaN loss
+// numerics  the maximum is subtracted; 2^x to 2 units in the last place; sums in float; a NaN logit gives a NaN loss
 // layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient. With
 //           AHEAD the row lies in shared memory and the next one is on its way there, so that logits are read once and
 //           written once; without (a row is too long) the second and third reading come from L2
@@ -14,10 +14,11 @@
 
 // -DV columns that count, -DVP all columns, -DROWS of this chunk, -DTHREADS of a block, -DVEC elements of an access
 enum { PACKS = VP / VEC, STEPS = (PACKS + THREADS - 1) / THREADS, UNROLL = AHEAD ? STEPS : 4 };
+#define LOG2E 1.4426950408889634f
 
-// A thread's pack of columns at one step.
-__device__ __forceinline__ bool exists(int step) { return step * THREADS + (int)threadIdx.x < PACKS; }
+// A thread's pack of columns at one step; only the last one may lie past the end of the row.
 __device__ __forceinline__ int first_column(int step) { return (step * THREADS + (int)threadIdx.x) * VEC; }
+__device__ __forceinline__ bool exists(int step) { return (step + 1) * THREADS <= PACKS || first_column(step) < VP; }
 
 // Its logits. Padding, and what is past the end of the row, looks like -inf.
 __device__ __forceinline__ Pack<real, VEC> columns(const real *row, int step) {
@@ -30,8 +31,6 @@ __device__ __forceinline__ Pack<real, VEC> columns(const real *row, int step) {
   }
   return x;
 }
-
-__device__ __forceinline__ float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
 
 // Starts to copy a row. A thread copies just what it will read, so it has nobody else to wait for.
 __device__ __forceinline__ void fetch(real *to, const real *row) {
@@ -65,40 +64,48 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
 #else
     const real *from = logits + (i64)row * VP;
 #endif
-    bool counts = target != ignore_index;
-    bool mine = counts && target / VEC % THREADS == (int)threadIdx.x;  // the target is one of this thread's columns
-    float picked = mine ? to_float(from[target]) : 0.0f;
-
-    float top = -HG_INF, sum = 0.0f;
-#pragma unroll UNROLL
-    for (int s = 0; s < STEPS; s++) {
-      Pack<real, VEC> x = columns(from, s);
-#pragma unroll
-      for (int q = 0; q < VEC; q++) top = fmaxf(top, x.at(q));
-    }
-    top = block_reduce<THREADS>(top, Max(), -HG_INF, room);
-#pragma unroll UNROLL
-    for (int s = 0; s < STEPS; s++) {
-      Pack<real, VEC> x = columns(from, s);
-#pragma unroll
-      for (int q = 0; q < VEC; q++) sum += exp_of(x.at(q) - top);
-    }
-    sum = block_reduce<THREADS>(sum, Sum(), 0.0f, room);
-    if (mine) losses[row] = top + logf(sum) - picked;
-    if (!counts && threadIdx.x == 0) losses[row] = 0.0f;
-
 #if GRADIENT
     real *gradient = logits + (i64)row * VP;
-    float scale = knobs->loss_scale, factor = scale / sum;
-#pragma unroll UNROLL
-    for (int s = 0; s < STEPS; s++) {
-      Pack<real, VEC> x = columns(from, s);
-#pragma unroll
-      for (int q = 0; q < VEC; q++) x.set(q, counts ? exp_of(x.at(q) - top) * factor : 0.0f);
-      if (exists(s)) store(gradient + first_column(s), x);
-    }
-    if (mine) gradient[target] = from_float<real>((exp_of(picked - top) / sum - 1.0f) * scale);  // after its own store
 #endif
+    if (target == ignore_index) {
+      if (threadIdx.x == 0) losses[row] = 0.0f;
+#if GRADIENT
+#pragma unroll UNROLL
+      for (int s = 0; s < STEPS; s++)
+        if (exists(s)) store(gradient + first_column(s), Pack<real, VEC>{});
+#endif
+    } else {
+      bool mine = target / VEC % THREADS == (int)threadIdx.x;  // the target is one of this thread's columns
+      float picked = mine ? to_float(from[target]) : 0.0f;
+      float top = -HG_INF, sum = 0.0f;
+#pragma unroll UNROLL
+      for (int s = 0; s < STEPS; s++) {
+        Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+        for (int q = 0; q < VEC; q++) top = fmaxf(top, x.at(q));
+      }
+      top = LOG2E * block_reduce<THREADS>(top, Max(), -HG_INF, room);  // e^(x - max) as 2^(x log2(e) - top)
+#pragma unroll UNROLL
+      for (int s = 0; s < STEPS; s++) {
+        Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+        for (int q = 0; q < VEC; q++) sum += exp2_fast(fmaf(x.at(q), LOG2E, -top));
+      }
+      sum = block_reduce<THREADS>(sum, Sum(), 0.0f, room);
+      if (mine) losses[row] = (top + log2f(sum)) * 0.6931471805599453f - picked;
+
+#if GRADIENT
+      float scale = knobs->loss_scale, factor = scale / sum;
+#pragma unroll UNROLL
+      for (int s = 0; s < STEPS; s++) {
+        Pack<real, VEC> x = columns(from, s);
+#pragma unroll
+        for (int q = 0; q < VEC; q++) x.set(q, exp2_fast(fmaf(x.at(q), LOG2E, -top)) * factor);
+        if (exists(s)) store(gradient + first_column(s), x);
+      }
+      if (mine) gradient[target] = from_float<real>((exp2_fast(fmaf(picked, LOG2E, -top)) / sum - 1.0f) * scale);
+#endif
+    }
     target = next_target;
   }
 }

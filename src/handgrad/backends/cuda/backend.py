@@ -1,0 +1,197 @@
+"""cuda: binds every call to the launches that its op declares; a stretch of the list becomes one graph."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.backends.cuda import cudnn
+from handgrad.backends.cuda.arena import CudaArena
+from handgrad.backends.cuda.card import Card
+from handgrad.backends.cuda.cublaslt import CublasLt, Product
+from handgrad.backends.cuda.driver import Device, Module, launcher
+from handgrad.backends.cuda.nvrtc import Source, compile_all
+from handgrad.backends.cuda.peaks import peaks
+from handgrad.core.dtypes import BF16
+from handgrad.core.errors import HandgradError
+from handgrad.core.launch import Gemm, Gpu, Kernel, number, place
+from handgrad.core.op import Op
+from handgrad.core.plan import Plan, aligned
+from handgrad.core.program import Call, Program
+
+Start = Callable[[bool], None]  # begins one launch; the argument: whether this is the first micro-batch of a step
+
+
+class CudaExecutable(Executable):
+    """The bound list. A stretch runs launch by launch the first time, is captured the second, and replayed from then."""
+
+    def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
+        self.program, self.arena, self.device = program, arena, backend.device
+        compiled = compile_all([s for c in program.calls for s in backend.sources(c)])
+        self._starts = [backend.bind_call(c, program, arena, compiled) for c in program.calls]
+        self._fork, self._join = self.device.event(), self.device.event()
+        self._graphs: dict[tuple[int, int, bool], Any] = {}
+
+    def run(self, start: int = 0, stop: int | None = None) -> None:
+        stop = len(self._starts) if stop is None else stop
+        key = start, stop, self._is_first()
+        if key not in self._graphs:
+            self._launch(*key)
+            self._graphs[key] = None
+            return
+        if self._graphs[key] is None:
+            self._graphs[key] = self.device.capture(lambda: self._launch(*key))
+        self.device.replay(self._graphs[key])
+
+    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
+        begin, end, first = self.device.event(True), self.device.event(True), self._is_first()
+        for i in range(start, len(self._starts) if stop is None else stop):
+            self.device.record(begin)
+            self._launch(i, i + 1, first)
+            self.device.record(end)
+            after(self.program.calls[i], self.device.seconds(begin, end))
+
+    def _is_first(self) -> bool:
+        return self.arena.written(self.program)["micro_step"][0] == 0
+
+    def _launch(self, start: int, stop: int, first: bool) -> None:
+        beside = False  # whether the side stream is at work
+        for i in range(start, stop):
+            if self.program.calls[i].op.beside:
+                self.device.record(self._fork)
+                self.device.follow(self._fork, self.device.side)
+                for begin in self._starts[i]:
+                    begin(first)
+                self.device.record(self._join, self.device.side)
+                beside = True
+                if i + 1 < stop:
+                    continue
+            else:
+                for begin in self._starts[i]:
+                    begin(first)
+            if beside:
+                self.device.follow(self._join, self.device.stream)
+                beside = False
+
+
+class CudaBackend(Backend):
+    """One card. tf32: float32 products on tensor cores, factors rounded to 10 bits. deterministic: the same bits
+    whatever is recomputed, and no algorithm chosen by the clock."""
+
+    name, dtype, head_rows, runs_beside = Card.name, "bf16", Card.head_rows, Card.runs_beside
+    dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
+
+    def __init__(self, tf32: bool = False, deterministic: bool = False):
+        self.device = Device()
+        self._blas = CublasLt(self.device, deterministic)
+        self._cudnn: cudnn.Cudnn | None = None  # opened where a call wants it
+        self._modules: dict[bytes, Module] = {}
+        has_cudnn = cudnn.library() is not None
+        self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
+        self._card = Card(self.gpu)
+        self.hardware = f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
+
+    def has(self, op: Op) -> bool:
+        return self._card.has(op)
+
+    def scratch(self, call: Call) -> int:
+        return self._card.scratch(call)
+
+    def note(self, call: Call) -> str:
+        return self._card.note(call)
+
+    def peak_flops(self, dtype: str) -> float:
+        """FLOP/s that the card can do in this dtype ("bf16", "tf32", "f32"): its data sheet's, or measured."""
+        known = peaks(self.gpu.name)
+        if known is not None:
+            return getattr(known, dtype) * 1e12
+        return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
+
+    def alloc(self, plan: Plan) -> Arena:
+        self._blas.tune([
+            p for program in plan.programs for c in program.calls for p in self._products(c)
+        ])  # before the memory is taken
+        return CudaArena(self.device, plan)
+
+    def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:
+        for c in program.calls:
+            if not self.has(c.op):
+                rule, context = "every op has a cuda form", f"called at {c.where}"
+                raise HandgradError("bind", rule, f"none for '{c.op.name}'", context=context, hint="handgrad ops")
+        return CudaExecutable(program, arena, self)
+
+    # one call -------------------------------------------------------------------------------------------------------
+
+    def sources(self, c: Call) -> list[Source]:
+        """What must be compiled for a call."""
+        return [source(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Kernel)]
+
+    def _products(self, c: Call) -> list[Product]:
+        return list(dict.fromkeys(product(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Gemm)))
+
+    def bind_call(self, c: Call, program: Program, arena: CudaArena, compiled: dict[Source, bytes]) -> list[Start]:
+        """What starts each launch of a call."""
+        launches, plan = c.op.cuda(c, self.gpu), arena.plan
+        room = arena.address + plan.scratch.get(c, 0)
+        workspace = room + aligned(launches.scratch)
+
+        def address(word: str) -> int:
+            tensor, offset = place(word, c)
+            if tensor is None:
+                return 0
+            if tensor == "scratch":
+                return room + offset
+            return arena.address + plan.offset[program.knobs if tensor == "knobs" else tensor] + offset
+
+        stream = self.device.side if c.op.beside else self.device.stream
+        starts: list[Start] = []
+        for step in launches.steps:
+            if isinstance(step, Kernel):
+                starts.append(self._bind_kernel(step, c, stream, address, compiled[source(step, c, self.gpu)]))
+            elif isinstance(step, Gemm):
+                starts.append(self._bind_gemm(step, c, stream, address, workspace))
+            else:
+                if self._cudnn is None:
+                    self._cudnn = cudnn.Cudnn(self.device)
+                names = ("qkv", "y", "lse", *(("dy", "dqkv") if step.direction == "backward" else ()))
+                start = self._cudnn.bind(step, {n: address(n) for n in names}, workspace)
+                starts.append(lambda first, start=start: start())
+        return starts
+
+    def _bind_kernel(self, k: Kernel, c: Call, stream: Any, address: Callable[[str], int], cubin: bytes) -> Start:
+        pointers, _, numbers = k.args.partition("|")
+        args: list[Any] = [ctypes.c_void_p(address(word)) for word in pointers.split()]
+        for word in numbers.split():
+            value = number(word, c)
+            args.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value))
+        grid = (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid
+        function = self._module(cubin).function(k.entry, k.shared)
+        start = launcher(stream, function, grid, k.block, k.shared, args)
+        return lambda first: start()
+
+    def _module(self, cubin: bytes) -> Module:
+        if cubin not in self._modules:
+            self._modules[cubin] = Module(cubin)
+        return self._modules[cubin]
+
+    def _bind_gemm(self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int) -> Start:
+        bias, aux = (address(word) if word else 0 for word in (g.bias, g.aux))
+        addresses = address(g.a), address(g.b), address(g.out), bias, aux, workspace
+        start = self._blas.bind(product(g, c, self.gpu), *addresses, stream)
+        always = g.adds is True or (isinstance(g.adds, str) and g.adds not in c.first)
+        sometimes = isinstance(g.adds, str)
+        return lambda first: start(always or (sometimes and not first))
+
+
+def source(k: Kernel, c: Call, gpu: Gpu) -> Source:
+    """What must be compiled for a launch."""
+    args = (*zip(c.op.in_args, c.ins), *zip(c.op.out_args, c.outs))
+    grads = {t.dtype for arg, t in args if arg.kind == "grad" and t is not None}
+    types = {"HG_BF16": int(c.dtype is BF16), "HG_GRAD_BF16": int(BF16 in grads)}
+    return Source(str(c.op.folder / k.file), gpu.arch, tuple(sorted((types | k.defines).items())))
+
+
+def product(g: Gemm, c: Call, gpu: Gpu) -> Product:
+    """What the choice of a product's algorithm depends on."""
+    a, b, out = (place(word, c)[0].dtype.name for word in (g.a, g.b, g.out))
+    return Product(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.adds is not False, gpu.tf32)
