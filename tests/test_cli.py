@@ -78,7 +78,7 @@ def test_help_is_quick():
 
 
 @pytest.mark.parametrize(("argv", "line"), [
-    ("trian", "[handgrad] the verb is one of train, generate, explain, data, ops, but got 'trian'. "
+    ("trian", "[handgrad] the verb is one of train, generate, explain, profile, data, ops, doctor, but got 'trian'. "
               "hint: did you mean handgrad train?"),
     ("train --run.stepps 3", "[train] flags are those of --help, but got '--run.stepps'. "
                              "hint: did you mean --run.steps?"),

@@ -18,7 +18,7 @@ from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_arrays, case_program, check_case, run_case
-from tests.emulator import EmulatedBackend, KernelFault, cards, library, source
+from tests.emulator import INCLUDE, EmulatedBackend, KernelFault, cards, library, source
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs g++ on x86-64")
 
@@ -183,7 +183,7 @@ FAULTS = {
     "a misaligned access": ("*(float4 *)(y + t % 2) = *(const float4 *)(x + t % 2);", "misaligned.* at cuda.cu:4"),
     "a null pointer": ("const float *p = N == 64 ? nullptr : x; y[t] = p[t];", "memory that is not there.* at cuda.cu:4"),
     "a copy to a place that is not shared": ("copy_async(y + 4 * t, x);", "target of a copy at cuda.cu:4"),
-    "rows that are not shared": ("u32 r[4]; load_matrix(r, x); y[t] = r[0];", "lane 0's row in cuda.cu:4"),
+    "rows that are not shared": ("u32 r[4]; load_matrix(r, x); y[t] = r[0];", "lane 0's row at cuda.cu:4"),
 }  # fmt: skip
 
 
@@ -209,6 +209,28 @@ RACES = {
 def test_a_race_shows_in_one_of_the_orders(tmp_path, name):
     results = [probe(tmp_path, RACES[name], 256, reverse) for reverse in (False, True)]
     assert not all(np.array_equal(y, np.arange(64)) for y in results)
+
+
+@pytest.mark.parametrize("barrier", range(2))
+def test_a_barrier_that_is_taken_out_of_a_reduction_is_missed(tmp_path, monkeypatch, barrier):
+    """The op's own kernel with a barrier less in block_reduce gives wrong values or faults."""
+    op, case = OPS["norm"], Case({"N": 5, "C": 2072, "eps": 1e-5})
+    for file in (*INCLUDE.glob("*.cuh"), *op.folder.glob("*.cu*")):
+        shutil.copy(file, tmp_path)  # the headers beside a file come first
+    header = (tmp_path / "kernel.cuh").read_text()
+    before, reduction = header.split("float block_reduce", 1)
+    parts = reduction.split("__syncthreads();")
+    assert len(parts) == 3
+    parts[barrier : barrier + 2] = [parts[barrier] + parts[barrier + 1]]
+    monkeypatch.setattr(Op, "folder", property(lambda self: tmp_path))
+    judge = lambda reverse: max(e.ratio for e in check_case(op, case, EmulatedBackend(reverse=reverse), F32))  # noqa: E731
+    assert judge(False) <= 1 and judge(True) <= 1
+    (tmp_path / "kernel.cuh").write_text(before + "float block_reduce" + "__syncthreads();".join(parts))
+    library.cache_clear()
+    try:
+        assert max(judge(False), judge(True)) > 1
+    except KernelFault:
+        pass
 
 
 def test_a_write_outside_of_the_output_is_seen(tmp_path):

@@ -45,7 +45,8 @@ def test_trainers_with_different_threads_work_side_by_side(train):
     a, first = train(threads=1)
     b, _ = train(threads=2)
     again, _ = train(threads=1)
-    assert a.step(4, lr=1e-3) == b.step(4, lr=1e-3) == again.step(4, lr=1e-3)
+    fourth = [run.step(4, lr=1e-3) for run in (a, b, again)]
+    assert len({(step.loss, step.grad_norm) for step in fourth}) == 1
 
 
 def test_another_seed_is_another_run(train):

@@ -54,7 +54,7 @@ def test_everything_that_lies_in_the_folder_is_shown(tmp_path):
     log(tmp_path, [4.0 / (1 + step / 50) + 1.0 for step in range(200)])
     config = {"model": {"preset": "tiny", "deep": {"er": 0.002}}, "run": {"prompt": "\n", "final": None}, "seed": 1337}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    summary = {"model": "gpt2 tiny", "params": 809_856, "tokens": 153_600, "isa": "avx512", "hardware": "a CPU"}
+    summary = {"model": "gpt2 tiny", "params": 809_856, "tokens": 153_600, "dtype": "bf16", "hardware": "a CPU"}
     (tmp_path / "run.json").write_text(json.dumps({"summary": summary | {"threads": 2}}))
     (tmp_path / "sample.txt").write_text("Speak, speak.\n")
     (tmp_path / "memory.txt").write_text("params   3.1 MiB\n")
@@ -62,7 +62,7 @@ def test_everything_that_lies_in_the_folder_is_shown(tmp_path):
     page = Page(path)
     assert path == tmp_path / "report.html" and page.tags.count("svg") == 4
     last = 4.0 / (1 + 199 / 50) + 1.0
-    shown = ["gpt2 tiny", "a CPU · avx512", "810k", "809,856", "154k", f"{last:.4f}", f"{last + 0.1:.4f}"]
+    shown = ["gpt2 tiny", "a CPU · bf16", "810k", "809,856", "154k", f"{last:.4f}", f"{last + 0.1:.4f}"]
     shown += ["validation", "Speak, speak.", "params   3.1 MiB", "deep.er", "0.002", '"\\n"', "null", "1337", "threads"]
     assert [text for text in [*shown, "skipped: non-finite gradient"] if text not in page.texts] == []
 

@@ -133,7 +133,6 @@ def run_case(
         for start, size in spans:
             after[start : start + size] = before[start : start + size]
         assert np.array_equal(after, before), f"{c.op.name} wrote outside its outputs"
-    arena.close()
     return outs
 
 

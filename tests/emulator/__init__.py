@@ -2,13 +2,17 @@
 
     python -m tests.emulator add_norm             every case of the op, f32 and bf16, against the float64 oracle
     python -m tests.emulator add_norm --verbose   error / tolerance of each output
-    python -m tests.emulator                      all ops that declare `cuda`
+    python -m tests.emulator                      all ops
+    pytest tests/test_cuda_emulated.py -k norm    the same, in both orders of the threads
 
-in the repository's root. Kernels are compiled by g++ as plain C++ (HG_HOST, emulator.h) and kept in a cache; each thread
-of a block is a fibre (runtime.cc, which says what is caught there). A fault raises KernelFault with the kernel's name,
-block, thread and source line. Products (Gemm) are numpy's in float32, attention by the library (Sdpa) is the oracle's.
-Outputs and scratch are NaN before a call. `reverse=True` runs threads, warps and blocks the other way round: a kernel
-that needs no luck gives the same bits.
+in the repository's root. A case runs on several cards where they launch something else (`cards`): without cuDNN,
+deterministic, small.
+
+Kernels are compiled by g++ as plain C++ (HG_HOST, emulator.h) and kept in a cache; each thread of a block is a fibre
+(runtime.cc, which says what is caught there). A fault raises KernelFault with the kernel's name, block, thread and
+source line. Products (Gemm) are numpy's in float32, attention by the library (Sdpa) is the oracle's. Outputs and
+scratch are NaN before a call. With `reverse`, threads, warps and blocks run the other way round: a kernel that owes
+nothing to luck gives the same bits.
 """
 
 import ctypes
@@ -19,6 +23,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -80,11 +85,11 @@ class EmulatedExecutable(Executable):
         self.knobs = arena.knobs(program)
         self.oracle = RefBackend(exact=False).bind(program, arena)
         launches = [c.op.cuda(c, backend.gpu) for c in program.calls]
-        kernels = {source(step, c): None for c, l in zip(program.calls, launches) for step in l.steps if isinstance(step, Kernel)}
+        kernels = {source(step, c): None for c, todo in zip(program.calls, launches) for step in todo.steps if isinstance(step, Kernel)}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.libraries = dict(zip(kernels, pool.map(library, kernels)))
-        self.steps = [[self._bind(step, c, i) for step in l.steps] for i, (c, l) in enumerate(zip(program.calls, launches))]
-        self.room = [l.scratch for l in launches]
+        self.steps = [[self._bind(step, c, i) for step in todo.steps] for i, (c, todo) in enumerate(zip(program.calls, launches))]
+        self.room = [todo.scratch for todo in launches]
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
         self.run_each(lambda c, seconds: None, start, stop)
@@ -192,13 +197,13 @@ def cards(op: Op, case: Case, dtype: DType) -> dict[str, Gpu]:
     """The cards, by a name for what they are, on which a case launches something different."""
     wanted = {"": Gpu(), "deterministic": Gpu(deterministic=True), "no cudnn": Gpu(cudnn=False),
               "small": Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False)}  # fmt: skip
-    seen = {}
-    for name, gpu in wanted.items():
-        _, call = case_program(op, case, dtype)
-        launches = op.cuda(call, gpu)
-        if launches.steps not in [l.steps for _, l in seen.values()]:
-            seen[name] = gpu, launches
-    return {name: gpu for name, (gpu, _) in seen.items()}
+    seen: list[tuple] = []
+    for name, gpu in list(wanted.items()):
+        steps = op.cuda(case_program(op, case, dtype)[1], gpu).steps
+        if steps in seen:
+            del wanted[name]
+        seen.append(steps)
+    return wanted
 
 
 # compiling ----------------------------------------------------------------------------------------------------------
@@ -220,12 +225,13 @@ def check_signature(text: str, entry: str, kinds: str) -> None:
 
 
 def build(command: list[str], name: str, text: str) -> Path:
-    """The library that a command makes, kept under a key of the command and of all text that it reads."""
-    key = hashlib.sha256("\0".join([*command, text]).encode()).hexdigest()[:24]
+    """The library that a command makes, kept under a key of its options and of all text that it reads."""
+    options = [word for word in command if "/" not in word]  # where the text lies does not matter
+    key = hashlib.sha256("\0".join([*options, text]).encode()).hexdigest()[:24]
     path = CACHE / f"{name}-{key}.so"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
+        part = CACHE / f"{uuid.uuid4()}.part"  # several processes and threads may be at it
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         os.replace(part, path)

@@ -97,13 +97,16 @@ template <class T> static inline T __shfl_sync(unsigned mask, T v, int from, int
   return emulator::shuffle(mask, v, emulator::lane() / width * width + (from & (width - 1)), file, line);
 }
 template <class T> static inline T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32, HG_AT) {
-  return emulator::shuffle(mask, v, emulator::inside(emulator::lane() ^ lanes, width, emulator::lane()), file, line);
+  int from = emulator::inside(emulator::lane() ^ lanes, width, emulator::lane());
+  return emulator::shuffle(mask, v, from, file, line);
 }
 template <class T> static inline T __shfl_down_sync(unsigned mask, T v, unsigned lanes, int width = 32, HG_AT) {
-  return emulator::shuffle(mask, v, emulator::inside(emulator::lane() + (int)lanes, width, emulator::lane()), file, line);
+  int from = emulator::inside(emulator::lane() + (int)lanes, width, emulator::lane());
+  return emulator::shuffle(mask, v, from, file, line);
 }
 template <class T> static inline T __shfl_up_sync(unsigned mask, T v, unsigned lanes, int width = 32, HG_AT) {
-  return emulator::shuffle(mask, v, emulator::inside(emulator::lane() - (int)lanes, width, emulator::lane()), file, line);
+  int from = emulator::inside(emulator::lane() - (int)lanes, width, emulator::lane());
+  return emulator::shuffle(mask, v, from, file, line);
 }
 static inline unsigned __ballot_sync(unsigned mask, int v, HG_AT) { return emulator::ballot(mask, v, file, line); }
 static inline int __any_sync(unsigned mask, int v, HG_AT) { return emulator::ballot(mask, v, file, line) != 0; }
@@ -147,9 +150,9 @@ static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
 
 // <math.h> takes longer to compile than a kernel does.
 extern "C" {
-float expf(float), exp2f(float), expm1f(float), logf(float), log2f(float), log1pf(float), powf(float, float), tanhf(float);
-float sqrtf(float), fabsf(float), fmaxf(float, float), fminf(float, float), fmaf(float, float, float), floorf(float);
-float ceilf(float), rintf(float), roundf(float), truncf(float), erff(float), ldexpf(float, int), copysignf(float, float);
+float expf(float), exp2f(float), expm1f(float), logf(float), log2f(float), log1pf(float), powf(float, float);
+float sqrtf(float), fabsf(float), fmaxf(float, float), fminf(float, float), fmaf(float, float, float), tanhf(float);
+float floorf(float), ceilf(float), rintf(float), roundf(float), truncf(float), erff(float), ldexpf(float, int);
 double exp(double), log(double), sqrt(double), pow(double, double), floor(double);
 }
 static inline bool isnan(float x) { return x != x; }
@@ -159,10 +162,10 @@ static inline int abs(int x) { return x < 0 ? -x : x; }
 template <class A, class B> static inline auto min(A a, B b) -> decltype(a + b) { return b < a ? b : a; }
 template <class A, class B> static inline auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-#define __expf(x) expf(x)  // glibc keeps these names for itself
-#define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __powf(x, y) powf(x, y)
+static inline float __expf(float x) { return expf(x); }
+static inline float __logf(float x) { return logf(x); }
+static inline float __log2f(float x) { return log2f(x); }
+static inline float __powf(float x, float y) { return powf(x, y); }
 static inline float __fdividef(float x, float y) { return x / y; }
 static inline float __frcp_rn(float x) { return 1.0f / x; }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }

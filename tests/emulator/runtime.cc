@@ -2,13 +2,14 @@
 //
 // A fibre runs until it waits (__syncthreads, a warp collective) or returns; then the next one that can run goes on.
 // `reversed` runs threads, warps and blocks from the last to the first, and lets copies to shared memory arrive at once
-// instead of when they are waited for: a kernel that lacks a barrier or a wait gives other results in one of the orders.
+// instead of when they are waited for: a kernel that lacks a barrier or a wait gives other results in one of the
+// orders. All shared memory is NaN when a block starts.
 //
-// These end the launch with a message instead of a wrong result: threads that wait for each other for ever, threads that
-// meet at different places of the source, a collective that names a lane that is gone, a shuffle from a lane outside the
-// mask, addresses that are misaligned or not in shared memory where they must be, writes beyond dynamic shared memory,
-// and whatever the processor itself stops (null pointers, full stacks, the traps that g++ puts before an index outside
-// a declared array or a misaligned access). All shared memory is NaN when a block starts.
+// These end the launch with a message instead of a wrong result: threads that wait for each other for ever, threads
+// that meet at different places of the source, a collective that names a lane that is gone, a shuffle from a lane
+// outside the mask, an address that is misaligned or not in shared memory where it must be, a write beyond dynamic
+// shared memory, and whatever the processor itself stops: null pointers, full stacks, the traps that g++ puts before an
+// index outside a declared array or a misaligned access.
 #define EMULATOR_RUNTIME
 #include "emulator.h"
 
@@ -44,22 +45,24 @@ u32 ready[MAX_THREADS / 32], alive[MAX_THREADS / 32], meeting[MAX_THREADS / 32];
 int current, num_alive, num_waiting;  // waiting at the barrier
 bool reversed;
 
-// The launch: where it returns to, what it runs.
+// The launch: where it returns to, what it says, what it runs.
 enum Return { FAILED = 1, RETURNED };
 sigjmp_buf host;
 char message[1024];
 void *fault;  // instruction
-// A kernel of any signature: the first 6 numbers and 8 floats travel in registers, the rest on the stack, where a struct
-// passed by value lies too.
-struct { u64 i[6]; double f[8]; } registers;
+// A kernel of any signature: the first 6 numbers and 8 floats travel in registers, the rest on the stack, where a
+// struct passed by value lies too.
+struct Registers { u64 i[6]; double f[8]; } registers;
 struct Stack { u64 slot[40]; } rest;
-typedef void (*Kernel)(u64, u64, u64, u64, u64, u64, double, double, double, double, double, double, double, double, Stack);
+typedef void (*Kernel)(u64, u64, u64, u64, u64, u64, double, double, double, double, double, double, double, double,
+                       Stack);
 Kernel kernel;
 unsigned char *stacks, *room, *static_shared;
 u64 shared_bytes, static_bytes;
 
 [[noreturn]] void fail(const char *format, ...) {
-  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z,
+                   threadIdx.x);
   va_list args;
   va_start(args, format);
   vsnprintf(message + n, sizeof message - n, format, args);
@@ -67,10 +70,16 @@ u64 shared_bytes, static_bytes;
   siglongjmp(host, FAILED);
 }
 
-const char *base(const char *file) {
+// A place of the source, for a message; no message names more than two.
+const char *place(const char *file, int line) {
+  static char text[2][100];
+  static int next;
   const char *slash = strrchr(file, '/');
-  return slash ? slash + 1 : file;
+  char *to = text[next ^= 1];
+  snprintf(to, sizeof text[0], "%s:%d", slash ? slash + 1 : file, line);
+  return to;
 }
+const char *place(const Meeting &m) { return place(m.file, m.line); }
 
 // Fibres --------------------------------------------------------------------------------------------------------------
 
@@ -98,17 +107,18 @@ emulator_switch:
   ret
 )");
 
+bool is(const u32 *lanes, int thread) { return lanes[thread / 32] >> thread % 32 & 1; }
+
 [[noreturn]] void stuck() {
-  char text[700];
-  int n = 0, told = 0;
-  for (int t = 0; t < (int)blockDim.x && told < 4; t++) {
-    if (!(alive[t / 32] >> t % 32 & 1)) continue;
-    Thread &a = threads[t], &b = threads[t ? t - 1 : t];
-    bool met = meeting[t / 32] >> t % 32 & 1, as_before = t && alive[(t - 1) / 32] >> (t - 1) % 32 & 1;
-    if (as_before && (met ? b.meeting && a.meeting->line == b.meeting->line && a.meeting->mask == b.meeting->mask : !b.meeting && a.line == b.line)) continue;
-    if (met) n += snprintf(text + n, sizeof text - n, "; thread %d in a warp collective of lanes %08x at %s:%d", t, a.meeting->mask, base(a.meeting->file), a.meeting->line);
-    else n += snprintf(text + n, sizeof text - n, "; thread %d at __syncthreads, %s:%d", t, base(a.file), a.line);
-    told++;
+  char text[700], before[200] = "", line[200];
+  int n = 0;
+  for (int t = 0; t < (int)blockDim.x && n < 500; t++) {  // one thread of each stretch that waits alike
+    if (!is(alive, t)) continue;
+    const Meeting *m = threads[t].meeting;
+    if (is(meeting, t)) snprintf(line, sizeof line, "in a warp collective of lanes %08x at %s", m->mask, place(*m));
+    else snprintf(line, sizeof line, "at __syncthreads, %s", place(threads[t].file, threads[t].line));
+    if (strcmp(line, before)) n += snprintf(text + n, sizeof text - n, "; thread %d %s", t, line);
+    strcpy(before, line);
   }
   fail("the block is stuck, %d of %u threads have returned%s", (int)blockDim.x - num_alive, blockDim.x, text);
 }
@@ -135,11 +145,12 @@ void go_on() {
 void open_barrier() {
   Thread *first = nullptr;
   for (int t = 0; t < (int)blockDim.x; t++)
-    if (alive[t / 32] >> t % 32 & 1) {
+    if (is(alive, t)) {
       Thread &other = threads[t];
       if (!first) first = &other;
       else if (other.line != first->line || strcmp(other.file, first->file))
-        fail("threads %d and %d meet at different __syncthreads: %s:%d and %s:%d", (int)(first - threads), t, base(first->file), first->line, base(other.file), other.line);
+        fail("threads %d and %d meet at different __syncthreads: %s and %s", (int)(first - threads), t,
+             place(first->file, first->line), place(other.file, other.line));
     }
   num_waiting = 0;
   for (int w = 0; w < (int)(blockDim.x + 31) / 32; w++) ready[w] = alive[w];
@@ -163,7 +174,9 @@ void start() {
 bool in(const void *p, u64 n, const unsigned char *start, u64 size) {
   return (const unsigned char *)p >= start && (const unsigned char *)p + n <= start + size;
 }
-bool is_shared(const void *p, u64 n) { return in(p, n, dynamic_shared, shared_bytes) || in(p, n, static_shared, static_bytes); }
+bool is_shared(const void *p, u64 n) {
+  return in(p, n, dynamic_shared, shared_bytes) || in(p, n, static_shared, static_bytes);
+}
 
 float low(u32 pair) { return __uint_as_float(pair << 16); }
 float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -197,13 +210,15 @@ void load_tiles(Thread *lane, bool transposed) {
   uint16_t tile[4][8][8];
   for (int l = 0; l < 32; l++) {
     const void *row = lane[l].meeting->row;
-    if ((u64)row % 16 || !is_shared(row, 16)) fail("lane %d's row in %s:%d is not 16 aligned bytes of shared memory", l, base(lane[l].meeting->file), lane[l].meeting->line);
+    if ((u64)row % 16 || !is_shared(row, 16))
+      fail("lane %d's row at %s is not 16 aligned bytes of shared memory", l, place(*lane[l].meeting));
     memcpy(tile[l / 8][l % 8], row, 16);
   }
   for (int l = 0; l < 32; l++)
     for (int i = 0; i < 4; i++) {
       int g = l / 4, t = l % 4 * 2;
-      uint16_t one = transposed ? tile[i][t][g] : tile[i][g][t], two = transposed ? tile[i][t + 1][g] : tile[i][g][t + 1];
+      uint16_t one = transposed ? tile[i][t][g] : tile[i][g][t];
+      uint16_t two = transposed ? tile[i][t + 1][g] : tile[i][g][t + 1];
       lane[l].meeting->r[i] = one | (u32)two << 16;
     }
 }
@@ -215,18 +230,21 @@ void finish(Thread *lane, u32 mask) {
     int l = __builtin_ctz(left);
     const Meeting &m = *lane[l].meeting;
     if (m.kind != first.kind || m.mask != first.mask || m.line != first.line || strcmp(m.file, first.file))
-      fail("lanes of a warp meet at different collectives: %s:%d (lanes %08x) and %s:%d (lanes %08x)", base(first.file), first.line, first.mask, base(m.file), m.line, m.mask);
+      fail("lanes of a warp meet at different collectives: %s (lanes %08x) and %s (lanes %08x)", place(first),
+           first.mask, place(m), m.mask);
     before[l] = m.value;
     if (m.kind == BALLOT) votes |= m.value << l;
   }
-  if (first.kind == LOAD_MATRIX || first.kind == LOAD_MATRIX_TRANSPOSED) load_tiles(lane, first.kind == LOAD_MATRIX_TRANSPOSED);
+  if (first.kind == LOAD_MATRIX) load_tiles(lane, false);
+  if (first.kind == LOAD_MATRIX_TRANSPOSED) load_tiles(lane, true);
   if (first.kind == MMA) multiply(lane);
   for (u32 left = mask; left; left &= left - 1) {
     int l = __builtin_ctz(left);
     Meeting &m = *lane[l].meeting;
     if (m.kind == BALLOT) m.value = votes;
     if (m.kind == SHUFFLE) {
-      if (!(mask >> m.from & 1)) fail("lane %d takes a value from lane %d, outside of the mask %08x, at %s:%d", l, m.from, mask, base(m.file), m.line);
+      if (!(mask >> m.from & 1))
+        fail("lane %d takes a value from lane %d, outside of the mask %08x, at %s", l, m.from, mask, place(m));
       m.value = before[m.from];
     }
     lane[l].meeting = nullptr;
@@ -243,10 +261,11 @@ void arrive(const Copy &c) {
 void stopped(int number, siginfo_t *info, void *context) {
   fault = (void *)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
   unsigned char *at = (unsigned char *)info->si_addr;
-  if (number == SIGILL) fail("an index is outside of its array, an access is misaligned, a number overflows");
+  if (number == SIGILL) fail("an index is outside of its array, or an access misaligned, or a divisor 0");
   if (number == SIGFPE) fail("division by zero");
-  if (in(at, 1, room, MAX_SHARED + 2 * PAGE)) fail("access outside of dynamic shared memory, %ld bytes after its %lu", (long)(at - dynamic_shared - shared_bytes), shared_bytes);
-  if (in(at, 1, stacks, (u64)MAX_THREADS * STACK)) fail("the local variables do not fit on a stack of %d bytes", STACK);
+  if (in(at, 1, room, MAX_SHARED + 2 * PAGE))
+    fail("access outside of dynamic shared memory, at byte %ld of %lu", (long)(at - dynamic_shared), shared_bytes);
+  if (in(at, 1, stacks, (u64)MAX_THREADS * STACK)) fail("the local variables need more than %d bytes", STACK);
   fail("access to memory that is not there, %p", at);
 }
 
@@ -260,7 +279,7 @@ void check_margins() {
   for (const unsigned char *p = dynamic_shared - MARGIN; p < dynamic_shared; p++)
     if (*p != 0xff) fail("some thread wrote before dynamic shared memory");
   for (const unsigned char *p = end; p < room + PAGE + MAX_SHARED; p++)
-    if (*p != 0xff) fail("some thread wrote %d bytes after the end of dynamic shared memory (%lu bytes)", (int)(p - end), shared_bytes);
+    if (*p != 0xff) fail("some thread wrote after the end of dynamic shared memory, %lu bytes", shared_bytes);
 }
 
 bool run_block() {
@@ -306,8 +325,9 @@ void emulator::barrier(const char *file, int line) {
 
 void emulator::meet(Meeting &m) {
   int warp = current / 32, lane = current % 32;
-  if (!(m.mask >> lane & 1)) fail("lane %d calls a collective of lanes %08x at %s:%d", lane, m.mask, base(m.file), m.line);
-  if (m.mask & ~alive[warp]) fail("a collective of lanes %08x at %s:%d, but lanes %08x have returned or never were", m.mask, base(m.file), m.line, m.mask & ~alive[warp]);
+  if (!(m.mask >> lane & 1)) fail("lane %d calls a collective of lanes %08x at %s", lane, m.mask, place(m));
+  if (u32 gone = m.mask & ~alive[warp])
+    fail("a collective of lanes %08x at %s, but lanes %08x have returned or never were", m.mask, place(m), gone);
   threads[current].meeting = &m;
   meeting[warp] |= 1u << lane;
   ready[warp] &= ~(1u << lane);
@@ -320,8 +340,10 @@ void emulator::meet(Meeting &m) {
 }
 
 void emulator::copy(void *shared, const void *global, bool valid, const char *file, int line) {
-  if ((u64)shared % 16 || !is_shared(shared, 16)) fail("the target of a copy at %s:%d is not 16 aligned bytes of shared memory", base(file), line);
-  if ((u64)global % 16 || is_shared(global, 1)) fail("the source of a copy at %s:%d is not 16 aligned bytes of global memory", base(file), line);
+  if ((u64)shared % 16 || !is_shared(shared, 16))
+    fail("the target of a copy at %s is not 16 aligned bytes of shared memory", place(file, line));
+  if ((u64)global % 16 || is_shared(global, 1))
+    fail("the source of a copy at %s is not 16 aligned bytes of global memory", place(file, line));
   Copy c = {shared, global, valid, threads[current].group};
   if (reversed) arrive(c);
   else threads[current].copies.push_back(c);
@@ -336,8 +358,8 @@ void emulator::wait(int pending) {
   self.copies.erase(self.copies.begin(), self.copies.begin() + done);
 }
 
-// Runs a grid. `slots` are the arguments, 8 bytes each; bit i of `floats` says that slot i is a float. Returns a message,
-// or null; *at is the instruction that the processor stopped, or null.
+// Runs a grid. `slots` are the arguments, 8 bytes each; bit i of `floats` says that slot i is a float. Returns a
+// message, or null; *at is the instruction that the processor stopped, or null.
 extern "C" __attribute__((visibility("default"))) const char *emulator_launch(
     void *entry, const u64 *slots, int num_slots, u64 floats, const unsigned *grid, unsigned block, u64 shared,
     unsigned char *static_start, u64 static_size, int backwards, void **at) {
@@ -350,6 +372,8 @@ extern "C" __attribute__((visibility("default"))) const char *emulator_launch(
     mprotect(room + PAGE + MAX_SHARED, PAGE, PROT_NONE);
   }
   int ints = 0, reals = 0, more = 0;
+  registers = {};
+  rest = {};
   for (int i = 0; i < num_slots; i++) {
     bool real = floats >> i & 1;
     if (real && reals < 8) memcpy(&registers.f[reals++], &slots[i], 8);

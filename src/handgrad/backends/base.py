@@ -59,9 +59,6 @@ class Arena(ABC):
     def write_knobs(self, program: Program, **values: int | float) -> None:
         """Sets some of a program's Knobs."""
 
-    def close(self) -> None:
-        """Gives the memory back; otherwise that happens when nothing refers to the arena any more."""
-
     def read(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor, when all that was started is done."""
         return self.fetch(tensor)()

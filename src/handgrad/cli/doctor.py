@@ -1,6 +1,5 @@
 """handgrad doctor: what is installed, what was found where, and what a run would be bound to. It changes nothing."""
 
-import ctypes
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from handgrad.backends import open_backend
+from handgrad.backends.cuda.libraries import folder_of
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
@@ -48,6 +48,7 @@ class Finding:
 @dataclass(frozen=True)
 class Settings:
     """The doctor asks nothing."""
+MODULES = {"cuda-bindings": "cuda.bindings.driver", "nvidia-cudnn-frontend": "cudnn"}
 
 
 def main(argv: list[str]) -> int:
@@ -140,7 +141,7 @@ def libraries() -> Iterator[Finding]:
         except PackageNotFoundError:
             installed = ""
         try:
-            where = load(library) if library else locate(package)
+            where = load(library, package) if library else folder_of(MODULES[package])
         except Exception as error:  # the finder and the loader have errors of their own
             reason = str(error).strip().split("\n")[0]
             if installed:
@@ -151,28 +152,16 @@ def libraries() -> Iterator[Finding]:
         yield Finding(OK, name, f"{installed or 'no package, but a library'} in {where}")
 
 
-def locate(package: str) -> Path:
-    """The folder that a package's first module is imported from."""
-    if package == "cuda-bindings":
-        import cuda.bindings.driver as module
-    else:
-        import cudnn as module
-    return Path(module.__file__).parent
-
-
-def load(library: str) -> Path:
+def load(library: str, package: str) -> Path:
     """Loads a library the way the backend does; returns its path."""
-    if library == "cudnn":  # its finder is the front end's
-        from handgrad.backends.cuda import cudnn
+    from handgrad.backends.cuda import cudnn, libraries
 
+    if library == "cudnn":  # its finder is the front end's
         if cudnn.library() is None:
             raise OSError("the front end finds no library")
     else:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        ctypes.CDLL(load_nvidia_dynamic_lib(library).abs_path)
-    mapped = re.findall(rf"\S*/lib{library}\.so\S*", Path("/proc/self/maps").read_text())
-    return Path(mapped[0]) if mapped else Path(library)
+        libraries.load(library, package)
+    return libraries.path_of(library)
 
 
 def compile_cache() -> Iterator[Finding]:

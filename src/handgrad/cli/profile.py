@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> int:
     dtype = backend.dtype if a.dtype == "auto" else a.dtype
     T = a.seq_len or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
-        ids = np.random.default_rng(0).integers(0, model.vocab_size, 2 * a.micro_batch * T + 1)
-        data.write_shard(f"{folder}/random.bin", [ids], data.id_dtype(model.vocab_size))
+        data.write_random(f"{folder}/random.bin", 2 * a.micro_batch * T + 1, model.vocab_size)
         trainer = Trainer(
             model, AdamW(), data.tokens(f"{folder}/random.bin", T, a.micro_batch * T), micro_batch=a.micro_batch,
             backend=backend.name, dtype=dtype, recompute=a.recompute, head_chunks=a.head_chunks, threads=a.threads,

@@ -35,7 +35,7 @@ class Kernel:
     grid: tuple[int, int, int] | int
     block: int
     shared: int = 0  # bytes of dynamic shared memory
-    defines: dict[str, int] = field(default_factory=dict)
+    defines: dict[str, int | float] = field(default_factory=dict)
     file: str = "cuda.cu"
 
 
@@ -86,7 +86,7 @@ class Launches:
 
 
 def place(word: str, c: "Call") -> tuple["Tensor | str | None", int]:
-    """(tensor, "knobs", "scratch", or None for an input or output that is absent; offset in bytes) of a pointer's word."""
+    """(tensor, "knobs", "scratch" or None for one that is absent; offset in bytes) of a pointer's word."""
     name, _, offset = word.partition("@")
     return (name if name in ("knobs", "scratch") else getattr(c, name)), int(offset or 0)
 

@@ -24,7 +24,15 @@ def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
     ]
     ins = [_tensor(t, c, plan) for t in c.ins if t is not None]
     attrs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in c.attrs.items())
-    parts = (f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}", " | ".join(outs), "<-", " | ".join(ins), attrs, c.where, note)
+    parts = (
+        f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}",
+        " | ".join(outs),
+        "<-",
+        " | ".join(ins),
+        attrs,
+        c.where,
+        note,
+    )
     return "  ".join(part for part in parts if part)
 
 

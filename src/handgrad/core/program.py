@@ -96,7 +96,9 @@ class Program:
     mode: str = "train"
     accumulates: bool = True  # several passes add to the gradients before an update, so they keep their memory
     grad_dtype: DType = F32  # of parameter gradients
-    master: bool = True  # a bf16 weight keeps, in "low", the 16 bits that make it a float32; else it is rounded at random
+    master: bool = (
+        True  # a bf16 weight keeps, in "low", the 16 bits that make it a float32; else it is rounded at random
+    )
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)

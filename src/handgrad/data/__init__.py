@@ -2,7 +2,7 @@
 
 from handgrad.data.loader import Tokens, tokens
 from handgrad.data.prepare.text import prepare_text, read_meta, read_text, shakespeare
-from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_shard
+from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_random, write_shard
 
 __all__ = [
     "Shard",
@@ -15,5 +15,6 @@ __all__ = [
     "read_text",
     "shakespeare",
     "tokens",
+    "write_random",
     "write_shard",
 ]

@@ -48,7 +48,9 @@ class AdamW:
                     flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}")
                     for flat in ("param", "grad", "m", "v")
                 }
-                low = None if g.dtype is F32 or not g.master else g.slice("low", bucket.start, bucket.size, f"{name}.low")
+                low = (
+                    None if g.dtype is F32 or not g.master else g.slice("low", bucket.start, bucket.size, f"{name}.low")
+                )
                 g.emit(
                     adamw,
                     part["grad"],

@@ -96,7 +96,7 @@ class RunConfig:
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
     dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
-    """working dtype; tf32: float32 with quicker, rounder products on a GPU; auto: bf16 where the hardware multiplies it"""
+    """working dtype; tf32: float32 with rounder products on a GPU; auto: bf16 where the hardware multiplies it"""
     master_weights: bool = True
     """bf16 weights keep their low 16 bits beside them; without, updates are rounded at random"""
     grad_dtype: Literal["f32", "bf16"] = "f32"

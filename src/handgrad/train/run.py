@@ -28,6 +28,7 @@ from handgrad.infer.load import TOKENIZER
 from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import Config, ModelConfig
+from handgrad.train.explain import explain
 from handgrad.train.log import RunLog, replace_file
 from handgrad.train.mfu import flops_per_token, mfu
 from handgrad.train.report import write_report
@@ -161,12 +162,10 @@ class Run:
         ids = {"vocab_size": model.vocab_size}
         data = hg_data.tokens(shards, d.seq_len, d.batch_tokens, seed=r.seed, shuffle=d.shuffle, **ids)
         self.val = hg_data.tokens(val_shards, d.seq_len, d.seq_len, shuffle=False, **ids) if val_shards else None
-        self.trainer = Trainer(
-            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
-            master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
-            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
-            threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
-        )  # fmt: skip
+        try:
+            self.trainer = self._trainer(model, optim, data, out)
+        except HandgradError as error:
+            raise (priced(error, model, c, backend) if error.where == "memory" else error) from None
         data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
         if self.val is not None:
             next(self.val.sweep(1))
@@ -180,6 +179,15 @@ class Run:
             "hardware": backend.hardware,
             "dtype": r.dtype,
         }
+
+    def _trainer(self, model: GPT2, optim: AdamW, data: hg_data.Tokens, out: Path) -> Trainer:
+        r = self.config.run
+        return Trainer(
+            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
+            master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
+            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
+            threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
+        )  # fmt: skip
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Model flops as a fraction of the hardware's peak, where that is known."""
@@ -210,9 +218,7 @@ class Run:
         console = Console(highlight=False, markup=False, emoji=False)
         console.print(table)
         f, where = self.facts, f"run folder {self.out}"
-        console.print(
-            f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True
-        )
+        console.print(f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True)
         console.print(f" {where}, resumed at step {self.done}" if self.done else f" {where}", soft_wrap=True)
         console.print()
 
@@ -271,6 +277,21 @@ def resolve(c: Config, model: GPT2, out: Path, backend: Backend) -> Config:
         replace(c.optim, warmup=min(c.optim.warmup, c.run.steps), final=final),
         replace(c.run, out=str(out), dtype=dtype, backend=backend.name, prompt=c.run.prompt or "\n"),
     )
+
+
+def priced(error: HandgradError, model: GPT2, c: Config, backend: Backend) -> HandgradError:
+    """The error of an arena that does not fit, with what each remedy would save."""
+    r, d = c.run, c.data
+    page = explain(
+        model, r.micro_batch, d.seq_len, dtype=r.dtype, backend=backend, recompute=r.recompute,
+        head_chunks=r.head_chunks, accumulation=d.batch_tokens // (r.micro_batch * d.seq_len), grad_dtype=r.grad_dtype,
+        master_weights=r.master_weights,
+    )  # fmt: skip
+    saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
+    prices = "; ".join(
+        f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0
+    )
+    return HandgradError(error.where, error.rule, error.got, hint=prices)
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

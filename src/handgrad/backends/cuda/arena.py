@@ -36,15 +36,10 @@ class CudaArena(Arena):
         self._room: dict[int, list[int]] = defaultdict(list)  # pinned memory to read into, by size, when not in use
         self._knobs: dict[int, np.ndarray] = {}
 
-    def close(self) -> None:
-        if self.address:
-            self.device.sync()
-            self.device.free(self.address)
-            self.address = 0
-
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone at the end of the process
-            self.close()
+            self.device.sync()
+            self.device.free(self.address)
 
     def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         return self._fetch(self.plan.offset[tensor], tensor.nbytes, NUMPY[tensor.dtype.name], tensor.shape)

@@ -23,7 +23,7 @@ Start = Callable[[bool], None]  # begins one launch; the argument: whether this 
 
 
 class CudaExecutable(Executable):
-    """The bound list. A stretch runs launch by launch the first time, is captured the second, and replayed from then."""
+    """The bound list. A stretch runs launch by launch the first time, is captured the second, and replayed since."""
 
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
         self.program, self.arena, self.device = program, arena, backend.device
@@ -89,7 +89,9 @@ class CudaBackend(Backend):
         has_cudnn = cudnn.library() is not None
         self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
         self._card = Card(self.gpu)
-        self.hardware = f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
+        self.hardware = (
+            f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
+        )
 
     def has(self, op: Op) -> bool:
         return self._card.has(op)
@@ -108,9 +110,9 @@ class CudaBackend(Backend):
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
 
     def alloc(self, plan: Plan) -> Arena:
-        self._blas.tune([
-            p for program in plan.programs for c in program.calls for p in self._products(c)
-        ])  # before the memory is taken
+        self._blas.tune(
+            [p for program in plan.programs for c in program.calls for p in self._products(c)]
+        )  # before the memory is taken
         return CudaArena(self.device, plan)
 
     def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:

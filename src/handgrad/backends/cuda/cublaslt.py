@@ -16,10 +16,12 @@ import numpy as np
 from handgrad.backends.arena import NUMPY
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.card import GEMM_WORKSPACE
-from handgrad.backends.cuda.driver import INSTALL, Device
+from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.libraries import load
 from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # heuristic results that are timed, for each product
+WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
 TURNS, TURN_FLOPS = 3, 5e11  # times that a candidate is timed, and about how much it does each time: a millisecond
 TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
 COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
@@ -76,15 +78,10 @@ class Product:
 
 
 class CublasLt:
-    """The library on one card. `deterministic`: the first algorithm that it proposes, never the fastest by the clock."""
+    """The library on one card. deterministic: the first algorithm that it proposes, never the fastest by the clock."""
 
     def __init__(self, device: Device, deterministic: bool = False):
-        try:
-            from cuda.pathfinder import load_nvidia_dynamic_lib
-
-            self._dll = ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
-        except Exception as error:  # the finder has several of its own
-            raise HandgradError("cublaslt", "the package nvidia-cublas is installed", error, hint=INSTALL) from None
+        self._dll = load("cublasLt", "nvidia-cublas")
         for name, types in CALLS.items():
             getattr(self._dll, name).argtypes = types
         self._dll.cublasLtGetVersion.restype = c_size_t
@@ -159,9 +156,7 @@ class CublasLt:
 
         def start(adds: bool) -> None:
             beta = one if adds and scalars else zero
-            status = call(
-                handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, on
-            )
+            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, on)
             if status:
                 raise HandgradError("cublaslt", "a product runs", f"status {status}")
 
@@ -186,7 +181,8 @@ class CublasLt:
 
         A step heats the card until its clocks fall, so candidates are compared hot: warmed up, without pauses, in turn.
         """
-        todo = [p for p in dict.fromkeys(products) if repr(astuple(p)) not in self._known and not self.deterministic]
+        worth = [p for p in dict.fromkeys(products) if p.flops >= WORTH_TUNING]
+        todo = [p for p in worth if repr(astuple(p)) not in self._known and not self.deterministic]
         if not todo:
             return
         device, begin, end = self.device, self.device.event(True), self.device.event(True)
@@ -213,7 +209,9 @@ class CublasLt:
                     raise HandgradError("cublaslt", "the library multiplies this shape", p)
                 for algorithm in found:
                     addresses = at["a"], at["b"], at["out"], workspace
-                    candidates.append((p, algorithm, self._starter(description, layouts, algorithm, *addresses, device.stream)))
+                    candidates.append(
+                        (p, algorithm, self._starter(description, layouts, algorithm, *addresses, device.stream))
+                    )
             times: list[list[float]] = [[] for _ in candidates]
             for turn in range(TURNS + 1):
                 for mine, (p, _, start) in zip(times, candidates):

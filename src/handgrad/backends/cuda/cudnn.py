@@ -1,14 +1,13 @@
 """cuDNN's attention through its Python front end, on plain addresses; built plans are kept on disk."""
 
 import ctypes
-import glob
-import os
 from collections.abc import Callable
 from dataclasses import astuple
 
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.card import attention_workspace
 from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.libraries import load, path_of
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Sdpa
 
@@ -18,12 +17,9 @@ Q, K, V, Y, LSE, DY, DQ, DK, DV = range(1, 10)  # names of a graph's tensors
 def library() -> object | None:
     """The front end's module with its library in reach, or None where either is not installed."""
     try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        path = load_nvidia_dynamic_lib("nvrtc").abs_path  # cuDNN compiles with it, and looks it up by name
-        for builtins in sorted(glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so.*"))):
-            ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        load("nvrtc", "nvidia-cuda-nvrtc")  # cuDNN compiles with it, and looks it and its other half up by name
+        for builtins in sorted(path_of("nvrtc").parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(builtins))
         import cudnn
 
         cudnn.backend_version()
@@ -66,7 +62,9 @@ class Cudnn:
             name = cache.key("attention", *parts)
             stored = cache.load(name)
             if stored is None:
-                graph = build(cudnn, s, handle=self._handle, sm_version=d.capability[0] * 10 + d.capability[1], sm_count=d.sms)
+                graph = build(
+                    cudnn, s, handle=self._handle, sm_version=d.capability[0] * 10 + d.capability[1], sm_count=d.sms
+                )
                 cache.store(name, bytes(graph.serialize()))
             else:
                 graph = empty(cudnn, s, handle=self._handle)
@@ -79,7 +77,11 @@ def empty(cudnn: object, s: Sdpa, **options: object) -> object:
     """A graph with nothing in it: bf16 tensors, float32 arithmetic."""
     f32 = cudnn.data_type.FLOAT
     return cudnn.pygraph(
-        name=s.direction, io_data_type=cudnn.data_type.BFLOAT16, intermediate_data_type=f32, compute_data_type=f32, **options
+        name=s.direction,
+        io_data_type=cudnn.data_type.BFLOAT16,
+        intermediate_data_type=f32,
+        compute_data_type=f32,
+        **options,
     )
 
 

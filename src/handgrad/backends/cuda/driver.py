@@ -4,10 +4,10 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu
 
-INSTALL = "pip install 'handgrad[cuda]'"
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
 
 try:
@@ -56,9 +56,14 @@ class Device:
         self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()
         self.version = version
         self.capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
-        self.sms, self.shared = self._attribute("MULTIPROCESSOR_COUNT"), self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.sms, self.shared = (
+            self._attribute("MULTIPROCESSOR_COUNT"),
+            self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        )
         if self.capability < MIN_CAPABILITY:
-            raise HandgradError("cuda", "the card has compute capability 8.0 or newer", f"{self.name}, {self.capability}")
+            raise HandgradError(
+                "cuda", "the card has compute capability 8.0 or newer", f"{self.name}, {self.capability}"
+            )
         self.context = check(cu.cuDevicePrimaryCtxRetain(self.handle))
         check(cu.cuCtxSetCurrent(self.context))
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING

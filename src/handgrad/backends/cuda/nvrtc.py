@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from handgrad.backends.cuda import cache
+from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
 
 INCLUDE = Path(__file__).parent / "include"
@@ -60,7 +61,9 @@ def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
         for i in range(workers):
             process = subprocess.Popen(
                 [sys.executable, "-c", f"import {__name__} as nvrtc; nvrtc.work()"],
-                stdin=subprocess.PIPE, text=True, env=environment,
+                stdin=subprocess.PIPE,
+                text=True,
+                env=environment,
             )
             process.stdin.write(json.dumps([asdict(s) for s in missing[i::workers]]))
             process.stdin.close()
@@ -107,13 +110,14 @@ def _nvrtc():
         nvrtc.nvrtcVersion()
         return nvrtc
     except (ImportError, RuntimeError) as error:
-        hint = "pip install 'handgrad[cuda]'"
-        raise HandgradError("nvrtc", "the compiler's package nvidia-cuda-nvrtc is installed", error, hint=hint) from None
+        raise HandgradError(
+            "nvrtc", "the compiler's package nvidia-cuda-nvrtc is installed", error, hint=INSTALL
+        ) from None
 
 
 @once
 def _headers() -> tuple[str, ...]:
-    """Folders of cuda_bf16.h: unpacked from NVRTC itself where it carries them (13.3 and later), else installed ones."""
+    """Folders of cuda_bf16.h: unpacked from NVRTC itself where it carries them (13.3 and later), else installed."""
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     if (major, minor) >= (13, 3):
@@ -124,7 +128,10 @@ def _headers() -> tuple[str, ...]:
             return (str(folder),)
     from cuda.pathfinder import find_nvidia_header_directory
 
-    places = [find_nvidia_header_directory("cudart"), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")]
+    places = [
+        find_nvidia_header_directory("cudart"),
+        os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include"),
+    ]
     found = [p for p in places if p and os.path.exists(os.path.join(p, "cuda_bf16.h"))]
     if not found:
         hint = "pip install 'nvidia-cuda-nvrtc>=13.3', which carries it"

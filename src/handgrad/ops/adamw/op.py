@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu, Kernel, Launches
@@ -15,7 +13,7 @@ THREADS = 256  # of a block
 
 
 class AdamW(Op):
-    """Updates p, m, v and low: the 16 bits of the float32 weight that a bf16 p lacks. Without low it is rounded at random.
+    """Updates p, m, v and low, the 16 bits of the float32 weight that a bf16 p lacks; without it p rounds at random.
 
     `start` is the stretch's first element in the flat vectors, a multiple of 4.
 
@@ -64,9 +62,7 @@ class AdamW(Op):
         if v.low is not None:
             p, low = reference.split_weight(weight)
             return p, m, s, low
-        if not np.array_equal(v.round(weight), weight, equal_nan=True):  # the working dtype does not hold it
-            weight = reference.round_weight(weight, v.start, int(k.seed), int(k.step))
-        return weight, m, s, None
+        return reference.round_weight(weight, v.round(weight), v.start, int(k.seed), int(k.step)), m, s, None
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         vec = 4 if c.sizes["n"] % 4 == 0 else 1

@@ -47,14 +47,18 @@ def join_weight(y: np.ndarray, low: np.ndarray) -> np.ndarray:
     return bits.view(np.float32).astype(y.dtype)
 
 
-def round_weight(x: np.ndarray, start: int, seed: int, step: int) -> np.ndarray:
+def round_weight(x: np.ndarray, nearest: np.ndarray, start: int, seed: int, step: int) -> np.ndarray:
     """x (n) float32 as one of its two bf16 neighbours: the upper one as often as x lies near it, so the mean is x.
 
-    Element i has index start + i in the flat vector. What is not finite stays.
+    nearest is x as the working dtype stores it; where that is x already, and where x is not finite, x stays. Element i
+    has index start + i in the flat vector.
     """
+    between = np.isfinite(x) & (nearest != x)
+    if not between.any():
+        return x
     index = np.arange(start, start + x.size, dtype=np.uint64)
     draws = philox4x32(index // np.uint64(4), WEIGHT_STREAM ^ int(step), int(seed))
     draws = np.take_along_axis(draws, (index % np.uint64(4)).astype(np.int64)[:, None], -1)[:, 0]
     bits = x.view(np.uint32)
     rounded = ((bits + (draws & np.uint32(0xFFFF))) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.where(np.isfinite(x), rounded, x)
+    return np.where(between, rounded, x)

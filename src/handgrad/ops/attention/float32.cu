@@ -1,4 +1,4 @@
-// attention in float32: as cuda.cu, with plain multiply-adds                              math: README.md §2, §3, §7
+// attention and its gradient in float32, with plain multiply-adds                             math: README.md §2, §3, §7
 // forward   writes =  y: (N, H D) f32;  lse: (B, H, T) f32
 // backward  writes =  dqkv: (N, (H + 2 K) D) f32, in two launches: dq and rowsums of dy y, then dk and dv
 // numerics  everything in f32

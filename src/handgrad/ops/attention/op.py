@@ -62,8 +62,9 @@ def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) ->
 
     warps = 4 if 2 * shared(4) <= gpu.shared else 2
     together = max(1, L2_SHARE // (4 * T * D))
-    defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together, "FORWARD": int(owned == 1)}
-    return Kernel(entry, args, -(-T // (16 * tall * warps)) * B * heads, 32 * warps, shared(warps), defines)
+    defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together}
+    file = "forward.cu" if owned == 1 else "backward.cu"
+    return Kernel(entry, args, -(-T // (16 * tall * warps)) * B * heads, 32 * warps, shared(warps), defines, file)
 
 
 class Attention(Op):

@@ -1,4 +1,4 @@
-// linear: what surrounds the products, which are the library's                                    math: README.md §2, §3
+// linear: what surrounds the products, which are the library's                                math: README.md §2, §3
 // bias          writes +=         y: (N, M) dtype                y += b; only where rows are no multiple of 16 bytes
 // gelu          writes =          y: (N, M) dtype                y = gelu(pre), may be pre itself
 // gelu_backward writes =          dpre: (N, M) dtype             dpre = dy gelu'(pre), may be dy itself
@@ -39,8 +39,10 @@ KERNEL __launch_bounds__(THREADS) linear_bias_kernel(
     real *y,        // (N, M)
     const real *b,  // (M)
     i64 N, i64 M) {
-  for (i64 n = blockIdx.x; n < N; n += gridDim.x)
-    for (i64 m = threadIdx.x; m < M; m += THREADS) y[n * M + m] = from_float<real>(to_float(y[n * M + m]) + to_float(b[m]));
+  for (i64 n = blockIdx.x; n < N; n += gridDim.x) {
+    real *row = y + n * M;
+    for (i64 m = threadIdx.x; m < M; m += THREADS) row[m] = from_float<real>(to_float(row[m]) + to_float(b[m]));
+  }
 }
 
 // Packs that a thread of the elementwise kernels takes: pack i is THREADS after pack i - 1.

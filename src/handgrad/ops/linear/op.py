@@ -78,7 +78,7 @@ class Linear(Op):
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
 
     def nbytes(self, c: Call) -> int:
-        return super().nbytes(c) - (0 if c.pre_x is None else c.pre_x.nbytes)  # only its name is of use here
+        return super().nbytes(c) - (0 if c.pre_x is None else c.pre_x.nbytes)  # backward alone reads it
 
 
 class LinearGelu(Op):

@@ -1,12 +1,12 @@
-// lm_loss: losses and, in place, gradients of a chunk of logits; the products around are the library's   math: README.md §2
+// lm_loss: losses and, in place, gradients of a chunk of logits; products are the library's    math: README.md §2
 // rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype become their gradients, if GRADIENT
 //           gradients carry knobs->loss_scale, losses do not
 // columns   V..VP are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
 // numerics  the maximum is subtracted; 2^x to 2 units in the last place; sums in float; a NaN logit gives a NaN loss
-// layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient. With
-//           AHEAD the row lies in shared memory and the next one is on its way there, so that logits are read once and
-//           written once; without (a row is too long) the second and third reading come from L2
+// layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient.
+//           With AHEAD the row lies in shared memory and the next one is on its way there, so that logits are read
+//           once and written once; without (a row is too long) the second and third reading come from L2
 // determinism  fixed order: a thread's columns, then the block's threads
 // speed     not measured yet
 // source    own work

@@ -43,7 +43,8 @@ class LmLoss(Op):
         return _targets(rng, shape, v) if arg.name == "targets" else None
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches(tuple(step for first, rows in _chunks(c) for step in _losses(c, gpu, first, rows, gradient=False)))
+        chunks = [_losses(c, gpu, first, rows, gradient=False) for first, rows in _chunks(c)]
+        return Launches(tuple(step for chunk in chunks for step in chunk))
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
@@ -115,7 +116,7 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
     threads = min(1024, -(-Vp // (32 * vec)) * 32)
     shared = 2 * Vp * c.dtype.size  # a row and the next one
     ahead = vec > 1 and shared + 1024 <= gpu.shared
-    blocks = gpu.sms * max(1, min(1024 // threads, gpu.shared // (shared + 1024) if ahead else 32))
+    blocks = gpu.sms * min(1024 // threads, gpu.shared // (shared + 1024) if ahead else 32)
     return (
         Gemm("logits", f"x@{first * C * c.dtype.size}", "w", rows, Vp, C, tb=True),
         Kernel(
@@ -124,7 +125,8 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
             min(rows, blocks),
             threads,
             shared if ahead else 0,
-            {"ROWS": rows, "V": V, "VP": Vp, "VEC": vec, "THREADS": threads, "AHEAD": int(ahead), "GRADIENT": int(gradient)},
+            {"ROWS": rows, "V": V, "VP": Vp, "VEC": vec, "THREADS": threads}
+            | {"AHEAD": int(ahead), "GRADIENT": int(gradient)},
         ),
     )
 

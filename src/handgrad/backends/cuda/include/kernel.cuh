@@ -47,7 +47,14 @@ template <class T, int n> struct alignas(sizeof(T) * n) Pack {
   __device__ __forceinline__ void set(int i, float f) { v[i] = from_float<T>(f); }
 };
 template <class T, int n> __device__ __forceinline__ Pack<T, n> load(const T *p) { return *(const Pack<T, n> *)p; }
-template <class T, int n> __device__ __forceinline__ void store(T *p, const Pack<T, n> &x) { *(Pack<T, n> *)p = x; }
+template <class T, int n> __device__ __forceinline__ void store(T *p, const Pack<T, n> &x) {
+  if constexpr (sizeof(x) % 16 == 0) {  // spelled out: a plain copy is split into smaller ones at times
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(x) / 16; i++) ((int4 *)p)[i] = ((const int4 *)&x)[i];
+  } else {
+    *(Pack<T, n> *)p = x;
+  }
+}
 // The same for data that nothing reads again soon: it leaves the caches first.
 template <class T, int n> __device__ __forceinline__ Pack<T, n> load_once(const T *p) {
   Pack<T, n> x;
@@ -120,12 +127,3 @@ struct DropoutRule {
   __device__ __forceinline__ uint4 bits(i64 quad) const { return philox((u64)quad, stream, key); }  // elements 4 quad ...
   __device__ __forceinline__ float factor(u32 bits) const { return bits >= threshold ? scale : 0.0f; }
 };
-
-// GELU, tanh form, and its derivative.
-__device__ __forceinline__ float gelu(float x) {
-  return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-__device__ __forceinline__ float gelu_slope(float x) {
-  float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
-  return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608028654f * (1.0f + 0.134145f * x * x);
-}
