@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 400
 BUDGETS = {  # folders that share a budget: lines
     "core": 900,
-    "backends": 2000,
+    "backends": 2400,
     "train optim data tokenizers io": 2500,
     "cli infer": 900,
 }

@@ -190,7 +190,8 @@ def test_twenty_steps_of_gpt2_follow_pytorch(tmp_path):
     data = hg.data.tokens(str(tmp_path / "*.bin"), seq_len=256, batch_tokens=2048)
     model, steps, rate = hg.models.gpt2("124m"), 20, 3e-4
     run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=8, backend="cuda", dtype="bf16", val=False, sample=False)
-    start = {name: join_weight(np.float32(w), run._state()[f"low.{name}"]) for name, w in run.params().items()}
+    state = run._state()
+    start = {name: join_weight(np.float32(w), state[f"low.{name}"]) for name, w in run.params().items()}
     got = [run.step(k, rate).loss for k in range(1, steps + 1)]
 
     def theirs(dtype):

@@ -21,4 +21,4 @@ class HandgradError(Exception):
         if hint:
             text += f" hint: {hint}"
         super().__init__(text)
-        self.where, self.rule, self.got = where, rule, got
+        self.where, self.rule, self.got, self.hint = where, rule, got, hint

@@ -291,7 +291,7 @@ def priced(error: HandgradError, model: GPT2, c: Config, backend: Backend) -> Ha
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0
     )
-    return HandgradError(error.where, error.rule, error.got, hint=prices)
+    return HandgradError(error.where, error.rule, error.got, hint="; ".join([error.hint, prices] if prices else [error.hint]))
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

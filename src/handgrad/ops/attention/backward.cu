@@ -1,16 +1,16 @@
 // attention_backward: dq, dk and dv from dy, with the probabilities made again from lse          math: README.md §3, §7
-// backward  writes =  dqkv: (N, (H + 2 K) D) bf16, in two launches: dq and the rows' statistics, then dk and dv with those
+// backward  writes =  dqkv: (N, (H + 2 K) D) bf16, in two launches: dq and statistics of the rows, then dk and dv
 // numerics  f32 softmax and sums; probabilities and their gradients are rounded to bf16 before they meet q, k and dy;
 //           exponentials in base 2 to 2 ULP (ex2.approx), of which that rounding leaves nothing
-// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy, of all
-//           query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores never leave registers
+// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy, of
+//           all query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores stay in registers
 // determinism  fixed order, no atomics: always the same bits
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, cut in two
 #include "tiles.cuh"
 
-// Steps of the left factors that stay in registers, and columns of scores that exist at a time: as many as 255 registers
-// hold without spills.
+// Steps of the left factors that stay in registers, and columns of scores that exist at a time: as many as 255
+// registers hold without spills.
 #define LARGE (TALL * DP > 96)
 #define HELD_DY (DP > 96 ? 0 : LARGE ? STEPS / 2 : STEPS)
 #define HELD_K (DP > 96 ? STEPS / 2 : STEPS)

@@ -96,8 +96,8 @@ static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int 
 }
 
 // s becomes the dropped probabilities, ds the gradient of q k'; only the first `keys` columns are keys
-static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int keys, int64_t shift,
-                               float scale, DropoutRule drop, int64_t element, int64_t T) {
+static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int keys,
+                               int64_t shift, float scale, DropoutRule drop, int64_t element, int64_t T) {
   float factor[BC];
   for (int c = 0; c < BC; c++) factor[c] = 1.0f;
   for (int r = 0; r < (int)round_up(n, PAIR); r++, s += BC, ds += BC) {

@@ -259,7 +259,7 @@ static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
   return threads * (int64_t)attend_layout(&w, 0, keys, D);
 }
 
-// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees keys 0 .. first + r, as far as there are.
+// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees keys 0 .. first + r, if there are as many.
 static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n,
                         int64_t first, int64_t element) {
   int64_t D = x->D, Dp = padded(D), keys = x->position + x->T;

@@ -1,9 +1,9 @@
-// attention and its gradient in float32, with plain multiply-adds                             math: README.md §2, §3, §7
+// attention and its gradient in float32, with plain multiply-adds                            math: README.md §2, §3, §7
 // forward   writes =  y: (N, H D) f32;  lse: (B, H, T) f32
 // backward  writes =  dqkv: (N, (H + 2 K) D) f32, in two launches: dq and rowsums of dy y, then dk and dv
 // numerics  everything in f32
-// layout    a block owns 32 rows, a warp 8 of them, and streams tiles of 32 rows; in a product over D a lane is a streamed
-//           row, in a product over rows it is every 32nd element of D
+// layout    a block owns 32 rows, a warp 8 of them, and streams tiles of 32 rows; in a product over D a lane is a
+//           streamed row, in a product over rows it is every 32nd element of D
 // determinism  fixed order, no atomics: always the same bits
 // speed     not measured yet; it is for checking, and for cards and models that ask for float32
 // source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2

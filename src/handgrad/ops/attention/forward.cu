@@ -1,9 +1,9 @@
-// attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities      math: README.md §2, §7
+// attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities     math: README.md §2, §7
 // forward   writes =  y: (N, H D) bf16;  lse: (B, H, T) f32
-// numerics  f32 softmax and sums; the probabilities are rounded to bf16 before they meet v; exponentials in base 2 to 2 ULP
-//           (ex2.approx), of which that rounding leaves nothing
-// layout    a warp owns 32 queries (wide heads, dropout: 16), held in registers, and streams tiles of keys and values, two in
-//           flight; scores never leave registers
+// numerics  f32 softmax and sums; the probabilities are rounded to bf16 before they meet v; exponentials in base 2 to
+//           2 ULP (ex2.approx), of which that rounding leaves nothing
+// layout    a warp owns 32 queries (wide heads, dropout: 16), held in registers, and streams tiles of keys and values, two
+//           in flight; scores never leave registers
 // determinism  fixed order, no atomics
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 1
@@ -57,7 +57,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_forward_kernel(
     if (CAUSAL ? key0 + TILE - 1 > own : key0 + TILE > T)
       hide<CAUSAL>(s, key0 + t * 2 - (CAUSAL ? own + g : T - 1));
 
-    // The maximum moves only when it grows by more than 8 in the exponent of 2: 2^8 harms no sum, and o is rarely rescaled.
+    // The maximum moves only when it grows by more than 8 in the exponent of 2: 2^8 harms no sum, o is rarely rescaled.
     float highest[TALL][2];
     bool grows = false;
 #pragma unroll

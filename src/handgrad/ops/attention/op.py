@@ -44,8 +44,8 @@ def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
 
 
 def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) -> Kernel:
-    """A launch whose blocks own rows of one of `heads` heads a sequence, `owned` tensors of them, and stream two tiles of
-    two others."""
+    """A launch whose blocks own rows of one of `heads` heads a sequence, of `owned` tensors, and stream tiles of two
+    others, two at a time."""
     B, T, D, p = c.sizes["B"], c.sizes["T"], c.sizes["D"], c.attrs["p"]
     if D > 128:
         raise HandgradError("attention", "the cuda kernels hold heads of at most 128 elements", D)
@@ -76,7 +76,11 @@ class Attention(Op):
     outs = "y:N,C lse:B,H,T:f32"
     attrs = {"T": int, "H": int, "K": int, "causal": bool, "p": float, "stream": int}
     saved = "qkv y lse"
-    cpu = C("attention_forward", "y lse qkv | N T H K D causal p stream knobs scratch", "attention_forward_scratch T D threads")
+    cpu = C(
+        "attention_forward",
+        "y lse qkv | N T H K D causal p stream knobs scratch",
+        "attention_forward_scratch T D threads",
+    )
     cases = (
         case(N=34, Q=48, T=17, H=2, K=2, causal=True, p=0.0, stream=1),
         case(N=1, Q=3, T=1, H=1, K=1, causal=True, p=0.0, stream=1),
@@ -133,7 +137,9 @@ class AttentionBackward(Op):
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         if arg.name in ("y", "lse"):  # what the forward leaves for this qkv, under the knobs of every check
-            y, lse = reference.attention_forward(v["qkv"], v["T"], v["H"], v["K"], v["causal"], v["p"], v["stream"], 7, 3, 0)
+            y, lse = reference.attention_forward(
+                v["qkv"], v["T"], v["H"], v["K"], v["causal"], v["p"], v["stream"], 7, 3, 0
+            )
             return y if arg.name == "y" else lse
         return None
 

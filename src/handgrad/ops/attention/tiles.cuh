@@ -5,8 +5,8 @@
 // numerics  bf16 factors, f32 sums
 // source    own work, after Dao 2023 (FlashAttention-2)
 //
-// Defines: D, WARPS, TALL (16-row tiles that a warp owns), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads whose blocks
-// run side by side).
+// Defines: D, WARPS, TALL (16-row tiles that a warp owns), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads whose
+// blocks run side by side).
 #pragma once
 #include "ptx.cuh"
 
@@ -21,8 +21,8 @@
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
 
-// Which rows of which head this block owns. Blocks of TOGETHER heads are neighbours, so that what they stream stays in L2;
-// among them, the longest come first.
+// Which rows of which head this block owns. Blocks of TOGETHER heads are neighbours, so that what they stream stays in
+// L2; among them, the longest come first.
 struct Place { int tile, head; };
 __device__ __forceinline__ Place place(int tiles, int heads) {
   int group = blockIdx.x / (TOGETHER * tiles) * TOGETHER, within = blockIdx.x % (TOGETHER * tiles);
@@ -31,7 +31,8 @@ __device__ __forceinline__ Place place(int tiles, int heads) {
 }
 
 // tile (rows, LD) = rows first .. of x (.., D), zeros outside; complete after copy_async_wait and a barrier
-template <int rows> __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *x, i64 stride, int first, int end) {
+template <int rows>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *x, i64 stride, int first, int end) {
   constexpr int words = DP / 8;
   const int row_bytes = (int)stride * 2;  // one multiply-add makes an address
 #pragma unroll
@@ -50,8 +51,9 @@ template <int rows> __device__ __forceinline__ void load_tile(bf16 *tile, const 
 }
 
 // rows first .. of y (.., D) = a warp's own rows of a tile, through that tile: o (16 M, D) times scale
-template <int M> __device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int end, bf16 *tile,
-                                                            const float (&o)[M][DP / 8][4], const float (&scale)[M][2]) {
+template <int M>
+__device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int end, bf16 *tile,
+                                           const float (&o)[M][DP / 8][4], const float (&scale)[M][2]) {
   constexpr int words = DP / 8;
   int lane = threadIdx.x % 32;
   __syncwarp();
@@ -83,7 +85,7 @@ __device__ __forceinline__ int right_lane() {
   return (lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8;
 }
 
-// The left factor (16 M, D): its first `held` steps stay in registers, the others are read from shared memory every time.
+// The left factor (16 M, D): its first `held` steps stay in registers, the others are read from shared memory each time.
 template <int M, int held> struct Left {
   u32 f[M][held ? held : 1][4];
   const bf16 *at;
@@ -136,7 +138,10 @@ __device__ __forceinline__ void factors(u32 (&p)[M][N / 2][4], const float (&s)[
 #pragma unroll
     for (int k = 0; k < N / 2; k++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) p[m][k][i] = pack_bf16(s[m][2 * k + i / 2][i % 2 * 2], s[m][2 * k + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; i++) {
+        const float *two = s[m][2 * k + i / 2] + i % 2 * 2;
+        p[m][k][i] = pack_bf16(two[0], two[1]);
+      }
 }
 
 // o (16 M, D) += p (16 M, 8 N) b with b (8 N, D)
@@ -166,8 +171,8 @@ template <int M> __device__ __forceinline__ void clear(float (&o)[M][DP / 8][4])
       for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
 }
 
-// Scores become -inf where their column lies after their row; x is how far the lane's first does. Without `rows`, where it
-// lies after a limit that is the same for all rows; with `turned`, where the row lies after the column.
+// Scores become -inf where their column lies after their row; x is how far the lane's first does. Without `rows`, where
+// it lies after a limit that is the same for all rows; with `turned`, where the row lies after the column.
 template <bool rows, bool turned = false, int M, int N>
 __device__ __forceinline__ void hide(float (&s)[M][N][4], int x) {
 #pragma unroll
@@ -184,14 +189,15 @@ __device__ __forceinline__ void hide(float (&s)[M][N][4], int x) {
 // Bit i says whether element 4 quad + i is kept.
 __device__ __forceinline__ u32 kept_quad(const DropoutRule &rule, i64 quad) {
   uint4 r = rule.bits(quad);
-  return (r.x >= rule.threshold) | (r.y >= rule.threshold) << 1 | (r.z >= rule.threshold) << 2 | (r.w >= rule.threshold) << 3;
+  u32 least = rule.threshold;
+  return (r.x >= least) | (r.y >= least) << 1 | (r.z >= least) << 2 | (r.w >= least) << 3;
 }
 __device__ __forceinline__ u32 kept_one(const DropoutRule &rule, i64 element) {
   return kept_quad(rule, element / 4) >> element % 4 & 1;
 }
 
-// Of a lane's four scores of a 16 x 8 tile, bit e says whether the e-th is kept. `element` counts that of the tile's first
-// row and column. Where quads of the generator do not cross rows, each lane draws one and passes on what is not its own.
+// Of a lane's four scores of a 16 x 8 tile, bit e says whether the e-th is kept. `element` is the index of the tile's
+// first. Where quads of the generator do not cross rows, each lane draws one and passes on what is not its own.
 __device__ __forceinline__ u32 kept(const DropoutRule &rule, i64 element, i64 T) {  // rows are queries
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if constexpr (QUADS) {

@@ -79,7 +79,8 @@ ENTRY(attention_decode) {
   int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = knobs->position, sequence = S * kv_row;
 #pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)
-    memcpy(cache + i / T * sequence + (position + i % T) * kv_row, qkv + i * row + H * D, (size_t)kv_row * sizeof(real));
+    memcpy(cache + i / T * sequence + (position + i % T) * kv_row, qkv + i * row + H * D,
+           (size_t)kv_row * sizeof(real));
   if (T > 1) {
     Attend x = {.q = qkv, .k = cache, .v = cache + K * D, .q_row = row, .kv_row = kv_row, .q_seq = T * row,
                 .kv_seq = sequence, .B = B, .T = T, .position = position, .H = H, .K = K, .D = D, .causal = 1};

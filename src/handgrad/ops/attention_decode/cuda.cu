@@ -1,9 +1,9 @@
 // attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2, §7
 // forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  scores, softmax and sums in f32
-// layout    a block is one query head of one token, or one part of the keys that it sees; LANES lanes share a key and read
-//           it in 16-byte words, so a warp has 32 / LANES keys at a time, four steps in flight; then groups of lanes,
-//           warps and parts are merged
+// layout    a block is one query head of one token and one part of the keys that it sees; LANES lanes share a key and
+//           read it in 16-byte words, so a warp has 32 / LANES keys at a time, four steps in flight; then groups of
+//           lanes, warps and parts are merged
 // determinism  the cut of the keys depends on their number alone; everything is merged in order
 // speed     not measured yet
 // source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
@@ -34,7 +34,7 @@ KERNEL __launch_bounds__(32 * WARPS, 4) attention_decode_kernel(
   real *cached = cache + b * S * 2 * K * D + kv * D;
   const float scale = rsqrtf((float)D);
 
-  if (blockIdx.y == 0 && h % (H / K) == 0)  // this block appends what it was given; no block reads that part of the cache
+  if (blockIdx.y == 0 && h % (H / K) == 0)  // this block appends its key and value; no block reads them in the cache
     for (int d = threadIdx.x; d < D; d += 32 * WARPS) {
       real *to = cached + (position + t) * 2 * K * D + d;
       const real *from = fresh + (position + t) * row + d;

@@ -40,7 +40,7 @@ class AttentionDecode(Op):
         S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
         vec = 16 // c.dtype.size if D % (16 // c.dtype.size) == 0 else 1
         lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
-        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks a multiprocessor, but not for a few keys each
+        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks a multiprocessor, of 128 keys at least
         defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts}
         args = "y scratch cache qkv knobs | T S H K"
         attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), 128, defines=defines)
