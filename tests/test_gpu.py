@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import handgrad as hg
-from handgrad.backends import open_backend
+from handgrad.backends import open_backend, why_no_cuda
 from handgrad.backends.cuda.card import Card
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
@@ -21,6 +21,9 @@ from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.testing import check_case
+
+if not why_no_cuda():
+    from handgrad.backends.cuda.backend import CudaBackend
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -49,6 +52,15 @@ def test_op(card, name, dtype):
 def test_op_without_libraries_choice(steady, name):
     for case in OPS[name].cases:
         for e in check_case(OPS[name], case, steady, DTYPES["bf16"]):
+            assert e.ratio <= 1, f"{case.sizes}: {e}"
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_backward"])
+def test_own_attention(name):
+    """Without cuDNN every case runs our own kernels."""
+    alone = CudaBackend(cudnn=False)
+    for case in OPS[name].cases:
+        for e in check_case(OPS[name], case, alone, DTYPES["bf16"]):
             assert e.ratio <= 1, f"{case.sizes}: {e}"
 
 

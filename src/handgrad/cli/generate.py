@@ -35,7 +35,7 @@ class Generate:
     """end before any of these strings"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
-    backend: Literal["cpu", "ref"] = "cpu"
+    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
     """cpu: C kernels; ref: the numpy oracle"""
     threads: int = 0
     """CPU threads; 0: physical cores"""

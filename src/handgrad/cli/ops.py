@@ -25,6 +25,8 @@ class Ops:
     differences; bench: time, GB/s and GFLOP/s of the cases from real models"""
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """op names; none: all"""
+    backend: Literal["cpu", "cuda"] = "cpu"
+    """whose kernels"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
 
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
     chosen = [OPS[n] for n in a.names or OPS]
     mode = {"support": support, "check": check, "grad": grad, "bench": bench}[a.mode]
-    table, failed = mode(chosen, open_backend("cpu", a.threads))
+    table, failed = mode(chosen, open_backend(a.backend, a.threads))
     for column in table.columns[1:]:
         column.overflow = "fold"
     table.columns[0].no_wrap = True

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.cuda import cudnn
+from handgrad.backends.cuda import cudnn as attention
 from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
@@ -81,12 +81,12 @@ class CudaBackend(Backend):
     name, dtype, head_rows, runs_beside = Card.name, "bf16", Card.head_rows, Card.runs_beside
     dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
 
-    def __init__(self, tf32: bool = False, deterministic: bool = False):
+    def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):
         self.device = Device()
         self._blas = CublasLt(self.device, deterministic)
-        self._cudnn: cudnn.Cudnn | None = None  # opened where a call wants it
+        self._cudnn: attention.Cudnn | None = None  # opened where a call wants it
         self._modules: dict[bytes, Module] = {}
-        has_cudnn = cudnn.library() is not None
+        has_cudnn = cudnn and attention.library() is not None
         self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
         self._card = Card(self.gpu)
         self.hardware = (
@@ -154,7 +154,7 @@ class CudaBackend(Backend):
                 starts.append(self._bind_gemm(step, c, stream, address, workspace))
             else:
                 if self._cudnn is None:
-                    self._cudnn = cudnn.Cudnn(self.device)
+                    self._cudnn = attention.Cudnn(self.device)
                 names = ("qkv", "y", "lse", *(("dy", "dqkv") if step.direction == "backward" else ()))
                 start = self._cudnn.bind(step, {n: address(n) for n in names}, workspace)
                 starts.append(lambda first, start=start: start())

@@ -10,7 +10,7 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 from handgrad.ops.attention import reference
 
-LIBRARY = True  # bind cuDNN where it can do the call: it is faster on Hopper, README §8
+LIBRARY = True  # bind cuDNN where it can do the call; for its speed see README §8
 L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
 
 

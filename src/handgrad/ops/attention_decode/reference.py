@@ -8,7 +8,7 @@ from handgrad.ops.attention.reference import join_heads, scores, split_heads
 def attention_decode(
     cache: np.ndarray, qkv: np.ndarray, T: int, H: int, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """y (N, H D) and the new cache (B, S, 2, K, D), from qkv (N, (H + 2 K) D): T tokens a sequence from `position` on."""
+    """y (N, H D) and the new cache (B, S, 2, K, D) from qkv (N, (H + 2 K) D): T tokens a sequence, from `position`."""
     B, _, _, K, D = cache.shape
     end = position + T
     cache = cache.copy()
