@@ -90,3 +90,21 @@ def test_the_check_names_the_call_that_went_wrong(tokens):
     run.params()["h.1.ln_2.weight"][3] = np.nan
     with pytest.raises(hg.HandgradError, match=r"\[check\] .* 'y' of forward add_norm\. block h\.1, gpt2\.py:\d+"):
         run.step(2, LR(2))
+
+
+def test_bf16_weights_without_low_halves_learn_and_repeat(tmp_path):
+    """Updates are rounded at random from counters: weights are bf16 alone, a run repeats, and a resumed one goes on."""
+    hg.data.write_shard(tmp_path / "a.bin", [np.arange(5000) * 7 % 97], hg.data.id_dtype(97))
+
+    def trainer(out=None):
+        tokens = hg.data.tokens(tmp_path / "a.bin", seq_len=16, batch_tokens=128)
+        model, kind = hg.models.GPT2(97, 16, 1, 2, 32), dict(dtype="bf16", master_weights=False)
+        return hg.Trainer(model, hg.optim.AdamW(), tokens, micro_batch=8, out=out, **kind)
+
+    run, whole = trainer(tmp_path / "run"), trainer()
+    first = [run.step(k, 3e-3).loss for k in range(1, 21)]
+    run.save(20)
+    again = trainer(tmp_path / "run")
+    assert again.resume() == 20 and not any(name.startswith("low.") for name in again._state())
+    rest = [again.step(k, 3e-3).loss for k in range(21, 41)]
+    assert first + rest == [whole.step(k, 3e-3).loss for k in range(1, 41)] and rest[-1] < first[0] - 1

@@ -94,7 +94,7 @@ def driver() -> Iterator[Finding]:
 
         cuda = start()
     except HandgradError as error:
-        yield Finding(MISSING, "driver", str(error))
+        yield Finding(MISSING, "driver", str(error.got), error.hint)
         return
     try:
         kernel = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text().split("\n")[0])

@@ -185,8 +185,9 @@ class Run:
         return Trainer(
             model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
             master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
-            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt), seed=r.seed,
-            threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z, check=r.check,
+            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt),
+            seed=r.seed, threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z,
+            check=r.check,
         )  # fmt: skip
 
     def mfu(self, tokens_per_second: float) -> float | None:
@@ -291,7 +292,8 @@ def priced(error: HandgradError, model: GPT2, c: Config, backend: Backend) -> Ha
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0
     )
-    return HandgradError(error.where, error.rule, error.got, hint="; ".join([error.hint, prices] if prices else [error.hint]))
+    hint = f"{error.hint}; {prices}" if prices else error.hint
+    return HandgradError(error.where, error.rule, error.got, hint=hint)
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

@@ -34,7 +34,7 @@ def start() -> int:
         return check(cu.cuDriverGetVersion())
     except RuntimeError as error:  # no libcuda
         rule, hint = "there is an NVIDIA driver", "install one (580 or newer), or --run.backend cpu"
-        raise HandgradError("cuda", rule, str(error).strip(), hint=hint) from None
+        raise HandgradError("cuda", rule, "no libcuda.so.1", hint=hint) from error
     except HandgradError as error:
         hint = "nvidia-smi tells what the driver sees; --run.backend cpu needs none"
         raise HandgradError("cuda", "there is a GPU that this process may use", error.got, hint=hint) from None
