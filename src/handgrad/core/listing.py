@@ -39,6 +39,6 @@ def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
 def listing(p: Program, plan: Plan | None = None, note: Callable[[Call], str] = lambda c: "") -> str:
     """All calls, a line each. Without a plan no offsets: the form that golden files keep.
 
-    `@` is the offset in the arena in MiB; `+=` marks outputs that are added to; `note` adds a backend's words on a call.
+    `@` is the offset in the arena in MiB; `+=` marks outputs that are added to; `note` adds a backend's word on it.
     """
     return "\n".join(line(c, plan, note(c)) for c in p.calls)
