@@ -49,7 +49,7 @@ def test_shell_commands(folder, command):
 
 def test_the_table_names_real_flags(folder):
     """Every flag that the README mentions is in some --help."""
-    helps = "".join(run(f"handgrad {verb} --help", folder) for verb in ("train", "generate", "explain", "data text", "ops"))
+    helps = "".join(run(f"handgrad {verb} --help", folder) for verb in ("train", "generate", "explain", "data text", "ops", "profile"))
     for flag in set(re.findall(r"--[a-z][a-z.\-]+", README)):
         assert flag in helps, flag
 
