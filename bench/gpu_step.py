@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
-    parser.add_argument("--trainer", type=json.loads, default={"recompute": "none"}, help="""of Trainer: {"recompute": "none"}""")
+    parser.add_argument("--trainer", type=json.loads, default={"recompute": "none"}, help="of Trainer, as JSON")
     parser.add_argument("--json", type=Path, help="results; the table goes beside it, as .txt")
     parser.add_argument("--commit", default="", help="what to call this tree where git does not know")
     parser.add_argument("--smoke", action="store_true", help="a toy on the CPU; writes only where --json says")
