@@ -228,6 +228,20 @@ def test_presets_have_their_parameters(name):
     assert C % model.num_heads == 0 and model.max_seq_len == (2048 if name.startswith("gpt3") else 64 if name == "tiny" else 1024)
 
 
+@pytest.mark.parametrize("mode", ["train", "loss", "logits", "prefill", "decode"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_parameters_and_their_order(tiny, mode, dropout):
+    """Start weights are drawn and flat vectors lie in this order, whichever call adds a bias."""
+    p, model = Program(mode=mode), tiny(dropout=dropout, tie_embeddings=False)
+    model.forward(p, batch(p, 1, 1 if mode == "decode" else 8))
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    want = [("wte.weight", True, "embed"), ("wpe.weight", True, "embed")]
+    for i in range(model.num_layers):
+        want += [(f"h.{i}.{part}.{kind}", ".c_" in part and kind == "weight", f"h.{i}") for part in parts for kind in ("weight", "bias")]
+    want += [("ln_f.weight", False, "head"), ("ln_f.bias", False, "head"), ("lm_head.weight", True, "head")]
+    assert [(name, info.decay, info.block) for name, info in p.params.items()] == want
+
+
 def test_the_gpt3_sizes():
     """In billions, as the paper and llm.c give them; its 13B width is repaired to 40 heads of 128."""
     sizes = {}

@@ -80,7 +80,7 @@ class Case:
 
     sizes: dict[str, Any]
     real: str = ""
-    without: tuple[str, ...] = ()  # optional inputs that are absent
+    without: tuple[str, ...] = ()  # optional inputs and given outputs that are absent
 
 
 def case(real: str = "", without: str = "", **sizes: Any) -> Case:

@@ -7,6 +7,8 @@ from handgrad.core.program import ONES, ZEROS, Program, normal
 from handgrad.core.tensor import Tensor
 from handgrad.ops import add_norm, attention, attention_decode, dropout, linear, lm_loss, lm_loss_forward_backward, norm
 
+Branch = tuple[Tensor, Tensor | None]  # what a norm is to add to the residual: (N, C), and a bias that it still lacks
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,22 +27,15 @@ def batch(g: Program, batch_size: int, seq_len: int) -> Batch:
     return Batch(g.input("ids", rows, I32), targets, batch_size, seq_len)
 
 
-def dense(
-    g: Program, x: Tensor, name: str, size: int, *, std: float = 0.02, gelu: bool = False, pre_x: Tensor | None = None
-) -> Tensor:
-    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it.
-
-    `pre_x`: x is gelu(pre_x), and backward goes straight to pre_x.
-    """
+def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
+    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it."""
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(std))
+        w = g.param("weight", (size, x.shape[-1]), normal(0.02))
         b = g.param("bias", (size,), ZEROS, decay=False)
-    keep_pre = gelu and g.mode == "train"
-    out = g.emit(linear, x, w, b, pre_x, gelu=gelu, keep_pre=keep_pre)
-    return out[0]
+    return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.mode == "train")[0]
 
 
-def layer_norm(g: Program, x: Tensor, h: Tensor | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """(residual, normed): adds the pending branch h to the residual and norms the sum.
 
     With h None, at the start of a model, there is nothing to add: the only special case in the system.
@@ -50,7 +45,7 @@ def layer_norm(g: Program, x: Tensor, h: Tensor | None, name: str, eps: float = 
         b = g.param("bias", x.shape[-1:], ZEROS, decay=False)
     if h is None:
         return x, g.emit(norm, x, w, b, eps=eps)[0]
-    return g.emit(add_norm, x, h, w, b, eps=eps)[:2]
+    return g.emit(add_norm, x, h[0], w, b, h[1], eps=eps)[:2]
 
 
 def drop(g: Program, x: Tensor, p: float) -> Tensor:
@@ -60,9 +55,22 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
     return g.emit(dropout, x, p=p, stream=g.next_stream())
 
 
+def project(
+    g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
+) -> Branch:
+    """The end of a branch: x w^T + b (N, size) and dropout. b waits for the add, unless dropout comes before that: the
+    backward of the add has b's gradient at hand, the linear would read all of dy for it."""
+    with g.scope(name):
+        w = g.param("weight", (size, x.shape[-1]), normal(std))
+        b = g.param("bias", (size,), ZEROS, decay=False)
+    drops = p > 0.0 and g.mode == "train"
+    y = g.emit(linear, x, w, b if drops else None, pre_x, gelu=False, keep_pre=False)[0]
+    return (drop(g, y, p), None) if drops else (y, b)
+
+
 def self_attention(
     g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float, max_len: int
-) -> Tensor:
+) -> Branch:
     """Causal self-attention with packed q, k, v. In prefill and decode it appends to and reads a KV cache."""
     size = x.shape[-1]
     with g.scope(name):
@@ -74,19 +82,19 @@ def self_attention(
             active = p if g.mode == "train" else 0.0
             stream = g.next_stream() if active else 0
             y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
-        return drop(g, dense(g, y, "c_proj", size, std=std), p)
+        return project(g, y, "c_proj", size, std=std, p=p)
 
 
-def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Tensor:
+def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:
     """w2 gelu(w1 x + b1) + b2."""
     with g.scope(name):
         h = dense(g, x, "c_fc", size, gelu=True)
         pre = g.producer[h].pre  # None unless training
-        return drop(g, dense(g, h, "c_proj", x.shape[-1], std=std, pre_x=pre), p)
+        return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
 
 
 def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, chunks: int) -> None:
-    """Ends a program: losses (N) f32 in nats, or logits (N, Vp), marked as outputs; nothing in prefill."""
+    """Ends a program: losses (N) f32 in nats, logits (N, Vp), or x itself, marked as outputs; nothing in prefill."""
     if g.mode == "train":
         losses, *_ = g.emit(
             lm_loss_forward_backward, x, w, data.targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
@@ -94,5 +102,7 @@ def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, c
         g.output("losses", losses)
     elif g.mode == "loss":
         g.output("losses", g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)[0])
+    elif g.mode == "hidden":  # the host picks rows for a head of their own
+        g.output("hidden", x)
     elif g.mode in ("logits", "decode"):
         g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])

@@ -1,8 +1,8 @@
-// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add      math: README.md §2, §3
+// add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: the same of x alone      math: README.md §2, §3
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
-// backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) f32           dx also serves as dh
+// backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) f32      dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
-// layout    rows are shared among threads; dw and db are summed over chunks of rows, then over chunks, column by column
+// layout    rows are shared among threads; dw, db, dhb: sums over chunks of rows, then over chunks, column by column
 // determinism  chunks depend on N alone and are added in order, whatever the number of threads
 // source    own work
 #include "knobs.h"
@@ -34,12 +34,20 @@ ENTRY(add_norm_forward) {
   float *mean = P(2), *rstd = P(3);     // (N)
   const real *x = P(4), *h = P(5);      // (N, C)
   const real *w = P(6), *b = P(7);      // (C)
-  int64_t N = I(8), C = I(9);
-  float eps = F(10);
+  const real *hb = P(8);                // (C) or NULL
+  int64_t N = I(9), C = I(10);
+  float eps = F(11);
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
+    real *sum = s + n * C;
+    const real *stream = x + n * C, *branch = h + n * C;
+    if (hb) {
 #pragma omp simd
-    for (int64_t i = n * C; i < (n + 1) * C; i++) s[i] = store(load(x[i]) + load(h[i]));
+      for (int64_t c = 0; c < C; c++) sum[c] = store(load(stream[c]) + (load(branch[c]) + load(hb[c])));
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) sum[c] = store(load(stream[c]) + load(branch[c]));
+    }
     norm_row(y + n * C, mean + n, rstd + n, s + n * C, w, b, C, eps);
   }
 }
@@ -64,11 +72,11 @@ static int64_t num_chunks(int64_t N) { return (N + chunk_rows(N) - 1) / chunk_ro
 
 SCRATCH(norm_backward)(int64_t N, int64_t C, int64_t threads) {
   (void)threads;
-  return num_chunks(N) * 2 * C * (int64_t)sizeof(float);
+  return num_chunks(N) * 3 * C * (int64_t)sizeof(float);
 }
 
-// dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds the row to dw and db
-static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db,
+// dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds a row to dw, db, dhb
+static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, float *restrict dhb,
                                      const real *restrict dy, const real *restrict ds, const real *restrict s,
                                      const real *restrict w, float mean, float rstd, int64_t C) {
   float sum = 0.0f, dot = 0.0f;
@@ -85,7 +93,9 @@ static inline void norm_row_backward(real *restrict dx, float *restrict dw, floa
 #pragma omp simd
   for (int64_t c = 0; c < C; c++) {
     float normed = (load(s[c]) - mean) * rstd, dn = load(dy[c]) * load(w[c]);
-    dx[c] = store((ds ? load(ds[c]) : 0.0f) + rstd * (dn - sum - normed * dot));
+    float d = (ds ? load(ds[c]) : 0.0f) + rstd * (dn - sum - normed * dot);
+    dx[c] = store(d);
+    if (dhb) dhb[c] += d;
   }
 }
 
@@ -95,33 +105,34 @@ static inline void sum_chunks(float *restrict d, int add, const float *restrict 
   for (int64_t k = 0; k < chunks; k++) {
     int keep = add || k > 0;
 #pragma omp simd
-    for (int64_t c = from; c < to; c++) d[c] = (keep ? d[c] : 0.0f) + partial[k * 2 * C + c];
+    for (int64_t c = from; c < to; c++) d[c] = (keep ? d[c] : 0.0f) + partial[k * 3 * C + c];
   }
 }
 
 ENTRY(norm_backward) {
   real *dx = P(0);                                  // (N, C)
-  float *dw = P(1), *db = P(2);                     // (C)
-  const real *dy = P(3), *ds = P(4), *s = P(5);     // (N, C); ds is what reaches s from the residual stream, or NULL
-  const real *w = P(6);                             // (C)
-  const float *mean = P(7), *rstd = P(8);           // (N)
-  int64_t N = I(9), C = I(10);
-  const Knobs *knobs = P(13);
-  int add_w = I(11) || knobs->micro_step > 0, add_b = I(12) || knobs->micro_step > 0;
-  float *partial = P(14);                           // (chunks, 2, C)
+  float *dw = P(1), *db = P(2), *dhb = P(3);        // (C); dhb or NULL
+  const real *dy = P(4), *ds = P(5), *s = P(6);     // (N, C); ds is what reaches s from the residual stream, or NULL
+  const real *w = P(7);                             // (C)
+  const float *mean = P(8), *rstd = P(9);           // (N)
+  int64_t N = I(10), C = I(11);
+  const Knobs *knobs = P(15);
+  int later = knobs->micro_step > 0;
+  float *partial = P(16);                           // (chunks, 3, C)
   int64_t rows = chunk_rows(N), chunks = num_chunks(N);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < chunks; k++) {
-      float *to = partial + k * 2 * C;
-      memset(to, 0, (size_t)(2 * C) * sizeof(float));
+      float *to = partial + k * 3 * C, *to_hb = dhb ? to + 2 * C : NULL;
+      memset(to, 0, (size_t)(3 * C) * sizeof(float));
       for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
-        norm_row_backward(dx + n * C, to, to + C, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n], rstd[n],
-                          C);
+        norm_row_backward(dx + n * C, to, to + C, to_hb, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n],
+                          rstd[n], C);
     }
     int64_t from = C * hg_thread() / hg_team(), to = C * (hg_thread() + 1) / hg_team();
-    sum_chunks(dw, add_w, partial, chunks, C, from, to);
-    sum_chunks(db, add_b, partial + C, chunks, C, from, to);
+    sum_chunks(dw, I(12) || later, partial, chunks, C, from, to);
+    sum_chunks(db, I(13) || later, partial + C, chunks, C, from, to);
+    if (dhb) sum_chunks(dhb, I(14) || later, partial + 2 * C, chunks, C, from, to);
   }
 }

@@ -1,9 +1,9 @@
-// add_norm: s = x + h;  y = (s - mean) * rstd * w + b;  norm: the same of x, without an add      math: README.md §2, §3
+// add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: the same of x alone      math: README.md §2, §3
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
-// backward  writes =  dx: (N, C) dtype;  = or += dw, db: (C) grad_t        dx also serves as dh
+// backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) grad_t   dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
 // layout    a row lies in the registers of its team: a warp, or where it is long a block; C is known when compiling
-//           backward: a grid that fills the card walks the rows; a thread sums dw and db of its columns in registers
+//           backward: a grid that fills the card walks the rows; a thread sums dw, db, dhb of its columns in registers
 // determinism  fixed order: rows of a team, teams of a block, then blocks (norm_backward_sum); no atomics
 // speed     H100 80GB, N=65536 C=768 bf16, in a traced step, 2026-11-24: add_norm 2.72 TB/s (91 % of the copy rate),
 //           norm_backward 2.49 TB/s (83 %)
@@ -14,6 +14,10 @@
 // -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
 // -DTEAM      threads that share a row: 32, or all of a block
 // -DROWS      rows that a block holds at a time
+// -DBIAS      1: add_norm is given hb
+//
+// Rows are taken from the last to the first: the product before wrote the last ones last, the product after reads the
+// first ones first, so that of each a stretch as long as the second cache is still there.
 constexpr int C = COLUMNS, PACKS = (C + TEAM * VEC - 1) / (TEAM * VEC);
 typedef Pack<real, VEC> Pk;
 
@@ -68,11 +72,12 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
                         float *__restrict__ mean, float *__restrict__ rstd,    // (N)
                         const real *__restrict__ x, const real *__restrict__ h,  // (N, C), not read again
                         const real *__restrict__ w, const real *__restrict__ b,  // (C)
+                        const real *__restrict__ hb,                             // (C) or NULL
                         i64 N, float eps) {
   __shared__ float room[32];
   int lane = threadIdx.x % TEAM;
-  i64 n = (i64)blockIdx.x * ROWS + threadIdx.x / TEAM;
-  if (n >= N) return;  // a whole warp
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
+  if (n < 0) return;  // a whole warp
   Pk row[PACKS], branch[PACKS];
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
@@ -83,8 +88,10 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane)) {
+      Pk bias = {};
+      if constexpr (BIAS) bias = load<real, VEC>(hb + column(k, lane));
 #pragma unroll
-      for (int i = 0; i < VEC; i++) row[k].set(i, row[k].at(i) + branch[k].at(i));
+      for (int i = 0; i < VEC; i++) row[k].set(i, row[k].at(i) + (branch[k].at(i) + bias.at(i)));
       store_once(s + n * C + column(k, lane), row[k]);
     }
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
@@ -98,8 +105,8 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
                     i64 N, float eps) {
   __shared__ float room[32];
   int lane = threadIdx.x % TEAM;
-  i64 n = (i64)blockIdx.x * ROWS + threadIdx.x / TEAM;
-  if (n >= N) return;  // a whole warp
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
+  if (n < 0) return;  // a whole warp
   Pk row[PACKS];
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
@@ -107,57 +114,60 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
 }
 #else
+// -DSUMS      column sums: dw, db; 3: and dhb
 // -DSTREAMS   3; 2 where ds is not given
 // -DSTAGED    1: rows come through shared memory, the next while this one is summed; 0: C is odd, or too long for it
 // -DHELD      blocks that a multiprocessor holds at a time: what bounds the registers
 // -DBLOCKS    blocks in all
 KERNEL __launch_bounds__(TEAM * ROWS, HELD)
 norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
-                     float *__restrict__ partial,                                     // (BLOCKS, 2, C): dw, db
-                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
-                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C), (C)
+                     float *__restrict__ partial,                                     // (BLOCKS, SUMS, C): dw, db, dhb
+                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C), last readers; ds or NULL
+                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C), last reader; (C)
                      const float *__restrict__ mean, const float *__restrict__ rstd,  // (N)
                      i64 N) {
   __shared__ float room[32];
-  HG_SHARED(real, shared);  // (C) w; (ROWS, 2, STREAMS, C) rows of dy, s, ds;  in the end (2, C) float
+  HG_SHARED(real, shared);  // (ROWS, 2, STREAMS, C) rows of dy, s, ds; (C) w;  in the end (ROWS, SUMS, C) float
   const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
   const i64 step = (i64)BLOCKS * ROWS;
-  real *const rows = shared + C + team * 2 * STREAMS * C;
+  real *const rows = shared + team * 2 * STREAMS * C, *const weight = shared + ROWS * 2 * STREAMS * C;
   const real *const streams[3] = {dy, s, ds};
   // A thread reads back only what it copied itself, so no barrier is needed.
   auto fetch = [&](i64 n, int stage) {
     if constexpr (STAGED) {
-      if (n < N)
+      if (n >= 0)
 #pragma unroll
         for (int j = 0; j < STREAMS; j++)
 #pragma unroll
           for (int k = 0; k < PACKS; k++)
-            if (inside(k, lane))
-              copy_async(rows + (stage * STREAMS + j) * C + column(k, lane), streams[j] + n * C + column(k, lane));
+            if (inside(k, lane)) {
+              int c = column(k, lane);
+              copy_async_once(rows + (stage * STREAMS + j) * C + c, streams[j] + n * C + c);
+            }
       copy_async_commit();
     }
   };
-  i64 n = (i64)blockIdx.x * ROWS + team;
-  float next_mean = n < N ? mean[n] : 0.0f, next_rstd = n < N ? rstd[n] : 0.0f;
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + team);
+  float next_mean = n >= 0 ? mean[n] : 0.0f, next_rstd = n >= 0 ? rstd[n] : 0.0f;
   fetch(n, 0);
   if constexpr (STAGED) {
-    for (int c = threadIdx.x * VEC; c < C; c += TEAM * ROWS * VEC) store(shared + c, load<real, VEC>(w + c));
+    for (int c = threadIdx.x * VEC; c < C; c += TEAM * ROWS * VEC) store(weight + c, load<real, VEC>(w + c));
     __syncthreads();
   }
-  float dw[PACKS][VEC] = {}, db[PACKS][VEC] = {};
-  for (int stage = 0; n < N; n += step, stage ^= 1) {
+  Pack<float, VEC> sums[SUMS][PACKS] = {};  // of the thread's columns
+  for (int stage = 0; n >= 0; n -= step, stage ^= 1) {
     float m = next_mean, r = next_rstd, sum = 0.0f, dot = 0.0f;
-    fetch(n + step, stage ^ 1);
-    if (n + step < N) {
-      next_mean = mean[n + step];
-      next_rstd = rstd[n + step];
+    fetch(n - step, stage ^ 1);
+    if (n >= step) {
+      next_mean = mean[n - step];
+      next_rstd = rstd[n - step];
     }
     const real *from[3] = {dy + n * C, s + n * C, ds + n * C}, *scale = w;
     if constexpr (STAGED) {
       copy_async_wait<1>();
 #pragma unroll
       for (int j = 0; j < STREAMS; j++) from[j] = rows + (stage * STREAMS + j) * C;
-      scale = shared;
+      scale = weight;
     }
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
@@ -169,8 +179,8 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
           sum += dn;
           dot += dn * normed;
-          dw[k][i] += g.at(i) * normed;
-          db[k][i] += g.at(i);
+          sums[0][k].v[i] += g.at(i) * normed;
+          sums[1][k].v[i] += g.at(i);
         }
       }
     sum = team_sum(sum, room) / C;
@@ -181,53 +191,56 @@ norm_backward_kernel(real *__restrict__ dx,                                     
       if (inside(k, lane)) {
         int c = column(k, lane);
         Pk g = load<real, VEC>(from[0] + c), v = load<real, VEC>(from[1] + c), a = load<real, VEC>(scale + c);
-        Pk rest = {}, d;
+        Pk rest = {}, to;
         if constexpr (STREAMS == 3) rest = load<real, VEC>(from[2] + c);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-          float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
-          d.set(i, rest.at(i) + r * (dn - sum - normed * dot));
+          float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i), d = rest.at(i) + r * (dn - sum - normed * dot);
+          if constexpr (SUMS == 3) sums[2][k].v[i] += d;
+          to.set(i, d);
         }
-        store(dx + n * C + c, d);
+        store(dx + n * C + c, to);
       }
   }
-  float *const to = partial + (i64)blockIdx.x * 2 * C, *const sums = ROWS == 1 ? to : (float *)shared;
-  for (int turn = 0; turn < ROWS; turn++) {  // teams add their sums in order
+  float *const block = partial + (i64)blockIdx.x * SUMS * C;
+  float *const own = ROWS == 1 ? block : (float *)shared + team * SUMS * C;
+  __syncthreads();  // all teams have read their rows
+#pragma unroll
+  for (int j = 0; j < SUMS; j++)
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+      if (inside(k, lane)) store(own + j * C + column(k, lane), sums[j][k]);
+  if constexpr (ROWS > 1) {
     __syncthreads();
-    if (team == turn)
+    for (int i = threadIdx.x; i < SUMS * C; i += TEAM * ROWS) {
+      float sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < PACKS; k++)
-        if (inside(k, lane))
-#pragma unroll
-          for (int i = 0; i < VEC; i++) {
-            int c = column(k, lane) + i;
-            sums[c] = turn ? sums[c] + dw[k][i] : dw[k][i];
-            sums[C + c] = turn ? sums[C + c] + db[k][i] : db[k][i];
-          }
+      for (int j = 0; j < ROWS; j++) sum += ((float *)shared)[j * SUMS * C + i];
+      block[i] = sum;
+    }
   }
-  __syncthreads();
-  if (ROWS > 1)
-    for (int i = threadIdx.x; i < 2 * C; i += TEAM * ROWS) to[i] = sums[i];
 }
 
-// dw, db = or += the sum of all blocks' rows of partial. 32 x 32 threads: x is a column of (2, C), y shares the blocks.
+// dw, db, dhb = or += the sum of all blocks' rows of partial. 32 x 32 threads: x is a column of (SUMS, C), y shares the
+// blocks.
 KERNEL __launch_bounds__(1024)
 norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C)
-                         const float *__restrict__ partial,                 // (BLOCKS, 2, C)
-                         const Knobs *knobs, i64 acc_w, i64 acc_b) {
+                         grad_t *__restrict__ dhb,                          // (C) or NULL
+                         const float *__restrict__ partial,                 // (BLOCKS, SUMS, C)
+                         const Knobs *knobs, i64 acc_w, i64 acc_b, i64 acc_hb) {
   __shared__ float room[32][33];
   int x = threadIdx.x % 32, y = threadIdx.x / 32, c = blockIdx.x * 32 + x;
   float sum = 0.0f;
-  if (c < 2 * C)
-#pragma unroll 4
-    for (i64 k = y; k < BLOCKS; k += 32) sum += partial[k * 2 * C + c];
+  if (c < SUMS * C)
+#pragma unroll 8
+    for (i64 k = y; k < BLOCKS; k += 32) sum += partial[k * SUMS * C + c];
   room[y][x] = sum;
   __syncthreads();
   sum = warp_reduce(room[x][y], Sum());  // now a warp a column
   c = blockIdx.x * 32 + y;
-  if (x == 0 && c < 2 * C) {
-    grad_t *to = c < C ? dw + c : db + (c - C);
-    bool add = (c < C ? acc_w : acc_b) || knobs->micro_step > 0;
+  if (x == 0 && c < SUMS * C) {
+    grad_t *to = c < C ? dw + c : c < 2 * C ? db + (c - C) : dhb + (c - 2 * C);
+    bool add = (c < C ? acc_w : c < 2 * C ? acc_b : acc_hb) || knobs->micro_step > 0;
     *to = from_float<grad_t>(add ? to_float(*to) + sum : sum);
   }
 }

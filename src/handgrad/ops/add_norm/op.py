@@ -10,33 +10,36 @@ from handgrad.ops.add_norm import reference
 
 
 class AddNorm(Op):
-    """s = x + h;  y = (s - mean) * rstd * w + b."""
+    """s = x + h + hb;  y = (s - mean) * rstd * w + b.  hb is the bias of the linear that ends the branch h."""
 
     name = "add_norm"
-    ins = "x:N,C h:N,C w:C b:C"
+    ins = "x:N,C h:N,C w:C b:C hb:C?"
     outs = "s:N,C y:N,C mean:N:f32 rstd:N:f32"
     attrs = {"eps": float}
     saved = "s w mean rstd"  # x and h are free after this call
-    cpu = C("add_norm_forward", "s y mean rstd x h w b | N C eps")
+    cpu = C("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
+        case(N=7, C=33, eps=1e-5, without="hb"),
         case(N=1, C=1, eps=1e-5),
         case(N=64, C=128, eps=1e-5),
+        case(N=64, C=128, eps=1e-5, without="hb"),
         case(N=6, C=1600, eps=1e-5),
         case(N=5, C=2072, eps=1e-5),
-        case(N=3, C=1037, eps=1e-5),
+        case(N=3, C=1037, eps=1e-5, without="hb"),
         case(N=1024, C=768, eps=1e-5, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
-        s = v.round(v.x + v.h)  # the norm reads what is kept: made again from it, y is the same
+        h = v.h if v.hb is None else v.h + v.hb
+        s = v.round(v.x + h)  # the norm reads what is kept: made again from it, y is the same
         return s, *reference.norm_forward(s, v.w, v.b, v.eps)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return _forward(c, "add_norm_forward_kernel", "s y mean rstd x h w b | N eps")
+        return _forward(c, "add_norm_forward_kernel", "s y mean rstd x h w b hb | N eps")
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = _norm_backward(g, c, d["y"], d["s"], c.s)
+        ds = _norm_backward(g, c, d["y"], d["s"], c.s, c.hb)
         return {"x": ds, "h": ds}  # residual and branch share one gradient buffer
 
     def remake(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
@@ -69,18 +72,19 @@ class Norm(Op):
         return _forward(c, "norm_forward_kernel", "y mean rstd x w b | N eps")
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        return {"x": _norm_backward(g, c, d["y"], g.take(c.x), c.x)}  # x also feeds the residual: its gradient joins in
+        ds = g.take(c.x)  # x also feeds the residual: its gradient joins in
+        return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
 
 
 class NormBackward(Op):
-    """dx = ds + d norm(dy);  dw += sum dy * n;  db += sum dy."""
+    """dx = ds + d norm(dy);  dw += sum dy * n;  db += sum dy;  dhb += sum dx."""
 
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
-    outs = "dx:N,C +dw:C:grad +db:C:grad"
+    outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
     cpu = C(
         "norm_backward",
-        "dx dw db dy ds s w mean rstd | N C acc.dw acc.db knobs scratch",
+        "dx dw db dhb dy ds s w mean rstd | N C acc.dw acc.db acc.dhb knobs scratch",
         "norm_backward_scratch N C threads",
     )
     cases = (
@@ -89,7 +93,10 @@ class NormBackward(Op):
         case(N=300, C=64),
         case(N=41, C=1600),
         case(N=9, C=40, without="ds"),
+        case(N=41, C=48, without="dhb"),
+        case(N=9, C=33, without="ds dhb"),
         case(N=5, C=2072),
+        case(N=5, C=2072, without="dhb"),
         case(N=3, C=1037),
         case(N=1024, C=768, real="gpt2-124m, B=4 T=256"),
     )
@@ -98,24 +105,30 @@ class NormBackward(Op):
         return reference.norm_backward(v.dy, v.ds, v.s, v.w, v.mean, v.rstd)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        C, streams = c.sizes["C"], 2 + (c.ds is not None)
+        N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
+        streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
-        rows, packs = d["ROWS"], -(-C // (d["TEAM"] * d["VEC"]))
-        shared = C * c.dtype.size * (1 + rows * 2 * streams)  # w, and of each stream two rows a team
-        staged = d["VEC"] > 1 and shared <= gpu.shared
-        if not staged:
-            shared = 8 * C if rows > 1 else 0  # the sums of a block
-        held = max(1, 512 // d["TEAM"]) if rows == 1 else 4 if packs <= 3 else 3 if packs <= 6 else 2  # by registers
-        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # and by shared memory: 1 KiB more each
-        blocks = min(-(-c.sizes["N"] // rows), gpu.sms * held)
-        d |= {"STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
+        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes of a team: two rows of each stream; its sums
+        staged = d["VEC"] > 1 and C * size + staging <= gpu.shared
+        if d["TEAM"] == 32:  # one block a multiprocessor, of as many teams as its registers and shared memory hold
+            held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # floats that a thread sums in registers
+            rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
+            rows = max(1, min(rows, (gpu.shared - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
+            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # registers belong to quarters of a multiprocessor
+        else:
+            rows, held = 1, max(1, 512 // d["TEAM"])
+        shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
+        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # 1 KiB more for each block
+        blocks = min(-(-N // rows), gpu.sms * held)
+        d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
         args = "dx scratch dy ds s w mean rstd | N"
+        add = "dw db dhb scratch knobs | acc.dw acc.db acc.dhb"
         return Launches(
             (
                 Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),
-                Kernel("norm_backward_sum_kernel", "dw db scratch knobs | acc.dw acc.db", -(-2 * C // 32), 1024, 0, d),
+                Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), 1024, 0, d),
             ),
-            scratch=blocks * 2 * C * 4,
+            scratch=blocks * summing,
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
@@ -135,14 +148,14 @@ def _layout(c: Call, packs: int) -> dict[str, int]:
 
 
 def _forward(c: Call, entry: str, args: str) -> Launches:
-    defines = _layout(c, packs=8) | {"FORWARD": 1}
+    defines = _layout(c, packs=8) | {"FORWARD": 1, "BIAS": int(getattr(c, "hb", None) is not None)}
     rows = defines["ROWS"]
     return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["TEAM"] * rows, 0, defines),))
 
 
-def _norm_backward(g: Program, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor) -> Tensor:
-    weight, bias = (c.ins[-2], c.ins[-1])
-    return g.emit(norm_backward, dy, ds, s, weight, c.mean, c.rstd, into={"dw": g.grad(weight), "db": g.grad(bias)})
+def _norm_backward(g: Program, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
+    into = {"dw": g.grad(c.w), "db": g.grad(c.b), "dhb": None if hb is None else g.grad(hb)}
+    return g.emit(norm_backward, dy, ds, s, c.w, c.mean, c.rstd, into=into)
 
 
 add_norm, norm, norm_backward = AddNorm(), Norm(), NormBackward()

@@ -13,9 +13,10 @@ def norm_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> tup
 
 def norm_backward(
     dy: np.ndarray, ds: np.ndarray | None, s: np.ndarray, w: np.ndarray, mean: np.ndarray, rstd: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dx (N, C), dw (C), db (C). ds is the gradient that reaches s without passing the norm."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """dx (N, C), dw (C), db (C), dhb (C). ds is the gradient that reaches s without passing the norm."""
     n = (s - mean[:, None]) * rstd[:, None]
     dn = dy * w
     dx = rstd[:, None] * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
-    return (dx if ds is None else ds + dx), (dy * n).sum(0), dy.sum(0)
+    dx = dx if ds is None else ds + dx
+    return dx, (dy * n).sum(0), dy.sum(0), dx.sum(0)

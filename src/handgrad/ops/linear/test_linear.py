@@ -33,7 +33,7 @@ def error_with_readers(readers):
             layer(h, pre if reader == "pre" else None, f"{i}", M, gelu=False, keep_pre=False)[0]
             for i, reader in enumerate(readers)
         ]
-        y = outs[0] if len(outs) == 1 else g.emit(add_norm, *outs, weight("w", M), weight("b", M), eps=1e-5)[1]
+        y = outs[0] if len(outs) == 1 else g.emit(add_norm, *outs, weight("w", M), weight("b", M), None, eps=1e-5)[1]
         head, targets = weight("head", V, M), g.input("targets", (N,), I32)
         losses, *_ = g.emit(lm_loss_forward_backward, y, head, targets, into={"dw": g.grad(head)}, V=V, chunks=1)
         g.output("losses", losses)
