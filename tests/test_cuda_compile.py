@@ -27,6 +27,7 @@ from tests.emulator import CACHE
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="the kernels' compiler comes with handgrad[cuda]")
 
+from handgrad.backends.cuda import hopper  # noqa: E402
 from handgrad.backends.cuda.backend import source  # noqa: E402
 from handgrad.backends.cuda.card import GPUS  # noqa: E402
 from handgrad.backends.cuda.nvrtc import Source, compile_one  # noqa: E402
@@ -115,6 +116,18 @@ def attributes(cubin: bytes, name: str) -> dict:
             at += value
         at += 4
     return {"threads": threads, "arguments": arguments}
+
+
+@pytest.mark.parametrize("exponentials, grad_bf16", [(1, 0), (0, 0), (0, 1)])
+def test_our_own_product_fits(exponentials, grad_bf16):
+    """Accumulators, and with `exponentials` a tile on its way out, fill the registers that a warp group can have."""
+    layout = {"A_MN": 1 - exponentials, "B_MN": 1 - exponentials, "EXPONENTIALS": exponentials}
+    defines = {"HG_BF16": 1, "HG_GRAD_BF16": grad_bf16} | layout
+    cubin, report = compile_one(Source(str(Path(hopper.__file__).with_suffix(".cu")), "sm_90a", tuple(sorted(defines.items()))))
+    k = kernels(cubin, report)["product_kernel"]
+    assert k["stack"] == k["spilled"] == 0
+    assert "serialized" not in report, "the tensor cores would wait for each product"
+    assert k["threads"] == hopper.THREADS and hopper.SHARED + k["shared"] <= GPUS["h100"].shared
 
 
 @pytest.mark.parametrize("name", [*CARDS, "cases"])

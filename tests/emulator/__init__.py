@@ -172,6 +172,9 @@ class EmulatedExecutable(Executable):
     def _gemm(self, g: Gemm, c: Call) -> Callable[[], None]:
         a, b = self._matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)), self._matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n))
         out = self._matrix(g.out, c, g.m, g.n)
+        if g.epilogue == "exp":
+            return self._exponentials(g, c, a, b, out)
+        sums = self._matrix(g.sums, c, g.m) if g.sums else None
         bias = self._matrix(g.bias, c, g.n) if g.bias and place(g.bias, c)[0] is not None else None
         aux = self._matrix(g.aux, c, g.m, g.n) if g.aux else None
         assert g.epilogue in ("", "bias", "gelu", "dgelu") and not (g.epilogue == "dgelu" and aux is None), g
@@ -180,8 +183,12 @@ class EmulatedExecutable(Executable):
             y = (a.T if g.ta else a).astype(np.float32) @ (b.T if g.tb else b).astype(np.float32)
             if bias is not None:
                 y += bias.astype(np.float32)
-            if g.adds is True or g.adds and (g.adds not in c.first or self.knobs.micro_step > 0):
+            adds = g.adds is True or g.adds and (g.adds not in c.first or self.knobs.micro_step > 0)
+            if adds:
                 y += out.astype(np.float32)
+            if sums is not None:
+                rows = a.astype(np.float32).sum(0 if g.ta else 1)
+                sums[...] = rows + sums.astype(np.float32) if adds else rows
             if g.epilogue == "gelu":
                 if aux is not None:
                     aux[...] = y
@@ -189,6 +196,22 @@ class EmulatedExecutable(Executable):
             elif g.epilogue == "dgelu":
                 y = reference.gelu_backward(y, aux.astype(np.float32))
             out[...] = y
+
+        return run
+
+    def _exponentials(self, g: Gemm, c: Call, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], None]:
+        def floats(word: str, *shape: int) -> np.ndarray:
+            at, _ = self._at(word, c)
+            return self.arena.bytes[at : at + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
+
+        shift, sums = floats(g.bias, g.m), floats(g.sums, -(-g.n // 256), g.m)
+
+        def run() -> None:
+            r = (a.astype(np.float32) @ b.T.astype(np.float32) - shift[:, None]).astype(out.dtype).astype(np.float32)
+            with np.errstate(over="ignore"):
+                e = np.where(np.arange(g.n) < g.width, np.exp(r), 0)
+                out[...] = e
+                sums[...] = np.add.reduceat(e, np.arange(0, g.n, 256), axis=1).T
 
         return run
 

@@ -214,6 +214,9 @@ static inline void mma_bf16(float d[4], const unsigned a[4], unsigned b0, unsign
 static inline void copy_async(void *shared, const void *global, bool valid = true, HG_AT) {
   emulator::copy(shared, global, valid, file, line);
 }
+static inline void copy_async_once(void *shared, const void *global, HG_AT) {
+  emulator::copy(shared, global, true, file, line);
+}
 static inline void copy_async_commit() { emulator::commit(); }
 template <int pending> static inline void copy_async_wait() { emulator::wait(pending); }
 template <int = 0> static inline float exp2_fast(float x) {  // templates give way to a host version in ptx.cuh

@@ -96,6 +96,8 @@ class Backend(Planner):
     dtypes: tuple[str, ...] = ("f32", "bf16")
     grad_dtypes: tuple[str, ...] = ("f32",)
     is_asynchronous: bool = False  # runs are started, not awaited
+    cut: int = 0  # bf16 products that are added at a time, the sum being cut and not rounded; 0: rounded after each
+    pci_bus: str = ""  # address of the card, by which its telemetry is found; empty: no card
 
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s that the hardware can do in this dtype, if that is known."""

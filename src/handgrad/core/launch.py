@@ -7,6 +7,8 @@ optional `@bytes` after it, and after `|` sizes, attributes and `acc.dw` (1 when
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from handgrad.core.dtypes import BF16, DType
+
 if TYPE_CHECKING:
     from handgrad.core.program import Call
     from handgrad.core.tensor import Tensor
@@ -23,6 +25,10 @@ class Gpu:
     cudnn: bool = True  # the attention library is there
     tf32: bool = False  # float32 products may round their factors to 10 bits
     deterministic: bool = False  # same bits every time, whatever is recomputed
+
+    def multiplies_on_hopper(self, dtype: DType, *rows: int) -> bool:
+        """Whether our own product for Hopper multiplies matrices with rows of so many elements."""
+        return self.arch == "sm_90a" and dtype is BF16 and not any(row % 8 for row in rows)
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,12 @@ class Gemm:
     """out (m, n) = epilogue(a (m, k) b (k, n)), all row-major; ta: a lies as (k, m); tb: b lies as (n, k).
 
     epilogue  "" | "bias": + bias (n) | "gelu": aux = that sum, out = gelu(aux) | "dgelu": out = product * gelu'(aux)
+              "exp": out = e^r, r = product - bias (m) float, rounded, in the first `width` columns and 0 in the others;
+              sums (ceil(n / 256), m) float = row sums of each 256 columns of out, before it is rounded
     adds      False; True: out += product; or the name of a given output: adds just where `acc.NAME` or a later
               micro-batch say so
+    sums      without "exp": (m) of out's dtype = row sums of a, or += where out is added to
+    "exp", which needs k >= 512, and sums are for cards of which Gpu.multiplies_on_hopper says so.
     """
 
     out: str
@@ -60,6 +70,8 @@ class Gemm:
     bias: str = ""
     aux: str = ""
     adds: bool | str = False
+    sums: str = ""
+    width: int = 0
 
 
 @dataclass(frozen=True)

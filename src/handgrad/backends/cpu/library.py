@@ -68,6 +68,11 @@ class Library:
         """Threads of every later kernel of this process."""
         self._dll.hg_set_threads(threads)
 
+    def normal(self, out: int, words: int, blocks: int, std: float) -> None:
+        """Fills 16 * blocks float32 at address `out` with normal numbers from as many random 32-bit words."""
+        sizes = ctypes.c_int64(blocks), ctypes.c_float(std)
+        self._dll.hg_normal(ctypes.c_void_p(out), ctypes.c_void_p(words), *sizes)
+
     def _symbol(self, name: str, dtype: str):
         isa = "avx512" if self.isa == "avx512bf16" and dtype == "f32" else self.isa
         return getattr(self._dll, f"{name}_{dtype}_{isa}", None)

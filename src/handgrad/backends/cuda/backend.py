@@ -6,6 +6,7 @@ from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cuda import cudnn as attention
+from handgrad.backends.cuda import hopper
 from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
@@ -14,7 +15,7 @@ from handgrad.backends.cuda.nvrtc import Source, compile_all
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gemm, Gpu, Kernel, number, place
+from handgrad.core.launch import Gemm, Gpu, Kernel, Sdpa, number, place
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan, aligned
 from handgrad.core.program import Call, Program
@@ -80,9 +81,11 @@ class CudaBackend(Backend):
 
     name, dtype, head_rows, runs_beside = Card.name, "bf16", Card.head_rows, Card.runs_beside
     dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
+    cut = 16  # k of a tensor core's instruction
 
     def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):
         self.device = Device()
+        self.pci_bus = self.device.pci_bus
         self._blas = CublasLt(self.device, deterministic)
         self._cudnn: attention.Cudnn | None = None  # opened where a call wants it
         self._modules: dict[bytes, Module] = {}
@@ -126,10 +129,11 @@ class CudaBackend(Backend):
 
     def sources(self, c: Call) -> list[Source]:
         """What must be compiled for a call."""
-        return [source(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Kernel)]
+        return [source(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Kernel) or _is_own(s)]
 
     def _products(self, c: Call) -> list[Product]:
-        return list(dict.fromkeys(product(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Gemm)))
+        steps = [s for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Gemm) and not _is_own(s)]
+        return list(dict.fromkeys(product(s, c, self.gpu) for s in steps))
 
     def bind_call(self, c: Call, program: Program, arena: CudaArena, compiled: dict[Source, bytes]) -> list[Start]:
         """What starts each launch of a call."""
@@ -150,6 +154,10 @@ class CudaBackend(Backend):
         for step in launches.steps:
             if isinstance(step, Kernel):
                 starts.append(self._bind_kernel(step, c, stream, address, compiled[source(step, c, self.gpu)]))
+            elif _is_own(step):
+                module = self._module(compiled[source(step, c, self.gpu)])
+                start = hopper.bind(step, c, self.gpu, module, address, workspace, stream)
+                starts.append(lambda first, start=start: start())
             elif isinstance(step, Gemm):
                 starts.append(self._bind_gemm(step, c, stream, address, workspace))
             else:
@@ -185,8 +193,15 @@ class CudaBackend(Backend):
         return lambda first: start(always or (sometimes and not first))
 
 
-def source(k: Kernel, c: Call, gpu: Gpu) -> Source:
+def _is_own(step: Kernel | Gemm | Sdpa) -> bool:
+    """Whether a step is a product that our own kernel computes."""
+    return isinstance(step, Gemm) and bool(step.sums)
+
+
+def source(k: Kernel | Gemm, c: Call, gpu: Gpu) -> Source:
     """What must be compiled for a launch."""
+    if isinstance(k, Gemm):
+        return hopper.source(k, c, gpu)
     args = (*zip(c.op.in_args, c.ins), *zip(c.op.out_args, c.outs))
     grads = {t.dtype for arg, t in args if arg.kind == "grad" and t is not None}
     types = {"HG_BF16": int(c.dtype is BF16), "HG_GRAD_BF16": int(BF16 in grads)}
@@ -195,5 +210,6 @@ def source(k: Kernel, c: Call, gpu: Gpu) -> Source:
 
 def product(g: Gemm, c: Call, gpu: Gpu) -> Product:
     """What the choice of a product's algorithm depends on."""
-    a, b, out = (place(word, c)[0].dtype.name for word in (g.a, g.b, g.out))
+    tensors = [place(word, c)[0] for word in (g.a, g.b, g.out)]
+    a, b, out = ((c if t == "scratch" else t).dtype.name for t in tensors)  # scratch holds the working dtype
     return Product(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.adds is not False, gpu.tf32)

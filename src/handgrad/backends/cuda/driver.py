@@ -76,6 +76,11 @@ class Device:
         return check(cu.cuDeviceGetAttribute(kind, self.handle))
 
     @property
+    def pci_bus(self) -> str:
+        """The card's address, e.g. "0000:3b:00.0": the name that other libraries know it by, whatever CUDA counts."""
+        return check(cu.cuDeviceGetPCIBusId(13, self.handle)).split(b"\0")[0].decode()
+
+    @property
     def arch(self) -> str:
         """The target that kernels are compiled for: with the architecture's own instructions where it has some."""
         major, minor = self.capability
@@ -178,6 +183,26 @@ def launcher(
         check(cu.cuLaunchKernel(function, *grid, block, 1, 1, shared, stream, address, 0))
 
     return launch
+
+
+def tensor_map(address: int, rows: int, columns: int, box: int) -> ctypes.Array:
+    """A kernel's argument that describes a row-major bf16 matrix to Hopper's copy engine, in boxes of `box` x `box`
+    elements with 128-byte rows, swizzled. Rows are a multiple of 16 bytes long."""
+    interleave = cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
+    tensor = cu.cuTensorMapEncodeTiled(
+        cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        address,
+        [cu.cuuint64_t(columns), cu.cuuint64_t(rows)],
+        [cu.cuuint64_t(columns * 2)],
+        [cu.cuuint32_t(box)] * 2,
+        [cu.cuuint32_t(1)] * 2,
+        interleave,
+        cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return (ctypes.c_uint64 * 16)(*[int(word) for word in check(tensor).opaque])
 
 
 def find_gpus() -> list[tuple[str, tuple[int, int], int]]:

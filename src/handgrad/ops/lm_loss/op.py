@@ -8,6 +8,8 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
 from handgrad.ops.lm_loss import reference
 
+OWN_DEPTH, OWN_TILE = 512, 256  # what our own product needs of C; columns of its tiles
+
 
 class LmLoss(Op):
     """losses = logsumexp(x w^T) - (x w^T)[target], nats per row. Only evaluation needs it alone.
@@ -29,6 +31,7 @@ class LmLoss(Op):
         case(N=1, C=1, Vp=1, V=1, chunks=1),
         case(N=67, C=64, Vp=128, V=97, chunks=3),
         case(N=9, C=8, Vp=8832, V=8801, chunks=2),
+        case(N=70, C=512, Vp=520, V=513, chunks=2),
         case(N=256, C=768, Vp=50304, V=50257, chunks=1, real="gpt2-124m, B=4 T=64"),
     )
 
@@ -40,6 +43,8 @@ class LmLoss(Op):
         return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index, v.round), None
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
+        if arg.name == "w" and v["C"] > 64:  # else logits are large, and what their rounding does to e^z hides all else
+            return rng.standard_normal(shape) * 0.25
         return _targets(rng, shape, v) if arg.name == "targets" else None
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -84,6 +89,8 @@ class LmLossForwardBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         C, Vp = c.sizes["C"], c.sizes["Vp"]
+        if C >= OWN_DEPTH and gpu.multiplies_on_hopper(c.dtype, C, Vp):
+            return _exponentials(c, gpu)
         steps: list[Gemm | Kernel] = []
         for first, rows in _chunks(c):
             steps += _losses(c, gpu, first, rows, gradient=True)
@@ -129,6 +136,39 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
             | {"AHEAD": int(ahead), "GRADIENT": int(gradient)},
         ),
     )
+
+
+def _exponentials(c: Call, gpu: Gpu) -> Launches:
+    """Losses and gradients without a pass over the logits: the product that makes them stores e^(logit - target's)."""
+    C, V, Vp, rows, bf16 = c.sizes["C"], c.attrs["V"], c.sizes["Vp"], c.sizes["rows"], c.dtype.size
+    tiles = -(-Vp // OWN_TILE)
+    shift, factor, sums = "scratch", f"scratch@{4 * rows}", f"scratch@{8 * rows}"
+    scaled = f"scratch@{-(-(8 * rows + 4 * rows * tiles) // 128) * 128}"
+    steps: list[Gemm | Kernel] = []
+    for first, n in _chunks(c):
+        x, dx = f"x@{first * C * bf16}", f"dx@{first * C * bf16}"
+        losses, targets = f"losses@{4 * first}", f"targets@{4 * first}"
+        blocks, defines = -(-n // 8), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
+        steps += [
+            _rows("lm_loss_shift_kernel", f"{shift} {x} w {targets} | ignore_index", blocks, defines),
+            Gemm("logits", x, "w", n, Vp, C, tb=True, epilogue="exp", bias=shift, sums=sums, width=V),
+            _rows(
+                "lm_loss_scale_kernel",
+                f"{losses} logits {scaled} {factor} {sums} {shift} {x} w {targets} knobs | ignore_index",
+                -(-n // 32),
+                defines,
+            ),
+            Gemm("dw", "logits", scaled, Vp, C, n, ta=True, adds="dw" if first == 0 else True),
+            Gemm(dx, "logits", "w", n, C, Vp),
+            _rows("lm_loss_dx_kernel", f"{dx} {factor}", blocks, defines),
+        ]
+    scratch = int(scaled.split("@")[1]) + rows * C * bf16
+    return Launches(tuple(steps), scratch, note="softmax in the product")
+
+
+def _rows(entry: str, args: str, blocks: int, defines: dict[str, int | float]) -> Kernel:
+    """A launch of exponentials.cu."""
+    return Kernel(entry, args, blocks, 256, defines=defines, file="exponentials.cu")
 
 
 lm_loss, lm_loss_forward_backward = LmLoss(), LmLossForwardBackward()

@@ -32,6 +32,12 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
+// The same for data that nothing reads again soon: it leaves the second cache first.
+__device__ __forceinline__ void copy_async_once(void *shared, const void *global) {
+  asm volatile("{.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+               "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, first;}"
+               :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
