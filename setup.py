@@ -79,7 +79,7 @@ class BuildKernels(build_ext):
             print(f"warning: {cc} has no OpenMP; the kernels will run on one thread", file=sys.stderr)
         build = Path(self.build_temp) / "kernels"
         build.mkdir(parents=True, exist_ok=True)
-        jobs = [(CPU / "run.c", [], "run.o")]
+        jobs = [(CPU / "run.c", [], "run.o"), (CPU / "normal.c", [], "normal.o")]
         for source in [CPU / "gemm.c", *sorted(PACKAGE.glob("ops/*/cpu.c"))]:
             stem = source.stem if source.parent == CPU else source.parent.name
             for (dtype, isa), flags in VARIANTS.items():

@@ -8,14 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import handgrad as hg
 from handgrad import io
+from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.io import checkpoint
 
@@ -190,6 +194,7 @@ def test_leftover_of_a_replacement(tmp_path, old_is_whole):
 
 SAVES_FOREVER = """
 import sys
+import threading
 import numpy as np
 from handgrad import io
 
@@ -375,3 +380,98 @@ def test_peak_memory(tmp_path):
     saving, loading = map(float, done.stdout.split())
     assert saving < 4  # MiB, of 256 written
     assert loading < 8 + 12  # one tensor, and the next while the last is being dropped
+
+
+# beside training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A disk that takes its time: writing waits for one event, flushing for another."""
+    events = SimpleNamespace(write=threading.Event(), flush=threading.Event())
+    write, flush = checkpoint._write_tensors, checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_write_tensors", lambda *args: events.write.wait() and write(*args))
+    monkeypatch.setattr(checkpoint, "_flush", lambda *args: events.flush.wait() and flush(*args))
+    yield events
+    events.write.set()
+    events.flush.set()
+
+
+def test_a_writer_reads_first_and_flushes_beside_the_caller(tmp_path, slow):
+    writer, w = io.Writer(), np.zeros(1000, np.float32)
+    writer.save(tmp_path, 1, {"w": w}, {}, {})  # returns at once
+    waiting = threading.Thread(target=writer.wait_until_read)
+    waiting.start()
+    time.sleep(0.05)
+    assert waiting.is_alive(), "the array may not change yet"
+    slow.write.set()
+    waiting.join(10)
+    assert not waiting.is_alive() and io.newest(tmp_path) is None
+    w.fill(7)  # the next update; the checkpoint holds what was there before
+    slow.flush.set()
+    writer.wait()
+    assert not io.load(io.newest(tmp_path), {"w": ((1000,), "float32")})["w"].any()
+
+
+def test_a_second_checkpoint_waits_for_the_first(tmp_path, slow):
+    writer, begun = io.Writer(), []
+    slow.write.set()
+    writer.save(tmp_path, 1, TENSORS, STATE, {})
+    second = threading.Thread(target=lambda: (writer.save(tmp_path, 2, TENSORS, STATE, {}), begun.append(2)))
+    second.start()
+    time.sleep(0.05)
+    assert second.is_alive() and not begun
+    slow.flush.set()
+    second.join(10)
+    assert begun == [2] and (tmp_path / "step_000001").exists()
+    writer.wait()
+    assert io.newest(tmp_path).name == "step_000002"
+
+
+def test_what_goes_wrong_is_raised_once_where_it_is_waited_for(tmp_path):
+    (tmp_path / "file").touch()
+    for wait in (io.Writer.wait, io.Writer.wait_until_read, lambda w: w.save(tmp_path / "run", 2, {}, {}, {})):
+        writer = io.Writer()
+        writer.save(tmp_path / "file", 1, {}, {}, {})
+        while not writer._saving.done():
+            time.sleep(0.001)
+        with pytest.raises(HandgradError, match="must be writable"):
+            wait(writer)
+        writer.wait()
+
+
+ENDS_AT_ONCE = """
+import sys
+import threading
+import numpy as np
+from handgrad import io
+io.Writer().save(sys.argv[1], 1, {"w": np.ones(10_000_000, np.float32)}, {}, {})
+"""
+
+
+def test_a_process_that_ends_finishes_its_checkpoint(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ENDS_AT_ONCE, str(tmp_path / "run")], env=environment, check=True)
+    assert io.load(io.newest(tmp_path / "run"), {"w": ((10_000_000,), "float32")})["w"].all()
+
+
+@pytest.mark.parametrize(("backend", "how"), [("cpu", "without a copy"), ("cuda", "copied to the host's memory first")])
+def test_explain_tells_what_a_checkpoint_takes(tmp_path, capsys, backend, how):
+    assert main(["explain", "tiny", "--backend", backend, "--micro-batch", "1"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert how in line and line.startswith("a checkpoint is ")
+    if backend == "cpu":
+        model = hg.models.GPT2(**hg.models.preset("tiny"))
+        hg.data.write_shard(tmp_path / "a.bin", [np.arange(1000)], hg.data.id_dtype(50257))
+        data = hg.data.tokens(tmp_path / "a.bin", 64, 64)
+        hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=1, dtype="bf16", out=tmp_path).save(0)
+        size = sum(path.stat().st_size for path in io.newest(tmp_path).glob("*.safetensors"))
+        assert float(line.split()[3]) == pytest.approx(size / 2**20, rel=0.01)
+
+
+def test_bench_stall_runs():
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench" / "stall.py"), "--presets", "tiny"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, "--rounds", "1", "--steps", "2"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3 and len(done.stdout.splitlines()[-1].split()) == 7

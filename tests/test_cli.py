@@ -78,8 +78,8 @@ def test_help_is_quick():
 
 
 @pytest.mark.parametrize(("argv", "line"), [
-    ("trian", "[handgrad] the verb is one of train, generate, explain, profile, data, ops, doctor, but got 'trian'. "
-              "hint: did you mean handgrad train?"),
+    ("trian", "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
+              "profile, data, ops, doctor, but got 'trian'. hint: did you mean handgrad train?"),
     ("train --run.stepps 3", "[train] flags are those of --help, but got '--run.stepps'. "
                              "hint: did you mean --run.steps?"),
     ("train --steps=3", "[train] flags are those of --help, but got '--steps'. hint: did you mean --run.steps?"),
@@ -89,20 +89,21 @@ def test_help_is_quick():
     ("train --run.micro_batch=1.5", "[train] --run.micro-batch takes a whole number, but got '1.5'."),
     ("train --run.steps", "[train] --run.steps takes a whole number, but got nothing."),
     ("train --run.steps --run.resume", "[train] --run.steps takes a whole number, but got nothing."),
-    ("train --run.resume=yes", "[train] --run.resume takes nothing, but got 'yes'."),
+    ("train --run.deterministic=yes", "[train] --run.deterministic takes nothing, but got 'yes'."),
     ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
     ("train --optim.schedule cosinus", "[train] --optim.schedule takes one of cosine, linear, constant, wsd, "
                                        "but got 'cosinus'."),
     ("train fast", "[train] after the verb come flags, but got 'fast'. hint: handgrad train --help"),
-    ("train --run.steps 0", "[run] --run.steps is a number from 1 on, but got 0."),
+    ("train --run.steps -1", "[run] --run.steps is a number from 0 on, but got -1."),
     ("train --run.keep-last -1", "[run] --run.keep-last is a number from 0 on, but got -1."),
     ("train --optim.lr nan", "[optim] --optim.lr is a number from 0 on, but got nan."),
     ("train --optim.lr inf", "[optim] --optim.lr is a number from 0 on, but got inf."),
     ("train --model.num-layers -2", "[model] --model.num-layers is a number from 0 on, but got -2."),
     ("generate", "[generate] after the verb come RUN and flags, but got nothing. hint: handgrad generate --help"),
     ("generate a b", "[generate] after the verb come RUN and flags, but got 'a b'. hint: handgrad generate --help"),
-    ("data", "[data] the recipe is 'text', but got nothing. hint: handgrad data text FILE..."),
-    ("data image a.png", "[data] the recipe is 'text', but got 'image'. hint: handgrad data text FILE..."),
+    ("data", "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
+             "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]"),
+    ("data check", "[data] after check comes a folder, but got nothing."),
     ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
     ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
     ("explain --micro-batch 0", "[explain] --micro-batch is at least 1, but got 0."),
@@ -125,8 +126,8 @@ def test_wrong_names(told, argv, parts):
 
 
 def test_flags_take_both_spellings():
-    c = parse(Config, ["--run.micro_batch", "3", "--run.val-every=7", "--run.no-resume"], "train")
-    assert (c.run.micro_batch, c.run.val_every, c.run.resume) == (3, 7, False)
+    c = parse(Config, ["--run.micro_batch", "3", "--run.val-every=7", "--run.no-master-weights"], "train")
+    assert (c.run.micro_batch, c.run.val_every, c.run.master_weights) == (3, 7, False)
     again = parse(Config, ["--run.steps", "5"], "train", c)
     assert (again.run.micro_batch, again.run.steps) == (3, 5)
 

@@ -155,9 +155,9 @@ def test_standard_input_that_is_empty(run, told, monkeypatch):
 
 
 def test_folders_that_are_no_runs(told, tmp_path):
-    line = "[generate] a run folder is a folder, but got no 'none'. hint: handgrad train makes one"
-    assert told("none") == line
-    assert told(tmp_path) == f"[generate] a run folder holds a complete checkpoint, but got none in '{tmp_path}'."
+    rule = "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
+    assert told("none") == f"{rule}, but got no 'none'. hint: handgrad train makes one"
+    assert told(tmp_path) == f"{rule}, but got '{tmp_path}', which holds no complete checkpoint."
 
 
 def test_a_checkpoint_without_done(copy, told, says):
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_done(copy, told, says):
     assert "must be complete, but got no file DONE in it." in told(copy / "step_000150")
     assert says(at=copy)  # the one before it
     (copy / "step_000075" / "DONE").unlink()
-    assert "holds a complete checkpoint, but got none" in told(copy)
+    assert "which holds no complete checkpoint." in told(copy)
 
 
 def change(copy, do):

@@ -19,14 +19,15 @@ INSIDE = {
     "tokenizers": "ops core",
     "io": "ops core",
     "infer": "models tokenizers io backends ops core",
-    "train": "infer models optim data tokenizers io backends ops core",
+    "evals": "infer models data tokenizers io backends ops core",
+    "train": "evals infer models optim data tokenizers io backends ops core",
     "testing": "models optim backends ops core",
-    "cli": "train infer testing models optim data tokenizers io backends ops core",
+    "cli": "train evals infer testing models optim data tokenizers io backends ops core",
     "__init__": "train infer models optim data core",  # the public names
 }
 # module: parts (or files) that may import it; the standard library is free, ctypes excepted
 OUTSIDE = {
-    "numpy": "backends data io tokenizers infer train testing reference.py",
+    "numpy": "backends data io tokenizers infer evals train testing reference.py",
     "ml_dtypes": "backends io testing",
     "ctypes": "backends",
     "cuda": "backends",
@@ -36,8 +37,12 @@ OUTSIDE = {
     "tokenizers": "tokenizers",
     "tyro": "cli",
     "rich": "train cli",
-    "matplotlib": "train",
     "tensorboard": "train",
+    "wandb": "train",
+    "pynvml": "train",
+    "lm_eval": "evals",
+    "huggingface_hub": "data io",
+    "pyarrow": "data",
 }
 
 

@@ -1,6 +1,8 @@
 """The chapters of learn/: gradients against finite differences and PyTorch, training, sampling, exercises solved."""
 import importlib.util
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,14 @@ def torch_model(config, params, **options):
                        vocab_padded=len(params["wte.weight"]), **options)
     model.to(torch.from_numpy(params["wte.weight"]).dtype).load(params)
     return model
+
+
+def replaced(source, *pairs):
+    """A program with some of its text, that stands in it once, replaced."""
+    for old, new in zip(pairs[::2], pairs[1::2]):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
 
 
 def worst(got, want):
@@ -153,8 +163,19 @@ def run(*arguments):
     return subprocess.run([sys.executable, ROOT / "learn/01_gpt2_numpy.py", *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("slope", ["1 - th", "1 + float('nan') * th"])
+def test_a_wrong_backward_gets_a_verdict(tmp_path, slope):
+    source = (ROOT / "learn/01_gpt2_numpy.py").read_text()
+    (tmp_path / "broken.py").write_text(replaced(source, "x * (1 - th * th) * du", f"x * ({slope}) * du"))
+    done = subprocess.run([sys.executable, tmp_path / "broken.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 1 and "FAIL" in done.stdout.splitlines()[-1]
+    wrong = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("WRONG")]
+    assert "h.1.mlp.c_fc.weight" in wrong and "h.1.mlp.c_proj.weight" not in wrong
+
+
 def test_command_line(tmp_path):
-    assert run("--check").returncode == 0
+    checked = run("--check")
+    assert checked.returncode == 0 and re.search(r"worst relative error \d\.\de-\d\d, pass", checked.stdout.splitlines()[-1])
     done = run("--steps", "3")
     assert done.returncode == 0 and "step 3/3" in done.stdout and "val loss" in done.stdout
     (tmp_path / "short.txt").write_text("too short")
@@ -290,3 +311,293 @@ def test_chapter_1_and_the_package_are_the_same_computation(tmp_path):
     print("largest difference of a loss", max(abs(a - b) for a, b in zip(ours, theirs)))
     assert ours[0] > ours[-1]
     assert np.allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order, ten updates apart
+
+
+# ---- chapter 2 -------------------------------------------------------------------------------------------------------
+
+C_SOURCE = (ROOT / "learn/02_gpt2.c").read_text()
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """A function that compiles chapter 2, or a changed one, and returns its path. real: "float" or "double"."""
+    folder, made = tmp_path_factory.mktemp("chapter2"), {}
+
+    def compiled(real="float", source=C_SOURCE):
+        if (real, source) not in made:
+            path = folder / f"gpt2_{len(made)}"
+            path.with_suffix(".c").write_text(source)
+            flags = ["-O3", "-fopenmp", f"-DREAL={real}"] + ["-Wall", "-Wextra", "-Werror"] * (source == C_SOURCE)
+            command = [os.environ.get("CC", "cc"), *flags, path.with_suffix(".c"), "-o", path, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            made[real, source] = path
+        return made[real, source]
+
+    return compiled
+
+
+def call(program, *words, threads=2):
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.run([program, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, errors="replace")
+
+
+def checked(program):
+    """(exit code, tensors whose gradients are right in every layer, tensors whose are not, verdict) of --check."""
+    done = call(program, "--check")
+    *rows, verdict = done.stdout.splitlines()
+    wrong = {row.split(" layer")[0].strip() for row in rows if row.endswith("WRONG")}
+    return done.returncode, {row.split(" layer")[0].strip() for row in rows} - wrong, wrong, verdict
+
+
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_c_gradients(build, real):
+    code, right, wrong, verdict = checked(build(real))
+    assert code == 0 and len(right) == 16 and not wrong and re.search(r"worst relative error \d.*, pass", verdict)
+
+
+MUTATIONS = [
+    ("pt[s] * (dp[s] - mean) * scale", "pt[s] * dp[s] * scale"),
+    ("(1 + 3 * cubic * x[i] * x[i])", "(1 + 2 * cubic * x[i] * x[i])"),
+    ("pn[targets[n]] -= 1;", "pn[targets[n]] -= 0.999;"),
+    ("if (db) db[o] += dy[(size_t)n * O + o];", "if (db) db[o] += 0;"),
+    ("add_scaled(dwte + (size_t)ids[n] * C, 1, dx + (size_t)n * C, C);", ""),
+    ("add_scaled(dv + (size_t)s * 3 * C, pt[s], do_t, D);", "add_scaled(dv + (size_t)s * 3 * C, NAN, do_t, D);"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), MUTATIONS)
+def test_c_check_finds_mistakes(build, right, wrong):
+    code, _, named, verdict = checked(build("double", replaced(C_SOURCE, right, wrong)))
+    assert code == 1 and named and "FAIL" in verdict
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory):
+    """A folder with model.bin, train.bin and, of ten steps of the package, losses_cpu.txt, losses_ref.txt, greedy.txt."""
+    import handgrad as hg
+    from handgrad.data import id_dtype, write_shard
+    from handgrad.io.llmc import write_model
+    from handgrad.io.weights import Weights
+
+    folder = tmp_path_factory.mktemp("ten_steps")
+    ids = np.random.default_rng(5).integers(0, 211, 64 * 24 + 9) ** 2 % 211  # some tokens are likelier than others
+    write_shard(folder / "train.bin", [ids], id_dtype(211))
+    sizes = dict(vocab_size=211, max_seq_len=96, num_layers=3, num_heads=3, hidden_size=48)
+    lr = hg.schedules.cosine(peak=3e-3, warmup=3, steps=10)
+    start = {}
+    for backend in ("cpu", "ref"):
+        data = hg.data.tokens(folder / "train.bin", seq_len=64, batch_tokens=4 * 64, shuffle=False)
+        optim = hg.optim.AdamW(betas=(0.9, 0.95), weight_decay=0.2, clip=0.5)
+        run = hg.Trainer(hg.models.GPT2(**sizes), optim, data, micro_batch=4, backend=backend, val=False)
+        if not start:
+            rng = np.random.default_rng(6)
+            start = {name: p + rng.normal(0, 0.05, p.shape).astype(np.float32) for name, p in run.params().items()}
+            start["wte.weight"][211:] = 0
+            write_model(folder / "model.bin", Weights(sizes | {"tie_embeddings": True}, "f32", start.get))
+        run.load_params(start)
+        if backend == "cpu":
+            (folder / "greedy.txt").write_text(" ".join(map(str, run.generate([ids[0]], 40, hg.Sampling(temperature=0)))))
+        losses = [run.step(step, lr(step)).loss for step in range(1, 11)]
+        (folder / f"losses_{backend}.txt").write_text("".join(f"{loss:.9f}\n" for loss in losses))
+    return folder
+
+
+def train_words(folder, backend="cpu", **changes):
+    """The flags of those ten steps."""
+    files = dict(model=folder / "model.bin", data=folder / "train.bin", reference=folder / f"losses_{backend}.txt")
+    sizes = dict(batch=4, length=64, steps=10, lr=3e-3, warmup=3, decay=0.2, beta2=0.95, clip=0.5, sample=0)
+    return [word for name, value in (files | sizes | changes).items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "ref"])
+def test_c_losses_are_the_packages(build, ten_steps, backend):
+    """Ten steps from the same weights on the same tokens: every loss to 1e-4, by the program's own verdict and by ours."""
+    done = call(build(), *train_words(ten_steps, backend))
+    verdict = done.stdout.splitlines()[-1]
+    print(f"{backend}: {verdict}")
+    losses = np.array([float(x) for x in re.findall(r"loss (\d\S+)", done.stdout)])
+    assert done.returncode == 0 and "in 10 of 10 steps, pass" in verdict
+    assert np.abs(losses - np.loadtxt(ten_steps / f"losses_{backend}.txt")).max() <= 1e-4
+    assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("change", [dict(beta2=0.96), dict(decay=0.1), dict(clip=0), dict(warmup=2), dict(steps=11), dict(lr=float("nan"))])
+def test_c_losses_of_another_run_fail(build, ten_steps, change):
+    done = call(build(), *train_words(ten_steps, **change))
+    assert done.returncode == 1 and "FAIL" in done.stdout.splitlines()[-1]
+
+
+def test_c_results_do_not_depend_on_threads(build, ten_steps, tmp_path):
+    """And a file that is read and written again, without a step's effect, keeps its bytes."""
+    for threads in (1, 3):
+        call(build(), *train_words(ten_steps, save=tmp_path / f"{threads}.bin"), threads=threads)
+    assert (tmp_path / "1.bin").read_bytes() == (tmp_path / "3.bin").read_bytes() != (ten_steps / "model.bin").read_bytes()
+    call(build(), *train_words(ten_steps, lr=0, steps=1, save=tmp_path / "same.bin"))
+    assert (tmp_path / "same.bin").read_bytes() == (ten_steps / "model.bin").read_bytes()
+
+
+def greedy(program, folder):
+    """The likeliest continuation of the first token, by the weights as they are."""
+    return call(program, *train_words(folder, lr=0, steps=1, sample=40, temperature=0)).stdout.splitlines()[-1].split()
+
+
+def test_c_samples_what_the_package_samples(build, ten_steps):
+    assert greedy(build(), ten_steps) == (ten_steps / "greedy.txt").read_text().split()
+
+
+def test_c_learns_a_text(build, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be, that is the question. " * 100)
+    sizes = ["--layers", 2, "--heads", 2, "--channels", 32, "--length", 32, "--batch", 4]
+
+    def sample(*words):
+        done = call(build(), "--data", text, *sizes, "--lr", 1e-2, "--steps", 100, "--sample", 90, *words, threads=1)
+        *_, val, written = done.stdout.splitlines()
+        assert done.returncode == 0 and float(val.removeprefix("val loss ")) < 0.8
+        return written
+
+    assert "question. to be" in sample("--temperature", 0)
+    first = sample()
+    assert first == sample() != sample("--seed", 2) and set(first) <= set(text.read_text())
+
+
+def test_c_draws_in_proportion(build):
+    """200,000 draws from softmax(0, 1, 2, -1): frequencies against probabilities, six standard deviations."""
+    main = """int main(void) {
+      int hits[4] = {0};
+      for (int i = 0; i < 200000; i++) hits[draw_token((real[]){0, 1, 2, -1}, 4, 0.5)]++;
+      for (int i = 0; i < 4; i++) printf("%d ", hits[i]);
+    }
+    int unused_main("""
+    source = replaced(C_SOURCE, "int main(", main)
+    hits = np.array(call(build(source=source)).stdout.split(), float)
+    p = np.exp(2 * np.array([0, 1, 2, -1]))
+    p /= p.sum()
+    assert (np.abs(hits - 200_000 * p) < 6 * np.sqrt(200_000 * p)).all()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--learning-rate", "1"], "[flags] flags are those of --help"),
+    (["--steps"], "[flags] --steps takes a value"),
+    (["--steps", "1x"], "[flags] --steps takes a number"),
+    (["--steps", "0"], "[flags] sizes are at least 1"),
+    (["--data", "/nowhere"], "[data] a text or a token shard"),
+    (["--data", "SHORT"], "[data] SHORT has more than 64 tokens"),
+    (["--data", "CUT"], "[data] CUT holds 9 tokens, by its header"),
+    (["--model", "SHORT"], "[model] SHORT begins with 20240326"),
+    (["--model", "MODEL_CUT"], "[model] MODEL_CUT holds"),
+    (["--model", "MODEL", "--length", "97"], "[model] --length is at most 96"),
+    (["--model", "MODEL", "--data", "SHARD"], "[data] token ids lie below 211, but got 300"),
+    (["--heads", "3"], "[model] channels are a multiple of heads"),
+])
+def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
+    from handgrad.data import id_dtype, write_shard
+
+    (tmp_path / "SHORT").write_text("too short")
+    (tmp_path / "CUT").write_bytes(np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes() + b"..")
+    (tmp_path / "MODEL").write_bytes((ten_steps / "model.bin").read_bytes())
+    (tmp_path / "MODEL_CUT").write_bytes((ten_steps / "model.bin").read_bytes()[:-3])
+    write_shard(tmp_path / "SHARD", [np.arange(301)], id_dtype(301))
+    done = call(build(), *[tmp_path / word if word.isupper() else word for word in words])
+    told = done.stderr.replace(f"{tmp_path}/", "")
+    assert done.returncode == 2 and told.startswith(message) and told.count("\n") == 1
+
+
+def test_c_help_names_every_flag(build):
+    done = call(build(), "--help")
+    assert done.returncode == 0 and set(re.findall(r"^--\S+", done.stdout, re.M)) == {"--check"} | set(re.findall(r'\{"(--\w+)"', C_SOURCE))
+
+
+# ---- the exercises of chapter 2, solved ------------------------------------------------------------------------------
+
+def test_c_exercise_1_the_mean_goes_missing(build):
+    source = replaced(C_SOURCE, "(dyr[c] * w[c] - mean - nr[c] * mean_n)", "(dyr[c] * w[c] - nr[c] * mean_n)",
+                      "mean += dyr[c] * w[c] / C;\n      mean_n", "mean_n", "real mean = 0, mean_n = 0;\n", "real mean_n = 0;\n")
+    code, right, _, _ = checked(build("double", source))
+    # As in chapter 1: the last norm's own parameters see its dy, which is right; everything before it sees its dx.
+    assert code == 1 and right == {"ln_f w", "ln_f b"}
+
+
+def test_c_exercise_2_gelu_again(build, ten_steps):
+    source = replaced(
+        C_SOURCE,
+        "real *u, *a;            // MLP before and after GELU: (N, 4C) both", "real *u;",
+        ".u = reals(rows * 4 * C), .a = reals(rows * 4 * C),", ".u = reals(rows * 4 * C),",
+        "real *dx, *dbranch, *d3, *d4;", "real *a, *dx, *dbranch, *d3, *d4;",
+        "b.logits = reals(rows * c.V);", "b.logits = reals(rows * c.V), b.a = reals(rows * 4 * C);",
+        "gelu(s->a, s->u,", "gelu(f->a, s->u,",
+        "linear(f->branch, s->a,", "linear(f->branch, f->a,",
+        "  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, s->a,",
+        "  gelu(f->a, s->u, (size_t)N * 4 * C);\n  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, f->a,",
+    )  # fmt: skip
+    # Of a layer's (16 + H T / C) C + 2 numbers for each row, 4C go: at most a quarter. One more tanh a number is the price.
+    assert checked(build("double", source))[0] == 0
+    assert call(build(source=source), *train_words(ten_steps)).returncode == 0
+
+
+def test_c_exercise_3_two_halves_make_a_batch(build, ten_steps):
+    source = replaced(
+        C_SOURCE,
+        "  memset(m->grads, 0, m->count * sizeof(real));\n", "",
+        "pn[i] /= N;", "pn[i] /= 2 * N;  // each half is half of the mean",
+        "    double loss = forward(model, buffers, ids, targets, B, T);\n    backward(model, buffers, ids, targets, B, T);\n",
+        """    double loss = 0;
+    memset(model->grads, 0, model->count * sizeof(real));
+    for (int half = 0; half < 2; half++) {
+      int *some = ids + half * B / 2 * T, *their_targets = targets + half * B / 2 * T;
+      loss += forward(model, buffers, some, their_targets, B / 2, T) / 2;
+      backward(model, buffers, some, their_targets, B / 2, T);
+    }
+""",
+    )  # fmt: skip
+    assert call(build(source=source), *train_words(ten_steps)).returncode == 0
+
+
+def test_c_exercise_4_keys_are_kept(build, ten_steps):
+    step = """
+static void attention_step(real *o, const real *qkv, int t, int C, int H) {
+  int D = C / H;
+  for (int h = 0; h < H; h++) {
+    const real *q = qkv + (size_t)t * 3 * C + h * D, *k = qkv + h * D + C, *v = k + C;
+    real p[t + 1], top = -INFINITY, sum = 0;
+    for (int s = 0; s <= t; s++) {
+      p[s] = dot(q, k + (size_t)s * 3 * C, D) / sqrt((real)D);
+      if (p[s] > top) top = p[s];
+    }
+    for (int s = 0; s <= t; s++) sum += p[s] = exp(p[s] - top);
+    memset(o + h * D, 0, D * sizeof(real));
+    for (int s = 0; s <= t; s++) add_scaled(o + h * D, p[s] / sum, v + (size_t)s * 3 * C, D);
+  }
+}
+
+// Row t of every layer's qkv is what is kept: the layers' buffers are the cache.
+static void forward_step(const Model *m, Buffers *f, int id, int t) {
+  int C = m->config.C;
+  embed(f->x, &id, param(m, WTE, 0), param(m, WPE, 0) + (size_t)t * C, 1, 1, C);
+  for (int l = 0; l < m->config.L; l++) {
+    Layer *s = &f->layers[l];
+    layernorm(s->y1, s->n1, s->rstd1, f->x, param(m, LN1_W, l), param(m, LN1_B, l), 1, C);
+    linear(s->qkv + (size_t)t * 3 * C, s->y1, param(m, QKV_W, l), param(m, QKV_B, l), 1, C, 3 * C);
+    attention_step(s->o, s->qkv, t, C, m->config.H);
+    linear(f->branch, s->o, param(m, PROJ_W, l), param(m, PROJ_B, l), 1, C, C);
+    add_scaled(f->x, 1, f->branch, C);
+    layernorm(s->y2, s->n2, s->rstd2, f->x, param(m, LN2_W, l), param(m, LN2_B, l), 1, C);
+    linear(s->u, s->y2, param(m, FC_W, l), param(m, FC_B, l), 1, C, 4 * C);
+    gelu(s->a, s->u, 4 * C);
+    linear(f->branch, s->a, param(m, OUT_W, l), param(m, OUT_B, l), 1, 4 * C, C);
+    add_scaled(f->x, 1, f->branch, C);
+  }
+  layernorm(f->yf, f->nf, f->rstdf, f->x, param(m, LNF_W, 0), param(m, LNF_B, 0), 1, C);
+  linear(f->logits, f->yf, param(m, WTE, 0), NULL, 1, C, m->config.V);
+}
+
+static void sample(const Model"""
+    source = replaced(
+        C_SOURCE, "static void sample(const Model", step,
+        "forward(model, f, text + length - T, NULL, 1, T);", "forward_step(model, f, text[length - 1], length - 1);",
+        "draw_token(f->logits + (size_t)(T - 1) * V, V,", "draw_token(f->logits, V,",
+        "    int T = length < longest ? length : longest;\n", "    if (length > longest) fail(\"[sample] no room\");\n",
+    )  # fmt: skip
+    # A row of matrices costs 12 L C^2 multiplications, t kept keys 2 L t C, the head V C: t times fewer than before.
+    assert greedy(build(source=source), ten_steps) == (ten_steps / "greedy.txt").read_text().split()

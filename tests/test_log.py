@@ -3,6 +3,7 @@ import math
 import os
 import sys
 import threading
+import types
 
 import pytest
 from hypothesis import given
@@ -99,7 +100,7 @@ def test_a_rewrite_that_fails_keeps_the_old_log(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(HandgradError, match="No space left on device"):
         RunLog(tmp_path, 100, resumed_at=4, quiet=True)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["log.jsonl"]
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["log.jsonl", "main.log"]
 
 
 def test_an_event_is_a_line_of_its_own(tmp_path):
@@ -286,3 +287,91 @@ def test_without_the_package_tensorboard_nothing_is_touched(tmp_path, monkeypatc
     with pytest.raises(HandgradError, match=r"hint: pip install 'handgrad\[tensorboard\]'"):
         RunLog(tmp_path, 3, tensorboard=True)
     assert path.read_bytes() == before
+
+
+# llm.c's log --------------------------------------------------------------------------------------------------------
+
+
+def streams(path):
+    """What llm.c's notebook takes from a main.log: name -> {step: value}, the first word after the step alone."""
+    found = {}
+    for row in path.read_text().splitlines():
+        step, first = row.split(" ")[:2]
+        name, _, value = first.partition(":")
+        found.setdefault(name, {})[int(step.removeprefix("s:"))] = float(value)
+    return found
+
+
+def test_p13_main_log_is_what_llmc_writes(tmp_path):
+    with RunLog(tmp_path, 3, quiet=True) as log:
+        write(log, [1], lr=6e-4, grad_norm=18.336)
+        log.event(2, "update skipped: loss is nan")
+        write(log, [2], loss=math.nan, grad_norm=math.inf)
+        write(log, [3], loss=3.28215, val_loss=3.3, hellaswag=0.29556)
+    text = (tmp_path / "main.log").read_text()
+    assert text == (
+        "s:0 trl:4.0000 lr:0.000600 norm:18.34\n"
+        "s:1 trl:nan lr:0.001000 norm:inf\n"
+        "s:2 trl:3.2822 lr:0.001000 norm:0.50\ns:3 tel:3.3000\ns:3 eval:0.2956\n"
+    )
+    assert streams(tmp_path / "main.log")["tel"] == {3: 3.3} and set(streams(tmp_path / "main.log")["trl"]) == {0, 1, 2}
+
+
+def test_p13_main_log_of_a_resumed_run_names_no_step_twice(tmp_path):
+    log_of(tmp_path, range(1, 8), val_loss=4.0)
+    with RunLog(tmp_path, 9, resumed_at=4, quiet=True) as log:
+        write(log, range(5, 10))
+    read = streams(tmp_path / "main.log")
+    assert list(read["trl"]) == list(range(9)) and list(read["tel"]) == [1, 2, 3, 4]
+    assert len((tmp_path / "main.log").read_text().splitlines()) == 9 + 4
+
+
+# Weights & Biases -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: what it was told."""
+    told = []
+
+    class Run:
+        def log(self, figures, step):
+            told.append((step, figures))
+
+        def finish(self):
+            told.append("finish")
+
+    class Refused(Exception):
+        pass
+
+    def init(**settings):
+        if settings["project"] == "refused":
+            raise Refused("no such project")
+        told.append(settings)
+        return Run()
+
+    module = types.ModuleType("wandb")
+    module.init, module.Error = init, Refused
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+def test_weights_and_biases_gets_the_figures_and_one_run_however_often_it_is_resumed(tmp_path, wandb):
+    folder = tmp_path / "shakespeare-001"
+    folder.mkdir()
+    for resumed_at in (0, 1):
+        with RunLog(folder, 3, wandb="proj", settings={"optim": {"lr": 1.0}}, resumed_at=resumed_at, quiet=True) as log:
+            write(log, [resumed_at + 1], gpu={"power": 690.0, "throttled": "power"}, val_loss=2.0)
+    first, (step, figures), end, second, (again, _), _ = wandb
+    assert first == second and first["project"] == "proj" and first["name"] == "shakespeare-001"
+    assert first["config"] == {"optim": {"lr": 1.0}} and first["resume"] == "allow" and len(first["id"]) == 16
+    assert (step, again, end) == (1, 2, "finish")
+    assert (figures["loss/train"], figures["loss/val"], figures["gpu/power"]) == (4.0, 2.0, 690.0) and len(figures) == 6
+
+
+def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatch):
+    with pytest.raises(HandgradError, match="Weights & Biases takes the run, but got no such project"):
+        RunLog(tmp_path, 3, wandb="refused")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(HandgradError, match=r"--run.wandb needs .* hint: pip install 'handgrad\[wandb\]'"):
+        RunLog(tmp_path, 3, wandb="proj")

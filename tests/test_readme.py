@@ -14,8 +14,8 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(command: str, folder: Path) -> str:
-    """Standard output of a handgrad command line, run by this interpreter."""
-    script = command.replace("handgrad", f"{sys.executable} -m handgrad.cli", 1)
+    """Standard output of a command line; `handgrad` is this interpreter's, and what a checkout has lies in the folder."""
+    script = re.sub(r"^handgrad", f"{sys.executable} -m handgrad.cli", command)
     done = subprocess.run(script, shell=True, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -44,12 +44,12 @@ def test_train_without_arguments_reaches_the_promised_loss(folder):
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("handgrad ")])
 def test_shell_commands(folder, command):
-    assert len(run(command, folder)) > 100
+    assert len(run(command, folder)) > 50
 
 
 def test_the_table_names_real_flags(folder):
     """Every flag that the README mentions is in some --help."""
-    helps = "".join(run(f"handgrad {verb} --help", folder) for verb in ("train", "generate", "explain", "data text", "ops", "profile"))
+    helps = "".join(run(f"handgrad {verb} --help", folder) for verb in ("train", "generate", "explain", "data text", "data fineweb", "eval", "convert", "report", "ops", "profile"))
     for flag in set(re.findall(r"--[a-z][a-z.\-]+", README)):
         assert flag in helps, flag
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import handgrad as hg
 from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
+from handgrad.io import checkpoint
 from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from handgrad.train.outliers import WINDOW
 from handgrad.train.run import resumed, train
@@ -105,7 +108,7 @@ def test_resume_is_bit_for_bit(words, whole, tmp_path, dtype, after):
     assert [line["step"] for line in log(whole(dtype))] == list(range(1, STEPS + 1))
     shutil.copytree(whole(dtype), tmp_path / "run")
     forget(tmp_path / "run", after)
-    assert train(config(words, tmp_path / "run", dtype=dtype, resume=True), quiet=True) == 0
+    assert train(config(words, tmp_path / "run", dtype=dtype, resume="auto"), quiet=True) == 0
     same(tmp_path / "run", whole(dtype))
 
 
@@ -130,15 +133,15 @@ def test_outlier_windows_go_on(words, tmp_path):
     assert min(skips) < WINDOW + 10 < max(skips)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     forget(tmp_path / "run", WINDOW + 10)
-    assert train(flat(tmp_path / "run", resume=True), quiet=True) == 0
+    assert train(flat(tmp_path / "run", resume="auto"), quiet=True) == 0
     same(tmp_path / "run", tmp_path / "whole", WINDOW + 30)
 
 
 def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     out = str(tmp_path / "run")
     assert main(["train", *flags(config(words, out, steps=4))]) == 0
-    assert main(["train", "--run.resume", "--run.out", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
-    saved = resumed(Config(run=RunConfig(out=out)))
+    assert main(["train", "--run.resume", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
+    saved = resumed(Config(run=RunConfig(resume=out)))
     assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
     assert log(out)[-1]["lr"] <= 1e-4
@@ -146,13 +149,130 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
 
 def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
     shutil.copytree(whole("f32"), tmp_path / "run")
-    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run")]) == 0
+    assert main(["train", "--run.resume", str(tmp_path / "run")]) == 0
     same(tmp_path / "run", whole("f32"))
+
+
+@pytest.mark.parametrize(("words_", "line"), [
+    ("nowhere", "[resume] there is a complete checkpoint to go on from, but got no folder 'nowhere'. "
+                "hint: --run.resume auto starts afresh where there is none"),
+    ("empty", "[resume] there is a complete checkpoint to go on from, but got none in 'empty'. "
+              "hint: --run.resume auto starts afresh where there is none"),
+    ("empty --run.out other", "[resume] --run.resume names the run folder, and --run.out the same or none, "
+                              "but got 'empty' and 'other'."),
+])  # fmt: skip
+def test_a_folder_without_a_checkpoint_is_a_mistake(tmp_path, monkeypatch, capsys, words_, line):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert main(["train", "--run.resume", *words_.split()]) == 2
+    assert capsys.readouterr().err == line + "\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list(Path("empty").iterdir())
 
 
 def test_nothing_to_resume_is_a_fresh_start(words, whole, tmp_path):
-    assert train(config(words, tmp_path / "run", dtype="f32", resume=True), quiet=True) == 0
+    assert train(config(words, tmp_path / "run", dtype="f32", resume="auto"), quiet=True) == 0
     same(tmp_path / "run", whole("f32"))
+
+
+# in other pieces ------------------------------------------------------------------------------------------------------
+
+
+def trainer(words, out, **changes):
+    """A trainer on windows of 16 tokens; batch_tokens and what else a Trainer takes."""
+    model = hg.models.GPT2(97, 16, 2, 2, 32)
+    data = hg.data.tokens(f"{words}/train_*.bin", 16, changes.pop("batch_tokens", 128), seed=5)
+    return hg.Trainer(model, hg.optim.AdamW(), data, out=out, **dict(micro_batch=4) | changes)
+
+
+def test_p10_t8_another_micro_batch_reads_the_same_tokens(words, tmp_path):
+    """To the last token; the losses are the same but for rounding, and to the bit where the micro-batch is the same."""
+    whole, first = trainer(words, None), trainer(words, tmp_path)
+    losses = [whole.step(step, 1e-3).loss for step in range(1, 9)]
+    assert [first.step(step, 1e-3).loss for step in (1, 2, 3)] == losses[:3]
+    first.save(3)
+    for micro_batch in (1, 2, 4, 8):
+        run = trainer(words, tmp_path, micro_batch=micro_batch)
+        assert run.resume() == 3
+        parts = [run.data.batch(3, micro_batch=micro_batch, micro_step=k)["ids"] for k in range(8 // micro_batch)]
+        assert np.array_equal(np.concatenate(parts), whole.data.batch(3)["ids"])
+        found = [run.step(step, 1e-3).loss for step in range(4, 9)]
+        assert found == (losses[3:] if micro_batch == 4 else pytest.approx(losses[3:], rel=1e-5))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_p10_t8_another_world_reads_the_same_tokens(words, world):
+    data = trainer(words, None).data
+    parts = [data.batch(7, rank, world, micro_batch=1, micro_step=k)["ids"] for k in range(8 // world) for rank in range(world)]
+    assert np.array_equal(np.concatenate(parts), data.batch(7)["ids"])
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 64, 256, 48])
+def test_p10_t8_another_batch_begins_where_the_last_one_ended(words, tmp_path, batch_tokens):
+    """Twice: nothing is read again and nothing left out, over the end of an epoch too."""
+    stream = trainer(words, None, batch_tokens=16, micro_batch=1).data
+    at = 0
+    for tokens, before, last in ((128, 0, 3), (batch_tokens, 3, 7), (128, 7, 9)):
+        run = trainer(words, tmp_path, batch_tokens=tokens, micro_batch=1)
+        assert run.resume() == before
+        for step in range(before + 1, last + 1):
+            ids = run.data.batch(step - 1)["ids"]
+            assert np.array_equal(ids, np.concatenate([stream.batch(at + k)["ids"] for k in range(len(ids))]))
+            at += len(ids)
+            run.step(step, 1e-3)
+        run.save(last)
+
+
+def test_the_streak_of_skipped_updates_goes_on(words, tmp_path):
+    run = trainer(words, tmp_path)
+    run.step(1, 1e-3)
+    run.params()["ln_f.weight"][0] = np.inf
+    with np.errstate(invalid="ignore"):
+        assert [run.step(step, 1e-3).skips for step in (2, 3)] == [1, 2]
+        run.save(3)
+        again = trainer(words, tmp_path)
+        assert again.resume() == 3 and again.step(4, 1e-3).skips == 3
+
+
+# beside training ------------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(words, tmp_path, monkeypatch):
+    """The next update waits until the weights have been read, and not until they are on the disk."""
+    may_write, may_flush = threading.Event(), threading.Event()
+    write, flush = checkpoint._write_tensors, checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_write_tensors", lambda *args: may_write.wait() and write(*args))
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: may_flush.wait() and flush(path))
+    run = trainer(words, tmp_path)
+    run.step(1, 1e-2)
+    before = {name: w.copy() for name, w in run.params().items()}
+    run.save(1, wait=False)
+    threading.Timer(0.2, may_write.set).start()
+    began = time.perf_counter()
+    run.step(2, 1e-2)
+    assert time.perf_counter() - began > 0.15 and checkpoint.newest(tmp_path) is None
+    run.step(3, 1e-2)
+    assert any((w != before[name]).any() for name, w in run.params().items())
+    may_flush.set()
+    run.wait_saved()
+    saved = checkpoint.load(checkpoint.newest(tmp_path), {name: (w.shape, w.dtype) for name, w in before.items()})
+    assert all(np.array_equal(w, before[name]) for name, w in saved.items())
+
+
+def test_an_update_that_does_not_wait_spoils_the_checkpoint(words, tmp_path, monkeypatch):
+    """What the test above is for."""
+    monkeypatch.setattr(checkpoint.Writer, "wait_until_read", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_training_goes_on_while_a_checkpoint_is_written(words, tmp_path, monkeypatch)
+
+
+def test_what_goes_wrong_while_writing_ends_the_run_at_the_next_step(words, tmp_path):
+    (tmp_path / "file").touch()
+    run = trainer(words, tmp_path / "file")
+    run.step(1, 1e-3)
+    run.save(1, wait=False)
+    with pytest.raises(hg.HandgradError, match="must be writable, but got File exists"):
+        for step in range(2, 2000):
+            run.step(step, 1e-3)
 
 
 # what cannot be resumed -----------------------------------------------------------------------------------------------
@@ -173,7 +293,7 @@ def everything(folder):
 def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
     shutil.copytree(whole("f32"), tmp_path / "run")
     before = everything(tmp_path)
-    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run"), *words_.split()]) == 2
+    assert main(["train", "--run.resume", str(tmp_path / "run"), *words_.split()]) == 2
     err = capsys.readouterr().err
     assert err.startswith(part) and err.count("\n") == 1
     assert everything(tmp_path) == before
@@ -188,7 +308,7 @@ def test_resume_from_a_damaged_folder(whole, tmp_path, capsys, name, content):
     shutil.copytree(whole("f32"), tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
     before = everything(tmp_path)
-    assert main(["train", "--run.resume", "--run.out", str(tmp_path / "run")]) == 2
+    assert main(["train", "--run.resume", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("[") and err.count("\n") == 1 and Path(name).name in err
     assert everything(tmp_path) == before
@@ -198,7 +318,7 @@ def test_a_checkpoint_without_done_does_not_count(words, whole, tmp_path):
     shutil.copytree(whole("f32"), tmp_path / "run")
     (tmp_path / "run" / "step_000012" / "DONE").unlink()
     shutil.rmtree(tmp_path / "run" / "step_000008")
-    assert train(config(words, tmp_path / "run", dtype="f32", resume=True), quiet=True) == 0
+    assert train(config(words, tmp_path / "run", dtype="f32", resume="auto"), quiet=True) == 0
     same(tmp_path / "run", whole("f32"))
 
 
@@ -245,9 +365,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_pa
     step = log(out)[-1]["step"]
     assert 60 <= step < 400 and (out / f"step_{step:06d}" / "DONE").exists() and (out / "report.html").exists()
     assert "stopping after this step" in stdout
-    last = f"stopped after step {step}, saved in {out}\ngo on: handgrad train --run.resume --run.out {out}\n"
+    last = f"stopped after step {step}, saved in {out}\ngo on: handgrad train --run.resume {out}\n"
     assert stdout.endswith(last)
-    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    assert main(["train", "--run.resume", str(out)]) == 0
     same(out, long, 400)
 
 
@@ -271,12 +391,12 @@ def test_killed_in_a_step(words, long, tmp_path):
     """kill -9, three times over, wherever it hits."""
     out = tmp_path / "run"
     for count in (20, 130, 260):
-        process = start(config(words, out, **LONG, resume=True))
+        process = start(config(words, out, **LONG, resume="auto"))
         after_steps(out, process, count)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    assert main(["train", "--run.resume", str(out)]) == 0
     same(out, long, 400)
 
 
@@ -306,7 +426,7 @@ def test_killed_while_saving(words, whole, tmp_path, count):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert (out / "step_000004" / "DONE").exists() and not (out / "step_000012").exists()
-    assert main(["train", "--run.resume", "--run.out", str(out)]) == 0
+    assert main(["train", "--run.resume", str(out)]) == 0
     same(out, whole("f32"))
     assert sorted(path.name for path in out.glob("step_*")) == ["step_000004", "step_000008", "step_000012"]
 

@@ -10,6 +10,9 @@ from handgrad.core.errors import HandgradError
 VERBS = {
     "train": "train a GPT-2; without arguments, a small one on Shakespeare, in about a minute",
     "generate": "continue a prompt with a trained model",
+    "eval": "validation loss and benchmark tasks of a trained model",
+    "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
+    "report": "the curves and figures of a run, or of several side by side, as a page",
     "explain": "every call, byte and flop of a run before it runs",
     "profile": "where a step's time goes, against what its bytes and flops must take",
     "data": "turn text into token shards",

@@ -9,6 +9,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.cuda.card import GPUS, Card
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.plan import MIB
 from handgrad.models import GPT2, preset
 from handgrad.train.explain import explain
 
@@ -65,24 +66,26 @@ def main(argv: list[str]) -> int:
     if a.backend == "cuda":
         gpu = replace(GPUS[a.gpu], tf32=a.dtype == "tf32", deterministic=a.deterministic)
         backend, where = Card(gpu), f"the cuda backend on an {gpu.name}"
+        saving = "copied to the host's memory first, as much of it as that"
     else:
         backend = open_backend("cpu", a.threads)
-        where = f"the cpu backend, {backend.hardware}"
-    print(
-        explain(
-            model,
-            a.micro_batch,
-            a.seq_len or model.max_seq_len,
-            dtype=a.dtype,
-            grad_dtype=a.grad_dtype,
-            master_weights=a.master_weights,
-            backend=backend,
-            recompute=a.recompute,
-            head_chunks=a.head_chunks,
-            accumulation=a.accumulation,
-            val=a.val,
-            sample=a.sample,
-        )
+        where, saving = f"the cpu backend, {backend.hardware}", "written from where it lies, without a copy"
+    page = explain(
+        model,
+        a.micro_batch,
+        a.seq_len or model.max_seq_len,
+        dtype=a.dtype,
+        grad_dtype=a.grad_dtype,
+        master_weights=a.master_weights,
+        backend=backend,
+        recompute=a.recompute,
+        head_chunks=a.head_chunks,
+        accumulation=a.accumulation,
+        val=a.val,
+        sample=a.sample,
     )
+    print(page)
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
+    saved = page.program.num_params * sum(d.size for flat, (_, d) in page.plan.flats.items() if flat != "grad")
+    print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
     return 0

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -18,7 +17,7 @@ class Generate:
     """Which model, how it is asked, how it answers."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """run folder, or one of its checkpoints"""
+    """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
     """text to continue; - reads standard input"""
     max_tokens: int = 256
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt() if a.prompt == "-" else a.prompt
     if not prompt:
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    engine, tokenizer = load_run(Path(a.run), a.dtype, a.backend, a.threads)
+    engine, tokenizer = load_run(a.run, a.dtype, a.backend, a.threads)
     ids = tokenizer.encode(prompt)
     print(prompt, end="", flush=True)
     for piece in tokenizer.stream(engine.generate(ids, a.max_tokens, sampling, tokenizer.eot)):

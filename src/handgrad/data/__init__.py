@@ -1,20 +1,30 @@
 """Token shards, batches of them, and the way from text to shards."""
 
+from handgrad.data.choices import Choices, read_choices, write_choices
 from handgrad.data.loader import Tokens, tokens
-from handgrad.data.prepare.text import prepare_text, read_meta, read_text, shakespeare
+from handgrad.data.prepare.build import check, read_meta
+from handgrad.data.prepare.questions import prepare_questions
+from handgrad.data.prepare.recipes import prepare, prepare_text
+from handgrad.data.prepare.text import read_text, shakespeare
 from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_random, write_shard
 
 __all__ = [
+    "Choices",
     "Shard",
     "ShardWriter",
     "Tokens",
+    "check",
     "id_dtype",
     "open_shard",
+    "prepare",
+    "prepare_questions",
     "prepare_text",
+    "read_choices",
     "read_meta",
     "read_text",
     "shakespeare",
     "tokens",
+    "write_choices",
     "write_random",
     "write_shard",
 ]

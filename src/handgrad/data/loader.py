@@ -65,6 +65,7 @@ class Tokens:
     shards: list of Shard, by name
     folder: Path of the folder of the first shard
     sequences: sequences in a step
+    ahead: how many more than `sequences` a step were taken before; not 0 where a run changed its batch_tokens
     windows: sequences in an epoch
     """
 
@@ -87,6 +88,7 @@ class Tokens:
         self.shards = [open_shard(path) for path in paths]
         self.folder = self.shards[0].path.parent
         self.sequences = batch_tokens // seq_len
+        self.ahead = 0
         grid = [self._grid(shard.count) for shard in self.shards]
         self._room = [room for _, room in grid]
         self._ends = list(accumulate(windows for windows, _ in grid))
@@ -131,7 +133,7 @@ class Tokens:
         if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
             rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
-        first = step * self.sequences + (micro_step * world + rank) * micro_batch
+        first = self.ahead + step * self.sequences + (micro_step * world + rank) * micro_batch
         windows, offsets = self._order(first, micro_batch)
         return self._gather(windows, offsets, micro_batch)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from handgrad.core.errors import HandgradError
+from handgrad.data.disk import sync_folder
 
 HEADER_BYTES = 256 * 4
 FORMATS = {  # magic: (version, type of an id)
@@ -158,11 +159,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name could be lost with the power
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
 
 
 def write_shard(path: str | Path, pieces, dtype: np.dtype) -> Shard:

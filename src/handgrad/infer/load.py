@@ -1,50 +1,97 @@
-"""load_run: an engine and its tokenizer from a run folder."""
+"""What a path or name leads to: a model on disk, whoever wrote it; and an engine and tokenizer made from it."""
 
 import json
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-import numpy as np
 
 from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.infer.engine import Engine, record
-from handgrad.io import checkpoint
+from handgrad.io import checkpoint, hf, llmc
+from handgrad.io.weights import Weights, shapes
 from handgrad.models import GPT2
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder: what tokenizers.load reads
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
+KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its sizes;  weights: its tensors;
+    tokenizer: a function that reads its tokenizer, and raises HandgradError if there is none
+    """
+
+    kind: str
+    path: Path
+    model: GPT2
+    weights: Weights
+    tokenizer: Callable[[], tokenizers.Tokenizer]
+
+
+def open_source(source: str | Path) -> Source:
+    """The model at a path, or at hf:NAME: headers are read and checked, tensors are not.
+
+    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError where there is no model.
+    """
+    path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
+    if path.is_file():
+        return _llmc(path)
+    if not path.is_dir():
+        raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint="handgrad train makes one")
+    folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
+    if folder is not None:
+        return _run(folder)
+    if hf.is_folder(path):
+        weights = hf.read(path)
+        return Source("hf", path, GPT2(**weights.sizes), weights, lambda: _tokenizer_of_folder(path, weights))
+    done = sorted(int(p.name[5:]) for p in path.glob("DONE_*") if p.name[5:].isdigit())
+    if done:
+        return _llmc(path / f"model_{done[-1]:08d}.bin")
+    raise HandgradError("model", f"a model is {KINDS}", f"'{path}', which holds no complete checkpoint")
 
 
 def load_run(
-    path: Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
+    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
 ) -> tuple[Engine, tokenizers.Tokenizer]:
-    """(engine, tokenizer) of a run folder's newest checkpoint, or of the checkpoint `path` itself.
+    """(engine, tokenizer) of what `open_source` opens.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError where something is missing.
     """
-    if not path.is_dir():
-        raise HandgradError("generate", "a run folder is a folder", f"no '{path}'", hint="handgrad train makes one")
-    folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
-    if folder is None:
-        raise HandgradError("generate", "a run folder holds a complete checkpoint", f"none in '{path}'")
-    model, saved_as, stored = _described(folder)
-    tokenizer = _tokenizer(folder.resolve().parent)
-    kind = saved_as if dtype == "saved" else dtype
+    source = open_source(path)
+    tokenizer = source.tokenizer()
+    kind = source.weights.dtype if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    prefill, decode = programs = record(model, DTYPES[kind])
-    params = {name: info.tensor for name, info in decode.params.items()}
-    tensors = checkpoint.load(folder, {name: (t.shape, stored) for name, t in params.items()})
+    prefill, decode = programs = record(source.model, DTYPES[kind])
     arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
-    for name, t in params.items():
-        arena.write_part("param", t, np.asarray(tensors[name]))
-    return Engine(model, programs, arena, engine_backend), tokenizer
+    for name, info in decode.params.items():
+        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
+    return Engine(source.model, programs, arena, engine_backend), tokenizer
 
 
-def _described(folder: Path) -> tuple[GPT2, str, str]:
-    """(model, working dtype, dtype on disk) that a checkpoint says it holds; the ref backend stores float64."""
+def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises HandgradError if a token means something else to this tokenizer than to the model's own, if it has one."""
+    try:
+        own = source.tokenizer()
+    except HandgradError:
+        return
+    for id in range(min(own.vocab_size, tokenizer.vocab_size)):
+        mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
+        if mine != theirs:
+            rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine}"
+            raise HandgradError("model", rule, f"{theirs} of {tokenizer.name}")
+
+
+# handgrad's own -------------------------------------------------------------------------------------------------------
+
+
+def _run(folder: Path) -> Source:
+    """The model in a checkpoint, which says what it holds; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
     known = {f.name: f.type for f in fields(GPT2)}
     for name in known.keys() ^ saved["model"].keys():
@@ -57,11 +104,14 @@ def _described(folder: Path) -> tuple[GPT2, str, str]:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
         raise HandgradError("generate", rule, repr(saved["dtype"]))
     stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
-    return GPT2(**saved["model"]), saved["dtype"], stored
+    model = GPT2(**saved["model"])
+    sizes = {name: value for name, value in saved["model"].items() if name != "dropout"}
+    expected = {name: (shape, stored) for name, shape in shapes(sizes | {"vocab_size": model.vocab_padded}).items()}
+    weights = Weights(sizes, saved["dtype"], checkpoint.load(folder, expected).__getitem__)
+    return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent))
 
 
-def _tokenizer(run: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a run folder."""
+def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
     path = run / TOKENIZER
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
@@ -71,3 +121,32 @@ def _tokenizer(run: Path) -> tokenizers.Tokenizer:
     except (OSError, ValueError, RecursionError) as error:
         raise HandgradError("generate", f"{path} is JSON", error) from None
     return tokenizers.load(spec, run)
+
+
+# others' --------------------------------------------------------------------------------------------------------------
+
+
+def _llmc(path: Path) -> Source:
+    weights = llmc.read_model(path)
+    return Source("llmc", path, GPT2(**weights.sizes), weights, lambda: _tokenizer_of_file(path, weights))
+
+
+def _tokenizer_of_file(model: Path, weights: Weights) -> tokenizers.Tokenizer:
+    """Of <model>_tokenizer.bin or gpt2_tokenizer.bin beside a .bin."""
+    files = [model.with_name(f"{model.stem}_tokenizer.bin"), model.with_name("gpt2_tokenizer.bin")]
+    for file in files:
+        if file.is_file():
+            return tokenizers.from_tokens(llmc.read_tokenizer(file)[0])
+    return _by_size(weights, files[0])
+
+
+def _tokenizer_of_folder(folder: Path, weights: Weights) -> tokenizers.Tokenizer:
+    return tokenizers.from_folder(folder) or _by_size(weights, folder / "tokenizer.json")
+
+
+def _by_size(weights: Weights, missing: Path) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer, for a model that comes without one but has as many tokens."""
+    if weights.sizes["vocab_size"] != tokenizers.gpt2().vocab_size:
+        got = f"no such file, and {weights.sizes['vocab_size']} tokens are not GPT-2's"
+        raise HandgradError("model", f"{missing} says how text becomes tokens", got)
+    return tokenizers.gpt2()

@@ -8,7 +8,7 @@
 
 Saving step 500, and what is left if it is killed between two lines:
 
-    1  write step_000500.tmp-<pid>/{model, state, run.json}, flush each file    a .tmp- folder: never read
+    1  write step_000500.tmp-<pid>/{model, state}, then run.json, flush all     a .tmp- folder: never read
     2  write DONE in it, flush DONE and the folder                              the same
     3  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
     4  rename the .tmp- folder to step_000500, flush the run folder             step_000500, complete
@@ -17,13 +17,17 @@ Saving step 500, and what is left if it is killed between two lines:
 The name step_000500 is only ever given to a folder that is complete and on disk, and renaming is atomic. DONE then adds
 what a name cannot: a copy made by other means that stopped half-way is refused. The next save begins by removing
 .tmp- folders and by giving a .old folder whose step is gone its name back. One process saves into a run folder.
+
+`Writer` does all this in a thread of its own, while training goes on.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
@@ -60,12 +64,14 @@ def save(
     *,
     keep_last: int = 1,
     keep_every: int = 0,
+    when_read: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a checkpoint and returns its folder, `out_dir`/step_<6 digits>; then prunes (see `prune`).
 
     tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written from where
         they lie, without a copy; of others a copy is made
     meta: what JSON can hold; "step" is added
+    when_read: called once, when all arrays have been handed to the system and may change again
 
     A complete checkpoint of the same step is replaced. On failure (full disk, no permission) HandgradError is raised,
     the temporary folder is gone and every older checkpoint is as it was.
@@ -90,6 +96,9 @@ def save(
         building.mkdir()
         _write_tensors(building / MODEL, tensors)
         _write_tensors(building / STATE, state)
+        when_read()
+        _flush(building / MODEL)
+        _flush(building / STATE)
         for name, content in ((META, text), (DONE, "")):
             (building / name).write_text(content, encoding="utf-8")
             _flush(building / name)
@@ -108,6 +117,43 @@ def save(
     finally:
         shutil.rmtree(building, ignore_errors=True)  # no longer there if all went well
     return final
+
+
+class Writer:
+    """Saves in a thread of its own, one checkpoint at a time. The thread is joined when the process ends.
+
+    Nothing is copied: the arrays are read where they lie, and may change again once `wait_until_read` has returned.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._read = threading.Event()
+        self._read.set()
+        self._saving: Future[Path] | None = None
+
+    def save(self, *args, **kwargs) -> None:
+        """Begins what `save` does with these arguments, when the checkpoint before is complete."""
+        self.wait()
+        self._read.clear()
+        self._saving = self._thread.submit(self._save, *args, **kwargs)
+
+    def wait_until_read(self) -> None:
+        """Waits until the arrays may change. Raises what went wrong with a checkpoint that is over."""
+        self._read.wait()
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the checkpoint is complete. Raises what went wrong, once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _save(self, *args, **kwargs) -> Path:
+        try:
+            return save(*args, **kwargs, when_read=self._read.set)
+        finally:
+            self._read.set()
 
 
 def load(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
@@ -229,7 +275,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     }
     serialize_file(specs, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; we go by the umask, as for run.json
-    _flush(path)
 
 
 def _complete(path: str | Path) -> Path:

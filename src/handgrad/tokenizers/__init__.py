@@ -6,9 +6,10 @@ from handgrad.core.errors import HandgradError
 from handgrad.tokenizers.base import Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer, chars
 from handgrad.tokenizers.file import from_file
+from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gpt2 import gpt2
 
-__all__ = ["Tokenizer", "chars", "from_file", "gpt2", "load"]
+__all__ = ["Tokenizer", "chars", "from_file", "from_folder", "from_tokens", "gpt2", "load", "to_folder"]
 
 
 def load(spec: dict, folder: str | Path = ".") -> Tokenizer:

@@ -25,14 +25,26 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, (n,) int32. Text that spells a special token is ordinary text."""
 
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        """Returns the ids of `texts`, (n,) int32, with `eot` before each where there is one."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD. HandgradError for an id out of range."""
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields the text of `ids` as they come, each character once it is whole; joined, it is `decode`'s."""
 
+    def bytes_of(self, id: int) -> bytes:
+        """Returns the bytes that an id stands for; a character may begin in one token and end in the next."""
+
     def save(self, folder: str | Path) -> dict:
         """Returns a JSON-able description for `handgrad.tokenizers.load`; puts files it needs into `folder`."""
+
+
+def one_by_one(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """Returns `tokenizer.encode_documents(texts)` by way of its `encode`."""
+    start = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.int32)
+    return np.concatenate([start[:0], *(part for text in texts for part in (start, tokenizer.encode(text)))])
 
 
 def checked(ids: Iterable[int], vocab_size: int) -> Iterator[int]:

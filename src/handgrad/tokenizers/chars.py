@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import checked
+from handgrad.tokenizers.base import checked, one_by_one
 
 
 def chars(text: str | Iterable[str]) -> "CharTokenizer":
@@ -49,11 +49,17 @@ class CharTokenizer:
             raise HandgradError("tokenizer", rule, f"{text[where]!r} at character {where}", hint=hint)
         return ids
 
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        return one_by_one(self, texts)
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         return (self.characters[id] for id in checked(ids, self.vocab_size))
+
+    def bytes_of(self, id: int) -> bytes:
+        return self.characters[id].encode("utf-8", "surrogatepass")
 
     def save(self, folder: str | Path) -> dict:
         return {"kind": "chars", "characters": self.characters}

@@ -8,7 +8,8 @@ import numpy as np
 import tokenizers
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import checked
+from handgrad.tokenizers.base import checked, one_by_one
+from handgrad.tokenizers.gpt2 import spelled_bytes
 
 FILE = "tokenizer.json"
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SEP]")  # how families spell it
@@ -24,12 +25,13 @@ def from_file(path: str | Path) -> "FileTokenizer":
     path = Path(path)
     if not path.is_file():
         raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
-    with _library_must(f"{path} must describe a tokenizer"):
+    with library_must(f"{path} must describe a tokenizer"):
         return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), path.name)
 
 
 @contextmanager
-def _library_must(rule: str) -> Iterator[None]:
+def library_must(rule: str) -> Iterator[None]:
+    """Turns whatever the library raises in the block into a HandgradError with this rule."""
     try:
         yield
     except (HandgradError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -40,7 +42,7 @@ def _library_must(rule: str) -> Iterator[None]:
 
 
 class FileTokenizer:
-    """See `handgrad.tokenizers.Tokenizer`; made by `from_file`."""
+    """See `handgrad.tokenizers.Tokenizer`; made by `from_file`. `library` is the library's own."""
 
     def __init__(self, library: tokenizers.Tokenizer, name: str):
         library.no_padding()
@@ -52,19 +54,22 @@ class FileTokenizer:
         self.name = name
         self.vocab_size = max(known.values()) + 1  # ids may have holes
         self.eot = next((known[end] for end in _ENDS if end in known), None)
-        self._library = library
+        self.library, self._spelled = library, spelled_bytes()
 
     def encode(self, text: str) -> np.ndarray:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
-        with _library_must(f"{self.name} must be able to encode the text"):
-            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        with library_must(f"{self.name} must be able to encode the text"):
+            return np.array(self.library.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        return one_by_one(self, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        with _library_must(f"{self.name} must be able to decode the ids"):
-            return self._library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
+        with library_must(f"{self.name} must be able to decode the ids"):
+            return self.library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         # what an id adds can depend on the one before (a space, half a character): decode it behind what was shown last
@@ -78,10 +83,18 @@ class FileTokenizer:
         if pending:
             yield self._after(shown, pending)
 
+    def bytes_of(self, id: int) -> bytes:
+        token = self.library.id_to_token(id)
+        if token is None:  # a hole between the ids
+            return b""
+        if isinstance(self.library.decoder, tokenizers.decoders.ByteLevel) and self._spelled.keys() >= set(token):
+            return bytes(self._spelled[character] for character in token)
+        return self.decode([id]).encode()
+
     def _after(self, shown: list[int], pending: list[int]) -> str:
         return self.decode(shown + pending)[len(self.decode(shown)) :]
 
     def save(self, folder: str | Path) -> dict:
-        with _library_must(f"{folder} must be writable"):
-            self._library.save(str(Path(folder) / FILE))
+        with library_must(f"{folder} must be writable"):
+            self.library.save(str(Path(folder) / FILE))
         return {"kind": "file", "path": FILE}

@@ -32,6 +32,8 @@ class ModelConfig:
     """probability of dropping embeddings, attention weights and branches"""
     tie_embeddings: bool = True
     """use the token embedding as the head"""
+    init: str = "random"
+    """start weights: random (of --run.seed), llmc (those of llm.c, seed 42), or a model on disk, with its sizes"""
 
     def __post_init__(self) -> None:
         _check(self, "model", 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
@@ -51,6 +53,8 @@ class DataConfig:
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True
     """visit the sequences in random order"""
+    overfit: bool = False
+    """every step takes the batch of the first: can the model learn it by heart?"""
 
     def __post_init__(self) -> None:
         _check(self, "data", 0, "seq_len batch_tokens")
@@ -89,10 +93,10 @@ class RunConfig:
 
     out: str = ""
     """run folder; empty: runs/<data>-NNN, the next free number"""
-    resume: bool = False
-    """go on from the newest complete checkpoint in the run folder; a fresh start if there is none"""
+    resume: str = ""
+    """a run folder: go on from its newest complete checkpoint; auto: the same in --run.out, afresh if there is none"""
     steps: int = 2000
-    """optimizer steps"""
+    """optimizer steps; 0: one epoch"""
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
     dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
@@ -117,6 +121,10 @@ class RunConfig:
     """steps between validations; 0: never. The last step is always validated if a validation set exists"""
     val_tokens: int = 65536
     """tokens of a validation; 0: the whole set"""
+    hellaswag: str = ""
+    """HellaSwag as `handgrad data hellaswag` makes it, or .jsonl: its accuracy by llm.c's rule goes into the log"""
+    eval_every: int = 250
+    """steps between evaluations on HellaSwag; 0: only after the last step"""
     sample_every: int = 0
     """steps between samples; 0: only after the last step"""
     sample_tokens: int = 256
@@ -128,7 +136,7 @@ class RunConfig:
     keep_last: int = 2
     """newest checkpoints that are kept; 0: all"""
     keep_every: int = 0
-    """checkpoints at multiples of this step are never deleted; 0: none"""
+    """checkpoints at multiples of this step, itself one of --run.save-every, are never deleted; 0: none"""
     max_skipped: int = 10
     """stop after this many skipped updates in a row"""
     skip_loss_z: float = 0.0
@@ -139,11 +147,19 @@ class RunConfig:
     """nan: look at every output of every call and name the first that is not finite; slow"""
     tensorboard: bool = False
     """also write TensorBoard event files into the run folder"""
+    wandb: str = ""
+    """also send the figures to this project of Weights & Biases; empty: to none"""
+    telemetry_every: int = 0
+    """steps between looks at the GPU's load, power, temperature and clocks; 0: never"""
 
     def __post_init__(self) -> None:
-        _check(self, "run", 1, "steps micro_batch")
-        _check(self, "run", 0, "threads head_chunks seed val_every val_tokens sample_every sample_tokens")
-        _check(self, "run", 0, "save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
+        _check(self, "run", 1, "micro_batch")
+        _check(self, "run", 0, "steps threads head_chunks seed val_every val_tokens sample_every sample_tokens")
+        _check(self, "run", 0, "eval_every save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
+        _check(self, "run", 0, "telemetry_every")
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            rule = f"--run.keep-every is a multiple of --run.save-every {self.save_every}"
+            raise HandgradError("run", rule, self.keep_every)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a step in log.jsonl, a live line on a terminal, TensorBoard on request."""
+"""The log of a run: a JSON object a step in log.jsonl, llm.c's lines in main.log, a live line on a terminal."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -16,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from handgrad.core.errors import HandgradError
+from handgrad.train.telemetry import in_words
+from handgrad.train.trackers import TensorBoard, Wandb
 
-KEYS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
 LIVE_WIDTH = 92  # columns that the live line takes in a long run, without its bar
 LIVE_SECONDS = 0.1  # between redraws of the live line: one takes 0.4 ms from the kernels
@@ -27,10 +30,12 @@ RATE_DECAY = 0.95  # of the running mean of tokens per second, per step
 class RunLog:
     """Writes and shows what a run does, step by step. A context manager; `close` ends the live line.
 
-    out_dir: the run folder; log.jsonl lies there, and with `tensorboard` the event files, in tensorboard/
+    out_dir: the run folder; log.jsonl and main.log (see `main_log`) lie there, and with `tensorboard` the event files,
+        in tensorboard/
     total_steps: where the run will end
     resumed_at: the step whose checkpoint the run goes on from. What an attempt that died wrote about later steps is
         dropped, so that no step appears twice; 0, a fresh run, drops everything
+    wandb, settings: the project of Weights & Biases that the figures also go to, if any, and what it keeps with them
     quiet: show nothing
 
     seconds: since the start of the run, earlier attempts included
@@ -55,18 +60,26 @@ class RunLog:
         *,
         resumed_at: int = 0,
         tensorboard: bool = False,
+        wandb: str = "",
+        settings: dict[str, Any] | None = None,
         quiet: bool = False,
     ):
         self.path = Path(out_dir) / "log.jsonl"
         self.total_steps = total_steps
         self.tokens_per_second = 0.0
-        self._events = _event_writer(Path(out_dir) / "tensorboard", resumed_at) if tensorboard else None
+        self._trackers: list[TensorBoard | Wandb] = []
+        if tensorboard:
+            self._trackers.append(TensorBoard(Path(out_dir) / "tensorboard", resumed_at))
+        if wandb:
+            self._trackers.append(Wandb(wandb, Path(out_dir), settings or {}))
         earlier = _drop_after(self.path, resumed_at) if resumed_at else []
         self._before = max((line["seconds"] for line in earlier if line.get("seconds")), default=0.0)
         vals = [line["val_loss"] for line in earlier if line.get("val_loss")]
         self._val_loss = vals[-1] if vals else None
         try:  # unbuffered: a line is one write, and kill -9 loses none
             self._file = self.path.open("ab" if resumed_at else "wb", buffering=0)
+            self._main = self.path.with_name("main.log").open("wb", buffering=0)
+            self._main.write("".join(map(main_log, earlier)).encode())
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
         self._console = None if quiet else Console()
@@ -98,12 +111,16 @@ class RunLog:
         step_seconds: float,
         val_loss: float | None = None,
         mfu: float | None = None,
+        hellaswag: float | None = None,
+        gpu: dict[str, Any] | None = None,
     ) -> None:
         """Records one update.
 
         step: counted from 1
         loss, val_loss: nats a token; val_loss only where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
+        hellaswag: accuracy, 0 to 1, where it was measured
+        gpu: what `Telemetry.read` returned, where it was asked
         mfu: model flops as a fraction of the hardware's peak, where that is known
         tokens, step_seconds: of this update alone, without validation, sampling and saving
 
@@ -115,13 +132,15 @@ class RunLog:
         line = {"step": step, "loss": float(loss)}
         if val_loss is not None:
             self._val_loss = line["val_loss"] = float(val_loss)
+        line |= {} if hellaswag is None else {"hellaswag": float(hellaswag)}
         line |= {"lr": float(lr), "grad_norm": float(grad_norm)}
         line |= {"tokens_per_second": round(self.tokens_per_second, 1)}
         line |= {} if mfu is None else {"mfu": round(mfu, 4)}
         line |= {"seconds": round(now, 3)}
+        line |= {"gpu": gpu} if gpu else {}
         self._write(line)
-        if self._events is not None:
-            self._add_scalars(line)
+        for tracker in self._trackers:
+            tracker.add(line)
         if self._console is not None:
             self._show(line, step_seconds, now)
 
@@ -140,17 +159,17 @@ class RunLog:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        while self._trackers:
+            self._trackers.pop().close()
         self._file.close()
+        self._main.close()
 
     def _write(self, line: dict) -> None:
         try:
-            data = _dump(line)
-            written = self._file.write(data)
-            if written < len(data):
-                self._file.write(data[written:])  # raises what stopped the first: most often a full disk
+            for file, data in ((self._file, _dump(line)), (self._main, main_log(line).encode())):
+                written = file.write(data)
+                if written < len(data):
+                    file.write(data[written:])  # raises what stopped the first: most often a full disk
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
 
@@ -163,7 +182,7 @@ class RunLog:
     def _show(self, line: dict, step_seconds: float, now: float) -> None:
         wait = LIVE_SECONDS if self._is_live else PLAIN_SECONDS
         is_due = now - self._shown >= wait or line["step"] >= self.total_steps
-        if "val_loss" in line or (is_due and not self._is_live):
+        if "val_loss" in line or "gpu" in line or (is_due and not self._is_live):
             text, overflow = plain_line(line, self.total_steps, step_seconds), "ellipsis" if self._is_live else "ignore"
             self._console.print(Text(text), no_wrap=True, overflow=overflow, crop=self._is_live)
         if is_due:
@@ -182,6 +201,7 @@ class RunLog:
             shown["time"] = clock(now) + " in all"
         elif step > first:
             shown["time"] = clock((self.total_steps - step) * (now - began) / (step - first)) + " left"
+        shown.pop("gpu", None)  # has been printed
         for name in ("grad_norm", "lr"):  # of least use on a narrow screen
             if len("  ".join(shown.values())) >= self._console.width:
                 del shown[name]
@@ -190,14 +210,6 @@ class RunLog:
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_row(*bar, Text("  ".join(shown.values()), no_wrap=True, overflow="ellipsis"))
         return table
-
-    def _add_scalars(self, line: dict) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        names = {"loss": "loss/train", "val_loss": "loss/val"}
-        values = [Summary.Value(tag=names.get(key, key), simple_value=line[key]) for key in KEYS[:-1] if key in line]
-        self._events.add_event(Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values)))
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -220,6 +232,26 @@ def read_log(path: str | Path) -> list[dict]:
             rule = f"every line of {path} must be a JSON object with a step"
             raise HandgradError("log", rule, f"{row[:40]!r} in line {number}", hint="repair it or move it away")
     return lines
+
+
+def main_log(line: dict) -> str:
+    """What llm.c writes into its main.log, and its notebook reads, for a line of log.jsonl; nothing for an event.
+
+    llm.c counts updates from 0: the loss of our update k stands at k - 1, what was measured after it at k.
+
+    >>> line = {"step": 20, "loss": 4.53108, "val_loss": 4.5, "hellaswag": 0.25, "lr": 6e-4, "grad_norm": 1.347}
+    >>> print(main_log(line), end="")
+    s:19 trl:4.5311 lr:0.000600 norm:1.35
+    s:20 tel:4.5000
+    s:20 eval:0.2500
+    """
+    step, text = line["step"], ""
+    if "loss" in line:
+        loss, norm = (math.nan if line[key] is None else line[key] for key in ("loss", "grad_norm"))
+        text += f"s:{step - 1} trl:{loss:.4f} lr:{line['lr']:.6f} norm:{norm:.2f}\n"
+    for key, name in (("val_loss", "tel"), ("hellaswag", "eval")):
+        text += f"s:{step} {name}:{line[key]:.4f}\n" if line.get(key) is not None else ""
+    return text
 
 
 def plain_line(line: dict, total_steps: int, step_seconds: float) -> str:
@@ -282,11 +314,15 @@ def _parts(line: dict, total_steps: int) -> dict[str, str]:
     parts = {"step": f"step {line['step']}/{total_steps}", "loss": f"loss {line['loss']:.4f}"}
     if "val_loss" in line:
         parts["val_loss"] = f"val {line['val_loss']:.4f}"
+    if "hellaswag" in line:
+        parts["hellaswag"] = f"hellaswag {100 * line['hellaswag']:.1f} %"
     parts["grad_norm"] = f"grad {grad_norm:.2f}" if 0.1 <= grad_norm < 1000 else f"grad {grad_norm:.2g}"
     parts["lr"] = f"lr {line['lr']:.1e}".replace("e-0", "e-").replace("e+0", "e+")
     parts["tokens_per_second"] = f"{short(line['tokens_per_second'])} tok/s"
     if "mfu" in line:
         parts["mfu"] = f"mfu {100 * line['mfu']:.1f}"
+    if "gpu" in line:
+        parts["gpu"] = in_words(line["gpu"])
     return parts
 
 
@@ -311,21 +347,3 @@ def _drop_after(path: Path, step: int) -> list[dict]:
     lines = [line for line in read_log(path) if line["step"] <= step]
     replace_file(path, b"".join(map(_dump, lines)).decode())
     return lines
-
-
-def _event_writer(folder: Path, resumed_at: int):
-    """TensorBoard's own writer of event files."""
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    except ImportError:
-        rule, hint = "--run.tensorboard needs the package tensorboard", "pip install 'handgrad[tensorboard]'"
-        raise HandgradError("log", rule, "none installed", hint=hint) from None
-    try:
-        writer = EventFileWriter(str(folder))
-    except OSError as error:
-        raise HandgradError("log", f"{folder} must be writable", error.strerror) from None
-    # makes TensorBoard forget what an attempt that died wrote from this step on
-    restart = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
-    return writer

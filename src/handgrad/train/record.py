@@ -11,10 +11,12 @@ from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Param, Program
 from handgrad.core.tensor import Tensor
+from handgrad.io.weights import PADDED, Weights
 from handgrad.models import GPT2, batch
 from handgrad.ops import add
 from handgrad.ops.adamw.reference import split_weight
 from handgrad.optim import AdamW
+from handgrad.train.llmc_init import draws
 
 
 def record_train(
@@ -64,8 +66,21 @@ def chunks_of(rows: int, head_chunks: int, head_rows: int) -> int:
     return head_chunks or -(-rows // head_rows)
 
 
-def initialize(p: Program, arena: Arena, seed: int) -> None:
-    """Draws the initial weights in float32, each parameter from its own stream of the seed."""
+def initialize(p: Program, arena: Arena, seed: int, init: str | Weights = "random") -> None:
+    """Writes the initial weights.
+
+    init: "random" draws them in float32, each parameter from its own stream of the seed; "llmc" as llm.c's GPU trainer
+    does, whatever the seed; Weights are those of a model on disk, which must have the same shapes
+    """
+    if isinstance(init, Weights):
+        copy(p, arena, init)
+        return
+    if init == "llmc":
+        for info, values in draws(p):
+            write_weight(arena, info.tensor, values)
+        return
+    if init != "random":
+        raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(init))
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:  # numpy's generators leave Python to the other threads
         params = list(enumerate(p.params.values()))
@@ -73,6 +88,18 @@ def initialize(p: Program, arena: Arena, seed: int) -> None:
             group = params[first : first + workers]
             for (_, info), values in zip(group, pool.map(lambda item: draw(item[1], seed, item[0]), group)):
                 write_weight(arena, info.tensor, values)
+
+
+def copy(p: Program, arena: Arena, weights: Weights) -> None:
+    """Writes the weights of a model on disk, one tensor after another."""
+    mine, theirs = {name: info.tensor for name, info in p.params.items()}, weights.shapes()
+    for name in sorted(mine.keys() ^ theirs.keys()):
+        raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
+    for name, shape in theirs.items():
+        rows, own = mine[name].shape[0], mine[name].shape
+        if own != ((max(rows, shape[0]), *shape[1:]) if name in PADDED else shape):
+            raise HandgradError("train", f"the model to start from has '{name}' of {own}", shape)
+        write_weight(arena, mine[name], weights.tensor(name, "f32", rows))
 
 
 def draw(info: Param, seed: int, stream: int) -> np.ndarray:

@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 import handgrad.data as hg_data
-from handgrad import tokenizers
+from handgrad import evals, tokenizers
 from handgrad.backends import open_backend
 from handgrad.backends.base import Backend
 from handgrad.core.errors import HandgradError
 from handgrad.infer import Sampling
-from handgrad.infer.load import TOKENIZER
+from handgrad.infer.load import TOKENIZER, check_same_tokens, open_source
+from handgrad.io import newest
+from handgrad.io.weights import Weights
 from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import Config, ModelConfig
@@ -32,6 +34,7 @@ from handgrad.train.explain import explain
 from handgrad.train.log import RunLog, replace_file
 from handgrad.train.mfu import flops_per_token, mfu
 from handgrad.train.report import write_report
+from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Step, Trainer
 
 INTERRUPTED = 130  # exit code, as shells give for Ctrl-C
@@ -45,10 +48,13 @@ def train(c: Config, quiet: bool = False) -> int:
 
     Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then.
     """
-    out = Path(c.run.out) if c.run.out else default_folder(c)
+    out = run_folder(c)
     with undone_unless_begun(out, c.run.resume):
         run = Run(c, out)
-        log = RunLog(out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, quiet=quiet)
+        log = RunLog(
+            out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, wandb=c.run.wandb,
+            settings=asdict(run.config), quiet=quiet,
+        )  # fmt: skip
         run.describe()
     if not quiet:
         run.show()
@@ -67,7 +73,7 @@ def train(c: Config, quiet: bool = False) -> int:
         log.say(f"ask it: handgrad generate {out} --prompt TEXT")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
-        log.say(f"go on: handgrad train --run.resume --run.out {out}")
+        log.say(f"go on: handgrad train --run.resume {out}")
     return 0 if finished else INTERRUPTED
 
 
@@ -78,24 +84,25 @@ def loop(run: "Run", log: RunLog) -> bool:
     """
     c, trainer = run.config, run.trainer
     r, saved = c.run, run.done
-    skips, begin = 0, time.perf_counter()
+    begin = time.perf_counter()
 
     def report(step: int, result: Step, val_loss: float | None = None) -> None:
         """Waits for a step, and writes what it did."""
-        nonlocal skips, begin
+        nonlocal begin
         loss, norm, skipped = result.loss, result.grad_norm, result.skipped
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         if val_loss is None and is_validated(step):
             val_loss = trainer.evaluate(run.val, r.val_tokens or None)
-            begin = time.perf_counter()
+        hellaswag = run.ask() if is_asked(step) else None
+        begin = time.perf_counter()
         log.step(
             step, loss=loss, val_loss=val_loss, lr=run.lr(step), grad_norm=norm, tokens=c.data.batch_tokens,
-            step_seconds=seconds, mfu=run.mfu(c.data.batch_tokens / seconds),
+            step_seconds=seconds, mfu=run.mfu(c.data.batch_tokens / seconds), hellaswag=hellaswag,
+            gpu=run.telemetry.read() if run.telemetry and due(step, r.telemetry_every) else None,
         )  # fmt: skip
         if skipped:
             log.event(step, f"update skipped: {skipped}")
-        skips = skips + 1 if skipped else 0
-        if skips > r.max_skipped:
+        if result.skips > r.max_skipped:
             raise HandgradError(
                 "train",
                 f"at most {r.max_skipped} updates in a row are skipped",
@@ -105,6 +112,9 @@ def loop(run: "Run", log: RunLog) -> bool:
 
     def is_validated(step: int) -> bool:
         return run.val is not None and (step == r.steps or due(step, r.val_every))
+
+    def is_asked(step: int) -> bool:
+        return bool(run.hellaswag) and (step == r.steps or due(step, r.eval_every))
 
     with Interrupt(log.say) as interrupt:
         try:
@@ -116,12 +126,12 @@ def loop(run: "Run", log: RunLog) -> bool:
                 waiting = step, result
                 asked, samples = interrupt.asked, due(step, r.sample_every)
                 saves = last or asked or due(step, r.save_every)
-                if trainer.backend.is_asynchronous and not (saves or samples or is_validated(step)):
+                if trainer.backend.is_asynchronous and not (saves or samples or is_validated(step) or is_asked(step)):
                     continue
                 report(*waiting)
                 waiting = None
                 if saves:
-                    run.save()
+                    run.save(wait=last or asked)
                     saved = step
                 if asked:
                     return last
@@ -153,23 +163,30 @@ class Run:
         shards, val_shards, meta = find_data(c, out)
         self.out = out
         self.tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
+        c, init = started(c, out, self.tokenizer)
         model = model_of(c, meta["vocab_size"] if meta else self.tokenizer.vocab_size)
-        self.config = c = resolve(c, model, out, backend)
-        r, o, d = c.run, c.optim, c.data
+        data = training_data(c, shards, model)
+        self.config = c = resolve(c, model, data, out, backend)
+        r, o = c.run, c.optim
         self.lr = schedules.schedule(o.schedule, o.lr, o.warmup, r.steps, o.final)
         optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
         self.prompt = prompt_ids(self.tokenizer, r.prompt) if r.sample_tokens else []
-        ids = {"vocab_size": model.vocab_size}
-        data = hg_data.tokens(shards, d.seq_len, d.batch_tokens, seed=r.seed, shuffle=d.shuffle, **ids)
-        self.val = hg_data.tokens(val_shards, d.seq_len, d.seq_len, shuffle=False, **ids) if val_shards else None
+        self.hellaswag = evals.read_items("hellaswag", r.hellaswag, self.tokenizer) if r.hellaswag else []
+        self.val = None
+        if val_shards:
+            lengths = data.seq_len, data.seq_len
+            self.val = hg_data.tokens(val_shards, *lengths, shuffle=False, vocab_size=model.vocab_size)
         try:
-            self.trainer = self._trainer(model, optim, data, out)
+            self.trainer = self._trainer(model, optim, data, out, init)
         except HandgradError as error:
             raise (priced(error, model, c, backend) if error.where == "memory" else error) from None
         data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
+        if self.hellaswag:  # and questions that the model cannot read
+            self.trainer.scorer.texts([pair for item in self.hellaswag for pair in item.pairs])
         if self.val is not None:
             next(self.val.sweep(1))
         self.peak = self.trainer.backend.peak_flops(r.dtype)
+        self.telemetry = Telemetry(self.trainer.backend.pci_bus) if r.telemetry_every else None
         self.done = self.trainer.resume() if r.resume else 0
         if self.done > r.steps:
             raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {self.done}", r.steps)
@@ -180,14 +197,14 @@ class Run:
             "dtype": r.dtype,
         }
 
-    def _trainer(self, model: GPT2, optim: AdamW, data: hg_data.Tokens, out: Path) -> Trainer:
+    def _trainer(self, model: GPT2, optim: AdamW, data: hg_data.Tokens, out: Path, init: str | Weights) -> Trainer:
         r = self.config.run
         return Trainer(
             model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
             master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
             recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt),
-            seed=r.seed, threads=r.threads, out=out, skip_loss_z=r.skip_loss_z, skip_grad_z=r.skip_grad_z,
-            check=r.check,
+            score=bool(self.hellaswag), seed=r.seed, threads=r.threads, out=out, skip_loss_z=r.skip_loss_z,
+            skip_grad_z=r.skip_grad_z, check=r.check, overfit=self.config.data.overfit, init=init,
         )  # fmt: skip
 
     def mfu(self, tokens_per_second: float) -> float | None:
@@ -229,10 +246,14 @@ class Run:
         ids = self.trainer.generate(self.prompt, r.sample_tokens, Sampling(**SAMPLING, seed=r.seed))
         return self.tokenizer.decode([*self.prompt, *ids])
 
-    def save(self) -> None:
-        """Writes a checkpoint of the step just done."""
-        r = self.config.run
-        self.trainer.save(self.trainer.last_step, asdict(self.config), keep_last=r.keep_last, keep_every=r.keep_every)
+    def ask(self) -> float:
+        """The share of HellaSwag's questions that the model answers rightly, by llm.c's rule."""
+        return evals.evaluate("hellaswag", self.hellaswag, self.trainer.scorer)["acc_llmc"][0]
+
+    def save(self, wait: bool = True) -> None:
+        """Writes a checkpoint of the step just done; without `wait`, beside the steps that follow."""
+        kept = {name: getattr(self.config.run, name) for name in ("keep_last", "keep_every")}
+        self.trainer.save(self.trainer.last_step, asdict(self.config), **kept, wait=wait)
 
 
 # from flags to what they mean -----------------------------------------------------------------------------------------
@@ -254,6 +275,23 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
     return str(folder / "train_*.bin"), d.val or own, hg_data.read_meta(folder)
 
 
+def started(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, str | Weights]:
+    """(the settings, what the weights start from). A model on disk brings its sizes; a resumed run needs no start."""
+    m = c.model
+    if m.init in ("random", "llmc"):
+        return c, m.init
+    if c.run.resume and newest(out):
+        return c, "random"
+    source = open_source(m.init)
+    sizes = {name: getattr(source.model, name) for name in (*SIZES, "vocab_size")}
+    for name, size in ({"depth": 0} | sizes).items():
+        if getattr(m, name) not in (0, size):
+            rule = f"--model.{name.replace('_', '-')} is left to the model that --model.init names"
+            raise HandgradError("model", rule, getattr(m, name))
+    check_same_tokens(source, tokenizer)
+    return replace(c, model=replace(m, **sizes, tie_embeddings=source.model.tie_embeddings)), source.weights
+
+
 def model_of(c: Config, vocab_size: int) -> GPT2:
     """The model that the settings ask for, on data with this vocabulary."""
     m = c.model
@@ -264,19 +302,26 @@ def model_of(c: Config, vocab_size: int) -> GPT2:
     return GPT2(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
 
 
-def resolve(c: Config, model: GPT2, out: Path, backend: Backend) -> Config:
+def training_data(c: Config, shards: str, model: GPT2) -> hg_data.Tokens:
+    """The batches that the settings ask for."""
+    d, seq_len = c.data, c.data.seq_len or model.max_seq_len
+    batch_tokens = d.batch_tokens or c.run.micro_batch * seq_len
+    order = dict(seed=c.run.seed, shuffle=d.shuffle)
+    return hg_data.tokens(shards, seq_len, batch_tokens, **order, vocab_size=model.vocab_size)
+
+
+def resolve(c: Config, model: GPT2, data: hg_data.Tokens, out: Path, backend: Backend) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    seq_len = c.data.seq_len or model.max_seq_len
-    batch_tokens = c.data.batch_tokens or c.run.micro_batch * seq_len
+    steps = c.run.steps or max(data.windows // data.sequences, 1)
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
     dtype = backend.dtype if c.run.dtype == "auto" else c.run.dtype
     return Config(
         replace(c.model, **asdict(model)),
-        replace(c.data, seq_len=seq_len, batch_tokens=batch_tokens),
-        replace(c.optim, warmup=min(c.optim.warmup, c.run.steps), final=final),
-        replace(c.run, out=str(out), dtype=dtype, backend=backend.name, prompt=c.run.prompt or "\n"),
+        replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
+        replace(c.optim, warmup=min(c.optim.warmup, steps), final=final),
+        replace(c.run, out=str(out), steps=steps, dtype=dtype, backend=backend.name, prompt=c.run.prompt or "\n"),
     )
 
 
@@ -308,19 +353,31 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
 # the run folder -------------------------------------------------------------------------------------------------------
 
 
-def default_folder(c: Config) -> Path:
-    """runs/<data>-NNN: the next free number, or the last taken one if it is to be resumed."""
+def run_folder(c: Config) -> Path:
+    """--run.resume's, --run.out, or runs/<data>-NNN: the next free number, or the last taken one to resume "auto"."""
+    r = c.run
+    if r.resume not in ("", "auto"):
+        if r.out and Path(r.out) != Path(r.resume):
+            rule = "--run.resume names the run folder, and --run.out the same or none"
+            raise HandgradError("resume", rule, f"'{r.resume}' and '{r.out}'")
+        if newest(r.resume) is None:
+            got = f"none in '{r.resume}'" if Path(r.resume).is_dir() else f"no folder '{r.resume}'"
+            hint = "--run.resume auto starts afresh where there is none"
+            raise HandgradError("resume", "there is a complete checkpoint to go on from", got, hint=hint)
+        return Path(r.resume)
+    if r.out:
+        return Path(r.out)
     stem = re.split(r"[*?\[]", Path(c.data.train).name)[0].strip("_-.") or "run"
     taken = [int(p.name[len(stem) + 1 :]) for p in Path("runs").glob(f"{stem}-*") if p.name[len(stem) + 1 :].isdigit()]
-    number = max(taken, default=0) + (0 if c.run.resume and taken else 1)
+    number = max(taken, default=0) + (0 if r.resume and taken else 1)
     return Path("runs") / f"{stem}-{number:03d}"
 
 
 @contextmanager
-def undone_unless_begun(out: Path, resume: bool) -> Iterator[None]:
+def undone_unless_begun(out: Path, resume: str) -> Iterator[None]:
     """Makes the run folder. If the block fails, all that was not there before is gone again."""
     if (out / "log.jsonl").exists() and not resume:
-        hint = "--run.resume, or another --run.out"
+        hint = f"--run.resume {out}, or another --run.out"
         raise HandgradError("run", "a run folder holds one run", f"'{out}', which has a log", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -347,7 +404,7 @@ def resumed(c: Config) -> Config | None:
 
     Sizes that are the preset's are left to it, and all are where another is asked for: that is another model.
     """
-    out = Path(c.run.out) if c.run.out else default_folder(c)
+    out = run_folder(c)
     path = out / SETTINGS
     if not path.is_file():
         return None

@@ -16,9 +16,12 @@ from handgrad.core.plan import Plan
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import IGNORE_INDEX, Role
 from handgrad.data import Tokens
+from handgrad.evals import Scorer
+from handgrad.evals import record as record_scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import record as record_engine
 from handgrad.io import checkpoint
+from handgrad.io.weights import Weights
 from handgrad.models import GPT2
 from handgrad.optim import AdamW
 from handgrad.train.outliers import Outliers
@@ -34,12 +37,13 @@ class Step:
     """What a step did. Where a device computes it, the values are awaited when they are first looked at.
 
     loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
+    skips: how many updates in a row have been skipped, this one included
     """
 
-    def __init__(self, finish: Callable[[], tuple[float, float, str]]):
+    def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
         self._finish, self._values = finish, None
 
-    def _wait(self) -> tuple[float, float, str]:
+    def _wait(self) -> tuple[float, float, str, int]:
         if self._values is None:
             self._values = self._finish()
         return self._values
@@ -56,6 +60,10 @@ class Step:
     def skipped(self) -> str:
         return self._wait()[2]
 
+    @property
+    def skips(self) -> int:
+        return self._wait()[3]
+
 
 class Trainer:
     """Trains a model. Everything is planned, allocated and bound here; a step allocates no tensor.
@@ -69,9 +77,11 @@ class Trainer:
     deterministic        the same bits whatever is recomputed, on a GPU at some cost; elsewhere always
     recompute            "none", "act", "act_norm" or "block"
     head_chunks          pieces of the head's logits; 0 for the backend's own size of a piece
-    val, sample          plan for evaluate() and for generate() too
+    val, sample, score   plan for evaluate(), for generate() and for `scorer` (handgrad.evals) too
     seed                 of the initial weights and of dropout
+    init                 the initial weights: "random", "llmc", or Weights as `infer.load.open_source` reads them
     skip_loss_z, skip_grad_z   z-scores above which an update is skipped; 0 for never
+    overfit              every step takes the data of the first
 
     >>> import handgrad as hg
     >>> data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
@@ -98,12 +108,15 @@ class Trainer:
         head_chunks: int = 0,
         val: bool = True,
         sample: bool = True,
+        score: bool = False,
         seed: int = 0,
+        init: str | Weights = "random",
         threads: int = 0,
         out: str | Path | None = None,
         skip_loss_z: float = 0.0,
         skip_grad_z: float = 0.0,
         check: str = "off",
+        overfit: bool = False,
     ):
         rows = micro_batch * data.seq_len
         if micro_batch < 1 or data.batch_tokens % rows:
@@ -132,18 +145,22 @@ class Trainer:
         )  # fmt: skip
         loss = record_loss(model, micro_batch, data.seq_len, kind, chunks) if val else None
         engine = record_engine(model, kind) if sample else ()
-        self.plan: Plan = self.backend.plan(*(p for p in (train, loss, *engine) if p is not None))
+        scorer = record_scorer(model, kind, rows) if score else ()
+        self.plan: Plan = self.backend.plan(*(p for p in (train, loss, *engine, *scorer) if p is not None))
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
         self._loss = None if loss is None else self.backend.bind(loss, self.arena)
         self._engine = Engine(model, engine, self.arena, self.backend) if engine else None
+        self.scorer = Scorer(model, scorer, self.arena, self.backend) if scorer else None
         phases = [c.phase for c in train.calls]
         self._norm, self._update = phases.index("norm"), phases.index("update")
         self._outliers = {"loss": Outliers(skip_loss_z), "grad_norm": Outliers(skip_grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
+        self._writer = checkpoint.Writer()
+        self._skips, self._overfit = 0, overfit
         self.last_step = 0
         self.arena.write_knobs(train, seed=seed)
-        initialize(train, self.arena, seed)
+        initialize(train, self.arena, seed, init)
 
     @staticmethod
     def _check_ids(model: GPT2, data: Tokens) -> None:
@@ -154,9 +171,8 @@ class Trainer:
 
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
-        batches = [
-            self.data.batch(step - 1, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)
-        ]
+        at = 0 if self._overfit else step - 1
+        batches = [self.data.batch(at, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_knobs(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         losses = []
@@ -165,15 +181,19 @@ class Trainer:
             losses.append(self._losses(self._train, self.program, b, self._norm))
         if self._pending is not None:
             self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
+        if not self.backend.is_asynchronous:  # a checkpoint is read where the weights lie
+            self._writer.wait_until_read()
         if any(o.limit > 0 for o in self._outliers.values()):  # the host decides on the update
             self._run(self._train, self._norm, self._update)
         else:  # the norm's kernel does: it knows what is not finite
             self._run(self._train, self._norm, None)
         knobs = self.arena.fetch_knobs(self.program)
 
-        def finish() -> tuple[float, float, str]:
+        def finish() -> tuple[float, float, str, int]:
             loss, norm = sum(read() for read in losses) / counts, float(knobs().grad_norm)
-            return loss, norm, self._judge(loss, norm)
+            skipped = self._judge(loss, norm)
+            self._skips = self._skips + 1 if skipped else 0
+            return loss, norm, skipped, self._skips
 
         self._pending = result = Step(finish)
         self.last_step = step
@@ -197,6 +217,7 @@ class Trainer:
 
         The weights are updated as in any step.
         """
+        self._writer.wait_until_read()
         self.arena.write_knobs(self.program, micro_step=0)
         self._train.run_each(after)
 
@@ -272,6 +293,7 @@ class Trainer:
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
         """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
+        self._writer.wait_until_read()
         mine = {name: info.tensor for name, info in self.program.params.items()}
         if set(params) != set(mine):
             raise HandgradError("train", f"weights are {len(mine)} named arrays", sorted(set(params) ^ set(mine))[:3])
@@ -280,11 +302,21 @@ class Trainer:
                 raise HandgradError("train", f"'{name}' has shape {t.shape}", params[name].shape)
             write_weight(self.arena, t, params[name])
 
-    def save(self, step: int, config: dict[str, Any] | None = None, keep_last: int = 0, keep_every: int = 0) -> Path:
-        """Writes a complete checkpoint of this step into the run folder; returns its path.
+    def save(
+        self,
+        step: int,
+        config: dict[str, Any] | None = None,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        wait: bool = True,
+    ) -> None:
+        """Writes a complete checkpoint of this step into the run folder.
 
         keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
+        wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
+            the weights are read where they lie, and the next update waits for that; of a card's a copy is made
         """
+        self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
             self._pending.loss  # noqa: B018  what it says of outliers belongs to the checkpoint
         meta = {
@@ -293,18 +325,28 @@ class Trainer:
             "dtype": self.program.dtype.name,
             "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
+            "tokens": (self.data.ahead + step * self.data.sequences) * self.data.seq_len,
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
+            "skips": self._skips,
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
         }
         kept = {"keep_last": keep_last or sys.maxsize, "keep_every": keep_every}
-        return checkpoint.save(self._folder(), step, self.params(), self._state(), meta, **kept)
+        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept)
+        if wait:
+            self.wait_saved()
+
+    def wait_saved(self) -> None:
+        """Waits until the last checkpoint is complete; raises what went wrong."""
+        self._writer.wait()
 
     def resume(self) -> int:
         """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none."""
+        self.wait_saved()
         path = checkpoint.newest(self._folder())
         if path is None:
             return 0
-        saved = checkpoint.load_meta(path, {"model": dict, "dtype": str, "outliers": dict})
+        kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
+        saved = checkpoint.load_meta(path, kinds)
         for key, value in asdict(self.model).items():
             if saved["model"].get(key) != value:
                 raise HandgradError(
@@ -326,7 +368,9 @@ class Trainer:
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))
-        self.last_step = saved["step"]
+        self._skips, self.last_step = saved["skips"], saved["step"]
+        # the next step begins where the last one ended, also if steps have another size from now on
+        self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences
         return self.last_step
 
     def _folder(self) -> Path:

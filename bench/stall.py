@@ -1,0 +1,90 @@
+"""What a checkpoint costs the training that goes on beside it.
+
+    python bench/stall.py --out bench/results/stall.txt      the Shakespeare recipe's model, d6, GPT-2 124M
+
+Steps are timed one by one. The stall of a checkpoint is the time of `save` and of all steps until it is complete on
+disk, less that of as many steps at the median of those before it; the median of the rounds is reported, and as a share
+of the default interval (`--run.save-every`). Beside it: the time of a save that training waits for.
+"""
+
+import argparse
+import datetime
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import handgrad as hg
+from handgrad.backends import open_backend
+from handgrad.io import newest
+from handgrad.train.config import RunConfig
+
+# vocabulary, sequences, tokens in each, steps before a checkpoint
+SHAPES = {"tiny": (65, 12, 64, 200), "d6": (50257, 1, 256, 10), "gpt2-124m": (50257, 4, 64, 6)}
+
+
+def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
+    """A line of the table."""
+    vocab_size, B, T, usual_steps = SHAPES[preset]
+    ids = np.random.default_rng(0).integers(0, vocab_size, 200_000)
+    hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(vocab_size))
+    data = hg.data.tokens(folder / "a.bin", T, B * T)
+    model = hg.models.GPT2(**hg.models.preset(preset) | {"vocab_size": vocab_size})
+    backend = open_backend("auto")
+    kinds = dict(backend=backend.name, dtype=backend.dtype, val=False, sample=False, out=folder / "run")
+    run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=B, **kinds)
+    counter = iter(range(1, 1 << 30))
+
+    def step() -> float:
+        begin = time.perf_counter()
+        run.step(next(counter), 1e-4).loss  # noqa: B018  waits for it
+        return time.perf_counter() - begin
+
+    stalls, waits, usual = [], [], []
+    for _ in range(3):
+        step()
+    for _ in range(rounds):
+        median = statistics.median(step() for _ in range(steps or usual_steps))
+        at, begin, count = run.last_step, time.perf_counter(), 0
+        run.save(at, keep_last=1, wait=False)
+        while (path := newest(folder / "run")) is None or path.name != f"step_{at:06d}":
+            step()
+            count += 1
+        stalls.append(time.perf_counter() - begin - count * median)
+        usual.append(median)
+        begin = time.perf_counter()
+        run.save(run.last_step, keep_last=1)
+        waits.append(time.perf_counter() - begin)
+    size = sum(path.stat().st_size for path in newest(folder / "run").iterdir())
+    one, stall, wait, every = *map(statistics.median, (usual, stalls, waits)), RunConfig.save_every
+    share = 100 * stall / (every * one)
+    worst = 100 * max(stalls) / (every * one)
+    return f"{preset:10} {1e3 * one:9.1f} {size / 2**20:9.1f} {stall:9.3f} {share:8.3f} {worst:8.3f} {wait:9.3f}"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--presets", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="before a checkpoint; 0: as many as fit the model")
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    hardware, every = open_backend("auto").hardware, RunConfig.save_every
+    lines = [
+        f"date {datetime.date.today()}, {hardware}, {a.rounds} rounds, share of {every} steps",
+        "model        step ms       MiB   stall s  share %  worst %  waited s",
+    ]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    for preset in a.presets:
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(measure(preset, Path(folder), a.rounds, a.steps))
+            print(lines[-1], flush=True)
+    if a.out:
+        a.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

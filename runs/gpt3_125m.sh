@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# GPT-3 Small (125 million parameters, 2048 tokens of context) on 300 billion tokens of FineWeb, on one GPU.
+#
+# loss   expected: not known, not run here; GPT-3 Small reaches 0.337 on HellaSwag (llm.c's notebook)
+# time   152 hours on one H100 (estimated: 572,204 steps of 524,288 tokens at 548,000 a second, which are 48 % of the
+#        peak, as measured for GPT-2 124M; bench/results holds no run of this size): 6.3 days
+# cost   $532 (computed, at $3.50 an hour); llm.c: 24 hours of eight H100, about $336
+# needs  200 GB of disk for the shards
+set -eu
+[ -e data/fineweb-100b/meta.json ] || handgrad data fineweb --sample 100B --out data/fineweb-100b
+exec "$(dirname "$0")/until_done.sh" handgrad train \
+    --run.out runs/gpt3-125m --run.resume auto \
+    --data.train data/fineweb-100b \
+    --model.preset gpt3:c768 --run.micro-batch 32 --run.recompute none --data.batch-tokens 524288 \
+    --optim.lr 6e-4 --optim.warmup 700 --optim.final 0.1 --optim.weight-decay 0.1 --optim.beta2 0.95 \
+    --run.steps 572204 --run.save-every 1000 --run.keep-last 5 --run.keep-every 50000 \
+    --run.val-every 250 --run.val-tokens 1048576 --run.sample-every 25000 \
+    --run.skip-loss-z 7 --run.skip-grad-z 7 \
+    "$@"

@@ -1,0 +1,139 @@
+"""handgrad eval RUN: validation loss and benchmark tasks of a trained model, as a table and in eval.json beside it."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from handgrad import data as hg_data
+from handgrad import evals
+from handgrad.cli.flags import parse
+from handgrad.core.errors import HandgradError
+from handgrad.train.config import Config, DataConfig
+from handgrad.train.log import replace_file
+from handgrad.train.run import SETTINGS, find_data
+
+RESULTS = "eval.json"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Which model, on what."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """run folder, or one of its checkpoints"""
+    tasks: str = "val"
+    """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE for its place"""
+    data: str = "."
+    """folder in which the tasks' files are looked for; val is the run's own, unless val=GLOB"""
+    limit: int = 0
+    """at most so many questions, or sequences of val; 0: all"""
+    out: str = ""
+    """file of the results, which others may be in already; empty: eval.json beside the model"""
+    dtype: Literal["saved", "f32", "bf16"] = "saved"
+    """working dtype; saved: the one it was trained in"""
+    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
+    """cpu: C kernels; ref: the numpy oracle"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates task by task; what is done is in the file before the next begins."""
+    a = parse(Eval, argv, "eval")
+    if a.limit < 0:
+        raise HandgradError("eval", "--limit is at least 1, or 0 for all", a.limit)
+    places = dict(place(word, a) for word in a.tasks.split(","))
+    m = evals.load_scorer(a.run, a.dtype, a.backend, a.threads)
+    table = Table("task", "of", "metric", "value", "± standard error", box=None)
+    for column in table.columns[1:2] + table.columns[3:]:
+        column.justify = "right"
+    beside = m.source.path if m.source.kind == "hf" else m.source.path.parent
+    path = Path(a.out) if a.out else beside / RESULTS
+    console = Console(highlight=False, markup=False, emoji=False)
+    with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
+        # everything is read before anything is computed, so that a mistake shows at once
+        read = {name: questions(name, at, a, m) for name, at in places.items()}
+        replace_file(path, dumped(results_in(path)))
+        for name, (what, count) in read.items():
+            bar, begin = progress.add_task(name, total=count), time.perf_counter()
+
+            def done(pairs: int, bar: Any = bar) -> None:
+                progress.update(bar, completed=pairs)
+
+            if name == "val":
+                found = evals.val_metrics(what, m.tokenizer, m.scorer, a.limit * what.seq_len or None, done)
+            else:
+                found = evals.evaluate(name, what, m.scorer, done)
+            of = count if name == "val" else len(what)
+            note(path, m, name, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
+            for i, (metric, (value, error)) in enumerate(found.items()):
+                row = ("", "") if i else (name, f"{of:,}")
+                table.add_row(*row, metric, f"{value:.4f}", "" if error != error else f"{error:.4f}")
+    console.print(table)
+    console.print(f"\n{m.source.path}, {m.dtype}, {m.backend.hardware}; in {path}", soft_wrap=True)
+    return 0
+
+
+def place(word: str, a: Eval) -> tuple[str, str | Path]:
+    """(task, where its file is) of a word of --tasks."""
+    name, equals, where = word.strip().partition("=")
+    if name not in ("val", *evals.TASKS):
+        raise HandgradError("eval", f"a task is one of val, {', '.join(evals.TASKS)}", f"'{name}'")
+    if equals:
+        return name, where
+    return name, own_val(Path(a.run)) if name == "val" else evals.find(name, a.data)
+
+
+def own_val(run: Path) -> str:
+    """A glob of the validation shards that the run was trained beside."""
+    run = run.parent if run.resolve().name.startswith("step_") else run
+    try:
+        settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
+        _, val, _ = find_data(Config(data=DataConfig(train=settings["train"], val=settings["val"])), run)
+    except (OSError, ValueError, KeyError, TypeError):
+        val = ""
+    if not val:
+        hint = "--tasks val=GLOB, or the folder in which it was trained"
+        raise HandgradError("eval", f"'{run}' names validation shards that can be seen from here", "none", hint=hint)
+    return val
+
+
+def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[Any, int]:
+    """(a task's questions, how many pairs they are); of val the shards, and how many sequences."""
+    if name != "val":
+        items = evals.read_items(name, where, m.tokenizer, a.limit)
+        return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
+    T = m.source.model.max_seq_len
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size)
+    return shards, min(shards.windows, a.limit or shards.windows)
+
+
+def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Adds a task's results to the file; those of other tasks and checkpoints stay in it."""
+    results = results_in(path)
+    flat = {metric: value for metric, (value, _) in found.items()}
+    flat |= {f"{metric}_stderr": error for metric, (_, error) in found.items()}
+    facts |= {"dtype": m.dtype, "backend": m.backend.name, "seconds": round(facts["seconds"], 3)}
+    results.setdefault(m.source.path.name, {})[name] = flat | facts
+    replace_file(path, dumped(results))
+
+
+def results_in(path: Path) -> dict[str, Any]:
+    """What the file holds: by checkpoint, by task."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def dumped(results: dict[str, Any]) -> str:
+    """As JSON, which has no NaN: a standard error of one question is null."""
+    return json.dumps(json.loads(json.dumps(results), parse_constant=lambda _: None), indent=2) + "\n"

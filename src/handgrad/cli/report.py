@@ -1,0 +1,34 @@
+"""handgrad report RUN...: the page of a run, or of several side by side, that any browser shows without a network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from handgrad.cli.flags import parse
+from handgrad.core.errors import HandgradError
+from handgrad.train.report import compare_runs, write_report
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which runs, where to."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    """run folders, finished or still at work; several are compared"""
+    out: str = ""
+    """the page; empty: report.html, of one run in its folder, of several here"""
+
+
+def main(argv: list[str]) -> int:
+    """Writes the page and tells where."""
+    a = parse(Report, argv, "report")
+    if not a.runs:
+        raise HandgradError("report", "after the verb come run folders", "none", hint="handgrad report --help")
+    for run in a.runs:
+        if not (Path(run) / "log.jsonl").is_file():
+            raise HandgradError("report", "a run folder holds log.jsonl", f"'{run}'")
+    path = write_report(a.runs[0], a.out) if len(a.runs) == 1 else compare_runs(a.runs, a.out or "report.html")
+    print(path)
+    return 0

@@ -1,0 +1,302 @@
+"""From parts of a source to a folder of shards: in order, resumable, checked.
+
+All is made in OUT/.preparing and moved to OUT when complete, so OUT never holds half a data set. Whenever a shard is
+complete, a note beside it says which job comes next and how many of its ids are in shards already. A run that is killed
+leaves note and shards; the next one with the same source and settings goes on there, and its shards are the
+same to the byte, for the ids are those of the source in its order, whatever did the work.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+from handgrad.data.disk import write_whole
+from handgrad.data.prepare.workers import Job, tokenize
+from handgrad.data.shards import id_dtype, open_shard, write_shard
+
+SUMS = "SHA256SUMS"
+_SPLITS = ("train", "val")
+_NOTE = "progress.json"
+_OURS = re.compile(r"(train|val)_\d{6}\.bin")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the source, or a stretch of one.
+
+    name, size, stamp: what it is called, its bytes, and a word that changes when its content does
+    get: returns where it is, after a download perhaps
+    jobs: yields (bytes of the part that are read when it is done, job), the same ones every time
+    split: "train", "val", or "" where the number of tokens decides
+    """
+
+    name: str
+    size: int
+    stamp: str
+    get: Callable[[], Path]
+    jobs: Callable[[Path], Iterator[tuple[int, Job]]]
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """shard_tokens: in a full shard
+    val_tokens: how many of the first are val where parts do not say;  wants_val: whether val may not be empty
+    workers: processes that tokenize
+    """
+
+    shard_tokens: int = 100_000_000
+    val_tokens: int = 0
+    wants_val: bool = True
+    workers: int = 1
+
+
+@dataclass
+class _Done:
+    """How far the shards reach: part and job that come next, ids of that job that are written, shards by split."""
+
+    part: int = 0
+    job: int = 0
+    ids: int = 0
+    shards: list[dict] = field(default_factory=list)  # {"split", "name", "tokens", "sha256"}
+
+    def tokens(self, split: str) -> int:
+        return sum(shard["tokens"] for shard in self.shards if shard["split"] == split)
+
+
+def build(
+    recipe: str,
+    parts: Sequence[Part],
+    out_dir: str | Path,
+    tokenizer,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] = lambda read, size, tokens: None,
+) -> dict:
+    """Writes the shards of `parts`, meta.json and SHA256SUMS into `out_dir`; returns meta.json's content.
+
+    recipe: a name, noted in meta.json
+    tokenizer: a `handgrad.tokenizers.Tokenizer`; ids are uint16 if its vocabulary allows, else uint32
+    progress: called with the bytes of the source read so far, those it has, and the tokens made so far
+
+    The folder changes only when all is written; then it holds these shards and no older ones of the same names.
+    Raises HandgradError for what the source lacks, for a split without tokens, for a full disk.
+    """
+    if settings.shard_tokens < 1:
+        raise HandgradError("data", "shard_tokens must be at least 1", settings.shard_tokens)
+    if settings.workers < 1:
+        raise HandgradError("data", "workers must be at least 1", settings.workers)
+    out_dir = Path(out_dir)
+    try:
+        with _claimed(out_dir) as building:
+            spec = tokenizer.save(building)
+            plan = _fingerprint([recipe, spec, settings.shard_tokens, settings.val_tokens], parts, building)
+            done = _resumed(building, out_dir, plan)
+            _write(parts, building, tokenizer, settings, plan, done, progress)
+            meta = _meta(recipe, parts, tokenizer, spec, done)
+            wanted = _SPLITS if settings.wants_val else ("train",)
+            missing = [split for split in wanted if not meta[split]["tokens"]]
+            if missing:
+                (building / _NOTE).unlink(missing_ok=True)
+                hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
+                raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", "none", hint=hint)
+            _install(building, out_dir, meta, done)
+    except OSError as error:
+        raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
+    return meta
+
+
+def check(folder: str | Path) -> dict[str, int]:
+    """Returns {name: bytes} of the files in `folder` that SHA256SUMS lists, each of them read and found unchanged.
+
+    Raises HandgradError for the first that is missing or differs, and if the folder has no such list.
+    """
+    sums = Path(folder) / SUMS
+    hint = "handgrad data makes folders with checksums"
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise HandgradError("data", f"{sums} must be a readable list of checksums", error, hint=hint) from None
+    sizes = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        path = sums.parent / name
+        if not name or not path.is_file():
+            raise HandgradError("data", f"{sums} must list files of its folder", repr(line))
+        found = _sha256(path)
+        if found != digest:
+            rule = f"{path} must have the sha256 {digest[:12]}... noted when it was made"
+            raise HandgradError("data", rule, f"{found[:12]}...", hint="it was changed or damaged: make it again")
+        sizes[name] = path.stat().st_size
+    if not sizes:
+        raise HandgradError("data", f"{sums} must list files", "none", hint=hint)
+    return sizes
+
+
+def read_meta(folder: str | Path) -> dict | None:
+    """Returns what `build` noted in the folder's meta.json, or None if there is none (shards from elsewhere).
+
+    Keys: tokenizer (for `handgrad.tokenizers.load`), vocab_size, dtype, train, val. Raises HandgradError if damaged.
+    """
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        return None
+    hint = "make it again with: handgrad data text FILE"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HandgradError("data", f"{path} must be JSON", error, hint=hint) from None
+    kinds = {"tokenizer": dict, "vocab_size": int, "dtype": str, "train": dict, "val": dict}
+    for key, kind in kinds.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            raise HandgradError("data", f"{path} must hold {key!r} of type {kind.__name__}", "another", hint=hint)
+    return meta
+
+
+@contextmanager
+def _claimed(out_dir: Path) -> Iterator[Path]:
+    """Gives the folder to build in, to one process at a time; it stays if a shard was finished, and only then."""
+    building, is_new = out_dir / ".preparing", not out_dir.exists()
+    building.mkdir(parents=True, exist_ok=True)
+    with (building / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HandgradError("data", f"{out_dir} must be prepared by one process", "another at work") from None
+        try:
+            yield building
+        finally:
+            if not (building / _NOTE).exists():
+                shutil.rmtree(building, ignore_errors=True)
+                if is_new and not any(out_dir.iterdir()):
+                    out_dir.rmdir()
+
+
+def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
+    """Returns a word that is the same for the same source, tokenizer and sizes of shards."""
+    files = {path.name: _sha256(path) for path in _tokenizer_files(building)}
+    plan = [words, files, [[part.name, part.size, part.stamp, part.split] for part in parts]]
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
+    """Returns how far an earlier run of the same plan came; removes what another left."""
+    try:
+        note = json.loads((building / _NOTE).read_text(encoding="utf-8"))
+        done = _Done(**note["done"])
+        fits = note["plan"] == plan and all(_is_there(building, out_dir, **shard) for shard in done.shards)
+    except (HandgradError, OSError, ValueError, KeyError, TypeError):
+        fits = False
+    if fits:
+        return done
+    for path in [building / _NOTE, *building.glob("*.bin"), *building.glob(".*.tmp-*")]:
+        path.unlink(missing_ok=True)
+    return _Done()
+
+
+def _is_there(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
+    if not (building / name).exists():  # killed while it moved its shards to their place?
+        return (out_dir / name).is_file() and _sha256(out_dir / name) == sha256
+    return open_shard(building / name).count == tokens
+
+
+def _write(parts, building, tokenizer, settings, plan, done, progress) -> None:
+    """Writes the shards that `done` lacks, and after each of them `done`."""
+    dtype = id_dtype(tokenizer.vocab_size)
+    for (split, index), group in groupby(_pieces(parts, tokenizer, settings, done, progress), lambda piece: piece[0]):
+        name = f"{split}_{index:06d}.bin"
+        places = []
+        shard = write_shard(building / name, _noting(group, places), dtype)
+        sha256 = _sha256(shard.path)
+        done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
+        done.part, done.job, done.ids = places[-1]
+        write_whole(building / _NOTE, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
+
+
+def _noting(group, places: list) -> Iterator[np.ndarray]:
+    """Yields the ids of a group of pieces; the place where the last one ended is in `places`."""
+    for _, ids, place in group:
+        places[:] = [place]
+        yield ids
+
+
+def _pieces(parts, tokenizer, settings, done, progress) -> Iterator[tuple]:
+    """Yields ((split, number of the shard), ids of one shard, (part, job, ids of the job so far)) after `done`."""
+    sizes = list(accumulate((part.size for part in parts), initial=0))
+    counts = {split: done.tokens(split) for split in _SPLITS}
+    skip, full = done.ids, settings.shard_tokens
+    for (index, number, read), ids in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
+        at, skip = skip, 0
+        while at < len(ids):
+            split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
+            room = full - counts[split] % full
+            if split == "val" and not parts[index].split:
+                room = min(room, settings.val_tokens - counts["val"])
+            piece = ids[at : at + room]
+            shard = counts[split] // full
+            counts[split] += len(piece)
+            at += len(piece)
+            yield (split, shard), piece, (index, number, at)
+        progress(sizes[index] + read, sizes[-1], sum(counts.values()))
+
+
+def _jobs(parts: Sequence[Part], part: int, job: int) -> Iterator[tuple[tuple[int, int, int], Job]]:
+    for index in range(part, len(parts)):
+        for number, (read, task) in enumerate(parts[index].jobs(parts[index].get())):
+            if (index, number) >= (part, job):
+                yield (index, number, read), task
+
+
+def _meta(recipe: str, parts: Sequence[Part], tokenizer, spec: dict, done: _Done) -> dict:
+    meta = {
+        "tokenizer": spec,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_dtype(tokenizer.vocab_size).name,
+        "source": {"recipe": recipe, "files": len(parts), "first": parts[0].name},
+    }
+    for split in _SPLITS:
+        meta[split] = {"tokens": done.tokens(split)}
+        if all(part.split for part in parts):
+            meta[split]["bytes"] = sum(part.size for part in parts if part.split == split)
+        meta[split]["shards"] = [shard["name"] for shard in done.shards if shard["split"] == split]
+    return meta
+
+
+def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
+    """Moves the new files over the old; meta.json goes first and comes last, so that it never describes a mixture."""
+    sums = {shard["name"]: shard["sha256"] for shard in done.shards}
+    (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for path in [*_tokenizer_files(building), building / "meta.json"]:
+        sums[path.name] = _sha256(path)
+    write_sums(building, sums)
+    (out_dir / "meta.json").unlink(missing_ok=True)
+    for old in out_dir.iterdir():
+        if _OURS.fullmatch(old.name) and old.name not in sums:
+            old.unlink()
+    for name in [SUMS, *sums]:  # meta.json is the last of them
+        if (building / name).exists():  # else an earlier run that was killed moved it
+            (building / name).replace(out_dir / name)
+    (building / _NOTE).unlink()
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """Writes SHA256SUMS, {name: sha256} as `sha256sum -c` reads it."""
+    write_whole(folder / SUMS, [f"{digest}  {name}\n".encode() for name, digest in sums.items()])
+
+
+def _tokenizer_files(building: Path) -> list[Path]:
+    return sorted(path for path in building.glob("*.json") if path.name not in (_NOTE, "meta.json"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

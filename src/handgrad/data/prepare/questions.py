@@ -1,0 +1,99 @@
+"""HellaSwag and MMLU as llm.c's evaluation files: the text of a question is llm.c's, so that accuracies compare.
+
+HellaSwag: the context as it stands in `ctx`, and every ending after a space.
+MMLU: "Question: ...", a blank line, "Answer:", and the four choices themselves after a space.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from handgrad.core.errors import HandgradError
+from handgrad.data.choices import Choices, write_choices
+from handgrad.data.prepare.build import write_sums
+from handgrad.data.prepare.hub import hub_parts, local
+from handgrad.data.prepare.readers import OPEN, json_lines, parquet, readable
+
+LETTERS = "ABCD"
+QUESTIONS = {  # recipe: (file written, repository, its file, files of a local folder)
+    "hellaswag": (
+        "hellaswag_val.bin",
+        "Rowan/hellaswag",
+        "data/validation-*.parquet",
+        ("hellaswag_val.jsonl", "hellaswag_val.jsonl.*", "data/hellaswag_val.jsonl"),
+    ),
+    "mmlu": ("mmlu_test.bin", "cais/mmlu", "all/test-*.parquet", ("data/test/*.csv", "test/*.csv", "*_test.csv")),
+}
+
+
+def prepare_questions(
+    recipe: str, out_dir: str | Path, tokenizer, source: str | Path | None = None
+) -> tuple[Path, int]:
+    """Writes the evaluation file of `recipe`, "hellaswag" or "mmlu", into `out_dir`; returns (its path, questions).
+
+    source: JSON lines (.gz, .xz, .bz2 too), Parquet, or the publishers' folder; without it, it is downloaded
+
+    Raises HandgradError for a source that is missing or damaged, and for a vocabulary above 65,536.
+    """
+    name, repo, published, patterns = QUESTIONS[recipe]
+    if tokenizer.vocab_size > 2**16:
+        rule = "evaluation files hold 16-bit ids: the vocabulary must be at most 65,536"
+        raise HandgradError("data", rule, tokenizer.vocab_size, hint="handgrad eval reads .jsonl with any tokenizer")
+    if source:
+        paths = local(source, (published, *patterns))
+    else:
+        paths = [part.get() for part in hub_parts(repo, (published,), lambda name: json_lines)]
+    question = _hellaswag if recipe == "hellaswag" else _mmlu
+    items = [_item(*question(row, where), tokenizer) for path in paths for where, row in _rows(path)]
+    path = Path(out_dir) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
+    count = write_choices(path, items)
+    write_sums(path.parent, {name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    return path, count
+
+
+def _hellaswag(row: dict, where: str) -> tuple[str, list[str], int]:
+    return _checked(row.get("ctx"), row.get("endings"), row.get("label"), where)
+
+
+def _mmlu(row: dict, where: str) -> tuple[str, list[str], int]:
+    answer = row.get("answer")
+    label = LETTERS.find(answer) if isinstance(answer, str) and len(answer) == 1 else answer
+    question, choices, label = _checked(row.get("question"), row.get("choices"), label, where)
+    return f"Question: {question}\n\nAnswer:", choices, label
+
+
+def _checked(text, answers, label, where: str) -> tuple[str, list[str], int]:
+    if not isinstance(text, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise HandgradError("data", f"{where}: a question must have a text and a list of answers", "another row")
+    if not str(label).isdecimal() or int(label) >= len(answers):
+        raise HandgradError("data", f"{where}: one of the {len(answers)} answers must be right", repr(label))
+    return text, answers, int(label)
+
+
+def _item(context: str, answers: list[str], label: int, tokenizer) -> Choices:
+    endings = [tokenizer.encode(f" {answer}").tolist() for answer in answers]
+    return Choices(tokenizer.encode(context).tolist(), endings, label)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields (where it stands, row) of a file of questions."""
+    with readable(path):
+        if path.suffix == ".parquet":
+            rows = parquet().read_table(path, use_threads=False).to_pylist()
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as lines:
+                rows = [{"question": q, "choices": choices, "answer": a} for q, *choices, a in csv.reader(lines)]
+        else:
+            with OPEN.get(path.suffix, open)(path, "rb") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise HandgradError("data", f"{where}: must be a JSON object", f"a {type(row).__name__}")
+        yield where, row

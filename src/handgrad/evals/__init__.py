@@ -1,0 +1,21 @@
+"""Evaluation: tasks with right answers, scored by the losses of continuations."""
+
+from handgrad.evals.load import Loaded, load_scorer
+from handgrad.evals.metrics import choice_metrics, evaluate, val_metrics, word_metrics
+from handgrad.evals.scoring import Scorer, record
+from handgrad.evals.tasks import TASKS, Item, find, read_items
+
+__all__ = [
+    "TASKS",
+    "Item",
+    "Loaded",
+    "Scorer",
+    "choice_metrics",
+    "evaluate",
+    "find",
+    "load_scorer",
+    "read_items",
+    "record",
+    "val_metrics",
+    "word_metrics",
+]

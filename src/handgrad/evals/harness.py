@@ -1,0 +1,94 @@
+"""handgrad models in the lm-evaluation-harness, under the name "handgrad":
+
+    python -m handgrad.evals.harness run --model handgrad --model_args run=runs/x --tasks hellaswag,lambada_openai
+
+All that follows is the harness's own command line. A program that calls the harness calls `register` first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+from handgrad.evals.load import load_scorer
+from handgrad.infer.load import load_run
+from handgrad.infer.sampling import Sampling, StopStrings
+
+
+def register() -> type:
+    """Tells the harness of the model "handgrad"; returns its class. Raises HandgradError if lm_eval is not installed.
+
+    Its arguments: run (whatever `handgrad eval` evaluates), dtype, backend and threads, as there.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import register_model
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    except ImportError:
+        hint = "pip install 'handgrad[harness]'"
+        raise HandgradError("eval", "the harness is the package lm_eval", "none installed", hint=hint) from None
+
+    class HandgradLM(TemplateLM):
+        """A model of ours as the harness sees it. Batches are our own: it passes a size, which is not needed."""
+
+        def __init__(self, run: str, dtype: str = "saved", backend: str = "auto", threads: int = 0, **_: Any):
+            super().__init__()
+            self._from = run, dtype, backend, threads
+            self._model = load_scorer(*self._from)
+            self._engine = None
+
+        @property
+        def eot_token_id(self) -> int:
+            if self._model.tokenizer.eot is None:
+                rule = "the harness starts texts with the token that ends documents"
+                raise HandgradError("eval", rule, f"{self._model.tokenizer.name}, which has none")
+            return self._model.tokenizer.eot
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return self._model.tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+            scores = self._model.scorer.score([pair for _, *pair in requests], greedy=True)
+            return [(-float(s.losses.sum(dtype="float64")), s.greedy) for s in scores]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            T, totals = self._model.source.model.max_seq_len, []
+            for request in requests:
+                ids = self.tok_encode(request.args[0])
+                windows = get_rolling_token_windows(ids, self.eot_token_id, max_seq_len=T, context_len=1)
+                scores = self._model.scorer.score([make_disjoint_window(window) for window in windows])
+                totals.append(-sum(float(s.losses.sum(dtype="float64")) for s in scores))
+            return totals
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            return [self._generate(*request.args) for request in requests]
+
+        def _generate(self, context: str, settings: dict[str, Any]) -> str:
+            """The continuation up to the first of settings["until"]; without do_sample, by the likeliest tokens."""
+            if self._engine is None:  # an arena of its own: few tasks write text
+                self._engine, _ = load_run(*self._from)
+            draws = settings.get("do_sample", settings.get("temperature", 0) > 0)
+            sampling = Sampling(
+                temperature=settings.get("temperature", 1.0) if draws else 0.0,
+                top_k=settings.get("top_k", 0),
+                top_p=settings.get("top_p", 1.0),
+            )
+            until = settings.get("until") or []
+            stop = StopStrings([until] if isinstance(until, str) else until)
+            most = settings.get("max_gen_toks", 256)
+            ids = self.tok_encode(context) or [self.eot_token_id]
+            said = self._engine.generate(ids, most, sampling, self._model.tokenizer.eot)
+            text = ""
+            for piece in self._model.tokenizer.stream(said):
+                text += stop.feed(piece)
+                if stop.found is not None:
+                    return text
+            return text + stop.finish()
+
+    return register_model("handgrad")(HandgradLM)
+
+
+if __name__ == "__main__":
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,40 @@
+"""load_scorer: a trained model, ready to be asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from handgrad.backends import open_backend
+from handgrad.backends.base import Backend
+from handgrad.core.dtypes import DTYPES
+from handgrad.evals.scoring import Scorer, record
+from handgrad.infer.load import Source, open_source
+from handgrad.tokenizers import Tokenizer
+
+BATCH_TOKENS = 2048  # at least: enough for a matrix product to be near its peak
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """source: the model on disk;  dtype: the working one."""
+
+    source: Source
+    tokenizer: Tokenizer
+    scorer: Scorer
+    backend: Backend
+    dtype: str
+
+
+def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
+    """The model at a path (all that `open_source` opens) with its weights in an arena of its own.
+
+    dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError where something is missing.
+    """
+    source = open_source(path)
+    tokenizer = source.tokenizer()
+    kind = source.weights.dtype if dtype == "saved" else dtype
+    opened = open_backend(backend, threads)
+    programs = record(source.model, DTYPES[kind], max(BATCH_TOKENS, opened.head_rows))
+    arena = opened.alloc(opened.plan(*programs))
+    for name, info in programs[0].params.items():
+        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
+    return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)

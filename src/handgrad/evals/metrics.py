@@ -1,0 +1,88 @@
+"""Metrics: what the losses of continuations say. Every one comes as (value, standard error)."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from handgrad.data import Tokens
+from handgrad.evals.scoring import Score, Scorer
+from handgrad.evals.tasks import TASKS, Item
+from handgrad.tokenizers import Tokenizer
+
+Metric = tuple[float, float]
+
+
+def evaluate(
+    name: str, items: Sequence[Item], scorer: Scorer, done: Callable[[int], None] = lambda pairs: None
+) -> dict[str, Metric]:
+    """The metrics of a task. `done` hears of the pairs that are done."""
+    wanted = TASKS[name].metrics
+    words = "perplexity" in wanted
+    scores = scorer.score([pair for item in items for pair in item.pairs], greedy=words, done=done)
+    found = word_metrics(scores) if words else choice_metrics(items, scores)
+    return {metric: found[metric] for metric in wanted}
+
+
+def choices(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, np.ndarray]:
+    """What is chosen by each rule, (questions,) int; of equals the first.
+
+    acc: the answer with the least loss in sum;  acc_norm: by the characters of the answer (both: lm-evaluation-harness)
+    acc_llmc: with the least mean loss of a token (llm.c)
+    """
+    rest, rows = iter(scores), {"acc": [], "acc_norm": [], "acc_llmc": []}
+    for item in items:
+        losses = [next(rest).losses for _ in item.pairs]
+        sums = np.array([nats.sum(dtype=np.float64) for nats in losses])
+        rows["acc"].append(sums.argmin())
+        rows["acc_norm"].append((sums / item.characters).argmin())
+        rows["acc_llmc"].append((sums / [len(nats) for nats in losses]).argmin())
+    return {rule: np.array(chosen) for rule, chosen in rows.items()}
+
+
+def choice_metrics(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, Metric]:
+    """The share of right choices by each rule."""
+    labels = np.array([item.label for item in items])
+    return {rule: mean(chosen == labels) for rule, chosen in choices(items, scores).items()}
+
+
+def word_metrics(scores: Sequence[Score]) -> dict[str, Metric]:
+    """acc: the share of words that the likeliest tokens spell;  perplexity: per word, whatever its tokens."""
+    loss, error = mean([score.losses.sum(dtype=np.float64) for score in scores])
+    return {"acc": mean([score.greedy for score in scores]), "perplexity": _perplexity(loss, error)}
+
+
+def val_metrics(
+    data: Tokens,
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    limit: int | None = None,
+    done: Callable[[int], None] = lambda pairs: None,
+) -> dict[str, Metric]:
+    """loss in nats a token, perplexity, and bits per byte of the text, over the first `limit` tokens of `data`.
+
+    The ends of documents count as tokens and not as text. Standard errors are over sequences.
+    """
+    pairs = [(ids[:1], targets) for b in data.sweep(1, limit) for ids, targets in zip(b["ids"], b["targets"])]
+    loss, error = mean([score.losses.mean(dtype=np.float64) for score in scorer.score(pairs, done=done)])
+    said = (id for _, targets in pairs for id in targets.tolist() if id != tokenizer.eot)
+    nbytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.stream(said))
+    bits = sum(len(targets) for _, targets in pairs) / max(nbytes, 1) / math.log(2)
+    return {"loss": (loss, error), "perplexity": _perplexity(loss, error), "bits_per_byte": (loss * bits, error * bits)}
+
+
+def mean(values: Sequence[float]) -> Metric:
+    """(mean, its standard error by the sample's deviation); NaN for one value.
+
+    >>> mean([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896258)
+    """
+    values = np.asarray(values, np.float64)
+    spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(spread)
+
+
+def _perplexity(loss: float, error: float) -> Metric:
+    """Of a mean loss: its exponential, and the error carried through the slope."""
+    value = math.exp(loss) if loss < 700 else math.inf
+    return value, value * error

@@ -1,0 +1,179 @@
+"""Scorer: the losses of continuations after their contexts. A short text never pays for a long one.
+
+A program exists for each of a few lengths, with as many sequences as keep the tokens of a batch about constant. Padding
+is on the right, where causal attention never looks. The head, most of a small model's work, sees nothing but the rows
+that predict a continuation; they wait until there are HEAD_ROWS of them.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.core.dtypes import I32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.program import Program, normal
+from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.models import GPT2, batch
+from handgrad.models.blocks import Batch, lm_head
+
+LENGTHS = tuple(n << k for k in range(3, 20) for n in (2, 3))  # 16 24 32 48 64 96 ...
+LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
+HEAD_ROWS = 512  # 100 MB of logits at GPT-2's vocabulary in float32
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids: context, continuation
+
+
+@dataclass(frozen=True)
+class Score:
+    """losses: (n,) float32, nats of each token of a continuation;  greedy: each is the likeliest; None: not asked."""
+
+    losses: np.ndarray
+    greedy: bool | None
+
+
+def record(model: GPT2, dtype: DType, tokens: int) -> tuple[Program, ...]:
+    """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits."""
+    bodies = []
+    for length in [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]:
+        p = Program(dtype, "hidden")
+        model.forward(p, batch(p, max(tokens // length, 1), length))
+        bodies.append(p)
+    return *bodies, _head(model, dtype, "loss"), _head(model, dtype, "logits")
+
+
+def _head(model: GPT2, dtype: DType, mode: str) -> Program:
+    """The head alone, on rows that the host picked."""
+    p = Program(dtype, mode)
+    x = p.input("x", (HEAD_ROWS, model.hidden_size), dtype)
+    targets = p.input("targets", (HEAD_ROWS,), I32) if mode == "loss" else None
+    name = "wte.weight" if model.tie_embeddings else "lm_head.weight"
+    w = p.param(name, (model.vocab_padded, model.hidden_size), normal(0.02, rows=model.vocab_size))
+    lm_head(p, x, w, Batch(x, targets, 1, HEAD_ROWS), vocab_size=model.vocab_size, chunks=1)
+    return p
+
+
+class Scorer:
+    """Scores with the parameters that lie in an arena planned with `record`'s programs; binds those that are needed."""
+
+    def __init__(self, model: GPT2, programs: tuple[Program, ...], arena: Arena, backend: Backend):
+        self.model = model
+        self._programs, self._arena, self._backend = programs, arena, backend
+        self._lengths = [p.calls[0].attrs["T"] for p in programs[:LOSSES]]  # ascending
+        self._bound: dict[int, Executable] = {}
+
+    def score(
+        self, pairs: Sequence[Pair], *, greedy: bool = False, done: Callable[[int], None] = lambda count: None
+    ) -> list[Score]:
+        """The scores of (context, continuation) pairs of token ids, in their order.
+
+        greedy: also find out whether the model, always taking the likeliest token, writes the continuation
+        done: called now and then with the number of pairs that are done
+
+        Raises HandgradError as `texts` does.
+        """
+        texts = self.texts(pairs)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+        ends = np.cumsum([len(texts[i][1]) for i in order])
+        losses, hits, count = [], [], 0
+        for x, targets in _pieces(self._rows([texts[i] for i in order])):
+            nats, hit = self._judge(x, targets, greedy)
+            losses.append(nats)
+            hits.append(hit)
+            count += len(targets)
+            done(int(np.searchsorted(ends, count, "right")))
+        scores: list[Score | None] = [None] * len(texts)
+        if texts:
+            parts = (np.split(np.concatenate(found), ends[:-1]) for found in (losses, hits))
+            for i, nats, hit in zip(order, *parts, strict=True):
+                scores[i] = Score(nats, bool(hit.all()) if greedy else None)
+        return scores
+
+    def texts(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(what the model reads, what it should say at its end), both int32, of every pair.
+
+        A context that does not fit loses its beginning. Raises HandgradError for a pair with an empty part, a
+        continuation longer than the model reads, and an id outside the vocabulary.
+        """
+        return [self._text(*pair) for pair in pairs]
+
+    def _text(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        T = self.model.max_seq_len
+        if len(context) == 0 or len(continuation) == 0:
+            raise HandgradError("eval", "a context and a continuation hold at least one token", "an empty one")
+        if len(continuation) > T:
+            rule = f"a continuation is at most as long as the {T} tokens that the model reads"
+            raise HandgradError("eval", rule, len(continuation), hint="a model with a larger max_seq_len")
+        ids = np.concatenate([context, continuation]).astype(np.int64)
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            bad = ids[(ids < 0) | (ids >= self.model.vocab_size)][0]
+            hint = "the task was made with another tokenizer than the model's"
+            raise HandgradError("eval", f"ids lie below the vocabulary of {self.model.vocab_size}", bad, hint=hint)
+        ids = ids[-(T + 1) :].astype(np.int32)
+        return ids[:-1], ids[-len(continuation) :]
+
+    def _rows(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each of the texts, longest first: the rows (n, C) that come before the head, and their n targets.
+
+        A batch is started before the one before it is awaited.
+        """
+        waiting: list[tuple] = []
+        at = 0
+        while at < len(texts) or waiting:
+            if at < len(texts):
+                body = bisect_left(self._lengths, len(texts[at][0]))
+                T = self._lengths[body]
+                B = self._programs[body].inputs["ids"].size // T
+                group = texts[at : at + B]
+                at += B
+                table = np.zeros((B, T), np.int32)
+                for row, (text, _) in enumerate(group):
+                    table[row, : len(text)] = text
+                waiting.append((group, T, self._start(body, "hidden", ids=table.reshape(-1))))
+            if len(waiting) == 2 or at >= len(texts):
+                group, T, read = waiting.pop(0)
+                hidden = read()
+                for row, (text, targets) in enumerate(group):
+                    last = row * T + len(text)
+                    yield hidden[last - len(targets) : last], targets
+
+    def _judge(self, x: np.ndarray, targets: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(losses, is the target the likeliest token) of up to HEAD_ROWS rows; the latter all False if not asked."""
+        count = len(targets)
+        rows = np.zeros((HEAD_ROWS, x.shape[1]), x.dtype)
+        rows[:count] = x
+        wanted = np.full(HEAD_ROWS, IGNORE_INDEX, np.int32)
+        wanted[:count] = targets
+        losses = self._start(LOSSES, "losses", x=rows, targets=wanted)()[:count].astype(np.float32)
+        if not greedy:
+            return losses, np.zeros(count, bool)
+        logits = self._start(LOGITS, "logits", x=rows)()[:count, : self.model.vocab_size]
+        return losses, logits.astype(np.float32).argmax(axis=1) == targets
+
+    def _start(self, which: int, output: str, **inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        """Starts a program, bound at its first use, on these inputs; calling the result waits for the output."""
+        program = self._programs[which]
+        if which not in self._bound:
+            self._bound[which] = self._backend.bind(program, self._arena)
+        for name, values in inputs.items():
+            self._arena.write(program.inputs[name], values)
+        self._bound[which].run()
+        return self._arena.fetch(program.outputs[output])
+
+
+def _pieces(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same rows and targets, HEAD_ROWS at a time."""
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    count = 0
+    for part in rows:
+        held.append(part)
+        count += len(part[1])
+        while count >= HEAD_ROWS:
+            x, targets = map(np.concatenate, zip(*held))
+            yield x[:HEAD_ROWS], targets[:HEAD_ROWS]
+            held, count = [(x[HEAD_ROWS:], targets[HEAD_ROWS:])], count - HEAD_ROWS
+    if count:
+        x, targets = map(np.concatenate, zip(*held))
+        yield x, targets

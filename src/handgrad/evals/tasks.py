@@ -1,0 +1,248 @@
+"""Tasks: from the files that benchmarks come in to token pairs.
+
+The text of a question is the lm-evaluation-harness's (0.4.13, no examples before it), so that its published numbers can
+be compared. llm.c's evaluation files hold tokens, and their text is what llm.c wrote.
+"""
+
+import csv
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+from handgrad.data.choices import read_choices
+from handgrad.evals.scoring import Pair
+from handgrad.tokenizers import Tokenizer
+
+LETTERS = ["A", "B", "C", "D"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """(context, continuation) texts, which of them is right, and the answers whose lengths acc_norm divides by."""
+
+    pairs: tuple[tuple[str, str], ...]
+    label: int
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question in tokens. `characters`: the length of each answer, without the space before it."""
+
+    pairs: tuple[Pair, ...]
+    label: int
+    characters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """files: where it lies below a data folder, glob patterns, the first that is there;  question: from one row."""
+
+    files: tuple[str, ...]
+    question: Callable[[dict[str, Any]], Question]
+    metrics: tuple[str, ...] = ("acc", "acc_norm", "acc_llmc")
+
+
+# rows to questions ----------------------------------------------------------------------------------------------------
+
+
+def _choice(context: str, answers: list[str], label: int) -> Question:
+    """The same context before every answer."""
+    return Question(tuple((context, f" {a}") for a in answers), label, tuple(answers))
+
+
+def _hellaswag(row: dict[str, Any]) -> Question:
+    """Official rows have the activity and the context's halves; others a context that is used as it stands."""
+    if "ctx_a" not in row:
+        return _choice(row["ctx"], row["endings"], int(row["label"]))
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return _choice(_cleaned(context), [_cleaned(e) for e in row["endings"]], int(row["label"]))
+
+
+def _cleaned(text: str) -> str:
+    """Without the marks that WikiHow's pages left in HellaSwag."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def _lambada(row: dict[str, Any]) -> Question:
+    context, _, word = row["text"].rpartition(" ")
+    return _choice(context, [word], 0)
+
+
+def _mmlu(row: dict[str, Any]) -> Question:
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True)]
+    about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+    context = "\n".join([about, "", row["question"].strip(), *lines, "Answer:"])
+    answer = row["answer"]
+    return _choice(context, LETTERS, LETTERS.index(answer) if isinstance(answer, str) else int(answer))
+
+
+def _piqa(row: dict[str, Any]) -> Question:
+    return _choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def _arc(row: dict[str, Any]) -> Question:
+    stem, choices = row["question"], row.get("choices")
+    if isinstance(stem, dict):  # the official nesting; the other is the one of tables
+        stem, choices = stem["stem"], {key: [c[key] for c in stem["choices"]] for key in ("text", "label")}
+    return _choice(f"Question: {stem}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def _winogrande(row: dict[str, Any]) -> Question:
+    """The options stand in the context, and what follows them is scored."""
+    before, _, after = row["sentence"].partition("_")
+    contexts = [before + row["option1"], before + row["option2"]]
+    return Question(tuple((c, f" {after.strip()}") for c in contexts), int(row["answer"]) - 1, tuple(contexts))
+
+
+ROWS = "jsonl", "jsonl.xz", "jsonl.gz"
+
+
+def _files(*stems: str, others: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return tuple(f"{stem}.{ending}" for stem in stems for ending in ROWS) + others
+
+
+TASKS = {
+    "hellaswag": Task(
+        _files("hellaswag_val", "hellaswag/hellaswag_val", others=("hellaswag_val.bin", "hellaswag/hellaswag_val.bin")),
+        _hellaswag,
+    ),
+    "lambada": Task(_files("lambada_openai_test", "lambada_test", "lambada/*test*"), _lambada, ("acc", "perplexity")),
+    "mmlu": Task(
+        _files("mmlu_test", "mmlu/mmlu_test", others=("mmlu/test", "mmlu_test.bin", "mmlu/mmlu_test.bin")), _mmlu
+    ),
+    "piqa": Task(_files("piqa_val*", "piqa/val*"), _piqa),
+    "arc_easy": Task(_files("arc_easy_test", "arc_easy/*test*", "ARC-Easy/ARC-Easy-Test"), _arc),
+    "arc_challenge": Task(
+        _files("arc_challenge_test", "arc_challenge/*test*", "ARC-Challenge/ARC-Challenge-Test"), _arc
+    ),
+    "winogrande": Task(_files("winogrande_val*", "winogrande/dev"), _winogrande, ("acc", "acc_llmc")),
+}
+
+
+# files to rows --------------------------------------------------------------------------------------------------------
+
+
+def find(name: str, folder: str | Path) -> Path:
+    """Where the file of a task lies below a folder. Raises HandgradError if it is not there."""
+    for pattern in TASKS[name].files:
+        for path in sorted(Path(folder).glob(pattern)):
+            return path
+    own = "hellaswag", "mmlu"
+    get = f"handgrad data {name}, or " if name in own else ""
+    raise HandgradError(
+        "eval",
+        f"{name} lies in '{folder}' as {', '.join(TASKS[name].files[:2])} or the like",
+        "no such file",
+        hint=f"{get}--tasks {name}=FILE",
+    )
+
+
+def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0) -> list[Item]:
+    """The task's questions in tokens, at most `limit` if that is not 0.
+
+    path: .jsonl (also .xz or .gz), llm.c's evaluation .bin, or for mmlu a folder of *_test.csv
+
+    Raises HandgradError for a file that is missing, damaged, of other rows, or whose tokens are not the model's.
+    """
+    path, most = Path(path), limit or None
+    if not path.exists():
+        raise HandgradError("eval", f"the questions of {name} are a file", f"'{path}', which is missing")
+    if path.suffix == ".bin":
+        return _read_tokens(path, tokenizer, most)
+    items = []
+    for number, row in enumerate(islice(_rows(path), most), 1):
+        try:
+            question = TASKS[name].question(row)
+            if not 0 <= question.label < len(question.answers):
+                raise ValueError(f"the label {question.label} of {len(question.answers)} answers")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            got = f"no {error}" if isinstance(error, KeyError) else error
+            raise HandgradError("eval", f"row {number} of {path} is a question of {name}", got) from None
+        pairs = tuple(encode_pair(tokenizer, *pair) for pair in question.pairs)
+        items.append(Item(pairs, question.label, tuple(max(len(a), 1) for a in question.answers)))
+    if not items:
+        raise HandgradError("eval", f"{path} holds questions", "none")
+    return items
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """The tokens of both, as they are when the text is tokenized in one piece; spaces at the parting go to the right.
+
+    An empty context becomes the token that ends documents.
+
+    >>> from handgrad import tokenizers
+    >>> [ids.tolist() for ids in encode_pair(tokenizers.gpt2(), "Hello ", "world")]
+    [[15496], [995]]
+    """
+    kept = context.rstrip()
+    continuation, context = context[len(kept) :] + continuation, kept
+    whole = tokenizer.encode(context + continuation)
+    if not context:
+        if tokenizer.eot is None:
+            raise HandgradError("eval", "an empty context needs a tokenizer that ends documents", tokenizer.name)
+        return [tokenizer.eot], whole
+    at = len(tokenizer.encode(context))
+    return whole[:at], whole[at:]
+
+
+def _read_tokens(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Item]:
+    """Questions of llm.c's evaluation file."""
+    questions = read_choices(path)[:most]
+    if not all(_spells(tokenizer, q.context) for q in questions):
+        hint = "a .jsonl fits every model"
+        raise HandgradError("eval", f"{path} holds tokens of the model's tokenizer", "another's", hint=hint)
+    return [
+        Item(
+            tuple((q.context, ending) for ending in q.endings),
+            q.label,
+            tuple(max(len(tokenizer.decode(ending).removeprefix(" ")), 1) for ending in q.endings),
+        )
+        for q in questions
+    ]
+
+
+def _spells(tokenizer: Tokenizer, ids: list[int]) -> bool:
+    """Whether these are the tokens in which the tokenizer spells their text; of another's, some are not."""
+    try:
+        return tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
+    except HandgradError:
+        return False
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl file, or of a folder of csv files named after subjects."""
+    where = ""
+    try:
+        for place, row in _mmlu_rows(path) if path.is_dir() else _json_rows(path):
+            where = place
+            yield row
+    except (OSError, EOFError, ValueError, TypeError, csv.Error, lzma.LZMAError) as error:
+        rule = f"{path} holds {'rows of question, choices and answer' if path.is_dir() else 'a JSON object a line'}"
+        raise HandgradError("eval", rule, error, context=f"after {where}" if where else "") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a file; PIQA's labels stand in another beside it."""
+    labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
+    answers = iter(labels.read_text().split()) if labels.exists() else None
+    with {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            yield f"line {number}", json.loads(line) | ({} if answers is None else {"label": next(answers, None)})
+
+
+def _mmlu_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every question in a folder of csv files."""
+    for file in sorted(folder.glob("*.csv")):
+        subject = re.sub(r"_(test|val|dev)$", "", file.stem)
+        with file.open(encoding="utf-8", newline="") as lines:
+            for number, (question, *choices, answer) in enumerate(csv.reader(lines), 1):
+                row = {"subject": subject, "question": question, "choices": choices, "answer": answer}
+                yield f"row {number} of {file.name}", row

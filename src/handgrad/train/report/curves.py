@@ -1,0 +1,132 @@
+"""The curves of a report, as data: what page.js draws.
+
+{"runs": [{"name", "batch_tokens" or null, "seconds": [steps, seconds]}],
+ "panels": [{"title", "wide", "log", "zero", "tail", "series": [...], "lines": [...], "marks": [...]}]}
+
+series  {"run": index, "colour": number, "kind": "raw" | "line" | "dots", "label", "x": steps, "y": values}
+        raw: single steps, faint, behind their running mean
+lines   {"label", "y"}: horizontal, for comparison
+marks   {"run", "x", "text"}: events
+tail    the y axis leaves out the first steps, where a loss falls from far above
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from handgrad.train.report.read import Points, Run
+
+POINTS = 400  # of a curve: about what a screen can show
+EVENTS = 500  # of a run
+GPU = {  # of log.jsonl's "gpu": title, factor
+    "memory": ("GPU memory in use, GiB", 1 / 1024),
+    "power": ("GPU power, W", 1),
+    "temperature": ("GPU temperature, °C", 1),
+    "clock": ("GPU clock, MHz", 1),
+}
+
+
+def curves(runs: Sequence[Run]) -> dict[str, Any]:
+    """What there is to draw of these runs; a panel for nothing is left out."""
+    about = [{"name": run.name, "batch_tokens": run.batch_tokens(), "seconds": _seconds(run)} for run in runs]
+    return {"runs": about, "panels": [panel for panel in _panels(runs) if panel["series"]]}
+
+
+def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One run has its two losses in one panel; those of several would hide each other."""
+    openai = sorted({line for run in runs if (line := run.openai())})
+    loss_lines = [{"label": name, "y": loss} for name, loss, _ in openai]
+    marks = [
+        {"run": i, "x": event["step"], "text": str(event["event"])}
+        for i, run in enumerate(runs)
+        for event in run.events[:EVENTS]
+    ]
+    loss = [s for i, run in enumerate(runs) for s in _noisy(run.points("loss"), i, "train")]
+    val = [s for i, run in enumerate(runs) for s in _series(run.points("val_loss"), i, "validation", "dots")]
+    if len(runs) == 1:
+        val = [one | {"colour": 1} for one in val]
+        first = [_panel("Loss, nats per token", loss + val, loss_lines if val else [], marks, wide=True, tail=True)]
+    else:
+        first = [
+            _panel("Training loss, nats per token", loss, [], marks, wide=True, tail=True),
+            _panel("Validation loss, nats per token", val, loss_lines, [], wide=True, tail=True),
+        ]
+    asked = [s for i, run in enumerate(runs) for s in _series(_times(run.hellaswag(), 100), i, "", "dots")]
+    norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]
+    norms = [y for one in norm for y in one["y"]]
+    is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
+    rest = [
+        _panel("HellaSwag accuracy, %", asked, [{"label": name, "y": 100 * share} for name, _, share in openai]),
+        _panel("Gradient norm, before clipping", norm, log=is_wide),
+        _panel("Learning rate", _each(runs, "lr"), zero=True),
+        _panel("Throughput, tokens per second", _each(runs, "tokens_per_second"), zero=True),
+    ]
+    gpu = [_panel(title, _each(runs, f"gpu.{key}", factor), zero=True) for key, (title, factor) in GPU.items()]
+    return first + rest + gpu
+
+
+def _panel(title: str, series: list, lines: Sequence = (), marks: Sequence = (), **how: bool) -> dict[str, Any]:
+    flags = {"wide": False, "log": False, "zero": False, "tail": False}
+    return {"title": title, **flags, **how, "series": series, "lines": list(lines), "marks": list(marks)}
+
+
+def _each(runs: Sequence[Run], key: str, factor: float = 1) -> list[dict[str, Any]]:
+    return [s for i, run in enumerate(runs) for s in _series(run.points(key, factor), i)]
+
+
+def _series(points: Points, run: int, label: str = "", kind: str = "line") -> list[dict[str, Any]]:
+    """The curve of these points, none if there are none."""
+    points = thin(points)
+    values = [float(f"{value:.6g}") for _, value in points]
+    curve = {"run": run, "colour": run, "kind": kind, "label": label, "x": [step for step, _ in points], "y": values}
+    return [curve] if points else []
+
+
+def _noisy(points: Points, run: int, label: str = "") -> list[dict[str, Any]]:
+    """Single steps behind their mean over a fiftieth of the run; only the steps where a mean would blur them."""
+    means, window = running_mean(points)
+    if window == 1:
+        return _series(points, run, label)
+    return [*_series(points, run, kind="raw"), *_series(means, run, label and f"{label}, mean of {window} steps")]
+
+
+def running_mean(points: Points) -> tuple[Points, int]:
+    """(means, how many points a mean takes).
+
+    The window is centred, so that a mean does not lag; it shrinks at the start, and at the end loses its right half.
+
+    >>> running_mean([(step, 2.0 * step) for step in range(300)])[0][:2]
+    [(0, 0.0), (1, 2.0)]
+    """
+    count, reach = len(points), len(points) // 100
+    sums, means = [0.0, *accumulate(value for _, value in points)], []
+    for at, (step, _) in enumerate(points):
+        left = min(at, reach)
+        right = min(left, count - 1 - at)
+        means.append((step, (sums[at + right + 1] - sums[at - left]) / (left + right + 1)))
+    return means, 2 * reach + 1
+
+
+def thin(points: Points) -> Points:
+    """At most about 2 POINTS of a curve: the lowest and the highest of each stretch, so that no spike is lost; and both
+    ends.
+    """
+    size = -(-len(points) // POINTS)
+    if size <= 2:
+        return points
+    kept = {points[0], points[-1]}
+    for at in range(0, len(points), size):
+        stretch = points[at : at + size]
+        kept |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+    return sorted(kept)
+
+
+def _times(points: Points, factor: float) -> Points:
+    return [(step, factor * value) for step, value in points]
+
+
+def _seconds(run: Run) -> list[list[float]]:
+    """[steps, seconds since the start], at most about POINTS of either."""
+    points = run.points("seconds")
+    some = [*points[:: -(-len(points) // POINTS) or 1], *points[-1:]]
+    return [[step for step, _ in some], [seconds for _, seconds in some]]

@@ -1,0 +1,93 @@
+"""What the card says of itself while it trains: how busy, hot and fast it is, and what holds it back. By NVML."""
+
+from collections.abc import Callable
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+
+MIB = 1 << 20
+# bits of NVML's answer to why clocks are below their maximum; being idle or set so by the user is none
+REASONS = {
+    0x04: "power",
+    0x08: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "heat",
+    0x40: "hardware heat",
+    0x80: "power brake",
+    0x100: "display",
+}
+
+
+class Telemetry:
+    """Reads one card.
+
+    pci_bus: its address as the CUDA driver gives it. An index would not do: CUDA counts the visible cards by its own
+        rule, NVML all cards of the machine
+
+    Raises HandgradError if there is no card, no package nvidia-ml-py, or NVML does not answer.
+    """
+
+    def __init__(self, pci_bus: str):
+        if not pci_bus:
+            raise HandgradError("telemetry", "--run.telemetry-every looks at a GPU", "a run without one")
+        try:
+            import pynvml
+        except ImportError:
+            rule, hint = "--run.telemetry-every needs the package nvidia-ml-py", "pip install 'handgrad[cuda]'"
+            raise HandgradError("telemetry", rule, "none installed", hint=hint) from None
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            self._card = pynvml.nvmlDeviceGetHandleByPciBusId(pci_bus)
+        except pynvml.NVMLError as error:
+            raise HandgradError("telemetry", f"NVML knows the card at {pci_bus}", error) from None
+
+    def read(self) -> dict[str, float | str]:
+        """What the card tells now; a figure that it does not have is left out.
+
+        load, memory_load: % of the last moments in which a kernel ran, and in which memory was at work
+        power, power_limit: W;  temperature: degrees Celsius;  clock, max_clock, memory_clock: MHz
+        memory: MiB in use by all processes;  fan: % of its speed
+        throttled: what holds the clocks back, e.g. "power, heat"; empty for nothing
+        """
+        n, card = self._nvml, self._card
+        figures: dict[str, Callable[[], Any]] = {
+            "load": lambda: n.nvmlDeviceGetUtilizationRates(card).gpu,
+            "memory_load": lambda: n.nvmlDeviceGetUtilizationRates(card).memory,
+            "power": lambda: n.nvmlDeviceGetPowerUsage(card) / 1000,
+            "power_limit": lambda: n.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
+            "temperature": lambda: n.nvmlDeviceGetTemperature(card, n.NVML_TEMPERATURE_GPU),
+            "clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_SM),
+            "max_clock": lambda: n.nvmlDeviceGetMaxClockInfo(card, n.NVML_CLOCK_SM),
+            "memory_clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_MEM),
+            "memory": lambda: n.nvmlDeviceGetMemoryInfo(card).used // MIB,
+            "fan": lambda: n.nvmlDeviceGetFanSpeed(card),
+            "throttled": lambda: reasons(n.nvmlDeviceGetCurrentClocksEventReasons(card)),
+        }
+        found = {}
+        for name, read in figures.items():
+            try:
+                found[name] = read()
+            except n.NVMLError:  # a card in a server has no fan, a part of a card no load of its own
+                continue
+        return found
+
+
+def reasons(bits: int) -> str:
+    """What holds the clocks back, in words.
+
+    >>> reasons(0x24), reasons(0x1)
+    ('power, heat', '')
+    """
+    return ", ".join(text for bit, text in REASONS.items() if bits & bit)
+
+
+def in_words(gpu: dict[str, Any]) -> str:
+    """A line for people.
+
+    >>> in_words({"load": 99, "power": 698.4, "temperature": 64, "clock": 1605, "throttled": "power"})
+    'gpu 99 % 698 W 64 C 1605 MHz, held back by power'
+    """
+    units = {"load": "%", "power": "W", "temperature": "C", "clock": "MHz"}
+    shown = " ".join(f"{gpu[name]:.0f} {unit}" for name, unit in units.items() if name in gpu)
+    return f"gpu {shown}" + (f", held back by {gpu['throttled']}" if gpu.get("throttled") else "")
