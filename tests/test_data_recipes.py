@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -389,21 +390,28 @@ def test_a_changed_byte_is_caught(tmp_path, capsys):
         data.check(tmp_path / "none")
 
 
+JOBS = """
+import os, signal
+from handgrad.core.errors import HandgradError
+
 def dies():
     os.kill(os.getpid(), signal.SIGKILL)
     yield ""
 
-
 def refuses():
     yield "fine"
     raise HandgradError("data", "a rule", "a value", hint="a hint")
+"""
 
 
 def test_a_process_that_fails_is_told(tmp_path, monkeypatch):
+    (tmp_path / "failing_jobs.py").write_text(JOBS)  # a module, because other processes import it
+    monkeypatch.syspath_prepend(tmp_path)
+    jobs = importlib.import_module("failing_jobs")
     with pytest.raises(HandgradError, match="^.data. a rule, but got a value. hint: a hint$"):
-        list(tokenize([(0, Job(refuses, ()))] * 9, tokenizers.gpt2(), 2))
+        list(tokenize([(0, Job(jobs.refuses, ()))] * 9, tokenizers.gpt2(), 2))
     with pytest.raises(HandgradError, match="must stay alive"):
-        list(tokenize([(0, Job(dies, ()))], tokenizers.gpt2(), 2))
+        list(tokenize([(0, Job(jobs.dies, ()))], tokenizers.gpt2(), 2))
 
 
 def test_processes_end_with_a_killed_parent(tmp_path):
