@@ -127,10 +127,10 @@ def train_steps(model, batches, lr, betas, eps, weight_decay, clip):
     batches: (ids, targets) pairs of integer arrays (B, T);  lr: function of the step, counted from 1.
     """
     optimizer = adamw(model, lr(1), betas, eps, weight_decay)
-    losses = []
+    device, losses = next(model.parameters()).device, []
     for step, (ids, targets) in enumerate(batches, 1):
         for group in optimizer.param_groups:
             group["lr"] = lr(step)
-        ids, targets = (torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (ids, targets))
+        ids, targets = (torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(device) for a in (ids, targets))
         losses.append(float(train_step(model, optimizer, ids, targets, clip)[0]))
     return losses

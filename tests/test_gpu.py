@@ -197,17 +197,11 @@ case = {f.stem: np.load(f) for f in pathlib.Path(sys.argv[2]).iterdir()}
 sizes, rate, start = case.pop("sizes").tolist(), float(case.pop("rate")), {n[2:]: w for n, w in case.items() if n[:2] == "w:"}
 losses = {}
 for dtype in ("bf16", "f32"):
-    net = judge.GPT2(*sizes[:5], vocab_padded=sizes[5]).cuda()
+    net = judge.GPT2(*sizes[:5], vocab_padded=sizes[5], bf16=dtype == "bf16").cuda()
     net.load(start)
-    optimizer, losses[dtype] = judge.adamw(net, rate, (0.9, 0.95), 1e-8, 0.1), []
-    for ids, targets in zip(case["ids"], case["targets"]):
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bf16"):
-            loss = net(torch.from_numpy(ids).cuda(), torch.from_numpy(targets).cuda())[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses[dtype].append(float(loss))
+    batches = list(zip(case["ids"], case["targets"]))
+    losses[dtype] = judge.train_steps(net, batches, lambda step: rate, (0.9, 0.95), 1e-8, 0.1, 1.0)
+assert losses["bf16"] != losses["f32"]
 np.savez(sys.argv[3], **losses)
 """
 

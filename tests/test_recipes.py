@@ -121,7 +121,7 @@ FEW = "--run.steps 200 --run.save-every 5 --run.val-every 0 --run.threads 1 --ru
 def test_shakespeare_is_killed_and_started_again_and_ends_well(shell, tmp_path):
     process = shell("shakespeare.sh", REAL, *FEW, background=True)
     run = tmp_path / "runs" / "shakespeare"
-    while not list(run.glob("step_*/DONE")):
+    while not list(run.glob("step_??????/DONE")):
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)

@@ -433,8 +433,8 @@ def test_killed_while_saving(words, whole, tmp_path, count):
 
 def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
     out = tmp_path / "run"
-    code = "import handgrad.train.run as run, os, signal\nfrom handgrad.cli.__main__ import main\n"
-    code += "run.Trainer = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)"
+    code = "import handgrad.train.run as run, signal\nfrom handgrad.cli.__main__ import main\n"
+    code += "run.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
     process = start(config(words, out), code)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr == "\n[handgrad] interrupted.\n" and not out.exists()
