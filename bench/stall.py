@@ -1,6 +1,7 @@
 """What a checkpoint costs the training that goes on beside it.
 
     python bench/stall.py --out bench/results/stall.txt      the Shakespeare recipe's model, d6, GPT-2 124M
+    python bench/stall.py --out bench/results/stall_gpu.txt  on a GPU: 124M as its recipe, 1558M at a quarter of its batch
 
 Steps are timed one by one. The stall of a checkpoint is the time of `save` and of all steps until it is complete on
 disk, less that of as many steps at the median of those before it; the median of the rounds is reported, and as a share
@@ -21,18 +22,19 @@ from handgrad.backends import open_backend
 from handgrad.io import newest
 from handgrad.train.config import RunConfig
 
-# vocabulary, sequences, tokens in each, steps before a checkpoint
-SHAPES = {"tiny": (65, 12, 64, 200), "d6": (50257, 1, 256, 10), "gpt2-124m": (50257, 4, 64, 6)}
+# vocabulary, sequences of a micro-batch, tokens in each, micro-batches of a step, steps before a checkpoint
+SHAPES = {"tiny": (65, 12, 64, 1, 200), "d6": (50257, 1, 256, 1, 10), "gpt2-124m": (50257, 4, 64, 1, 6)}
+GPU_SHAPES = {"gpt2-124m": (50257, 64, 1024, 8, 6), "gpt2-1558m": (50257, 8, 1024, 32, 2)}
 
 
 def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
     """A line of the table."""
-    vocab_size, B, T, usual_steps = SHAPES[preset]
-    ids = np.random.default_rng(0).integers(0, vocab_size, 200_000)
-    hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(vocab_size))
-    data = hg.data.tokens(folder / "a.bin", T, B * T)
-    model = hg.models.GPT2(**hg.models.preset(preset) | {"vocab_size": vocab_size})
     backend = open_backend("auto")
+    vocab_size, B, T, micro_steps, usual_steps = (GPU_SHAPES if backend.name == "cuda" else SHAPES)[preset]
+    ids = np.random.default_rng(0).integers(0, vocab_size, 2_000_000)
+    hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(vocab_size))
+    data = hg.data.tokens(folder / "a.bin", T, B * T * micro_steps)
+    model = hg.models.GPT2(**hg.models.preset(preset) | {"vocab_size": vocab_size})
     kinds = dict(backend=backend.name, dtype=backend.dtype, val=False, sample=False, out=folder / "run")
     run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=B, **kinds)
     counter = iter(range(1, 1 << 30))
@@ -67,12 +69,14 @@ def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--presets", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    backend = open_backend("auto")
+    shapes = GPU_SHAPES if backend.name == "cuda" else SHAPES
+    parser.add_argument("--presets", nargs="+", default=list(shapes), choices=list(shapes))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="before a checkpoint; 0: as many as fit the model")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    hardware, every = open_backend("auto").hardware, RunConfig.save_every
+    hardware, every = backend.hardware, RunConfig.save_every
     lines = [
         f"date {datetime.date.today()}, {hardware}, {a.rounds} rounds, share of {every} steps",
         "model        step ms       MiB   stall s  share %  worst %  waited s",
