@@ -1,7 +1,7 @@
 """What a checkpoint costs the training that goes on beside it.
 
     python bench/stall.py --out bench/results/stall.txt      the Shakespeare recipe's model, d6, GPT-2 124M
-    python bench/stall.py --out bench/results/stall_gpu.txt  on a GPU: 124M as its recipe, 1558M at a quarter of its batch
+    python bench/stall.py --out bench/results/stall_gpu.txt  on a GPU: 124M as its recipe, 1558M with less batch
 
 Steps are timed one by one. The stall of a checkpoint is the time of `save` and of all steps until it is complete on
 disk, less that of as many steps at the median of those before it; the median of the rounds is reported, and as a share
