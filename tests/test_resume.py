@@ -434,6 +434,7 @@ def test_killed_while_saving(words, whole, tmp_path, count):
 def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
     out = tmp_path / "run"
     code = "import handgrad.train.run as run, signal\nfrom handgrad.cli.__main__ import main\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     code += "run.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
     process = start(config(words, out), code)
     _, stderr = process.communicate(timeout=60)
