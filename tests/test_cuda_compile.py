@@ -51,7 +51,7 @@ def launches(calls, card):
     found = {}
     for gpu in (GPUS[card], replace(GPUS[card], cudnn=False), replace(GPUS[card], deterministic=True)):
         for c in calls:
-            for step in c.op.cuda(c, gpu).steps:
+            for step in (step for way in c.op.cuda(c, gpu).ways() for step in way.steps):
                 if isinstance(step, Kernel):
                     found.setdefault((source(step, c, gpu), step.entry), {})[step.block, step.shared, arguments(step, c)] = gpu.shared
     return found

@@ -90,11 +90,20 @@ class Sdpa:
 
 @dataclass(frozen=True)
 class Launches:
-    """What one call does, the scratch it needs in bytes, and what the listing says of the choice."""
+    """What one call does, the scratch it needs in bytes, and what the listing says of the choice.
+
+    instead: another way to the same values, up to rounding; the card binds the faster by its clock, or this one if it
+    may not ask the clock
+    """
 
     steps: tuple[Kernel | Gemm | Sdpa, ...]
     scratch: int = 0
     note: str = ""
+    instead: "Launches | None" = None
+
+    def ways(self) -> tuple["Launches", ...]:
+        """This way and the others."""
+        return self, *(self.instead.ways() if self.instead else ())
 
 
 def place(word: str, c: "Call") -> tuple["Tensor | str | None", int]:

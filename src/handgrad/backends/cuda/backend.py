@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
@@ -13,12 +14,14 @@ from handgrad.backends.cuda.cublaslt import CublasLt, Product
 from handgrad.backends.cuda.driver import Device, Module, launcher
 from handgrad.backends.cuda.nvrtc import Source, compile_all
 from handgrad.backends.cuda.peaks import peaks
+from handgrad.backends.cuda.ways import Place, Ways
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gemm, Gpu, Kernel, Sdpa, number, place
+from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan, aligned
 from handgrad.core.program import Call, Program
+from handgrad.core.tensor import Tensor
 
 Start = Callable[[bool], None]  # begins one launch; the argument: whether this is the first micro-batch of a step
 
@@ -92,6 +95,7 @@ class CudaBackend(Backend):
         has_cudnn = cudnn and attention.library() is not None
         self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
         self._card = Card(self.gpu)
+        self._ways = Ways(self.device, self.gpu, self._blas.version)
         self.hardware = (
             f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
         )
@@ -103,7 +107,7 @@ class CudaBackend(Backend):
         return self._card.scratch(call)
 
     def note(self, call: Call) -> str:
-        return self._card.note(call)
+        return self.launches(call).note
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s that the card can do in this dtype ("bf16", "tf32", "f32"): its data sheet's, or measured."""
@@ -113,9 +117,12 @@ class CudaBackend(Backend):
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
 
     def alloc(self, plan: Plan) -> Arena:
-        self._blas.tune(
-            [p for program in plan.programs for c in program.calls for p in self._products(c)]
-        )  # before the memory is taken
+        calls = [c for program in plan.programs for c in program.calls]
+        self._blas.tune([p for c in calls for p in self._products(c)])  # before the memory is taken
+        undecided = self._ways.open(calls)
+        compiled = compile_all([s for c in undecided.values() for way in self._all(c) for s in self._sources(c, way)])
+        bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
+        self._ways.race(undecided, bind, self.scratch)
         return CudaArena(self.device, plan)
 
     def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:
@@ -129,27 +136,42 @@ class CudaBackend(Backend):
 
     def sources(self, c: Call) -> list[Source]:
         """What must be compiled for a call."""
-        return [source(s, c, self.gpu) for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Kernel) or _is_own(s)]
+        return self._sources(c, self.launches(c))
+
+    def launches(self, c: Call) -> Launches:
+        """What is bound for a call."""
+        return self._ways.chosen(c)
+
+    def _all(self, c: Call) -> tuple[Launches, ...]:
+        return c.op.cuda(c, self.gpu).ways()
+
+    def _sources(self, c: Call, way: Launches) -> list[Source]:
+        return [source(s, c, self.gpu) for s in way.steps if isinstance(s, Kernel) or _is_own(s)]
 
     def _products(self, c: Call) -> list[Product]:
-        steps = [s for s in c.op.cuda(c, self.gpu).steps if isinstance(s, Gemm) and not _is_own(s)]
+        steps = [s for way in self._all(c) for s in way.steps if isinstance(s, Gemm) and not _is_own(s)]
         return list(dict.fromkeys(product(s, c, self.gpu) for s in steps))
 
     def bind_call(self, c: Call, program: Program, arena: CudaArena, compiled: dict[Source, bytes]) -> list[Start]:
         """What starts each launch of a call."""
-        launches, plan = c.op.cuda(c, self.gpu), arena.plan
-        room = arena.address + plan.scratch.get(c, 0)
-        workspace = room + aligned(launches.scratch)
+        plan = arena.plan
 
-        def address(word: str) -> int:
-            tensor, offset = place(word, c)
-            if tensor is None:
-                return 0
+        def at(tensor: Tensor | str) -> int:
             if tensor == "scratch":
-                return room + offset
-            return arena.address + plan.offset[program.knobs if tensor == "knobs" else tensor] + offset
+                return arena.address + plan.scratch.get(c, 0)
+            return arena.address + plan.offset[program.knobs if tensor == "knobs" else tensor]
 
         stream = self.device.side if c.op.beside else self.device.stream
+        return self._bind(c, self.launches(c), at, compiled=compiled, stream=stream)
+
+    def _bind(
+        self, c: Call, launches: Launches, at: Place, *, compiled: dict[Source, bytes], stream: Any
+    ) -> list[Start]:
+        def address(word: str) -> int:
+            tensor, offset = place(word, c)
+            return 0 if tensor is None else at(tensor) + offset
+
+        workspace = at("scratch") + aligned(launches.scratch)
         starts: list[Start] = []
         for step in launches.steps:
             if isinstance(step, Kernel):

@@ -2,7 +2,7 @@
 
 from handgrad.backends.base import Planner
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gemm, Gpu, Kernel, Sdpa
+from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa
 from handgrad.core.op import Op
 from handgrad.core.plan import aligned
 from handgrad.core.program import Call
@@ -32,10 +32,12 @@ class Card(Planner):
 
     def scratch(self, call: Call) -> int:
         """The op's own bytes, and behind them the libraries' workspace."""
-        launches = call.op.cuda(call, self.gpu)
-        library = [s for s in launches.steps if not isinstance(s, Kernel)]
+        return max(self._scratch(way) for way in call.op.cuda(call, self.gpu).ways())
+
+    def _scratch(self, way: Launches) -> int:
+        library = [s for s in way.steps if not isinstance(s, Kernel)]
         rooms = [GEMM_WORKSPACE if isinstance(s, Gemm) else attention_workspace(s) for s in library]
-        return aligned(launches.scratch) + max(rooms, default=0)
+        return aligned(way.scratch) + max(rooms, default=0)
 
     def note(self, call: Call) -> str:
         return call.op.cuda(call, self.gpu).note

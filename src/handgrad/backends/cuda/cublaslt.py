@@ -5,10 +5,10 @@ The library is column-major; our row-major out (m, n) = a b is its (n, m) = b' a
 
 import ctypes
 import json
-import statistics
 from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # heuristic results that are timed, for each product
 WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
-TURNS, TURN_FLOPS = 3, 5e11  # times that a candidate is timed, and about how much it does each time: a millisecond
+TURN_FLOPS = 5e11  # about what a candidate does each time that it is timed: a millisecond
 TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
 COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
@@ -177,15 +177,12 @@ class CublasLt:
         return self._chosen[p]
 
     def tune(self, products: list[Product]) -> None:
-        """Times what the library proposes for products that it has not seen, on memory that is given back.
-
-        A step heats the card until its clocks fall, so candidates are compared hot: warmed up, without pauses, in turn.
-        """
+        """Times what the library proposes for products that it has not seen, on memory that is given back."""
         worth = [p for p in dict.fromkeys(products) if p.flops >= WORTH_TUNING]
         todo = [p for p in worth if repr(astuple(p)) not in self._known and not self.deterministic]
         if not todo:
             return
-        device, begin, end = self.device, self.device.event(True), self.device.event(True)
+        device = self.device
         widths = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
         sizes = {
             "a": max(p.m * p.k * widths[p.a] for p in todo),
@@ -199,7 +196,7 @@ class CublasLt:
         candidates: list[tuple[Product, Heuristic, Callable[[bool], None]]] = []
         try:
             for name in at:  # random values: a product of zeros runs faster than a real one
-                _randomise(device, at[name], sizes[name] // 2, NUMPY["bf16"])
+                device.randomise(at[name], sizes[name])
             for p in todo:
                 bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
                 aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
@@ -212,18 +209,9 @@ class CublasLt:
                     candidates.append(
                         (p, algorithm, self._starter(description, layouts, algorithm, *addresses, device.stream))
                     )
-            times: list[list[float]] = [[] for _ in candidates]
-            for turn in range(TURNS + 1):
-                for mine, (p, _, start) in zip(times, candidates):
-                    repeats = 1 + int(TURN_FLOPS / p.flops)
-                    device.record(begin)
-                    for _ in range(repeats):
-                        start(p.adds)
-                    device.record(end)
-                    if turn:  # the first only warms up
-                        mine.append(device.seconds(begin, end) / repeats)
+            taken = device.race([(partial(start, p.adds), repeats(p.flops)) for p, _, start in candidates])
             for p in todo:
-                ours = [(statistics.median(t), i) for i, (t, c) in enumerate(zip(times, candidates)) if c[0] == p]
+                ours = [(t, i) for i, (t, c) in enumerate(zip(taken, candidates)) if c[0] == p]
                 self._known[repr(astuple(p))] = bytes(candidates[min(ours)[1]][1]).hex()
         finally:
             device.sync()
@@ -237,7 +225,7 @@ class CublasLt:
         at = [device.alloc(8192 * 8192 * 4) for _ in range(3)]
         workspace, begin, end = device.alloc(GEMM_WORKSPACE), device.event(True), device.event(True)
         for address in at[:2]:
-            _randomise(device, address, 8192 * 8192, NUMPY[dtype])
+            device.randomise(address, 8192 * 8192 * 4)
         description, layouts = self._describe(p, 0, 0)
         best = float("inf")
         for algorithm in self._proposals(description, layouts, 4):
@@ -252,14 +240,6 @@ class CublasLt:
         return p.flops / best
 
 
-def _randomise(device: Device, address: int, count: int, dtype: Any) -> None:
-    """Normal numbers, a pattern of up to 4 Mi of them repeated."""
-    pattern = np.random.default_rng(0).standard_normal(min(max(count, 1), 1 << 22), np.float32).astype(dtype)
-    item = pattern.dtype.itemsize
-    device.to_device(address, pattern.ctypes.data, min(count, pattern.size) * item)
-    done = min(count, pattern.size)
-    while done < count:
-        size = min(done, count - done)
-        device.within(address + done * item, address, size * item)
-        done += size
-    device.sync()
+def repeats(flops: float) -> int:
+    """How often something that does so much is begun each time that it is timed."""
+    return 1 + int(TURN_FLOPS / max(flops, WORTH_TUNING))

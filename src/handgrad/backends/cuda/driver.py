@@ -1,14 +1,19 @@
 """The CUDA driver: cards, memory, streams, events, modules and graphs, as thin functions over cuda-bindings."""
 
 import ctypes
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from handgrad.backends.arena import NUMPY
 from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
+TURNS = 3  # times that a work is timed
 
 try:
     from cuda.bindings import driver as cu
@@ -140,6 +145,35 @@ class Device:
         """Between two timing events, the later of which is awaited."""
         self.wait(end)
         return check(cu.cuEventElapsedTime(begin, end)) * 1e-3
+
+    def race(self, starts: Sequence[tuple[Callable[[], None], int]]) -> list[float]:
+        """Seconds that each of some works takes, begun so many times in a row; the median of a few turns.
+
+        A step heats the card until its clocks fall, so they are compared hot: warmed up, and in turn.
+        """
+        begin, end = self.event(True), self.event(True)
+        times: list[list[float]] = [[] for _ in starts]
+        for turn in range(TURNS + 1):
+            for mine, (start, repeats) in zip(times, starts):
+                self.record(begin)
+                for _ in range(repeats):
+                    start()
+                self.record(end)
+                if turn:  # the first only warms up
+                    mine.append(self.seconds(begin, end) / repeats)
+        return [statistics.median(t) for t in times]
+
+    def randomise(self, address: int, nbytes: int) -> None:
+        """Fills memory with normal numbers, bf16, a pattern of up to 4 Mi of them repeated."""
+        size = min(nbytes, 8 << 20)
+        pattern = np.random.default_rng(0).standard_normal(size // 2, np.float32).astype(NUMPY["bf16"])
+        self.to_device(address, pattern.ctypes.data, pattern.nbytes)
+        done = pattern.nbytes
+        while 0 < done < nbytes:
+            size = min(done, nbytes - done)
+            self.within(address + done, address, size)
+            done += size
+        self.sync()
 
     def capture(self, work: Callable[[], None]) -> Any:
         """What `work` starts on the stream, as one executable graph; nothing runs yet."""

@@ -59,8 +59,6 @@ class Linear(Op):
         N, M, K = (c.sizes[d] for d in "NMK")
         gelu, wide = c.attrs["gelu"], _vec(c.dtype, M, K) > 1
         product = Gemm("y", "x", "w", N, M, K, tb=True)
-        if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
-            return Launches((replace(product, epilogue="gelu", bias="b", aux="pre"),), note="gelu in the product")
         to = "y" if c.pre is None else "pre"
         steps: list[Gemm | Kernel] = [replace(product, out=to)]
         if c.b is not None and wide:
@@ -69,7 +67,11 @@ class Linear(Op):
             steps.append(Kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms), 256))
         if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
             steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=4))
-        return Launches(tuple(steps))
+        apart = Launches(tuple(steps))
+        if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
+            fused = (replace(product, epilogue="gelu", bias="b", aux="pre"),)
+            return Launches(fused, note="gelu in the product", instead=apart)
+        return apart
 
     def remake(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
@@ -186,9 +188,11 @@ class LinearBackwardX(Op):
         product = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
             return Launches((product,))
-        if _fuses_gelu(c):
-            return Launches((replace(product, epilogue="dgelu", aux="pre"),), note="gelu' in the product")
-        return Launches((product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=2)))
+        apart = Launches((product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=2)))
+        if not _fuses_gelu(c):
+            return apart
+        fused = replace(product, epilogue="dgelu", aux="pre")
+        return Launches((fused,), note="gelu' in the product", instead=apart)
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]

@@ -1,0 +1,73 @@
+"""The faster of the ways to do a call, by the card's clock, kept on disk."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+from handgrad.backends.cuda import cache
+from handgrad.backends.cuda.cublaslt import WORTH_TUNING, repeats
+from handgrad.backends.cuda.driver import Device
+from handgrad.core.knobs import KNOBS
+from handgrad.core.launch import Gpu, Launches
+from handgrad.core.program import Call
+from handgrad.core.tensor import Tensor
+
+Place = Callable[["Tensor | str"], int]  # the address of a tensor, of "knobs" and of "scratch"
+Bind = Callable[[Call, Launches, Place], list[Callable[[bool], None]]]  # what starts each launch
+
+
+class Ways:
+    """What was chosen on one card, with one version of the library whose products are in it."""
+
+    def __init__(self, device: Device, gpu: Gpu, version: int):
+        self._device, self._gpu = device, gpu
+        self._file = cache.key("ways", version, device.name) + ".json"
+        self._known: dict[str, int] = {} if gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
+
+    def chosen(self, c: Call) -> Launches:
+        """The faster way, or the first where nothing was timed."""
+        first = c.op.cuda(c, self._gpu)
+        return first if first.instead is None else first.ways()[self._known.get(key(c, first), 0)]
+
+    def open(self, calls: list[Call]) -> dict[str, Call]:
+        """Calls, one of a kind, whose ways are worth timing and were not timed yet."""
+        if self._gpu.deterministic:
+            return {}
+        found = {}
+        for c in calls:
+            first = c.op.cuda(c, self._gpu)
+            if first.instead is not None and c.op.flops(c) >= WORTH_TUNING and key(c, first) not in self._known:
+                found[key(c, first)] = c
+        return found
+
+    def race(self, calls: dict[str, Call], bind: Bind, scratch: Callable[[Call], int]) -> None:
+        """Times what `open` gave, on memory that is given back."""
+        device = self._device
+        for name, c in calls.items():
+            nbytes = {t: t.nbytes for t in (*c.ins, *c.outs) if t is not None}
+            nbytes |= {"scratch": scratch(c), "knobs": 8 * len(KNOBS)}
+            at = {t: device.alloc(max(n, 256)) for t, n in nbytes.items()}
+            try:
+                for t, n in nbytes.items():
+                    if t != "knobs":
+                        device.randomise(at[t], n)
+                device.fill(at["knobs"], 8 * len(KNOBS))
+                ways = [bind(c, way, at.__getitem__) for way in c.op.cuda(c, self._gpu).ways()]
+                taken = device.race([(partial(_start, starts), repeats(c.op.flops(c))) for starts in ways])
+                self._known[name] = taken.index(min(taken))
+            finally:
+                device.sync()
+                for address in at.values():
+                    device.free(address)
+        if calls:
+            cache.store(self._file, json.dumps(self._known).encode())
+
+
+def key(c: Call, first: Launches) -> str:
+    """What the choice depends on: all ways, written out, and the types."""
+    return cache.key(first, [None if t is None else t.dtype.name for t in (*c.ins, *c.outs)])
+
+
+def _start(starts: list[Callable[[bool], None]]) -> None:
+    for start in starts:
+        start(True)
