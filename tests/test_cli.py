@@ -93,7 +93,10 @@ def test_help_is_quick():
     ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
     ("train --optim.schedule cosinus", "[train] --optim.schedule takes one of cosine, linear, constant, wsd, "
                                        "but got 'cosinus'."),
-    ("train fast", "[train] after the verb come flags, but got 'fast'. hint: handgrad train --help"),
+    ("train fast", "[train] after the verb come flags, but got 'fast'. "
+                   "hint: handgrad train --help; for llm.c's letters: docs/from-llmc.md"),
+    ("train --batch-size 4", "[train] flags are those of --help, but got '--batch-size'. hint: did you mean --data.batch-tokens?"),
+    ("train --run.bogus 1", "[train] flags are those of --help, but got '--run.bogus'. hint: handgrad train --help"),
     ("train --run.steps -1", "[run] --run.steps is a number from 0 on, but got -1."),
     ("train --run.keep-last -1", "[run] --run.keep-last is a number from 0 on, but got -1."),
     ("train --optim.lr nan", "[optim] --optim.lr is a number from 0 on, but got nan."),

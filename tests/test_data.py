@@ -382,11 +382,11 @@ def test_bad_text_changes_nothing(tmp_path):
         ([], "must not be empty"),
     ]:
         with pytest.raises(HandgradError, match=message):
-            data.prepare_text(files, out, tokenizer)
+            data.prepare_text(files, out, tokenizer, replace=True)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with pytest.raises(HandgradError, match="'X' at character 0"):
         (tmp_path / "x.txt").write_text("X")
-        data.prepare_text([tmp_path / "x.txt"], out, tokenizers.chars("abc"), val_fraction=0)
+        data.prepare_text([tmp_path / "x.txt"], out, tokenizers.chars("abc"), val_fraction=0, replace=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with pytest.raises(HandgradError, match="must be writable"):
         data.prepare_text([good], good, tokenizer)
@@ -401,6 +401,22 @@ def test_preparing_again_leaves_no_older_shard(tmp_path):
     data.prepare_text([tmp_path / "a.txt"], tmp_path, tokenizer)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["SHA256SUMS", "a.txt", "meta.json", "train_000000.bin", "train_notes.bin", "val_000000.bin"]
+
+
+def test_another_source_or_tokenizer_takes_no_data_set_s_place(tmp_path):
+    """Unless it is told to; the same source, changed meanwhile, may be made again."""
+    a, b, out, gpt2 = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", tokenizers.gpt2()
+    a.write_text("one two three four five six seven eight nine ten")
+    b.write_text("to be or not to be")
+    data.prepare_text([a], out, gpt2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for files, tokenizer in (([b], gpt2), ([a, b], gpt2), ([a], tokenizers.chars(a.read_text()))):
+        with pytest.raises(HandgradError, match="out holds shards of this source, but got 12 tokens of another"):
+            data.prepare_text(files, out, tokenizer)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    a.write_text("one two three four")
+    assert data.prepare_text([a], out, gpt2)["train"]["tokens"] < 12
+    assert data.prepare_text([b], out, gpt2, replace=True) == data.read_meta(out)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"tokenizer": 3}', "[" * 10**5, "\x00"])

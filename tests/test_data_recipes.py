@@ -342,7 +342,7 @@ def test_resume_begins_afresh_when_anything_changed(tmp_path, monkeypatch):
     assert everything(out) == everything(whole)
     interrupted(shard_tokens=1500)
     (source / "001_00000.parquet").unlink()
-    run(out, "fineweb", source=source, shard_tokens=1500)
+    run(out, "fineweb", source=source, shard_tokens=1500, replace=True)
     assert data.read_meta(out)["source"]["files"] == 2
 
 
@@ -365,7 +365,7 @@ def test_killed_while_moving(tmp_path, monkeypatch):
 
             patch.setattr(build.Path, "replace", stop)
             with pytest.raises(KeyboardInterrupt):
-                run(out, "fineweb", source=source, shard_tokens=1500)
+                run(out, "fineweb", source=source, shard_tokens=1500, replace=True)
         assert not (out / "meta.json").exists()  # a mixture must not look whole
         run(out, "fineweb", source=source, shard_tokens=1500)
         assert everything(out) == everything(whole)

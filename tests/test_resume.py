@@ -143,8 +143,31 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     assert main(["train", "--run.resume", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
     saved = resumed(Config(run=RunConfig(resume=out)))
     assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
-    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
-    assert log(out)[-1]["lr"] <= 1e-4
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 4, 5, 6]
+    assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"] == "from here on optim.lr is 0.0001, not 0.002"
+
+
+def test_data_of_another_tokenizer_do_not_go_on(words, whole, tmp_path, capsys):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    shutil.copytree(words, tmp_path / "other")
+    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
+    meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][::-1]
+    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    again = ["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14", "--data.train"]
+    assert main([*again, str(tmp_path / "other")]) == 2
+    rule = f"[model] data for {tmp_path}/run/step_000012 are made with its tokenizer chars, to which 0 is"
+    assert capsys.readouterr().err.startswith(rule)
+    same(tmp_path / "run", whole("f32"))
+    assert main([*again, words]) == 0
+
+
+def test_a_finished_run_keeps_its_settings(words, whole, tmp_path, capsys):
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert main(["train", "--run.resume", str(tmp_path / "run"), "--optim.lr=9", "--run.seed=5"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    same(tmp_path / "run", whole("f32"))
 
 
 def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
@@ -155,9 +178,9 @@ def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
 
 @pytest.mark.parametrize(("words_", "line"), [
     ("nowhere", "[resume] there is a complete checkpoint to go on from, but got no folder 'nowhere'. "
-                "hint: --run.resume auto starts afresh where there is none"),
+                "hint: --run.resume auto --run.out nowhere starts afresh where there is none"),
     ("empty", "[resume] there is a complete checkpoint to go on from, but got none in 'empty'. "
-              "hint: --run.resume auto starts afresh where there is none"),
+              "hint: --run.resume auto --run.out empty starts afresh where there is none"),
     ("empty --run.out other", "[resume] --run.resume names the run folder, and --run.out the same or none, "
                               "but got 'empty' and 'other'."),
 ])  # fmt: skip

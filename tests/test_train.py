@@ -18,6 +18,7 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.train.config import Config
 from handgrad.train.outliers import WINDOW
 
+SHARDS = "handgrad data makes them; relative paths begin in this folder"
 TINY = (
     "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 "
     "--run.micro-batch 2 --run.threads 1 --run.steps 6 --optim.warmup 2 --run.val-tokens 64 --run.sample-tokens 0"
@@ -174,8 +175,10 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
     ("--run.head-chunks 65", "[train] head_chunks lies between 1 and the 64 rows of a micro-batch, but got 65."),
     ("--run.sample-tokens 1 --run.prompt €", "[run] --run.prompt is spelled with the data's characters, but got '€'. "
                                              "hint: another, or --run.sample-tokens 0"),
-    ("--data.train nowhere", "[data] at least one token shard must match nowhere, but got none."),
-    ("--data.val nowhere", "[data] at least one token shard must match nowhere, but got none."),
+    ("--data.train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+    ("--data.train nowhere --model.vocab-size 64",
+     f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+    ("--data.val nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
 ])  # fmt: skip
 def test_mistakes_in_settings(words, told, flags, line):
     assert told(*flags.split()) == line

@@ -4,17 +4,18 @@ import difflib
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 from handgrad.core.errors import HandgradError
 
 VERBS = {
-    "train": "train a GPT-2; without arguments, a small one on Shakespeare, in about a minute",
+    "train": "train a GPT-2; without flags, a small one on Shakespeare in a minute",
     "generate": "continue a prompt with a trained model",
     "eval": "validation loss and benchmark tasks of a trained model",
     "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
-    "report": "the curves and figures of a run, or of several side by side, as a page",
+    "report": "the curves and figures of a run, or of several, as a page",
     "explain": "every call, byte and flop of a run before it runs",
-    "profile": "where a step's time goes, against what its bytes and flops must take",
+    "profile": "where a step's time goes, against what its bytes and flops take",
     "data": "turn text into token shards",
     "ops": "the ops: support table, check, grad, bench",
     "doctor": "what is installed, what was found, what would run",
@@ -32,6 +33,9 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(version("handgrad"))
+        return 0
     if argv[0] not in VERBS:
         near = difflib.get_close_matches(argv[0], VERBS, 1)
         hint = f"did you mean handgrad {near[0]}?" if near else "handgrad --help"

@@ -29,6 +29,8 @@ class Making:
     """tokens in one shard"""
     workers: int = 0
     """processes that tokenize; 0: the number of cores, fewer for a small source"""
+    replace: bool = False
+    """the folder's shards of another source or tokenizer may go"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Rows(Making):
     column: str = "text"
     """name of the rows' text"""
     val_tokens: int = 2**20
-    """the first so many tokens become the validation set"""
+    """the first so many tokens become the validation set; 0: none"""
 
 
 @dataclass(frozen=True)

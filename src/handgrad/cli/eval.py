@@ -16,6 +16,7 @@ from handgrad import data as hg_data
 from handgrad import evals
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.infer.load import open_source
 from handgrad.train.config import Config, DataConfig
 from handgrad.train.log import replace_file
 from handgrad.train.run import SETTINGS, find_data
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> int:
             else:
                 found = evals.evaluate(name, what, m.scorer, done)
             of = count if name == "val" else len(what)
-            note(path, m, name, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
+            key = f"{name} (first {of})" if a.limit else name  # beside the result of them all
+            note(path, m, key, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
             for i, (metric, (value, error)) in enumerate(found.items()):
                 row = ("", "") if i else (name, f"{of:,}")
                 table.add_row(*row, metric, f"{value:.4f}", "" if error != error else f"{error:.4f}")
@@ -94,6 +96,7 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
 
 def own_val(run: Path) -> str:
     """A glob of the validation shards that the run was trained beside."""
+    open_source(str(run))  # there is a model
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]

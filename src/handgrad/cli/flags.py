@@ -44,8 +44,8 @@ def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
             continue
         if flag not in known:
             name = flag.rpartition(".")[2].lstrip("-")
-            same = [other for other in known if other.rpartition(".")[2] == name]  # --steps is --run.steps
-            near = same or difflib.get_close_matches(flag, known, 1)
+            last = {other.rpartition(".")[2].lstrip("-"): other for other in known}  # --steps is --run.steps
+            near = [last[word] for word in difflib.get_close_matches(name, last, 1)]
             hint = f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
             return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=hint)
         if known[flag] is bool:
@@ -65,7 +65,8 @@ def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
         if get_origin(hint) is Literal and word not in get_args(hint):
             return HandgradError(verb, f"{name} is {_takes(hint)[0]}", f"'{word}'")
     rule = " ".join(["after the verb come", *words, "and flags"] if words else ["after the verb come flags"])
-    return HandgradError(verb, rule, f"'{' '.join(argv)}'" if argv else "nothing", hint=f"handgrad {verb} --help")
+    hint = f"handgrad {verb} --help" + ("; for llm.c's letters: docs/from-llmc.md" if verb == "train" else "")
+    return HandgradError(verb, rule, f"'{' '.join(argv)}'" if argv else "nothing", hint=hint)
 
 
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:

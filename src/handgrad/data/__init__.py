@@ -1,7 +1,7 @@
 """Token shards, batches of them, and the way from text to shards."""
 
 from handgrad.data.choices import Choices, read_choices, write_choices
-from handgrad.data.loader import Tokens, tokens
+from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.prepare.build import check, read_meta
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
@@ -14,6 +14,7 @@ __all__ = [
     "ShardWriter",
     "Tokens",
     "check",
+    "find_shards",
     "id_dtype",
     "open_shard",
     "prepare",

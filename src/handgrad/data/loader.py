@@ -58,6 +58,15 @@ def tokens(
     return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size)
 
 
+def find_shards(pattern: str | Path) -> list[str]:
+    """The files that a glob names, by name. Raises HandgradError if there is none."""
+    paths = sorted(glob.glob(str(pattern)))
+    if not paths:
+        hint = "handgrad data makes them; relative paths begin in this folder"
+        raise HandgradError("data", f"at least one token shard must match {pattern}", "none", hint=hint)
+    return paths
+
+
 class Tokens:
     """Token windows of one data set; made by `tokens`.
 
@@ -76,9 +85,7 @@ class Tokens:
             below = max(batch_tokens // seq_len, 1) * seq_len
             rule = f"batch_tokens must be a multiple of seq_len {seq_len}"
             raise HandgradError("data", rule, batch_tokens, hint=f"{below} or {below + seq_len} would do")
-        paths = sorted(glob.glob(str(pattern)))
-        if not paths:
-            raise HandgradError("data", f"at least one token shard must match {pattern}", "none")
+        paths = find_shards(pattern)
         self.pattern = str(pattern)
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens

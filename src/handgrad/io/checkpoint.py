@@ -40,6 +40,7 @@ MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
+OLDER = "without its file DONE, or its folder, the newest complete checkpoint is an older one"
 _STEP = re.compile(r"step_(\d{6,})(\.old)?")
 _DTYPES = {  # safetensors' name: numpy's
     "F64": "float64",
@@ -183,7 +184,7 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("checkpoint", f"{file} must be JSON", error) from None
+        raise HandgradError("checkpoint", f"{file} must be JSON", error, hint=OLDER) from None
     if not isinstance(meta, dict):
         raise HandgradError("checkpoint", f"{file} must hold an object", type(meta).__name__)
     for key, kind in {"step": int, **(expected or {})}.items():
@@ -251,7 +252,7 @@ def _readable(path: Path, read, *args, **kwargs):
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
-        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason) from None
+        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason, hint=OLDER) from None
 
 
 def _spec(shape, dtype: str) -> str:

@@ -125,7 +125,7 @@ def write(path: str | Path, weights: Weights, dtype: str | None = None, dropout:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in weights.shapes():
             values = weights.tensor(name, dtype)
-            np.ascontiguousarray(values.T if _is_transposed(name) else values).tofile(file)
+            file.write(np.ascontiguousarray(values.T if _is_transposed(name) else values).reshape(-1).view(np.uint8))
 
 
 def _is_transposed(name: str) -> bool:

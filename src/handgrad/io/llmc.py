@@ -65,7 +65,7 @@ def write_model(path: str | Path, weights: Weights, dtype: str | None = None) ->
     with Path(path).open("wb") as file:
         file.write(_words(MODEL, {value: key for key, value in DTYPES.items()}[dtype], words))
         for name in layout.names():
-            np.ascontiguousarray(weights.tensor(name, dtype, layout.rows)).tofile(file)
+            file.write(np.ascontiguousarray(weights.tensor(name, dtype, layout.rows)).reshape(-1).view(np.uint8))
 
 
 class Layout:

@@ -39,6 +39,7 @@ from handgrad.train.trainer import Step, Trainer
 
 INTERRUPTED = 130  # exit code, as shells give for Ctrl-C
 SETTINGS = "config.json"
+UNNOTED = {("run", name) for name in ("out", "resume", "steps", "threads")}  # of a resumed run
 SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
 SAMPLING = {"temperature": 0.8, "top_k": 200}
 
@@ -55,7 +56,11 @@ def train(c: Config, quiet: bool = False) -> int:
             out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, wandb=c.run.wandb,
             settings=asdict(run.config), quiet=quiet,
         )  # fmt: skip
-        run.describe()
+        changed = changes(out, run.config) if run.done else ""
+        if changed and run.done < run.config.run.steps:
+            log.event(run.done, f"from here on {changed}")
+        if not run.done or run.done < run.config.run.steps:
+            run.describe()
     if not quiet:
         run.show()
     with log:
@@ -161,6 +166,7 @@ class Run:
     def __init__(self, c: Config, out: Path):
         backend = open_backend(c.run.backend, c.run.threads)
         shards, val_shards, meta = find_data(c, out)
+        hg_data.find_shards(shards)
         self.out = out
         self.tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
         c, init = started(c, out, self.tokenizer)
@@ -168,7 +174,7 @@ class Run:
         data = training_data(c, shards, model)
         self.config = c = resolve(c, model, data, out, backend)
         r, o = c.run, c.optim
-        self.lr = schedules.schedule(o.schedule, o.lr, o.warmup, r.steps, o.final)
+        self.lr = schedules.schedule(o.schedule, o.lr, min(o.warmup, r.steps), r.steps, o.final)
         optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
         self.prompt = prompt_ids(self.tokenizer, r.prompt) if r.sample_tokens else []
         self.hellaswag = evals.read_items("hellaswag", r.hellaswag, self.tokenizer) if r.hellaswag else []
@@ -238,6 +244,10 @@ class Run:
         f, where = self.facts, f"run folder {self.out}"
         console.print(f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True)
         console.print(f" {where}, resumed at step {self.done}" if self.done else f" {where}", soft_wrap=True)
+        if self.done == self.config.run.steps:
+            console.print(" nothing is left to do: more --run.steps would go on", soft_wrap=True)
+        elif self.config.optim.warmup >= self.config.run.steps:
+            console.print(f" all {self.config.run.steps} steps are warm-up: --optim.warmup", soft_wrap=True)
         console.print()
 
     def sample(self) -> str:
@@ -259,6 +269,21 @@ class Run:
 # from flags to what they mean -----------------------------------------------------------------------------------------
 
 
+def changes(out: Path, c: Config) -> str:
+    """What of a run folder's settings these change, in words."""
+    try:
+        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a converted model has none
+        return ""
+    found = []
+    for group, values in asdict(c).items():
+        for name, value in values.items():
+            was = before.get(group, {}).get(name, value)
+            if was != value and (group, name) not in UNNOTED:
+                found.append(f"{group}.{name.replace('_', '-')} is {value!r}, not {was!r}")
+    return ", ".join(found)
+
+
 def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
     """(train glob, val glob or "", meta). Packaged text is prepared inside the run folder; a folder has its split."""
     d = c.data
@@ -277,11 +302,12 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
 
 def started(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, str | Weights]:
     """(the settings, what the weights start from). A model on disk brings its sizes; a resumed run needs no start."""
-    m = c.model
+    m, last = c.model, newest(out) if c.run.resume else None
+    if last is not None:
+        check_same_tokens(open_source(str(last)), tokenizer)
+        return c, "random"
     if m.init in ("random", "llmc"):
         return c, m.init
-    if c.run.resume and newest(out):
-        return c, "random"
     source = open_source(m.init)
     sizes = {name: getattr(source.model, name) for name in (*SIZES, "vocab_size")}
     for name, size in ({"depth": 0} | sizes).items():
@@ -320,7 +346,7 @@ def resolve(c: Config, model: GPT2, data: hg_data.Tokens, out: Path, backend: Ba
     return Config(
         replace(c.model, **asdict(model)),
         replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        replace(c.optim, warmup=min(c.optim.warmup, steps), final=final),
+        replace(c.optim, final=final),
         replace(c.run, out=str(out), steps=steps, dtype=dtype, backend=backend.name, prompt=c.run.prompt or "\n"),
     )
 
@@ -362,7 +388,7 @@ def run_folder(c: Config) -> Path:
             raise HandgradError("resume", rule, f"'{r.resume}' and '{r.out}'")
         if newest(r.resume) is None:
             got = f"none in '{r.resume}'" if Path(r.resume).is_dir() else f"no folder '{r.resume}'"
-            hint = "--run.resume auto starts afresh where there is none"
+            hint = f"--run.resume auto --run.out {r.resume} starts afresh where there is none"
             raise HandgradError("resume", "there is a complete checkpoint to go on from", got, hint=hint)
         return Path(r.resume)
     if r.out:
@@ -377,7 +403,7 @@ def run_folder(c: Config) -> Path:
 def undone_unless_begun(out: Path, resume: str) -> Iterator[None]:
     """Makes the run folder. If the block fails, all that was not there before is gone again."""
     if (out / "log.jsonl").exists() and not resume:
-        hint = f"--run.resume {out}, or another --run.out"
+        hint = f"--run.resume {out if newest(out) else f'auto --run.out {out}'}, or another --run.out"
         raise HandgradError("run", "a run folder holds one run", f"'{out}', which has a log", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:

@@ -53,12 +53,14 @@ class Settings:
     """shard_tokens: in a full shard
     val_tokens: how many of the first are val where parts do not say;  wants_val: whether val may not be empty
     workers: processes that tokenize
+    replace: shards of another source or tokenizer that are in the folder may go
     """
 
     shard_tokens: int = 100_000_000
     val_tokens: int = 0
     wants_val: bool = True
     workers: int = 1
+    replace: bool = False
 
 
 @dataclass
@@ -89,7 +91,8 @@ def build(
     progress: called with the bytes of the source read so far, those it has, and the tokens made so far
 
     The folder changes only when all is written; then it holds these shards and no older ones of the same names.
-    Raises HandgradError for what the source lacks, for a split without tokens, for a full disk.
+    Raises HandgradError for what the source lacks, for a split without tokens, for a full disk, and where the folder
+    holds other shards than these would be, unless they may be replaced.
     """
     if settings.shard_tokens < 1:
         raise HandgradError("data", "shard_tokens must be at least 1", settings.shard_tokens)
@@ -100,6 +103,8 @@ def build(
         with _claimed(out_dir) as building:
             spec = tokenizer.save(building)
             plan = _fingerprint([recipe, spec, settings.shard_tokens, settings.val_tokens], parts, building)
+            if not settings.replace:
+                _check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
             meta = _meta(recipe, parts, tokenizer, spec, done)
@@ -107,8 +112,9 @@ def build(
             missing = [split for split in wanted if not meta[split]["tokens"]]
             if missing:
                 (building / _NOTE).unlink(missing_ok=True)
-                hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
-                raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", "none", hint=hint)
+                hint = f"the first {settings.val_tokens:,} tokens are val: --val-tokens" if settings.val_tokens else ""
+                got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
+                raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
             _install(building, out_dir, meta, done)
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
@@ -125,7 +131,8 @@ def check(folder: str | Path) -> dict[str, int]:
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise HandgradError("data", f"{sums} must be a readable list of checksums", error, hint=hint) from None
+        reason = getattr(error, "strerror", None) or error
+        raise HandgradError("data", f"{sums} must be a readable list of checksums", reason, hint=hint) from None
     sizes = {}
     for line in lines:
         digest, _, name = line.partition("  ")
@@ -150,7 +157,7 @@ def read_meta(folder: str | Path) -> dict | None:
     path = Path(folder) / "meta.json"
     if not path.is_file():
         return None
-    hint = "make it again with: handgrad data text FILE"
+    hint = "make it again: handgrad data RECIPE --replace"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -186,6 +193,19 @@ def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
     files = {path.name: _sha256(path) for path in _tokenizer_files(building)}
     plan = [words, files, [[part.name, part.size, part.stamp, part.split] for part in parts]]
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _check_replaces(out_dir: Path, origin: dict) -> None:
+    """Raises HandgradError where a folder holds what another source or another tokenizer gave."""
+    meta = read_meta(out_dir)
+    if meta is not None and any(meta.get(key) != value for key, value in origin.items()):
+        got = f"{sum(meta[split].get('tokens', 0) for split in _SPLITS):,} tokens of another, or by another tokenizer"
+        raise HandgradError("data", f"{out_dir} holds shards of this source", got, hint="another --out, or --replace")
+
+
+def _origin(recipe: str, parts: Sequence[Part], spec: dict) -> dict:
+    """Where shards come from, in meta.json."""
+    return {"tokenizer": spec, "source": {"recipe": recipe, "files": len(parts), "first": parts[0].name}}
 
 
 def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
@@ -258,10 +278,9 @@ def _jobs(parts: Sequence[Part], part: int, job: int) -> Iterator[tuple[tuple[in
 
 def _meta(recipe: str, parts: Sequence[Part], tokenizer, spec: dict, done: _Done) -> dict:
     meta = {
-        "tokenizer": spec,
+        **_origin(recipe, parts, spec),
         "vocab_size": tokenizer.vocab_size,
         "dtype": id_dtype(tokenizer.vocab_size).name,
-        "source": {"recipe": recipe, "files": len(parts), "first": parts[0].name},
     }
     for split in _SPLITS:
         meta[split] = {"tokens": done.tokens(split)}

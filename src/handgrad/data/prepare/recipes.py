@@ -38,6 +38,7 @@ def prepare(
     val_fraction: float = 0.1,
     shard_tokens: int = 100_000_000,
     workers: int = 0,
+    replace: bool = False,
     progress: Callable[[int, int, int], None] = lambda read, size, tokens: None,
 ) -> dict:
     """Makes the data set `recipe` in `out_dir`, by `build`, and returns meta.json's content.
@@ -48,6 +49,7 @@ def prepare(
     column: where rows of jsonl and parquet hold their text;  val_tokens: their first tokens, which become val
     val_fraction: share of the bytes of `text`, at its end, that becomes val
     workers: processes; 0: as many as there are cores, or fewer for a small source
+    replace: shards of another source or tokenizer that are in the folder may go
 
     Raises HandgradError for a source that is missing or damaged, and as `build` does.
     """
@@ -67,7 +69,7 @@ def prepare(
         val_tokens = shard_tokens
     elif recipe in ("jsonl", "parquet"):
         jobs = partial(json_lines if recipe == "jsonl" else table, column=column)
-        parts = [local_part(Path(file), jobs) for file in files]
+        parts, wants_val = [local_part(Path(file), jobs) for file in files], val_tokens > 0
     elif recipe == "text":
         if not 0 <= val_fraction < 1:
             raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
@@ -78,7 +80,8 @@ def prepare(
         val_tokens = 0
     size = sum(part.size for part in parts)
     workers = workers or min(os.cpu_count(), 1 + size // _WORKER_BYTES)
-    return build(recipe, parts, out_dir, tokenizer, Settings(shard_tokens, val_tokens, wants_val, workers), progress)
+    settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace)
+    return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
 
 def prepare_text(
@@ -88,6 +91,7 @@ def prepare_text(
     val_fraction: float = 0.1,
     shard_tokens: int = 100_000_000,
     workers: int = 1,
+    replace: bool = False,
 ) -> dict:
     """Writes `files` as train_000000.bin.., val_000000.bin.. and meta.json into `out_dir`; returns meta.json's content.
 
@@ -97,6 +101,7 @@ def prepare_text(
     val_fraction: share of the text's bytes, at its end, that becomes val; 0 makes no val shard
     shard_tokens: tokens in a full shard
     workers: processes that tokenize; a script that asks for more than one is imported by them, so guard its main part
+    replace: shards of another source or tokenizer that are in the folder may go
 
     The folder changes only when all is written; then it holds these shards and no older ones of the same names. A run
     that was killed is continued by the next one.
@@ -112,7 +117,7 @@ def prepare_text(
     (7, {'tokens': 9, 'bytes': 9, 'shards': ['train_000000.bin']})
     """
     made = {"files": files, "val_fraction": val_fraction, "shard_tokens": shard_tokens, "workers": workers}
-    return prepare("text", out_dir, tokenizer, **made)
+    return prepare("text", out_dir, tokenizer, **made, replace=replace)
 
 
 def _parts(source, repo: str, published: tuple, also: tuple, jobs) -> list[Part]:
