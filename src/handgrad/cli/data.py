@@ -157,7 +157,7 @@ class bar:
     def __exit__(self, kind, error, trace) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            print("finished shards are kept; the same command goes on after them", file=sys.stderr)
+            print("what shards were finished are kept; the same command goes on after them", file=sys.stderr)
 
 
 def tokenizer_of(word: str, texts=()) -> tokenizers.Tokenizer:

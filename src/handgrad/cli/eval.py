@@ -29,7 +29,7 @@ class Eval:
     """Which model, on what."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """run folder, or one of its checkpoints"""
+    """run folder, one of its checkpoints, llm.c's .bin or a Hugging Face folder"""
     tasks: str = "val"
     """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE for its place"""
     data: str = "."
