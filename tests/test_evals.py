@@ -431,6 +431,11 @@ def test_P9_results_go_where_asked(folder, tmp_path, capsys):
     flags = "--tasks", "hellaswag", "--limit", "2", "--out"
     code, out, _ = evaluated(folder, capsys, *flags, f"{tmp_path}/x.json")
     assert code == 0 and f"in {tmp_path}/x.json" in out and json.loads((tmp_path / "x.json").read_text())["step_000240"]["hellaswag (first 2)"]["count"] == 2
+    for text in ("# notes", "[1, 2]", '{"a": 3}'):
+        (tmp_path / "notes.md").write_text(text)
+        code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/notes.md")
+        assert code == 2 and err.startswith(f"[eval] {tmp_path}/notes.md holds results of evaluations, but got")
+        assert (tmp_path / "notes.md").read_text() == text
     code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/nowhere/x.json")
     assert code == 2 and not out and err.startswith(f"[run] {tmp_path}/nowhere/x.json must be writable")
 

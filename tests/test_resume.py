@@ -20,7 +20,7 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.io import checkpoint
 from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from handgrad.train.outliers import WINDOW
-from handgrad.train.run import resumed, train
+from handgrad.train.run import Run, claimed, resumed, train
 
 STEPS = 12
 
@@ -145,6 +145,31 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 4, 5, 6]
     assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"] == "from here on optim.lr is 0.0001, not 0.002"
+
+
+def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, capsys):
+    """What the first one writes meanwhile would be deleted with what the second had made."""
+    shutil.copytree(whole("f32"), tmp_path / "run")
+    with claimed(tmp_path / "run"):
+        assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 2
+        rule = f"[run] one process trains in a run folder, but got another at work in '{tmp_path}/run'."
+        assert capsys.readouterr().err == rule + "\n"
+        same(tmp_path / "run", whole("f32"))
+    assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 0
+    assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "15"]) == 0  # it was given back
+
+
+def test_overfitting_stays_on_its_batch(words, tmp_path):
+    """Also with a larger batch: the first sequences of the data, seen again."""
+    first = []
+    for batch_tokens, steps in ((64, 4), (128, 6)):
+        c = config(words, tmp_path / "run", steps=steps, resume="auto")
+        trainer = Run(replace(c, data=replace(c.data, batch_tokens=batch_tokens, overfit=True)), tmp_path / "run").trainer
+        assert trainer.data.ahead == 0
+        first.append(next(iter(trainer.data.batch(0, micro_batch=1).values())))
+        if steps == 4:
+            assert train(replace(c, data=replace(c.data, overfit=True)), quiet=True) == 0
+    assert np.array_equal(*first)
 
 
 def test_data_of_another_tokenizer_do_not_go_on(words, whole, tmp_path, capsys):

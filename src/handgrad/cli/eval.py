@@ -94,6 +94,15 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
     return name, own_val(Path(a.run)) if name == "val" else evals.find(name, a.data)
 
 
+def trained_length(run: Path) -> int:
+    """Tokens in a sequence that a run was trained on; 0 for a model from elsewhere."""
+    run = run.parent if run.resolve().name.startswith("step_") else run
+    try:
+        return int(json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]["seq_len"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def own_val(run: Path) -> str:
     """A glob of the validation shards that the run was trained beside."""
     open_source(str(run))  # there is a model
@@ -114,7 +123,7 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = m.source.model.max_seq_len
+    T = trained_length(Path(a.run)) or m.source.model.max_seq_len
     shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size)
     return shards, min(shards.windows, a.limit or shards.windows)
 
@@ -132,9 +141,14 @@ def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: d
 def results_in(path: Path) -> dict[str, Any]:
     """What the file holds: by checkpoint, by task."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, dict) or not all(isinstance(tasks, dict) for tasks in results.values()):
+            raise ValueError("other JSON")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise HandgradError("eval", f"{path} holds results of evaluations", error, hint="another --out") from None
+    return results
 
 
 def dumped(results: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -224,7 +225,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for place, row in _mmlu_rows(path) if path.is_dir() else _json_rows(path):
             where = place
             yield row
-    except (OSError, EOFError, ValueError, TypeError, csv.Error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, TypeError, csv.Error, lzma.LZMAError, zlib.error) as error:
         rule = f"{path} holds {'rows of question, choices and answer' if path.is_dir() else 'a JSON object a line'}"
         raise HandgradError("eval", rule, error, context=f"after {where}" if where else "") from None
 

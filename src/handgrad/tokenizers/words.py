@@ -27,7 +27,7 @@ _LONGEST = 15  # bytes of a word in the table
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64).view(np.int64)  # odd; products wrap
 _LOW = np.array([2 ** (8 * min(length, 8)) - 1 for length in range(16)], np.uint64).view(np.int64)
 _HIGH = np.array([2 ** (8 * max(length - 8, 0)) - 1 for length in range(16)], np.uint64).view(np.int64)
-_COUNT_BITS = 24
+_COUNT_BITS = 32
 _COUNT = 2**_COUNT_BITS - 1
 
 

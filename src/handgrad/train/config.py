@@ -157,6 +157,8 @@ class RunConfig:
         _check(self, "run", 0, "steps threads head_chunks seed val_every val_tokens sample_every sample_tokens")
         _check(self, "run", 0, "eval_every save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
         _check(self, "run", 0, "telemetry_every")
+        if self.seed >= 2**63:
+            raise HandgradError("run", "--run.seed is below 2^63", self.seed)
         if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
             rule = f"--run.keep-every is a multiple of --run.save-every {self.save_every}"
             raise HandgradError("run", rule, self.keep_every)

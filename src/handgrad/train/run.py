@@ -1,5 +1,7 @@
 """train: a training run, from its settings to a run folder. The loop is linear: what happens now and then is in it."""
 
+import fcntl
+import glob
 import inspect
 import json
 import os
@@ -9,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -50,7 +52,7 @@ def train(c: Config, quiet: bool = False) -> int:
     Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then.
     """
     out = run_folder(c)
-    with undone_unless_begun(out, c.run.resume):
+    with undone_unless_begun(out, c.run.resume) as claim:
         run = Run(c, out)
         log = RunLog(
             out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, wandb=c.run.wandb,
@@ -63,13 +65,13 @@ def train(c: Config, quiet: bool = False) -> int:
             run.describe()
     if not quiet:
         run.show()
-    with log:
+    with claim, log:
         finished = loop(run, log)
         last = run.trainer.last_step
         text = run.sample() if finished and run.prompt else ""
         if text:
             replace_file(out / "sample.txt", text + "\n")
-        summary = run.facts | {"tokens": last * run.config.data.batch_tokens}
+        summary = run.facts | {"tokens": run.trainer.tokens(last)}
         replace_file(out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
         write_report(out)
     if finished:  # below the live line, which has ended
@@ -296,8 +298,8 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
         folder = Path(d.train)
     else:
         return d.train, d.val, hg_data.read_meta(Path(d.train).parent)
-    own = str(folder / "val_*.bin") if any(folder.glob("val_*.bin")) else ""
-    return str(folder / "train_*.bin"), d.val or own, hg_data.read_meta(folder)
+    own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
+    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own, hg_data.read_meta(folder)
 
 
 def started(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, str | Weights]:
@@ -400,8 +402,11 @@ def run_folder(c: Config) -> Path:
 
 
 @contextmanager
-def undone_unless_begun(out: Path, resume: str) -> Iterator[None]:
-    """Makes the run folder. If the block fails, all that was not there before is gone again."""
+def undone_unless_begun(out: Path, resume: str) -> Iterator[ExitStack]:
+    """Makes the run folder, and claims it for this process until what it gives is closed.
+
+    If the block fails, all that was not there before is gone again.
+    """
     if (out / "log.jsonl").exists() and not resume:
         hint = f"--run.resume {out if newest(out) else f'auto --run.out {out}'}, or another --run.out"
         raise HandgradError("run", "a run folder holds one run", f"'{out}', which has a log", hint=hint)
@@ -411,18 +416,32 @@ def undone_unless_begun(out: Path, resume: str) -> Iterator[None]:
         before = set(out.iterdir())
         (out / ".writable").touch()
         (out / ".writable").unlink()
+        claim = claimed(out)
     except OSError as error:
         got = f"'{out}': {error.strerror}"
         raise HandgradError("run", "the run folder is writable", got, hint="another --run.out") from None
     try:
-        yield
+        yield claim
     except BaseException:
+        claim.close()
         for path in set(out.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for folder in made:
             if not any(folder.iterdir()):  # another run may live beside it by now
                 folder.rmdir()
         raise
+
+
+def claimed(out: Path) -> ExitStack:
+    """Locks a folder until it is closed; a process that dies lets go. Raises HandgradError if another holds it."""
+    claim, folder = ExitStack(), os.open(out, os.O_RDONLY)
+    claim.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        claim.close()
+        raise HandgradError("run", "one process trains in a run folder", f"another at work in '{out}'") from None
+    return claim
 
 
 def resumed(c: Config) -> Config | None:

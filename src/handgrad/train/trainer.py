@@ -283,6 +283,10 @@ class Trainer:
             for name, info in self.program.params.items()
         }
 
+    def tokens(self, step: int) -> int:
+        """Tokens that have been read when a step is done."""
+        return (self.data.ahead + step * self.data.sequences) * self.data.seq_len
+
     def params(self) -> dict[str, np.ndarray]:
         """The weights by name, in the working dtype; on the host, views of them."""
         return {name: self.arena.read_part("param", info.tensor) for name, info in self.program.params.items()}
@@ -325,7 +329,7 @@ class Trainer:
             "dtype": self.program.dtype.name,
             "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
-            "tokens": (self.data.ahead + step * self.data.sequences) * self.data.seq_len,
+            "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "skips": self._skips,
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
@@ -370,7 +374,8 @@ class Trainer:
             outliers.window.extend(saved["outliers"].get(name, ()))
         self._skips, self.last_step = saved["skips"], saved["step"]
         # the next step begins where the last one ended, also if steps have another size from now on
-        self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences
+        if not self._overfit:
+            self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences
         return self.last_step
 
     def _folder(self) -> Path:

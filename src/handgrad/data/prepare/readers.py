@@ -5,6 +5,7 @@ writes the shards, and reads as little as it can. What the jobs name runs in any
 """
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ import lzma
 import random
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,11 +160,14 @@ def parquet():
     return pyarrow.parquet
 
 
+DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # what libraries raise beside OSError and ValueError
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Turns what reading a damaged file raises in the block into a HandgradError that names `path`."""
     try:
         yield
-    except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, *DAMAGE, RecursionError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise HandgradError("data", f"{path} must be readable and whole", reason) from None
