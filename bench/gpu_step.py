@@ -395,7 +395,7 @@ def main() -> None:
             "card": platform.machine() if a.smoke else f"{card}, {watts} W, driver {driver}",
             "date": datetime.date.today().isoformat(),
             "commit": a.commit or commit(),
-            "command": shlex.join(["python", "bench/gpu_step.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "bench/gpu_step.py", *(word.split("/")[-1] for word in sys.argv[1:])]),
         },
         "models": {},
     }
