@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.launch import Kernel
+from handgrad.core.launch import Kernel, pointers
 from handgrad.infer import engine
 from handgrad.models import GPT2
 from handgrad.ops import OPS
@@ -59,8 +59,8 @@ def launches(calls, card):
 
 def arguments(k: Kernel, c) -> tuple[int, ...]:
     """Bytes of each argument that a launch passes."""
-    pointers, _, numbers = k.args.partition("|")
-    return (*[8] * len(pointers.split()), *[4 if c.op.attrs.get(word) is float else 8 for word in numbers.split()])
+    numbers = k.args.partition("|")[2]
+    return (*[128 if boxes else 8 for _, boxes in pointers(k)], *[4 if c.op.attrs.get(word) is float else 8 for word in numbers.split()])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 Arguments are words, as in a CPU kernel's declaration: names of inputs and outputs, `knobs`, `scratch`, each with an
 optional `@bytes` after it, and after `|` sizes, attributes and `acc.dw` (1 when dw already holds a value of this step).
+`boxes.x` is a map of the matrix x for Hopper's copy engine, in boxes of 64 rows of 64 bf16.
 """
 
 from dataclasses import dataclass, field
@@ -26,9 +27,14 @@ class Gpu:
     tf32: bool = False  # float32 products may round their factors to 10 bits
     deterministic: bool = False  # same bits every time, whatever is recomputed
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether kernels may use Hopper's own instructions: warp groups that multiply, the copy engine."""
+        return self.arch == "sm_90a"
+
     def multiplies_on_hopper(self, dtype: DType, *rows: int) -> bool:
         """Whether our own product for Hopper multiplies matrices with rows of so many elements."""
-        return self.arch == "sm_90a" and dtype is BF16 and not any(row % 8 for row in rows)
+        return self.is_hopper and dtype is BF16 and not any(row % 8 for row in rows)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,12 @@ class Launches:
     def ways(self) -> tuple["Launches", ...]:
         """This way and the others."""
         return self, *(self.instead.ways() if self.instead else ())
+
+
+def pointers(k: Kernel) -> tuple[tuple[str, bool], ...]:
+    """Of each word before `|`: the word, without its prefix, and whether a map of boxes is passed."""
+    words = k.args.partition("|")[0].split()
+    return tuple((word.removeprefix("boxes."), word.startswith("boxes.")) for word in words)
 
 
 def place(word: str, c: "Call") -> tuple["Tensor | str | None", int]:

@@ -11,13 +11,13 @@ from handgrad.backends.cuda import hopper
 from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
-from handgrad.backends.cuda.driver import Device, Module, launcher
+from handgrad.backends.cuda.driver import Device, Module, launcher, tensor_map
 from handgrad.backends.cuda.nvrtc import Source, compile_all
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.backends.cuda.ways import Place, Ways
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place
+from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place, pointers
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan, aligned
 from handgrad.core.program import Call, Program
@@ -191,9 +191,11 @@ class CudaBackend(Backend):
         return starts
 
     def _bind_kernel(self, k: Kernel, c: Call, stream: Any, address: Callable[[str], int], cubin: bytes) -> Start:
-        pointers, _, numbers = k.args.partition("|")
-        args: list[Any] = [ctypes.c_void_p(address(word)) for word in pointers.split()]
-        for word in numbers.split():
+        args: list[Any] = []
+        for word, boxes in pointers(k):
+            at = address(word)
+            args.append(tensor_map(at, *place(word, c)[0].shape, hopper.BOX) if boxes else ctypes.c_void_p(at))
+        for word in k.args.partition("|")[2].split():
             value = number(word, c)
             args.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value))
         grid = (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid

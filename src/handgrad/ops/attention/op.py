@@ -10,8 +10,11 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 from handgrad.ops.attention import reference
 
-LIBRARY = True  # bind cuDNN where it can do the call; for its speed see README §8
+TILE, GROUPS, THREADS = 64, 2, 384  # mirrors groups.cuh
+BOX = TILE * TILE * 2  # bytes of a tile
+STAGES_FORWARD, STAGES_BACKWARD = 8, 6  # mirrors hopper_forward.cu, hopper_backward.cu
 L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
+L2_HOPPER = 36 << 20  # the same on an H100 or H200, whose second cache has 50 MiB
 
 
 def _derive(d: dict[str, int]) -> None:
@@ -35,12 +38,32 @@ def _flops(c: Call, products: int) -> int:
 def _library(c: Call, gpu: Gpu) -> bool:
     """Whether cuDNN does this call; its dropout would draw other bits than ours."""
     D = c.sizes["D"]
-    return LIBRARY and gpu.cudnn and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
+    return gpu.cudnn and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
 
 
 def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
     B, T, H, K, D = (c.sizes[letter] for letter in "BTHKD")
     return Launches((Sdpa(direction, B, T, H, K, D, c.attrs["causal"], gpu.deterministic),), note="cudnn")
+
+
+def _fits_hopper(c: Call, gpu: Gpu) -> bool:
+    """Whether our kernels for Hopper do this call."""
+    T, D = c.sizes["T"], c.sizes["D"]
+    return gpu.is_hopper and c.dtype is BF16 and c.attrs["p"] == 0 and D == TILE and T % (GROUPS * TILE) == 0
+
+
+def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int, outs: int) -> Kernel:
+    """A launch whose blocks stay. Of `owned` tensors a warp group owns a tile at a time; two others are streamed."""
+    B, T = c.sizes["B"], c.sizes["T"]
+    forward = owned == 1
+    stages = STAGES_FORWARD if forward else STAGES_BACKWARD
+    shared = (GROUPS * (owned + outs) + 2 * stages) * BOX + (0 if forward else stages * TILE * 8)
+    shared += 16 * (stages + 1) + 1024  # barriers; 1024 to align
+    parts = -(-gpu.sms * 4 * T * TILE // L2_HOPPER)
+    defines = {"CAUSAL": int(c.attrs["causal"]), "TOGETHER": max(1, gpu.sms // parts)}  # so that a round is of equals
+    file = "hopper_forward.cu" if forward else "hopper_backward.cu"
+    blocks = min(gpu.sms, T // (GROUPS * TILE) * B * heads)
+    return Kernel(entry, f"{args} | N T H K", blocks, THREADS, shared, defines, file)
 
 
 def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) -> Kernel:
@@ -88,6 +111,8 @@ class Attention(Op):
         case(N=128, Q=384, T=64, H=4, K=2, causal=False, p=0.25, stream=3),
         case(N=200, Q=400, T=200, H=3, K=1, causal=True, p=0.0, stream=1),
         case(N=130, Q=320, T=130, H=6, K=2, causal=False, p=0.0, stream=1),
+        case(N=256, Q=256, T=128, H=2, K=1, causal=True, p=0.0, stream=1),
+        case(N=384, Q=192, T=384, H=1, K=1, causal=False, p=0.0, stream=1),
         case(N=1024, Q=2304, T=256, H=12, K=12, causal=True, p=0.0, stream=1, real="gpt2-124m, B=4 T=256"),
     )
 
@@ -105,9 +130,13 @@ class Attention(Op):
         return _flops(c, 2)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        if _library(c, gpu):
-            return _sdpa(c, gpu, "forward")
-        return Launches((_launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1),), note="own")
+        library = _sdpa(c, gpu, "forward") if _library(c, gpu) else None
+        if _fits_hopper(c, gpu):
+            args = "boxes.y boxes.qkv lse"
+            kernel = _on_hopper(c, gpu, "attention_forward_kernel", args, c.sizes["H"], owned=1, outs=1)
+            return Launches((kernel,), note="own, for Hopper", instead=library)
+        kernel = _launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1)
+        return library or Launches((kernel,), note="own")
 
 
 class AttentionBackward(Op):
@@ -147,11 +176,17 @@ class AttentionBackward(Op):
         return _flops(c, 5)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        if _library(c, gpu):
-            return _sdpa(c, gpu, "backward")
+        library = _sdpa(c, gpu, "backward") if _library(c, gpu) else None
+        stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
+        if _fits_hopper(c, gpu):
+            args = "boxes.dqkv boxes.dy boxes.qkv", "boxes.y scratch lse", "scratch"
+            dq = _on_hopper(c, gpu, "attention_backward_dq_kernel", f"{args[0]} {args[1]}", c.sizes["H"], 3, 2)
+            dkdv = _on_hopper(c, gpu, "attention_backward_dkdv_kernel", f"{args[0]} {args[2]}", c.sizes["K"], 3, 2)
+            return Launches((dq, dkdv), scratch=stats, note="own, for Hopper", instead=library)
+        if library is not None:
+            return library
         dq = _launch(c, gpu, "attention_backward_dq_kernel", "dqkv scratch dy qkv y lse", c.sizes["H"], 2)
         dkdv = _launch(c, gpu, "attention_backward_dkdv_kernel", "dqkv scratch dy qkv", c.sizes["K"], 2)
-        stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
         return Launches((dq, dkdv), scratch=stats, note="own")
 
 

@@ -53,6 +53,23 @@ template <> struct Wgmma<256> {
   }
 };
 
+// The same with n = 64 and each warp's 16 x 16 part of a in registers, as mma_bf16 of ptx.cuh has it.
+template <int b_mn> __device__ __forceinline__ void wgmma_held(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+      "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(b_mn));
+}
+// Sums that a wait has made complete: nothing reads them before it.
+template <int n> __device__ __forceinline__ void wgmma_settle(float (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Barriers of 8 bytes in shared memory: a phase ends when all arrivals and all announced bytes have come.
 __device__ __forceinline__ void barrier_init(u64 *b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
@@ -60,6 +77,9 @@ __device__ __forceinline__ void barrier_init(u64 *b, int arrivals) {
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(u64 *b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64 *b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
 // Arrives at the same barrier of block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive(u64 *b, int rank) {
@@ -86,6 +106,11 @@ __device__ __forceinline__ void box_load(void *to, const TensorMap *map, int x, 
                " [%0], [%1, {%2, %3}], [%4], %5;"
                :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
+// `size` bytes in a row, a multiple of 16.
+__device__ __forceinline__ void row_load(void *to, const void *from, int size, u64 *barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(shared_address(to)), "l"(from), "r"(size), "r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void box_store(const TensorMap *map, int x, int y, const void *from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                :: "l"(map), "r"(x), "r"(y), "r"(shared_address(from)) : "memory");
@@ -106,6 +131,10 @@ __device__ __forceinline__ void store_matrix(void *row, u32 a, u32 b, u32 c, u32
 __device__ __forceinline__ void sync_group(int name) {  // 128 threads
   asm volatile("bar.sync %0, 128;" :: "r"(name) : "memory");
 }
+__device__ __forceinline__ void sync_both(int name) {  // 256 threads, of which some only arrive
+  asm volatile("bar.sync %0, 256;" :: "r"(name) : "memory");
+}
+__device__ __forceinline__ void arrive_both(int name) { asm volatile("bar.arrive %0, 256;" :: "r"(name) : "memory"); }
 __device__ __forceinline__ int cluster_rank() {
   u32 r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
