@@ -14,6 +14,7 @@ from handgrad.backends.cuda.cublaslt import CublasLt, Product
 from handgrad.backends.cuda.driver import Device, Module, launcher, tensor_map
 from handgrad.backends.cuda.nvrtc import Source, compile_all
 from handgrad.backends.cuda.peaks import peaks
+from handgrad.backends.cuda.tune import tune
 from handgrad.backends.cuda.ways import Place, Ways
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
@@ -118,7 +119,7 @@ class CudaBackend(Backend):
 
     def alloc(self, plan: Plan) -> Arena:
         calls = [c for program in plan.programs for c in program.calls]
-        self._blas.tune([p for c in calls for p in self._products(c)])  # before the memory is taken
+        tune(self._blas, [p for c in calls for p in self._products(c)])  # before the memory is taken
         undecided = self._ways.open(calls)
         compiled = compile_all([s for c in undecided.values() for way in self._all(c) for s in self._sources(c, way)])
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)

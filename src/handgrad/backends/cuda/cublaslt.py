@@ -1,4 +1,4 @@
-"""cuBLASLt by ctypes: the few calls that products need, and the choice of the fastest algorithm, kept on disk.
+"""cuBLASLt by ctypes: the few calls that products need, and the algorithms that were chosen (tune.py), kept on disk.
 
 The library is column-major; our row-major out (m, n) = a b is its (n, m) = b' a'. Values are those of cublasLt.h 13.
 """
@@ -8,21 +8,14 @@ import json
 from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from dataclasses import astuple, dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from handgrad.backends.arena import NUMPY
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.card import GEMM_WORKSPACE
 from handgrad.backends.cuda.driver import Device
 from handgrad.backends.cuda.libraries import load
 from handgrad.core.errors import HandgradError
 
-CANDIDATES = 16  # heuristic results that are timed, for each product
-WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
-TURN_FLOPS = 5e11  # about what a candidate does each time that it is timed: a millisecond
 TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
 COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
@@ -40,6 +33,12 @@ CALLS = {  # name: argument types; all return a status
     "cublasLtMatmulPreferenceDestroy": [c_void_p],
     "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
     "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, c_void_p, c_void_p],
+    "cublasLtMatmulAlgoGetIds": [c_void_p] + [c_int] * 7 + [c_void_p, c_void_p],
+    "cublasLtMatmulAlgoInit": [c_void_p] + [c_int] * 7 + [c_void_p],
+    "cublasLtMatmulAlgoCheck": [c_void_p] * 8,
+    "cublasLtMatmulAlgoCapGetAttribute": [c_void_p, c_int, c_void_p, c_size_t, c_void_p],
+    "cublasLtMatmulAlgoConfigGetAttribute": [c_void_p, c_int, c_void_p, c_size_t, c_void_p],
+    "cublasLtMatmulAlgoConfigSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
     "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
 }
 
@@ -81,20 +80,20 @@ class CublasLt:
     """The library on one card. deterministic: the first algorithm that it proposes, never the fastest by the clock."""
 
     def __init__(self, device: Device, deterministic: bool = False):
-        self._dll = load("cublasLt", "nvidia-cublas")
+        self.dll = load("cublasLt", "nvidia-cublas")
         for name, types in CALLS.items():
-            getattr(self._dll, name).argtypes = types
-        self._dll.cublasLtGetVersion.restype = c_size_t
-        self.version = self._dll.cublasLtGetVersion()
+            getattr(self.dll, name).argtypes = types
+        self.dll.cublasLtGetVersion.restype = c_size_t
+        self.version = self.dll.cublasLtGetVersion()
         self.device, self.deterministic = device, deterministic
-        self._handle = c_void_p()
-        self._call("cublasLtCreate", byref(self._handle))
-        self._file = cache.key("algorithms", self.version, device.name) + ".json"
+        self.handle = c_void_p()
+        self._call("cublasLtCreate", byref(self.handle))
+        self._file = cache.key("chosen algorithms", self.version, device.name) + ".json"
         self._known: dict[str, str] = {} if deterministic else json.loads(cache.load(self._file) or b"{}")
         self._chosen: dict[Product, Heuristic] = {}
 
     def _call(self, name: str, *args: Any) -> None:
-        status = getattr(self._dll, name)(*args)
+        status = getattr(self.dll, name)(*args)
         if status:
             raise HandgradError("cublaslt", f"{name} succeeds", f"status {status}")
 
@@ -107,11 +106,10 @@ class CublasLt:
         self._call("cublasLtMatrixLayoutCreate", byref(layout), TYPES[dtype], columns, rows, columns)
         return layout
 
-    def _describe(self, p: Product, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
+    def describe(self, p: Product, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
         """The descriptor, and the layouts of the library's A (our b), B (our a) and out."""
         description = c_void_p()
-        compute = COMPUTE_TF32 if p.tf32 and p.a == "f32" else COMPUTE_F32
-        self._call("cublasLtMatmulDescCreate", byref(description), compute, TYPES["f32"])
+        self._call("cublasLtMatmulDescCreate", byref(description), *self.types(p)[:2])
         name = "gelu without bias" if p.epilogue == "gelu" and not bias else p.epilogue
         values = [(TRANS_A, c_int32(p.tb)), (TRANS_B, c_int32(p.ta)), (EPILOGUE, c_uint32(EPILOGUES[name]))]
         values += [(BIAS, c_void_p(bias))] * bool(bias)
@@ -122,14 +120,19 @@ class CublasLt:
         b = self._layout(p.b, *((p.n, p.k) if p.tb else (p.k, p.n)))
         return description, (b, a, self._layout(p.out, p.m, p.n))
 
-    def _proposals(self, description: c_void_p, layouts: tuple[c_void_p, ...], count: int) -> list[Heuristic]:
+    def types(self, p: Product) -> tuple[int, ...]:
+        """What is computed with, scaled with, and the types of the library's A, B, C and D."""
+        compute = COMPUTE_TF32 if p.tf32 and p.a == "f32" else COMPUTE_F32
+        return compute, TYPES["f32"], TYPES[p.b], TYPES[p.a], TYPES[p.out], TYPES[p.out]
+
+    def proposals(self, description: c_void_p, layouts: tuple[c_void_p, ...], count: int) -> list[Heuristic]:
         preference = c_void_p()
         self._call("cublasLtMatmulPreferenceCreate", byref(preference))
         self._set("cublasLtMatmulPreferenceSetAttribute", preference, MAX_WORKSPACE, c_uint64(GEMM_WORKSPACE))
         results, got = (Heuristic * count)(), c_int(0)
         b, a, out = layouts
-        status = self._dll.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, description, b, a, out, out, preference, count, results, byref(got)
+        status = self.dll.cublasLtMatmulAlgoGetHeuristic(
+            self.handle, description, b, a, out, out, preference, count, results, byref(got)
         )
         self._call("cublasLtMatmulPreferenceDestroy", preference)
         if status and status not in NOT_SUPPORTED:
@@ -140,18 +143,18 @@ class CublasLt:
         self, p: Product, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
         """A function that starts the product on these addresses; its argument: whether to add to out."""
-        description, layouts = self._describe(p, bias, aux)
+        description, layouts = self.describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
-        return self._starter(description, layouts, algorithm, a, b, out, workspace, stream)
+        return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
 
-    def _starter(
+    def starter(
         self, description: c_void_p, layouts: tuple[c_void_p, ...], algorithm: Heuristic, a: int, b: int, out: int,
         workspace: int, stream: Any,
     ) -> Callable[[bool], None]:  # fmt: skip
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
-        call, handle, chosen = self._dll.cublasLtMatmul, self._handle, byref(algorithm)
+        call, handle, chosen = self.dll.cublasLtMatmul, self.handle, byref(algorithm)
         on, size = int(stream), algorithm.workspace
 
         def start(adds: bool) -> None:
@@ -170,53 +173,19 @@ class CublasLt:
             if known is not None:
                 self._chosen[p] = Heuristic.from_buffer_copy(bytes.fromhex(known))
             else:
-                found = self._proposals(description, layouts, 1)
+                found = self.proposals(description, layouts, 1)
                 if not found:
                     raise HandgradError("cublaslt", "the library multiplies this shape", p)
                 self._chosen[p] = found[0]
         return self._chosen[p]
 
-    def tune(self, products: list[Product]) -> None:
-        """Times what the library proposes for products that it has not seen, on memory that is given back."""
-        worth = [p for p in dict.fromkeys(products) if p.flops >= WORTH_TUNING]
-        todo = [p for p in worth if repr(astuple(p)) not in self._known and not self.deterministic]
-        if not todo:
-            return
-        device = self.device
-        widths = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
-        sizes = {
-            "a": max(p.m * p.k * widths[p.a] for p in todo),
-            "b": max(p.k * p.n * widths[p.b] for p in todo),
-            "out": max(p.m * p.n * widths[p.out] for p in todo),
-            "aux": max(p.m * p.n * widths[p.out] * bool(p.epilogue) for p in todo),
-            "bias": max(p.n * widths[p.out] for p in todo),
-        }
-        at = {name: device.alloc(max(size, 256)) for name, size in sizes.items()}
-        workspace = device.alloc(GEMM_WORKSPACE)
-        candidates: list[tuple[Product, Heuristic, Callable[[bool], None]]] = []
-        try:
-            for name in at:  # random values: a product of zeros runs faster than a real one
-                device.randomise(at[name], sizes[name])
-            for p in todo:
-                bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
-                aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
-                description, layouts = self._describe(p, bias, aux)
-                found = self._proposals(description, layouts, CANDIDATES)
-                if not found:
-                    raise HandgradError("cublaslt", "the library multiplies this shape", p)
-                for algorithm in found:
-                    addresses = at["a"], at["b"], at["out"], workspace
-                    candidates.append(
-                        (p, algorithm, self._starter(description, layouts, algorithm, *addresses, device.stream))
-                    )
-            taken = device.race([(partial(start, p.adds), repeats(p.flops)) for p, _, start in candidates])
-            for p in todo:
-                ours = [(t, i) for i, (t, c) in enumerate(zip(taken, candidates)) if c[0] == p]
-                self._known[repr(astuple(p))] = bytes(candidates[min(ours)[1]][1]).hex()
-        finally:
-            device.sync()
-            for address in (*at.values(), workspace):
-                device.free(address)
+    def lacks(self, p: Product) -> bool:
+        """Whether an algorithm is still to be chosen by the clock."""
+        return not self.deterministic and repr(astuple(p)) not in self._known
+
+    def learn(self, chosen: dict[Product, Heuristic]) -> None:
+        """Keeps algorithms, on disk too."""
+        self._known |= {repr(astuple(p)): bytes(h).hex() for p, h in chosen.items()}
         cache.store(self._file, json.dumps(self._known).encode())
 
     def peak(self, dtype: str, tf32: bool) -> float:
@@ -226,10 +195,10 @@ class CublasLt:
         workspace, begin, end = device.alloc(GEMM_WORKSPACE), device.event(True), device.event(True)
         for address in at[:2]:
             device.randomise(address, 8192 * 8192 * 4)
-        description, layouts = self._describe(p, 0, 0)
+        description, layouts = self.describe(p, 0, 0)
         best = float("inf")
-        for algorithm in self._proposals(description, layouts, 4):
-            start = self._starter(description, layouts, algorithm, *at, workspace, device.stream)
+        for algorithm in self.proposals(description, layouts, 4):
+            start = self.starter(description, layouts, algorithm, *at, workspace, device.stream)
             for _ in range(3):
                 device.record(begin)
                 start(False)
@@ -239,7 +208,3 @@ class CublasLt:
             device.free(address)
         return p.flops / best
 
-
-def repeats(flops: float) -> int:
-    """How often something that does so much is begun each time that it is timed."""
-    return 1 + int(TURN_FLOPS / max(flops, WORTH_TUNING))

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import partial
 
 from handgrad.backends.cuda import cache
-from handgrad.backends.cuda.cublaslt import WORTH_TUNING, repeats
 from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.tune import WORTH_TUNING, repeats
 from handgrad.core.knobs import KNOBS
 from handgrad.core.launch import Gpu, Launches
 from handgrad.core.program import Call

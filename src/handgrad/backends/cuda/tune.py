@@ -1,0 +1,194 @@
+"""Which of cuBLASLt's algorithms multiplies a product fastest, by the card's clock.
+
+Timed are what its heuristic proposes and what it does not: other tiles and clusters for the same kernels, and kernels
+for Hopper that it leaves out. Values are those of cublasLt.h 13.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_int, c_int32, c_size_t, c_uint16, c_uint32, sizeof
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from handgrad.backends.arena import NUMPY
+from handgrad.backends.cuda.card import GEMM_WORKSPACE
+from handgrad.backends.cuda.cublaslt import CublasLt, Heuristic, Product
+from handgrad.core.errors import HandgradError
+
+CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
+WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
+TURN_FLOPS = 5e11  # about what a candidate does each time that it is timed: a millisecond
+WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
+RUN, FINALISTS = 64, 4  # variants that are run twice, those with the least work by tiles and rounds; that are timed hot
+TILES = {  # rows: {columns: cublasLtMatmulTile_t}
+    64: {256: 19, 320: 117},
+    96: {128: 28, 192: 151, 256: 152},
+    112: {128: 165, 192: 166},
+    128: {96: 33, 112: 403, 128: 20, 136: 405, 144: 406, 160: 29, 168: 408, 176: 409, 192: 32, 208: 412,
+         216: 413, 224: 414, 240: 416, 256: 23, 272: 419, 288: 421, 304: 423, 320: 176},
+    136: {128: 179},
+    144: {128: 184, 192: 185},
+    160: {128: 30, 192: 194, 256: 195},
+    168: {128: 197},
+    176: {128: 201, 192: 202},
+    192: {96: 458, 112: 460, 128: 31, 144: 463, 160: 465, 176: 467, 192: 209, 208: 470, 224: 472, 240: 474, 256: 210},
+    208: {128: 215, 192: 216},
+    216: {128: 218},
+    224: {128: 221, 192: 222},
+    240: {128: 227, 192: 228},
+    256: {64: 21, 96: 495, 128: 24, 160: 502, 192: 232, 224: 509, 256: 513},
+    272: {128: 236},
+    288: {128: 240},
+    304: {128: 244},
+    320: {64: 247, 128: 248},
+}  # fmt: skip
+CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1, 2 along one side, 2 along the other
+AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many as fit, of 64 values of k; so it is with kernels for Hopper
+CUSTOM_MAX, STAGES_IDS = 7, 13  # cublasLtMatmulAlgoCapAttributes_t
+CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
+    "id": (0, c_int32), "tile": (1, c_uint32), "custom": (5, c_uint32), "stages": (6, c_uint32), "inner": (7, c_uint16),
+    "cluster": (8, c_uint16),
+}  # fmt: skip
+Start = Callable[[], None]
+
+
+def tune(blas: CublasLt, products: Sequence[Product]) -> None:
+    """Chooses algorithms for products that have none yet, on memory that is given back."""
+    todo = [p for p in dict.fromkeys(products) if p.flops >= WORTH_TUNING and blas.lacks(p)]
+    if not todo:
+        return
+    device = blas.device
+    widths = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
+    sizes = {
+        "a": max(p.m * p.k * widths[p.a] for p in todo),
+        "b": max(p.k * p.n * widths[p.b] for p in todo),
+        "out": max(p.m * p.n * widths[p.out] for p in todo),
+        "aux": max(p.m * p.n * widths[p.out] * bool(p.epilogue) for p in todo),
+        "bias": max(p.n * widths[p.out] for p in todo),
+    }
+    at = {name: device.alloc(max(size, 256)) for name, size in sizes.items()}
+    workspace = device.alloc(GEMM_WORKSPACE)
+    finalists: list[tuple[Product, Heuristic, Start]] = []
+    try:
+        for name in at:  # random values: a product of zeros runs faster than a real one
+            device.randomise(at[name], sizes[name])
+        for p in todo:
+            bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
+            aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
+            description, layouts = blas.describe(p, bias, aux)
+
+            def starter(h: Heuristic, p: Product = p, description: Any = description, layouts: Any = layouts) -> Start:
+                addresses = at["a"], at["b"], at["out"], workspace
+                return partial(blas.starter(description, layouts, h, *addresses, device.stream), p.adds)
+
+            found = blas.proposals(description, layouts, CANDIDATES)
+            if not found:
+                raise HandgradError("cublaslt", "the library multiplies this shape", p)
+            if p.flops >= WORTH_SEARCHING:
+                found += _fastest(blas, variants(blas, p, description, layouts, found), starter)
+            finalists += [(p, h, starter(h)) for h in found]
+        taken = device.race([(start, repeats(p.flops)) for p, _, start in finalists])
+        best = {p: min((t, i) for i, t in enumerate(taken) if finalists[i][0] == p)[1] for p in todo}
+        blas.learn({p: finalists[i][1] for p, i in best.items()})
+    finally:
+        device.sync()
+        for address in (*at.values(), workspace):
+            device.free(address)
+
+
+def repeats(flops: float) -> int:
+    """How often something that does so much is begun each time that it is timed."""
+    return 1 + int(TURN_FLOPS / max(flops, WORTH_TUNING))
+
+
+def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Start]) -> list[Heuristic]:
+    """The FINALISTS that took least in two runs each."""
+    begin, end = blas.device.event(True), blas.device.event(True)
+    times = []
+    for i, h in enumerate(found):
+        start = starter(h)
+        taken = []
+        for _ in range(2):
+            blas.device.record(begin)
+            start()
+            blas.device.record(end)
+            taken.append(blas.device.seconds(begin, end))
+        times.append((min(taken), i))
+    return [found[i] for _, i in sorted(times)[:FINALISTS]]
+
+
+def variants(
+    blas: CublasLt, p: Product, description: Any, layouts: Sequence[Any], proposed: Sequence[Heuristic]
+) -> list[Heuristic]:
+    """RUN algorithms, or fewer, that can do a product and were not proposed for it."""
+    seen = {_config(blas, h) for h in proposed}
+    found: list[tuple[float, int, Heuristic]] = []
+    for base, settings in _families(blas, p, proposed):
+        tiles = [(tile, rows * columns) for rows, widths in TILES.items() for columns, tile in widths.items()]
+        for tile, area in tiles:
+            for cluster in CLUSTERS:
+                for stages, custom, inner in sorted(settings):
+                    choice = {"tile": tile, "custom": custom, "stages": stages, "inner": inner, "cluster": cluster}
+                    h = _checked(blas, base, choice, description, layouts)
+                    if h is not None and _config(blas, h) not in seen:
+                        seen.add(_config(blas, h))
+                        found.append((math.ceil(h.waves) * area, len(found), h))
+    return [h for *_, h in sorted(found)[:RUN]]
+
+
+def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list[tuple[Heuristic, set[tuple]]]:
+    """An algorithm of each family worth a look, and what (stages, custom option, inner shape) to try with it."""
+    known: dict[int, tuple[Heuristic, set[tuple]]] = {}
+    for h in proposed:
+        number, _, custom, stages, inner, _ = _config(blas, h)
+        known.setdefault(number, (h, set()))[1].add((stages, custom, inner))
+    ids, count, types = (c_int * 100)(), c_int(0), blas.types(p)
+    if any(s == AUTOMATIC_64 for _, settings in known.values() for s, *_ in settings):
+        return list(known.values())  # kernels for Hopper were proposed, then the best of them are among their family
+    if blas.dll.cublasLtMatmulAlgoGetIds(blas.handle, *types, len(ids), ids, byref(count)):
+        return list(known.values())
+    for number in ids[: count.value]:
+        h = Heuristic()
+        if number in known or blas.dll.cublasLtMatmulAlgoInit(blas.handle, *types, number, byref(h)):
+            continue
+        stages, (customs,) = _capability(blas, h, STAGES_IDS), _capability(blas, h, CUSTOM_MAX) or [0]
+        if stages == [AUTOMATIC_64] and customs < 8:
+            known[number] = h, {(AUTOMATIC_64, custom, 0) for custom in range(customs + 1)}
+    return list(known.values())
+
+
+def _checked(
+    blas: CublasLt, base: Heuristic, choice: dict[str, int], description: Any, layouts: Sequence[Any]
+) -> Heuristic | None:
+    """An algorithm with another configuration, or None where the library does not multiply so."""
+    h, (b, a, out) = Heuristic.from_buffer_copy(base), layouts
+    for name, value in choice.items():
+        number, kind = CONFIG[name]
+        if blas.dll.cublasLtMatmulAlgoConfigSetAttribute(byref(h), number, byref(kind(value)), sizeof(kind)):
+            return None
+    result = Heuristic()
+    if blas.dll.cublasLtMatmulAlgoCheck(blas.handle, description, b, a, out, out, byref(h), byref(result)):
+        return None
+    result.algo[:] = h.algo[:]
+    return result if result.workspace <= GEMM_WORKSPACE else None
+
+
+def _config(blas: CublasLt, h: Heuristic) -> tuple[int, ...]:
+    """An algorithm's values of CONFIG."""
+    found, written = [], c_size_t()
+    for number, kind in CONFIG.values():
+        value = kind()
+        get = blas.dll.cublasLtMatmulAlgoConfigGetAttribute
+        get(byref(h), number, byref(value), sizeof(value), byref(written))
+        found.append(value.value)
+    return tuple(found)
+
+
+def _capability(blas: CublasLt, h: Heuristic, number: int) -> list[int]:
+    """The values of a capability, of 4 bytes each; none where the algorithm lacks it."""
+    values, written = (c_uint32 * 1024)(), c_size_t()
+    if blas.dll.cublasLtMatmulAlgoCapGetAttribute(byref(h), number, values, sizeof(values), byref(written)):
+        return []
+    return values[: written.value // 4]
