@@ -18,7 +18,17 @@ from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_arrays, case_program, check_case, run_case
-from tests.emulator import INCLUDE, LAST_WAY, EmulatedBackend, KernelFault, cards, launched, library, source
+from tests.emulator import (
+    INCLUDE,
+    LAST_WAY,
+    EmulatedBackend,
+    KernelFault,
+    cards,
+    is_emulated,
+    launched,
+    library,
+    source,
+)
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs g++ on x86-64")
 
@@ -33,7 +43,7 @@ CASES = [
 
 def sources(op, case, dtype, gpu):
     call = case_program(op, case, dtype)[1]
-    return {source(step, call) for step in launched(call, gpu).steps if isinstance(step, Kernel)}
+    return {source(step, call) for step in launched(call, gpu).steps if is_emulated(step)}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,16 +3,16 @@
 // needs     D = 64, T % 128 == 0, no dropout
 // numerics  f32 softmax and sums; the probabilities are rounded to bf16 before they meet v; exponentials in base 2 to
 //           2 ULP (ex2.approx), of which that rounding leaves nothing
-// layout    a warp group owns 64 queries, held in registers, and streams tiles of keys and values; scores of the next tile
-//           are multiplied while those of this one become probabilities
+// layout    a warp group owns 64 queries, held in registers, and streams 128 keys and values at a time, as two tiles; while
+//           their scores become probabilities, the product of those before them and v is on its way
 // determinism  fixed order, no atomics
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 1; Shah et al. 2024 (FlashAttention-3)
 #include "groups.cuh"
 
 enum {
-  STAGES = 8,
-  STAGE = 2 * BOX,  // k and v
+  STAGES = 4,
+  STAGE = 4 * BOX,  // two tiles of k, two of v
   STAGES_AT = GROUPS * BOX, OUT_AT = STAGES_AT + STAGES * STAGE, BARRIERS_AT = OUT_AT + GROUPS * BOX
 };
 
@@ -44,11 +44,14 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) box_load(room + g * BOX, &qkv, h * D, first + row + g * TILE, full);
       own.next();
-      for (int j = 0; j < (CAUSAL ? row + ROWS : T); j += TILE, ring.next()) {
+      for (int j = 0; j < (CAUSAL ? row + ROWS : T); j += 2 * TILE, ring.next()) {
         full = ring.fill(STAGE);
         char *to = room + STAGES_AT + ring.stage * STAGE;
-        box_load(to, &qkv, k * D, first + j, full);
-        box_load(to + BOX, &qkv, (k + K) * D, first + j, full);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          box_load(to + i * BOX, &qkv, k * D, first + j + i * TILE, full);
+          box_load(to + (2 + i) * BOX, &qkv, (k + K) * D, first + j + i * TILE, full);
+        }
       }
     }
     return;
@@ -61,24 +64,37 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
   if (group) pass_turn(group);
   for (int round = 0; place(at, round, levels, heads); round++) {
     const int row = (levels - 1 - at.level) * ROWS + group * TILE, h = at.head % H;
-    const int tiles = CAUSAL ? row / TILE + 1 : T / TILE, loaded = CAUSAL ? (row - group * TILE + ROWS) / TILE : tiles;
-    u32 q[STEPS][4], p[STEPS][4];
+    const int turns = CAUSAL ? row / ROWS + 1 : T / ROWS;
+    u32 q[STEPS][4], p[2][STEPS][4];
     own.wait();
     load_left(q, room + group * BOX);
     leave(own.empty);
     own.next();
 
-    float o[SUMS], s[SUMS], top[2] = {-HG_INF, -HG_INF}, sum[2] = {0.0f, 0.0f}, shrink[2];  // of rows g and g + 8
+    float o[SUMS], s[2][SUMS], top[2] = {-HG_INF, -HG_INF}, sum[2] = {0.0f, 0.0f}, shrink[2];  // of rows g and g + 8
     bool grows = false;
     // Scores become e^(score - maximum), not yet divided by their sum. The maximum moves only when it grows by more than
     // 8 in the exponent of 2: 2^8 harms no sum, and what was added up so far rarely has to shrink.
     auto probabilities = [&](bool diagonal) {
-      if (diagonal) hide<false>(s);
-      float highest[2] = {-HG_INF, -HG_INF};
+      if (diagonal) {
+        if (group == 0) {
+          hide<false>(s[0]);
 #pragma unroll
-      for (int i = 0; i < SUMS; i++) highest[i % 4 / 2] = fmaxf(highest[i % 4 / 2], s[i]);
+          for (int i = 0; i < SUMS; i++) s[1][i] = -HG_INF;
+        } else {
+          hide<false>(s[1]);
+        }
+      }
+      float highest[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
+        float x[4] = {-HG_INF, -HG_INF, -HG_INF, -HG_INF};  // not one long chain
+#pragma unroll
+        for (int i = 2 * r; i < SUMS; i += 4) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) x[e] = fmaxf(x[e], s[e / 2][i + e % 2]);
+        }
+        highest[r] = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
       }
@@ -92,36 +108,47 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
       }
       float base[2] = {top[0] * scale2, top[1] * scale2};
 #pragma unroll
-      for (int i = 0; i < SUMS; i++) {
-        s[i] = exp2_fast(s[i] * scale2 - base[i % 4 / 2]);
-        sum[i % 4 / 2] += s[i];
-      }
+      for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+          s[t][i] = exp2_fast(s[t][i] * scale2 - base[i % 4 / 2]);
+          sum[i % 4 / 2] += s[t][i];
+        }
+    };
+    auto start = [&]() {
+      wgmma_fence();
+      scores(s[0], q, stages + ring.stage * (STAGE >> 4));
+      scores(s[1], q, stages + ring.stage * (STAGE >> 4) + (BOX >> 4));
+      wgmma_commit();
+    };
+    auto mix_both = [&](int stage) {
+      mix(o, p[0], stages + stage * (STAGE >> 4) + (2 * BOX >> 4));
+      mix(o, p[1], stages + stage * (STAGE >> 4) + (3 * BOX >> 4));
+      wgmma_commit();
     };
     int here = ring.stage;
     ring.wait();
     take_turn(group);
-    wgmma_fence();
-    scores(s, q, stages + here * (STAGE >> 4));
-    wgmma_commit();
+    start();
     pass_turn(group);
     wgmma_wait<0>();
-    wgmma_settle(s);
-    probabilities(CAUSAL && tiles == 1);
-    factors(p, s);
+    wgmma_settle(s[0]);
+    wgmma_settle(s[1]);
+    probabilities(CAUSAL && turns == 1);
+    factors(p[0], s[0]);
+    factors(p[1], s[1]);
     clear(o);
-    for (int j = 1; j < tiles; j++) {
+    for (int j = 1; j < turns; j++) {
       ring.next();
       ring.wait();
       take_turn(group);
-      wgmma_fence();
-      scores(s, q, stages + ring.stage * (STAGE >> 4));
-      wgmma_commit();
-      mix(o, p, stages + here * (STAGE >> 4) + (BOX >> 4));
-      wgmma_commit();
+      start();
+      mix_both(here);
       pass_turn(group);
       wgmma_wait<1>();
-      wgmma_settle(s);
-      probabilities(CAUSAL && j + 1 == tiles);
+      wgmma_settle(s[0]);
+      wgmma_settle(s[1]);
+      probabilities(CAUSAL && j + 1 == turns);
       wgmma_wait<0>();
       wgmma_settle(o);
       leave(ring.empty + here);
@@ -129,23 +156,17 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
       if (grows)
 #pragma unroll
         for (int i = 0; i < SUMS; i++) o[i] *= shrink[i % 4 / 2];
-      factors(p, s);
+      factors(p[0], s[0]);
+      factors(p[1], s[1]);
     }
     take_turn(group);
     wgmma_fence();
-    mix(o, p, stages + here * (STAGE >> 4) + (BOX >> 4));
-    wgmma_commit();
+    mix_both(here);
     pass_turn(group);
     wgmma_wait<0>();
     wgmma_settle(o);
     leave(ring.empty + here);
     ring.next();
-    for (int j = tiles; j < loaded; j++, ring.next()) {  // no row of this warp group sees the tile
-      ring.wait();
-      leave(ring.empty + ring.stage);
-      take_turn(group);
-      pass_turn(group);
-    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);

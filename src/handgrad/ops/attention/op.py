@@ -12,7 +12,7 @@ from handgrad.ops.attention import reference
 
 TILE, GROUPS, THREADS = 64, 2, 384  # mirrors groups.cuh
 BOX = TILE * TILE * 2  # bytes of a tile
-STAGES_FORWARD, STAGES_BACKWARD = 8, 6  # mirrors hopper_forward.cu, hopper_backward.cu
+FORWARD, BACKWARD = (4, 4), (6, 2)  # stages, and tiles in each; mirrors hopper_forward.cu, hopper_backward.cu
 L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
 L2_HOPPER = 36 << 20  # the same on an H100 or H200, whose second cache has 50 MiB
 
@@ -53,11 +53,11 @@ def _fits_hopper(c: Call, gpu: Gpu) -> bool:
 
 
 def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int, outs: int) -> Kernel:
-    """A launch whose blocks stay. Of `owned` tensors a warp group owns a tile at a time; two others are streamed."""
+    """A launch whose blocks stay. Of `owned` tensors a warp group owns a tile at a time; others are streamed."""
     B, T = c.sizes["B"], c.sizes["T"]
     forward = owned == 1
-    stages = STAGES_FORWARD if forward else STAGES_BACKWARD
-    shared = (GROUPS * (owned + outs) + 2 * stages) * BOX + (0 if forward else stages * TILE * 8)
+    stages, tiles = FORWARD if forward else BACKWARD
+    shared = (GROUPS * (owned + outs) + stages * tiles) * BOX + (0 if forward else stages * TILE * 8)
     shared += 16 * (stages + 1) + 1024  # barriers; 1024 to align
     parts = -(-gpu.sms * 4 * T * TILE // L2_HOPPER)
     defines = {"CAUSAL": int(c.attrs["causal"]), "TOGETHER": max(1, gpu.sms // parts)}  # so that a round is of equals
