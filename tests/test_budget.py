@@ -11,7 +11,7 @@ FILE = 400
 BUDGETS = {  # folders that share a budget: lines
     "core": 900,
     "backends": 2400,
-    "train optim": 1950,
+    "train optim": 1960,
     "data tokenizers": 1700,
     "io": 700,
     "evals": 500,

@@ -1,12 +1,15 @@
-"""No kernel's result depends on the number of threads: every op, every case, bit for bit."""
+"""No result depends on the number of threads: every op, every case, the first weights, bit for bit."""
 
 import numpy as np
 import pytest
 
+import handgrad
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.ops import OPS
+from handgrad.ops.adamw.reference import join_weight
 from handgrad.testing import case_arrays, case_program, run_case
+from handgrad.train import record
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -18,3 +21,20 @@ def test_results_are_the_same_on_any_number_of_threads(op, dtype):
         one, *others = (run_case(p, c, arrays, open_backend("cpu", threads)) for threads in (1, 2, 5))
         for more in others:
             assert all(np.array_equal(one[name], more[name]) for name in one), case.sizes
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_weights_are_drawn_the_same_by_any_number_of_threads(tiny, shards, monkeypatch, dtype):
+    data, found = handgrad.data.tokens(shards, 20, 60), []
+    for cores in (1, 3):
+        monkeypatch.setattr(record.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        run = handgrad.Trainer(tiny(), handgrad.optim.AdamW(), data, micro_batch=3, backend="ref", dtype=dtype, seed=7)
+        found.append(run.params() | run._state())
+    for i, (name, info) in enumerate(run.program.params.items()):
+        w = np.full(info.tensor.shape, 1.0 if info.init.kind == "ones" else 0.0, np.float32)
+        if info.init.kind == "normal":
+            rows = w[: info.init.rows]
+            rows[:] = np.random.default_rng([7, i]).standard_normal(rows.shape, np.float32) * np.float32(info.init.std)
+        for values in found:
+            low = values.get(f"low.{name}", np.zeros(w.shape, np.int16))
+            assert np.array_equal(join_weight(values[name].astype(np.float32), low), w)

@@ -1,10 +1,14 @@
 """Recording: the programs of a training run, and the values that its parameters start from."""
 
 import os
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 
+from handgrad.backends.arena import NUMPY
 from handgrad.backends.base import Arena
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import F32, DType
@@ -17,6 +21,9 @@ from handgrad.ops import add
 from handgrad.ops.adamw.reference import split_weight
 from handgrad.optim import AdamW
 from handgrad.train.llmc_init import draws
+
+AHEAD = 4  # parameters a thread that may be drawn before they are written: most are vectors
+Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
 
 
 def record_train(
@@ -66,11 +73,12 @@ def chunks_of(rows: int, head_chunks: int, head_rows: int) -> int:
     return head_chunks or -(-rows // head_rows)
 
 
-def initialize(p: Program, arena: Arena, seed: int, init: str | Weights = "random") -> None:
+def initialize(p: Program, arena: Arena, seed: int, init: str | Weights | Iterator[Parts] = "random") -> None:
     """Writes the initial weights.
 
     init: "random" draws them in float32, each parameter from its own stream of the seed; "llmc" as llm.c's GPU trainer
-    does, whatever the seed; Weights are those of a model on disk, which must have the same shapes
+    does, whatever the seed; Weights are those of a model on disk, which must have the same shapes; else what `drawing`
+    gave before
     """
     if isinstance(init, Weights):
         copy(p, arena, init)
@@ -79,15 +87,13 @@ def initialize(p: Program, arena: Arena, seed: int, init: str | Weights = "rando
         for info, values in draws(p):
             write_weight(arena, info.tensor, values)
         return
-    if init != "random":
+    if init == "random":
+        init = drawing(p, seed, "low" in arena.plan.flats)
+    if not isinstance(init, Iterator):
         raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(init))
-    workers = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:  # numpy's generators leave Python to the other threads
-        params = list(enumerate(p.params.values()))
-        for first in range(0, len(params), workers):  # no more than a few at a time: they are whole copies
-            group = params[first : first + workers]
-            for (_, info), values in zip(group, pool.map(lambda item: draw(item[1], seed, item[0]), group)):
-                write_weight(arena, info.tensor, values)
+    for info, parts in zip(p.params.values(), init):
+        for flat, values in parts.items():
+            arena.write_part(flat, info.tensor, values)
 
 
 def copy(p: Program, arena: Arena, weights: Weights) -> None:
@@ -102,20 +108,39 @@ def copy(p: Program, arena: Arena, weights: Weights) -> None:
         write_weight(arena, mine[name], weights.tensor(name, "f32", rows))
 
 
+def drawing(p: Program, seed: int, halves: bool) -> Iterator[Parts]:
+    """Starts threads that draw random weights, and gives them in order; numpy leaves Python to others meanwhile."""
+    threads, todo = len(os.sched_getaffinity(0)), enumerate(p.params.values())
+    pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), halves)
+    begun = deque(pool.submit(work, item) for item in islice(todo, AHEAD * threads))  # not all: they are whole copies
+
+    def results() -> Iterator[Parts]:
+        while begun:
+            yield begun.popleft().result()
+            begun.extend(pool.submit(work, item) for item in islice(todo, 1))
+
+    return results()
+
+
 def draw(info: Param, seed: int, stream: int) -> np.ndarray:
     """The initial values of one parameter, float32."""
-    values = np.full(info.tensor.shape, 1.0 if info.init.kind == "ones" else 0.0, np.float32)
+    values = (np.ones if info.init.kind == "ones" else np.zeros)(info.tensor.shape, np.float32)
     if info.init.kind == "normal":
         rows, rng = values[: info.init.rows], np.random.default_rng([seed, stream])
-        rows[...] = rng.standard_normal(rows.shape, np.float32) * np.float32(info.init.std)
+        rng.standard_normal(dtype=np.float32, out=rows)
+        rows *= np.float32(info.init.std)
     return values
 
 
-def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
-    """Sets a parameter from float32 values: in two halves where the plan has low ones, else to the nearest it holds."""
-    if "low" not in arena.plan.flats:
-        arena.write_part("param", param, values)
-        return
+def split(values: np.ndarray, halves: bool) -> Parts:
+    """What is written of float32 values: two halves where the plan has low ones, else the nearest that it holds."""
+    if not halves:
+        return {"param": values}
     high, low = split_weight(np.ascontiguousarray(values, np.float32))
-    arena.write_part("param", param, high)
-    arena.write_part("low", param, low)
+    return {"param": high.astype(NUMPY["bf16"]), "low": low}
+
+
+def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
+    """Sets a parameter from float32 values."""
+    for flat, part in split(values, "low" in arena.plan.flats).items():
+        arena.write_part(flat, param, part)
