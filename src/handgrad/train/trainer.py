@@ -25,7 +25,7 @@ from handgrad.io.weights import Weights
 from handgrad.models import GPT2
 from handgrad.optim import AdamW
 from handgrad.train.outliers import Outliers
-from handgrad.train.record import chunks_of, initialize, record_loss, record_train, write_weight
+from handgrad.train.record import chunks_of, drawing, initialize, record_loss, record_train, write_weight
 
 
 def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -129,6 +129,9 @@ class Trainer:
         self._check_ids(model, data)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         self.micro_batch, self.accumulation, self.check = micro_batch, data.batch_tokens // rows, check
+        if init == "random":  # drawn while a GPU is opened and bound; any program of the model tells its parameters
+            halves = dtype == "bf16" and master_weights
+            init = drawing(record_loss(model, 1, 1, F32, chunks=1), seed, halves)
         self.backend = open_backend(backend, threads, tf32=dtype == "tf32", deterministic=deterministic)
         for name, value, known in (
             ("dtype", dtype, self.backend.dtypes),
