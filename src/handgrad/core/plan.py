@@ -127,7 +127,7 @@ def place(spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[dict[
 
 def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[Tensor | Call, int], int]:
     offsets: dict[Tensor | Call, int] = {}
-    placed = sorted(fixed)
+    placed = sorted((low, aligned(high), first, last) for low, high, first, last in fixed)
     top = 0
     for span in spans:
         at = 0
@@ -136,9 +136,10 @@ def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[
                 continue
             if at + span.nbytes <= low:
                 break
-            at = max(at, aligned(high))
+            if high > at:
+                at = high
         offsets[span.owner] = at
-        insort(placed, (at, at + span.nbytes, span.first, span.last))
+        insort(placed, (at, aligned(at + span.nbytes), span.first, span.last))
         top = max(top, at + span.nbytes)
     return offsets, top
 
