@@ -32,8 +32,9 @@ class CudaExecutable(Executable):
 
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
         self.program, self.arena, self.device = program, arena, backend.device
-        compiled = compile_all([s for c in program.calls for s in backend.sources(c)])
-        self._starts = [backend.bind_call(c, program, arena, compiled) for c in program.calls]
+        ways = [(c, backend.launches(c)) for c in program.calls]
+        compiled = compile_all([s for c, way in ways for s in backend.sources(c, way)])
+        self._starts = [backend.bind_call(c, way, program, arena, compiled) for c, way in ways]
         self._fork, self._join = self.device.event(), self.device.event()
         self._graphs: dict[tuple[int, int, bool], Any] = {}
 
@@ -96,7 +97,7 @@ class CudaBackend(Backend):
         has_cudnn = cudnn and attention.library() is not None
         self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
         self._card = Card(self.gpu)
-        self._ways = Ways(self.device, self.gpu, self._blas.version)
+        self._ways = Ways(self.device, self._card, self._blas.version)
         self.hardware = (
             f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
         )
@@ -121,7 +122,7 @@ class CudaBackend(Backend):
         calls = [c for program in plan.programs for c in program.calls]
         tune(self._blas, [p for c in calls for p in self._products(c)])  # before the memory is taken
         undecided = self._ways.open(calls)
-        compiled = compile_all([s for c in undecided.values() for way in self._all(c) for s in self._sources(c, way)])
+        compiled = compile_all([s for c in undecided.values() for way in self._all(c) for s in self.sources(c, way)])
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
         self._ways.race(undecided, bind, self.scratch)
         return CudaArena(self.device, plan)
@@ -135,25 +136,24 @@ class CudaBackend(Backend):
 
     # one call -------------------------------------------------------------------------------------------------------
 
-    def sources(self, c: Call) -> list[Source]:
-        """What must be compiled for a call."""
-        return self._sources(c, self.launches(c))
-
     def launches(self, c: Call) -> Launches:
         """What is bound for a call."""
         return self._ways.chosen(c)
 
     def _all(self, c: Call) -> tuple[Launches, ...]:
-        return c.op.cuda(c, self.gpu).ways()
+        return self._card.launches(c).ways()
 
-    def _sources(self, c: Call, way: Launches) -> list[Source]:
+    def sources(self, c: Call, way: Launches) -> list[Source]:
+        """What must be compiled for a call."""
         return [source(s, c, self.gpu) for s in way.steps if isinstance(s, Kernel) or _is_own(s)]
 
     def _products(self, c: Call) -> list[Product]:
         steps = [s for way in self._all(c) for s in way.steps if isinstance(s, Gemm) and not _is_own(s)]
         return list(dict.fromkeys(product(s, c, self.gpu) for s in steps))
 
-    def bind_call(self, c: Call, program: Program, arena: CudaArena, compiled: dict[Source, bytes]) -> list[Start]:
+    def bind_call(
+        self, c: Call, way: Launches, program: Program, arena: CudaArena, compiled: dict[Source, bytes]
+    ) -> list[Start]:
         """What starts each launch of a call."""
         plan = arena.plan
 
@@ -163,7 +163,7 @@ class CudaBackend(Backend):
             return arena.address + plan.offset[program.knobs if tensor == "knobs" else tensor]
 
         stream = self.device.side if c.op.beside else self.device.stream
-        return self._bind(c, self.launches(c), at, compiled=compiled, stream=stream)
+        return self._bind(c, way, at, compiled=compiled, stream=stream)
 
     def _bind(
         self, c: Call, launches: Launches, at: Place, *, compiled: dict[Source, bytes], stream: Any

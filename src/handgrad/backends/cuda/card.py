@@ -1,5 +1,7 @@
 """What can be said of a run on a card without having one: scratch, workspaces, which implementation is bound."""
 
+from weakref import WeakKeyDictionary
+
 from handgrad.backends.base import Planner
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa
@@ -26,13 +28,20 @@ class Card(Planner):
         if isinstance(gpu, str) and gpu not in GPUS:
             raise HandgradError("cuda", f"a card that can be described is one of {', '.join(GPUS)}", f"'{gpu}'")
         self.gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+        self._launches: WeakKeyDictionary[Call, Launches] = WeakKeyDictionary()
 
     def has(self, op: Op) -> bool:
         return type(op).cuda is not Op.cuda
 
+    def launches(self, call: Call) -> Launches:
+        """What the op declares, asked once: planning, tuning and binding all want it."""
+        if call not in self._launches:
+            self._launches[call] = call.op.cuda(call, self.gpu)
+        return self._launches[call]
+
     def scratch(self, call: Call) -> int:
         """The op's own bytes, and behind them the libraries' workspace."""
-        return max(self._scratch(way) for way in call.op.cuda(call, self.gpu).ways())
+        return max(self._scratch(way) for way in self.launches(call).ways())
 
     def _scratch(self, way: Launches) -> int:
         library = [s for s in way.steps if not isinstance(s, Kernel)]
@@ -40,7 +49,7 @@ class Card(Planner):
         return aligned(way.scratch) + max(rooms, default=0)
 
     def note(self, call: Call) -> str:
-        return call.op.cuda(call, self.gpu).note
+        return self.launches(call).note
 
 
 def attention_workspace(s: Sdpa) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from functools import partial
 
 from handgrad.backends.cuda import cache
+from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.driver import Device
 from handgrad.backends.cuda.tune import WORTH_TUNING, repeats
 from handgrad.core.knobs import KNOBS
-from handgrad.core.launch import Gpu, Launches
+from handgrad.core.launch import Launches
 from handgrad.core.program import Call
 from handgrad.core.tensor import Tensor
 
@@ -19,23 +20,23 @@ Bind = Callable[[Call, Launches, Place], list[Callable[[bool], None]]]  # what s
 class Ways:
     """What was chosen on one card, with one version of the library whose products are in it."""
 
-    def __init__(self, device: Device, gpu: Gpu, version: int):
-        self._device, self._gpu = device, gpu
+    def __init__(self, device: Device, card: Card, version: int):
+        self._device, self._card = device, card
         self._file = cache.key("ways", version, device.name) + ".json"
-        self._known: dict[str, int] = {} if gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
+        self._known: dict[str, int] = {} if card.gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
 
     def chosen(self, c: Call) -> Launches:
         """The faster way, or the first where nothing was timed."""
-        first = c.op.cuda(c, self._gpu)
+        first = self._card.launches(c)
         return first if first.instead is None else first.ways()[self._known.get(key(c, first), 0)]
 
     def open(self, calls: list[Call]) -> dict[str, Call]:
         """Calls, one of a kind, whose ways are worth timing and were not timed yet."""
-        if self._gpu.deterministic:
+        if self._card.gpu.deterministic:
             return {}
         found = {}
         for c in calls:
-            first = c.op.cuda(c, self._gpu)
+            first = self._card.launches(c)
             if first.instead is not None and c.op.flops(c) >= WORTH_TUNING and key(c, first) not in self._known:
                 found[key(c, first)] = c
         return found
@@ -52,7 +53,7 @@ class Ways:
                     if t != "knobs":
                         device.randomise(at[t], n)
                 device.fill(at["knobs"], 8 * len(KNOBS))
-                ways = [bind(c, way, at.__getitem__) for way in c.op.cuda(c, self._gpu).ways()]
+                ways = [bind(c, way, at.__getitem__) for way in self._card.launches(c).ways()]
                 taken = device.race([(partial(_start, starts), repeats(c.op.flops(c))) for starts in ways])
                 self._known[name] = taken.index(min(taken))
             finally:
