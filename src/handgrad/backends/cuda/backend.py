@@ -2,6 +2,8 @@
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,8 @@ from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
 from handgrad.backends.cuda.driver import Device, Module, launcher, tensor_map
-from handgrad.backends.cuda.nvrtc import Source, compile_all
+from handgrad.backends.cuda.libraries import load
+from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.backends.cuda.tune import tune
 from handgrad.backends.cuda.ways import Place, Ways
@@ -89,7 +92,9 @@ class CudaBackend(Backend):
     cut = 16  # k of a tensor core's instruction
 
     def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):
-        self.device = Device()
+        with ThreadPoolExecutor(1) as pool:  # the driver makes its context meanwhile
+            pool.submit(_open_libraries)
+            self.device = Device()
         self.pci_bus = self.device.pci_bus
         self._blas = CublasLt(self.device, deterministic)
         self._cudnn: attention.Cudnn | None = None  # opened where a call wants it
@@ -216,6 +221,14 @@ class CudaBackend(Backend):
         always = g.adds is True or (isinstance(g.adds, str) and g.adds not in c.first)
         sometimes = isinstance(g.adds, str)
         return lambda first: start(always or (sometimes and not first))
+
+
+def _open_libraries() -> None:
+    """Opens what takes long to open; who wants it finds it, or says what is missing."""
+    with suppress(HandgradError):
+        load("cublasLt", "nvidia-cublas")
+        compiler()
+    attention.library()
 
 
 def _is_own(step: Kernel | Gemm | Sdpa) -> bool:
