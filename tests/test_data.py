@@ -2,8 +2,10 @@
 
 import doctest
 import json
+import os
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,7 +406,7 @@ def test_preparing_again_leaves_no_older_shard(tmp_path):
 
 
 def test_another_source_or_tokenizer_takes_no_data_set_s_place(tmp_path):
-    """Unless it is told to; the same source, changed meanwhile, may be made again."""
+    """Unless it is told to. A source is what its files hold: changed meanwhile it is another, elsewhere it is the same."""
     a, b, out, gpt2 = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", tokenizers.gpt2()
     a.write_text("one two three four five six seven eight nine ten")
     b.write_text("to be or not to be")
@@ -414,8 +416,15 @@ def test_another_source_or_tokenizer_takes_no_data_set_s_place(tmp_path):
         with pytest.raises(HandgradError, match="out holds shards of this source, but got 12 tokens of another"):
             data.prepare_text(files, out, tokenizer)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    a.write_text("one two three four")
-    assert data.prepare_text([a], out, gpt2)["train"]["tokens"] < 12
+    moved = tmp_path / "moved" / "a.txt"
+    moved.parent.mkdir()
+    moved.write_bytes(a.read_bytes())
+    for same in (Path(os.path.relpath(a)), moved):
+        data.prepare_text([same], out, gpt2)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    a.write_text(a.read_text().replace("ten", "two"))
+    with pytest.raises(HandgradError, match="holds shards of this source"):
+        data.prepare_text([a], out, gpt2)
     assert data.prepare_text([b], out, gpt2, replace=True) == data.read_meta(out)
 
 

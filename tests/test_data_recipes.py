@@ -250,6 +250,19 @@ def test_mmlu(tmp_path, capsys):
     assert data.read_choices(path) == items
 
 
+def test_questions_in_one_folder_share_its_checksums(tmp_path):
+    """Also with shards, and each as it was last made."""
+    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    (tmp_path / "q.csv").write_text("Why?,a,b,c,d,B\n")
+    run(tmp_path / "out", "shakespeare")
+    shards = set(data.check(tmp_path / "out"))
+    for recipe, name in (("hellaswag", "q.jsonl"), ("mmlu", "q.csv"), ("hellaswag", "q.jsonl")):
+        data.prepare_questions(recipe, tmp_path / "out", tokenizers.gpt2(), tmp_path / name)
+    assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
+    run(tmp_path / "out", "shakespeare")
+    assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
+
+
 # promises -------------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +357,27 @@ def test_resume_begins_afresh_when_anything_changed(tmp_path, monkeypatch):
     (source / "001_00000.parquet").unlink()
     run(out, "fineweb", source=source, shard_tokens=1500, replace=True)
     assert data.read_meta(out)["source"]["files"] == 2
+
+
+def test_resume_goes_by_what_files_hold(tmp_path, monkeypatch):
+    """Touched, they are the same; of the same size and time, but with another word, they are not."""
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text('{"text": "one"}\n{"text": "two"}\n')
+    make = partial(run, out, "jsonl", files=[source], val_tokens=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        os.utime(source, ns=(1, 1))
+        patch.setattr(build, "_write", lambda parts, building, tokenizer, settings, plan, done, progress: kept.append(done))
+        kept = []
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        assert kept[0].tokens("val") == 2
+    source.write_text('{"text": "two"}\n{"text": "one"}\n')
+    os.utime(source, ns=(1, 1))
+    make()
+    assert read(out, "val") == expected(["two"])
 
 
 def test_killed_while_moving(tmp_path, monkeypatch):
@@ -447,10 +481,11 @@ def running(pid):
 # mistakes -------------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_sources(tmp_path):
+def test_damaged_sources(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "b \\ud800 c"}\n')
     with lzma.open(tmp_path / "cut.jsonl.xz", "wt") as file:
         file.write('{"text": "abc"}\n' * 9)
     (tmp_path / "cut.jsonl.xz").write_bytes((tmp_path / "cut.jsonl.xz").read_bytes()[:-20])
@@ -460,6 +495,7 @@ def test_damaged_sources(tmp_path):
         ("jsonl", "bad.jsonl", "line at byte 14: must be JSON"),
         ("jsonl", "other.jsonl", "must hold text under 'text', but got one with 'body'. hint: --column"),
         ("jsonl", "list.jsonl", "but got a list"),
+        ("jsonl", "half.jsonl", "half.jsonl, line at byte 14: text must be of whole characters, but got U.D800 at 2"),
         ("jsonl", "cut.jsonl.xz", "cut.jsonl.xz must be readable and whole"),
         ("jsonl", "none.jsonl", "which is missing"),
         ("parquet", "a.parquet", "a.parquet must be readable and whole"),
@@ -483,6 +519,13 @@ def test_damaged_sources(tmp_path):
     with pytest.raises(HandgradError, match="train part of the text must hold tokens, .* first 32,768 tokens are val"):
         (tmp_path / "short.txt").write_text("to be or not to be")
         run(tmp_path / "out", "shakespeare", source=tmp_path / "short.txt")
+    tables(tmp_path / "few", ["to be"], files=1)
+    (tmp_path / "few.jsonl").write_text('{"text": "to be"}')
+    for words, flag in ((f"fineweb --source {tmp_path}/few", "--shard-tokens"), (f"jsonl {tmp_path}/few.jsonl", "--val-tokens")):
+        assert main(f"data {words} --out {tmp_path}/out".split()) == 2
+        assert f" tokens are val: {flag} can be smaller" in capsys.readouterr().err
+        assert main([*f"data {words}".split(), flag, "word"]) == 2  # so it does exist
+        assert f"{flag} takes a whole number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -495,6 +538,8 @@ def test_damaged_questions(tmp_path):
         ([1], "must be a JSON object"),
         (QUESTION | {"endings": ["a"], "label": 0}, "two or more"),
         (QUESTION | {"ctx": "word " * 40_000}, "must take under 65,536 bytes"),
+        (QUESTION | {"ctx": "He \udc00"}, "q.jsonl, row 1: text must be of whole characters, but got U.DC00 at 3"),
+        (QUESTION | {"endings": ["a", "\ud800", "c", "d"]}, "q.jsonl, row 1: text must be of whole characters"),
     ]:
         (tmp_path / "q.jsonl").write_text(json.dumps(row))
         with pytest.raises(HandgradError, match=message):
@@ -526,6 +571,7 @@ def test_the_hub(tmp_path, monkeypatch):
     names = [f"sample/10BT/{index:03d}_00000.parquet" for index in range(3)]
     assert fetched == [("HuggingFaceFW/fineweb-edu", name, "dataset", "abc") for name in names]
     assert meta["source"]["first"] == f"hf:HuggingFaceFW/fineweb-edu@abc/{names[0]}"
+    assert "sha256" not in meta["source"]  # the revision says it
     with pytest.raises(HandgradError, match="must hold sample/100BT/.*, but got none"):
         run(tmp_path / "none", "fineweb-edu", sample="100B")
 

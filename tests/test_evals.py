@@ -19,6 +19,7 @@ from handgrad.backends import open_backend
 from handgrad.cli.__main__ import main
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
+from handgrad.data import prepare_questions
 from handgrad.data.choices import Choices, write_choices
 from handgrad.evals import scoring
 from handgrad.evals.metrics import choices
@@ -314,6 +315,18 @@ def test_P9_hellaswag_that_is_worded_already(tmp_path):
     item = evals.read_items("hellaswag", path, GPT)[0]
     assert [GPT.decode(end) for _, end in item.pairs] == [" runs [x].", " eats."] and GPT.decode(item.pairs[0][0]) == "A man sits. he"
     assert item.label == 1 and item.characters == (9, 5)
+
+
+def test_P9_blank_lines_ask_nothing(tmp_path):
+    """Neither of the two that read questions."""
+    row = json.dumps(dict(ctx="The cow eats", endings=["hay.", "meat."], label=0)) + "\n"
+    (tmp_path / "a.jsonl").write_text(row + "\n" + row + "\n \n")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "x_test.csv").write_text("Why?,a,b,c,d,B\n\n\n")
+    for recipe, path, count in (("hellaswag", tmp_path / "a.jsonl", 2), ("mmlu", tmp_path / "csv", 1)):
+        source = path / "x_test.csv" if path.is_dir() else path
+        assert prepare_questions(recipe, tmp_path / "made", GPT, source)[1] == count
+        assert len(evals.read_items(recipe, path, GPT)) == count
 
 
 def test_P9_spaces_at_the_parting_belong_to_the_continuation():

@@ -236,7 +236,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     answers = iter(labels.read_text().split()) if labels.exists() else None
     with {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            yield f"line {number}", json.loads(line) | ({} if answers is None else {"label": next(answers, None)})
+            if line.strip():
+                yield f"line {number}", json.loads(line) | ({} if answers is None else {"label": next(answers, None)})
 
 
 def _mmlu_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -244,6 +245,6 @@ def _mmlu_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in sorted(folder.glob("*.csv")):
         subject = re.sub(r"_(test|val|dev)$", "", file.stem)
         with file.open(encoding="utf-8", newline="") as lines:
-            for number, (question, *choices, answer) in enumerate(csv.reader(lines), 1):
+            for number, (question, *choices, answer) in enumerate(filter(None, csv.reader(lines)), 1):
                 row = {"subject": subject, "question": question, "choices": choices, "answer": answer}
                 yield f"row {number} of {file.name}", row

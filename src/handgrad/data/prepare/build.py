@@ -34,7 +34,8 @@ _OURS = re.compile(r"(train|val)_\d{6}\.bin")
 class Part:
     """A file of the source, or a stretch of one.
 
-    name, size, stamp: what it is called, its bytes, and a word that changes when its content does
+    name, size: what it is called, without a folder of this machine, and its bytes
+    sha256: of the whole file; empty where the name says which revision it is of
     get: returns where it is, after a download perhaps
     jobs: yields (bytes of the part that are read when it is done, job), the same ones every time
     split: "train", "val", or "" where the number of tokens decides
@@ -42,7 +43,7 @@ class Part:
 
     name: str
     size: int
-    stamp: str
+    sha256: str
     get: Callable[[], Path]
     jobs: Callable[[Path], Iterator[tuple[int, Job]]]
     split: str = ""
@@ -51,7 +52,8 @@ class Part:
 @dataclass(frozen=True)
 class Settings:
     """shard_tokens: in a full shard
-    val_tokens: how many of the first are val where parts do not say;  wants_val: whether val may not be empty
+    val_tokens: how many of the first are val where parts do not say;  val_flag: what sets them, if anything does
+    wants_val: whether val may not be empty
     workers: processes that tokenize
     replace: shards of another source or tokenizer that are in the folder may go
     """
@@ -61,6 +63,7 @@ class Settings:
     wants_val: bool = True
     workers: int = 1
     replace: bool = False
+    val_flag: str = ""
 
 
 @dataclass
@@ -112,7 +115,8 @@ def build(
             missing = [split for split in wanted if not meta[split]["tokens"]]
             if missing:
                 (building / _NOTE).unlink(missing_ok=True)
-                hint = f"the first {settings.val_tokens:,} tokens are val: --val-tokens" if settings.val_tokens else ""
+                hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
+                hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
                 got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
                 raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
             _install(building, out_dir, meta, done)
@@ -139,7 +143,7 @@ def check(folder: str | Path) -> dict[str, int]:
         path = sums.parent / name
         if not name or not path.is_file():
             raise HandgradError("data", f"{sums} must list files of its folder", repr(line))
-        found = _sha256(path)
+        found = sha256_of(path)
         if found != digest:
             rule = f"{path} must have the sha256 {digest[:12]}... noted when it was made"
             raise HandgradError("data", rule, f"{found[:12]}...", hint="it was changed or damaged: make it again")
@@ -190,8 +194,8 @@ def _claimed(out_dir: Path) -> Iterator[Path]:
 
 def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
     """Returns a word that is the same for the same source, tokenizer and sizes of shards."""
-    files = {path.name: _sha256(path) for path in _tokenizer_files(building)}
-    plan = [words, files, [[part.name, part.size, part.stamp, part.split] for part in parts]]
+    files = {path.name: sha256_of(path) for path in _tokenizer_files(building)}
+    plan = [words, files, [[part.name, part.size, part.sha256, part.split] for part in parts]]
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -204,8 +208,11 @@ def _check_replaces(out_dir: Path, origin: dict) -> None:
 
 
 def _origin(recipe: str, parts: Sequence[Part], spec: dict) -> dict:
-    """Where shards come from, in meta.json."""
-    return {"tokenizer": spec, "source": {"recipe": recipe, "files": len(parts), "first": parts[0].name}}
+    """Where shards come from, in meta.json: what the files hold, not where they lie. sha256: of the parts' sha256."""
+    source = {"recipe": recipe, "files": len(parts), "first": parts[0].name}
+    if sums := "".join(part.sha256 for part in parts):  # else the first name says the revision of all
+        source["sha256"] = hashlib.sha256(sums.encode()).hexdigest()
+    return {"tokenizer": spec, "source": source}
 
 
 def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
@@ -225,7 +232,7 @@ def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
 
 def _is_there(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
     if not (building / name).exists():  # killed while it moved its shards to their place?
-        return (out_dir / name).is_file() and _sha256(out_dir / name) == sha256
+        return (out_dir / name).is_file() and sha256_of(out_dir / name) == sha256
     return open_shard(building / name).count == tokens
 
 
@@ -236,7 +243,7 @@ def _write(parts, building, tokenizer, settings, plan, done, progress) -> None:
         name = f"{split}_{index:06d}.bin"
         places = []
         shard = write_shard(building / name, _noting(group, places), dtype)
-        sha256 = _sha256(shard.path)
+        sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
         done.part, done.job, done.ids = places[-1]
         write_whole(building / _NOTE, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
@@ -295,27 +302,34 @@ def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
     sums = {shard["name"]: shard["sha256"] for shard in done.shards}
     (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in [*_tokenizer_files(building), building / "meta.json"]:
-        sums[path.name] = _sha256(path)
-    write_sums(building, sums)
+        sums[path.name] = sha256_of(path)
     (out_dir / "meta.json").unlink(missing_ok=True)
     for old in out_dir.iterdir():
         if _OURS.fullmatch(old.name) and old.name not in sums:
             old.unlink()
+    write_sums(building, out_dir, sums)
     for name in [SUMS, *sums]:  # meta.json is the last of them
         if (building / name).exists():  # else an earlier run that was killed moved it
             (building / name).replace(out_dir / name)
     (building / _NOTE).unlink()
 
 
-def write_sums(folder: Path, sums: dict[str, str]) -> None:
-    """Writes SHA256SUMS, {name: sha256} as `sha256sum -c` reads it."""
-    write_whole(folder / SUMS, [f"{digest}  {name}\n".encode() for name, digest in sums.items()])
+def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
+    """Writes SHA256SUMS as `sha256sum -c` reads it: what `folder` lists of its other files, then {name: sha256}."""
+    old = folder / SUMS
+    lines = old.read_text(encoding="utf-8", errors="replace").splitlines() if old.is_file() else []
+    kept = [line for line in lines if (name := line[66:]) not in sums and (folder / name).is_file()]
+    write_whole(into / SUMS, [f"{line}\n".encode() for line in [*kept, *(f"{sums[name]}  {name}" for name in sums)]])
 
 
 def _tokenizer_files(building: Path) -> list[Path]:
     return sorted(path for path in building.glob("*.json") if path.name not in (_NOTE, "meta.json"))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of the file `path` in hexadecimal digits. Raises HandgradError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HandgradError("data", f"{path} must be readable", error.strerror) from None

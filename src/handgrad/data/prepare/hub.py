@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Part
-from handgrad.data.prepare.text import size_of, stamp_of
+from handgrad.data.prepare.build import Part, sha256_of
+from handgrad.data.prepare.text import size_of
 from handgrad.data.prepare.workers import Job
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
@@ -32,7 +32,7 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
 
 def local_part(path: Path, jobs: Jobs, split: str = "") -> Part:
     """Returns the Part that is the file `path`."""
-    return Part(path.name, size_of(path), stamp_of(path), lambda: path, jobs, split)
+    return Part(path.name, size_of(path), sha256_of(path), lambda: path, jobs, split)
 
 
 def hub_parts(repo: str, patterns: Sequence[str], jobs: Callable[[str], Jobs]) -> list[Part]:

@@ -5,16 +5,15 @@ MMLU: "Question: ...", a blank line, "Answer:", and the four choices themselves 
 """
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
-from handgrad.data.prepare.build import write_sums
+from handgrad.data.prepare.build import sha256_of, write_sums
 from handgrad.data.prepare.hub import hub_parts, local
-from handgrad.data.prepare.readers import OPEN, json_lines, parquet, readable
+from handgrad.data.prepare.readers import OPEN, json_lines, parquet, readable, whole
 
 LETTERS = "ABCD"
 QUESTIONS = {  # recipe: (file written, repository, its file, files of a local folder)
@@ -53,7 +52,7 @@ def prepare_questions(
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
     count = write_choices(path, items)
-    write_sums(path.parent, {name: hashlib.sha256(path.read_bytes()).hexdigest()})
+    write_sums(path.parent, path.parent, {name: sha256_of(path)})
     return path, count
 
 
@@ -73,7 +72,7 @@ def _checked(text, answers, label, where: str) -> tuple[str, list[str], int]:
         raise HandgradError("data", f"{where}: a question must have a text and a list of answers", "another row")
     if not str(label).isdecimal() or int(label) >= len(answers):
         raise HandgradError("data", f"{where}: one of the {len(answers)} answers must be right", repr(label))
-    return text, answers, int(label)
+    return whole(text, where), [whole(answer, where) for answer in answers], int(label)
 
 
 def _item(context: str, answers: list[str], label: int, tokenizer) -> Choices:
@@ -88,7 +87,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             rows = parquet().read_table(path, use_threads=False).to_pylist()
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as lines:
-                rows = [{"question": q, "choices": choices, "answer": a} for q, *choices, a in csv.reader(lines)]
+                read = filter(None, csv.reader(lines))  # a blank line is an empty row
+                rows = [{"question": q, "choices": choices, "answer": a} for q, *choices, a in read]
         else:
             with OPEN.get(path.suffix, open)(path, "rb") as lines:
                 rows = [json.loads(line) for line in lines if line.strip()]

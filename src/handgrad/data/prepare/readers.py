@@ -102,6 +102,16 @@ def _text(row: object, column: str, where: str) -> str:
         found = f"one with {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
         hint = "--column names another" if column == "text" else ""
         raise HandgradError("data", f"{where}: an object must hold text under {column!r}", found, hint=hint)
+    return whole(text, where)
+
+
+def whole(text: str, where: str) -> str:
+    """Returns `text`. Raises HandgradError if JSON's \\u gave it half a character: a surrogate without its other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"U+{ord(text[error.start]):04X} at {error.start}"
+        raise HandgradError("data", f"{where}: text must be of whole characters", got) from None
     return text
 
 

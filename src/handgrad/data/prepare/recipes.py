@@ -80,7 +80,8 @@ def prepare(
         val_tokens = 0
     size = sum(part.size for part in parts)
     workers = workers or min(os.cpu_count(), 1 + size // _WORKER_BYTES)
-    settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace)
+    val_flag = {"shakespeare": "", "jsonl": "--val-tokens", "parquet": "--val-tokens"}.get(recipe, "--shard-tokens")
+    settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace, val_flag)
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
 
@@ -161,6 +162,5 @@ def _unpacked(archive: Path, folder: Path) -> list[Path]:
                 with temporary.open("wb") as file, members.extractfile(member) as packed:
                     while piece := packed.read(2**20):
                         file.write(piece)
-                os.utime(temporary, (member.mtime, member.mtime))
                 temporary.replace(path)
     return sorted(files)

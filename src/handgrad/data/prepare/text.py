@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Part
+from handgrad.data.prepare.build import Part, sha256_of
 from handgrad.data.prepare.workers import Job
 
 PIECE_BYTES = 2**18
@@ -44,11 +44,6 @@ def size_of(path: Path) -> int:
     return path.stat().st_size
 
 
-def stamp_of(path: Path) -> str:
-    """Returns a word that changes when the file does."""
-    return str(path.stat().st_mtime_ns)
-
-
 def text_parts(files: Sequence[str | Path], val_fraction: float) -> list[Part]:
     """Returns the stretches of `files` that are train, then those that are val, parted between two characters."""
     paths = [Path(file) for file in files]
@@ -60,14 +55,15 @@ def text_parts(files: Sequence[str | Path], val_fraction: float) -> list[Part]:
     for path, size in zip(paths, sizes, strict=True):
         cut = min(left, size)
         left -= cut
+        make = partial(_part, path, sha256_of(path))
         if 0 < cut < size:
             with path.open("rb") as file:
                 file.seek(cut)
                 cut += _continuation(file.read(3))
         if cut > 0:
-            train.append(_part(path, 0, cut, "train"))
+            train.append(make(0, cut, "train"))
         if cut < size:
-            val.append(_part(path, cut, size, "val"))
+            val.append(make(cut, size, "val"))
     return train + val
 
 
@@ -88,9 +84,9 @@ def read_span(path: Path, start: int, stop: int) -> str:
         raise HandgradError("data", f"{path} must be UTF-8 text", where) from None
 
 
-def _part(path: Path, start: int, stop: int, split: str) -> Part:
+def _part(path: Path, sha256: str, start: int, stop: int, split: str) -> Part:
     jobs = partial(_jobs, start=start, stop=stop)
-    return Part(f"{path}:{start}", stop - start, stamp_of(path), lambda: path, jobs, split)
+    return Part(f"{path.name}:{start}", stop - start, sha256, lambda: path, jobs, split)
 
 
 def _jobs(path: Path, start: int, stop: int) -> Iterator[tuple[int, Job]]:
