@@ -7,7 +7,6 @@ flag that does not exist stops the script. tests/test_parity.py runs it and comp
 """
 
 import ast
-import sys
 from dataclasses import fields
 from inspect import getsource
 from pathlib import Path
@@ -100,10 +99,12 @@ TRAPS = [
      "they are mapped, offsets have 64 bits, and the count is the file's size, with which the header must agree"),
     ("T8", "resuming aborts where shards differ in size",
      "a batch is a function of seed and position; the position is a count of tokens, so micro-batch, batch and ranks "
-     "may change and no token is read twice or left out"),
+     "may change, and no window of an epoch is read twice or left out. Another seq_len cuts and shuffles the rest of "
+     "the epoch anew, so that some of its tokens come again and some do not come; --data.overfit reads one batch for "
+     "ever"),
     ("T9", "a loss that is not finite still updates the weights",
      "the update is skipped, on the device, for any gradient norm that is not finite (a loss that is not makes it so); "
-     "--run.max-skipped in a row end the run"),
+     "one more than --run.max-skipped in a row ends the run"),
     ("T10", "a recipe's time would be 121 % of the hardware's peak",
      "times in `runs/` are tokens over a measured rate, and a test computes them again"),
     ("T11", "the README's example of a sweep is stale", "tests run the README's commands and the recipes"),
@@ -199,4 +200,3 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    sys.exit(0)

@@ -617,6 +617,8 @@ static double cosine(int step, int steps, double peak, int warmup) {
 
 // ---- data -----------------------------------------------------------------------------------------------------------
 
+enum { MOST_TOKENS = 1 << 30 };  // more than any vocabulary has, and an int still holds its padding
+
 // A text as token numbers. Of a plain text every byte is a token, numbered in order of first use.
 typedef struct {
   int *ids;
@@ -648,6 +650,7 @@ static Tokens read_tokens(const char *path) {
   for (long at = 0; at < tokens.count; at++) {
     uint32_t id = 0;  // a little-endian machine reads narrow numbers into its low bytes
     if (fread(&id, width, 1, file) != 1) fail("[data] %s can be read to its end, but it cannot", path);
+    if (id >= MOST_TOKENS) fail("[data] token ids lie below %d, but got %u", MOST_TOKENS, id);
     if (tokens.is_text && number[id] < 0) {
       number[id] = tokens.vocab;
       tokens.letter[tokens.vocab] = id;
@@ -702,7 +705,8 @@ static int draw_token(real *z, int V, double temperature) {
 //
 // The whole text so far, at most T tokens, is computed again for every token. (How not to: exercise 4.)
 static void sample(const Model *model, Buffers *f, const Tokens *tokens, int start, int count, double temperature) {
-  int text[count + 1], V = model->config.V, longest = f->T < model->config.T ? f->T : model->config.T;
+  int *text = zeros((size_t)count + 1, sizeof(int));
+  int V = model->config.V, longest = f->T < model->config.T ? f->T : model->config.T;
   text[0] = start;
   for (int length = 1; length <= count; length++) {
     int T = length < longest ? length : longest;
@@ -713,6 +717,7 @@ static void sample(const Model *model, Buffers *f, const Tokens *tokens, int sta
     fflush(stdout);
   }
   putchar('\n');
+  free(text);
 }
 
 // ---- the program ----------------------------------------------------------------------------------------------------

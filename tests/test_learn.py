@@ -462,6 +462,17 @@ def test_c_learns_a_text(build, tmp_path):
     assert first == sample() != sample("--seed", 2) and set(first) <= set(text.read_text())
 
 
+def test_c_a_sample_may_be_longer_than_the_stack(build, tmp_path):
+    (tmp_path / "text.txt").write_text("to be, or not to be. " * 20)
+    sizes = "--layers 1 --heads 1 --channels 4 --length 4 --batch 1 --steps 1 --sample 500000000".split()
+    with subprocess.Popen([build(), "--data", tmp_path / "text.txt", *sizes], stdout=subprocess.PIPE, text=True) as child:
+        while not (line := child.stdout.readline()).startswith("val loss"):
+            assert line
+        letter = child.stdout.read(1)
+        child.kill()
+    assert letter
+
+
 def test_c_draws_in_proportion(build):
     """200,000 draws from softmax(0, 1, 2, -1): frequencies against probabilities, six standard deviations."""
     main = """int main(void) {
@@ -489,6 +500,7 @@ def test_c_draws_in_proportion(build):
     (["--model", "MODEL_CUT"], "[model] MODEL_CUT holds"),
     (["--model", "MODEL", "--length", "97"], "[model] --length is at most 96"),
     (["--model", "MODEL", "--data", "SHARD"], "[data] token ids lie below 211, but got 300"),
+    (["--data", "WIDE"], "[data] token ids lie below 1073741824, but got 4294967295"),
     (["--heads", "3"], "[model] channels are a multiple of heads"),
 ])
 def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
@@ -499,6 +511,7 @@ def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
     (tmp_path / "MODEL").write_bytes((ten_steps / "model.bin").read_bytes())
     (tmp_path / "MODEL_CUT").write_bytes((ten_steps / "model.bin").read_bytes()[:-3])
     write_shard(tmp_path / "SHARD", [np.arange(301)], id_dtype(301))
+    (tmp_path / "WIDE").write_bytes(np.array([20240801, 7, 99] + [0] * 253 + [-1] * 99, "<i4").tobytes())
     done = call(build(), *[tmp_path / word if word.isupper() else word for word in words])
     told = done.stderr.replace(f"{tmp_path}/", "")
     assert done.returncode == 2 and told.startswith(message) and told.count("\n") == 1

@@ -1,10 +1,9 @@
-"""llm.c's files: models, tokenizers, debug states, and the optimizer's state of a training run. Little-endian.
+"""llm.c's files: models, tokenizers, and the optimizer's state of a training run. Little-endian.
 
 Each begins with 256 words of 4 bytes, of which the first is a magic number and the second a version:
 
     model      20240326  3: float32, 5: bfloat16. Words 2-7: longest sequence, vocabulary, layers, heads, width, rows of
                          wte with padding. Then 16 tensors, wte to ln_f, every layer of a tensor before the next tensor
-    debug      20240327  2. Words 2-3: B, T. Then x, y (int32), logits without padding, loss, gradients (float32)
     tokenizer  20240328  2. Words 2-3: tokens, the one that ends a text. Then each: its length in a byte, its bytes
     state      20240527  1. Words 2-5: processes, rank, master weights?, shuffled?; 10: step; 20-23: two states of the
                          rounding's random numbers; 30-33: shard, sample. Then m, v (, master): float32. If shuffled,
@@ -14,7 +13,7 @@ Every file is checked against its size before anything but its header is read.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +23,18 @@ from handgrad.core.errors import HandgradError
 from handgrad.io.weights import BLOCK, NUMPY, Weights, check_sizes, padded
 
 HEADER = 256 * 4
-MODEL, DEBUG, TOKENIZER, STATE = 20240326, 20240327, 20240328, 20240527
+MODEL, TOKENIZER, STATE = 20240326, 20240328, 20240527
 NAMES = {
     MODEL: "a model",
-    DEBUG: "a debug state",
     TOKENIZER: "a tokenizer",
     STATE: "a training state",
+    20240327: "a debug state",
     20240520: "token shards",
     20240801: "token shards",
     20240522: "an evaluation file",
     20240803: "a Llama model",
 }
-VERSIONS = {MODEL: (3, 5), DEBUG: (2,), TOKENIZER: (2,), STATE: (1,)}
+VERSIONS = {MODEL: (3, 5), TOKENIZER: (2,), STATE: (1,)}
 DTYPES = {3: "f32", 5: "bf16"}
 WORDS = {"max_seq_len": 2, "vocab_size": 3, "num_layers": 4, "num_heads": 5, "hidden_size": 6}
 TWISTER = 2520  # bytes: seed (8, never set by llm.c), left, next, 624 words of state, 2 of matrix
@@ -208,43 +207,6 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
                                   twister=_read(path, np.dtype("<u4"), at + 8, 628)), parts  # fmt: skip
     rule = f"{path} holds the state of a model of {layout.count} numbers, on {processes} processes"
     raise HandgradError("llmc", rule, f"{size} bytes", hint="it is cut off, or another model's")
-
-
-# debug states ---------------------------------------------------------------------------------------------------------
-
-
-def read_debug(path: str | Path, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """What a debug state holds: x, y (B, T) int32; logits (B, T, V), loss () and "d <tensor>" float32.
-
-    sizes: of the model that it was made with. Tables come with padding.
-    """
-    path = Path(path)
-    header = _header(path, DEBUG)
-    B, T = int(header[2]), int(header[3])
-    if B < 1 or T < 1:
-        raise HandgradError("llmc", f"{path} gives B and T from 1 on", f"{B} and {T}")
-    layout = Layout(sizes, padded(sizes["vocab_size"]))
-    arrays = {"x": ("<i4", (B, T)), "y": ("<i4", (B, T)), "logits": ("<f4", (B, T, sizes["vocab_size"])),
-              "loss": ("<f4", ())}  # fmt: skip
-    before = HEADER + 4 * sum(math.prod(shape) for _, shape in arrays.values())
-    _check_size(path, before + 4 * layout.count)
-    found, at = {}, HEADER
-    for name, (dtype, shape) in arrays.items():
-        found[name] = _read(path, np.dtype(dtype), at, math.prod(shape)).reshape(shape)
-        at += found[name].nbytes
-    return found | {f"d {name}": layout.read(path, before, NUMPY["f32"], name) for name in layout.names()}
-
-
-def write_debug(path: str | Path, arrays: Mapping[str, np.ndarray], sizes: dict[str, int]) -> None:
-    """Writes what `read_debug` returns."""
-    layout = Layout(sizes, padded(sizes["vocab_size"]))
-    with Path(path).open("wb") as file:
-        B, T = arrays["x"].shape
-        file.write(_words(DEBUG, 2, {2: B, 3: T}))
-        for name in ("x", "y"):
-            arrays[name].astype("<i4").tofile(file)
-        for name in ("logits", "loss", *(f"d {name}" for name in layout.names())):
-            np.ascontiguousarray(arrays[name], "<f4").tofile(file)
 
 
 # tokenizers -----------------------------------------------------------------------------------------------------------

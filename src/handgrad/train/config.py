@@ -138,7 +138,7 @@ class RunConfig:
     keep_every: int = 0
     """checkpoints at multiples of this step, itself one of --run.save-every, are never deleted; 0: none"""
     max_skipped: int = 10
-    """stop after this many skipped updates in a row"""
+    """updates in a row that may be skipped; one more ends the run"""
     skip_loss_z: float = 0.0
     """skip an update whose loss is this many standard deviations above the last 128; 0: never"""
     skip_grad_z: float = 0.0
