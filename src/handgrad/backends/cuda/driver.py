@@ -3,6 +3,7 @@
 import ctypes
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache as once
 from typing import Any
 
 import numpy as np
@@ -165,10 +166,8 @@ class Device:
 
     def randomise(self, address: int, nbytes: int) -> None:
         """Fills memory with normal numbers, bf16, a pattern of up to 4 Mi of them repeated."""
-        size = min(nbytes, 8 << 20)
-        pattern = np.random.default_rng(0).standard_normal(size // 2, np.float32).astype(NUMPY["bf16"])
-        self.to_device(address, pattern.ctypes.data, pattern.nbytes)
-        done = pattern.nbytes
+        done = min(nbytes, 8 << 20) // 2 * 2
+        self.to_device(address, _normal().ctypes.data, done)
         while 0 < done < nbytes:
             size = min(done, nbytes - done)
             self.within(address + done, address, size)
@@ -188,6 +187,12 @@ class Device:
 
     def replay(self, graph: Any) -> None:
         check(cu.cuGraphLaunch(graph, self.stream))
+
+
+@once
+def _normal() -> np.ndarray:
+    """4 Mi normal numbers, bf16."""
+    return np.random.default_rng(0).standard_normal(4 << 20, np.float32).astype(NUMPY["bf16"])
 
 
 class Module:

@@ -1,7 +1,8 @@
 """Which of cuBLASLt's algorithms multiplies a product fastest, by the card's clock.
 
 Timed are what its heuristic proposes and what it does not: other tiles and clusters for the same kernels, and kernels
-for Hopper that it leaves out. Values are those of cublasLt.h 13.
+for Hopper that it leaves out. The last word has a race over milliseconds: a card at its power limit lowers its clock for
+those that need more energy, which a short run does not show. Values are those of cublasLt.h 13.
 """
 
 import math
@@ -19,9 +20,9 @@ from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
 WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
-TURN_FLOPS = 5e11  # about what a candidate does each time that it is timed: a millisecond
 WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
-RUN, FINALISTS = 64, 4  # variants that are run twice, those with the least work by tiles and rounds; that are timed hot
+TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
+RUN, FINALISTS = 64, 4  # variants that are run twice, those with the least work by tiles and rounds; that go on
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     64: {256: 19, 320: 117},
     96: {128: 28, 192: 151, 256: 152},
@@ -89,18 +90,21 @@ def tune(blas: CublasLt, products: Sequence[Product]) -> None:
             if p.flops >= WORTH_SEARCHING:
                 found += _fastest(blas, variants(blas, p, description, layouts, found), starter)
             finalists += [(p, h, starter(h)) for h in found]
-        taken = device.race([(start, repeats(p.flops)) for p, _, start in finalists])
-        best = {p: min((t, i) for i, t in enumerate(taken) if finalists[i][0] == p)[1] for p in todo}
-        blas.learn({p: finalists[i][1] for p, i in best.items()})
+        for long in (False, True):
+            taken = device.race([(start, repeats(p.flops, long)) for p, _, start in finalists])
+            ranked = {p: sorted((t, i) for i, t in enumerate(taken) if finalists[i][0] == p) for p in todo}
+            finalists = [finalists[i] for found in ranked.values() for _, i in found[: 1 if long else FINALISTS]]
+        blas.learn({p: h for p, h, _ in finalists})
     finally:
         device.sync()
         for address in (*at.values(), workspace):
             device.free(address)
 
 
-def repeats(flops: float) -> int:
-    """How often something that does so much is begun each time that it is timed."""
-    return 1 + int(TURN_FLOPS / max(flops, WORTH_TUNING))
+def repeats(flops: float, long: bool = True) -> int:
+    """How often something that does so much is begun each time that it is timed; long: where it is worth it."""
+    turn = LONG_TURN_FLOPS if long and flops >= WORTH_SEARCHING else TURN_FLOPS
+    return 1 + int(turn / max(flops, WORTH_TUNING))
 
 
 def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Start]) -> list[Heuristic]:
