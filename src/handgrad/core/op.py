@@ -98,6 +98,7 @@ class Op:
     attrs: dict[str, type] = {}
     starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward stretch (lm_loss)
     beside: bool = False  # a backend may run it at the same time as the call after it, which does not need it
+    steep: bool = False  # sums far larger than its outputs cancel or stand in an exponent: last bits of inputs count
     cpu: C | None = None
     cases: tuple[Case, ...] = ()
 

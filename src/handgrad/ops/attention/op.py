@@ -146,6 +146,7 @@ class AttentionBackward(Op):
     ins = "dy:N,C qkv:N,Q y:N,C lse:B,H,T:f32"
     outs = "dqkv:N,Q"
     attrs = Attention.attrs
+    steep = True  # exp(q k' - lse), dy v' less delta
     cpu = C(
         "attention_backward",
         "dqkv dy qkv y lse | N T H K D causal p stream knobs scratch",
