@@ -15,7 +15,7 @@ from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
-PIECE, PIECES = 1 << 18, 128  # bytes of one pinned piece, and how many take turns: a step of 42 micro-batches waits for none
+PIECE, PIECES = 1 << 18, 128  # bytes of one pinned piece, and how many take turns: enough for 42 micro-batches
 RESERVE = 512 * MIB  # left to the libraries and the driver
 
 

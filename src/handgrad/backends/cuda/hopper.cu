@@ -7,7 +7,7 @@
 // product_pieces writes = or +=    out, columns: (M) grad_t      tiles that were cut along K; row sums of a
 // needs     K >= 512 for EXPONENTIALS, where a tile is written while the next one is multiplied
 // layout    -DA_MN, -DB_MN: a lies as (K, M), b as (K, N); otherwise as (M, K) and (N, K). Rows are multiples of 16 bytes;
-//           what is past an edge reads as zero and is not written. -DWIDTH: of a tile, 256, or 232: 1600 are 7 of them
+//           what is past an edge reads as zero and is not written.
 // numerics  float sums in the order of the tensor cores; pieces of K are added in order
 // determinism  fixed order; tiles and pieces depend on the sizes and the number of multiprocessors alone
 // speed     H100 80GB alone, 2026-11-24, TFLOP/s (cuBLASLt 13.1 in the same run): weight gradient of 2304 x 768, K=65536 716 (652),
@@ -17,8 +17,8 @@
 #include "ptx.cuh"
 
 enum {
-  TILE_M = 128, TILE_N = WIDTH, TILE_K = 64, STAGES = 4, CLUSTER = 2, BOX = 64 * 64 * 2,  // bytes of a box: 64 rows of 64 values
-  A_BOXES = TILE_M / 64, B_BOXES = 4, A_BYTES = A_BOXES * BOX, STAGE = (A_BOXES + B_BOXES) * BOX,
+  TILE_M = 128, TILE_N = 256, TILE_K = 64, STAGES = 4, CLUSTER = 2, BOX = 64 * 64 * 2,  // bytes of a box: 64 rows of 64 values
+  A_BYTES = TILE_M / 64 * BOX, B_BYTES = TILE_N / 64 * BOX, STAGE = A_BYTES + B_BYTES,
   ROOM = 2 * BOX,                     // of a warp group, on the way out: two boxes in turn
   THREADS = 384, REGISTERS = TILE_N / 2,
   BARRIERS_AT = STAGES * STAGE + 2 * ROOM,
@@ -237,11 +237,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           barrier_expect(full + stage, STAGE);
           char *to = room + stage * STAGE;
 #pragma unroll
-          for (int i = 0; i < A_BOXES; i++, to += BOX)
+          for (int i = 0; i < TILE_M / 64; i++, to += BOX)
             box_load(to, &a, A_MN ? row + 64 * i : k * TILE_K, A_MN ? k * TILE_K : row + 64 * i, full + stage);
 #pragma unroll
-          for (int i = 0; i < B_BOXES / CLUSTER; i++) {  // each block of the cluster brings its part to both
-            int box = rank * (B_BOXES / CLUSTER) + i, at = column + 64 * box;
+          for (int i = 0; i < TILE_N / 64 / CLUSTER; i++) {  // each block of the cluster brings its part to both
+            int box = rank * (TILE_N / 64 / CLUSTER) + i, at = column + 64 * box;
             box_load(to + box * BOX, &b, B_MN ? at : k * TILE_K, B_MN ? k * TILE_K : at, full + stage, (1 << CLUSTER) - 1);
           }
           if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -358,7 +358,7 @@ KERNEL __launch_bounds__(128) product_pieces_kernel(
     float4 sum[4] = {};
     work.pieces(t, [&](int slot) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) {  // past the end of a narrow tile lies what follows it
+      for (int j = 0; j < 4; j++) {
         float4 v = *(const float4 *)(from + (i64)slot * PIECE + j * 512);
         sum[j].x += v.x, sum[j].y += v.y, sum[j].z += v.z, sum[j].w += v.w;
       }
@@ -367,7 +367,6 @@ KERNEL __launch_bounds__(128) product_pieces_kernel(
     i64 row = (i64)m * CLUSTER * TILE_M + part * 64 + warp * 16 + lane / 4;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      if (TILE_N % 32 && blockIdx.y * 4 + j >= TILE_N / 8) break;
       i64 c = (i64)n * TILE_N + 8 * (blockIdx.y * 4 + j) + lane % 4 * 2;
       if (row < M && c < N) put(out + row * N + c, sum[j].x, sum[j].y, adds, c + 1 < N);
       if (row + 8 < M && c < N) put(out + (row + 8) * N + c, sum[j].z, sum[j].w, adds, c + 1 < N);

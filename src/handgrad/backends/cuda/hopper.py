@@ -12,8 +12,8 @@ from handgrad.core.launch import Gemm, Gpu, place
 from handgrad.core.program import Call
 
 BOX = 64  # rows, and elements of 128 bytes, of what the copy engine brings at once
-TILE_M, WIDTHS, STAGES, CLUSTER, THREADS = 128, (256, 232), 4, 2, 384  # mirrors hopper.cu; WIDTHS: of a tile
-SHARED = (STAGES * (TILE_M + WIDTHS[0]) + 4 * BOX) * BOX * 2 + 16 * STAGES + 1024  # bytes; 1024 to align
+TILE_M, TILE_N, STAGES, CLUSTER, THREADS = 128, 256, 4, 2, 384  # mirrors hopper.cu
+SHARED = (STAGES * (TILE_M + TILE_N) + 4 * BOX) * BOX * 2 + 16 * STAGES + 1024  # bytes; 1024 to align
 NEARLY = 0.85  # of a round of all clusters: then the last tiles are not cut along k
 
 
@@ -25,14 +25,8 @@ def source(g: Gemm, c: Call, gpu: Gpu) -> Source:
         "A_MN": int(g.ta),
         "B_MN": int(not g.tb),
         "EXPONENTIALS": int(g.epilogue == "exp"),
-        "WIDTH": width(g),
     }
     return Source(str(Path(__file__).with_name("hopper.cu")), gpu.arch, tuple(sorted(defines.items())))
-
-
-def width(g: Gemm) -> int:
-    """Columns of a tile: of all columns, the fewest are past the edge."""
-    return WIDTHS[0] if g.epilogue else min(WIDTHS, key=lambda w: -(-g.n // w) * w)
 
 
 def bind(
@@ -70,12 +64,12 @@ def bind(
     if g.epilogue:
         return product
     rows = -(-g.m // (CLUSTER * TILE_M))
-    rest = rows * -(-g.n // width(g)) % clusters
+    rest = rows * -(-g.n // TILE_N) % clusters
     rest = 0 if rest > NEARLY * clusters else rest
     pieces = launcher(
         stream,
         module.function("product_pieces_kernel", 0),
-        (4 * (rest + rows), -(-width(g) // 32), 1),
+        (4 * (rest + rows), TILE_N // 32, 1),
         128,
         0,
         [pointer(address(g.out)), pointer(sums), *room, *sizes, number(clusters), number(adds)],

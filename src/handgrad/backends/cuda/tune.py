@@ -1,8 +1,8 @@
 """Which of cuBLASLt's algorithms multiplies a product fastest, by the card's clock.
 
 Timed are what its heuristic proposes and what it does not: other tiles and clusters for the same kernels, and kernels
-for Hopper that it leaves out. The last word has a race over milliseconds: a card at its power limit lowers its clock for
-those that need more energy, which a short run does not show. Values are those of cublasLt.h 13.
+for Hopper that it leaves out. The last word has a race over milliseconds: a card at its power limit lowers its clock
+for what needs more energy, which a short run does not show. Values are those of cublasLt.h 13.
 """
 
 import math
