@@ -134,9 +134,9 @@ __device__ __forceinline__ void multiply(float *acc, const char *stages, u64 *fu
     for (int s = 0; s < TILE_K / 16; s++)
       Wgmma<TILE_N>::template run<A_MN, B_MN>(acc, operand(a + s * (A_MN ? 2048 : 32), BOX), operand(b + s * (B_MN ? 2048 : 32), BOX), k + s > 0);
     wgmma_commit();
-    beside(a);
     wgmma_wait<1>();
     if (k > 0 && threadIdx.x % 128 < CLUSTER) barrier_arrive(empty + last, threadIdx.x % 128);
+    beside(a);
     last = stage;
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
