@@ -8,8 +8,8 @@ A step is gradient accumulation over T = 1024, clipping and AdamW, on the same r
 model of reference/gpt2_torch.py under torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed, its vocabulary
 padded to 50,304, which is faster. Every contender is a process of its own, and rounds go through them in turn; where
 both do not fit on the card, handgrad runs before and after PyTorch. Reported: median ms a step over the rounds, tok/s,
-MFU by llm.c's formula, device memory of the process, the host's time to start a step, and the time from the start of
-the process to its first finished step, with an empty cache and with a full one.
+MFU by llm.c's formula, device memory of the process, the processor time that the host needs to start a step, and the
+time from the start of the process to its first finished step, with an empty cache and with a full one.
 """
 
 import argparse
@@ -85,10 +85,10 @@ class Handgrad:
         return last.loss
 
     def host_ms(self) -> float:
-        """Time to start a step when nothing is waited for."""
-        begin = time.perf_counter()
+        """Processor time of starting a step."""
+        begin = time.thread_time()
         last = self.run.step(self.run.last_step + 1, 1e-4)
-        ms = 1e3 * (time.perf_counter() - begin)
+        ms = 1e3 * (time.thread_time() - begin)
         last.loss  # noqa: B018  waits
         return ms
 
@@ -167,10 +167,10 @@ class Torch:
         return float(last)
 
     def host_ms(self) -> float:
-        """Time to start a step when nothing is waited for."""
-        begin = time.perf_counter()
+        """Processor time of starting a step."""
+        begin = time.thread_time()
         last = self._step()
-        ms = 1e3 * (time.perf_counter() - begin)
+        ms = 1e3 * (time.thread_time() - begin)
         float(last)
         return ms
 
@@ -358,7 +358,7 @@ def table(results: dict, models: list[str]) -> str:
             )
     lines += [
         "",
-        "ratio: PyTorch's ms over this row's; GiB: device memory of the process; host: to start one step;",
+        "ratio: PyTorch's ms over this row's; GiB: device memory of the process; host: processor time to start a step;",
         "start: to the first finished step, with a cache that is empty for the first model; warm: with a full one",
     ]
     for name in models:

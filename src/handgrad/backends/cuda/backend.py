@@ -1,6 +1,7 @@
 """cuda: binds every call to the launches that its op declares; a stretch of the list becomes one graph."""
 
 import ctypes
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,7 @@ from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
 
 Start = Callable[[bool], None]  # begins one launch; the argument: whether this is the first micro-batch of a step
+AHEAD = 4  # replays that may wait for their turn; behind some thousand kernels the driver lets the host spin
 
 
 class CudaExecutable(Executable):
@@ -40,6 +42,7 @@ class CudaExecutable(Executable):
         self._starts = [backend.bind_call(c, way, program, arena, compiled) for c, way in ways]
         self._fork, self._join = self.device.event(), self.device.event()
         self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._replays = deque(self.device.event(asleep=True) for _ in range(AHEAD))
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
         stop = len(self._starts) if stop is None else stop
@@ -50,7 +53,10 @@ class CudaExecutable(Executable):
             return
         if self._graphs[key] is None:
             self._graphs[key] = self.device.capture(lambda: self._launch(*key))
+        self.device.wait(self._replays[0])
         self.device.replay(self._graphs[key])
+        self.device.record(self._replays[0])
+        self._replays.rotate(-1)
 
     def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
         begin, end, first = self.device.event(True), self.device.event(True), self._is_first()

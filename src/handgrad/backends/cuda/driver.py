@@ -127,9 +127,11 @@ class Device:
         """Waits for all that was started."""
         check(cu.cuStreamSynchronize(self.stream))
 
-    def event(self, timing: bool = False) -> Any:
-        flags = cu.CUevent_flags.CU_EVENT_DEFAULT if timing else cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        return check(cu.cuEventCreate(flags))
+    def event(self, timing: bool = False, asleep: bool = False) -> Any:
+        """A mark in a stream. timing: it knows its time; asleep: who waits for it gives the processor to others."""
+        kinds = cu.CUevent_flags
+        flags = kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING
+        return check(cu.cuEventCreate(flags | kinds.CU_EVENT_BLOCKING_SYNC * asleep))
 
     def record(self, event: Any, stream: Any = None) -> None:
         check(cu.cuEventRecord(event, stream or self.stream))

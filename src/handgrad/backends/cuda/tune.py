@@ -22,19 +22,20 @@ CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
 WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
 WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
 TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
-RUN, FINALISTS = 64, 4  # variants that are run twice, those with the least work by tiles and rounds; that go on
+RUN, FINALISTS = 64, 6  # variants that are run twice, those with the least work by tiles and rounds; that go on
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
-    64: {256: 19, 320: 117},
+    64: {192: 116, 256: 19, 320: 117},
     96: {128: 28, 192: 151, 256: 152},
     112: {128: 165, 192: 166},
-    128: {96: 33, 112: 403, 128: 20, 136: 405, 144: 406, 160: 29, 168: 408, 176: 409, 192: 32, 208: 412,
-         216: 413, 224: 414, 240: 416, 256: 23, 272: 419, 288: 421, 304: 423, 320: 176},
+    128: {64: 18, 96: 33, 112: 403, 128: 20, 136: 405, 144: 406, 160: 29, 168: 408, 176: 409, 192: 32, 208: 412,
+          216: 413, 224: 414, 240: 416, 256: 23, 272: 419, 288: 421, 304: 423, 320: 176},
     136: {128: 179},
     144: {128: 184, 192: 185},
-    160: {128: 30, 192: 194, 256: 195},
+    160: {64: 193, 128: 30, 192: 194, 256: 195},
     168: {128: 197},
     176: {128: 201, 192: 202},
-    192: {96: 458, 112: 460, 128: 31, 144: 463, 160: 465, 176: 467, 192: 209, 208: 470, 224: 472, 240: 474, 256: 210},
+    192: {64: 208, 96: 458, 112: 460, 128: 31, 144: 463, 160: 465, 176: 467, 192: 209, 208: 470, 224: 472, 240: 474,
+          256: 210},
     208: {128: 215, 192: 216},
     216: {128: 218},
     224: {128: 221, 192: 222},
@@ -46,8 +47,10 @@ TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     320: {64: 247, 128: 248},
 }  # fmt: skip
 CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1, 2 along one side, 2 along the other
+LARGER = (4, 6, 7, 8)  # of 4 and 8
 AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many as fit, of 64 values of k; so it is with kernels for Hopper
 CUSTOM_MAX, STAGES_IDS = 7, 13  # cublasLtMatmulAlgoCapAttributes_t
+CUSTOMS = 8  # custom options that kernels for Hopper have
 CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
     "id": (0, c_int32), "tile": (1, c_uint32), "custom": (5, c_uint32), "stages": (6, c_uint32), "inner": (7, c_uint16),
     "cluster": (8, c_uint16),
@@ -126,20 +129,25 @@ def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heur
 def variants(
     blas: CublasLt, p: Product, description: Any, layouts: Sequence[Any], proposed: Sequence[Heuristic]
 ) -> list[Heuristic]:
-    """RUN algorithms, or fewer, that can do a product and were not proposed for it."""
-    seen = {_config(blas, h) for h in proposed}
+    """RUN algorithms, or fewer, that can do a product and were not proposed for it.
+
+    With GELU it is small tiles in large clusters that are fast, which no rule foretells: all few hundred are run.
+    """
+    gelu, seen = p.epilogue == "gelu", {_config(blas, h) for h in proposed}
     found: list[tuple[float, int, Heuristic]] = []
     for base, settings in _families(blas, p, proposed):
         tiles = [(tile, rows * columns) for rows, widths in TILES.items() for columns, tile in widths.items()]
+        if gelu:
+            settings = {(stages, custom, inner) for stages, _, inner in settings for custom in range(CUSTOMS)}
         for tile, area in tiles:
-            for cluster in CLUSTERS:
+            for cluster in CLUSTERS + LARGER * gelu:
                 for stages, custom, inner in sorted(settings):
                     choice = {"tile": tile, "custom": custom, "stages": stages, "inner": inner, "cluster": cluster}
                     h = _checked(blas, base, choice, description, layouts)
                     if h is not None and _config(blas, h) not in seen:
                         seen.add(_config(blas, h))
                         found.append((math.ceil(h.waves) * area, len(found), h))
-    return [h for *_, h in sorted(found)[:RUN]]
+    return [h for *_, h in sorted(found)[: None if gelu else RUN]]
 
 
 def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list[tuple[Heuristic, set[tuple]]]:
@@ -158,7 +166,7 @@ def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list
         if number in known or blas.dll.cublasLtMatmulAlgoInit(blas.handle, *types, number, byref(h)):
             continue
         stages, (customs,) = _capability(blas, h, STAGES_IDS), _capability(blas, h, CUSTOM_MAX) or [0]
-        if stages == [AUTOMATIC_64] and customs < 8:
+        if stages == [AUTOMATIC_64] and customs < CUSTOMS:
             known[number] = h, {(AUTOMATIC_64, custom, 0) for custom in range(customs + 1)}
     return list(known.values())
 
