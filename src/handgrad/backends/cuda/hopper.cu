@@ -7,11 +7,12 @@
 // product_pieces writes = or +=    out, columns: (M) grad_t      tiles that were cut along K; row sums of a
 // needs     K >= 512 for EXPONENTIALS, where a tile is written while the next one is multiplied
 // layout    -DA_MN, -DB_MN: a lies as (K, M), b as (K, N); otherwise as (M, K) and (N, K). Rows are multiples of 16 bytes;
-//           what is past an edge reads as zero and is not written.
+//           what is past an edge reads as zero and is not written
 // numerics  float sums in the order of the tensor cores; pieces of K are added in order
 // determinism  fixed order; tiles and pieces depend on the sizes and the number of multiprocessors alone
-// speed     H100 80GB alone, 2026-11-24, TFLOP/s (cuBLASLt 13.1 in the same run): weight gradient of 2304 x 768, K=65536 716 (652),
-//           3072 x 768 718 (688); head's logits 698 (767)
+// speed     H100 80GB, TFLOP/s. At the power limit, 2026-11-26 (cuBLASLt 13.1 and a pass over dy in the same run): weight gradient of
+//           3072 x 1024, K=32768 620 (553), 4096 x 1024 675 (560), 4800 x 1600, K=8192 569 (561). Alone, 2026-11-24: head's logits
+//           698 (cuBLASLt without the exponentials 767)
 // source    own work; the scheme (one warp loads, two warp groups multiply, blocks stay) is that of NVIDIA's CUTLASS
 #include "hopper.cuh"
 #include "ptx.cuh"

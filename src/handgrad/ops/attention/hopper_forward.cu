@@ -6,7 +6,7 @@
 // layout    a warp group owns 64 queries, held in registers, and streams 128 keys and values at a time, as two tiles; while
 //           their scores become probabilities, the product of those before them and v is on its way
 // determinism  fixed order, no atomics
-// speed     not measured yet
+// speed     H100 80GB, B=64 T=1024 H=12 causal, 2026-11-25: 0.325 ms, 317 TFLOP/s; cuDNN 9.20 in the same run 0.295 to 0.298 ms
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 1; Shah et al. 2024 (FlashAttention-3)
 #include "groups.cuh"
 
