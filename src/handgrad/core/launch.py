@@ -61,7 +61,7 @@ class Gemm:
     adds      False; True: out += product; or the name of a given output: adds just where `acc.NAME` or a later
               micro-batch say so
     sums      without "exp": (m) of out's dtype = row sums of a, or += where out is added to
-    "exp", which needs k >= 512, and sums are for cards of which Gpu.multiplies_on_hopper says so.
+    "exp", which needs k >= 512, and sums are our own product's, for cards of which Gpu.multiplies_on_hopper says so.
     """
 
     out: str
@@ -78,6 +78,11 @@ class Gemm:
     adds: bool | str = False
     sums: str = ""
     width: int = 0
+
+    @property
+    def own(self) -> bool:
+        """Whether our own kernel computes it."""
+        return bool(self.sums)
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def _open_libraries() -> None:
 
 def _is_own(step: Kernel | Gemm | Sdpa) -> bool:
     """Whether a step is a product that our own kernel computes."""
-    return isinstance(step, Gemm) and bool(step.sums)
+    return isinstance(step, Gemm) and step.own
 
 
 def source(k: Kernel | Gemm, c: Call, gpu: Gpu) -> Source:

@@ -10,6 +10,7 @@ from handgrad.core.plan import aligned
 from handgrad.core.program import Call
 
 GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
+OWN_TILE = 256  # rows and columns that a cluster computes of our own product
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 << 10),
     "4090": Gpu("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 << 10),
@@ -45,11 +46,31 @@ class Card(Planner):
 
     def _scratch(self, way: Launches) -> int:
         library = [s for s in way.steps if not isinstance(s, Kernel)]
-        rooms = [GEMM_WORKSPACE if isinstance(s, Gemm) else attention_workspace(s) for s in library]
-        return aligned(way.scratch) + max(rooms, default=0)
+        return aligned(way.scratch) + max((self._workspace(s) for s in library), default=0)
+
+    def _workspace(self, s: Gemm | Sdpa) -> int:
+        if isinstance(s, Sdpa):
+            return attention_workspace(s)
+        return own_workspace(s, self.gpu) if s.own else GEMM_WORKSPACE
 
     def note(self, call: Call) -> str:
         return self.launches(call).note
+
+
+def own_tiles(g: Gemm, gpu: Gpu) -> tuple[int, int]:
+    """Of our own product for Hopper: its tiles, 256 x 256 for a cluster of two blocks, and how many are cut along k."""
+    tiles, clusters = -(-g.m // OWN_TILE) * -(-g.n // OWN_TILE), gpu.sms // 2
+    rest = tiles % clusters
+    return tiles, 0 if 20 * rest > 17 * clusters else rest  # nearly a round of all clusters is not cut
+
+
+def own_workspace(g: Gemm, gpu: Gpu) -> int:
+    """Bytes that it keeps pieces of tiles in, and row sums of whole tiles and of pieces (work.cuh)."""
+    if g.epilogue:
+        return 0
+    tiles, rest = own_tiles(g, gpu)
+    pieces = gpu.sms // 2 + rest
+    return 4 * OWN_TILE * (pieces * OWN_TILE + tiles - rest + pieces)
 
 
 def attention_workspace(s: Sdpa) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from handgrad.backends.cuda.card import OWN_TILE, own_tiles
 from handgrad.backends.cuda.driver import Module, launcher, tensor_map
 from handgrad.backends.cuda.nvrtc import Source
 from handgrad.core.dtypes import BF16
@@ -12,9 +13,8 @@ from handgrad.core.launch import Gemm, Gpu, place
 from handgrad.core.program import Call
 
 BOX = 64  # rows, and elements of 128 bytes, of what the copy engine brings at once
-TILE_M, TILE_N, STAGES, CLUSTER, THREADS = 128, 256, 4, 2, 384  # mirrors hopper.cu
+TILE_M, TILE_N, STAGES, CLUSTER, THREADS = 128, 256, 4, 2, 384  # mirrors hopper.cu and work.cuh
 SHARED = (STAGES * (TILE_M + TILE_N) + 4 * BOX) * BOX * 2 + 16 * STAGES + 1024  # bytes; 1024 to align
-NEARLY = 0.85  # of a round of all clusters: then the last tiles are not cut along k
 
 
 def source(g: Gemm, c: Call, gpu: Gpu) -> Source:
@@ -32,7 +32,7 @@ def source(g: Gemm, c: Call, gpu: Gpu) -> Source:
 def bind(
     g: Gemm, c: Call, gpu: Gpu, module: Module, address: Callable[[str], int], workspace: int, stream: Any
 ) -> Callable[[], None]:
-    """A function that starts the product; workspace: the address of GEMM_WORKSPACE bytes."""
+    """A function that starts the product; workspace: the address of `own_workspace` bytes."""
     pointer, number = ctypes.c_void_p, ctypes.c_longlong
     clusters = gpu.sms // CLUSTER
     a = tensor_map(address(g.a), *((g.k, g.m) if g.ta else (g.m, g.k)), BOX)
@@ -63,9 +63,7 @@ def bind(
     )
     if g.epilogue:
         return product
-    rows = -(-g.m // (CLUSTER * TILE_M))
-    rest = rows * -(-g.n // TILE_N) % clusters
-    rest = 0 if rest > NEARLY * clusters else rest
+    rows, (_, rest) = -(-g.m // OWN_TILE), own_tiles(g, gpu)
     pieces = launcher(
         stream,
         module.function("product_pieces_kernel", 0),
