@@ -276,14 +276,23 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
 
 
 def test_a_batch_takes_under_100_us(tmp_path):
+    """On a machine whose Python adds 50 numbers a microsecond, where it takes 43: the time of 5,000 additions.
+
+    Machines differ by a factor of 3 and change their speed from second to second, so both are timed in turn; measured
+    are 2,100 to 2,600 additions, on slow machines and fast ones.
+    """
     data.write_shard(tmp_path / "a.bin", [np.arange(1_000_000) % 64], U16)
     tokens = data.tokens(tmp_path / "a.bin", 64, 768, vocab_size=64)
-    times = []
+    batches, additions = [], []
     for step in range(2000):
         begin = time.perf_counter()
         tokens.batch(step)
-        times.append(time.perf_counter() - begin)
-    assert np.quantile(times, 0.1) < 100e-6  # a low quantile: the machine may be busy; 43 us when it is not
+        between, total = time.perf_counter(), 0
+        for i in range(1000):
+            total += i
+        batches.append(between - begin)
+        additions.append(time.perf_counter() - between)
+    assert np.median(batches) < 5 * np.median(additions)
 
 
 # text -----------------------------------------------------------------------------------------------------------------
