@@ -4,6 +4,7 @@ What is compiled: the kernels of GPT-2 124M's training, evaluation, prefill and 
 cases for Hopper, each as its op launches it. `pytest -rP tests/test_cuda_compile.py` prints the registers.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -151,6 +152,27 @@ def test_kernels_fit_their_registers_and_their_launches(wanted, compiled, name):
             lines.append(f"{k['registers']:4} registers  {block:4} threads  {shared + k['shared']:6} B shared  {held:2} blocks by registers  {where}")
     print("\n".join(sorted(lines, key=lambda line: line.split("shared")[-1])))
     assert not bad, "\n" + "\n".join(bad)
+
+
+def test_an_empty_report_leaves_python_whole(monkeypatch, tmp_path):
+    """A compiler that has nothing to say writes one byte, 0: never into the b" " that all of Python shares."""
+    from handgrad.backends.cuda import nvrtc as module
+
+    class Silent:
+        def __getattr__(self, name):
+            return getattr(nvrtc, name)
+
+        def nvrtcGetProgramLogSize(self, program):
+            return nvrtc.nvrtcResult.NVRTC_SUCCESS, 1
+
+        def nvrtcGetProgramLog(self, program, log):
+            ctypes.memset(id(log) + bytes.__basicsize__ - 1, 0, 1)  # where the bytes of `log` begin
+            return (nvrtc.nvrtcResult.NVRTC_SUCCESS,)
+
+    monkeypatch.setattr(module, "_nvrtc", Silent)
+    (tmp_path / "cuda.cu").write_text('#include "kernel.cuh"\nKERNEL one_kernel(float *y) { *y = 1.0f; }\n')
+    cubin, report = compile_one(Source(str(tmp_path / "cuda.cu"), "sm_90a", (("HG_BF16", 0), ("HG_GRAD_BF16", 0))))
+    assert report == "" and cubin.startswith(b"\x7fELF") and bytes([32])[0] == 32
 
 
 def test_a_spill_would_be_seen(tmp_path):

@@ -1,6 +1,7 @@
 """Who computes what of our own product on Hopper: work.cuh, compiled for this machine, for every cluster of a card."""
 
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from handgrad.backends.cuda import card
 from handgrad.core.launch import Gemm, Gpu
 
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="work.cuh is compiled by g++")
 TEXT = (Path(card.__file__).parent / "work.cuh").read_text()
 MAIN = """
 #include <cstdio>
@@ -35,8 +37,8 @@ int main() {
 """
 
 
-def gives(folder: Path, text: str, exponentials: int, products: list[tuple[int, int, int, int]]) -> list[list[list[int]]]:
-    """What each product's clusters do, by the program: lines of numbers, the first one whole, rest, bytes of workspace."""
+def gives(folder: Path, text: str, exponentials: int, products: list[tuple[int, int, int, int]]) -> list[list[list[str]]]:
+    """What each product's clusters do, as lines of words; the first one: product, whole, rest, bytes of workspace."""
     (folder / "work.cuh").write_text(text)
     (folder / "main.cc").write_text(MAIN)
     options = [f"-DEXPONENTIALS={exponentials}", "-w", "-O1", "-o", folder / "main", folder / "main.cc"]
@@ -65,9 +67,8 @@ def judge(product: tuple[int, int, int, int], lines: list[list[str]]) -> None:
     assert len(done) == rows * columns * steps and len(set(places.values())) == rows * columns
     added = [(int(tile), int(slot)) for _, tile, slot in (line for line in lines if line[0] == "piece")]
     assert sorted(added) == sorted((tile, slot) for slot, tile in slots.items())
-    product = Gemm("out", "a", "b", M, N, K, sums="sums")
-    gpu = Gpu(sms=2 * clusters)
-    assert card.own_tiles(product, gpu) == (rows * columns, rest) and card.own_workspace(product, gpu) == nbytes
+    gemm, gpu = Gemm("out", "a", "b", M, N, K, sums="sums"), Gpu(sms=2 * clusters)
+    assert card.own_tiles(gemm, gpu) == (rows * columns, rest) and card.own_workspace(gemm, gpu) == nbytes
 
 
 def products() -> list[tuple[int, int, int, int]]:

@@ -39,7 +39,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch of a `__global__` function of the op's cuda.cu. Pointers come as such, whole numbers as `long long`,
+    """One launch of a `__global__` function of a file of the op. Pointers come as such, whole numbers as `long long`,
     others as `float`. Compiled with HG_BF16 and HG_GRAD_BF16 as 0 or 1, and with `defines`."""
 
     entry: str

@@ -22,7 +22,7 @@ from handgrad.ops.adamw.reference import split_weight
 from handgrad.optim import AdamW
 from handgrad.train.llmc_init import draws
 
-AHEAD = 4  # parameters a thread that may be drawn before they are written: most are vectors
+AHEAD, MOST = 4, 16  # parameters a thread that may be drawn before they are written: most are vectors; threads
 Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
 
 
@@ -91,7 +91,7 @@ def initialize(p: Program, arena: Arena, seed: int, init: str | Weights | Iterat
         init = drawing(p, seed, "low" in arena.plan.flats)
     if not isinstance(init, Iterator):
         raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(init))
-    for info, parts in zip(p.params.values(), init):
+    for info, parts in zip(p.params.values(), init, strict=True):
         for flat, values in parts.items():
             arena.write_part(flat, info.tensor, values)
 
@@ -110,7 +110,7 @@ def copy(p: Program, arena: Arena, weights: Weights) -> None:
 
 def drawing(p: Program, seed: int, halves: bool) -> Iterator[Parts]:
     """Starts threads that draw random weights, and gives them in order; numpy leaves Python to others meanwhile."""
-    threads, todo = len(os.sched_getaffinity(0)), enumerate(p.params.values())
+    threads, todo = min(len(os.sched_getaffinity(0)), MOST), enumerate(p.params.values())
     pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), halves)
     begun = deque(pool.submit(work, item) for item in islice(todo, AHEAD * threads))  # not all: they are whole copies
 

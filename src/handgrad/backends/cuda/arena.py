@@ -33,7 +33,7 @@ class CudaArena(Arena):
         self._staging = device.pinned(PIECE * PIECES)
         self._events: list[Any] = [None] * PIECES
         self._turn = 0
-        self._room: dict[int, list[int]] = defaultdict(list)  # pinned memory to read into, by size, when not in use
+        self._room: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # pinned memory and an event, by size, unused
         self._knobs: dict[int, np.ndarray] = {}
 
     def __del__(self) -> None:
@@ -100,9 +100,9 @@ class CudaArena(Arena):
             source, to, left = source + size, to + size, left - size
 
     def _fetch(self, offset: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        room = self._room[nbytes].pop() if self._room[nbytes] else self.device.pinned(max(nbytes, 1))
+        unused = self._room[nbytes]
+        room, event = unused.pop() if unused else (self.device.pinned(max(nbytes, 1)), self.device.event())
         self.device.to_host(room, self.address + offset, nbytes)
-        event = self.device.event()
         self.device.record(event)
         held: list[np.ndarray] = []
 
@@ -111,7 +111,7 @@ class CudaArena(Arena):
                 self.device.wait(event)
                 raw = (ctypes.c_char * nbytes).from_address(room) if nbytes else b""
                 held.append(np.frombuffer(raw, dtype).reshape(shape).copy())
-                self._room[nbytes].append(room)
+                self._room[nbytes].append((room, event))
             return held[0]
 
         return result

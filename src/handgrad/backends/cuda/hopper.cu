@@ -229,6 +229,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             of_rows[2 * e + 1] += __uint_as_float(v.v[e] & 0xffff0000u);
           }
         }
+        sync_group(1 + group);  // all have read this stage, which one of them gives back
       });
       if (slot >= 0) {
         float *to = parts + (i64)slot * PIECE + (rank * 2 + group) * (64 * TILE_N) + thread * 4;

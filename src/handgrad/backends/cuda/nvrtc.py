@@ -89,13 +89,13 @@ def compile_one(source: Source) -> tuple[bytes, str]:
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), source.path.encode(), 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytes(size + 1)  # written to: one byte alone would be the one that all of Python shares
     nvrtc.nvrtcGetProgramLog(program, log)
     report = log.decode(errors="replace").rstrip("\0 \n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise HandgradError("nvrtc", f"{source.path} compiles for {source.arch}", f"{status.name}\n{report}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
-    cubin = b" " * size
+    cubin = bytes(size)
     nvrtc.nvrtcGetCUBIN(program, cubin)
     nvrtc.nvrtcDestroyProgram(program)
     return cubin, report

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from handgrad.backends.cuda import cache
+from handgrad.backends.cuda import cache, cudnn
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.driver import Device
 from handgrad.backends.cuda.tune import WORTH_TUNING, repeats
@@ -13,16 +14,19 @@ from handgrad.core.launch import Launches
 from handgrad.core.program import Call
 from handgrad.core.tensor import Tensor
 
+PACKAGE = Path(__file__).parents[2]
 Place = Callable[["Tensor | str"], int]  # the address of a tensor, of "knobs" and of "scratch"
 Bind = Callable[[Call, Launches, Place], list[Callable[[bool], None]]]  # what starts each launch
 
 
 class Ways:
-    """What was chosen on one card, with one version of the library whose products are in it."""
+    """What was chosen on one card, with one version of the libraries and of our kernels."""
 
     def __init__(self, device: Device, card: Card, version: int):
         self._device, self._card = device, card
-        self._file = cache.key("ways", version, device.name) + ".json"
+        attention = card.gpu.cudnn and cudnn.library().backend_version()
+        kernels = [path.read_text() for path in sorted(PACKAGE.rglob("*.cu*"))]  # another text, another race
+        self._file = cache.key("ways", version, attention, device.name, *kernels) + ".json"
         self._known: dict[str, int] = {} if card.gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
 
     def chosen(self, c: Call) -> Launches:

@@ -9,9 +9,9 @@ enum {
   LEAST = 8                           // steps that a first part has, so that there are not too many to add up
 };
 
-// A cluster computes pairs of tiles (2 TILE_M x TILE_N), k in steps of TILE_K. With PIECES, tiles
-// that do not fill a round of all clusters are cut along k, so that all clusters end together: `heads` clusters take
-// equal first parts of a tile, side by side in k since they read the same rows then; the rest share the tails.
+// A cluster computes pairs of tiles (2 TILE_M x TILE_N), k in steps of TILE_K. Without EXPONENTIALS, tiles that do not fill
+// a round of all clusters are cut along k, so that all clusters end together: `heads` clusters take equal first parts of a
+// tile, side by side in k since they read the same rows then; the rest share the tails.
 struct Work {
   int tiles_m, tiles_n, steps, clusters, whole, rest, heads, part, tail, helpers, share;
   __device__ Work(i64 M, i64 N, i64 K, int clusters_) {

@@ -52,10 +52,11 @@ def _fits_hopper(c: Call, gpu: Gpu) -> bool:
     return gpu.is_hopper and c.dtype is BF16 and c.attrs["p"] == 0 and D == TILE and T % (GROUPS * TILE) == 0
 
 
-def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int, outs: int) -> Kernel:
-    """A launch whose blocks stay. Of `owned` tensors a warp group owns a tile at a time; others are streamed."""
+def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
+    """A launch whose blocks stay; a warp group owns rows of one of `heads` heads a sequence at a time."""
     B, T = c.sizes["B"], c.sizes["T"]
-    forward = owned == 1
+    forward = entry == "attention_forward_kernel"
+    owned, outs = (1, 1) if forward else (3, 2)  # tiles of a warp group that stay, and that leave
     stages, tiles = FORWARD if forward else BACKWARD
     shared = (GROUPS * (owned + outs) + stages * tiles) * BOX + (0 if forward else stages * TILE * 8)
     shared += 16 * (stages + 1) + 1024  # barriers; 1024 to align
@@ -133,7 +134,7 @@ class Attention(Op):
         library = _sdpa(c, gpu, "forward") if _library(c, gpu) else None
         if _fits_hopper(c, gpu):
             args = "boxes.y boxes.qkv lse"
-            kernel = _on_hopper(c, gpu, "attention_forward_kernel", args, c.sizes["H"], owned=1, outs=1)
+            kernel = _on_hopper(c, gpu, "attention_forward_kernel", args, c.sizes["H"])
             return Launches((kernel,), note="own, for Hopper", instead=library)
         kernel = _launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1)
         return library or Launches((kernel,), note="own")
@@ -181,8 +182,8 @@ class AttentionBackward(Op):
         stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
         if _fits_hopper(c, gpu):
             args = "boxes.dqkv boxes.dy boxes.qkv", "boxes.y scratch lse", "scratch"
-            dq = _on_hopper(c, gpu, "attention_backward_dq_kernel", f"{args[0]} {args[1]}", c.sizes["H"], 3, 2)
-            dkdv = _on_hopper(c, gpu, "attention_backward_dkdv_kernel", f"{args[0]} {args[2]}", c.sizes["K"], 3, 2)
+            dq = _on_hopper(c, gpu, "attention_backward_dq_kernel", f"{args[0]} {args[1]}", c.sizes["H"])
+            dkdv = _on_hopper(c, gpu, "attention_backward_dkdv_kernel", f"{args[0]} {args[2]}", c.sizes["K"])
             return Launches((dq, dkdv), scratch=stats, note="own, for Hopper", instead=library)
         if library is not None:
             return library

@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a), one function each: tensor cores that read shared memory (wgmma), the copy engine
-// (TMA), barriers that count bytes, clusters of blocks. The host part is hopper.py, the kernel hopper.cu.
+// (TMA), barriers that count bytes, clusters of blocks. Our own product and attention use them.
 //
 // wgmma, as a warp group (128 threads, four warps w) sees it: d (64 x n, f32) += a (64 x 16) b (16 x n), bf16. With
 // g = lane / 4, t = lane % 4, register d[4 j + e] is element (16 w + g + 8 (e / 2), 8 j + 2 t + e % 2).
