@@ -68,7 +68,7 @@ def judge(product: tuple[int, int, int, int], lines: list[list[str]]) -> None:
     added = [(int(tile), int(slot)) for _, tile, slot in (line for line in lines if line[0] == "piece")]
     assert sorted(added) == sorted((tile, slot) for slot, tile in slots.items())
     gemm, gpu = Gemm("out", "a", "b", M, N, K, sums="sums"), Gpu(sms=2 * clusters)
-    assert card.own_tiles(gemm, gpu) == (rows * columns, rest) and card.own_workspace(gemm, gpu) == nbytes
+    assert card.own_tiles(gemm, gpu) == (rows * columns, rest) and card.gemm_workspace(gemm, gpu) == nbytes
 
 
 def products() -> list[tuple[int, int, int, int]]:

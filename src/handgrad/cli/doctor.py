@@ -31,7 +31,6 @@ LIBRARIES = (
     ("cuBLASLt", "nvidia-cublas", "cublasLt", CUDA),
     ("cuDNN frontend", "nvidia-cudnn-frontend", "", f"{CUDA}; without it attention is handgrad's own"),
     ("cuDNN", "nvidia-cudnn-jit-cu13", "cudnn", f"{CUDA}; without it attention is handgrad's own"),
-    ("NCCL", "nvidia-nccl-cu13", "nccl", "only several GPUs need it: pip install nvidia-nccl-cu13"),
 )
 
 

@@ -36,8 +36,8 @@ class Explain:
     """of parameter gradients; bf16 needs a GPU"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """whose scratch and workspaces are counted"""
-    gpu: Literal["a100", "4090", "h100", "h200", "b200"] = "h100"
-    """the card, which may be elsewhere"""
+    gpu: Literal["", "a100", "4090", "h100", "h200", "b200"] = ""
+    """a card, which may be elsewhere, and the cuda backend; with that backend alone an h100"""
     deterministic: bool = False
     """as in a run"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     if a.vocab_size:
         sizes["vocab_size"] = a.vocab_size
     model = GPT2(**sizes, dropout=a.dropout)
-    if a.backend == "cuda":
-        gpu = replace(GPUS[a.gpu], tf32=a.dtype == "tf32", deterministic=a.deterministic)
+    if a.gpu or a.backend == "cuda":
+        gpu = replace(GPUS[a.gpu or "h100"], tf32=a.dtype == "tf32", deterministic=a.deterministic)
         backend, where = Card(gpu), f"the cuda backend on an {gpu.name}"
         saving = "copied to the host's memory first, as much of it as that"
     else:

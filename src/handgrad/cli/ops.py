@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from handgrad.backends import open_backend
+from handgrad.backends.cuda.card import Card
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
@@ -26,7 +27,7 @@ class Ops:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """op names; none: all"""
     backend: Literal["cpu", "cuda"] = "cpu"
-    """whose kernels"""
+    """whose kernels are checked or timed"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
 
@@ -38,8 +39,11 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
     chosen = [OPS[n] for n in a.names or OPS]
-    mode = {"support": support, "check": check, "grad": grad, "bench": bench}[a.mode]
-    table, failed = mode(chosen, open_backend(a.backend, a.threads))
+    if a.mode == "support":
+        table, failed = support(chosen), False
+    else:
+        mode = {"check": check, "grad": grad, "bench": bench}[a.mode]
+        table, failed = mode(chosen, open_backend(a.backend, a.threads))
     for column in table.columns[1:]:
         column.overflow = "fold"
     table.columns[0].no_wrap = True
@@ -52,13 +56,15 @@ def sizes(case: Case) -> str:
     return " ".join(f"{name}={size}" for name, size in case.sizes.items())
 
 
-def support(ops: list[Op], backend) -> tuple[Table, bool]:
+def support(ops: list[Op]) -> Table:
     """Op by backend."""
-    table = Table("op", "inputs", "outputs", "oracle", backend.name, "gradient", "cases", box=None)
+    backends = open_backend("cpu"), Card("h100")
+    table = Table("op", "inputs", "outputs", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
     for op in ops:
         rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
-        table.add_row(op.name, op.ins, op.outs, "yes", "f32 bf16" if backend.has(op) else "-", rule, str(len(op.cases)))
-    return table, False
+        has = ["f32 bf16" if b.has(op) else "-" for b in backends]
+        table.add_row(op.name, op.ins, op.outs, "yes", *has, rule, str(len(op.cases)))
+    return table
 
 
 def check(ops: list[Op], backend) -> tuple[Table, bool]:

@@ -10,6 +10,7 @@ from handgrad.core.plan import aligned
 from handgrad.core.program import Call
 
 GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
+WORTH_TUNING = 1e9  # FLOP: smaller calls take what is proposed first
 OWN_TILE = 256  # rows and columns that a cluster computes of our own product
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 << 10),
@@ -46,15 +47,14 @@ class Card(Planner):
 
     def _scratch(self, way: Launches) -> int:
         library = [s for s in way.steps if not isinstance(s, Kernel)]
-        return aligned(way.scratch) + max((self._workspace(s) for s in library), default=0)
-
-    def _workspace(self, s: Gemm | Sdpa) -> int:
-        if isinstance(s, Sdpa):
-            return attention_workspace(s)
-        return own_workspace(s, self.gpu) if s.own else GEMM_WORKSPACE
+        rooms = [gemm_workspace(s, self.gpu) if isinstance(s, Gemm) else attention_workspace(s) for s in library]
+        return aligned(way.scratch) + max(rooms, default=0)
 
     def note(self, call: Call) -> str:
-        return self.launches(call).note
+        """What is bound; where a clock will choose, all that it may choose from."""
+        ways = self.launches(call).ways()
+        timed = call.op.flops(call) >= WORTH_TUNING and not self.gpu.deterministic
+        return ", or ".join(way.note or "apart" for way in ways) if len(ways) > 1 and timed else ways[0].note
 
 
 def own_tiles(g: Gemm, gpu: Gpu) -> tuple[int, int]:
@@ -64,10 +64,10 @@ def own_tiles(g: Gemm, gpu: Gpu) -> tuple[int, int]:
     return tiles, 0 if 20 * rest > 17 * clusters else rest  # nearly a round of all clusters is not cut
 
 
-def own_workspace(g: Gemm, gpu: Gpu) -> int:
-    """Bytes that it keeps pieces of tiles in, and row sums of whole tiles and of pieces (work.cuh)."""
-    if g.epilogue:
-        return 0
+def gemm_workspace(g: Gemm, gpu: Gpu) -> int:
+    """Bytes for cuBLASLt; for our own product's pieces of tiles, and row sums of whole tiles and pieces (work.cuh)."""
+    if not g.own or g.epilogue:
+        return 0 if g.own else GEMM_WORKSPACE
     tiles, rest = own_tiles(g, gpu)
     pieces = gpu.sms // 2 + rest
     return 4 * OWN_TILE * (pieces * OWN_TILE + tiles - rest + pieces)

@@ -32,7 +32,7 @@ def source(g: Gemm, c: Call, gpu: Gpu) -> Source:
 def bind(
     g: Gemm, c: Call, gpu: Gpu, module: Module, address: Callable[[str], int], workspace: int, stream: Any
 ) -> Callable[[], None]:
-    """A function that starts the product; workspace: the address of `own_workspace` bytes."""
+    """A function that starts the product; workspace: the address of `gemm_workspace` bytes."""
     pointer, number = ctypes.c_void_p, ctypes.c_longlong
     clusters = gpu.sms // CLUSTER
     a = tensor_map(address(g.a), *((g.k, g.m) if g.ta else (g.m, g.k)), BOX)

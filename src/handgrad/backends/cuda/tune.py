@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends.arena import NUMPY
-from handgrad.backends.cuda.card import GEMM_WORKSPACE
+from handgrad.backends.cuda.card import GEMM_WORKSPACE, WORTH_TUNING
 from handgrad.backends.cuda.cublaslt import CublasLt, Heuristic, Product
 from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
-WORTH_TUNING = 1e9  # FLOP: smaller products take what the library proposes first
 WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
 TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
 RUN, FINALISTS = 64, 6  # variants that are run twice, those with the least work by tiles and rounds; that go on

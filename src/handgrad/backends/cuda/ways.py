@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.backends.cuda import cache, cudnn
-from handgrad.backends.cuda.card import Card
+from handgrad.backends.cuda.card import WORTH_TUNING, Card
 from handgrad.backends.cuda.driver import Device
-from handgrad.backends.cuda.tune import WORTH_TUNING, repeats
+from handgrad.backends.cuda.tune import repeats
 from handgrad.core.knobs import KNOBS
 from handgrad.core.launch import Launches
 from handgrad.core.program import Call

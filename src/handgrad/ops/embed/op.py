@@ -46,6 +46,11 @@ class Embed(Op):
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
 
+    def nbytes(self, c: Call) -> int:
+        """A row of wte for each token, not the table; the positions of one sequence."""
+        positions = 0 if c.wpe is None else c.attrs["T"] * c.sizes["C"] * c.wpe.dtype.size
+        return c.ids.nbytes + 2 * c.y.nbytes + positions
+
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         into = {"dwte": g.grad(c.wte), "dwpe": None if c.wpe is None else g.grad(c.wpe)}
         Tmax = 0 if c.wpe is None else c.wpe.shape[0]
@@ -76,6 +81,12 @@ class EmbedBackward(Op):
 
     def ref(self, v: Any) -> tuple:
         return reference.embed_backward(v.dy, v.ids, v.V, v.Tmax, v.T)
+
+    def nbytes(self, c: Call) -> int:
+        """Of dwte the rows of the tokens, read and written, and all of it where it is set to 0 first."""
+        rows = 2 * min(c.sizes["N"], c.sizes["V"]) * c.sizes["C"] * c.dwte.dtype.size
+        table = c.dwte.nbytes if "dwte" in c.first else 0
+        return c.ids.nbytes + c.dy.nbytes + rows + table + (0 if c.dwpe is None else 2 * c.dwpe.nbytes)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, C = c.sizes["N"], c.sizes["C"]
