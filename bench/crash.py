@@ -91,11 +91,11 @@ def main() -> int:
     print("\n".join(lines), flush=True)
 
     for kill in range(1, a.kills + 1):
-        out, moment = folder / f"killed_{kill:02d}", rng.uniform(0, seconds)
+        out, moment = folder / f"killed_{kill:02d}", rng.uniform(1, a.steps - EVERY)  # in steps: clocks change
         process = start(folder, out, a.steps)
-        while process.poll() is None and not logged(out):
+        while process.poll() is None and len(logged(out)) < int(moment):
             time.sleep(0.001)
-        time.sleep(moment)
+        time.sleep(moment % 1 * seconds / a.steps)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         last = max((line["step"] for line in logged(out)), default=0)
@@ -108,7 +108,7 @@ def main() -> int:
         wrong += [f"{last - saved} steps lost"] if last - saved > 2 * EVERY else []
         same += not wrong
         lines.append(
-            f"kill {kill:2}: after {moment:.3f} s, step {last:3} logged, {saved:3} saved, {last - saved} lost, "
+            f"kill {kill:2}: at {moment:6.2f} steps, step {last:3} logged, {saved:3} saved, {last - saved} lost, "
             + ("within a save, " if debris else "")
             + (f"differs: {', '.join(wrong)}" if wrong else "the same end")
         )
