@@ -66,11 +66,12 @@ def own_tiles(g: Gemm, gpu: Gpu) -> tuple[int, int]:
 
 def gemm_workspace(g: Gemm, gpu: Gpu) -> int:
     """Bytes for cuBLASLt; for our own product's pieces of tiles, and row sums of whole tiles and pieces (work.cuh)."""
-    if not g.own or g.epilogue:
-        return 0 if g.own else GEMM_WORKSPACE
+    if not g.own:
+        return GEMM_WORKSPACE
+    if g.epilogue:
+        return 0
     tiles, rest = own_tiles(g, gpu)
-    pieces = gpu.sms // 2 + rest
-    return 4 * OWN_TILE * (pieces * OWN_TILE + tiles - rest + pieces)
+    return 4 * OWN_TILE * ((gpu.sms // 2 + rest) * OWN_TILE + tiles + gpu.sms // 2)
 
 
 def attention_workspace(s: Sdpa) -> int:
