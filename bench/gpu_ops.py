@@ -125,8 +125,8 @@ def copy(backend: Any, nbytes: int, sample: float) -> float:
     """GB/s of a copy on the card between buffers larger than its second cache."""
     device = backend.device
     a, b = device.alloc(nbytes), device.alloc(nbytes)
-    graph = device.capture(lambda: [device.within(b, a, nbytes) for _ in range(CALLS)])
-    taken = seconds(lambda: device.replay(graph), device.sync, sample) / CALLS
+    graph = backend.graphs.capture(lambda: [device.within(b, a, nbytes) for _ in range(CALLS)])
+    taken = seconds(graph.replay, device.sync, sample) / CALLS
     device.free(a)
     device.free(b)
     return 2 * nbytes / taken / 1e9

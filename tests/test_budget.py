@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 400
 BUDGETS = {  # folders that share a budget: lines
     "core": 900,
-    "backends": 2400,
+    "backends": 2460,
     "train optim": 1960,
     "data tokenizers": 1700,
     "io": 700,

@@ -25,6 +25,7 @@ from handgrad.testing import case_program, check_case
 
 if not why_no_cuda():
     from handgrad.backends.cuda.backend import CudaBackend
+    from handgrad.backends.cuda.driver import check, cu
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,60 @@ def trainer(text, out=None, **changes):
 
 def curve(run, steps, start=1):
     return [(r.loss, r.grad_norm) for r in (run.step(k, 1e-3) for k in range(start, steps + 1))]
+
+
+def test_counters_are_zeroed_once_a_replay(card):
+    """A counter that a launch finds at zero and leaves dirty is at zero in every replay, without a node of its own."""
+    device, graphs = card.device, card.graphs
+    at = device.alloc(4)
+    out = np.zeros(1, np.uint32)
+
+    def launches():
+        for byte in (3, 7):
+            counter = graphs.room(4, 0)
+            device.fill(counter, 4)  # a library does this
+            device.within(at, counter, 4)
+            device.fill(counter, 4, byte)
+        device.fill(at + 3, 1, byte)  # shows that what followed the last of them still does
+
+    graph = graphs.capture(launches)
+    assert graph.cut == 2
+    for _ in range(2):
+        graph.replay()
+        device.to_host(out.ctypes.data, at, 4)
+        device.sync()
+        assert out[0] == 7 << 24
+    assert graphs.room(512, 5) == 5  # more than a counter: the workspace
+    device.free(at)
+
+
+def test_what_forks_and_joins_still_does_without_counters(card):
+    """Nodes that are taken out before and after a fork leave its order as it was."""
+    device, graphs = card.device, card.graphs
+    at, fork, join = device.alloc(12), device.event(), device.event()
+    out = np.zeros(3, np.uint32)
+
+    def launches():
+        device.fill(at, 12, 1)
+        device.record(fork)
+        device.follow(fork, device.side)
+        for i, stream in enumerate((device.stream, device.side)):
+            counter = graphs.room(4, 0)
+            check(cu.cuMemsetD8Async(counter, 0, 4, stream))
+            check(cu.cuMemcpyDtoDAsync(at + 4 * i, counter, 4, stream))
+        device.record(join, device.side)
+        device.follow(join, device.stream)
+        device.fill(graphs.room(4, 0), 4)
+        device.within(at + 8, at + 4, 4)
+
+    graph = graphs.capture(launches)
+    assert graph.cut == 3
+    for _ in range(100):
+        graph.replay()
+        device.to_host(out.ctypes.data, at, 12)
+        device.sync()
+        assert out.tolist() == [0, 0, 0]
+    device.free(at)
 
 
 def test_deterministic_runs_repeat_bit_for_bit(text):

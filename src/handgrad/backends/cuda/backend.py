@@ -15,6 +15,7 @@ from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
 from handgrad.backends.cuda.driver import Device, Module, launcher, tensor_map
+from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
 from handgrad.backends.cuda.peaks import peaks
@@ -36,12 +37,12 @@ class CudaExecutable(Executable):
     """The bound list. A stretch runs launch by launch the first time, is captured the second, and replayed since."""
 
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
-        self.program, self.arena, self.device = program, arena, backend.device
+        self.program, self.arena, self.device, self._capture = program, arena, backend.device, backend.graphs.capture
         ways = [(c, backend.launches(c)) for c in program.calls]
         compiled = compile_all([s for c, way in ways for s in backend.sources(c, way)])
         self._starts = [backend.bind_call(c, way, program, arena, compiled) for c, way in ways]
         self._fork, self._join = self.device.event(), self.device.event()
-        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._graphs: dict[tuple[int, int, bool], Graph | None] = {}
         self._replays = deque(self.device.event(asleep=True) for _ in range(AHEAD))
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
@@ -51,10 +52,10 @@ class CudaExecutable(Executable):
             self._launch(*key)
             self._graphs[key] = None
             return
-        if self._graphs[key] is None:
-            self._graphs[key] = self.device.capture(lambda: self._launch(*key))
+        graph = self._graphs[key] or self._capture(lambda: self._launch(*key))
+        self._graphs[key] = graph
         self.device.wait(self._replays[0])
-        self.device.replay(self._graphs[key])
+        graph.replay()
         self.device.record(self._replays[0])
         self._replays.rotate(-1)
 
@@ -102,13 +103,14 @@ class CudaBackend(Backend):
             pool.submit(_open_libraries)
             self.device = Device()
         self.pci_bus = self.device.pci_bus
-        self._blas = CublasLt(self.device, deterministic)
+        self.graphs = Graphs(self.device)
+        self._blas = CublasLt(self.graphs, deterministic)
         self._cudnn: attention.Cudnn | None = None  # opened where a call wants it
         self._modules: dict[bytes, Module] = {}
         has_cudnn = cudnn and attention.library() is not None
         self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
         self._card = Card(self.gpu)
-        self._ways = Ways(self.device, self._card, self._blas.version)
+        self._ways = Ways(self.graphs, self._card, self._blas.version)
         self.hardware = (
             f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
         )
@@ -196,7 +198,7 @@ class CudaBackend(Backend):
                 starts.append(self._bind_gemm(step, c, stream, address, workspace))
             else:
                 if self._cudnn is None:
-                    self._cudnn = attention.Cudnn(self.device)
+                    self._cudnn = attention.Cudnn(self.graphs)
                 names = ("qkv", "y", "lse", *(("dy", "dqkv") if step.direction == "backward" else ()))
                 start = self._cudnn.bind(step, {n: address(n) for n in names}, workspace)
                 starts.append(lambda first, start=start: start())

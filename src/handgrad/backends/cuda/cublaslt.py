@@ -13,7 +13,7 @@ from typing import Any
 
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.card import GEMM_WORKSPACE
-from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.core.errors import HandgradError
 
@@ -80,16 +80,16 @@ class Product:
 class CublasLt:
     """The library on one card. deterministic: the first algorithm that it proposes, never the fastest by the clock."""
 
-    def __init__(self, device: Device, deterministic: bool = False):
+    def __init__(self, graphs: Graphs, deterministic: bool = False):
         self.dll = load("cublasLt", "nvidia-cublas")
         for name, types in CALLS.items():
             getattr(self.dll, name).argtypes = types
         self.dll.cublasLtGetVersion.restype = c_size_t
         self.version = self.dll.cublasLtGetVersion()
-        self.device, self.deterministic = device, deterministic
+        self.graphs, self.device, self.deterministic = graphs, graphs.device, deterministic
         self.handle = c_void_p()
         self._call("cublasLtCreate", byref(self.handle))
-        self._file = cache.key("chosen algorithms", self.version, device.name) + ".json"
+        self._file = cache.key("chosen algorithms", self.version, self.device.name) + ".json"
         self._known: dict[str, str] = {} if deterministic else json.loads(cache.load(self._file) or b"{}")
         self._chosen: dict[Product, Heuristic] = {}
 
@@ -155,12 +155,13 @@ class CublasLt:
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
-        call, handle, chosen = self.dll.cublasLtMatmul, self.handle, byref(algorithm)
+        call, handle, chosen, find_room = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.room
         on, size = int(stream), algorithm.workspace
 
         def start(adds: bool) -> None:
             beta = one if adds and scalars else zero
-            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, workspace, size, on)
+            room = find_room(size, workspace)
+            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, room, size, on)
             if status:
                 raise HandgradError("cublaslt", "a product runs", f"status {status}")
 
@@ -198,7 +199,7 @@ class CublasLt:
         description, layouts = self.describe(p, 0, 0)
         found = self.proposals(description, layouts, 4)
         starts = [self.starter(description, layouts, h, *at, workspace, device.stream) for h in found]
-        best = min(device.race([(partial(start, False), 1) for start in starts]))
+        best = min(self.graphs.race([(partial(start, False), 1) for start in starts]))
         for address in (*at, workspace):
             device.free(address)
         return p.flops / best

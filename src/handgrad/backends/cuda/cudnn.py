@@ -6,7 +6,7 @@ from dataclasses import astuple
 
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.card import attention_workspace
-from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.libraries import load, path_of
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Sdpa
@@ -31,18 +31,19 @@ def library() -> object | None:
 class Cudnn:
     """The library on one card and stream."""
 
-    def __init__(self, device: Device):
-        self._cudnn, self.device = library(), device
+    def __init__(self, graphs: Graphs):
+        self._cudnn, self.graphs, self.device = library(), graphs, graphs.device
         self._handle = self._cudnn.create_handle()
-        self._cudnn.set_stream(handle=self._handle, stream=int(device.stream))
+        self._cudnn.set_stream(handle=self._handle, stream=int(self.device.stream))
         self.version = self._cudnn.backend_version_string()
         self._graphs: dict[Sdpa, object] = {}
 
     def bind(self, s: Sdpa, addresses: dict[str, int], scratch: int) -> Callable[[], None]:
         """A function that starts the attention. Addresses by name: qkv, y, lse, and in backward dy and dqkv."""
         graph = self._graph(s)
-        if graph.get_workspace_size() > attention_workspace(s):
-            raise HandgradError("cudnn", f"attention needs {attention_workspace(s)} bytes", graph.get_workspace_size())
+        size = graph.get_workspace_size()
+        if size > attention_workspace(s):
+            raise HandgradError("cudnn", f"attention needs {attention_workspace(s)} bytes", size)
         k, v = s.H * s.D * 2, (s.H + s.K) * s.D * 2  # bytes from q to k and v in a row
         pack = {Y: addresses["y"], LSE: addresses["lse"]}
         pack |= dict(zip((Q, K, V), (addresses["qkv"] + at for at in (0, k, v))))
@@ -51,7 +52,7 @@ class Cudnn:
             pack |= dict(zip((DQ, DK, DV), (addresses["dqkv"] + at for at in (0, k, v))))
 
         def start() -> None:
-            graph.execute(pack, scratch, handle=self._handle)
+            graph.execute(pack, self.graphs.room(size, scratch), handle=self._handle)
 
         return start
 

@@ -1,7 +1,6 @@
-"""The CUDA driver: cards, memory, streams, events, modules and graphs, as thin functions over cuda-bindings."""
+"""The CUDA driver: cards, memory, streams, events and modules, as thin functions over cuda-bindings."""
 
 import ctypes
-import statistics
 from collections.abc import Callable, Sequence
 from functools import cache as once
 from typing import Any
@@ -14,7 +13,6 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
-TURNS = 3  # times that a work is timed
 
 try:
     from cuda.bindings import driver as cu
@@ -149,23 +147,6 @@ class Device:
         self.wait(end)
         return check(cu.cuEventElapsedTime(begin, end)) * 1e-3
 
-    def race(self, starts: Sequence[tuple[Callable[[], None], int]]) -> list[float]:
-        """Seconds that each of some works takes, begun so many times in a row; the median of a few turns.
-
-        A step heats the card until its clocks fall, so they are compared hot: warmed up, and in turn.
-        """
-        begin, end = self.event(True), self.event(True)
-        times: list[list[float]] = [[] for _ in starts]
-        for turn in range(TURNS + 1):
-            for mine, (start, repeats) in zip(times, starts):
-                self.record(begin)
-                for _ in range(repeats):
-                    start()
-                self.record(end)
-                if turn:  # the first only warms up
-                    mine.append(self.seconds(begin, end) / repeats)
-        return [statistics.median(t) for t in times]
-
     def randomise(self, address: int, nbytes: int) -> None:
         """Fills memory with normal numbers, bf16, a pattern of up to 4 Mi of them repeated."""
         done = min(nbytes, 8 << 20) // 2 * 2
@@ -175,20 +156,6 @@ class Device:
             self.within(address + done, address, size)
             done += size
         self.sync()
-
-    def capture(self, work: Callable[[], None]) -> Any:
-        """What `work` starts on the stream, as one executable graph; nothing runs yet."""
-        check(cu.cuStreamBeginCapture(self.stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-        try:
-            work()
-        finally:
-            graph = cu.cuStreamEndCapture(self.stream)
-        executable = check(cu.cuGraphInstantiate(check(graph), 0))
-        check(cu.cuGraphUpload(executable, self.stream))
-        return executable
-
-    def replay(self, graph: Any) -> None:
-        check(cu.cuGraphLaunch(graph, self.stream))
 
 
 @once

@@ -93,7 +93,7 @@ def tune(blas: CublasLt, products: Sequence[Product]) -> None:
                 found += _fastest(blas, variants(blas, p, description, layouts, found), starter)
             finalists += [(p, h, starter(h)) for h in found]
         for long in (False, True):
-            taken = device.race([(start, repeats(p.flops, long)) for p, _, start in finalists])
+            taken = blas.graphs.race([(start, repeats(p.flops, long)) for p, _, start in finalists])
             ranked = {p: sorted((t, i) for i, t in enumerate(taken) if finalists[i][0] == p) for p in todo}
             finalists = [finalists[i] for found in ranked.values() for _, i in found[: 1 if long else FINALISTS]]
         blas.learn({p: h for p, h, _ in finalists})

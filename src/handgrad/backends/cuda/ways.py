@@ -7,7 +7,7 @@ from pathlib import Path
 
 from handgrad.backends.cuda import cache, cudnn
 from handgrad.backends.cuda.card import WORTH_TUNING, Card
-from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.tune import repeats
 from handgrad.core.knobs import KNOBS
 from handgrad.core.launch import Launches
@@ -22,11 +22,11 @@ Bind = Callable[[Call, Launches, Place], list[Callable[[bool], None]]]  # what s
 class Ways:
     """What was chosen on one card, with one version of the libraries and of our kernels."""
 
-    def __init__(self, device: Device, card: Card, version: int):
-        self._device, self._card = device, card
+    def __init__(self, graphs: Graphs, card: Card, version: int):
+        self._graphs, self._card = graphs, card
         attention = card.gpu.cudnn and cudnn.library().backend_version()
         kernels = [path.read_text() for path in sorted(PACKAGE.rglob("*.cu*"))]  # another text, another race
-        self._file = cache.key("ways", version, attention, device.name, *kernels) + ".json"
+        self._file = cache.key("ways", version, attention, graphs.device.name, *kernels) + ".json"
         self._known: dict[str, int] = {} if card.gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
 
     def chosen(self, c: Call) -> Launches:
@@ -47,7 +47,7 @@ class Ways:
 
     def race(self, calls: dict[str, Call], bind: Bind, scratch: Callable[[Call], int]) -> None:
         """Times what `open` gave, on memory that is given back."""
-        device = self._device
+        device = self._graphs.device
         for name, c in calls.items():
             nbytes = {t: t.nbytes for t in (*c.ins, *c.outs) if t is not None}
             nbytes |= {"scratch": scratch(c), "knobs": 8 * len(KNOBS)}
@@ -58,7 +58,7 @@ class Ways:
                         device.randomise(at[t], n)
                 device.fill(at["knobs"], 8 * len(KNOBS))
                 ways = [bind(c, way, at.__getitem__) for way in self._card.launches(c).ways()]
-                taken = device.race([(partial(_start, starts), repeats(c.op.flops(c))) for starts in ways])
+                taken = self._graphs.race([(partial(_start, starts), repeats(c.op.flops(c))) for starts in ways])
                 self._known[name] = taken.index(min(taken))
             finally:
                 device.sync()
