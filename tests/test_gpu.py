@@ -134,11 +134,19 @@ def curve(run, steps, start=1):
     return [(r.loss, r.grad_norm) for r in (run.step(k, 1e-3) for k in range(start, steps + 1))]
 
 
+def replayed(graph, device, at, count):
+    """The numbers that lie at an address after a replay."""
+    out = np.zeros(count, np.uint32)
+    graph.replay()
+    device.to_host(out.ctypes.data, at, out.nbytes)
+    device.sync()
+    return out.tolist()
+
+
 def test_counters_are_zeroed_once_a_replay(card):
     """A counter that a launch finds at zero and leaves dirty is at zero in every replay, without a node of its own."""
     device, graphs = card.device, card.graphs
     at = device.alloc(4)
-    out = np.zeros(1, np.uint32)
 
     def launches():
         for byte in (3, 7):
@@ -148,14 +156,12 @@ def test_counters_are_zeroed_once_a_replay(card):
             device.fill(counter, 4, byte)
         device.fill(at + 3, 1, byte)  # shows that what followed the last of them still does
 
+        assert graphs.room(512, 5) == 5  # more than a counter: the workspace
+
     graph = graphs.capture(launches)
     assert graph.cut == 2
-    for _ in range(2):
-        graph.replay()
-        device.to_host(out.ctypes.data, at, 4)
-        device.sync()
-        assert out[0] == 7 << 24
-    assert graphs.room(512, 5) == 5  # more than a counter: the workspace
+    assert [replayed(graph, device, at, 1) for _ in range(2)] == [[7 << 24]] * 2
+    assert graphs.room(4, 5) == 5  # nothing is captured
     device.free(at)
 
 
@@ -163,7 +169,6 @@ def test_what_forks_and_joins_still_does_without_counters(card):
     """Nodes that are taken out before and after a fork leave its order as it was."""
     device, graphs = card.device, card.graphs
     at, fork, join = device.alloc(12), device.event(), device.event()
-    out = np.zeros(3, np.uint32)
 
     def launches():
         device.fill(at, 12, 1)
@@ -180,11 +185,7 @@ def test_what_forks_and_joins_still_does_without_counters(card):
 
     graph = graphs.capture(launches)
     assert graph.cut == 3
-    for _ in range(100):
-        graph.replay()
-        device.to_host(out.ctypes.data, at, 12)
-        device.sync()
-        assert out.tolist() == [0, 0, 0]
+    assert [replayed(graph, device, at, 3) for _ in range(100)] == [[0, 0, 0]] * 100
     device.free(at)
 
 

@@ -133,9 +133,12 @@ class CudaBackend(Backend):
 
     def alloc(self, plan: Plan) -> Arena:
         calls = [c for program in plan.programs for c in program.calls]
-        tune(self._blas, [p for c in calls for p in self._products(c)])  # before the memory is taken
         undecided = self._ways.open(calls)
-        compiled = compile_all([s for c in undecided.values() for way in self._all(c) for s in self.sources(c, way)])
+        ways = [(c, self.launches(c)) for c in calls] + [(c, way) for c in undecided.values() for way in self._all(c)]
+        with ThreadPoolExecutor(1) as pool:  # compilers are other processes, and tuning needs the card alone
+            compiling = pool.submit(compile_all, [s for c, way in ways for s in self.sources(c, way)])
+            tune(self._blas, [p for c in calls for p in self._products(c)])  # before the memory is taken
+        compiled = compiling.result()
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
         self._ways.race(undecided, bind, self.scratch)
         return CudaArena(self.device, plan)

@@ -20,10 +20,11 @@ class Graphs:
     """Captures what is started on a card's stream, which replays share, and with it the room for counters."""
 
     def __init__(self, device: Device):
-        self.device, self._counters, self._taken = device, device.alloc(COUNTER * COUNTERS), 0
+        self.device, self._counters = device, device.alloc(COUNTER * COUNTERS)
+        self._taken = COUNTERS  # all, but while something is captured
 
     def room(self, nbytes: int, workspace: int) -> int:
-        """Where the next launch has its nbytes of workspace: a counter of its own if that will do, else `workspace`."""
+        """Where the next launch has nbytes of workspace: a counter of its own if it is captured and that will do."""
         if nbytes > COUNTER or self._taken == COUNTERS:
             return workspace
         self._taken += 1
@@ -37,7 +38,7 @@ class Graphs:
             self.device.fill(self._counters, COUNTER * COUNTERS)
             work()
         finally:
-            captured = cu.cuStreamEndCapture(stream)
+            self._taken, captured = COUNTERS, cu.cuStreamEndCapture(stream)
         return Graph(check(captured), stream, self._zeroes_counter)
 
     def _zeroes_counter(self, node: Any) -> bool:

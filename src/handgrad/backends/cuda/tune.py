@@ -21,7 +21,8 @@ from handgrad.core.errors import HandgradError
 CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
 WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
 TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
-RUN, FINALISTS = 64, 6  # variants that are run twice, those with the least work by tiles and rounds; that go on
+RUN = 64  # variants that are run twice: those with the least work by tiles and rounds
+FINALISTS, LAST = 6, 3  # of them that go on, and that are in the last race
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     64: {192: 116, 256: 19, 320: 117},
     96: {128: 28, 192: 151, 256: 152},
@@ -95,7 +96,7 @@ def tune(blas: CublasLt, products: Sequence[Product]) -> None:
         for long in (False, True):
             taken = blas.graphs.race([(start, repeats(p.flops, long)) for p, _, start in finalists])
             ranked = {p: sorted((t, i) for i, t in enumerate(taken) if finalists[i][0] == p) for p in todo}
-            finalists = [finalists[i] for found in ranked.values() for _, i in found[: 1 if long else FINALISTS]]
+            finalists = [finalists[i] for found in ranked.values() for _, i in found[: 1 if long else LAST]]
         blas.learn({p: h for p, h, _ in finalists})
     finally:
         device.sync()
