@@ -3,9 +3,9 @@
 #
 # loss   expected: about 3.28 on FineWeb's validation shard, the mark that others' speed runs of this recipe aim at;
 #        OpenAI's own weights reach 3.425 there (llm.c's notebook). Not run to its end here
-# time   4.4 hours on one H100 (computed: 18,865 steps of 524,288 tokens at 620,688 a second,
+# time   4.3 hours on one H100 (computed: 18,865 steps of 524,288 tokens at 642,829 a second,
 #        bench/results/gpu_step.json)
-# cost   $15.49 (computed, at $3.50 an hour); llm.c: 1.6 hours of eight A100, about $20
+# cost   $14.96 (computed, at $3.50 an hour); llm.c: 1.6 hours of eight A100, about $20
 # needs  24 GiB of the card's memory, 20 GB of disk for the shards
 # Flags after the file's name are added to those below: runs/gpt2_124m.sh --run.micro-batch 16
 set -eu

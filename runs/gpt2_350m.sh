@@ -3,9 +3,9 @@
 #
 # loss   expected: below 3.083 on FineWeb's validation shard, where OpenAI's own weights are (llm.c's notebook).
 #        Not run here
-# time   37.6 hours on one H100 (computed: 60,000 steps of 524,288 tokens at 232,408 a second,
+# time   36.6 hours on one H100 (computed: 60,000 steps of 524,288 tokens at 238,860 a second,
 #        bench/results/gpu_step_alone.json)
-# cost   $132 (computed, at $3.50 an hour); llm.c: 13.7 hours of eight A100, about $200
+# cost   $128 (computed, at $3.50 an hour); llm.c: 13.7 hours of eight A100, about $200
 # needs  60 GB of disk for the shards
 set -eu
 [ -e data/fineweb-100b/meta.json ] || handgrad data fineweb --sample 100B --out data/fineweb-100b

@@ -3,9 +3,9 @@
 #
 # loss   expected: below 3.0006 on FineWeb's validation shard, where OpenAI's own weights are (llm.c's notebook).
 #        Not run here
-# time   381 hours on one H100 (computed: 286,102 steps of 524,288 tokens at 109,386 a second,
+# time   376 hours on one H100 (computed: 286,102 steps of 524,288 tokens at 110,728 a second,
 #        bench/results/gpu_step_alone.json): 16 days
-# cost   $1,333 (computed, at $3.50 an hour); llm.c: 5.6 days of eight A100, about $2,000
+# cost   $1,317 (computed, at $3.50 an hour); llm.c: 5.6 days of eight A100, about $2,000
 # needs  37 GiB of the card's memory, 200 GB of disk for the shards
 set -eu
 [ -e data/fineweb-100b/meta.json ] || handgrad data fineweb --sample 100B --out data/fineweb-100b

