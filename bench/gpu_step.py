@@ -33,9 +33,14 @@ HEADER_BYTES = 1024
 WARMUP = {"handgrad": 2, "torch": 1}  # steps after the first: handgrad captures its graphs in the second
 MARGIN_MIB = 3000  # left free when two processes share the card
 PACKAGES = (
-    "handgrad", "numpy", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cublas", "nvidia-cudnn-frontend",
+    "handgrad",
+    "numpy",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cublas",
+    "nvidia-cudnn-frontend",
     "nvidia-cudnn-jit-cu13",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,12 @@ class Process:
         words = [kind, name, shard, "cpu" if a.smoke else "cuda", json.dumps(a.trainer if kind == "handgrad" else {})]
         self.kind, self._before = kind, used
         self._process = subprocess.Popen(
-            [python, __file__, "--worker", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, __file__, "--worker", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=os.environ | {"HANDGRAD_CACHE": cache},
-        )  # fmt: skip
+        )
         first = self._read()
         self.startup, self.first_loss, self.mib = time.perf_counter() - begin, first["loss"], used_mib() - used
         say(f"{name} {kind}: first step after {self.startup:.1f} s, loss {self.first_loss:.3f}, {self.mib} MiB")

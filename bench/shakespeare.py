@@ -1,6 +1,6 @@
 """`handgrad train` without arguments beside the same recipe in eager float32 PyTorch: ms a step, in turn.
 
-    python bench/shakespeare.py               3 rounds of 400 steps each, about 2 minutes on 2 cores
+python bench/shakespeare.py               3 rounds of 400 steps each, about 2 minutes on 2 cores
 """
 
 import argparse

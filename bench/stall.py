@@ -80,7 +80,7 @@ def main() -> None:
     lines = [
         f"date {datetime.date.today()}, {hardware}, {a.rounds} rounds, share of {every} steps",
         "model        step ms       MiB   stall s  share %  worst %  waited s",
-    ]  # fmt: skip
+    ]
     print("\n".join(lines), flush=True)
     for preset in a.presets:
         with tempfile.TemporaryDirectory() as folder:

@@ -19,17 +19,27 @@ PAGE = Path(__file__).with_name("from-llmc.md")
 FLAGS = [
     ("-i", "tinyshakespeare", "data.train", "also a folder made by `handgrad data`, with its validation split"),
     ("-j", "tinyshakespeare", "data.val", ""),
-    ("-e", "gpt2_124M_bf16.bin", "model.preset model.depth model.num_layers model.num_heads model.hidden_size "
-     "model.max_seq_len model.vocab_size model.init", "descriptors as they are (`d12`, `gpt3:c768`), any size by "
-     "its own flags; `--model.init llmc` starts from the weights that a descriptor starts from there, "
-     "`--model.init FILE.bin` from those of a file"),
+    (
+        "-e",
+        "gpt2_124M_bf16.bin",
+        "model.preset model.depth model.num_layers model.num_heads model.hidden_size "
+        "model.max_seq_len model.vocab_size model.init",
+        "descriptors as they are (`d12`, `gpt3:c768`), any size by "
+        "its own flags; `--model.init llmc` starts from the weights that a descriptor starts from there, "
+        "`--model.init FILE.bin` from those of a file",
+    ),
     ("-o", "none", "run.out", "there always is a run folder"),
     ("-lg", "-1", "run.telemetry_every", "the card that the run is on, not card 0; also into the log"),
     ("-n", "0", "run.save_every", "the last step too, as there. Written beside the steps that follow"),
     ("-nk", "0", "run.keep_last", "pruned only when the new one is complete"),
     ("-nm", "0", "run.keep_every", "must be a multiple of --run.save-every"),
-    ("-y", "0", "run.resume", "`-y 1` is `--run.resume auto`; also with another micro-batch or batch: the next token "
-     "is the one after the last"),
+    (
+        "-y",
+        "0",
+        "run.resume",
+        "`-y 1` is `--run.resume auto`; also with another micro-batch or batch: the next token "
+        "is the one after the last",
+    ),
     ("-b", "4", "run.micro_batch", ""),
     ("-t", "1024", "data.seq_len", ""),
     ("-d", "B T", "data.batch_tokens", "tokens, as there"),
@@ -49,8 +59,12 @@ FLAGS = [
     ("-a", "0", "data.overfit", "the first batch of the training data; there, of the validation data"),
     ("-f", "1", "run.dtype", "`tf32`, `f32` or `bf16`: chosen at the start, not when compiled"),
     ("-w", "1", "run.master_weights", "float32 as bf16 and the 16 bits it lacks: 4 bytes, there 6"),
-    ("-ge", "0", "", "automatic: where the product can, GELU and its gradient are in it. `--run.deterministic` keeps "
-     "both apart"),
+    (
+        "-ge",
+        "0",
+        "",
+        "automatic: where the product can, GELU and its gradient are in it. `--run.deterministic` keeps both apart",
+    ),
     ("-z", "0", "", "not yet: one process, nothing to share out"),
     ("-r", "1", "run.recompute", "0 is `none`, 1 `act`, 2 `act_norm`; `block` keeps only the blocks' inputs"),
     ("-pn", "1", "", "not yet: one process, one GPU"),
@@ -59,7 +73,7 @@ FLAGS = [
     ("-pi", "mpi", "", "not yet (its help calls it -pm)"),
     ("-ps", "", "", "not yet"),
     ("-pf", "", "", "not yet (its help calls it -pp)"),
-]  # fmt: skip
+]
 
 # what train_gpt2.cu fixes: constant, its value, handgrad's flag
 FIXED = [
@@ -86,33 +100,60 @@ OTHERS = [
 ]
 
 TRAPS = [
-    ("T1", "the Makefile passes no GPU architecture",
-     "nothing to pass: kernels are compiled at the first start, for the very card; `handgrad doctor` says for which"),
-    ("T2", "help and parser disagree, unknown letters are accepted",
-     "both come from one dataclass; an unknown flag is an error that names the nearest one"),
-    ("T3", "the quick start aborts on 8 GPUs: a validation shard is too short",
-     "a shard needs seq_len + 1 tokens; the last batch of a validation is filled up with targets that do not count"),
+    (
+        "T1",
+        "the Makefile passes no GPU architecture",
+        "nothing to pass: kernels are compiled at the first start, for the very card; `handgrad doctor` says for which",
+    ),
+    (
+        "T2",
+        "help and parser disagree, unknown letters are accepted",
+        "both come from one dataclass; an unknown flag is an error that names the nearest one",
+    ),
+    (
+        "T3",
+        "the quick start aborts on 8 GPUs: a validation shard is too short",
+        "a shard needs seq_len + 1 tokens; the last batch of a validation is filled up with targets that do not count",
+    ),
     ("T4", "the gather of sharded weights does not wait for AdamW", "weights are not sharded yet"),
     ("T5", "counts for NCCL are four times too large", "NCCL is not used yet"),
     ("T6", "gpt3:c5140, the 13B, always aborts", "40 heads of 128 are 5120, and that is what `gpt3:c5140` is here"),
-    ("T7", "shards over 2 GiB cannot be read",
-     "they are mapped, offsets have 64 bits, and the count is the file's size, with which the header must agree"),
-    ("T8", "resuming aborts where shards differ in size",
-     "a batch is a function of seed and position; the position is a count of tokens, so micro-batch, batch and ranks "
-     "may change, and no window of an epoch is read twice or left out. Another seq_len cuts and shuffles the rest of "
-     "the epoch anew, so that some of its tokens come again and some do not come; --data.overfit reads one batch for "
-     "ever"),
-    ("T9", "a loss that is not finite still updates the weights",
-     "the update is skipped, on the device, for any gradient norm that is not finite (a loss that is not makes it so); "
-     "one more than --run.max-skipped in a row ends the run"),
-    ("T10", "a recipe's time would be 121 % of the hardware's peak",
-     "times in `runs/` are tokens over a measured rate, and a test computes them again"),
+    (
+        "T7",
+        "shards over 2 GiB cannot be read",
+        "they are mapped, offsets have 64 bits, and the count is the file's size, with which the header must agree",
+    ),
+    (
+        "T8",
+        "resuming aborts where shards differ in size",
+        "a batch is a function of seed and position; the position is a count of tokens, so micro-batch, batch and ranks "
+        "may change, and no window of an epoch is read twice or left out. Another seq_len cuts and shuffles the rest of "
+        "the epoch anew, so that some of its tokens come again and some do not come; --data.overfit reads one batch for "
+        "ever",
+    ),
+    (
+        "T9",
+        "a loss that is not finite still updates the weights",
+        "the update is skipped, on the device, for any gradient norm that is not finite (a loss that is not makes it so); "
+        "one more than --run.max-skipped in a row ends the run",
+    ),
+    (
+        "T10",
+        "a recipe's time would be 121 % of the hardware's peak",
+        "times in `runs/` are tokens over a measured rate, and a test computes them again",
+    ),
     ("T11", "the README's example of a sweep is stale", "tests run the README's commands and the recipes"),
-    ("T12", "the supervising loop waits for a file whose name has a fixed step in it",
-     "`runs/until_done.sh` goes by the exit code: 0 is done, 2 a mistake that would be made again, 130 Ctrl-C"),
-    ("T13", "two of three test programs return 0 when they fail",
-     "every check is a pytest test, and the safety tests have a mutation that they must notice"),
-]  # fmt: skip
+    (
+        "T12",
+        "the supervising loop waits for a file whose name has a fixed step in it",
+        "`runs/until_done.sh` goes by the exit code: 0 is done, 2 a mistake that would be made again, 130 Ctrl-C",
+    ),
+    (
+        "T13",
+        "two of three test programs return 0 when they fail",
+        "every check is a pytest test, and the safety tests have a mutation that they must notice",
+    ),
+]
 
 
 def meanings() -> dict[str, tuple[str, object]]:

@@ -11,6 +11,7 @@ Parameters live in one flat dictionary, under the names that Hugging Face gives 
 under the same names. Letters: B sequences of T tokens make N = B*T rows of C channels; H heads of D = C/H channels;
 V tokens in the vocabulary. Plain softmax, plain loops over layers, nothing clever: the formulas are the point.
 """
+
 import argparse
 import math
 import time
@@ -57,9 +58,10 @@ def init(config, seed, dtype="float32"):
 
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
+
 def embed(params, ids):
     """x[b,t] = wte[ids[b,t]] + wpe[t].   ids: (B, T) -> x: (N, C)"""
-    x = params["wte.weight"][ids] + params["wpe.weight"][:ids.shape[1]]
+    x = params["wte.weight"][ids] + params["wpe.weight"][: ids.shape[1]]
     return x.reshape(ids.size, -1), ids
 
 
@@ -68,7 +70,7 @@ def embed_backward(params, grads, dx, ids):
     # Row t of wpe is copied to position t of every sequence, so its gradient is the sum over the batch.
     np.add.at(grads["wte.weight"], ids.ravel(), dx)  # adds to what the head, which shares wte, has left there
     grads["wpe.weight"] = np.zeros_like(params["wpe.weight"])
-    grads["wpe.weight"][:ids.shape[1]] = dx.reshape(*ids.shape, -1).sum(0)
+    grads["wpe.weight"][: ids.shape[1]] = dx.reshape(*ids.shape, -1).sum(0)
 
 
 def linear(params, name, x):
@@ -193,7 +195,7 @@ def block_backward(params, grads, name, dx, saved):
 
 def lm_loss(config, params, x, targets):
     """Logits z = x wte' and the mean over rows of -log softmax(z)[target].   x: (N, C) -> (N, V), a number"""
-    z = x @ params["wte.weight"][:config.vocab_size].T
+    z = x @ params["wte.weight"][: config.vocab_size].T
     if targets is None:
         return z, None, None
     e = np.exp(z - z.max(1, keepdims=True))
@@ -210,11 +212,12 @@ def lm_loss_backward(config, params, grads, saved):
     dz[rows] -= 1
     dz /= len(x)
     grads["wte.weight"] = np.zeros_like(params["wte.weight"])
-    grads["wte.weight"][:config.vocab_size] = dz.T @ x
-    return dz @ params["wte.weight"][:config.vocab_size]
+    grads["wte.weight"][: config.vocab_size] = dz.T @ x
+    return dz @ params["wte.weight"][: config.vocab_size]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
+
 
 def forward(config, params, ids, targets=None):
     """Returns logits (B, T, V), the mean loss in nats per token (None without targets), and what backward needs."""
@@ -259,6 +262,7 @@ def check(config, seed=0):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
 
 def clip(grads, limit):
     """Returns the length of all gradients taken as one vector; scales them, in place, if it exceeds `limit`."""
@@ -310,10 +314,10 @@ def evaluate(config, params, tokens):
     """Returns the mean loss over the text cut into windows of max_seq_len, the rest at its end left out."""
     T = config.max_seq_len
     count = (len(tokens) - 1) // T
-    windows = np.stack([tokens[:count * T].reshape(count, T), tokens[1:count * T + 1].reshape(count, T)])
+    windows = np.stack([tokens[: count * T].reshape(count, T), tokens[1 : count * T + 1].reshape(count, T)])
     total = 0.0
     for i in range(0, count, 16):
-        ids, targets = windows[:, i:i + 16]
+        ids, targets = windows[:, i : i + 16]
         total += float(forward(config, params, ids, targets)[1]) * len(ids)
     return total / count
 
@@ -323,7 +327,7 @@ def sample(config, params, ids, count, seed, temperature=1.0):
     rng = np.random.default_rng(seed)
     ids = list(ids)
     for _ in range(count):
-        logits = forward(config, params, np.array([ids[-config.max_seq_len:]]))[0][0, -1]
+        logits = forward(config, params, np.array([ids[-config.max_seq_len :]]))[0][0, -1]
         # The argmax of logits plus Gumbel noise is a draw from their softmax.
         ids.append(int(np.argmax(logits + temperature * rng.gumbel(size=len(logits)))))
     return ids

@@ -3,6 +3,7 @@
 Nothing in the package imports this file. Parameters have handgrad's names, shapes and layout: c_attn.weight is (3C, C).
 The loss is the mean over tokens in nats, the norms' eps is 1e-5, GELU is the tanh form, there is no dropout.
 """
+
 import numpy as np
 import torch
 from torch import nn
@@ -60,8 +61,18 @@ class GPT2(nn.Module):
     under autocast. Call `model.compile()` for the compiled variants: parameter names stay as they are.
     """
 
-    def __init__(self, vocab_size, max_seq_len, num_layers, num_heads, hidden_size, *, vocab_padded=None,
-                 attention="sdpa", bf16=False):
+    def __init__(
+        self,
+        vocab_size,
+        max_seq_len,
+        num_layers,
+        num_heads,
+        hidden_size,
+        *,
+        vocab_padded=None,
+        attention="sdpa",
+        bf16=False,
+    ):
         super().__init__()
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"[gpt2_torch] attention is 'sdpa' or 'eager', but got {attention!r}.")
@@ -82,11 +93,11 @@ class GPT2(nn.Module):
     def forward(self, ids, targets=None):
         """Returns logits (B, T, V) and the mean loss, or None without targets. ids, targets: (B, T) int64."""
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.wte(ids) + self.wpe.weight[:ids.shape[1]]
+            x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
             for block in self.h:
                 x = block(x)
             wte = self.wte.weight
-            logits = F.linear(self.ln_f(x), wte if len(wte) == self.vocab_size else wte[:self.vocab_size])
+            logits = F.linear(self.ln_f(x), wte if len(wte) == self.vocab_size else wte[: self.vocab_size])
             loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 

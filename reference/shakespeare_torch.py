@@ -1,7 +1,8 @@
 """The recipe of `handgrad train` without arguments, in eager float32 PyTorch: the yardstick for its time and val loss.
 
-    python reference/shakespeare_torch.py                4 layers, 4 heads, 128 wide, 2000 steps of 12 x 64 characters
+python reference/shakespeare_torch.py                4 layers, 4 heads, 128 wide, 2000 steps of 12 x 64 characters
 """
+
 import argparse
 import math
 import time
@@ -26,7 +27,7 @@ def learning_rate(step, steps, peak=2e-3, final=2e-4, warmup=100):
 def evaluate(model, tokens):
     """Returns the mean loss over the text cut into windows of T tokens. tokens: 1-D int64 tensor."""
     count = (len(tokens) - 1) // T
-    ids, targets = tokens[:count * T].view(count, T), tokens[1:count * T + 1].view(count, T)
+    ids, targets = tokens[: count * T].view(count, T), tokens[1 : count * T + 1].view(count, T)
     total = sum(float(model(i, t)[1]) * len(i) for i, t in zip(ids.split(64), targets.split(64)))
     return total / count
 
@@ -39,7 +40,7 @@ def shakespeare(steps=2000, seed=0):
     text = TEXT.read_text(encoding="utf-8")
     code = {c: i for i, c in enumerate(sorted(set(text)))}
     tokens = torch.tensor([code[c] for c in text])
-    train_tokens, val_tokens = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
+    train_tokens, val_tokens = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
 
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -55,8 +56,12 @@ def shakespeare(steps=2000, seed=0):
         loss, _ = train_step(model, optimizer, windows[:, :-1], windows[:, 1:], clip=1.0)
         losses.append(float(loss))
         seconds.append(time.perf_counter() - start)
-    return {"losses": losses, "val_loss": evaluate(model, val_tokens), "seconds": seconds,
-            "tokens_per_second": B * T * steps / sum(seconds)}
+    return {
+        "losses": losses,
+        "val_loss": evaluate(model, val_tokens),
+        "seconds": seconds,
+        "tokens_per_second": B * T * steps / sum(seconds),
+    }
 
 
 if __name__ == "__main__":
@@ -66,6 +71,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     run = shakespeare(args.steps, args.seed)
     seconds = run["seconds"]
-    print(f"{args.steps} steps | {sum(seconds):.1f} s | {np.median(seconds) * 1e3:.2f} ms/step (median) | "
-          f"{run['tokens_per_second']:,.0f} tok/s | last loss {run['losses'][-1]:.3f} | "
-          f"val loss {run['val_loss']:.4f} | torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{args.steps} steps | {sum(seconds):.1f} s | {np.median(seconds) * 1e3:.2f} ms/step (median) | "
+        f"{run['tokens_per_second']:,.0f} tok/s | last loss {run['losses'][-1]:.3f} | "
+        f"val loss {run['val_loss']:.4f} | torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )

@@ -47,12 +47,28 @@ def one_pass():
     backend: "cpu", "cuda", "steady" (cuda, deterministic), "ref" (float64), "rounded" (numpy in the working dtype) or
     "poisoned" (the same, outputs NaN first)
     """
-    backends = {"cpu": lambda threads: open_backend("cpu", threads),
-                "cuda": lambda threads: open_backend("cuda"), "steady": lambda threads: open_backend("cuda", deterministic=True), "ref": lambda threads: RefBackend(),
-                "rounded": lambda threads: RefBackend(exact=False), "poisoned": lambda threads: RefBackend(exact=False, poison=True)}
+    backends = {
+        "cpu": lambda threads: open_backend("cpu", threads),
+        "cuda": lambda threads: open_backend("cuda"),
+        "steady": lambda threads: open_backend("cuda", deterministic=True),
+        "ref": lambda threads: RefBackend(),
+        "rounded": lambda threads: RefBackend(exact=False),
+        "poisoned": lambda threads: RefBackend(exact=False, poison=True),
+    }
 
-    def run(model, backend="cpu", *, dtype="f32", policy="none", micro_batch=3, seq_len=17, chunks=2, threads=0, micro_steps=1,
-            accumulates=True):
+    def run(
+        model,
+        backend="cpu",
+        *,
+        dtype="f32",
+        policy="none",
+        micro_batch=3,
+        seq_len=17,
+        chunks=2,
+        threads=0,
+        micro_steps=1,
+        accumulates=True,
+    ):
         backend = backends[backend](threads)
         p = Program(DTYPES[dtype], "train", accumulates)
         model.forward(p, batch(p, micro_batch, seq_len), chunks)

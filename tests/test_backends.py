@@ -29,12 +29,30 @@ INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / 
 
 def test_knobs_have_the_same_layout_in_c(tmp_path):
     """A compiled probe prints where C keeps each field."""
-    compiler = next((found for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (found := shutil.which(name))), None
+    )
     assert compiler, "installing handgrad needed a C compiler, and so does this test"
-    fields = "".join(f'printf("{name} %zu %zu\\n", offsetof(Knobs, {name}), sizeof(((Knobs *)0)->{name}));' for name, *_ in KNOBS)
+    fields = "".join(
+        f'printf("{name} %zu %zu\\n", offsetof(Knobs, {name}), sizeof(((Knobs *)0)->{name}));' for name, *_ in KNOBS
+    )
     probe = f'#include "knobs.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {fields} printf("all %zu 0\\n", sizeof(Knobs)); }}\n'
     (tmp_path / "probe.c").write_text(probe)
-    subprocess.run([compiler, "-std=gnu11", "-DHG_DTYPE=f32", "-DHG_ISA=portable", f"-I{INCLUDE}", "-o", "probe", "probe.c", "-lm"], cwd=tmp_path, check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=gnu11",
+            "-DHG_DTYPE=f32",
+            "-DHG_ISA=portable",
+            f"-I{INCLUDE}",
+            "-o",
+            "probe",
+            "probe.c",
+            "-lm",
+        ],
+        cwd=tmp_path,
+        check=True,
+    )
     said = subprocess.run(["./probe"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     *in_c, (_, size, _) = (line.split() for line in said.splitlines())
     assert in_c == [[name, str(offset), str(kind.itemsize)] for name, (kind, offset) in KNOBS_DTYPE.fields.items()]
@@ -63,7 +81,9 @@ def program(tiny):
     return p
 
 
-@pytest.mark.parametrize("backend", [open_backend("cpu"), open_backend("ref"), RefBackend(exact=False)], ids=["cpu", "ref", "rounded"])
+@pytest.mark.parametrize(
+    "backend", [open_backend("cpu"), open_backend("ref"), RefBackend(exact=False)], ids=["cpu", "ref", "rounded"]
+)
 def test_run_each_does_what_run_does(program, backend):
     arena = backend.alloc(backend.plan(program))
     initialize(program, arena, seed=1)
@@ -108,7 +128,10 @@ def test_the_arena_is_one_zeroed_block_of_the_planned_size(program):
 def test_an_arena_that_does_not_fit_is_refused_with_its_regions():
     p = Program(F32)
     p.emit(add, *(p.input(name, (1 << 20, available_bytes() >> 20), F32) for name in "ab"))
-    with pytest.raises(HandgradError, match=r"\[memory\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)"):
+    with pytest.raises(
+        HandgradError,
+        match=r"\[memory\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)",
+    ):
         open_backend("cpu").alloc(plan(p))
 
 
@@ -129,14 +152,20 @@ def test_an_op_without_a_kernel_is_refused_before_anything_runs(op):
     p = Program(BF16)
     p.emit(op, p.input("x", (2, 3), BF16))
     backend = open_backend("cpu")
-    with pytest.raises(HandgradError, match=rf"\[bind\] every op has a cpu kernel for bf16, but got none for '{op}'.*test_backends.py:\d+"):
+    with pytest.raises(
+        HandgradError,
+        match=rf"\[bind\] every op has a cpu kernel for bf16, but got none for '{op}'.*test_backends.py:\d+",
+    ):
         backend.bind(p, backend.alloc(plan(p)))
 
 
 def test_shapes_that_disagree_are_refused_while_recording():
     p = Program(F32)
     x, w = p.input("x", (8, 768), F32), p.input("w", (3072, 1024), F32)
-    with pytest.raises(HandgradError, match=r"\[linear\] K is 768 in 'x' \(8, 768\), but got 1024 in 'w' \(3072, 1024\).*test_backends.py:\d+"):
+    with pytest.raises(
+        HandgradError,
+        match=r"\[linear\] K is 768 in 'x' \(8, 768\), but got 1024 in 'w' \(3072, 1024\).*test_backends.py:\d+",
+    ):
         p.emit(linear, x, w, None, None, gelu=False, keep_pre=False)
 
 
@@ -148,18 +177,27 @@ def test_an_unknown_backend_is_refused():
 def opened_with(isa):
     """What a fresh process says when it opens the library under this HANDGRAD_ISA."""
     code = "from handgrad.backends import open_backend; print(open_backend('cpu').isa)"
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | {"HANDGRAD_ISA": isa}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"HANDGRAD_ISA": isa}, capture_output=True, text=True
+    )
 
 
 def test_an_unknown_instruction_set_is_refused():
     done = opened_with("sse9")
-    assert done.returncode and "[cpu] HANDGRAD_ISA is one of portable, avx2, avx512, avx512bf16, but got 'sse9'" in done.stderr
+    assert (
+        done.returncode
+        and "[cpu] HANDGRAD_ISA is one of portable, avx2, avx512, avx512bf16, but got 'sse9'" in done.stderr
+    )
 
 
 def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
     widest = library.ISAS[library.library()._dll.hg_isa()]
     if widest == library.ISAS[-1]:  # this one lacks none: pretend
-        monkeypatch.setattr(library.ctypes, "CDLL", lambda path: type("Old", (), {"hg_isa": staticmethod(lambda: 1), "add_bf16_avx2": 1}))
+        monkeypatch.setattr(
+            library.ctypes,
+            "CDLL",
+            lambda path: type("Old", (), {"hg_isa": staticmethod(lambda: 1), "add_bf16_avx2": 1}),
+        )
         monkeypatch.setenv("HANDGRAD_ISA", "avx512")
         with pytest.raises(HandgradError, match=r"\[cpu\] this processor runs up to avx2, but got HANDGRAD_ISA=avx512"):
             library.Library()
@@ -169,5 +207,7 @@ def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
 
 def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "PATH", tmp_path / "libhandgrad_cpu.so")
-    with pytest.raises(HandgradError, match=r"\[cpu\] the kernels are compiled when handgrad is installed.*needs a C compiler"):
+    with pytest.raises(
+        HandgradError, match=r"\[cpu\] the kernels are compiled when handgrad is installed.*needs a C compiler"
+    ):
         library.Library()

@@ -7,17 +7,17 @@ import tokenize
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
-FILE = 400
+FILE = 450
 BUDGETS = {  # folders that share a budget: lines
     "core": 900,
-    "backends": 2460,
-    "train optim": 1960,
+    "backends": 3460,
+    "train optim": 2100,
     "data tokenizers": 1700,
     "io": 700,
     "evals": 500,
-    "cli infer": 1250,
+    "cli infer": 1300,
 }
-OP, ATTENTION, MODEL = 600, 1500, 250
+OP, ATTENTION, MODEL = 600, 2000, 250
 QUIET = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -50,7 +50,7 @@ def count(path):
 
 
 def sources(folder):
-    return [p for p in sorted(folder.rglob("*")) if p.suffix in (".py", ".c", ".h") and not p.name.startswith("test_")]
+    return [p for p in sorted(folder.rglob("*")) if p.suffix in (".py", ".c", ".h", ".cu", ".cuh") and not p.name.startswith("test_")]
 
 
 def over(budget, *paths):
@@ -62,7 +62,9 @@ def over(budget, *paths):
 
 def test_every_part_stays_within_its_budget():
     found = [text for path in sources(PACKAGE) for text in over(FILE, path)]
-    found += [text for folders, budget in BUDGETS.items() for text in over(budget, *(PACKAGE / f for f in folders.split()))]
+    found += [
+        text for folders, budget in BUDGETS.items() for text in over(budget, *(PACKAGE / f for f in folders.split()))
+    ]
     for op in sorted((PACKAGE / "ops").iterdir()):
         if op.is_dir():
             found += over(ATTENTION if op.name == "attention" else OP, op)

@@ -77,52 +77,80 @@ def test_help_is_quick():
 # wrong words ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("argv", "line"), [
-    ("trian", "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
-              "profile, data, ops, doctor, but got 'trian'. hint: did you mean handgrad train?"),
-    ("train --run.stepps 3", "[train] flags are those of --help, but got '--run.stepps'. "
-                             "hint: did you mean --run.steps?"),
-    ("train --steps=3", "[train] flags are those of --help, but got '--steps'. hint: did you mean --run.steps?"),
-    ("train --run.lr 1", "[train] flags are those of --help, but got '--run.lr'. hint: did you mean --optim.lr?"),
-    ("train --quiet", "[train] flags are those of --help, but got '--quiet'. hint: handgrad train --help"),
-    ("train --run.steps many", "[train] --run.steps takes a whole number, but got 'many'."),
-    ("train --run.micro_batch=1.5", "[train] --run.micro-batch takes a whole number, but got '1.5'."),
-    ("train --run.steps", "[train] --run.steps takes a whole number, but got nothing."),
-    ("train --run.steps --run.resume", "[train] --run.steps takes a whole number, but got nothing."),
-    ("train --run.deterministic=yes", "[train] --run.deterministic takes nothing, but got 'yes'."),
-    ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
-    ("train --optim.schedule cosinus", "[train] --optim.schedule takes one of cosine, linear, constant, wsd, "
-                                       "but got 'cosinus'."),
-    ("train fast", "[train] after the verb come flags, but got 'fast'. "
-                   "hint: handgrad train --help; for llm.c's letters: docs/from-llmc.md"),
-    ("train --batch-size 4", "[train] flags are those of --help, but got '--batch-size'. hint: did you mean --data.batch-tokens?"),
-    ("train --run.bogus 1", "[train] flags are those of --help, but got '--run.bogus'. hint: handgrad train --help"),
-    ("train --run.steps -1", "[run] --run.steps is a number from 0 on, but got -1."),
-    ("train --run.keep-last -1", "[run] --run.keep-last is a number from 0 on, but got -1."),
-    ("train --optim.lr nan", "[optim] --optim.lr is a number from 0 on, but got nan."),
-    ("train --optim.lr inf", "[optim] --optim.lr is a number from 0 on, but got inf."),
-    ("train --model.num-layers -2", "[model] --model.num-layers is a number from 0 on, but got -2."),
-    ("generate", "[generate] after the verb come RUN and flags, but got nothing. hint: handgrad generate --help"),
-    ("generate a b", "[generate] after the verb come RUN and flags, but got 'a b'. hint: handgrad generate --help"),
-    ("data", "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
-             "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]"),
-    ("data check", "[data] after check comes a folder, but got nothing."),
-    ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
-    ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
-    ("explain --micro-batch 0", "[explain] --micro-batch is at least 1, but got 0."),
-    ("explain --head-chunks -1", "[train] head_chunks lies between 1 and the 16384 rows of a micro-batch, but got -1."),
-    ("explain --vocab-size -1", "[model] vocab_size is at least 1, but got -1."),
-    ("explain --dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            "trian",
+            "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
+            "profile, data, ops, doctor, but got 'trian'. hint: did you mean handgrad train?",
+        ),
+        (
+            "train --run.stepps 3",
+            "[train] flags are those of --help, but got '--run.stepps'. hint: did you mean --run.steps?",
+        ),
+        ("train --steps=3", "[train] flags are those of --help, but got '--steps'. hint: did you mean --run.steps?"),
+        ("train --run.lr 1", "[train] flags are those of --help, but got '--run.lr'. hint: did you mean --optim.lr?"),
+        ("train --quiet", "[train] flags are those of --help, but got '--quiet'. hint: handgrad train --help"),
+        ("train --run.steps many", "[train] --run.steps takes a whole number, but got 'many'."),
+        ("train --run.micro_batch=1.5", "[train] --run.micro-batch takes a whole number, but got '1.5'."),
+        ("train --run.steps", "[train] --run.steps takes a whole number, but got nothing."),
+        ("train --run.steps --run.resume", "[train] --run.steps takes a whole number, but got nothing."),
+        ("train --run.deterministic=yes", "[train] --run.deterministic takes nothing, but got 'yes'."),
+        ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
+        (
+            "train --optim.schedule cosinus",
+            "[train] --optim.schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
+        ),
+        (
+            "train fast",
+            "[train] after the verb come flags, but got 'fast'. "
+            "hint: handgrad train --help; for llm.c's letters: docs/from-llmc.md",
+        ),
+        (
+            "train --batch-size 4",
+            "[train] flags are those of --help, but got '--batch-size'. hint: did you mean --data.batch-tokens?",
+        ),
+        (
+            "train --run.bogus 1",
+            "[train] flags are those of --help, but got '--run.bogus'. hint: handgrad train --help",
+        ),
+        ("train --run.steps -1", "[run] --run.steps is a number from 0 on, but got -1."),
+        ("train --run.keep-last -1", "[run] --run.keep-last is a number from 0 on, but got -1."),
+        ("train --optim.lr nan", "[optim] --optim.lr is a number from 0 on, but got nan."),
+        ("train --optim.lr inf", "[optim] --optim.lr is a number from 0 on, but got inf."),
+        ("train --model.num-layers -2", "[model] --model.num-layers is a number from 0 on, but got -2."),
+        ("generate", "[generate] after the verb come RUN and flags, but got nothing. hint: handgrad generate --help"),
+        ("generate a b", "[generate] after the verb come RUN and flags, but got 'a b'. hint: handgrad generate --help"),
+        (
+            "data",
+            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
+            "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
+        ),
+        ("data check", "[data] after check comes a folder, but got nothing."),
+        ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
+        ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
+        ("explain --micro-batch 0", "[explain] --micro-batch is at least 1, but got 0."),
+        (
+            "explain --head-chunks -1",
+            "[train] head_chunks lies between 1 and the 16384 rows of a micro-batch, but got -1.",
+        ),
+        ("explain --vocab-size -1", "[model] vocab_size is at least 1, but got -1."),
+        ("explain --dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
+    ],
+)
 def test_wrong_words(told, argv, line):
     assert told(*argv.split()) == line
 
 
-@pytest.mark.parametrize(("argv", "parts"), [
-    ("explain gpt2-125m", ("[model] a preset is one of tiny, gpt2-124m,", "or d<layers>, but got 'gpt2-125m'.")),
-    ("ops check atention", ("[ops] an op is one of ", "'atention'")),
-    ("explain tiny --seq-len 65", ("[train] the model reads at most 64 tokens, but got seq_len 65.",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("explain gpt2-125m", ("[model] a preset is one of tiny, gpt2-124m,", "or d<layers>, but got 'gpt2-125m'.")),
+        ("ops check atention", ("[ops] an op is one of ", "'atention'")),
+        ("explain tiny --seq-len 65", ("[train] the model reads at most 64 tokens, but got seq_len 65.",)),
+    ],
+)
 def test_wrong_names(told, argv, parts):
     line = told(*argv.split())
     assert all(part in line for part in parts)

@@ -81,7 +81,10 @@ def test_a_destination_is_replaced_by_force_alone(model, tmp_path, told, to):
 def test_a_folder_with_anything_else_in_it_is_never_replaced(model, tmp_path, told):
     (tmp_path / "folder" / "thesis").mkdir(parents=True)
     line = told(model, tmp_path / "folder", "--force")
-    assert line == f"[convert] --force replaces a folder that holds a model alone: '{tmp_path / 'folder'}', but got thesis."
+    assert (
+        line
+        == f"[convert] --force replaces a folder that holds a model alone: '{tmp_path / 'folder'}', but got thesis."
+    )
     assert (tmp_path / "folder" / "thesis").is_dir()
 
 
@@ -120,13 +123,25 @@ def test_a_folder_whose_place_cannot_be_taken_comes_back(tmp_path, monkeypatch):
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["config.json"]
 
 
-@pytest.mark.parametrize(("words", "line"), [
-    (["none", "b"], "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME, "
-     "but got no 'none'. hint: handgrad train makes one"),
-    (["MODEL", "b", "--to", "llmc"], "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b' for llmc."),
-    (["MODEL", "b.bin", "--to", "hf"], "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b.bin' for hf."),
-    (["MODEL", "b", "--to", "gguf"], "[convert] --to takes one of auto, hf, llmc, handgrad, but got 'gguf'."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["none", "b"],
+            "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME, "
+            "but got no 'none'. hint: handgrad train makes one",
+        ),
+        (
+            ["MODEL", "b", "--to", "llmc"],
+            "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b' for llmc.",
+        ),
+        (
+            ["MODEL", "b.bin", "--to", "hf"],
+            "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b.bin' for hf.",
+        ),
+        (["MODEL", "b", "--to", "gguf"], "[convert] --to takes one of auto, hf, llmc, handgrad, but got 'gguf'."),
+    ],
+)
 def test_words_that_cannot_be(model, told, words, line):
     assert told(*(model if word == "MODEL" else word for word in words)) == line
 

@@ -75,7 +75,10 @@ def the_name_first():
     def save(out_dir, step, tensors, state, meta, when_read):
         folder = out_dir / f"step_{step:06d}"
         folder.mkdir()
-        for name, content in ((checkpoint.META, f'{{"step": {step}, "value": {meta["value"]}}}'), (checkpoint.DONE, "")):
+        for name, content in (
+            (checkpoint.META, f'{{"step": {step}, "value": {meta["value"]}}}'),
+            (checkpoint.DONE, ""),
+        ):
             (folder / name).write_text(content)
             checkpoint._flush(folder / name)
         for name, arrays in ((checkpoint.MODEL, tensors), (checkpoint.STATE, state)):
@@ -175,9 +178,16 @@ def test_an_end_at_any_instant_leaves_a_complete_checkpoint(power):
     assert values[0] == "1" and values[-1] == "2" and list(values) == sorted(values)
 
 
-@pytest.mark.parametrize(("power", "mutation"), [
-    (True, no_flush), (True, a_forgotten_file), (False, the_name_first), (True, the_name_first), (False, the_old_one_first),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("power", "mutation"),
+    [
+        (True, no_flush),
+        (True, a_forgotten_file),
+        (False, the_name_first),
+        (True, the_name_first),
+        (False, the_old_one_first),
+    ],
+)
 def test_a_careless_writer_is_noticed(power, mutation):
     assert "damage" in {value for _, value in outcomes(power, mutation)}
 

@@ -54,14 +54,19 @@ def launches(calls, card):
         for c in calls:
             for step in (step for way in c.op.cuda(c, gpu).ways() for step in way.steps):
                 if isinstance(step, Kernel):
-                    found.setdefault((source(step, c, gpu), step.entry), {})[step.block, step.shared, arguments(step, c)] = gpu.shared
+                    found.setdefault((source(step, c, gpu), step.entry), {})[
+                        step.block, step.shared, arguments(step, c)
+                    ] = gpu.shared
     return found
 
 
 def arguments(k: Kernel, c) -> tuple[int, ...]:
     """Bytes of each argument that a launch passes."""
     numbers = k.args.partition("|")[2]
-    return (*[128 if boxes else 8 for _, boxes in pointers(k)], *[4 if c.op.attrs.get(word) is float else 8 for word in numbers.split()])
+    return (
+        *[128 if boxes else 8 for _, boxes in pointers(k)],
+        *[4 if c.op.attrs.get(word) is float else 8 for word in numbers.split()],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,16 @@ def wanted():
     """By name of a test: what it compiles and launches."""
     recorded = list(programs())
     result = {card: launches([c for p in recorded for c in p.calls], card) for card in CARDS}
-    result["cases"] = launches([case_program(op, case, dtype)[1] for op in OPS.values() for case in op.cases if not case.real for dtype in (F32, BF16)], "h100")
+    result["cases"] = launches(
+        [
+            case_program(op, case, dtype)[1]
+            for op in OPS.values()
+            for case in op.cases
+            if not case.real
+            for dtype in (F32, BF16)
+        ],
+        "h100",
+    )
     return result
 
 
@@ -92,8 +106,15 @@ def kernels(cubin: bytes, report: str) -> dict[str, dict]:
     result = {}
     for text in re.split(r"Compiling entry function ", report)[1:]:
         name = re.match(r"'(\w+)'", text)[1]
-        numbers = {key: sum(int(n) for n in re.findall(pattern, text)) for key, pattern in
-                   {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack frame", "spilled": r"(\d+) bytes spill", "shared": r"(\d+) bytes smem"}.items()}  # fmt: skip
+        numbers = {
+            key: sum(int(n) for n in re.findall(pattern, text))
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "stack": r"(\d+) bytes stack frame",
+                "spilled": r"(\d+) bytes spill",
+                "shared": r"(\d+) bytes smem",
+            }.items()
+        }
         result[name] = numbers | attributes(cubin, name)
     return result
 
@@ -124,7 +145,9 @@ def test_our_own_product_fits(exponentials, grad_bf16):
     """Accumulators, and with `exponentials` a tile on its way out, fill the registers that a warp group can have."""
     layout = {"A_MN": 1 - exponentials, "B_MN": 1 - exponentials, "EXPONENTIALS": exponentials}
     defines = {"HG_BF16": 1, "HG_GRAD_BF16": grad_bf16} | layout
-    cubin, report = compile_one(Source(str(Path(hopper.__file__).with_suffix(".cu")), "sm_90a", tuple(sorted(defines.items()))))
+    cubin, report = compile_one(
+        Source(str(Path(hopper.__file__).with_suffix(".cu")), "sm_90a", tuple(sorted(defines.items())))
+    )
     k = kernels(cubin, report)["product_kernel"]
     assert k["stack"] == k["spilled"] == 0
     assert "serialized" not in report, "the tensor cores would wait for each product"
@@ -147,9 +170,13 @@ def test_kernels_fit_their_registers_and_their_launches(wanted, compiled, name):
                 bad.append(f"{where}: takes {k['arguments']} bytes, the launch passes {list(passed)}")
             warps, per_warp = -(-block // 32), -(-k["registers"] // 8) * 256
             if block > k["threads"] or warps * per_warp > REGISTERS or shared + k["shared"] > most:
-                bad.append(f"{where}: {block} threads of at most {k['threads']}, {k['registers']} registers, {shared} + {k['shared']} bytes of shared memory of {most}")
+                bad.append(
+                    f"{where}: {block} threads of at most {k['threads']}, {k['registers']} registers, {shared} + {k['shared']} bytes of shared memory of {most}"
+                )
             held = min(REGISTERS // (warps * per_warp), 2048 // (32 * warps))
-            lines.append(f"{k['registers']:4} registers  {block:4} threads  {shared + k['shared']:6} B shared  {held:2} blocks by registers  {where}")
+            lines.append(
+                f"{k['registers']:4} registers  {block:4} threads  {shared + k['shared']:6} B shared  {held:2} blocks by registers  {where}"
+            )
     print("\n".join(sorted(lines, key=lambda line: line.split("shared")[-1])))
     assert not bad, "\n" + "\n".join(bad)
 

@@ -30,15 +30,25 @@ from tests.emulator import (
     source,
 )
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs g++ on x86-64")
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs g++ on x86-64"
+)
 
 CASES = [
-    pytest.param(op, case, dtype, gpu, id=f"{op.name}-{'-'.join(f'{k}{v}' for k, v in case.sizes.items())}-{dtype}{'-' * bool(name)}{name}")
-    for op in OPS.values() if type(op).cuda is not Op.cuda
-    for case in op.cases if not case.real
+    pytest.param(
+        op,
+        case,
+        dtype,
+        gpu,
+        id=f"{op.name}-{'-'.join(f'{k}{v}' for k, v in case.sizes.items())}-{dtype}{'-' * bool(name)}{name}",
+    )
+    for op in OPS.values()
+    if type(op).cuda is not Op.cuda
+    for case in op.cases
+    if not case.real
     for dtype in (F32, BF16)
     for name, gpu in cards(op, case, dtype).items()
-]  # fmt: skip
+]
 
 
 def sources(op, case, dtype, gpu):
@@ -49,7 +59,11 @@ def sources(op, case, dtype, gpu):
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
     """All kernels of the tests that were asked for, compiled side by side."""
-    asked = [item.callspec.params for item in request.session.items if getattr(item, "callspec", None) and "case" in item.callspec.params and item.module is request.module]
+    asked = [
+        item.callspec.params
+        for item in request.session.items
+        if getattr(item, "callspec", None) and "case" in item.callspec.params and item.module is request.module
+    ]
     wanted = {s for p in asked for s in sources(p["op"], p["case"], p["dtype"], p["gpu"])}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(library, wanted))
@@ -115,7 +129,11 @@ class Probe(Op):
     name, ins, outs = "probe", "x:N", "y:N"
 
     def __init__(self, folder, body, shared):
-        self.text = '#include "ptx.cuh"\nKERNEL probe_kernel(float *y, const float *x, i64 N) {\n  int t = threadIdx.x;\n' + body + "\n}\n"
+        self.text = (
+            '#include "ptx.cuh"\nKERNEL probe_kernel(float *y, const float *x, i64 N) {\n  int t = threadIdx.x;\n'
+            + body
+            + "\n}\n"
+        )
         self.path, self.shared = folder, shared
         folder.mkdir(exist_ok=True)
         (folder / "cuda.cu").write_text(self.text)
@@ -150,7 +168,7 @@ GOOD = {
     "reduce": "__shared__ float room[32]; y[t] = x[t] + block_reduce<64>(t < 32 ? 1.0f : -1.0f, Sum(), 0.0f, room);",
     "async": "__shared__ __align__(16) float s[64]; if (t % 4 == 0) copy_async(s + t, x + t); copy_async_commit(); copy_async_wait<0>(); __syncthreads(); y[t] = s[t];",
     "two groups": "__shared__ __align__(16) float s[64]; if (t < 16) { copy_async(s + 4 * t, x + 4 * t, false); copy_async_commit(); copy_async_wait<0>(); copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_commit(); copy_async_wait<1>(); } __syncthreads(); y[t] = s[t];",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
@@ -183,19 +201,46 @@ def test_a_product_on_tensor_cores(tmp_path):
 
 
 FAULTS = {
-    "a barrier that some threads never reach": ("if (t < 40) __syncthreads(); else __syncwarp(); y[t] = x[t];", "stuck, 0 of 64 threads have returned; thread 0 at __syncthreads, cuda.cu:4; thread 40 in a warp collective of lanes ffffffff at cuda.cu:4"),
-    "two barriers": ("if (t < 32) {\n__syncthreads();\n} else {\n__syncthreads();\n}\ny[t] = x[t];", "different __syncthreads: cuda.cu:5 and cuda.cu:7"),
-    "a shuffle without half the warp": ("if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1); else y[t] = x[t];", "lanes ffff0000 have returned|stuck"),
-    "a shuffle from outside the mask": ("if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16); else y[t] = x[t];", "from lane 16, outside of the mask 0000ffff"),
-    "two shuffles": ("if (t % 2)\ny[t] = __shfl_xor_sync(~0u, x[t], 2);\nelse\ny[t] = __shfl_xor_sync(~0u, x[t], 4);", "different collectives: cuda.cu:7 .* and cuda.cu:5"),
-    "an index outside of an array": ("__shared__ float s[64]; s[t + (int)N - 63] = x[t]; __syncthreads(); y[t] = s[t];", "outside of its array.* at cuda.cu:4"),
-    "a write beyond dynamic shared memory": ("HG_SHARED(float, s); s[t + 4] = x[t]; __syncthreads(); y[t] = x[t];", "after the end of dynamic shared memory|outside of dynamic"),
-    "a write far beyond it": ("HG_SHARED(float, s); s[t + 64] = x[t]; __syncthreads(); y[t] = x[t];", "outside of dynamic shared memory.* at cuda.cu:4"),
+    "a barrier that some threads never reach": (
+        "if (t < 40) __syncthreads(); else __syncwarp(); y[t] = x[t];",
+        "stuck, 0 of 64 threads have returned; thread 0 at __syncthreads, cuda.cu:4; thread 40 in a warp collective of lanes ffffffff at cuda.cu:4",
+    ),
+    "two barriers": (
+        "if (t < 32) {\n__syncthreads();\n} else {\n__syncthreads();\n}\ny[t] = x[t];",
+        "different __syncthreads: cuda.cu:5 and cuda.cu:7",
+    ),
+    "a shuffle without half the warp": (
+        "if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1); else y[t] = x[t];",
+        "lanes ffff0000 have returned|stuck",
+    ),
+    "a shuffle from outside the mask": (
+        "if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16); else y[t] = x[t];",
+        "from lane 16, outside of the mask 0000ffff",
+    ),
+    "two shuffles": (
+        "if (t % 2)\ny[t] = __shfl_xor_sync(~0u, x[t], 2);\nelse\ny[t] = __shfl_xor_sync(~0u, x[t], 4);",
+        "different collectives: cuda.cu:7 .* and cuda.cu:5",
+    ),
+    "an index outside of an array": (
+        "__shared__ float s[64]; s[t + (int)N - 63] = x[t]; __syncthreads(); y[t] = s[t];",
+        "outside of its array.* at cuda.cu:4",
+    ),
+    "a write beyond dynamic shared memory": (
+        "HG_SHARED(float, s); s[t + 4] = x[t]; __syncthreads(); y[t] = x[t];",
+        "after the end of dynamic shared memory|outside of dynamic",
+    ),
+    "a write far beyond it": (
+        "HG_SHARED(float, s); s[t + 64] = x[t]; __syncthreads(); y[t] = x[t];",
+        "outside of dynamic shared memory.* at cuda.cu:4",
+    ),
     "a misaligned access": ("*(float4 *)(y + t % 2) = *(const float4 *)(x + t % 2);", "misaligned.* at cuda.cu:4"),
-    "a null pointer": ("const float *p = N == 64 ? nullptr : x; y[t] = p[t];", "memory that is not there.* at cuda.cu:4"),
+    "a null pointer": (
+        "const float *p = N == 64 ? nullptr : x; y[t] = p[t];",
+        "memory that is not there.* at cuda.cu:4",
+    ),
     "a copy to a place that is not shared": ("copy_async(y + 4 * t, x);", "target of a copy at cuda.cu:4"),
     "rows that are not shared": ("u32 r[4]; load_matrix(r, x); y[t] = r[0];", "lane 0's row at cuda.cu:4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -213,7 +258,7 @@ RACES = {
     "a wait that leaves its own group out": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_wait<1>(); __syncthreads(); y[t] = s[t];",
     "a room used again too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
     "shared memory that nobody wrote": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RACES)

@@ -37,7 +37,9 @@ int main() {
 """
 
 
-def gives(folder: Path, text: str, exponentials: int, products: list[tuple[int, int, int, int]]) -> list[list[list[str]]]:
+def gives(
+    folder: Path, text: str, exponentials: int, products: list[tuple[int, int, int, int]]
+) -> list[list[list[str]]]:
     """What each product's clusters do, as lines of words; the first one: product, whole, rest, bytes of workspace."""
     (folder / "work.cuh").write_text(text)
     (folder / "main.cc").write_text(MAIN)
@@ -56,7 +58,9 @@ def judge(product: tuple[int, int, int, int], lines: list[list[str]]) -> None:
     assert whole + rest == rows * columns
     done, slots, places = set(), {}, {}
     for c, tile, k0, k1, slot, m, n in (map(int, line[1:]) for line in lines if line[0] == "get"):
-        assert 0 <= k0 < k1 <= steps and 0 <= m < rows and 0 <= n < columns and places.setdefault(tile, (m, n)) == (m, n)
+        assert (
+            0 <= k0 < k1 <= steps and 0 <= m < rows and 0 <= n < columns and places.setdefault(tile, (m, n)) == (m, n)
+        )
         assert (slot < 0) == (tile < whole) and (slot >= 0 or (k0, k1) == (0, steps))
         for k in range(k0, k1):
             assert (tile, k) not in done, (product, c, tile, k)
@@ -73,12 +77,20 @@ def judge(product: tuple[int, int, int, int], lines: list[list[str]]) -> None:
 
 def products() -> list[tuple[int, int, int, int]]:
     """GPT-2's weight gradients on an H100, and others of any size on any card."""
-    found = [(M * C, N * C, T, 66) for C, T in ((768, 65536), (1024, 32768), (1280, 16384), (1600, 8192))
-             for M, N in ((3, 1), (1, 1), (4, 1), (1, 4))]  # fmt: skip
+    found = [
+        (M * C, N * C, T, 66)
+        for C, T in ((768, 65536), (1024, 32768), (1280, 16384), (1600, 8192))
+        for M, N in ((3, 1), (1, 1), (4, 1), (1, 4))
+    ]
     rng = random.Random(0)
     sizes = [8, 64, 576, 600, 8192, 8200]
     return found + [
-        (rng.randint(1, 9000), rng.randint(1, 9000), rng.choice(sizes) + rng.randint(0, 700), rng.choice([1, 2, 3, 57, 66]))
+        (
+            rng.randint(1, 9000),
+            rng.randint(1, 9000),
+            rng.choice(sizes) + rng.randint(0, 700),
+            rng.choice([1, 2, 3, 57, 66]),
+        )
         for _ in range(400)
     ]
 
@@ -91,7 +103,9 @@ def test_every_step_of_every_tile_once(tmp_path):
 def test_tiles_are_never_cut_where_exponentials_leave(tmp_path):
     for (M, N, _, _), lines in zip(products(), gives(tmp_path, TEXT, 1, products())):
         places = [(int(line[6]), int(line[7])) for line in lines if line[0] == "get"]
-        assert lines[0][2] == "0" and sorted(places) == [(m, n) for m in range(-(-M // 256)) for n in range(-(-N // 256))]
+        assert lines[0][2] == "0" and sorted(places) == [
+            (m, n) for m in range(-(-M // 256)) for n in range(-(-N // 256))
+        ]
 
 
 @pytest.mark.parametrize(

@@ -54,39 +54,48 @@ GOOD = [*WORDS]
 GOOD[1], GOOD[19] = 36, 24
 
 
-@pytest.mark.parametrize("raw, message", [
-    (b"", "header of 1024 bytes, but got 0 in all"),
-    (header(magic=20240520), "magic number 20240522, but got 20240520. hint"),
-    (header(version=2), "must be version 1, but got 2"),
-    (header(count=0), "at least one example, but got a header that counts 0"),
-    (header(count=-1), "counts -1"),
-    (header(longest=36) + body(GOOD) + b"\0", "whole 16-bit words"),
-    (header(longest=36) + body([*GOOD, 1]), "must end after the 2 examples .* but got 2 bytes more"),
-    (header(longest=36) + body(GOOD[:20]), "example 1: the file must hold it, but got its end"),
-    (header(longest=36) + body(GOOD[:-1]), "example 1: its length must be even and inside the file, but got 24 bytes"),
-    (header(longest=34) + body(GOOD), "longest example must have 34 bytes as in the header, but got 36"),
-    (header(count=3, longest=36) + body(GOOD), "example 2: the file must hold it"),
-])
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"", "header of 1024 bytes, but got 0 in all"),
+        (header(magic=20240520), "magic number 20240522, but got 20240520. hint"),
+        (header(version=2), "must be version 1, but got 2"),
+        (header(count=0), "at least one example, but got a header that counts 0"),
+        (header(count=-1), "counts -1"),
+        (header(longest=36) + body(GOOD) + b"\0", "whole 16-bit words"),
+        (header(longest=36) + body([*GOOD, 1]), "must end after the 2 examples .* but got 2 bytes more"),
+        (header(longest=36) + body(GOOD[:20]), "example 1: the file must hold it, but got its end"),
+        (
+            header(longest=36) + body(GOOD[:-1]),
+            "example 1: its length must be even and inside the file, but got 24 bytes",
+        ),
+        (header(longest=34) + body(GOOD), "longest example must have 34 bytes as in the header, but got 36"),
+        (header(count=3, longest=36) + body(GOOD), "example 2: the file must hold it"),
+    ],
+)
 def test_damaged_file(tmp_path, raw, message):
     (tmp_path / "a.bin").write_bytes(raw)
     with pytest.raises(HandgradError, match=message):
         data.read_choices(tmp_path / "a.bin")
 
 
-@pytest.mark.parametrize("place, value, message", [
-    (0, 1, "example 0: it must begin with 65535, but got 1"),
-    (1, 35, "must be even"),
-    (1, 34, "fit its 34 bytes|fill its 34 bytes"),
-    (1, 38, "fill its 38 bytes"),
-    (1, 8, "fit its 8 bytes"),
-    (2, 1, "must be numbered 0, but got 1"),
-    (3, 4, "label must be one of two or more endings, but got label 4, 4 endings"),
-    (4, 1, "two or more endings, but got label 2, 1 endings"),
-    (4, 5, "context and 5 endings must fit"),
-    (4, 3, "must fill its 36 bytes, but got 32"),
-    (5, 0, "none empty, but got length 0"),
-    (5, 14, "must fit"),
-])
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, 1, "example 0: it must begin with 65535, but got 1"),
+        (1, 35, "must be even"),
+        (1, 34, "fit its 34 bytes|fill its 34 bytes"),
+        (1, 38, "fill its 38 bytes"),
+        (1, 8, "fit its 8 bytes"),
+        (2, 1, "must be numbered 0, but got 1"),
+        (3, 4, "label must be one of two or more endings, but got label 4, 4 endings"),
+        (4, 1, "two or more endings, but got label 2, 1 endings"),
+        (4, 5, "context and 5 endings must fit"),
+        (4, 3, "must fill its 36 bytes, but got 32"),
+        (5, 0, "none empty, but got length 0"),
+        (5, 14, "must fit"),
+    ],
+)
 def test_a_changed_word_is_noticed(tmp_path, place, value, message):
     """Each is a mutation of a good file that a reader without that check would accept or misread."""
     (tmp_path / "a.bin").write_bytes(header(longest=36) + body([*GOOD[:place], value, *GOOD[place + 1 :]]))
@@ -109,18 +118,21 @@ def test_any_changed_byte_is_told_or_harmless(tmp_path_factory, place, value):
         assert [len(item.endings) for item in items] == [4, 2]
 
 
-@pytest.mark.parametrize("items, message", [
-    ([], "at least one example, but got none"),
-    ([Choices([1], [[1]], 0)], "two or more, but got label 0, 1 endings"),
-    ([Choices([1], [[1], [2]], 2)], "label 2, 2 endings"),
-    ([Choices([1], [[1], [2]], -1)], "label -1"),
-    ([Choices([], [[1], [2]], 0)], "must hold tokens, but got none"),
-    ([Choices([1], [[1], []], 0)], "must hold tokens"),
-    ([Choices([1], [[1], [65536]], 0)], "must lie in 0..65535, but got 65536. hint"),
-    ([Choices([-1], [[1], [2]], 0)], "must lie in 0..65535, but got -1"),
-    ([Choices([1] * 32760, [[1], [2]], 0)], "under 65,536 bytes"),
-    ([ITEMS[0]] * 65_537, "at most 65,536 examples"),
-])
+@pytest.mark.parametrize(
+    "items, message",
+    [
+        ([], "at least one example, but got none"),
+        ([Choices([1], [[1]], 0)], "two or more, but got label 0, 1 endings"),
+        ([Choices([1], [[1], [2]], 2)], "label 2, 2 endings"),
+        ([Choices([1], [[1], [2]], -1)], "label -1"),
+        ([Choices([], [[1], [2]], 0)], "must hold tokens, but got none"),
+        ([Choices([1], [[1], []], 0)], "must hold tokens"),
+        ([Choices([1], [[1], [65536]], 0)], "must lie in 0..65535, but got 65536. hint"),
+        ([Choices([-1], [[1], [2]], 0)], "must lie in 0..65535, but got -1"),
+        ([Choices([1] * 32760, [[1], [2]], 0)], "under 65,536 bytes"),
+        ([ITEMS[0]] * 65_537, "at most 65,536 examples"),
+    ],
+)
 def test_what_the_format_cannot_hold(tmp_path, items, message):
     with pytest.raises(HandgradError, match=message):
         data.write_choices(tmp_path / "a.bin", items)

@@ -73,10 +73,14 @@ def test_p12_shakespeare(tmp_path, monkeypatch):
     ids = expected([part + "\n\n" for part in text.split("\n\n")[:-1]] + text.split("\n\n")[-1:])
     assert read(tmp_path / "out", "val") == ids[:32768] and read(tmp_path / "out", "train") == ids[32768:]
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "shakespeare", "--workers", "1"]) == 0  # its folder is not the word that training takes for itself
+    assert (
+        main(["data", "shakespeare", "--workers", "1"]) == 0
+    )  # its folder is not the word that training takes for itself
     assert everything(tmp_path / "plays") == everything(tmp_path / "out")
     assert meta["source"]["recipe"] == "shakespeare" and data.read_meta(tmp_path / "out") == meta
-    (tmp_path / "input.txt").write_text("First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000)  # tiny-shakespeare's form
+    (tmp_path / "input.txt").write_text(
+        "First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000
+    )  # tiny-shakespeare's form
     run(tmp_path / "tiny", "shakespeare", source=tmp_path / "input.txt")
     ids = expected(["First Citizen:\nSpeak.\n\n", "All:"])
     assert read(tmp_path / "tiny", "val")[: len(ids)] == ids
@@ -301,7 +305,9 @@ def test_p12_killed_and_resumed(tmp_path, monkeypatch, workers):
     run(whole, "fineweb", source=source, shard_tokens=1500)
     (tmp_path / "slow.py").write_text(SLOW)
     child = subprocess.Popen(
-        [sys.executable, str(tmp_path / "slow.py"), str(source), str(out), str(workers)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(tmp_path / "slow.py"), str(source), str(out), str(workers)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     for _ in range(3):
         assert child.stdout.readline() == "shard\n"
@@ -369,7 +375,9 @@ def test_resume_goes_by_what_files_hold(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             make()
         os.utime(source, ns=(1, 1))
-        patch.setattr(build, "_write", lambda parts, building, tokenizer, settings, plan, done, progress: kept.append(done))
+        patch.setattr(
+            build, "_write", lambda parts, building, tokenizer, settings, plan, done, progress: kept.append(done)
+        )
         kept = []
         with pytest.raises(KeyboardInterrupt):
             make()
@@ -521,7 +529,10 @@ def test_damaged_sources(tmp_path, capsys):
         run(tmp_path / "out", "shakespeare", source=tmp_path / "short.txt")
     tables(tmp_path / "few", ["to be"], files=1)
     (tmp_path / "few.jsonl").write_text('{"text": "to be"}')
-    for words, flag in ((f"fineweb --source {tmp_path}/few", "--shard-tokens"), (f"jsonl {tmp_path}/few.jsonl", "--val-tokens")):
+    for words, flag in (
+        (f"fineweb --source {tmp_path}/few", "--shard-tokens"),
+        (f"jsonl {tmp_path}/few.jsonl", "--val-tokens"),
+    ):
         assert main(f"data {words} --out {tmp_path}/out".split()) == 2
         assert f" tokens are val: {flag} can be smaller" in capsys.readouterr().err
         assert main([*f"data {words}".split(), flag, "word"]) == 2  # so it does exist
@@ -576,11 +587,14 @@ def test_the_hub(tmp_path, monkeypatch):
         run(tmp_path / "none", "fineweb-edu", sample="100B")
 
 
-@pytest.mark.parametrize("module, words", [
-    ("huggingface_hub", "data fineweb"),
-    ("huggingface_hub", "data hellaswag"),
-    ("pyarrow.parquet", "data parquet a.parquet"),
-])
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("huggingface_hub", "data fineweb"),
+        ("huggingface_hub", "data hellaswag"),
+        ("pyarrow.parquet", "data parquet a.parquet"),
+    ],
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)

@@ -15,9 +15,50 @@ from handgrad.tokenizers import words
 
 GPT2 = tokenizers.gpt2()
 ASK = GPT2._encoding.encode_ordinary
-PARTS = ["a", "bc", "S", "'s", "'S", "'ll", "'l", "'v", "'ve", "'r", "'re", "'", "''", "é", "1", "²", "½", ".", "!", "😀",
-         "中文", "λ", "ж", "’", "—", "\u0301", " ", "    ", "\n", "\n\n\n", "\t", "\r\n", "\u3000", "\xa0", "\x1c", "\x85",
-         "\u2028", "\0", "a\0", "\ufffe", "supercalifragilistic", "15 letters long"]  # fmt: skip
+PARTS = [
+    "a",
+    "bc",
+    "S",
+    "'s",
+    "'S",
+    "'ll",
+    "'l",
+    "'v",
+    "'ve",
+    "'r",
+    "'re",
+    "'",
+    "''",
+    "é",
+    "1",
+    "²",
+    "½",
+    ".",
+    "!",
+    "😀",
+    "中文",
+    "λ",
+    "ж",
+    "’",
+    "—",
+    "\u0301",
+    " ",
+    "    ",
+    "\n",
+    "\n\n\n",
+    "\t",
+    "\r\n",
+    "\u3000",
+    "\xa0",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "\0",
+    "a\0",
+    "\ufffe",
+    "supercalifragilistic",
+    "15 letters long",
+]
 
 
 def expected(texts):

@@ -19,7 +19,17 @@ def train(tiny, shards):
     def run(dtype="f32", threads=0, micro_batch=4, dropout=0.0, seed=5, sequences=4):
         tokens = data.tokens(shards, seq_len=64, batch_tokens=64 * sequences)
         model = tiny(max_seq_len=64, hidden_size=96, dropout=dropout)
-        trainer = Trainer(model, AdamW(), tokens, micro_batch=micro_batch, dtype=dtype, threads=threads, seed=seed, sample=False, val=False)
+        trainer = Trainer(
+            model,
+            AdamW(),
+            tokens,
+            micro_batch=micro_batch,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            sample=False,
+            val=False,
+        )
         return trainer, [trainer.step(step, lr=1e-3).loss for step in (1, 2, 3)]
 
     return run

@@ -30,7 +30,9 @@ from handgrad.train.record import initialize
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPT = tokenizers.gpt2()
 T = 44  # what the model reads: less than some questions have
-ANIMALS = dict(zip("horse cow dog cat bear fish bird mouse".split(), "hay grass meat milk honey worms seeds cheese".split()))
+ANIMALS = dict(
+    zip("horse cow dog cat bear fish bird mouse".split(), "hay grass meat milk honey worms seeds cheese".split())
+)
 PLACES, PEOPLE = "barn field garden forest".split(), "farmer girl boy woman soldier".split()
 
 
@@ -51,9 +53,13 @@ def story(rng, liar=0.0, before=2):
 def folder(tmp_path_factory):
     """A run (run/) that has learnt what animals eat, and a folder of tasks (tasks/) about it, all made up."""
     folder, rng = tmp_path_factory.mktemp("evals"), random.Random(0)
-    (folder / "text.txt").write_text("\n".join(" ".join(" ".join(sentence(rng)) + "." for _ in range(4)) for _ in range(600)))
+    (folder / "text.txt").write_text(
+        "\n".join(" ".join(" ".join(sentence(rng)) + "." for _ in range(4)) for _ in range(600))
+    )
     assert main(f"data text {folder}/text.txt --out {folder}/shards".split()) == 0
-    sizes = f"--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 4"
+    sizes = (
+        f"--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 4"
+    )
     steps = "--run.steps 240 --run.dtype f32 --run.threads 1 --optim.lr 0.01 --optim.warmup 10 --run.sample-tokens 0 --run.val-tokens 0"
     assert main(f"train --data.train {folder}/shards --run.out {folder}/run {sizes} {steps}".split()) == 0
     write_tasks(folder / "tasks")
@@ -64,7 +70,18 @@ def write_tasks(out, count=24):
     """A file of every task, in the form that its makers or the hub give it."""
     rng = random.Random(1)
     out.mkdir()
-    rows = {name: [] for name in ("hellaswag_val", "lambada_test", "piqa_val", "arc_easy_test", "arc_challenge_test", "winogrande_val", "mmlu_test")}
+    rows = {
+        name: []
+        for name in (
+            "hellaswag_val",
+            "lambada_test",
+            "piqa_val",
+            "arc_easy_test",
+            "arc_challenge_test",
+            "winogrande_val",
+            "mmlu_test",
+        )
+    }
     for _ in range(count):
         text, word = story(rng)
         label, wrong = rng.randrange(4), rng.sample([f for f in ANIMALS.values() if f != word], 3)
@@ -73,14 +90,31 @@ def write_tasks(out, count=24):
             label = (label + 1) % 4
         halves = text.rpartition(". ")
         endings = [f"{a}.  [title] It was {'very ' * rng.randrange(4)}glad [step] of it." for a in answers]
-        rows["hellaswag_val"].append(dict(activity_label="Feeding animals", ctx_a=halves[0] + ".", ctx_b=halves[2].lower(),
-                                          ctx=text, endings=endings, label=str(label)))
+        rows["hellaswag_val"].append(
+            dict(
+                activity_label="Feeding animals",
+                ctx_a=halves[0] + ".",
+                ctx_b=halves[2].lower(),
+                ctx=text,
+                endings=endings,
+                label=str(label),
+            )
+        )
         rows["lambada_test"].append(dict(text=" ".join(story(rng, liar=0.5))))
         pair = answers[label], answers[label - 1]
         rows["piqa_val"].append(dict(goal=text, sol1=pair[label % 2], sol2=pair[1 - label % 2], label=label % 2))
         for name in ("arc_easy_test", "arc_challenge_test"):
-            rows[name].append(dict(question=text, choices=dict(text=answers, label=list("ABCD")), answerKey="ABCD"[label]))
-        rows["winogrande_val"].append(dict(sentence=f"The _ ate the {word}. It likes {word}", option1="horse", option2="cow", answer=str(1 + label % 2)))
+            rows[name].append(
+                dict(question=text, choices=dict(text=answers, label=list("ABCD")), answerKey="ABCD"[label])
+            )
+        rows["winogrande_val"].append(
+            dict(
+                sentence=f"The _ ate the {word}. It likes {word}",
+                option1="horse",
+                option2="cow",
+                answer=str(1 + label % 2),
+            )
+        )
         rows["mmlu_test"].append(dict(question=f" {text}", choices=answers, answer=label, subject="animal_food"))
     for name, lines in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -117,15 +151,22 @@ def chosen(judge, context, answers):
     """The choices by acc, acc_norm and acc_llmc."""
     found = [asked(judge, context, " " + answer) for answer in answers]
     sums = [logp for logp, _, _ in found]
-    return (int(np.argmax(sums)), int(np.argmax([s / len(a) for s, a in zip(sums, answers)])),
-            int(np.argmax([logp / n for logp, n, _ in found])))  # fmt: skip
+    return (
+        int(np.argmax(sums)),
+        int(np.argmax([s / len(a) for s, a in zip(sums, answers)])),
+        int(np.argmax([logp / n for logp, n, _ in found])),
+    )
 
 
 def prompts(name, row):
     """(context, answers, label) of a row, as the harness's own files word them."""
     if name == "hellaswag":
         clean = lambda s: re.sub(r"\[.*?\]", "", s.strip().replace(" [title]", ". ")).replace("  ", " ")  # noqa: E731
-        return clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"), [clean(e) for e in row["endings"]], int(row["label"])
+        return (
+            clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+            [clean(e) for e in row["endings"]],
+            int(row["label"]),
+        )
     if name == "piqa":
         return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
     if name.startswith("arc"):
@@ -170,7 +211,9 @@ def test_P9_winogrande_scores_what_follows_the_gap(folder, model, judge):
 
 def test_P9_lambada_equals_transformers_word_by_word(folder, model, judge):
     path = evals.find("lambada", folder / "tasks")
-    found = [asked(judge, row["text"].rpartition(" ")[0], " " + row["text"].rpartition(" ")[2]) for row in rows_of(path)]
+    found = [
+        asked(judge, row["text"].rpartition(" ")[0], " " + row["text"].rpartition(" ")[2]) for row in rows_of(path)
+    ]
     acc, perplexity = np.mean([greedy for *_, greedy in found]), math.exp(-np.mean([logp for logp, *_ in found]))
     ours = evals.evaluate("lambada", evals.read_items("lambada", path, GPT), model.scorer)
     assert 0.2 < acc < 0.9 and ours["acc"][0] == acc
@@ -180,7 +223,9 @@ def test_P9_lambada_equals_transformers_word_by_word(folder, model, judge):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}: the real HellaSwag and LAMBADA are not in the project")
-@pytest.mark.parametrize(("name", "file"), [("hellaswag", "hellaswag_val.jsonl.xz"), ("lambada", "lambada_openai_test.jsonl.xz")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("hellaswag", "hellaswag_val.jsonl.xz"), ("lambada", "lambada_openai_test.jsonl.xz")]
+)
 def test_P9_the_first_real_tasks_equal_transformers(name, file, model, judge):
     with lzma.open(SHARED / file, "rt") as lines:
         rows = [json.loads(next(lines)) for _ in range(20)]
@@ -191,7 +236,11 @@ def test_P9_the_first_real_tasks_equal_transformers(name, file, model, judge):
         for answer in row.get("endings", [word]):
             logp, n, greedy = asked(judge, row.get("ctx", context), " " + answer)
             ours = next(scores)
-            assert float(ours.losses.sum()) == pytest.approx(-logp, rel=1e-4) and len(ours.losses) == n and ours.greedy == greedy
+            assert (
+                float(ours.losses.sum()) == pytest.approx(-logp, rel=1e-4)
+                and len(ours.losses) == n
+                and ours.greedy == greedy
+            )
 
 
 # the scorer -----------------------------------------------------------------------------------------------------------
@@ -199,7 +248,10 @@ def test_P9_the_first_real_tasks_equal_transformers(name, file, model, judge):
 
 def some_pairs(count, vocab, longest, seed=0):
     rng = np.random.default_rng(seed)
-    return [(rng.integers(0, vocab, rng.integers(1, 2 * longest)), rng.integers(0, vocab, rng.integers(1, longest))) for _ in range(count)]
+    return [
+        (rng.integers(0, vocab, rng.integers(1, 2 * longest)), rng.integers(0, vocab, rng.integers(1, longest)))
+        for _ in range(count)
+    ]
 
 
 def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
@@ -248,16 +300,21 @@ def test_P9_greedy_is_what_generation_would_write(model):
 def test_P9_a_long_context_loses_its_beginning(model):
     pair = some_pairs(1, 50257, 20)[0]
     long = np.concatenate([np.arange(300), pair[0]]), pair[1]
-    assert np.array_equal(model.scorer.score([long])[0].losses, model.scorer.score([(long[0][-100:], pair[1])])[0].losses)
+    assert np.array_equal(
+        model.scorer.score([long])[0].losses, model.scorer.score([(long[0][-100:], pair[1])])[0].losses
+    )
 
 
-@pytest.mark.parametrize(("pair", "line"), [
-    (([], [1]), "a context and a continuation hold at least one token, but got an empty one"),
-    (([1], []), "a context and a continuation hold at least one token, but got an empty one"),
-    (([1], [1] * 45), "a continuation is at most as long as the 44 tokens that the model reads, but got 45"),
-    (([1, 50257], [1]), "ids lie below the vocabulary of 50257, but got 50257"),
-    (([-1], [1]), "ids lie below the vocabulary of 50257, but got -1"),
-])
+@pytest.mark.parametrize(
+    ("pair", "line"),
+    [
+        (([], [1]), "a context and a continuation hold at least one token, but got an empty one"),
+        (([1], []), "a context and a continuation hold at least one token, but got an empty one"),
+        (([1], [1] * 45), "a continuation is at most as long as the 44 tokens that the model reads, but got 45"),
+        (([1, 50257], [1]), "ids lie below the vocabulary of 50257, but got 50257"),
+        (([-1], [1]), "ids lie below the vocabulary of 50257, but got -1"),
+    ],
+)
 def test_P9_pairs_that_cannot_be_scored(model, pair, line):
     with pytest.raises(HandgradError, match=re.escape(f"[eval] {line}")):
         model.scorer.score([pair])
@@ -280,10 +337,11 @@ def test_P9_a_wrong_row_is_noticed(folder, model, judge, monkeypatch):
 
 def same(items, others):
     return len(items) == len(others) and all(
-        a.label == b.label and a.characters == b.characters
+        a.label == b.label
+        and a.characters == b.characters
         and all(np.array_equal(x, y) for p, q in zip(a.pairs, b.pairs, strict=True) for x, y in zip(p, q, strict=True))
         for a, b in zip(items, others)
-    )  # fmt: skip
+    )
 
 
 def test_P9_official_files_read_like_the_tables(folder, tmp_path):
@@ -291,14 +349,28 @@ def test_P9_official_files_read_like_the_tables(folder, tmp_path):
     tasks = folder / "tasks"
     rows = rows_of(tasks / "piqa_val.jsonl")
     (tmp_path / "piqa").mkdir()
-    (tmp_path / "piqa" / "valid.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows))
+    (tmp_path / "piqa" / "valid.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "label"}) + "\n" for row in rows)
+    )
     (tmp_path / "piqa" / "valid-labels.lst").write_text("".join(f"{row['label']}\n" for row in rows))
     (tmp_path / "ARC-Easy").mkdir()
-    nested = [dict(id="x", answerKey=row["answerKey"], question=dict(stem=row["question"], choices=[
-        dict(text=t, label=letter) for t, letter in zip(*row["choices"].values())])) for row in rows_of(tasks / "arc_easy_test.jsonl")]  # fmt: skip
+    nested = [
+        dict(
+            id="x",
+            answerKey=row["answerKey"],
+            question=dict(
+                stem=row["question"],
+                choices=[dict(text=t, label=letter) for t, letter in zip(*row["choices"].values())],
+            ),
+        )
+        for row in rows_of(tasks / "arc_easy_test.jsonl")
+    ]
     (tmp_path / "ARC-Easy" / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in nested))
     (tmp_path / "mmlu" / "test").mkdir(parents=True)
-    lines = [",".join(f'"{cell}"' for cell in (r["question"], *r["choices"], "ABCD"[r["answer"]])) for r in rows_of(tasks / "mmlu_test.jsonl")]
+    lines = [
+        ",".join(f'"{cell}"' for cell in (r["question"], *r["choices"], "ABCD"[r["answer"]]))
+        for r in rows_of(tasks / "mmlu_test.jsonl")
+    ]
     (tmp_path / "mmlu" / "test" / "animal_food_test.csv").write_text("\n".join(lines))
     with lzma.open(tmp_path / "hellaswag_val.jsonl.xz", "wt") as file:
         file.write((tasks / "hellaswag_val.jsonl").read_text())
@@ -313,7 +385,9 @@ def test_P9_hellaswag_that_is_worded_already(tmp_path):
     path = tmp_path / "hellaswag_val.jsonl"
     path.write_text(json.dumps(dict(ctx="A man sits. he", label=1, endings=["runs [x].", "eats."])) + "\n")
     item = evals.read_items("hellaswag", path, GPT)[0]
-    assert [GPT.decode(end) for _, end in item.pairs] == [" runs [x].", " eats."] and GPT.decode(item.pairs[0][0]) == "A man sits. he"
+    assert [GPT.decode(end) for _, end in item.pairs] == [" runs [x].", " eats."] and GPT.decode(
+        item.pairs[0][0]
+    ) == "A man sits. he"
     assert item.label == 1 and item.characters == (9, 5)
 
 
@@ -351,23 +425,42 @@ def test_P9_llmc_evaluation_files(folder, judge, tmp_path):
     (tmp_path / "turned.json").write_text(json.dumps(spec))
     turned = tokenizers.from_file(tmp_path / "turned.json")  # the same words, other ids
     assert evals.find("hellaswag", tmp_path) == path
-    assert same(evals.read_items("hellaswag", path, GPT), items) and same(evals.read_items("hellaswag", path, GPT, 2), items[:2])
+    assert same(evals.read_items("hellaswag", path, GPT), items) and same(
+        evals.read_items("hellaswag", path, GPT, 2), items[:2]
+    )
     for other in (tokenizers.chars("Hello world"), turned):
-        with pytest.raises(HandgradError, match=r"hellaswag_val.bin holds tokens of the model's tokenizer, but got another's"):
+        with pytest.raises(
+            HandgradError, match=r"hellaswag_val.bin holds tokens of the model's tokenizer, but got another's"
+        ):
             evals.read_items("hellaswag", path, other)
 
 
-@pytest.mark.parametrize(("name", "text", "line"), [
-    ("hellaswag", "", "holds questions, but got none"),
-    ("hellaswag", "{", "holds a JSON object a line, but got Expecting property name"),
-    ("hellaswag", "[]", "holds a JSON object a line, but got unsupported operand"),
-    ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": 2}', "row 1 of PATH is a question of hellaswag, but got the label 2 of 2 answers"),
-    ("hellaswag", '{"ctx": "a", "endings": ["b"], "label": ""}', "row 1 of PATH is a question of hellaswag, but got invalid literal"),
-    ("hellaswag", '{"ctx": "a", "label": 2}', "row 1 of PATH is a question of hellaswag, but got no 'endings'"),
-    ("lambada", '{"text": 3}', "row 1 of PATH is a question of lambada, but got 'int' object has no"),
-    ("mmlu", '{"question": "q", "choices": ["a"], "answer": "", "subject": "s"}', "row 1 of PATH is a question of mmlu, but got"),
-    ("piqa", '{"goal": "q", "sol1": "a", "sol2": "b"}', "row 1 of PATH is a question of piqa, but got no 'label'"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("hellaswag", "", "holds questions, but got none"),
+        ("hellaswag", "{", "holds a JSON object a line, but got Expecting property name"),
+        ("hellaswag", "[]", "holds a JSON object a line, but got unsupported operand"),
+        (
+            "hellaswag",
+            '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
+            "row 1 of PATH is a question of hellaswag, but got the label 2 of 2 answers",
+        ),
+        (
+            "hellaswag",
+            '{"ctx": "a", "endings": ["b"], "label": ""}',
+            "row 1 of PATH is a question of hellaswag, but got invalid literal",
+        ),
+        ("hellaswag", '{"ctx": "a", "label": 2}', "row 1 of PATH is a question of hellaswag, but got no 'endings'"),
+        ("lambada", '{"text": 3}', "row 1 of PATH is a question of lambada, but got 'int' object has no"),
+        (
+            "mmlu",
+            '{"question": "q", "choices": ["a"], "answer": "", "subject": "s"}',
+            "row 1 of PATH is a question of mmlu, but got",
+        ),
+        ("piqa", '{"goal": "q", "sol1": "a", "sol2": "b"}', "row 1 of PATH is a question of piqa, but got no 'label'"),
+    ],
+)
 def test_P9_damaged_files(tmp_path, name, text, line):
     path = tmp_path / "a.jsonl"
     path.write_text(text and text + "\n")
@@ -397,7 +490,9 @@ def evaluated(folder, capsys, *flags):
 
 def test_P9_eval_prints_a_table_and_keeps_the_numbers(folder, model, capsys):
     (folder / "run" / "eval.json").unlink(missing_ok=True)
-    code, out, err = evaluated(folder, capsys, "--tasks", "val,hellaswag,lambada,mmlu,piqa,arc_easy,arc_challenge,winogrande")
+    code, out, err = evaluated(
+        folder, capsys, "--tasks", "val,hellaswag,lambada,mmlu,piqa,arc_easy,arc_challenge,winogrande"
+    )
     assert code == 0 and not err
     kept = json.loads((folder / "run" / "eval.json").read_text())["step_000240"]
     assert set(kept) == {"val", *evals.TASKS}
@@ -432,7 +527,10 @@ def test_P9_val_is_the_loss_of_training_and_bits_of_its_bytes(folder, capsys):
 def test_P9_a_model_without_validation_shards(folder, judge, capsys):
     capsys.readouterr()
     assert main(["eval", f"{folder}/hf"]) == 2
-    assert "names validation shards that can be seen from here, but got none. hint: --tasks val=GLOB" in capsys.readouterr().err
+    assert (
+        "names validation shards that can be seen from here, but got none. hint: --tasks val=GLOB"
+        in capsys.readouterr().err
+    )
     path = folder / "tasks" / "lambada_test.jsonl"
     assert main(["eval", f"{folder}/hf", "--tasks", f"lambada={path}", "--threads", "1"]) == 0
     assert main(["eval", f"{folder}/run", "--tasks", f"lambada={path}", "--threads", "1"]) == 0
@@ -443,7 +541,11 @@ def test_P9_a_model_without_validation_shards(folder, judge, capsys):
 def test_P9_results_go_where_asked(folder, tmp_path, capsys):
     flags = "--tasks", "hellaswag", "--limit", "2", "--out"
     code, out, _ = evaluated(folder, capsys, *flags, f"{tmp_path}/x.json")
-    assert code == 0 and f"in {tmp_path}/x.json" in out and json.loads((tmp_path / "x.json").read_text())["step_000240"]["hellaswag (first 2)"]["count"] == 2
+    assert (
+        code == 0
+        and f"in {tmp_path}/x.json" in out
+        and json.loads((tmp_path / "x.json").read_text())["step_000240"]["hellaswag (first 2)"]["count"] == 2
+    )
     for text in ("# notes", "[1, 2]", '{"a": 3}'):
         (tmp_path / "notes.md").write_text(text)
         code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/notes.md")
@@ -464,16 +566,30 @@ def test_P9_own_paths_and_the_ref_backend(folder, capsys):
     val, task = "val (first 4)", "hellaswag (first 4)"
     assert truth[task]["backend"] == "ref" and truth[val]["count"] == 4
     assert truth[val]["loss"] == pytest.approx(ours[val]["loss"], abs=1e-5)
-    assert {k: truth[task][k] for k in ("acc", "acc_norm", "acc_llmc")} == {k: ours[task][k] for k in ("acc", "acc_norm", "acc_llmc")}
+    assert {k: truth[task][k] for k in ("acc", "acc_norm", "acc_llmc")} == {
+        k: ours[task][k] for k in ("acc", "acc_norm", "acc_llmc")
+    }
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    (["--tasks", "helaswag"], "[eval] a task is one of val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, but got 'helaswag'."),
-    (["--tasks", "hellaswag", "--data", "nowhere"], "[eval] hellaswag lies in 'nowhere' as hellaswag_val.jsonl, hellaswag_val.jsonl.xz or the like, but got no such file. hint: handgrad data hellaswag, or --tasks hellaswag=FILE"),
-    (["--tasks", "lambada=x.jsonl"], "[eval] the questions of lambada are a file, but got 'x.jsonl', which is missing."),
-    (["--limit", "-1"], "[eval] --limit is at least 1, or 0 for all, but got -1."),
-    (["--dtype", "f64"], "[eval] --dtype takes one of saved, f32, bf16, but got 'f64'."),
-])
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--tasks", "helaswag"],
+            "[eval] a task is one of val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, but got 'helaswag'.",
+        ),
+        (
+            ["--tasks", "hellaswag", "--data", "nowhere"],
+            "[eval] hellaswag lies in 'nowhere' as hellaswag_val.jsonl, hellaswag_val.jsonl.xz or the like, but got no such file. hint: handgrad data hellaswag, or --tasks hellaswag=FILE",
+        ),
+        (
+            ["--tasks", "lambada=x.jsonl"],
+            "[eval] the questions of lambada are a file, but got 'x.jsonl', which is missing.",
+        ),
+        (["--limit", "-1"], "[eval] --limit is at least 1, or 0 for all, but got -1."),
+        (["--dtype", "f64"], "[eval] --dtype takes one of saved, f32, bf16, but got 'f64'."),
+    ],
+)
 def test_P9_mistakes_are_one_line(folder, capsys, flags, line):
     code, out, err = evaluated(folder, capsys, *flags)
     assert (code, out, err) == (2, "", line + "\n")
@@ -482,8 +598,10 @@ def test_P9_mistakes_are_one_line(folder, capsys, flags, line):
 def test_P9_a_model_of_other_tokens_is_told(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc abd\n" * 200)
     main(f"data text {tmp_path}/a.txt --out {tmp_path}/shards --tokenizer chars".split())
-    main(f"train --data.train {tmp_path}/shards --run.out {tmp_path}/run --model.num-layers 1 --model.num-heads 1 --model.hidden-size 8 "
-         "--model.max-seq-len 8 --run.micro-batch 2 --run.steps 1 --run.threads 1 --run.sample-tokens 0".split())  # fmt: skip
+    main(
+        f"train --data.train {tmp_path}/shards --run.out {tmp_path}/run --model.num-layers 1 --model.num-heads 1 --model.hidden-size 8 "
+        "--model.max-seq-len 8 --run.micro-batch 2 --run.steps 1 --run.threads 1 --run.sample-tokens 0".split()
+    )
     (tmp_path / "lambada_test.jsonl").write_text('{"text": "xyz abc"}\n')
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), "--tasks", "lambada", "--data", str(tmp_path)]) == 2
@@ -496,12 +614,19 @@ def test_P9_a_model_of_other_tokens_is_told(tmp_path, capsys):
 def test_P9_hellaswag_in_training(folder, tmp_path, capsys):
     """Its accuracy goes into the logs, is the one of `handgrad eval`, and leaves the training as it is."""
     path = folder / "tasks" / "hellaswag_val.jsonl"
-    flags = (f"train --data.train {folder}/shards --model.num-layers 1 --model.num-heads 1 --model.hidden-size 16 --model.max-seq-len {T} "
-             "--run.micro-batch 2 --run.steps 5 --run.dtype f32 --run.threads 1 --run.sample-tokens 0 --run.val-every 0 --run.val-tokens 256").split()  # fmt: skip
+    flags = (
+        f"train --data.train {folder}/shards --model.num-layers 1 --model.num-heads 1 --model.hidden-size 16 --model.max-seq-len {T} "
+        "--run.micro-batch 2 --run.steps 5 --run.dtype f32 --run.threads 1 --run.sample-tokens 0 --run.val-every 0 --run.val-tokens 256"
+    ).split()
     assert main([*flags, "--run.out", f"{tmp_path}/plain"]) == 0
     assert main([*flags, "--run.out", f"{tmp_path}/run", "--run.hellaswag", str(path), "--run.eval-every", "2"]) == 0
-    plain, lines = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("plain", "run"))
-    assert [(line["loss"], line["grad_norm"]) for line in lines] == [(line["loss"], line["grad_norm"]) for line in plain]
+    plain, lines = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("plain", "run")
+    )
+    assert [(line["loss"], line["grad_norm"]) for line in lines] == [
+        (line["loss"], line["grad_norm"]) for line in plain
+    ]
     found = {line["step"]: line["hellaswag"] for line in lines if "hellaswag" in line}
     assert list(found) == [2, 4, 5]
     logged = re.findall(r"s:(\d+) eval:(\S+)", (tmp_path / "run" / "main.log").read_text())

@@ -36,23 +36,39 @@ def rows(name):
         text = f"In the barn a girl fed the {rng.choice(['horse', 'cow', 'dog'])} number {i}"
         answers, label = rng.permutation(WORDS)[:4].tolist(), int(rng.integers(4))
         yield {
-            "hellaswag": dict(activity_label="Feeding", ctx_a=text + ". It was  glad.", ctx_b="then they", label=str(label),
-                                      endings=[f"ate {a} [title] and {'very ' * rng.integers(3)}[x] slept" for a in answers]),
+            "hellaswag": dict(
+                activity_label="Feeding",
+                ctx_a=text + ". It was  glad.",
+                ctx_b="then they",
+                label=str(label),
+                endings=[f"ate {a} [title] and {'very ' * rng.integers(3)}[x] slept" for a in answers],
+            ),
             "lambada": dict(text=f"{text} some {answers[0]}"),
             "piqa": dict(goal=text, sol1=answers[0], sol2=f"{answers[1]} and {answers[2]}", label=label % 2),
-            "arc_easy": dict(question=text, choices=dict(text=answers, label=["1", "2", "3", "4"]), answerKey=str(label + 1)),
-            "winogrande": dict(sentence=f"{text} because _ liked {answers[0]} best.", option1="girl", option2="horse", answer=str(1 + label % 2)),
+            "arc_easy": dict(
+                question=text, choices=dict(text=answers, label=["1", "2", "3", "4"]), answerKey=str(label + 1)
+            ),
+            "winogrande": dict(
+                sentence=f"{text} because _ liked {answers[0]} best.",
+                option1="girl",
+                option2="horse",
+                answer=str(1 + label % 2),
+            ),
             "mmlu": dict(question=text, choices=answers, answer=label, subject="anatomy"),
-        }[name]  # fmt: skip
+        }[name]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model after a few steps, the questions, and task files that are the harness's but for where questions lie."""
     folder = tmp_path_factory.mktemp("harness")
-    ids = np.concatenate([GPT.encode(f"{text} ") for name in TASKS for row in rows(name) for text in map(str, row.values())] * 8)
+    ids = np.concatenate(
+        [GPT.encode(f"{text} ") for name in TASKS for row in rows(name) for text in map(str, row.values())] * 8
+    )
     data.write_shard(folder / "train_0.bin", [ids], data.id_dtype(GPT.vocab_size))
-    sizes = f"--model.num-layers 1 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 2"
+    sizes = (
+        f"--model.num-layers 1 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 2"
+    )
     steps = "--run.steps 60 --run.dtype f32 --run.threads 1 --optim.lr 0.01 --optim.warmup 5 --run.sample-tokens 0"
     assert main(f"train --data.train {folder}/train_0.bin --run.out {folder}/run {sizes} {steps}".split()) == 0
     (folder / "tasks").mkdir()
@@ -86,14 +102,18 @@ def theirs(folder):
         model = register()(run=str(folder / "run"), backend="cpu", threads=1)
         manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
         names = [f"own_{name}" for name in TASKS]
-        found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, cache_requests=False)
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=True, cache_requests=False
+        )
     return model, found
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_P9_the_harness_agrees(name, folder, theirs):
     model, found = theirs
-    ours = evals.evaluate(name, evals.read_items(name, folder / f"{name}.jsonl", GPT), evals.load_scorer(folder / "run", threads=1).scorer)
+    ours = evals.evaluate(
+        name, evals.read_items(name, folder / f"{name}.jsonl", GPT), evals.load_scorer(folder / "run", threads=1).scorer
+    )
     for metric in TASKS[name][1]:
         want = found["results"][f"own_{name}"][f"{metric},none"]
         assert ours[metric][0] == pytest.approx(want, rel=1e-5), (metric, ours, found["results"][f"own_{name}"])
@@ -103,7 +123,11 @@ def test_P9_the_harness_agrees(name, folder, theirs):
 @pytest.mark.parametrize("name", TASKS)
 def test_P9_the_harness_asks_what_we_ask(name, folder, theirs):
     """Context and continuation of every question, to the character."""
-    asked = [tuple(arguments) for sample in sorted(theirs[1]["samples"][f"own_{name}"], key=lambda s: s["doc_id"]) for arguments in sample["arguments"]]
+    asked = [
+        tuple(arguments)
+        for sample in sorted(theirs[1]["samples"][f"own_{name}"], key=lambda s: s["doc_id"])
+        for arguments in sample["arguments"]
+    ]
     ours = [pair for row in rows(name) for pair in evals.TASKS[name].question(row).pairs]
     assert ours == asked
 
@@ -121,14 +145,35 @@ def test_P9_texts_longer_than_the_model_and_generation(folder, theirs):
     rolled = model.loglikelihood_rolling(requests("loglikelihood_rolling", (short,), (long,)))
     assert rolled[0] == pytest.approx(-float(scorer.score([([50256], ids)])[0].losses.sum()), rel=1e-5)
     assert len(GPT.encode(long)) > T and rolled[1] < 2 * rolled[0] and math.isfinite(rolled[1])
-    text, stopped, drawn = model.generate_until(requests(
-        "generate_until", (short, {"until": [], "max_gen_toks": 8}), (short, {"until": ["number"], "max_gen_toks": 40}),
-        (short, {"until": "zzz", "max_gen_toks": 8, "do_sample": True, "temperature": 3.0})))  # fmt: skip
+    text, stopped, drawn = model.generate_until(
+        requests(
+            "generate_until",
+            (short, {"until": [], "max_gen_toks": 8}),
+            (short, {"until": ["number"], "max_gen_toks": 40}),
+            (short, {"until": "zzz", "max_gen_toks": 8, "do_sample": True, "temperature": 3.0}),
+        )
+    )
     assert "number" not in stopped and text and drawn != text
     assert model.loglikelihood(requests("loglikelihood", (short, text)))[0][1]  # what it writes is greedy
 
 
 def test_P9_the_command_line_knows_the_model():
-    done = subprocess.run([sys.executable, "-m", "handgrad.evals.harness", "run", "--model", "handgrad", "--model_args", "run=nowhere", "--tasks", "hellaswag"],
-                          capture_output=True, text=True, timeout=300, env={"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "handgrad.evals.harness",
+            "run",
+            "--model",
+            "handgrad",
+            "--model_args",
+            "run=nowhere",
+            "--tasks",
+            "hellaswag",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+    )
     assert "no 'nowhere'" in done.stderr, done.stderr

@@ -31,7 +31,10 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
     text = str(page)
     calls = [line for line in text.splitlines() if re.match(r"(fwd|re|bwd|nrm|upd) ", line)]
     assert len(calls) == len(page.program.calls)
-    assert all(re.search(r"@\d+\.\dM \([\d,]+\) (f32|bf16|i32|i16|byte)", line) and re.search(r"\w+\.py:\d+$", line) for line in calls)
+    assert all(
+        re.search(r"@\d+\.\dM \([\d,]+\) (f32|bf16|i32|i16|byte)", line) and re.search(r"\w+\.py:\d+$", line)
+        for line in calls
+    )
     assert "124,475,904" in text and f"{page.plan.nbytes:,} B" in text
     for name, *_ in page.remedies:
         assert name in text
@@ -42,12 +45,18 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
 @pytest.mark.parametrize("name, micro_batch, limit", [("124m", 64, 28), ("1558m", 16, 79)])
 def test_a_plan_for_a_card_that_is_elsewhere(name, micro_batch, limit):
     """Nothing recomputed, in GiB: no more than llm.c takes, and all of 1558M on one card of 80 GB."""
-    page = explain(gpt2(name), micro_batch, 1024, backend=Card("h100"), recompute="none", accumulation=8, remedies=False)
+    page = explain(
+        gpt2(name), micro_batch, 1024, backend=Card("h100"), recompute="none", accumulation=8, remedies=False
+    )
     assert page.plan.nbytes < limit * 2**30
     lines = str(page).splitlines()
-    assert sum(line.endswith(" own, for Hopper, or cudnn") for line in lines) >= 24  # the clock that chooses is elsewhere
+    assert (
+        sum(line.endswith(" own, for Hopper, or cudnn") for line in lines) >= 24
+    )  # the clock that chooses is elsewhere
     assert any(line.endswith(" gelu in the product, or apart") for line in lines)
-    page = explain(gpt2(name), micro_batch, 1024, backend=Card(replace(GPUS["h100"], deterministic=True)), remedies=False)
+    page = explain(
+        gpt2(name), micro_batch, 1024, backend=Card(replace(GPUS["h100"], deterministic=True)), remedies=False
+    )
     assert sum(line.endswith(" own, for Hopper") for line in str(page).splitlines()) >= 24  # where no clock chooses
 
 
@@ -62,7 +71,10 @@ def test_flops_are_those_of_the_products(page):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_every_remedy_is_planned_for_real(tiny, shards, dtype):
     """Each price equals the arena of a trainer that takes the remedy."""
-    model, tokens = tiny(max_seq_len=64, num_layers=3, dropout=0.1), data.tokens(shards, seq_len=64, batch_tokens=8 * 64)
+    model, tokens = (
+        tiny(max_seq_len=64, num_layers=3, dropout=0.1),
+        data.tokens(shards, seq_len=64, batch_tokens=8 * 64),
+    )
     found = explain(model, 8, 64, dtype=dtype, backend=open_backend("cpu"))
     kinds = set()
     for name, nbytes, flops in found.remedies:
@@ -82,7 +94,10 @@ def test_every_remedy_is_planned_for_real(tiny, shards, dtype):
 def test_the_same_arguments_give_the_same_plan(tiny, shards, changes):
     model, tokens = tiny(), data.tokens(shards, seq_len=16, batch_tokens=64)
     run = Trainer(model, AdamW(), tokens, micro_batch=4, dtype="f32", **changes)
-    assert explain(model, 4, 16, dtype="f32", backend=open_backend("cpu"), remedies=False, **changes).plan.region == run.plan.region
+    assert (
+        explain(model, 4, 16, dtype="f32", backend=open_backend("cpu"), remedies=False, **changes).plan.region
+        == run.plan.region
+    )
 
 
 def test_the_largest_models_are_explained_anywhere():

@@ -122,7 +122,11 @@ def test_sampling_is_seeded(judge):
 
 
 def test_prompts_that_cannot_be_are_refused(judge):
-    for prompt, text in (([], "at least one token, but got none"), ([1, 211], "below the vocabulary of 211, but got 211"), ([-1], "but got -1")):
+    for prompt, text in (
+        ([], "at least one token, but got none"),
+        ([1, 211], "below the vocabulary of 211, but got 211"),
+        ([-1], "but got -1"),
+    ):
         with pytest.raises(HandgradError, match=rf"\[generate\] .*{text}"):
             list(judge.engine.generate(prompt, 1, GREEDY))
     judge.engine.position = 0

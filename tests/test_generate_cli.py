@@ -125,17 +125,20 @@ def test_streaming(run):
 # prompts and flags out of range ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    (["--prompt", ""], "[generate] a prompt holds at least one character, but got an empty one."),
-    (["--max-tokens", "0"], "[generate] --max-tokens is at least 1, but got 0."),
-    (["--temperature", "-1"], "[sample] temperature must be 0 (greedy) or a positive number, but got -1.0."),
-    (["--temperature", "nan"], "[sample] temperature must be 0 (greedy) or a positive number, but got nan."),
-    (["--top-k", "-1"], "[sample] top_k must be 0 (all tokens) or more, but got -1."),
-    (["--top-p", "0"], "[sample] top_p must lie above 0 and at most at 1 (all tokens), but got 0.0."),
-    (["--seed", "-1"], "[sample] seed must be 0 or more, but got -1."),
-    (["--stop", ""], "[sample] a stop string must hold at least one character, but got an empty one."),
-    (["--dtype", "f16"], "[generate] --dtype takes one of saved, f32, bf16, but got 'f16'."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--prompt", ""], "[generate] a prompt holds at least one character, but got an empty one."),
+        (["--max-tokens", "0"], "[generate] --max-tokens is at least 1, but got 0."),
+        (["--temperature", "-1"], "[sample] temperature must be 0 (greedy) or a positive number, but got -1.0."),
+        (["--temperature", "nan"], "[sample] temperature must be 0 (greedy) or a positive number, but got nan."),
+        (["--top-k", "-1"], "[sample] top_k must be 0 (all tokens) or more, but got -1."),
+        (["--top-p", "0"], "[sample] top_p must lie above 0 and at most at 1 (all tokens), but got 0.0."),
+        (["--seed", "-1"], "[sample] seed must be 0 or more, but got -1."),
+        (["--stop", ""], "[sample] a stop string must hold at least one character, but got an empty one."),
+        (["--dtype", "f16"], "[generate] --dtype takes one of saved, f32, bf16, but got 'f16'."),
+    ],
+)
 def test_flags_out_of_range(run, told, flags, line):
     assert told(run, *flags) == line
 
@@ -176,14 +179,21 @@ def change(copy, do):
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(("do", "part"), [
-    (lambda t: t.pop("h.1.mlp.c_fc.weight"), "must hold the tensor 'h.1.mlp.c_fc.weight', but got no such."),
-    (lambda t: t.update({"h.2.ln_1.weight": np.zeros(32, np.float32)}), "but got also 'h.2.ln_1.weight'."),
-    (lambda t: t.update({"wte.weight": np.zeros((128, 31), np.float32)}),
-     "must be float32 (128, 32), but got float32 (128, 31)."),
-    (lambda t: t.update({"wpe.weight": t["wpe.weight"].astype(np.float64)}),
-     "must be float32 (32, 32), but got float64 (32, 32)."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("do", "part"),
+    [
+        (lambda t: t.pop("h.1.mlp.c_fc.weight"), "must hold the tensor 'h.1.mlp.c_fc.weight', but got no such."),
+        (lambda t: t.update({"h.2.ln_1.weight": np.zeros(32, np.float32)}), "but got also 'h.2.ln_1.weight'."),
+        (
+            lambda t: t.update({"wte.weight": np.zeros((128, 31), np.float32)}),
+            "must be float32 (128, 32), but got float32 (128, 31).",
+        ),
+        (
+            lambda t: t.update({"wpe.weight": t["wpe.weight"].astype(np.float64)}),
+            "must be float32 (32, 32), but got float64 (32, 32).",
+        ),
+    ],
+)
 def test_tensors_missing_too_many_or_misshapen(copy, told, do, part):
     change(copy, do)
     line = told(copy)
@@ -208,14 +218,17 @@ def test_corrupt_safetensors(copy, told, how):
     assert "model.safetensors must be a whole safetensors file, but got " in told(copy)
 
 
-@pytest.mark.parametrize(("do", "part"), [
-    (lambda saved: saved["model"].pop("num_heads"), "run.json gives "),
-    (lambda saved: saved["model"].update(color=1), "but got 'color'."),
-    (lambda saved: saved["model"].update(num_heads="2"), "run.json gives num_heads as int, but got '2'."),
-    (lambda saved: saved["model"].update(num_heads=3), "hidden_size is a multiple of num_heads"),
-    (lambda saved: saved.update(dtype="f16"), "run.json gives a dtype of bf16, f32, but got 'f16'."),
-    (lambda saved: saved.pop("model"), "must hold 'model' of type dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("do", "part"),
+    [
+        (lambda saved: saved["model"].pop("num_heads"), "run.json gives "),
+        (lambda saved: saved["model"].update(color=1), "but got 'color'."),
+        (lambda saved: saved["model"].update(num_heads="2"), "run.json gives num_heads as int, but got '2'."),
+        (lambda saved: saved["model"].update(num_heads=3), "hidden_size is a multiple of num_heads"),
+        (lambda saved: saved.update(dtype="f16"), "run.json gives a dtype of bf16, f32, but got 'f16'."),
+        (lambda saved: saved.pop("model"), "must hold 'model' of type dict"),
+    ],
+)
 def test_damaged_descriptions(copy, told, do, part):
     path = copy / "step_000150" / "run.json"
     saved = json.loads(path.read_text())

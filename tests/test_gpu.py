@@ -50,14 +50,18 @@ def test_op(card, name, dtype):
             assert e.ratio <= 1, f"{case.sizes}: {e}"
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_backward", "linear", "linear_backward_x", "linear_backward_w"])
+@pytest.mark.parametrize(
+    "name", ["attention", "attention_backward", "linear", "linear_backward_x", "linear_backward_w"]
+)
 def test_op_without_libraries_choice(steady, name):
     for case in OPS[name].cases:
         for e in check_case(OPS[name], case, steady, DTYPES["bf16"]):
             assert e.ratio <= 1, f"{case.sizes}: {e}"
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_backward", "linear", "linear_backward_x", "linear_backward_w"])
+@pytest.mark.parametrize(
+    "name", ["attention", "attention_backward", "linear", "linear_backward_x", "linear_backward_w"]
+)
 def test_op_in_the_last_of_its_ways(name):
     """Whatever this card is faster at, the other way is right, too (the first one is what a steady card takes)."""
     other = CudaBackend()
@@ -211,7 +215,14 @@ def test_resume_is_bit_for_bit(text, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"grad_dtype": "bf16"}, {"master_weights": False}, {"dtype": "tf32"}, {"dtype": "f32"}, {"deterministic": False}],
+    [
+        {},
+        {"grad_dtype": "bf16"},
+        {"master_weights": False},
+        {"dtype": "tf32"},
+        {"dtype": "f32"},
+        {"deterministic": False},
+    ],
     ids=str,
 )
 def test_precisions_learn_alike(text, changes):
@@ -298,18 +309,29 @@ def test_twenty_steps_of_gpt2_follow_pytorch(tmp_path):
     write_shard(tmp_path / "train_0.bin", [ids], id_dtype(50257))
     data = hg.data.tokens(str(tmp_path / "*.bin"), seq_len=256, batch_tokens=2048)
     model, steps, rate = hg.models.gpt2("124m"), 20, 1e-4
-    run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=8, backend="cuda", dtype="bf16", val=False, sample=False)
+    run = hg.Trainer(
+        model, hg.optim.AdamW(), data, micro_batch=8, backend="cuda", dtype="bf16", val=False, sample=False
+    )
     state = run._state()
     start = {f"w:{n}": join_weight(np.float32(w), state[f"low.{n}"]) for n, w in run.params().items()}
     batches = [data.batch(k, micro_batch=8) for k in range(steps)]
     got = [run.step(k, rate).loss for k in range(1, steps + 1)]
-    sizes = model.vocab_size, model.max_seq_len, model.num_layers, model.num_heads, model.hidden_size, model.vocab_padded
+    sizes = (
+        model.vocab_size,
+        model.max_seq_len,
+        model.num_layers,
+        model.num_heads,
+        model.hidden_size,
+        model.vocab_padded,
+    )
     both = {name: np.stack([np.int64(b[name]) for b in batches]) for name in ("ids", "targets")}
     (tmp_path / "case").mkdir()
     for name, values in {"sizes": sizes, "rate": rate, **both, **start}.items():
         np.save(tmp_path / "case" / f"{name}.npy", values)
     files = ROOT / "reference" / "gpt2_torch.py", tmp_path / "case", tmp_path / "losses.npz"
-    subprocess.run([sys.executable, "-c", PYTORCH, *map(str, files)], check=True)  # its libraries and ours in one process clash
+    subprocess.run(
+        [sys.executable, "-c", PYTORCH, *map(str, files)], check=True
+    )  # its libraries and ours in one process clash
     with np.load(tmp_path / "losses.npz") as theirs:
         bf16, f32 = theirs["bf16"], theirs["f32"]
     noise = np.abs(bf16 - f32).max()

@@ -26,7 +26,9 @@ SHAPES = [  # vocabulary, longest sequence, layers, heads, width
 
 def torch_model(V, T, L, H, C, **changes):
     torch.manual_seed(V)
-    config = GPT2Config(vocab_size=V, n_positions=T, n_layer=L, n_head=H, n_embd=C, bos_token_id=None, eos_token_id=None, **changes)
+    config = GPT2Config(
+        vocab_size=V, n_positions=T, n_layer=L, n_head=H, n_embd=C, bos_token_id=None, eos_token_id=None, **changes
+    )
     model = GPT2LMHeadModel(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 0.1, 0.3)
@@ -109,7 +111,11 @@ def test_p14_shards_float16_old_names_and_masks(tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     model.half().save_pretrained(tmp_path / "half")
-    old = {name.removeprefix("transformer."): t for name, t in model.float().state_dict().items() if name != "lm_head.weight"}
+    old = {
+        name.removeprefix("transformer."): t
+        for name, t in model.float().state_dict().items()
+        if name != "lm_head.weight"
+    }
     old |= {"h.0.attn.bias": torch.ones(1, 1, 20, 20), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     (tmp_path / "old").mkdir()
     save_file({name: t.contiguous() for name, t in old.items()}, tmp_path / "old" / "model.safetensors")
@@ -118,7 +124,9 @@ def test_p14_shards_float16_old_names_and_masks(tmp_path):
     for name in ("half", "old"):
         weights = hf.read(tmp_path / name)
         assert weights.dtype == "f32" and all(
-            (weights.tensor(name, "f32") == first.tensor(name).astype(np.float16).astype(np.float32)).all() for name in weights.shapes())
+            (weights.tensor(name, "f32") == first.tensor(name).astype(np.float16).astype(np.float32)).all()
+            for name in weights.shapes()
+        )
 
 
 def test_p14_bf16_is_the_nearest(tmp_path):
@@ -178,7 +186,11 @@ def test_p14_a_model_trained_here_is_sampled_there(run, tmp_path, capsys, way):
 
 def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
     """--model.init: a .bin, a Hugging Face folder, a run; sizes are the model's, and its first loss what it had learned."""
-    data = ["--data.train", str(run.parent / "data"), *"--run.micro-batch 4 --run.threads 1 --run.steps 2 --run.dtype f32 --optim.lr 1e-9 --run.sample-tokens 0".split()]
+    data = [
+        "--data.train",
+        str(run.parent / "data"),
+        *"--run.micro-batch 4 --run.threads 1 --run.steps 2 --run.dtype f32 --optim.lr 1e-9 --run.sample-tokens 0".split(),
+    ]
     for to in ("model.bin", "folder"):
         assert main(["convert", str(run), str(tmp_path / to)]) == 0
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
@@ -187,7 +199,10 @@ def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
         assert main(["train", *data, "--model.init", str(source), "--run.out", str(out)]) == 0
         theirs, ours = open_source(run), open_source(out)
         assert ours.model == theirs.model
-        assert all(np.abs(ours.weights.tensor(name) - theirs.weights.tensor(name)).max() < 1e-7 for name in ours.weights.shapes())
+        assert all(
+            np.abs(ours.weights.tensor(name) - theirs.weights.tensor(name)).max() < 1e-7
+            for name in ours.weights.shapes()
+        )
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert abs(next(line["val_loss"] for line in lines if line.get("val_loss")) - last["val_loss"]) < 1e-5
     # resuming needs the start no more
@@ -195,7 +210,10 @@ def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
     assert main(["train", *data, "--run.resume", str(tmp_path / "out2"), "--run.steps", "3"]) == 0
     capsys.readouterr()
     for flags, part in (
-        (["--model.hidden-size", "48", "--model.init", str(run)], "--model.hidden-size is left to the model that --model.init names, but got 48."),
+        (
+            ["--model.hidden-size", "48", "--model.init", str(run)],
+            "--model.hidden-size is left to the model that --model.init names, but got 48.",
+        ),
         (["--model.depth", "2", "--model.init", str(run)], "--model.depth is left to the model"),
         (["--model.init", "lmc"], "[model] a model is a run folder, "),
     ):
@@ -261,20 +279,23 @@ def reconfigure(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("changes", "part"), [
-    ({"model_type": "llama"}, "has the model_type gpt2, but got 'llama'."),
-    ({"n_layer": 0}, "gives num_layers as a number from 1 on, but got 0."),
-    ({"n_layer": 10**9}, "holds the 1000000000 layers of its config.json, but got 28 tensors."),
-    ({"n_head": "3"}, "gives num_heads as a number from 1 on, but got '3'."),
-    ({"n_head": 5}, "gives a hidden_size that is a multiple of num_heads"),
-    ({"n_layer": 1}, "holds the tensors of a GPT-2 alone, but got also transformer.h.1."),
-    ({"vocab_size": 98}, "transformer.wte.weight in"),
-    ({"tie_word_embeddings": False}, "holds the tensor lm_head.weight, but got no such."),
-    ({"n_inner": 100}, "has n_inner None or 144, but got 100. hint: no kernel here computes another"),
-    ({"activation_function": "relu"}, "has activation_function gelu_new or gelu_pytorch_tanh, but got relu."),
-    ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx False, but got True."),
-    ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-05, but got 1e-06."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model_type": "llama"}, "has the model_type gpt2, but got 'llama'."),
+        ({"n_layer": 0}, "gives num_layers as a number from 1 on, but got 0."),
+        ({"n_layer": 10**9}, "holds the 1000000000 layers of its config.json, but got 28 tensors."),
+        ({"n_head": "3"}, "gives num_heads as a number from 1 on, but got '3'."),
+        ({"n_head": 5}, "gives a hidden_size that is a multiple of num_heads"),
+        ({"n_layer": 1}, "holds the tensors of a GPT-2 alone, but got also transformer.h.1."),
+        ({"vocab_size": 98}, "transformer.wte.weight in"),
+        ({"tie_word_embeddings": False}, "holds the tensor lm_head.weight, but got no such."),
+        ({"n_inner": 100}, "has n_inner None or 144, but got 100. hint: no kernel here computes another"),
+        ({"activation_function": "relu"}, "has activation_function gelu_new or gelu_pytorch_tanh, but got relu."),
+        ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx False, but got True."),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-05, but got 1e-06."),
+    ],
+)
 def test_p14_configs_that_we_do_not_compute(folder, changes, part):
     reconfigure(folder, **changes)
     line = told(hf.read, folder)
@@ -291,12 +312,18 @@ def test_p14_damaged_weights(folder, how):
         path.rename(folder / "pytorch_model.bin" if how == "pickle" else folder / "x")
     else:
         path.write_bytes({"empty": b"", "truncated": data[:-1], "noise": data[:40] + data[48:]}[how])
-    part = {"f64": "are F32, BF16, F16, but got F64.", "missing": "holds model.safetensors or model.safetensors.index.json, but got neither.",
-            "pickle": "hint: transformers' save_pretrained writes it from pytorch_model.bin"}
+    part = {
+        "f64": "are F32, BF16, F16, but got F64.",
+        "missing": "holds model.safetensors or model.safetensors.index.json, but got neither.",
+        "pickle": "hint: transformers' save_pretrained writes it from pytorch_model.bin",
+    }
     assert part.get(how, "is a whole safetensors file, but got ") in told(hf.read, folder)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
+)
 def test_p14_damaged_indices(folder, index):
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in told(hf.read, folder)
@@ -308,7 +335,10 @@ def test_p14_damaged_indices(folder, index):
 def test_p14_hf_names_need_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     line = told(open_source, "hf:openai-community/gpt2")
-    assert line == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: pip install 'handgrad[hub]', or give a local folder"
+    assert (
+        line
+        == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: pip install 'handgrad[hub]', or give a local folder"
+    )
 
 
 def test_p14_hf_names_are_found_in_the_hubs_cache(monkeypatch, tmp_path, capsys):

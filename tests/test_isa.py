@@ -38,7 +38,9 @@ print(json.dumps(result))
 
 
 def step(shards, backend, **env):
-    done = subprocess.run([sys.executable, "-c", STEP, shards, backend], env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, shards, backend], env=os.environ | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -55,7 +57,9 @@ def test_ops_and_a_few_steps(shards, oracle, isa):
     got = step(shards, "cpu", HANDGRAD_ISA=isa)
     assert got["isa"] == isa  # the path that was taken
     worst = max(got["worst"], key=got["worst"].get)
-    print(f"{isa}: worst op {worst}, error / tolerance {got['worst'][worst]:.2f};  losses {got['f32']} f32, {got['bf16']} bf16")
+    print(
+        f"{isa}: worst op {worst}, error / tolerance {got['worst'][worst]:.2f};  losses {got['f32']} f32, {got['bf16']} bf16"
+    )
     assert got["worst"][worst] <= 1, worst
     np.testing.assert_allclose(got["f32"], oracle["f32"], rtol=2e-5)
     # bf16 rounds weights and activations to 8 bits: the loss is a mean over rows whose logits are off by about 2^-8

@@ -83,19 +83,22 @@ def test_imports_only_go_down():
     assert not found, "\n".join(["imports that go up or sideways:", *found])
 
 
-@pytest.mark.parametrize(("path", "line"), [
-    ("core/plan.py", "import numpy as np"),
-    ("core/plan.py", "from handgrad.ops import add"),
-    ("ops/add/op.py", "from handgrad.backends.ref import RefBackend"),
-    ("ops/add/op.py", "import numpy"),
-    ("ops/add/reference.py", "import ctypes"),
-    ("backends/ref.py", "from handgrad import ops"),
-    ("models/gpt2.py", "from handgrad.optim import AdamW"),
-    ("data/loader.py", "from handgrad.io import load"),
-    ("infer/engine.py", "from handgrad.train.trainer import Trainer"),
-    ("train/trainer.py", "from handgrad.cli.flags import parse"),
-    ("train/trainer.py", "import torch"),
-    ("infer/load.py", "from ..train import run"),
-])
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("core/plan.py", "import numpy as np"),
+        ("core/plan.py", "from handgrad.ops import add"),
+        ("ops/add/op.py", "from handgrad.backends.ref import RefBackend"),
+        ("ops/add/op.py", "import numpy"),
+        ("ops/add/reference.py", "import ctypes"),
+        ("backends/ref.py", "from handgrad import ops"),
+        ("models/gpt2.py", "from handgrad.optim import AdamW"),
+        ("data/loader.py", "from handgrad.io import load"),
+        ("infer/engine.py", "from handgrad.train.trainer import Trainer"),
+        ("train/trainer.py", "from handgrad.cli.flags import parse"),
+        ("train/trainer.py", "import torch"),
+        ("infer/load.py", "from ..train import run"),
+    ],
+)
 def test_a_forbidden_import_is_named(path, line):
     assert list(violations(PACKAGE / path, f"import os\n\n\ndef f():\n    {line}\n")) == [f"{path}:5: {line}"]

@@ -1,4 +1,5 @@
 """The chapters of learn/: gradients against finite differences and PyTorch, training, sampling, exercises solved."""
+
 import importlib.util
 import math
 import os
@@ -32,7 +33,7 @@ def weights(config, dtype="float64"):
     """Parameters far from their initial values: nonzero biases, norms' weights other than one, zero padding rows."""
     rng = np.random.default_rng(1)
     params = {name: p + rng.normal(0, 0.1, p.shape) for name, p in gpt2.init(config, 0, "float64").items()}
-    params["wte.weight"][config.vocab_size:] = 0
+    params["wte.weight"][config.vocab_size :] = 0
     return {name: p.astype(dtype) for name, p in params.items()}
 
 
@@ -45,8 +46,15 @@ def gradients(config, params, ids, targets):
 
 
 def torch_model(config, params, **options):
-    model = judge.GPT2(config.vocab_size, config.max_seq_len, config.num_layers, config.num_heads, config.hidden_size,
-                       vocab_padded=len(params["wte.weight"]), **options)
+    model = judge.GPT2(
+        config.vocab_size,
+        config.max_seq_len,
+        config.num_layers,
+        config.num_heads,
+        config.hidden_size,
+        vocab_padded=len(params["wte.weight"]),
+        **options,
+    )
     model.to(torch.from_numpy(params["wte.weight"]).dtype).load(params)
     return model
 
@@ -66,6 +74,7 @@ def worst(got, want):
 
 
 # ---- chapter 1 -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", range(3))
 def test_finite_differences(seed):
@@ -144,7 +153,9 @@ def test_clip():
 
 def test_evaluate_reads_every_window_once():
     params, text = weights(TINY), np.random.default_rng(0).integers(0, 11, 8 * 37 + 5)
-    losses = [gpt2.forward(TINY, params, text[None, i:i + 8], text[None, i + 1:i + 9])[1] for i in range(0, 8 * 37, 8)]
+    losses = [
+        gpt2.forward(TINY, params, text[None, i : i + 8], text[None, i + 1 : i + 9])[1] for i in range(0, 8 * 37, 8)
+    ]
     assert gpt2.evaluate(TINY, params, text) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
@@ -175,7 +186,9 @@ def test_a_wrong_backward_gets_a_verdict(tmp_path, slope):
 
 def test_command_line(tmp_path):
     checked = run("--check")
-    assert checked.returncode == 0 and re.search(r"worst relative error \d\.\de-\d\d, pass", checked.stdout.splitlines()[-1])
+    assert checked.returncode == 0 and re.search(
+        r"worst relative error \d\.\de-\d\d, pass", checked.stdout.splitlines()[-1]
+    )
     done = run("--steps", "3")
     assert done.returncode == 0 and "step 3/3" in done.stdout and "val loss" in done.stdout
     (tmp_path / "short.txt").write_text("too short")
@@ -184,6 +197,7 @@ def test_command_line(tmp_path):
 
 
 # ---- the exercises of chapter 1, solved ------------------------------------------------------------------------------
+
 
 def test_exercise_1_a_term_goes_missing(monkeypatch):
     def broken(params, grads, name, dy, saved):
@@ -260,7 +274,7 @@ def test_exercise_5_head_in_slices(monkeypatch):
 
     def slices(params, x, targets):
         for rows in np.array_split(np.arange(len(x)), 4):
-            z = x[rows] @ params["wte.weight"][:SMALL.vocab_size].T
+            z = x[rows] @ params["wte.weight"][: SMALL.vocab_size].T
             e = np.exp(z - z.max(1, keepdims=True))
             yield rows, e / e.sum(1, keepdims=True), (np.arange(len(rows)), targets[rows])
 
@@ -276,8 +290,8 @@ def test_exercise_5_head_in_slices(monkeypatch):
         for rows, dz, target in slices(params, x, targets):
             dz[target] -= 1
             dz /= len(x)
-            grads["wte.weight"][:config.vocab_size] += dz.T @ x[rows]
-            dx[rows] = dz @ params["wte.weight"][:config.vocab_size]
+            grads["wte.weight"][: config.vocab_size] += dz.T @ x[rows]
+            dx[rows] = dz @ params["wte.weight"][: config.vocab_size]
         return dx
 
     monkeypatch.setattr(gpt2, "lm_loss", lm_loss)
@@ -306,7 +320,9 @@ def test_chapter_1_and_the_package_are_the_same_computation(tmp_path):
     run = hg.Trainer(model, hg.optim.AdamW(betas=(0.9, 0.99)), data, micro_batch=6, val=False, sample=False)
     params = {name: p.astype(np.float32) for name, p in run.params().items()}
     batches = [data.batch(step) for step in range(10)]
-    theirs = [loss for loss, _ in gpt2.train(SMALL, params, [(b["ids"], b["targets"]) for b in batches], lambda step: 1e-3)]
+    theirs = [
+        loss for loss, _ in gpt2.train(SMALL, params, [(b["ids"], b["targets"]) for b in batches], lambda step: 1e-3)
+    ]
     ours = [run.step(step, 1e-3).loss for step in range(1, 11)]
     print("largest difference of a loss", max(abs(a - b) for a, b in zip(ours, theirs)))
     assert ours[0] > ours[-1]
@@ -339,7 +355,9 @@ def build(tmp_path_factory):
 
 def call(program, *words, threads=2):
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run([program, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, errors="replace")
+    return subprocess.run(
+        [program, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=environment, errors="replace"
+    )
 
 
 def checked(program):
@@ -397,7 +415,9 @@ def ten_steps(tmp_path_factory):
             write_model(folder / "model.bin", Weights(sizes | {"tie_embeddings": True}, "f32", start.get))
         run.load_params(start)
         if backend == "cpu":
-            (folder / "greedy.txt").write_text(" ".join(map(str, run.generate([ids[0]], 40, hg.Sampling(temperature=0)))))
+            (folder / "greedy.txt").write_text(
+                " ".join(map(str, run.generate([ids[0]], 40, hg.Sampling(temperature=0))))
+            )
         losses = [run.step(step, lr(step)).loss for step in range(1, 11)]
         (folder / f"losses_{backend}.txt").write_text("".join(f"{loss:.9f}\n" for loss in losses))
     return folder
@@ -422,7 +442,9 @@ def test_c_losses_are_the_packages(build, ten_steps, backend):
     assert losses[-1] < losses[0] - 0.2
 
 
-@pytest.mark.parametrize("change", [dict(beta2=0.96), dict(decay=0.1), dict(clip=0), dict(warmup=2), dict(steps=11), dict(lr=float("nan"))])
+@pytest.mark.parametrize(
+    "change", [dict(beta2=0.96), dict(decay=0.1), dict(clip=0), dict(warmup=2), dict(steps=11), dict(lr=float("nan"))]
+)
 def test_c_losses_of_another_run_fail(build, ten_steps, change):
     done = call(build(), *train_words(ten_steps, **change))
     assert done.returncode == 1 and "FAIL" in done.stdout.splitlines()[-1]
@@ -432,7 +454,9 @@ def test_c_results_do_not_depend_on_threads(build, ten_steps, tmp_path):
     """And a file that is read and written again, without a step's effect, keeps its bytes."""
     for threads in (1, 3):
         call(build(), *train_words(ten_steps, save=tmp_path / f"{threads}.bin"), threads=threads)
-    assert (tmp_path / "1.bin").read_bytes() == (tmp_path / "3.bin").read_bytes() != (ten_steps / "model.bin").read_bytes()
+    assert (
+        (tmp_path / "1.bin").read_bytes() == (tmp_path / "3.bin").read_bytes() != (ten_steps / "model.bin").read_bytes()
+    )
     call(build(), *train_words(ten_steps, lr=0, steps=1, save=tmp_path / "same.bin"))
     assert (tmp_path / "same.bin").read_bytes() == (ten_steps / "model.bin").read_bytes()
 
@@ -465,7 +489,9 @@ def test_c_learns_a_text(build, tmp_path):
 def test_c_a_sample_may_be_longer_than_the_stack(build, tmp_path):
     (tmp_path / "text.txt").write_text("to be, or not to be. " * 20)
     sizes = "--layers 1 --heads 1 --channels 4 --length 4 --batch 1 --steps 1 --sample 500000000".split()
-    with subprocess.Popen([build(), "--data", tmp_path / "text.txt", *sizes], stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [build(), "--data", tmp_path / "text.txt", *sizes], stdout=subprocess.PIPE, text=True
+    ) as child:
         while not (line := child.stdout.readline()).startswith("val loss"):
             assert line
         letter = child.stdout.read(1)
@@ -488,21 +514,24 @@ def test_c_draws_in_proportion(build):
     assert (np.abs(hits - 200_000 * p) < 6 * np.sqrt(200_000 * p)).all()
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--learning-rate", "1"], "[flags] flags are those of --help"),
-    (["--steps"], "[flags] --steps takes a value"),
-    (["--steps", "1x"], "[flags] --steps takes a number"),
-    (["--steps", "0"], "[flags] sizes are at least 1"),
-    (["--data", "/nowhere"], "[data] a text or a token shard"),
-    (["--data", "SHORT"], "[data] SHORT has more than 64 tokens"),
-    (["--data", "CUT"], "[data] CUT holds 9 tokens, by its header"),
-    (["--model", "SHORT"], "[model] SHORT begins with 20240326"),
-    (["--model", "MODEL_CUT"], "[model] MODEL_CUT holds"),
-    (["--model", "MODEL", "--length", "97"], "[model] --length is at most 96"),
-    (["--model", "MODEL", "--data", "SHARD"], "[data] token ids lie below 211, but got 300"),
-    (["--data", "WIDE"], "[data] token ids lie below 1073741824, but got 4294967295"),
-    (["--heads", "3"], "[model] channels are a multiple of heads"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rate", "1"], "[flags] flags are those of --help"),
+        (["--steps"], "[flags] --steps takes a value"),
+        (["--steps", "1x"], "[flags] --steps takes a number"),
+        (["--steps", "0"], "[flags] sizes are at least 1"),
+        (["--data", "/nowhere"], "[data] a text or a token shard"),
+        (["--data", "SHORT"], "[data] SHORT has more than 64 tokens"),
+        (["--data", "CUT"], "[data] CUT holds 9 tokens, by its header"),
+        (["--model", "SHORT"], "[model] SHORT begins with 20240326"),
+        (["--model", "MODEL_CUT"], "[model] MODEL_CUT holds"),
+        (["--model", "MODEL", "--length", "97"], "[model] --length is at most 96"),
+        (["--model", "MODEL", "--data", "SHARD"], "[data] token ids lie below 211, but got 300"),
+        (["--data", "WIDE"], "[data] token ids lie below 1073741824, but got 4294967295"),
+        (["--heads", "3"], "[model] channels are a multiple of heads"),
+    ],
+)
 def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
     from handgrad.data import id_dtype, write_shard
 
@@ -519,14 +548,24 @@ def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
 
 def test_c_help_names_every_flag(build):
     done = call(build(), "--help")
-    assert done.returncode == 0 and set(re.findall(r"^--\S+", done.stdout, re.M)) == {"--check"} | set(re.findall(r'\{"(--\w+)"', C_SOURCE))
+    assert done.returncode == 0 and set(re.findall(r"^--\S+", done.stdout, re.M)) == {"--check"} | set(
+        re.findall(r'\{"(--\w+)"', C_SOURCE)
+    )
 
 
 # ---- the exercises of chapter 2, solved ------------------------------------------------------------------------------
 
+
 def test_c_exercise_1_the_mean_goes_missing(build):
-    source = replaced(C_SOURCE, "(dyr[c] * w[c] - mean - nr[c] * mean_n)", "(dyr[c] * w[c] - nr[c] * mean_n)",
-                      "mean += dyr[c] * w[c] / C;\n      mean_n", "mean_n", "real mean = 0, mean_n = 0;\n", "real mean_n = 0;\n")
+    source = replaced(
+        C_SOURCE,
+        "(dyr[c] * w[c] - mean - nr[c] * mean_n)",
+        "(dyr[c] * w[c] - nr[c] * mean_n)",
+        "mean += dyr[c] * w[c] / C;\n      mean_n",
+        "mean_n",
+        "real mean = 0, mean_n = 0;\n",
+        "real mean_n = 0;\n",
+    )
     code, right, _, _ = checked(build("double", source))
     # As in chapter 1: the last norm's own parameters see its dy, which is right; everything before it sees its dx.
     assert code == 1 and right == {"ln_f w", "ln_f b"}
@@ -535,15 +574,21 @@ def test_c_exercise_1_the_mean_goes_missing(build):
 def test_c_exercise_2_gelu_again(build, ten_steps):
     source = replaced(
         C_SOURCE,
-        "real *u, *a;            // MLP before and after GELU: (N, 4C) both", "real *u;",
-        ".u = reals(rows * 4 * C), .a = reals(rows * 4 * C),", ".u = reals(rows * 4 * C),",
-        "real *dx, *dbranch, *d3, *d4;", "real *a, *dx, *dbranch, *d3, *d4;",
-        "b.logits = reals(rows * c.V);", "b.logits = reals(rows * c.V), b.a = reals(rows * 4 * C);",
-        "gelu(s->a, s->u,", "gelu(f->a, s->u,",
-        "linear(f->branch, s->a,", "linear(f->branch, f->a,",
+        "real *u, *a;            // MLP before and after GELU: (N, 4C) both",
+        "real *u;",
+        ".u = reals(rows * 4 * C), .a = reals(rows * 4 * C),",
+        ".u = reals(rows * 4 * C),",
+        "real *dx, *dbranch, *d3, *d4;",
+        "real *a, *dx, *dbranch, *d3, *d4;",
+        "b.logits = reals(rows * c.V);",
+        "b.logits = reals(rows * c.V), b.a = reals(rows * 4 * C);",
+        "gelu(s->a, s->u,",
+        "gelu(f->a, s->u,",
+        "linear(f->branch, s->a,",
+        "linear(f->branch, f->a,",
         "  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, s->a,",
         "  gelu(f->a, s->u, (size_t)N * 4 * C);\n  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, f->a,",
-    )  # fmt: skip
+    )
     # Of a layer's (16 + H T / C) C + 2 numbers for each row, 4C go: at most a quarter. One more tanh a number is the price.
     assert checked(build("double", source))[0] == 0
     assert call(build(source=source), *train_words(ten_steps)).returncode == 0
@@ -552,8 +597,10 @@ def test_c_exercise_2_gelu_again(build, ten_steps):
 def test_c_exercise_3_two_halves_make_a_batch(build, ten_steps):
     source = replaced(
         C_SOURCE,
-        "  memset(m->grads, 0, m->count * sizeof(real));\n", "",
-        "pn[i] /= N;", "pn[i] /= 2 * N;  // each half is half of the mean",
+        "  memset(m->grads, 0, m->count * sizeof(real));\n",
+        "",
+        "pn[i] /= N;",
+        "pn[i] /= 2 * N;  // each half is half of the mean",
         "    double loss = forward(model, buffers, ids, targets, B, T);\n    backward(model, buffers, ids, targets, B, T);\n",
         """    double loss = 0;
     memset(model->grads, 0, model->count * sizeof(real));
@@ -563,7 +610,7 @@ def test_c_exercise_3_two_halves_make_a_batch(build, ten_steps):
       backward(model, buffers, some, their_targets, B / 2, T);
     }
 """,
-    )  # fmt: skip
+    )
     assert call(build(source=source), *train_words(ten_steps)).returncode == 0
 
 
@@ -607,10 +654,15 @@ static void forward_step(const Model *m, Buffers *f, int id, int t) {
 
 static void sample(const Model"""
     source = replaced(
-        C_SOURCE, "static void sample(const Model", step,
-        "forward(model, f, text + length - T, NULL, 1, T);", "forward_step(model, f, text[length - 1], length - 1);",
-        "draw_token(f->logits + (size_t)(T - 1) * V, V,", "draw_token(f->logits, V,",
-        "    int T = length < longest ? length : longest;\n", "    if (length > longest) fail(\"[sample] no room\");\n",
-    )  # fmt: skip
+        C_SOURCE,
+        "static void sample(const Model",
+        step,
+        "forward(model, f, text + length - T, NULL, 1, T);",
+        "forward_step(model, f, text[length - 1], length - 1);",
+        "draw_token(f->logits + (size_t)(T - 1) * V, V,",
+        "draw_token(f->logits, V,",
+        "    int T = length < longest ? length : longest;\n",
+        '    if (length > longest) fail("[sample] no room");\n',
+    )
     # A row of matrices costs 12 L C^2 multiplications, t kept keys 2 L t C, the head V C: t times fewer than before.
     assert greedy(build(source=source), ten_steps) == (ten_steps / "greedy.txt").read_text().split()

@@ -59,7 +59,10 @@ def test_the_listing_is_the_golden_one(name):
         path.write_text(got, encoding="utf-8")
     want = path.read_text(encoding="utf-8") if path.exists() else ""
     diff = difflib.unified_diff(want.splitlines(), got.splitlines(), str(path.name), "now", lineterm="", n=1)
-    assert got == want, "the computation changed; if that is meant: HANDGRAD_GOLDEN=write pytest tests/test_listings.py\n" + "\n".join(diff)
+    assert got == want, (
+        "the computation changed; if that is meant: HANDGRAD_GOLDEN=write pytest tests/test_listings.py\n"
+        + "\n".join(diff)
+    )
 
 
 def test_no_golden_file_is_left_over():
@@ -71,7 +74,9 @@ def test_a_change_of_the_computation_shows():
 
 
 def test_a_line_names_the_model_code_that_asked_for_the_call():
-    source = (Path(__file__).parents[1] / "src" / "handgrad" / "models" / "gpt2.py").read_text(encoding="utf-8").splitlines()
+    source = (
+        (Path(__file__).parents[1] / "src" / "handgrad" / "models" / "gpt2.py").read_text(encoding="utf-8").splitlines()
+    )
     for line in listing(train()).splitlines():
         file, number = line.split()[-1].split(":")
         if file == "gpt2.py":  # the rest is the trainer's: norm, update, load

@@ -27,14 +27,36 @@ SHAPES = [  # vocabulary, longest sequence, layers, heads, width
     (129, 33, 3, 2, 10),
     (1, 1, 1, 1, 1),
 ]
-BLOCK = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-         "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+BLOCK = [
+    "ln_1.weight",
+    "ln_1.bias",
+    "attn.c_attn.weight",
+    "attn.c_attn.bias",
+    "attn.c_proj.weight",
+    "attn.c_proj.bias",
+    "ln_2.weight",
+    "ln_2.bias",
+    "mlp.c_fc.weight",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+]
 
 
 def torch_model(V, T, L, H, C, seed=0):
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=V, n_positions=T, n_layer=L, n_head=H, n_embd=C, bos_token_id=None, eos_token_id=None,
-                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        vocab_size=V,
+        n_positions=T,
+        n_layer=L,
+        n_head=H,
+        n_embd=C,
+        bos_token_id=None,
+        eos_token_id=None,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     model = GPT2LMHeadModel(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 0.1, 0.3)
@@ -48,6 +70,7 @@ def header(*words, **more):
 
 def ordered(tensors, L, rows):
     """[(tensor, layers)] in the file's order, matrices (out, in); `tensors`: transformers' name -> array."""
+
     def of(name):
         t = torch.as_tensor(tensors[f"transformer.{name}"])
         return t.T if name.startswith("h.") and t.ndim == 2 else t
@@ -70,7 +93,15 @@ def raw(t, dtype=torch.float32):
 def model_bytes(model, dtype=torch.float32, rows=None):
     c = model.config
     rows = rows or -(-c.vocab_size // 128) * 128
-    words = 20240326, {torch.float32: 3, torch.bfloat16: 5}[dtype], c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd
+    words = (
+        20240326,
+        {torch.float32: 3, torch.bfloat16: 5}[dtype],
+        c.n_positions,
+        c.vocab_size,
+        c.n_layer,
+        c.n_head,
+        c.n_embd,
+    )
     return header(*words, rows) + b"".join(raw(t, dtype) for t in ordered(model.state_dict(), c.n_layer, rows))
 
 
@@ -143,7 +174,7 @@ SMALL = model_bytes(torch_model(*SHAPES[2]))
 def test_p1_a_file_cut_off_or_grown_is_refused(tmp_path, length, grown):
     """Without the check of the size, tensors before the cut would pass."""
     path = tmp_path / "a.bin"
-    path.write_bytes(SMALL + SMALL[:1 + length] if grown else SMALL[:length])
+    path.write_bytes(SMALL + SMALL[: 1 + length] if grown else SMALL[:length])
     line = told(llmc.read_model, path)
     assert line.startswith("[llmc] ") and ("bytes" in line or "magic" in line)
 
@@ -163,19 +194,28 @@ def test_p1_a_damaged_header_never_reads_another_model(tmp_path, place, word):
         assert bytes(data) == SMALL or (place == 5 and 10 % word == 0) or place == 3 and 0 < word <= 256
 
 
-@pytest.mark.parametrize(("data", "part"), [
-    (b"", "but got 0 bytes. hint: it was not made by llm.c, or a download stored an error page"),
-    (b"<!DOCTYPE html>" + bytes(2000), "with the magic number 20240326, but got the magic number "),
-    (header(20240520, 1, 5), "is a model of llm.c, with the magic number 20240326, but got token shards of llm.c."),
-    (header(20240327, 2), "but got a debug state of llm.c."),
-    (header(20240326, 1), "is of version 3 or 5, but got 1. hint: an old version: llm.c's train_gpt2.py writes it anew"),
-    (header(20240326, 6), "is of version 3 or 5, but got 6."),
-    (SMALL[:500], "begins with 1024 bytes of header, but got 500. hint: it is cut off"),
-    (SMALL[:-1], f"is {len(SMALL)} bytes long, by its header, but got {len(SMALL) - 1}. hint: it is cut off"),
-    (header(20240326, 3, 8, 9, 1, 3, 8, 9), "gives a hidden_size that is a multiple of num_heads, but got 8 and 3 heads."),
-    (header(20240326, 3, 8, 9, 1, 1, 8, 8), "pads its vocabulary of 9, but got 8 rows."),
-    (header(20240326, 3, 8, 9, 0, 1, 8, 9), "gives num_layers as a number from 1 on, but got 0."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"", "but got 0 bytes. hint: it was not made by llm.c, or a download stored an error page"),
+        (b"<!DOCTYPE html>" + bytes(2000), "with the magic number 20240326, but got the magic number "),
+        (header(20240520, 1, 5), "is a model of llm.c, with the magic number 20240326, but got token shards of llm.c."),
+        (header(20240327, 2), "but got a debug state of llm.c."),
+        (
+            header(20240326, 1),
+            "is of version 3 or 5, but got 1. hint: an old version: llm.c's train_gpt2.py writes it anew",
+        ),
+        (header(20240326, 6), "is of version 3 or 5, but got 6."),
+        (SMALL[:500], "begins with 1024 bytes of header, but got 500. hint: it is cut off"),
+        (SMALL[:-1], f"is {len(SMALL)} bytes long, by its header, but got {len(SMALL) - 1}. hint: it is cut off"),
+        (
+            header(20240326, 3, 8, 9, 1, 3, 8, 9),
+            "gives a hidden_size that is a multiple of num_heads, but got 8 and 3 heads.",
+        ),
+        (header(20240326, 3, 8, 9, 1, 1, 8, 8), "pads its vocabulary of 9, but got 8 rows."),
+        (header(20240326, 3, 8, 9, 0, 1, 8, 9), "gives num_layers as a number from 1 on, but got 0."),
+    ],
+)
 def test_p1_what_is_wrong_with_a_model_is_said(tmp_path, data, part):
     (tmp_path / "a.bin").write_bytes(data)
     line = told(llmc.read_model, tmp_path / "a.bin")
@@ -200,7 +240,12 @@ def read_debug(path, sizes):
     assert words[:2].tolist() == [20240327, 2]
     B, T = words[2:4].tolist()
     found, at = {}, 1024
-    for name, dtype, shape in [("x", "<i4", (B, T)), ("y", "<i4", (B, T)), ("logits", "<f4", (B, T, sizes["vocab_size"])), ("loss", "<f4", ())]:
+    for name, dtype, shape in [
+        ("x", "<i4", (B, T)),
+        ("y", "<i4", (B, T)),
+        ("logits", "<f4", (B, T, sizes["vocab_size"])),
+        ("loss", "<f4", ()),
+    ]:
         found[name] = np.fromfile(path, dtype, int(np.prod(shape)), offset=at).reshape(shape)
         at += found[name].nbytes
     layout = llmc.Layout(sizes, padded(sizes["vocab_size"]))
@@ -232,7 +277,9 @@ def test_p1_a_debug_state_and_the_gradients_in_it(tmp_path, shards):
         def batch(self, *args, **kwargs):
             return {"ids": debug["x"], "targets": debug["y"]}
 
-    trainer = Trainer(open_source(tmp_path / "model.bin").model, AdamW(), Batch(), micro_batch=B, init=weights, val=False)
+    trainer = Trainer(
+        open_source(tmp_path / "model.bin").model, AdamW(), Batch(), micro_batch=B, init=weights, val=False
+    )
     assert abs(trainer.step(1, 0.0).loss - loss.item()) < 1e-6
     for name, ours in trainer.grads().items():
         theirs = debug[f"d {name}"]  # the tolerance that llm.c's own float32 test has, without its factor of the value
@@ -263,22 +310,30 @@ def test_p1_a_tokenizer_file_of_the_library(tmp_path):
     assert [file.bytes_of(id) for id in range(50257)] == [tokenizers.gpt2().bytes_of(id) for id in range(50257)]
 
 
-@pytest.mark.parametrize(("data", "part"), [
-    (header(20240328, 1, 3), "is of version 2, but got 1."),
-    (header(20240328, 2, 3, 3) + b"\1a\1b\1c", "gives tokens, and one of them as an end, but got 3 and 3."),
-    (header(20240328, 2, -1, 0) + b"\1a", "but got -1 and 0."),
-    (header(20240328, 2, 2**31 - 1, 0) + b"\1a", "but got 2147483647 and 0."),
-    (header(20240328, 2, 2, 0) + b"\1a\3bc", "holds 2 tokens and ends there, but got 2 in 1029 bytes. hint: it is cut off or damaged"),
-    (header(20240328, 2, 2, 0) + b"\3abc", "holds 2 tokens and ends there, but got 1 in "),
-    (header(20240328, 2, 2, 0) + b"\1a\1b\1c", "holds 2 tokens and ends there, but got 2 in "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (header(20240328, 1, 3), "is of version 2, but got 1."),
+        (header(20240328, 2, 3, 3) + b"\1a\1b\1c", "gives tokens, and one of them as an end, but got 3 and 3."),
+        (header(20240328, 2, -1, 0) + b"\1a", "but got -1 and 0."),
+        (header(20240328, 2, 2**31 - 1, 0) + b"\1a", "but got 2147483647 and 0."),
+        (
+            header(20240328, 2, 2, 0) + b"\1a\3bc",
+            "holds 2 tokens and ends there, but got 2 in 1029 bytes. hint: it is cut off or damaged",
+        ),
+        (header(20240328, 2, 2, 0) + b"\3abc", "holds 2 tokens and ends there, but got 1 in "),
+        (header(20240328, 2, 2, 0) + b"\1a\1b\1c", "holds 2 tokens and ends there, but got 2 in "),
+    ],
+)
 def test_p1_what_is_wrong_with_a_tokenizer_is_said(tmp_path, data, part):
     (tmp_path / "t.bin").write_bytes(data)
     assert part in told(llmc.read_tokenizer, tmp_path / "t.bin")
 
 
 def test_p1_tokens_that_do_not_fit_and_tables_that_cannot_encode(tmp_path):
-    assert "1 to 255 bytes long, but got token 1 of 256." in told(llmc.write_tokenizer, tmp_path / "t.bin", [b"a", b"b" * 256], 0)
+    assert "1 to 255 bytes long, but got token 1 of 256." in told(
+        llmc.write_tokenizer, tmp_path / "t.bin", [b"a", b"b" * 256], 0
+    )
     line = told(tokenizers.from_tokens, [b"a", b"bc"])
     assert "can encode text if it is GPT-2's, or holds characters, but got 2 other tokens." in line
     assert "other tokens" in told(tokenizers.from_tokens, [b"a", b"\xff"])
@@ -330,7 +385,12 @@ def test_p1_training_states_of_all_processes_are_read(tmp_path, ranks, zero, cou
             theirs = theirs.T if name.startswith("h.") and theirs.ndim == 2 else theirs
             assert (state.read(flat, name)[: len(theirs)] == theirs).all(), (flat, name)
     for rank, loader in enumerate(state.loaders):
-        assert (loader.rng, loader.rng_before_update, loader.shard, loader.sample) == (7 + (1 << 32), 8, rank, 40 + rank)
+        assert (loader.rng, loader.rng_before_update, loader.shard, loader.sample) == (
+            7 + (1 << 32),
+            8,
+            rank,
+            40 + rank,
+        )
         if shuffled:
             assert loader.shard_order.tolist() == [2, 0, 1] and loader.sample_order.tolist() == [3, 1, 0, 2]
             assert loader.twister.tolist() == [5, 619, *range(624), 0, 0x9908B0DF]
@@ -378,7 +438,11 @@ def test_p1_a_training_state_continues_bit_for_bit(tmp_path, dtype, master, zero
     state = load_file(run / "step_000004" / "state.rank00.safetensors")
 
     def theirs(flat):
-        named = param if flat == "param" else {name[len(flat) + 1 :]: t for name, t in state.items() if name.startswith(flat + ".")}
+        named = (
+            param
+            if flat == "param"
+            else {name[len(flat) + 1 :]: t for name, t in state.items() if name.startswith(flat + ".")}
+        )
         named = {name: t[: source.model.vocab_size] if name == "wte.weight" else t for name, t in named.items()}
         return {f"transformer.{name}": t.T if name.startswith("h.") and t.ndim == 2 else t for name, t in named.items()}
 
@@ -404,7 +468,9 @@ def test_p1_a_training_state_continues_bit_for_bit(tmp_path, dtype, master, zero
     assert f"go on: handgrad train --run.resume {tmp_path / 'ours'}" in capsys.readouterr().out
     about = tmp_path / "ours" / "step_000004" / "run.json"
     saved = json.loads(about.read_text())
-    assert saved["tokens"] == 0  # llm.c's place in its data says nothing about ours: it begins anew, except in this test
+    assert (
+        saved["tokens"] == 0
+    )  # llm.c's place in its data says nothing about ours: it begins anew, except in this test
     about.write_text(json.dumps(saved | {"tokens": 4 * 4 * 16}))
     # settings that the files do not say
     again = TRAIN[TRAIN.index("--run.micro-batch") :]

@@ -73,8 +73,12 @@ def test_p2_a_model_in_llmcs_order(shards, tmp_path, layers):
     assert (residual != np.float32(0.02 / (2 * layers) ** 0.5)) == (layers == 6)
     wanted = [("wte.weight", 97 * C, 0.02), ("wpe.weight", 20 * C, 0.02)]
     for i in range(layers):
-        wanted += [(f"h.{i}.attn.c_attn.weight", 3 * C * C, 0.02), (f"h.{i}.attn.c_proj.weight", C * C, float(residual)),
-                   (f"h.{i}.mlp.c_fc.weight", 4 * C * C, 0.02), (f"h.{i}.mlp.c_proj.weight", 4 * C * C, float(residual))]
+        wanted += [
+            (f"h.{i}.attn.c_attn.weight", 3 * C * C, 0.02),
+            (f"h.{i}.attn.c_proj.weight", C * C, float(residual)),
+            (f"h.{i}.mlp.c_fc.weight", 4 * C * C, 0.02),
+            (f"h.{i}.mlp.c_proj.weight", 4 * C * C, float(residual)),
+        ]
     theirs = torchs(tmp_path, [(n, std) for _, n, std in wanted])
     at = 0
     for name, n, _ in wanted:
@@ -94,5 +98,7 @@ def test_p2_124m_in_seconds():
 
 def test_an_unknown_start_is_refused(shards, tiny):
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=32)
-    with pytest.raises(HandgradError, match=r"\[train\] weights start as 'random', 'llmc', or a model on disk, but got 'lmc'"):
+    with pytest.raises(
+        HandgradError, match=r"\[train\] weights start as 'random', 'llmc', or a model on disk, but got 'lmc'"
+    ):
         hg.Trainer(tiny(), hg.optim.AdamW(), data, micro_batch=2, init="lmc")

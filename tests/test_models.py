@@ -55,11 +55,15 @@ def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
     assert error < 1e-6
 
 
-@pytest.mark.parametrize("name", ["norm_backward", "linear_backward_x", "attention_backward", "linear_backward_w", "embed_backward"])
+@pytest.mark.parametrize(
+    "name", ["norm_backward", "linear_backward_x", "attention_backward", "linear_backward_w", "embed_backward"]
+)
 def test_one_percent_in_one_rule_is_caught(tiny, monkeypatch, name):
     kind = type(OPS[name])
     right = kind.ref
-    monkeypatch.setattr(kind, "ref", lambda self, v: tuple(None if out is None else 1.01 * out for out in right(self, v)))
+    monkeypatch.setattr(
+        kind, "ref", lambda self, v: tuple(None if out is None else 1.01 * out for out in right(self, v))
+    )
     assert difference(tiny(vocab_size=23, hidden_size=24)) > 1e-4
 
 
@@ -100,7 +104,9 @@ def compare(model, torch_model, to_ours, pattern, dtype="f32", seq_len=T):
     params = to_ours({name: p.detach().numpy() for name, p in torch_model.named_parameters()})
     errors = {}
     logits, loss = torch_model(ids, targets)
-    errors["logits"] = relative(run_logits(model, params, batches[0]["ids"], dtype), logits.detach().flatten(0, 1).float().numpy())
+    errors["logits"] = relative(
+        run_logits(model, params, batches[0]["ids"], dtype), logits.detach().flatten(0, 1).float().numpy()
+    )
     loss.backward()
     want = to_ours({name: p.grad.numpy() for name, p in torch_model.named_parameters()})
     run = Trainer(model, AdamW(**OPTIM), tokens, micro_batch=B, dtype=dtype, val=False, sample=False)
@@ -116,7 +122,10 @@ def compare(model, torch_model, to_ours, pattern, dtype="f32", seq_len=T):
 
 def report(title, errors, ours, theirs):
     worst = sorted((e, name) for name, e in errors.items() if name != "logits")[-3:]
-    print(f"\n{title}: logits {errors['logits']:.1e}; worst gradients " + ", ".join(f"{n} {e:.1e}" for e, n in worst[::-1]))
+    print(
+        f"\n{title}: logits {errors['logits']:.1e}; worst gradients "
+        + ", ".join(f"{n} {e:.1e}" for e, n in worst[::-1])
+    )
     print("losses  handgrad " + " ".join(f"{x:.5f}" for x in ours))
     print("        PyTorch  " + " ".join(f"{x:.5f}" for x in theirs))
 
@@ -174,9 +183,18 @@ class Judge(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        config = transformers.GPT2Config(vocab_size=model.vocab_size, n_positions=model.max_seq_len, n_layer=model.num_layers,
-                                         n_head=model.num_heads, n_embd=model.hidden_size, attn_pdrop=0.0, resid_pdrop=0.0,
-                                         embd_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+        config = transformers.GPT2Config(
+            vocab_size=model.vocab_size,
+            n_positions=model.max_seq_len,
+            n_layer=model.num_layers,
+            n_head=model.num_heads,
+            n_embd=model.hidden_size,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         torch.manual_seed(0)
         self.inner = transformers.GPT2LMHeadModel(config)
         with torch.no_grad():  # biases and norms start at 0 and 1, where mistakes hide
@@ -212,10 +230,20 @@ def test_random_gpt2_equals_transformers(model, shards):
 # sizes -----------------------------------------------------------------------------------------------------------------
 
 COUNTS = {  # with the vocabulary padded to 50304 rows
-    "gpt2-124m": 124_475_904, "gpt2-355m": 354_871_296, "gpt2-774m": 774_090_240, "gpt2-1558m": 1_557_686_400,
-    "d6": 30_357_504, "d12": 124_475_904, "d24": 354_871_296, "d36": 774_090_240, "d48": 1_557_686_400,
-    "d60": 2_754_259_200, "d72": 7_316_887_680, "d84": 12_220_657_920, "gpt3:c768": 125_262_336,
-}  # fmt: skip
+    "gpt2-124m": 124_475_904,
+    "gpt2-355m": 354_871_296,
+    "gpt2-774m": 774_090_240,
+    "gpt2-1558m": 1_557_686_400,
+    "d6": 30_357_504,
+    "d12": 124_475_904,
+    "d24": 354_871_296,
+    "d36": 774_090_240,
+    "d48": 1_557_686_400,
+    "d60": 2_754_259_200,
+    "d72": 7_316_887_680,
+    "d84": 12_220_657_920,
+    "gpt3:c768": 125_262_336,
+}
 
 
 @pytest.mark.parametrize("name", names())
@@ -225,7 +253,9 @@ def test_presets_have_their_parameters(name):
     C = model.hidden_size
     by_formula = (model.vocab_padded + model.max_seq_len + 2) * C + model.num_layers * (12 * C * C + 13 * C)
     assert p.num_params == by_formula == COUNTS.get(name, COUNTS.get(name.removeprefix("gpt2:"), by_formula))
-    assert C % model.num_heads == 0 and model.max_seq_len == (2048 if name.startswith("gpt3") else 64 if name == "tiny" else 1024)
+    assert C % model.num_heads == 0 and model.max_seq_len == (
+        2048 if name.startswith("gpt3") else 64 if name == "tiny" else 1024
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "loss", "logits", "prefill", "decode"])
@@ -237,7 +267,11 @@ def test_the_parameters_and_their_order(tiny, mode, dropout):
     parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     want = [("wte.weight", True, "embed"), ("wpe.weight", True, "embed")]
     for i in range(model.num_layers):
-        want += [(f"h.{i}.{part}.{kind}", ".c_" in part and kind == "weight", f"h.{i}") for part in parts for kind in ("weight", "bias")]
+        want += [
+            (f"h.{i}.{part}.{kind}", ".c_" in part and kind == "weight", f"h.{i}")
+            for part in parts
+            for kind in ("weight", "bias")
+        ]
     want += [("ln_f.weight", False, "head"), ("ln_f.bias", False, "head"), ("lm_head.weight", True, "head")]
     assert [(name, info.decay, info.block) for name, info in p.params.items()] == want
 
@@ -249,16 +283,29 @@ def test_the_gpt3_sizes():
         p = Program(mode="loss")
         gpt2(f"gpt3:c{width}").forward(p, batch(p, 1, 8))
         sizes[width] = round(p.num_params / 1e9, 3)
-    assert sizes == {384: 0.031, 1024: 0.356, 1536: 0.760, 2048: 1.316, 2560: 2.652, 4096: 6.659, 5140: 12.854, 12288: 174.605}
+    assert sizes == {
+        384: 0.031,
+        1024: 0.356,
+        1536: 0.760,
+        2048: 1.316,
+        2560: 2.652,
+        4096: 6.659,
+        5140: 12.854,
+        12288: 174.605,
+    }
 
 
 def test_one_dial_sizes():
     assert preset("d8") == dict(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024, vocab_size=50257)
-    with pytest.raises(HandgradError, match=r"\[model\] a preset is one of tiny, gpt2-124m, .* or d<layers>, but got 'gpt5'"):
+    with pytest.raises(
+        HandgradError, match=r"\[model\] a preset is one of tiny, gpt2-124m, .* or d<layers>, but got 'gpt5'"
+    ):
         preset("gpt5")
 
 
-@pytest.mark.parametrize("bad", [dict(num_layers=0), dict(num_heads=5), dict(dropout=1.0), dict(vocab_size=0), dict(dropout=-0.1)])
+@pytest.mark.parametrize(
+    "bad", [dict(num_layers=0), dict(num_heads=5), dict(dropout=1.0), dict(vocab_size=0), dict(dropout=-0.1)]
+)
 def test_sizes_that_cannot_be_are_refused(bad):
     with pytest.raises(HandgradError, match=r"\[model\]"):
         gpt2("124m", **bad)
@@ -267,7 +314,10 @@ def test_sizes_that_cannot_be_are_refused(bad):
 def test_initial_weights_are_seeded_and_scaled(tiny, shards):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=16)
     model = tiny(hidden_size=192, num_layers=3)
-    a, b, other = (Trainer(model, AdamW(), tokens, micro_batch=1, seed=seed, val=False, sample=False).params() for seed in (1, 1, 2))
+    a, b, other = (
+        Trainer(model, AdamW(), tokens, micro_batch=1, seed=seed, val=False, sample=False).params()
+        for seed in (1, 1, 2)
+    )
     for name, w in a.items():
         assert np.array_equal(w, b[name])
         if name.endswith("bias"):

@@ -12,7 +12,9 @@ from handgrad.ops.adamw.reference import join_weight, split_weight
 from handgrad.optim import AdamW, schedules
 
 
-@pytest.mark.parametrize(("kind", "final", "last"), [("cosine", 0.1, 0.1), ("linear", 0.0, 0.0), ("constant", None, 1.0), ("wsd", 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "final", "last"), [("cosine", 0.1, 0.1), ("linear", 0.0, 0.0), ("constant", None, 1.0), ("wsd", 0.0, 0.0)]
+)
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_every_schedule_warms_up_peaks_and_ends(kind, final, last, warmup):
     lr = schedules.schedule(kind, 2.0, warmup, 100, final)
@@ -30,18 +32,27 @@ def test_schedules_at_known_points():
     assert wsd(80) == 1.0 and wsd(85) == pytest.approx(0.5) and wsd(100) == 0.0
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    (("cosin", 1.0, 0, 10), r"\[schedule\] the kind is one of cosine, linear, constant, wsd, but got 'cosin'"),
-    (("cosine", 1.0, 11, 10), r"\[schedule\] warm-up lies between 0 and the 10 steps of the run, but got 11"),
-    (("cosine", 1.0, -1, 10), r"\[schedule\] warm-up .* but got -1"),
-    (("constant", 1.0, 0, 10, 0.5), r"\[schedule\] a constant schedule ends at its peak \(final 1.0\), but got 0.5"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("cosin", 1.0, 0, 10), r"\[schedule\] the kind is one of cosine, linear, constant, wsd, but got 'cosin'"),
+        (("cosine", 1.0, 11, 10), r"\[schedule\] warm-up lies between 0 and the 10 steps of the run, but got 11"),
+        (("cosine", 1.0, -1, 10), r"\[schedule\] warm-up .* but got -1"),
+        (
+            ("constant", 1.0, 0, 10, 0.5),
+            r"\[schedule\] a constant schedule ends at its peak \(final 1.0\), but got 0.5",
+        ),
+    ],
+)
 def test_a_schedule_that_cannot_be_is_refused(arguments, text):
     with pytest.raises(HandgradError, match=text):
         schedules.schedule(*arguments)
 
 
-@pytest.mark.parametrize("bad", [dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1.0), dict(weight_decay=float("nan")), dict(clip=-1.0)])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1.0), dict(weight_decay=float("nan")), dict(clip=-1.0)],
+)
 def test_hyperparameters_out_of_range_are_refused(bad):
     with pytest.raises(HandgradError, match=r"\[optim\]"):
         AdamW(**bad)
@@ -84,11 +95,16 @@ def test_ten_steps_of_adamw_equal_pytorch(clip, backend, dtype):
     rng = np.random.default_rng(0)
     starts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
     grads = [{name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(10)]
-    weights, norms = ours(AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=clip), starts, grads, dtype, backend)
+    weights, norms = ours(
+        AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=clip), starts, grads, dtype, backend
+    )
 
     torch_params = {name: torch.nn.Parameter(torch.tensor(w, dtype=torch.float64)) for name, w in starts.items()}
-    judge = torch.optim.AdamW([{"params": [torch_params["w"]], "weight_decay": 0.1}, {"params": [torch_params["norm"]], "weight_decay": 0.0}],
-                              betas=(0.9, 0.95), eps=1e-8)
+    judge = torch.optim.AdamW(
+        [{"params": [torch_params["w"]], "weight_decay": 0.1}, {"params": [torch_params["norm"]], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     for i, step in enumerate(grads, 1):
         for name, g in step.items():
             torch_params[name].grad = torch.tensor(g, dtype=torch.float64)

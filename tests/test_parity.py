@@ -88,10 +88,21 @@ def test_p3_without_overfit_every_step_has_its_own_batch(shards):
 
 # descriptor: parameters with the padded vocabulary, from llm.c's own formula
 SIZES = {
-    "d6": 30_357_504, "d12": 124_475_904, "d24": 354_871_296, "d36": 774_090_240, "d48": 1_557_686_400,
-    "d60": 2_754_259_200, "d72": 7_316_887_680, "d84": 12_220_657_920, "gpt3:c768": 125_262_336,
-}  # fmt: skip
-NAMES = [*SIZES, *(f"gpt2:{name}" for name in list(SIZES)[:8]), *(f"gpt3:c{c}" for c in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288))]
+    "d6": 30_357_504,
+    "d12": 124_475_904,
+    "d24": 354_871_296,
+    "d36": 774_090_240,
+    "d48": 1_557_686_400,
+    "d60": 2_754_259_200,
+    "d72": 7_316_887_680,
+    "d84": 12_220_657_920,
+    "gpt3:c768": 125_262_336,
+}
+NAMES = [
+    *SIZES,
+    *(f"gpt2:{name}" for name in list(SIZES)[:8]),
+    *(f"gpt3:c{c}" for c in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288)),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,24 +140,43 @@ def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
         module.page()
 
 
-@pytest.mark.parametrize(("words", "part"), [
-    ("--data.train", "--data.train takes text"), ("--data.val", "--data.val takes text"),
-    ("--model.preset d0", "a preset is one of"), ("--run.out", "--run.out takes text"),
-    ("--run.telemetry-every -1", "a number from 0 on"), ("--run.save-every -1", "a number from 0 on"),
-    ("--run.keep-last -1", "a number from 0 on"), ("--run.save-every 10 --run.keep-every 15", "a multiple of --run.save-every 10"),
-    ("--run.save-every 0 --run.keep-every 15", "a multiple of --run.save-every 0"), ("--run.resume", "takes text"),
-    ("--run.micro-batch 0", "a number from 1 on"), ("--data.seq-len -1", "a number from 0 on"),
-    ("--data.batch-tokens 100", "must be a multiple of seq_len"), ("--run.steps -1", "a number from 0 on"),
-    ("--optim.schedule step", "one of cosine, linear, constant, wsd"), ("--optim.lr fast", "takes a number"),
-    ("--optim.warmup -1", "a number from 0 on"), ("--optim.final -1", "a number from 0 on"),
-    ("--optim.weight-decay -1", "weight_decay"), ("--run.skip-loss-z -1", "a number from 0 on"),
-    ("--run.skip-grad-z nan", "a number from 0 on"), ("--run.val-every -1", "a number from 0 on"),
-    ("--run.val-tokens -1", "a number from 0 on"), ("--run.sample-every -1", "a number from 0 on"),
-    ("--run.sample-tokens -1", "a number from 0 on"), ("--run.hellaswag nowhere", "nowhere"),
-    ("--data.overfit=1", "takes nothing"), ("--run.dtype fp16", "one of auto, f32, tf32, bf16"),
-    ("--run.master-weights=1", "takes nothing"), ("--run.recompute 1", "one of none, act, act_norm, block"),
-    ("-y 1", "after the verb come flags"), ("--run.telemetry-every 5 --run.backend cpu", "a run without one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--data.train", "--data.train takes text"),
+        ("--data.val", "--data.val takes text"),
+        ("--model.preset d0", "a preset is one of"),
+        ("--run.out", "--run.out takes text"),
+        ("--run.telemetry-every -1", "a number from 0 on"),
+        ("--run.save-every -1", "a number from 0 on"),
+        ("--run.keep-last -1", "a number from 0 on"),
+        ("--run.save-every 10 --run.keep-every 15", "a multiple of --run.save-every 10"),
+        ("--run.save-every 0 --run.keep-every 15", "a multiple of --run.save-every 0"),
+        ("--run.resume", "takes text"),
+        ("--run.micro-batch 0", "a number from 1 on"),
+        ("--data.seq-len -1", "a number from 0 on"),
+        ("--data.batch-tokens 100", "must be a multiple of seq_len"),
+        ("--run.steps -1", "a number from 0 on"),
+        ("--optim.schedule step", "one of cosine, linear, constant, wsd"),
+        ("--optim.lr fast", "takes a number"),
+        ("--optim.warmup -1", "a number from 0 on"),
+        ("--optim.final -1", "a number from 0 on"),
+        ("--optim.weight-decay -1", "weight_decay"),
+        ("--run.skip-loss-z -1", "a number from 0 on"),
+        ("--run.skip-grad-z nan", "a number from 0 on"),
+        ("--run.val-every -1", "a number from 0 on"),
+        ("--run.val-tokens -1", "a number from 0 on"),
+        ("--run.sample-every -1", "a number from 0 on"),
+        ("--run.sample-tokens -1", "a number from 0 on"),
+        ("--run.hellaswag nowhere", "nowhere"),
+        ("--data.overfit=1", "takes nothing"),
+        ("--run.dtype fp16", "one of auto, f32, tf32, bf16"),
+        ("--run.master-weights=1", "takes nothing"),
+        ("--run.recompute 1", "one of none, act, act_norm, block"),
+        ("-y 1", "after the verb come flags"),
+        ("--run.telemetry-every 5 --run.backend cpu", "a run without one"),
+    ],
+)
 def test_p4_every_flag_is_validated(tmp_path, monkeypatch, capsys, words, part):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *words.split()]) == 2
@@ -265,7 +295,12 @@ def test_p8_t9_spikes_and_what_is_not_finite_change_nothing(tiny, shards):
 
 def test_p13_mfu_is_llmcs_and_knows_the_cards_that_it_does_not():
     assert flops_per_token(SIZES["d12"], 12, 768, 1024) == 6 * SIZES["d12"] + 6 * 12 * 768 * 1024
-    known = {"NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDIA GeForce RTX 4090": 165.2}
+    known = {
+        "NVIDIA A100-SXM4-80GB": 312.0,
+        "NVIDIA H100 80GB HBM3": 989.4,
+        "NVIDIA H100 PCIe": 756.0,
+        "NVIDIA GeForce RTX 4090": 165.2,
+    }
     assert {name: peaks(name).bf16 for name in known} == pytest.approx(known, rel=1e-3)
     for name in ("NVIDIA H200", "NVIDIA B200", "NVIDIA GeForce RTX 5090", "NVIDIA L4", "NVIDIA L40S", "NVIDIA A10"):
         assert peaks(name).bf16 > 100
@@ -294,7 +329,9 @@ def test_p15_t13_a_check_that_fails_is_an_exit_code(monkeypatch, capsys):
         def wrong(plan):
             arena = alloc(plan)
             fetch = arena.fetch
-            arena.fetch = lambda tensor: lambda: fetch(tensor)() * np.float32(1.01) if tensor.dtype.unit else fetch(tensor)()
+            arena.fetch = lambda tensor: (
+                lambda: fetch(tensor)() * np.float32(1.01) if tensor.dtype.unit else fetch(tensor)()
+            )
             return arena
 
         with pytest.MonkeyPatch.context() as patch:

@@ -8,47 +8,53 @@ from handgrad.optim import AdamW
 from handgrad.train.mfu import flops_per_token, mfu
 
 
-@pytest.mark.parametrize(("name", "bf16"), [
-    ("NVIDIA H100 80GB HBM3", 989.4),  # SXM; 1979 is with sparsity
-    ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA H100 NVL", 835.5),
-    ("NVIDIA H200", 989.4),
-    ("NVIDIA H200 NVL", 835.5),
-    ("NVIDIA GH200 480GB", 989.4),
-    ("NVIDIA B200", 2250),
-    ("NVIDIA GB200", 2500),
-    ("NVIDIA A100-SXM4-80GB", 312),
-    ("A100-SXM4-40GB", 312),  # as older drivers have it
-    ("NVIDIA A100 80GB PCIe", 312),
-    ("NVIDIA A10", 125),
-    ("NVIDIA A40", 149.7),
-    ("NVIDIA L4", 121),
-    ("NVIDIA L40", 181),
-    ("NVIDIA L40S", 362),
-    ("NVIDIA GeForce RTX 3090", 71),  # sums in float32: 142 is with sums in float16
-    ("NVIDIA GeForce RTX 4090", 165.2),
-    ("NVIDIA GeForce RTX 5090", 209.5),
-    ("NVIDIA RTX 6000 Ada Generation", 364.2),
-    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),  # SXM; 1979 is with sparsity
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("A100-SXM4-40GB", 312),  # as older drivers have it
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 3090", 71),  # sums in float32: 142 is with sums in float16
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+    ],
+)
 def test_known_names(name, bf16):
     assert peaks(name).bf16 == bf16
 
 
-@pytest.mark.parametrize("name", [
-    "NVIDIA H100 80GB HBM3 MIG 3g.40gb",  # a part of a card
-    "NVIDIA H100 64GB HBM2",  # made for one customer
-    "NVIDIA A100-SXM-64GB",
-    "NVIDIA A10G",  # not an A10
-    "NVIDIA A100-40C",  # a virtual card
-    "NVIDIA GeForce RTX 4090 Laptop GPU",
-    "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 4080 SUPER",
-    "Tesla V100-SXM2-16GB",
-    "NVIDIA H100",
-    "B",
-    "",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",  # a part of a card
+        "NVIDIA H100 64GB HBM2",  # made for one customer
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A10G",  # not an A10
+        "NVIDIA A100-40C",  # a virtual card
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4080 SUPER",
+        "Tesla V100-SXM2-16GB",
+        "NVIDIA H100",
+        "B",
+        "",
+    ],
+)
 def test_other_cards_are_measured_not_guessed(name):
     assert peaks(name) is None
 
@@ -69,9 +75,15 @@ def test_figures_of_a_card_agree(name):
 
 
 # published or measured on one H100: llm.c's table in tokens a second, and the share that it stands for
-@pytest.mark.parametrize(("name", "speed", "percent"), [
-    ("124m", 548_400, 44.5), ("355m", 208_600, 48.1), ("774m", 96_200, 47.9), ("1558m", 48_190, 47.8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "speed", "percent"),
+    [
+        ("124m", 548_400, 44.5),
+        ("355m", 208_600, 48.1),
+        ("774m", 96_200, 47.9),
+        ("1558m", 48_190, 47.8),
+    ],
+)
 def test_mfu_is_llm_c_s(name, speed, percent):
     from handgrad.core.dtypes import BF16
     from handgrad.train.record import record_train

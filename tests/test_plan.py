@@ -28,8 +28,12 @@ SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
 def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
     """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
     chunks = chunks_of(micro_batch * seq_len, 0, 512)
-    train = record_train(model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates)
-    return open_backend("cpu").plan(train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype))
+    train = record_train(
+        model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates
+    )
+    return open_backend("cpu").plan(
+        train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype)
+    )
 
 
 def spans(layout, index):
@@ -87,7 +91,9 @@ def test_no_overlap_and_near_the_lower_bound(shape, policy, accumulates):
     padding = 0 if accumulates else 2 * ALIGN * len(layout.programs[0].params)
     assert peak <= layout.bound <= peak + padding
     print(f"activations {size:,} B, lower bound {peak:,} B: {100 * (size / peak - 1):.3f} % more")
-    assert peak <= size <= (1.02 if accumulates else 1.04) * peak  # gradients cannot move, so a little is lost beside them
+    assert (
+        peak <= size <= (1.02 if accumulates else 1.04) * peak
+    )  # gradients cannot move, so a little is lost beside them
 
 
 def test_regions_and_flat_vectors_lie_side_by_side():
@@ -106,12 +112,17 @@ def test_regions_and_flat_vectors_lie_side_by_side():
     assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(stretches, stretches[1:]))
     assert stretches[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
     for other in layout.programs[1:]:  # evaluation and generation read the very weights that are trained
-        assert all(layout.offset[info.tensor] == layout.offset[p.params[name].tensor] for name, info in other.params.items())
+        assert all(
+            layout.offset[info.tensor] == layout.offset[p.params[name].tensor] for name, info in other.params.items()
+        )
 
 
 def test_place_fills_gaps():
     """Big ones first; a later small one goes below a big one that is dead by then."""
-    a, b, c = (Lifetime(Call(None, (), (), {}, "", "", "", {}, F32), n * ALIGN, first, last) for n, first, last in ((4, 0, 1), (2, 1, 2), (4, 2, 3)))
+    a, b, c = (
+        Lifetime(Call(None, (), (), {}, "", "", "", {}, F32), n * ALIGN, first, last)
+        for n, first, last in ((4, 0, 1), (2, 1, 2), (4, 2, 3))
+    )
     offsets, top = place([a, b, c])
     assert top == 6 * ALIGN and offsets[a.owner] == offsets[c.owner] == 0 and offsets[b.owner] == 4 * ALIGN
 
@@ -162,8 +173,10 @@ def test_activations_in_the_gradients_memory_change_nothing(one_pass, tiny, monk
     model = tiny()
     apart = one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=True)
     assert same(apart, one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=False))
-    assert same(one_pass(model, "rounded", dtype=dtype, policy=policy, accumulates=True),
-                one_pass(model, "poisoned", dtype=dtype, policy=policy, accumulates=False))
+    assert same(
+        one_pass(model, "rounded", dtype=dtype, policy=policy, accumulates=True),
+        one_pass(model, "poisoned", dtype=dtype, policy=policy, accumulates=False),
+    )
     monkeypatch.setattr(planner, "gradient_spans", unborn)
     assert overlap(spans(lay_out(model, 4, 16, F32, policy, False), 0)) is not None
 

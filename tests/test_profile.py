@@ -96,13 +96,16 @@ def test_command_by_call(capsys):
     assert "fwd h.0 linear N=16 K=64" in out
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    ("--steps 0", "--steps is at least 1, but got 0"),
-    ("--micro-batch 0", "--micro-batch is at least 1, but got 0"),
-    ("--trace /no/such/folder/t.json", "--trace names a file in a folder that exists"),
-    ("--by colour", "--by takes one of op, phase, block, call, but got 'colour'"),
-    ("--seq-len 4000", "the model reads at most 64 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--steps 0", "--steps is at least 1, but got 0"),
+        ("--micro-batch 0", "--micro-batch is at least 1, but got 0"),
+        ("--trace /no/such/folder/t.json", "--trace names a file in a folder that exists"),
+        ("--by colour", "--by takes one of op, phase, block, call, but got 'colour'"),
+        ("--seq-len 4000", "the model reads at most 64 tokens"),
+    ],
+)
 def test_mistakes_are_one_line(flags, line, capsys):
     assert main(["profile", "tiny", "--backend", "cpu", *flags.split()]) == 2
     out, err = capsys.readouterr()

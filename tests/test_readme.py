@@ -49,7 +49,21 @@ def test_shell_commands(folder, command):
 
 def test_the_table_names_real_flags(folder):
     """Every flag that the README mentions is in some --help."""
-    helps = "".join(run(f"handgrad {verb} --help", folder) for verb in ("train", "generate", "explain", "data text", "data fineweb", "eval", "convert", "report", "ops", "profile"))
+    helps = "".join(
+        run(f"handgrad {verb} --help", folder)
+        for verb in (
+            "train",
+            "generate",
+            "explain",
+            "data text",
+            "data fineweb",
+            "eval",
+            "convert",
+            "report",
+            "ops",
+            "profile",
+        )
+    )
     for flag in set(re.findall(r"--[a-z][a-z.\-]+", README)):
         assert flag in helps, flag
 
@@ -67,7 +81,10 @@ def test_data_command(folder):
     command = re.search(r"`(handgrad data text [^`]*)`", README)[1].replace("FILE...", "play.txt")
     run(command, folder)
     train = re.search(r"`(handgrad train --data.train [^`]*)`", README)[1]
-    run(f"{train} --run.steps 3 --run.micro-batch 2 --run.sample-tokens 8 --run.val-tokens 256 --model.num-layers 1", folder)
+    run(
+        f"{train} --run.steps 3 --run.micro-batch 2 --run.sample-tokens 8 --run.val-tokens 256 --model.num-layers 1",
+        folder,
+    )
 
 
 def test_python_example(tmp_path):

@@ -30,9 +30,21 @@ def shell(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "handgrad").write_text(f"#!/usr/bin/env bash\n{handgrad}\n")
         (folder / "handgrad").chmod(0o755)
-        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PAUSE": "0", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PAUSE": "0",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
-        start = dict(cwd=tmp_path, start_new_session=True, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        start = dict(
+            cwd=tmp_path,
+            start_new_session=True,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         command = ["bash", str(ROOT / "runs" / script), *words]
         return subprocess.Popen(command, **start) if background else subprocess.run(command, timeout=300, **start)
 
@@ -99,16 +111,19 @@ def test_its_time_and_cost_are_what_its_figures_say(shell, recipe):
 # the supervisor -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("codes", "starts", "code"), [
-    ((0,), 1, 0),
-    ((137, 139, 1, 0), 4, 0),  # killed, a crash, an exception; then the end
-    ((2, 0), 1, 2),  # a mistake would be made again
-    ((1, 2, 0), 2, 2),
-    ((130, 0), 1, 130),  # Ctrl-C
-    ((1,) * 9, 5, 1),  # dies at once, again and again
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("codes", "starts", "code"),
+    [
+        ((0,), 1, 0),
+        ((137, 139, 1, 0), 4, 0),  # killed, a crash, an exception; then the end
+        ((2, 0), 1, 2),  # a mistake would be made again
+        ((1, 2, 0), 2, 2),
+        ((130, 0), 1, 130),  # Ctrl-C
+        ((1,) * 9, 5, 1),  # dies at once, again and again
+    ],
+)
 def test_until_done(shell, tmp_path, codes, starts, code):
-    script = f'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) > n; c=({" ".join(map(str, codes))}); exit ${{c[$n]}}'
+    script = f"n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) > n; c=({' '.join(map(str, codes))}); exit ${{c[$n]}}"
     done = shell("until_done.sh", script, "handgrad", "train", "a b")
     assert (int((tmp_path / "n").read_text()), done.returncode) == (starts, code), done.stderr
     assert done.stderr.count("again in 0 s") == starts - 1

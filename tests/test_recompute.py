@@ -31,7 +31,9 @@ def kept(one_pass, tiny):
 
 def differences(a, b):
     """Names of what is not bit-identical."""
-    return [name for name in b[1] if a[1][name].tobytes() != b[1][name].tobytes()] + ["losses"] * (a[0].tobytes() != b[0].tobytes())
+    return [name for name in b[1] if a[1][name].tobytes() != b[1][name].tobytes()] + ["losses"] * (
+        a[0].tobytes() != b[0].tobytes()
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -67,14 +67,41 @@ def test_everything_that_lies_in_the_folder_is_shown(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"summary": summary | {"threads": 2}}))
     (tmp_path / "sample.txt").write_text("Speak, speak.\n")
     (tmp_path / "memory.txt").write_text("params   3.1 MiB\n")
-    (tmp_path / "eval.json").write_text(json.dumps({"step_000200": {"lambada": {"acc": 0.25, "acc_stderr": 0.0123, "of": 9}}}))
+    (tmp_path / "eval.json").write_text(
+        json.dumps({"step_000200": {"lambada": {"acc": 0.25, "acc_stderr": 0.0123, "of": 9}}})
+    )
     path = write_report(tmp_path)
     page = Page(path)
     assert path == tmp_path / "report.html" and PLACES.findall(path.read_text()) == list(drawn(path))
-    assert list(drawn(path)) == ["Loss, nats per token", "Gradient norm, before clipping", "Learning rate", "Throughput, tokens per second"]
+    assert list(drawn(path)) == [
+        "Loss, nats per token",
+        "Gradient norm, before clipping",
+        "Learning rate",
+        "Throughput, tokens per second",
+    ]
     last = [4.0 / (1 + step / 50) + 1.0 for step in (197, 198, 199)]
-    shown = ["gpt2 tiny", "a CPU · bf16", "810k", "809,856", "154k", f"{sum(last) / 3:.4f}", "mean of the last 3 steps", f"{last[-1] + 0.1:.4f}"]
-    shown += ["Speak, speak.", "params   3.1 MiB", "deep.er", "0.002", '"\\n"', "null", "1337", "threads", "lambada acc", "0.2500 ± 0.0123"]
+    shown = [
+        "gpt2 tiny",
+        "a CPU · bf16",
+        "810k",
+        "809,856",
+        "154k",
+        f"{sum(last) / 3:.4f}",
+        "mean of the last 3 steps",
+        f"{last[-1] + 0.1:.4f}",
+    ]
+    shown += [
+        "Speak, speak.",
+        "params   3.1 MiB",
+        "deep.er",
+        "0.002",
+        '"\\n"',
+        "null",
+        "1337",
+        "threads",
+        "lambada acc",
+        "0.2500 ± 0.0123",
+    ]
     assert [text for text in [*shown, "skipped: non-finite gradient"] if text not in page.texts] == []
 
 
@@ -156,7 +183,11 @@ def test_thinning_keeps_spikes_and_ends():
     points = [(step, step * 7919 % 101) for step in range(100_000)]
     points[77_777] = (77_777, 900)
     thin = curves.thin(points)
-    assert {(77_777, 900), points[0], points[-1]} <= set(thin) and len(thin) <= 2 * curves.POINTS + 2 and thin == sorted(thin)
+    assert (
+        {(77_777, 900), points[0], points[-1]} <= set(thin)
+        and len(thin) <= 2 * curves.POINTS + 2
+        and thin == sorted(thin)
+    )
 
 
 def test_the_mean_of_a_line_is_the_line():
@@ -179,7 +210,10 @@ def run_folder(folder, losses=(3.0, 2.5), settings=None, summary=None, **more):
 
 def test_the_throughput_is_the_median(tmp_path):
     """Not the last value, which a pause at the end, or a machine that sleeps, may spoil."""
-    lines = [{"step": step, "tokens_per_second": rate, "mfu": rate / 1e6} for step, rate in enumerate([9e5, 5e5, 5e5, 4e5, 7.0], 1)]
+    lines = [
+        {"step": step, "tokens_per_second": rate, "mfu": rate / 1e6}
+        for step, rate in enumerate([9e5, 5e5, 5e5, 4e5, 7.0], 1)
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert figures(read_run(tmp_path))["throughput"] == ("500k", "tokens per second, 50.0 % MFU, median")
 
@@ -200,14 +234,21 @@ def test_runs_are_compared(tmp_path):
     page, panels = Page(path), drawn(path)
     assert list(panels)[:2] == ["Training loss, nats per token", "Validation loss, nats per token"]
     assert [one["run"] for one in panels["Validation loss, nats per token"]["series"]] == [0, 1]
-    assert {"low", "high", "a CPU", "a GPU", "2.0 GiB", "optim.lr", "0.001", "0.002", "model.dropout", "–"} <= set(page.texts)
+    assert {"low", "high", "a CPU", "a GPU", "2.0 GiB", "optim.lr", "0.001", "0.002", "model.dropout", "–"} <= set(
+        page.texts
+    )
     assert not {"optim.beta1", "run.out", "data.batch_tokens"} & set(page.texts), "only what differs"
 
 
 def test_settings_that_differ(tmp_path):
-    runs = [run_folder(tmp_path / name, settings=one) for name, one in {
-        "a": {"x": 1, "same": {"y": 2}}, "b": {"x": 1.5, "same": {"y": 2}}, "c": {"same": {"y": 2}, "z": "<"},
-    }.items()]  # fmt: skip
+    runs = [
+        run_folder(tmp_path / name, settings=one)
+        for name, one in {
+            "a": {"x": 1, "same": {"y": 2}},
+            "b": {"x": 1.5, "same": {"y": 2}},
+            "c": {"same": {"y": 2}, "z": "<"},
+        }.items()
+    ]
     assert differences([read_run(run) for run in runs]) == [("x", ["1", "1.5", "–"]), ("z", ["–", "–", "&lt;"])]
 
 
@@ -220,16 +261,28 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 GPT2 = dict(num_layers=12, num_heads=12, hidden_size=768, vocab_size=50257, max_seq_len=1024)
 
 
-@pytest.mark.parametrize(("model", "lines"), [
-    (GPT2, [{"label": "OpenAI GPT-2 124M", "y": 3.424958}]),
-    (GPT2 | {"num_layers": 24, "num_heads": 16, "hidden_size": 1024}, [{"label": "OpenAI GPT-2 355M", "y": 3.083089}]),
-    (GPT2 | {"num_layers": 36, "num_heads": 20, "hidden_size": 1280}, [{"label": "OpenAI GPT-2 774M", "y": 3.000580}]),
-    (GPT2 | {"num_layers": 48, "num_heads": 25, "hidden_size": 1600}, [{"label": "OpenAI GPT-2 1558M", "y": 2.831273}]),
-    (GPT2 | {"num_layers": 11}, []),
-    (GPT2 | {"vocab_size": 64}, []),  # the loss of letters is no loss of words
-    (GPT2 | {"max_seq_len": 2048}, []),
-    ({}, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "lines"),
+    [
+        (GPT2, [{"label": "OpenAI GPT-2 124M", "y": 3.424958}]),
+        (
+            GPT2 | {"num_layers": 24, "num_heads": 16, "hidden_size": 1024},
+            [{"label": "OpenAI GPT-2 355M", "y": 3.083089}],
+        ),
+        (
+            GPT2 | {"num_layers": 36, "num_heads": 20, "hidden_size": 1280},
+            [{"label": "OpenAI GPT-2 774M", "y": 3.000580}],
+        ),
+        (
+            GPT2 | {"num_layers": 48, "num_heads": 25, "hidden_size": 1600},
+            [{"label": "OpenAI GPT-2 1558M", "y": 2.831273}],
+        ),
+        (GPT2 | {"num_layers": 11}, []),
+        (GPT2 | {"vocab_size": 64}, []),  # the loss of letters is no loss of words
+        (GPT2 | {"max_seq_len": 2048}, []),
+        ({}, []),
+    ],
+)
 def test_openais_lines_stand_where_they_apply(tmp_path, model, lines):
     run = run_folder(tmp_path / "a", [3.0] * 50, {"model": model}, hellaswag=0.29)
     panels = drawn(write_report(run))
@@ -242,16 +295,24 @@ def test_openais_lines_stand_where_they_apply(tmp_path, model, lines):
 
 def test_hellaswag_of_training_and_of_eval(tmp_path):
     run = run_folder(tmp_path / "a", [3.0] * 2, hellaswag=0.25)
-    later = {"step_000002": {"hellaswag": {"acc_llmc": 0.5, "acc_llmc_stderr": 0.01}}, "hf": {"hellaswag": {"acc_llmc": 0.9}}}
+    later = {
+        "step_000002": {"hellaswag": {"acc_llmc": 0.5, "acc_llmc_stderr": 0.01}},
+        "hf": {"hellaswag": {"acc_llmc": 0.9}},
+    }
     (run / "eval.json").write_text(json.dumps(later))
     panel = drawn(write_report(run))["HellaSwag accuracy, %"]["series"][0]
     assert (panel["x"], panel["y"]) == ([1, 2], [25.0, 50.0])
 
 
 def test_telemetry_is_drawn(tmp_path):
-    run = run_folder(tmp_path / "a", [3.0] * 2, {}, {"arena": "100.5 MiB"}, gpu={"memory": 2048, "power": 700.5, "throttled": "heat"})
+    run = run_folder(
+        tmp_path / "a", [3.0] * 2, {}, {"arena": "100.5 MiB"}, gpu={"memory": 2048, "power": 700.5, "throttled": "heat"}
+    )
     panels = drawn(write_report(run))
-    assert panels["GPU memory in use, GiB"]["series"][0]["y"] == [2.0, 2.0] and panels["GPU power, W"]["series"][0]["y"][0] == 700.5
+    assert (
+        panels["GPU memory in use, GiB"]["series"][0]["y"] == [2.0, 2.0]
+        and panels["GPU power, W"]["series"][0]["y"][0] == 700.5
+    )
     assert not [title for title in panels if "clock" in title or "temperature" in title]
     assert figures(read_run(run))["memory"] == ("100.5 MiB", "planned; 2.0 GiB on the card")
 
@@ -265,7 +326,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert main(["report", "a", "b"]) == 0 and "2 runs" in (tmp_path / "report.html").read_text()
     assert main(["report", "b", "a", "--out", "two.html"]) == 0 and (tmp_path / "two.html").exists()
     assert capsys.readouterr().out.split() == ["a/report.html", "one.html", "report.html", "two.html"]
-    for words, told in ((["nowhere"], "'nowhere'"), ([], "got none"), (["a", "--out", "no/where.html"], "no/where.html")):
+    for words, told in (
+        (["nowhere"], "'nowhere'"),
+        ([], "got none"),
+        (["a", "--out", "no/where.html"], "no/where.html"),
+    ):
         assert main(["report", *words]) == 2
         assert told in capsys.readouterr().err
 

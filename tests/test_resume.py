@@ -44,9 +44,23 @@ def config(words, out, **run):
         ModelConfig(num_layers=2, num_heads=2, hidden_size=32, max_seq_len=16, dropout=0.1),
         DataConfig(words, batch_tokens=64),
         OptimConfig(warmup=4),
-        RunConfig(**dict(out=str(out), steps=STEPS, micro_batch=2, threads=1, save_every=4, keep_last=9, val_every=5,
-                         val_tokens=64, sample_tokens=4, sample_every=3, prompt="a") | run),
-    )  # fmt: skip
+        RunConfig(
+            **dict(
+                out=str(out),
+                steps=STEPS,
+                micro_batch=2,
+                threads=1,
+                save_every=4,
+                keep_last=9,
+                val_every=5,
+                val_tokens=64,
+                sample_tokens=4,
+                sample_every=3,
+                prompt="a",
+            )
+            | run
+        ),
+    )
 
 
 def flags(c):
@@ -164,7 +178,9 @@ def test_overfitting_stays_on_its_batch(words, tmp_path):
     first = []
     for batch_tokens, steps in ((64, 4), (128, 6)):
         c = config(words, tmp_path / "run", steps=steps, resume="auto")
-        trainer = Run(replace(c, data=replace(c.data, batch_tokens=batch_tokens, overfit=True)), tmp_path / "run").trainer
+        trainer = Run(
+            replace(c, data=replace(c.data, batch_tokens=batch_tokens, overfit=True)), tmp_path / "run"
+        ).trainer
         assert trainer.data.ahead == 0
         first.append(next(iter(trainer.data.batch(0, micro_batch=1).values())))
         if steps == 4:
@@ -201,14 +217,25 @@ def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
     same(tmp_path / "run", whole("f32"))
 
 
-@pytest.mark.parametrize(("words_", "line"), [
-    ("nowhere", "[resume] there is a complete checkpoint to go on from, but got no folder 'nowhere'. "
-                "hint: --run.resume auto --run.out nowhere starts afresh where there is none"),
-    ("empty", "[resume] there is a complete checkpoint to go on from, but got none in 'empty'. "
-              "hint: --run.resume auto --run.out empty starts afresh where there is none"),
-    ("empty --run.out other", "[resume] --run.resume names the run folder, and --run.out the same or none, "
-                              "but got 'empty' and 'other'."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words_", "line"),
+    [
+        (
+            "nowhere",
+            "[resume] there is a complete checkpoint to go on from, but got no folder 'nowhere'. "
+            "hint: --run.resume auto --run.out nowhere starts afresh where there is none",
+        ),
+        (
+            "empty",
+            "[resume] there is a complete checkpoint to go on from, but got none in 'empty'. "
+            "hint: --run.resume auto --run.out empty starts afresh where there is none",
+        ),
+        (
+            "empty --run.out other",
+            "[resume] --run.resume names the run folder, and --run.out the same or none, but got 'empty' and 'other'.",
+        ),
+    ],
+)
 def test_a_folder_without_a_checkpoint_is_a_mistake(tmp_path, monkeypatch, capsys, words_, line):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -250,7 +277,11 @@ def test_p10_t8_another_micro_batch_reads_the_same_tokens(words, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_p10_t8_another_world_reads_the_same_tokens(words, world):
     data = trainer(words, None).data
-    parts = [data.batch(7, rank, world, micro_batch=1, micro_step=k)["ids"] for k in range(8 // world) for rank in range(world)]
+    parts = [
+        data.batch(7, rank, world, micro_batch=1, micro_step=k)["ids"]
+        for k in range(8 // world)
+        for rank in range(world)
+    ]
     assert np.array_equal(np.concatenate(parts), data.batch(7)["ids"])
 
 
@@ -330,14 +361,17 @@ def everything(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("words_", "part"), [
-    ("--model.hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
-    ("--model.depth 3", "[resume] the checkpoint's model has "),
-    ("--model.preset gpt2-124m", "[resume] the checkpoint's model has "),
-    ("--model.dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
-    ("--run.dtype bf16", "[resume] the checkpoint was trained in f32, but got bf16. hint: --run.dtype"),
-    ("--run.steps 11", "[resume] --run.steps is at least the checkpoint's step 12, but got 11."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words_", "part"),
+    [
+        ("--model.hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
+        ("--model.depth 3", "[resume] the checkpoint's model has "),
+        ("--model.preset gpt2-124m", "[resume] the checkpoint's model has "),
+        ("--model.dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
+        ("--run.dtype bf16", "[resume] the checkpoint was trained in f32, but got bf16. hint: --run.dtype"),
+        ("--run.steps 11", "[resume] --run.steps is at least the checkpoint's step 12, but got 11."),
+    ],
+)
 def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
     shutil.copytree(whole("f32"), tmp_path / "run")
     before = everything(tmp_path)
@@ -347,11 +381,19 @@ def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("config.json", b"{"), ("config.json", b"[]"), ("config.json", b'{"model": {}}'), ("log.jsonl", b"x\n{}\n"),
-    ("step_000012/run.json", b"{"), ("step_000012/run.json", b'{"step": 12}'),
-    ("step_000012/model.safetensors", b""), ("step_000012/state.rank00.safetensors", b"\xff" * 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model": {}}'),
+        ("log.jsonl", b"x\n{}\n"),
+        ("step_000012/run.json", b"{"),
+        ("step_000012/run.json", b'{"step": 12}'),
+        ("step_000012/model.safetensors", b""),
+        ("step_000012/state.rank00.safetensors", b"\xff" * 64),
+    ],
+)
 def test_resume_from_a_damaged_folder(whole, tmp_path, capsys, name, content):
     shutil.copytree(whole("f32"), tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)

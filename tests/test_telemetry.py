@@ -84,9 +84,17 @@ def test_the_card_of_the_run_is_read_wherever_nvml_counts_it(nvml):
     nvml()
     figures = Telemetry("0000:65:00.0").read()
     assert figures == {
-        "load": 99, "memory_load": 61, "power": 698.4, "power_limit": 700.0, "temperature": 64, "clock": 1605,
-        "max_clock": 1980, "memory_clock": 2619, "memory": 2048, "throttled": "power, heat",
-    }  # fmt: skip
+        "load": 99,
+        "memory_load": 61,
+        "power": 698.4,
+        "power_limit": 700.0,
+        "temperature": 64,
+        "clock": 1605,
+        "max_clock": 1980,
+        "memory_clock": 2619,
+        "memory": 2048,
+        "throttled": "power, heat",
+    }
     assert in_words(figures) == "gpu 99 % 698 W 64 C 1605 MHz, held back by power, heat"
     other = Telemetry("0000:17:00.0").read()
     assert (other["load"], other["fan"], other["throttled"]) == (0, 30, "")
@@ -99,11 +107,14 @@ def test_index_0_would_be_the_wrong_card(nvml):
     assert Telemetry(next(iter(CARDS)).decode()).read() != Telemetry("0000:65:00.0").read()
 
 
-@pytest.mark.parametrize(("bus", "started", "part"), [
-    ("", 0, "looks at a GPU, but got a run without one"),
-    ("0000:99:00.0", 0, "NVML knows the card at 0000:99:00.0, but got Not Found"),
-    ("0000:17:00.0", 9, "but got Driver Not Loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bus", "started", "part"),
+    [
+        ("", 0, "looks at a GPU, but got a run without one"),
+        ("0000:99:00.0", 0, "NVML knows the card at 0000:99:00.0, but got Not Found"),
+        ("0000:17:00.0", 9, "but got Driver Not Loaded"),
+    ],
+)
 def test_a_card_that_cannot_be_read_is_named(nvml, bus, started, part):
     nvml(started=started)
     with pytest.raises(HandgradError, match=part):
@@ -118,7 +129,10 @@ def test_without_the_package(monkeypatch):
 
 def test_the_bindings_have_every_function_that_is_called():
     source = open(sys.modules["handgrad.train.telemetry"].__file__).read()
-    names = {word.split("(")[0].rstrip(").,") for word in source.replace("n.nvml", " nvml").replace("n.NVML", " NVML").split()}
+    names = {
+        word.split("(")[0].rstrip(").,")
+        for word in source.replace("n.nvml", " nvml").replace("n.NVML", " NVML").split()
+    }
     names = {name for name in names if name.startswith(("nvmlDevice", "NVML_"))}
     assert len(names) >= 9 and all(hasattr(pynvml, name) for name in names), names
     assert isinstance(pynvml.c_nvmlUtilization_t(), ctypes.Structure)

@@ -29,8 +29,13 @@ TINY = (
 def words(tmp_path, monkeypatch):
     """The working folder, with a folder of shards `words`: 5000 ids below 97 for training, 500 for validation."""
     monkeypatch.chdir(tmp_path)
-    meta = {"tokenizer": {"kind": "chars", "characters": "".join(map(chr, range(33, 130)))}, "vocab_size": 97,
-            "dtype": "uint16", "train": {}, "val": {}}  # fmt: skip
+    meta = {
+        "tokenizer": {"kind": "chars", "characters": "".join(map(chr, range(33, 130)))},
+        "vocab_size": 97,
+        "dtype": "uint16",
+        "train": {},
+        "val": {},
+    }
     rng = np.random.default_rng(0)
     (tmp_path / "words").mkdir()
     for name, count in (("train_0.bin", 5000), ("val_0.bin", 500)):
@@ -74,9 +79,17 @@ def test_the_run_folder(words, capsys):
     assert train(*"--run.sample-tokens 8 --run.val-every 4 --run.save-every 2 --run.prompt abc".split()) == 0
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
-        "config.json", "log.jsonl", "main.log", "memory.txt", "report.html", "run.json", "sample.txt", "tokenizer-spec.json",
-        "step_000004", "step_000006",
-    }  # fmt: skip
+        "config.json",
+        "log.jsonl",
+        "main.log",
+        "memory.txt",
+        "report.html",
+        "run.json",
+        "sample.txt",
+        "tokenizer-spec.json",
+        "step_000004",
+        "step_000006",
+    }
     lines = log()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "val_loss" in line] == [4, 6]
@@ -87,7 +100,12 @@ def test_the_run_folder(words, capsys):
     out = capsys.readouterr().out
     assert text in out and "step 6/6 | loss" in out and "tok/s" in out and "in run: report.html" in out
     page = Path("run/report.html").read_text()
-    assert "<svg" in page and "hidden_size" in page and "abc" in page and not re.search("https?://", page.replace("http://www.w3.org", ""))
+    assert (
+        "<svg" in page
+        and "hidden_size" in page
+        and "abc" in page
+        and not re.search("https?://", page.replace("http://www.w3.org", ""))
+    )
     summary = json.loads(Path("run/run.json").read_text())["summary"]
     assert summary["tokens"] == 6 * 64 and summary["dtype"] in ("f32", "bf16") and summary["params"] > 20_000
 
@@ -97,9 +115,17 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
     table = capsys.readouterr().out
     saved = json.loads(Path("run/config.json").read_text())
     assert saved["model"] == {
-        "preset": "tiny", "depth": 0, "num_layers": 2, "num_heads": 2, "hidden_size": 32, "max_seq_len": 32,
-        "vocab_size": 97, "dropout": 0.1, "tie_embeddings": True, "init": "random",
-    }  # fmt: skip
+        "preset": "tiny",
+        "depth": 0,
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_size": 32,
+        "max_seq_len": 32,
+        "vocab_size": 97,
+        "dropout": 0.1,
+        "tie_embeddings": True,
+        "init": "random",
+    }
     assert (saved["data"]["seq_len"], saved["data"]["batch_tokens"]) == (32, 64)
     assert (saved["optim"]["final"], saved["optim"]["warmup"]) == (0.1, 2)
     assert (saved["run"]["out"], saved["run"]["dtype"] in ("f32", "bf16")) == ("run", True)
@@ -118,12 +144,15 @@ def test_defaults_are_the_recipe():
     assert c.data.train == "shakespeare"
 
 
-@pytest.mark.parametrize(("flags", "sizes"), [
-    ("--model.depth 1", (1, 1, 64, 1024)),
-    ("--model.preset d6 --model.num-layers 1", (1, 6, 384, 1024)),
-    ("--model.preset gpt3:c384 --model.num-layers 1 --model.max-seq-len 16", (1, 6, 384, 16)),
-    ("--model.preset gpt2-124m --model.num-layers 1 --model.hidden-size 24", (1, 12, 24, 1024)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ("--model.depth 1", (1, 1, 64, 1024)),
+        ("--model.preset d6 --model.num-layers 1", (1, 6, 384, 1024)),
+        ("--model.preset gpt3:c384 --model.num-layers 1 --model.max-seq-len 16", (1, 6, 384, 16)),
+        ("--model.preset gpt2-124m --model.num-layers 1 --model.hidden-size 24", (1, 12, 24, 1024)),
+    ],
+)
 def test_sizes_by_preset_dial_and_flag(words, flags, sizes):
     rest = "--data.train words --run.out run --run.threads 1 --run.steps 1 --run.micro-batch 1 --data.seq-len 16"
     assert main(["train", *rest.split(), "--run.val-every", "0", "--run.sample-tokens", "0", *flags.split()]) == 0
@@ -159,27 +188,45 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
 # mistakes that are known before: one line, and no run folder ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    ("--model.dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
-    ("--model.dropout -0.5", "[model] dropout lies in [0, 1), but got -0.5."),
-    ("--model.num-heads 5", "[model] hidden_size is a multiple of num_heads, but got 32 and 5 heads."),
-    ("--model.vocab-size 96", "[model] --model.vocab-size is at least the data's 97, but got 96."),
-    ("--optim.beta2 1", "[optim] both betas lie in [0, 1), but got (0.9, 1.0)."),
-    ("--optim.schedule constant --optim.final 0.5", "[schedule] a constant schedule ends at its peak (final 1.0), "
-                                                    "but got 0.5."),
-    ("--data.seq-len 33", "[train] the model reads at most 32 tokens, but got seq_len 33. hint: --model.max-seq-len"),
-    ("--data.batch-tokens 100", "[data] batch_tokens must be a multiple of seq_len 32, but got 100. "
-                                "hint: 96 or 128 would do"),
-    ("--data.batch-tokens 96", "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
-                               "hint: --data.batch-tokens, --run.micro-batch"),
-    ("--run.head-chunks 65", "[train] head_chunks lies between 1 and the 64 rows of a micro-batch, but got 65."),
-    ("--run.sample-tokens 1 --run.prompt €", "[run] --run.prompt is spelled with the data's characters, but got '€'. "
-                                             "hint: another, or --run.sample-tokens 0"),
-    ("--data.train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
-    ("--data.train nowhere --model.vocab-size 64",
-     f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
-    ("--data.val nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--model.dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
+        ("--model.dropout -0.5", "[model] dropout lies in [0, 1), but got -0.5."),
+        ("--model.num-heads 5", "[model] hidden_size is a multiple of num_heads, but got 32 and 5 heads."),
+        ("--model.vocab-size 96", "[model] --model.vocab-size is at least the data's 97, but got 96."),
+        ("--optim.beta2 1", "[optim] both betas lie in [0, 1), but got (0.9, 1.0)."),
+        (
+            "--optim.schedule constant --optim.final 0.5",
+            "[schedule] a constant schedule ends at its peak (final 1.0), but got 0.5.",
+        ),
+        (
+            "--data.seq-len 33",
+            "[train] the model reads at most 32 tokens, but got seq_len 33. hint: --model.max-seq-len",
+        ),
+        (
+            "--data.batch-tokens 100",
+            "[data] batch_tokens must be a multiple of seq_len 32, but got 100. hint: 96 or 128 would do",
+        ),
+        (
+            "--data.batch-tokens 96",
+            "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
+            "hint: --data.batch-tokens, --run.micro-batch",
+        ),
+        ("--run.head-chunks 65", "[train] head_chunks lies between 1 and the 64 rows of a micro-batch, but got 65."),
+        (
+            "--run.sample-tokens 1 --run.prompt €",
+            "[run] --run.prompt is spelled with the data's characters, but got '€'. "
+            "hint: another, or --run.sample-tokens 0",
+        ),
+        ("--data.train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+        (
+            "--data.train nowhere --model.vocab-size 64",
+            f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}",
+        ),
+        ("--data.val nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+    ],
+)
 def test_mistakes_in_settings(words, told, flags, line):
     assert told(*flags.split()) == line
 
@@ -202,16 +249,19 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(("how", "part"), [
-    ("missing", "at least one token shard must match"),
-    ("empty", "must hold tokens, but got an empty file."),
-    ("header cut off", "500"),
-    ("truncated", "must"),
-    ("too long", "must"),
-    ("wrong magic", "magic"),
-    ("wrong version", "version"),
-    ("a token of another vocabulary", "must hold ids below the vocabulary size 97, but got 97."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ("missing", "at least one token shard must match"),
+        ("empty", "must hold tokens, but got an empty file."),
+        ("header cut off", "500"),
+        ("truncated", "must"),
+        ("too long", "must"),
+        ("wrong magic", "magic"),
+        ("wrong version", "version"),
+        ("a token of another vocabulary", "must hold ids below the vocabulary size 97, but got 97."),
+    ],
+)
 def test_damaged_shards(words, told, split, how, part):
     path = words / "words" / f"{split}_0.bin"
     if split == "val" and how == "missing":
@@ -246,7 +296,9 @@ def test_a_bad_token_far_into_the_data_loses_no_work(words, told):
 
 def test_a_folder_holds_one_run(words, told):
     assert train() == 0
-    line = "[run] a run folder holds one run, but got 'run', which has a log. hint: --run.resume run, or another --run.out"
+    line = (
+        "[run] a run folder holds one run, but got 'run', which has a log. hint: --run.resume run, or another --run.out"
+    )
     assert told("--run.out", "run") == line
 
 

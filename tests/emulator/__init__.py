@@ -48,8 +48,10 @@ HERE = Path(__file__).parent
 INCLUDE = Path(backends.__file__).parent / "cuda" / "include"
 CACHE = Path(tempfile.gettempdir()) / f"handgrad-emulator-{os.getuid()}"
 TRAPS = "alignment,bounds,integer-divide-by-zero"  # what g++ checks at run time
-FLAGS = ("g++ -std=gnu++17 -O1 -fPIC -shared -nostartfiles -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -g1 -fno-strict-aliasing -fno-trapping-math -fno-math-errno "
-         f"-ftrivial-auto-var-init=pattern -fsanitize={TRAPS} -fsanitize-undefined-trap-on-error -DHG_HOST=1").split()  # fmt: skip
+FLAGS = (
+    "g++ -std=gnu++17 -O1 -fPIC -shared -nostartfiles -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -g1 -fno-strict-aliasing -fno-trapping-math -fno-math-errno "
+    f"-ftrivial-auto-var-init=pattern -fsanitize={TRAPS} -fsanitize-undefined-trap-on-error -DHG_HOST=1"
+).split()
 NAN = 0xFF  # a byte of NaN in f32 and in bf16
 
 
@@ -89,10 +91,17 @@ class EmulatedExecutable(Executable):
         self.knobs = arena.knobs(program)
         self.oracle = RefBackend(exact=False).bind(program, arena)
         launches = [launched(c, backend.gpu) for c in program.calls]
-        kernels = {source(step, c): None for c, todo in zip(program.calls, launches) for step in todo.steps if is_emulated(step)}
+        kernels = {
+            source(step, c): None
+            for c, todo in zip(program.calls, launches)
+            for step in todo.steps
+            if is_emulated(step)
+        }
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.libraries = dict(zip(kernels, pool.map(library, kernels)))
-        self.steps = [[self._bind(step, c, i) for step in todo.steps] for i, (c, todo) in enumerate(zip(program.calls, launches))]
+        self.steps = [
+            [self._bind(step, c, i) for step in todo.steps] for i, (c, todo) in enumerate(zip(program.calls, launches))
+        ]
         self.room = [todo.scratch for todo in launches]
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
@@ -136,8 +145,12 @@ class EmulatedExecutable(Executable):
     def _kernel(self, k: Kernel, c: Call) -> Callable[[], None]:
         gpu, grid = self.backend.gpu, (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid
         where = f"{k.entry} of {c.op.name} {c.sizes}"
-        assert 0 < k.block <= 1024 and k.shared <= gpu.shared, f"{where}: block {k.block}, {k.shared} bytes of shared memory"
-        assert len(grid) == 3 and all(0 < n <= most for n, most in zip(grid, (2**31 - 1, 65535, 65535))), f"{where}: grid {grid}"
+        assert 0 < k.block <= 1024 and k.shared <= gpu.shared, (
+            f"{where}: block {k.block}, {k.shared} bytes of shared memory"
+        )
+        assert len(grid) == 3 and all(0 < n <= most for n, most in zip(grid, (2**31 - 1, 65535, 65535))), (
+            f"{where}: grid {grid}"
+        )
         pointers, _, numbers = k.args.partition("|")
         slots, kinds = [], ""
         for word in pointers.split():
@@ -168,13 +181,20 @@ class EmulatedExecutable(Executable):
         dtype = c.dtype if tensor is None else tensor.dtype
         nbytes = int(np.prod(shape)) * dtype.size
         if tensor is not None:
-            assert at + nbytes <= self.arena.plan.offset[tensor] + tensor.nbytes, f"Gemm of {c.op.name}: {word} is larger than {tensor}"
+            assert at + nbytes <= self.arena.plan.offset[tensor] + tensor.nbytes, (
+                f"Gemm of {c.op.name}: {word} is larger than {tensor}"
+            )
         else:
-            assert at + nbytes <= self.arena.plan.scratch[c] + self.backend.scratch(c), f"Gemm of {c.op.name}: {word} leaves the scratch"
+            assert at + nbytes <= self.arena.plan.scratch[c] + self.backend.scratch(c), (
+                f"Gemm of {c.op.name}: {word} leaves the scratch"
+            )
         return self.arena.bytes[at : at + nbytes].view(NUMPY[dtype.name]).reshape(shape)
 
     def _gemm(self, g: Gemm, c: Call) -> Callable[[], None]:
-        a, b = self._matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)), self._matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n))
+        a, b = (
+            self._matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)),
+            self._matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n)),
+        )
         out = self._matrix(g.out, c, g.m, g.n)
         if g.epilogue == "exp":
             return self._exponentials(g, c, a, b, out)
@@ -222,8 +242,13 @@ class EmulatedExecutable(Executable):
 
 def cards(op: Op, case: Case, dtype: DType) -> dict[str, Gpu]:
     """The cards, by a name for what they are, on which a case launches something different."""
-    wanted = {"": Gpu(), "deterministic": Gpu(deterministic=True), "no cudnn": Gpu(cudnn=False),
-              "small": Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False), LAST_WAY: Gpu(LAST_WAY)}  # fmt: skip
+    wanted = {
+        "": Gpu(),
+        "deterministic": Gpu(deterministic=True),
+        "no cudnn": Gpu(cudnn=False),
+        "small": Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False),
+        LAST_WAY: Gpu(LAST_WAY),
+    }
     seen: list[tuple] = []
     for name, gpu in list(wanted.items()):
         steps = launched(case_program(op, case, dtype)[1], gpu).steps
@@ -249,7 +274,10 @@ def launched(c: Call, gpu: Gpu) -> Launches:
 def source(k: Kernel, c: Call) -> tuple[Path, tuple[str, ...]]:
     """What is compiled for a launch: the file and its defines."""
     tensors = (*zip(c.op.in_args, c.ins), *zip(c.op.out_args, c.outs))
-    types = {"HG_BF16": int(c.dtype is BF16), "HG_GRAD_BF16": int(any(a.kind == "grad" and t and t.dtype is BF16 for a, t in tensors))}
+    types = {
+        "HG_BF16": int(c.dtype is BF16),
+        "HG_GRAD_BF16": int(any(a.kind == "grad" and t and t.dtype is BF16 for a, t in tensors)),
+    }
     return c.op.folder / k.file, tuple(sorted(f"-D{name}={value}" for name, value in (types | k.defines).items()))
 
 
@@ -257,8 +285,12 @@ def check_signature(text: str, entry: str, kinds: str) -> None:
     """Asserts that the kernel's parameters, as they are written, are the ones that the launch passes."""
     text = re.sub(r"//.*|/\*.*?\*/", "", text)
     found = re.findall(rf"\b{entry}\s*\(([^)]*)\)\s*{{", text)
-    written = ["".join("p" if "*" in p else "f" if "float" in p else "i" for p in params.split(",")) for params in found]
-    assert not written or kinds in written, f"{entry} takes {' or '.join(written)} (p pointer, i whole number, f float), the launch passes {kinds}"
+    written = [
+        "".join("p" if "*" in p else "f" if "float" in p else "i" for p in params.split(",")) for params in found
+    ]
+    assert not written or kinds in written, (
+        f"{entry} takes {' or '.join(written)} (p pointer, i whole number, f float), the launch passes {kinds}"
+    )
 
 
 def build(command: list[str], name: str, text: str) -> Path:
@@ -310,19 +342,46 @@ class Library:
         assert hasattr(self.dll, name), f"{self.file} has no kernel '{name}' under these defines"
         return ctypes.cast(getattr(self.dll, name), ctypes.c_void_p)
 
-    def launch(self, entry: ctypes.c_void_p, slots: np.ndarray, num_slots: int, floats: int, grid: tuple[int, int, int], block: int, shared: int, reverse: bool) -> str:
+    def launch(
+        self,
+        entry: ctypes.c_void_p,
+        slots: np.ndarray,
+        num_slots: int,
+        floats: int,
+        grid: tuple[int, int, int],
+        block: int,
+        shared: int,
+        reverse: bool,
+    ) -> str:
         """Runs a grid; returns what went wrong, or nothing."""
         at = ctypes.c_void_p()
         said = self.runtime.emulator_launch(
-            entry, ctypes.c_void_p(slots.ctypes.data), num_slots, ctypes.c_uint64(floats), (ctypes.c_uint * 3)(*grid), block,
-            ctypes.c_uint64(shared), *self.static, int(reverse), ctypes.byref(at),
-        )  # fmt: skip
+            entry,
+            ctypes.c_void_p(slots.ctypes.data),
+            num_slots,
+            ctypes.c_uint64(floats),
+            (ctypes.c_uint * 3)(*grid),
+            block,
+            ctypes.c_uint64(shared),
+            *self.static,
+            int(reverse),
+            ctypes.byref(at),
+        )
         return "" if said is None else said.decode() + (self._line(at.value) if at.value else "")
 
     def _line(self, instruction: int) -> str:
         """The source line of an instruction, innermost first."""
-        base = next((int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(self.path.name)), None)
+        base = next(
+            (
+                int(line.split("-")[0], 16)
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if line.endswith(self.path.name)
+            ),
+            None,
+        )
         if base is None:
             return ""
-        lines = subprocess.run(["addr2line", "-i", "-e", str(self.path), hex(instruction - base)], capture_output=True, text=True).stdout.split("\n")
+        lines = subprocess.run(
+            ["addr2line", "-i", "-e", str(self.path), hex(instruction - base)], capture_output=True, text=True
+        ).stdout.split("\n")
         return " at " + ", called from ".join(Path(line.split(" ")[0]).name for line in lines if line)

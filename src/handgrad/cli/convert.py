@@ -16,8 +16,16 @@ from handgrad.core.errors import HandgradError
 from handgrad.infer.convert import to_hf, to_llmc, to_run
 from handgrad.infer.load import open_source
 
-OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", "vocab.json",
-              "merges.txt", "special_tokens_map.json")  # fmt: skip
+OF_A_MODEL = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "step_*",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)

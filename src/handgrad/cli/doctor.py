@@ -47,6 +47,8 @@ class Finding:
 @dataclass(frozen=True)
 class Settings:
     """The doctor asks nothing."""
+
+
 MODULES = {"cuda-bindings": "cuda.bindings.driver", "nvidia-cudnn-frontend": "cudnn"}
 
 

@@ -63,18 +63,30 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * a.micro_batch * T + 1, model.vocab_size)
         trainer = Trainer(
-            model, AdamW(), data.tokens(f"{folder}/random.bin", T, a.micro_batch * T), micro_batch=a.micro_batch,
-            backend=backend.name, dtype=dtype, recompute=a.recompute, head_chunks=a.head_chunks, threads=a.threads,
-            val=False, sample=False,
-        )  # fmt: skip
+            model,
+            AdamW(),
+            data.tokens(f"{folder}/random.bin", T, a.micro_batch * T),
+            micro_batch=a.micro_batch,
+            backend=backend.name,
+            dtype=dtype,
+            recompute=a.recompute,
+            head_chunks=a.head_chunks,
+            threads=a.threads,
+            val=False,
+            sample=False,
+        )
         limits = {"flops_limit": backend.peak_flops(dtype), "bytes_limit": bandwidth(backend)}
         found = profile(trainer, a.steps, **limits)
     show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {dtype}, {backend.hardware}")
-    print(f"a step that is not taken apart takes {1e3 * found.step_seconds:.3f} ms,"
-          f" {a.micro_batch * T / found.step_seconds:,.0f} tokens a second")
+    print(
+        f"a step that is not taken apart takes {1e3 * found.step_seconds:.3f} ms,"
+        f" {a.micro_batch * T / found.step_seconds:,.0f} tokens a second"
+    )
     if backend.is_asynchronous:
-        print("each call is started and awaited alone, which adds some microseconds to it: short calls look slower than"
-              " they are, and the sum passes the step")
+        print(
+            "each call is started and awaited alone, which adds some microseconds to it: short calls look slower than"
+            " they are, and the sum passes the step"
+        )
     if a.trace:
         try:
             found.write_trace(a.trace)
@@ -107,9 +119,13 @@ def show(found: Profile, by: str, headline: str) -> None:
     for row in rows:
         table.add_row(*cells(row, found.total, has_bound))
     total = Row(
-        "sum", len(found.calls), found.total, sum(r.nbytes for r in rows), sum(r.flops for r in rows),
+        "sum",
+        len(found.calls),
+        found.total,
+        sum(r.nbytes for r in rows),
+        sum(r.flops for r in rows),
         sum(r.bound for r in rows) if has_bound else None,
-    )  # fmt: skip
+    )
     table.add_row()
     table.add_row(*cells(total, found.total, has_bound))
     console = Console(highlight=False, markup=False, emoji=False)
@@ -129,8 +145,13 @@ def cells(row: Row, total: float, has_bound: bool) -> list[str]:
     """A row of the table."""
     seconds = max(row.seconds, 1e-9)
     line = [
-        row.name, str(row.calls), f"{1e3 * row.seconds:.3f}", f"{100 * row.seconds / max(total, 1e-9):.1f} %",
-        f"{row.nbytes / 1e6:,.1f}", f"{row.flops / 1e9:,.2f}" if row.flops else "-",
-        f"{row.nbytes / seconds / 1e9:,.1f}", f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
-    ]  # fmt: skip
+        row.name,
+        str(row.calls),
+        f"{1e3 * row.seconds:.3f}",
+        f"{100 * row.seconds / max(total, 1e-9):.1f} %",
+        f"{row.nbytes / 1e6:,.1f}",
+        f"{row.flops / 1e9:,.2f}" if row.flops else "-",
+        f"{row.nbytes / seconds / 1e9:,.1f}",
+        f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
+    ]
     return [*line, f"{100 * row.bound / seconds:.0f} %"] if has_bound else line

@@ -263,9 +263,11 @@ class Program:
         dtype = arg.dtype(self.dtype, self.grad_dtype)
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
             raise HandgradError(
-                op.name, f"'{arg.name}' is {shape} {dtype}", f"'{target.name}' {target.shape} {target.dtype}",
+                op.name,
+                f"'{arg.name}' is {shape} {dtype}",
+                f"'{target.name}' {target.shape} {target.dtype}",
                 context=f"recorded at {where}",
-            )  # fmt: skip
+            )
 
     def _fresh(self, stem: str) -> str:
         stem = f"{self._block}/{stem}" if self._block else stem

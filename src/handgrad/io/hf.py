@@ -19,8 +19,13 @@ from handgrad.io.weights import BLOCK, Weights, check_sizes
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILES = (CONFIG, "model*.safetensors", INDEX, "tokenizer*.json", "vocab.json", "merges.txt")  # what a download needs
-SIZES = {"vocab_size": "vocab_size", "max_seq_len": "n_positions", "num_layers": "n_layer", "num_heads": "n_head",
-         "hidden_size": "n_embd"}  # fmt: skip
+SIZES = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "hidden_size": "n_embd",
+}
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
 ONLY = {  # key: the values that our kernels compute, the library's default first
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -186,8 +186,10 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
     if not 1 <= processes <= 1 << 20 or header[10] < 0:
         raise HandgradError("llmc", f"{path} gives processes and step", f"{processes} and {header[10]}")
     size = path.stat().st_size
-    numbers = {name: int(header[at : at + 2].view("<u8")[0])
-               for name, at in dict(rng=20, rng_before_update=22, shard=30, sample=32).items()}  # fmt: skip
+    numbers = {
+        name: int(header[at : at + 2].view("<u8")[0])
+        for name, at in dict(rng=20, rng_before_update=22, shard=30, sample=32).items()
+    }
     for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides them; the file does not say, but its size does
         if any(n % parts for _, n in layout.places.values()):
             continue
@@ -203,8 +205,16 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
             at += 8 + 4 * count
         if len(orders) == 2 and at + TWISTER == size:
             shards, samples = (_read(path, np.dtype("<i4"), *order) for order in orders)
-            return header, Loader(**numbers, shard_order=shards, sample_order=samples,
-                                  twister=_read(path, np.dtype("<u4"), at + 8, 628)), parts  # fmt: skip
+            return (
+                header,
+                Loader(
+                    **numbers,
+                    shard_order=shards,
+                    sample_order=samples,
+                    twister=_read(path, np.dtype("<u4"), at + 8, 628),
+                ),
+                parts,
+            )
     rule = f"{path} holds the state of a model of {layout.count} numbers, on {processes} processes"
     raise HandgradError("llmc", rule, f"{size} bytes", hint="it is cut off, or another model's")
 

@@ -108,5 +108,11 @@ def _rules(library: tokenizers.Tokenizer) -> list[Any]:
     """What decides how a text is cut."""
     about = json.loads(library.to_str())
     cut = about["pre_tokenizer"] or {}
-    return [about["normalizer"], cut.get("type"), cut.get("add_prefix_space"), cut.get("use_regex"),
-            *(about["model"].get(key) for key in ("type", "vocab", "merges")), library.get_vocab()]  # fmt: skip
+    return [
+        about["normalizer"],
+        cut.get("type"),
+        cut.get("add_prefix_space"),
+        cut.get("use_regex"),
+        *(about["model"].get(key) for key in ("type", "vocab", "merges")),
+        library.get_vocab(),
+    ]

@@ -92,9 +92,17 @@ def explain(
     def lay_out(micro_batch: int, recompute: str, head_chunks: int, steps: int) -> tuple[Program, Plan]:
         chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)
         train = record_train(
-            model, optim, micro_batch, seq_len, kind, chunks=chunks, recompute=recompute, accumulates=steps > 1,
-            grad_dtype=DTYPES[grad_dtype], master=master_weights,
-        )  # fmt: skip
+            model,
+            optim,
+            micro_batch,
+            seq_len,
+            kind,
+            chunks=chunks,
+            recompute=recompute,
+            accumulates=steps > 1,
+            grad_dtype=DTYPES[grad_dtype],
+            master=master_weights,
+        )
         others = [record_loss(model, micro_batch, seq_len, kind, chunks)] if val else []
         others += record_engine(model, kind) if sample else ()
         return train, (plan if backend is None else backend.plan)(train, *others)

@@ -84,10 +84,18 @@ class Profile:
         ]
         at = 0.0
         for c, seconds in zip(self.calls, self.seconds):
-            events.append({
-                "ph": "X", "pid": 0, "tid": tracks[c.phase], "ts": 1e6 * at, "dur": 1e6 * seconds, "name": c.op.name,
-                "cat": c.phase, "args": arguments(c, seconds),
-            })  # fmt: skip
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": tracks[c.phase],
+                    "ts": 1e6 * at,
+                    "dur": 1e6 * seconds,
+                    "name": c.op.name,
+                    "cat": c.phase,
+                    "args": arguments(c, seconds),
+                }
+            )
             at += seconds
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 

@@ -55,9 +55,14 @@ def train(c: Config, quiet: bool = False) -> int:
     with undone_unless_begun(out, c.run.resume) as claim:
         run = Run(c, out)
         log = RunLog(
-            out, run.config.run.steps, resumed_at=run.done, tensorboard=c.run.tensorboard, wandb=c.run.wandb,
-            settings=asdict(run.config), quiet=quiet,
-        )  # fmt: skip
+            out,
+            run.config.run.steps,
+            resumed_at=run.done,
+            tensorboard=c.run.tensorboard,
+            wandb=c.run.wandb,
+            settings=asdict(run.config),
+            quiet=quiet,
+        )
         changed = changes(out, run.config) if run.done else ""
         if changed and run.done < run.config.run.steps:
             log.event(run.done, f"from here on {changed}")
@@ -103,10 +108,17 @@ def loop(run: "Run", log: RunLog) -> bool:
         hellaswag = run.ask() if is_asked(step) else None
         begin = time.perf_counter()
         log.step(
-            step, loss=loss, val_loss=val_loss, lr=run.lr(step), grad_norm=norm, tokens=c.data.batch_tokens,
-            step_seconds=seconds, mfu=run.mfu(c.data.batch_tokens / seconds), hellaswag=hellaswag,
+            step,
+            loss=loss,
+            val_loss=val_loss,
+            lr=run.lr(step),
+            grad_norm=norm,
+            tokens=c.data.batch_tokens,
+            step_seconds=seconds,
+            mfu=run.mfu(c.data.batch_tokens / seconds),
+            hellaswag=hellaswag,
             gpu=run.telemetry.read() if run.telemetry and due(step, r.telemetry_every) else None,
-        )  # fmt: skip
+        )
         if skipped:
             log.event(step, f"update skipped: {skipped}")
         if result.skips > r.max_skipped:
@@ -208,12 +220,29 @@ class Run:
     def _trainer(self, model: GPT2, optim: AdamW, data: hg_data.Tokens, out: Path, init: str | Weights) -> Trainer:
         r = self.config.run
         return Trainer(
-            model, optim, data, micro_batch=r.micro_batch, backend=r.backend, dtype=r.dtype,
-            master_weights=r.master_weights, grad_dtype=r.grad_dtype, deterministic=r.deterministic,
-            recompute=r.recompute, head_chunks=r.head_chunks, val=self.val is not None, sample=bool(self.prompt),
-            score=bool(self.hellaswag), seed=r.seed, threads=r.threads, out=out, skip_loss_z=r.skip_loss_z,
-            skip_grad_z=r.skip_grad_z, check=r.check, overfit=self.config.data.overfit, init=init,
-        )  # fmt: skip
+            model,
+            optim,
+            data,
+            micro_batch=r.micro_batch,
+            backend=r.backend,
+            dtype=r.dtype,
+            master_weights=r.master_weights,
+            grad_dtype=r.grad_dtype,
+            deterministic=r.deterministic,
+            recompute=r.recompute,
+            head_chunks=r.head_chunks,
+            val=self.val is not None,
+            sample=bool(self.prompt),
+            score=bool(self.hellaswag),
+            seed=r.seed,
+            threads=r.threads,
+            out=out,
+            skip_loss_z=r.skip_loss_z,
+            skip_grad_z=r.skip_grad_z,
+            check=r.check,
+            overfit=self.config.data.overfit,
+            init=init,
+        )
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Model flops as a fraction of the hardware's peak, where that is known."""
@@ -357,10 +386,17 @@ def priced(error: HandgradError, model: GPT2, c: Config, backend: Backend) -> Ha
     """The error of an arena that does not fit, with what each remedy would save."""
     r, d = c.run, c.data
     page = explain(
-        model, r.micro_batch, d.seq_len, dtype=r.dtype, backend=backend, recompute=r.recompute,
-        head_chunks=r.head_chunks, accumulation=d.batch_tokens // (r.micro_batch * d.seq_len), grad_dtype=r.grad_dtype,
+        model,
+        r.micro_batch,
+        d.seq_len,
+        dtype=r.dtype,
+        backend=backend,
+        recompute=r.recompute,
+        head_chunks=r.head_chunks,
+        accumulation=d.batch_tokens // (r.micro_batch * d.seq_len),
+        grad_dtype=r.grad_dtype,
         master_weights=r.master_weights,
-    )  # fmt: skip
+    )
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0

@@ -143,9 +143,17 @@ class Trainer:
         kind = F32 if dtype == "tf32" else DTYPES[dtype]
         chunks = chunks_of(rows, head_chunks, self.backend.head_rows)
         self.program = train = record_train(
-            model, optim, micro_batch, data.seq_len, kind, chunks=chunks, recompute=recompute,
-            accumulates=self.accumulation > 1, grad_dtype=DTYPES[grad_dtype], master=master_weights,
-        )  # fmt: skip
+            model,
+            optim,
+            micro_batch,
+            data.seq_len,
+            kind,
+            chunks=chunks,
+            recompute=recompute,
+            accumulates=self.accumulation > 1,
+            grad_dtype=DTYPES[grad_dtype],
+            master=master_weights,
+        )
         loss = record_loss(model, micro_batch, data.seq_len, kind, chunks) if val else None
         engine = record_engine(model, kind) if sample else ()
         scorer = record_scorer(model, kind, rows) if score else ()

@@ -149,9 +149,16 @@ class CublasLt:
         return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
 
     def starter(
-        self, description: c_void_p, layouts: tuple[c_void_p, ...], algorithm: Heuristic, a: int, b: int, out: int,
-        workspace: int, stream: Any,
-    ) -> Callable[[bool], None]:  # fmt: skip
+        self,
+        description: c_void_p,
+        layouts: tuple[c_void_p, ...],
+        algorithm: Heuristic,
+        a: int,
+        b: int,
+        out: int,
+        workspace: int,
+        stream: Any,
+    ) -> Callable[[bool], None]:
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
@@ -203,4 +210,3 @@ class CublasLt:
         for address in (*at, workspace):
             device.free(address)
         return p.flops / best
-

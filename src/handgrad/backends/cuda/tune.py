@@ -23,6 +23,7 @@ WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
 TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
 RUN = 64  # variants that are run twice: those with the least work by tiles and rounds
 FINALISTS, LAST = 6, 3  # of them that go on, and that are in the last race
+# fmt: off
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     64: {192: 116, 256: 19, 320: 117},
     96: {128: 28, 192: 151, 256: 152},
@@ -45,16 +46,21 @@ TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     288: {128: 240},
     304: {128: 244},
     320: {64: 247, 128: 248},
-}  # fmt: skip
+}
+# fmt: on
 CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1, 2 along one side, 2 along the other
 LARGER = (4, 6, 7, 8)  # of 4 and 8
 AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many as fit, of 64 values of k; so it is with kernels for Hopper
 STAGES_IDS = 13  # cublasLtMatmulAlgoCapAttributes_t
 CUSTOMS = 8  # custom options that kernels for Hopper have
 CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
-    "id": (0, c_int32), "tile": (1, c_uint32), "custom": (5, c_uint32), "stages": (6, c_uint32), "inner": (7, c_uint16),
+    "id": (0, c_int32),
+    "tile": (1, c_uint32),
+    "custom": (5, c_uint32),
+    "stages": (6, c_uint32),
+    "inner": (7, c_uint16),
     "cluster": (8, c_uint16),
-}  # fmt: skip
+}
 Start = Callable[[], None]
 
 
