@@ -108,8 +108,8 @@ def handgrad_pass(rows: int, bf16: bool):
     t = Tensors(rows, bf16)
     nbytes = max(lib.scratch("linear_scratch", dtype, [rows, *shape(name), threads]) for name in [*LINEARS, "head"])
     scratch = np.empty(nbytes + 64, np.uint8)
-    knobs = np.zeros(64, np.uint8)
-    at = {"scratch": -(-scratch.ctypes.data // 64) * 64, "knobs": knobs.ctypes.data}
+    scalars = np.zeros(64, np.uint8)
+    at = {"scratch": -(-scratch.ctypes.data // 64) * 64, "scalars": scalars.ctypes.data}
     blocks, entries = [], []
     for name, what, layer in products():
         (M, K), w, dw = shape(name), t.w[name, layer].ctypes.data, t.dw[name, layer].ctypes.data
@@ -117,7 +117,7 @@ def handgrad_pass(rows: int, bf16: bool):
         if what == "y":
             entry, args = "linear_forward", [y, 0, x, w, 0, rows, M, K, 0, threads, at["scratch"]]
         elif what == "dw":
-            entry, args = "linear_backward_w", [dw, 0, dy, x, rows, M, K, 0, 0, threads, at["knobs"], at["scratch"]]
+            entry, args = "linear_backward_w", [dw, 0, dy, x, rows, M, K, 0, 0, threads, at["scalars"], at["scratch"]]
         else:
             entry, args = "linear_backward_x", [dx, dy, w, rows, M, K, threads, at["scratch"]]
         blocks.append(np.array(args, np.int64))
@@ -129,7 +129,7 @@ def handgrad_pass(rows: int, bf16: bool):
         lib.run_timed(calls.ctypes.data, len(blocks), seconds.ctypes.data)
         return seconds.tolist()
 
-    run.keep = (t, scratch, knobs, blocks, calls)
+    run.keep = (t, scratch, scalars, blocks, calls)
     return run
 
 

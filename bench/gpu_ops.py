@@ -24,7 +24,7 @@ from handgrad.core.op import Case, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import OPS
-from handgrad.testing import set_knobs
+from handgrad.testing import set_scalars
 
 CALLS = 16  # in a graph, at least: the gap between two graphs is some microseconds
 CACHE_BYTES = 4 * 50_000_000  # that the calls of a row move before a buffer comes again: four second caches of an H100
@@ -75,9 +75,9 @@ def record(name: str, case: Case, dtype: DType, cache_bytes: int) -> Program:
         ]
         into: dict[str, Tensor | None] = {}
         for a in op.out_args:
-            if a.given and a.name == "knobs":
-                into[a.name] = p.knobs
-            elif a.given and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
+            if a.inout and a.name == "scalars":
+                into[a.name] = p.scalars
+            elif a.inout and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
                 role = Role.GRAD if a.kind == "grad" else Role.STATE
                 key = f"{a.name}.{len(p.calls) if role is Role.GRAD else i}"  # so a gradient is written, never added to
                 into[a.name] = p.states.setdefault(key, Tensor(key, shape(a), a.dtype(dtype), role))
@@ -100,8 +100,8 @@ def fill(p: Program, arena: Any) -> None:
         name = t.name.split(".")[0]
         values = np.abs(noise) + 0.1 if name in ("rstd", "v") else 100 * noise if name == "low" else noise
         arena.write(t, np.resize(values.astype(NUMPY[t.dtype.name]), t.shape))
-    set_knobs(p, arena)
-    arena.write_knobs(p, position=p.calls[0].sizes.get("S", 1) - 1)
+    set_scalars(p, arena)
+    arena.write_scalars(p, position=p.calls[0].sizes.get("S", 1) - 1)
 
 
 def seconds(run: Any, wait: Any, sample: float) -> float:
@@ -150,7 +150,7 @@ def main() -> None:
         arena = backend.alloc(backend.plan(p))
         fill(p, arena)
         run = backend.bind(p, arena)
-        taken = seconds(run.run, lambda arena=arena, p=p: arena.fetch_knobs(p)(), sample) / len(p.calls)
+        taken = seconds(run.run, lambda arena=arena, p=p: arena.fetch_scalars(p)(), sample) / len(p.calls)
         shape = " ".join(f"{k}={v}" for k, v in sizes.sizes.items() if k in "NCMQSn")
         rate = moved(p.calls[0]) / taken / 1e9
         print(f"{name:20} {shape:22} {1e6 * taken:10.1f} us {rate:8.0f} GB/s  {what}", flush=True)

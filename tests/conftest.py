@@ -82,10 +82,10 @@ def one_pass():
             arena.write_part("param", info.tensor, w)
         for t in p.inputs.values():
             arena.write(t, rng.integers(0, model.vocab_size, t.shape))
-        arena.write_knobs(p, seed=11, step=2, loss_scale=1 / (micro_batch * seq_len))
+        arena.write_scalars(p, seed=11, step=2, loss_scale=1 / (micro_batch * seq_len))
         bound = backend.bind(p, arena)
         for micro_step in range(micro_steps):
-            arena.write_knobs(p, micro_step=micro_step)
+            arena.write_scalars(p, micro_step=micro_step)
             bound.run()
         losses = arena.read(p.outputs["losses"])
         return losses, {name: np.array(arena.read_part("grad", info.tensor)) for name, info in p.params.items()}

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from handgrad.backends import open_backend
-from handgrad.backends.arena import KNOBS_DTYPE, available_bytes
+from handgrad.backends.arena import STEP_SCALARS_DTYPE, available_bytes
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.knobs import KNOBS, KNOBS_BYTES
 from handgrad.core.op import C, Op
 from handgrad.core.plan import plan
 from handgrad.core.program import Program
+from handgrad.core.scalars import STEP_SCALARS, STEP_SCALARS_BYTES
 from handgrad.models import batch
 from handgrad.ops import OPS, add, linear
 from handgrad.train.record import initialize
@@ -27,16 +27,17 @@ library = importlib.import_module("handgrad.backends.cpu.library")  # the packag
 INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / "include"
 
 
-def test_knobs_have_the_same_layout_in_c(tmp_path):
+def test_step_scalars_have_the_same_layout_in_c(tmp_path):
     """A compiled probe prints where C keeps each field."""
     compiler = next(
         (found for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (found := shutil.which(name))), None
     )
     assert compiler, "installing handgrad needed a C compiler, and so does this test"
     fields = "".join(
-        f'printf("{name} %zu %zu\\n", offsetof(Knobs, {name}), sizeof(((Knobs *)0)->{name}));' for name, *_ in KNOBS
+        f'printf("{name} %zu %zu\\n", offsetof(StepScalars, {name}), sizeof(((StepScalars *)0)->{name}));'
+        for name, *_ in STEP_SCALARS
     )
-    probe = f'#include "knobs.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {fields} printf("all %zu 0\\n", sizeof(Knobs)); }}\n'
+    probe = f'#include "scalars.h"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{ {fields} printf("all %zu 0\\n", sizeof(StepScalars)); }}\n'
     (tmp_path / "probe.c").write_text(probe)
     subprocess.run(
         [
@@ -55,8 +56,10 @@ def test_knobs_have_the_same_layout_in_c(tmp_path):
     )
     said = subprocess.run(["./probe"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     *in_c, (_, size, _) = (line.split() for line in said.splitlines())
-    assert in_c == [[name, str(offset), str(kind.itemsize)] for name, (kind, offset) in KNOBS_DTYPE.fields.items()]
-    assert int(size) == KNOBS_DTYPE.itemsize == KNOBS_BYTES
+    assert in_c == [
+        [name, str(offset), str(kind.itemsize)] for name, (kind, offset) in STEP_SCALARS_DTYPE.fields.items()
+    ]
+    assert int(size) == STEP_SCALARS_DTYPE.itemsize == STEP_SCALARS_BYTES
 
 
 def test_every_op_has_a_kernel_in_both_dtypes_and_declares_its_arguments():
@@ -67,7 +70,7 @@ def test_every_op_has_a_kernel_in_both_dtypes_and_declares_its_arguments():
         for case in op.cases:
             sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int)}
             op.derive(sizes)
-            known = names | letters | set(sizes) | {"knobs", "scratch", "threads"}
+            known = names | letters | set(sizes) | {"scalars", "scratch", "threads"}
             assert {word.removeprefix("acc.") for word in op.cpu.args.replace("|", " ").split()} <= known, op
         assert op.cases, op
         for dtype in ("f32", "bf16"):

@@ -50,7 +50,11 @@ def count(path):
 
 
 def sources(folder):
-    return [p for p in sorted(folder.rglob("*")) if p.suffix in (".py", ".c", ".h", ".cu", ".cuh") and not p.name.startswith("test_")]
+    return [
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".py", ".c", ".h", ".cu", ".cuh") and not p.name.startswith("test_")
+    ]
 
 
 def over(budget, *paths):

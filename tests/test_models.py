@@ -18,7 +18,7 @@ from handgrad.core.program import Program
 from handgrad.models import GPT2, batch, gpt2, names, preset
 from handgrad.ops import OPS
 from handgrad.optim import AdamW, schedules
-from handgrad.testing import gradcheck, set_knobs
+from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.record import initialize
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
@@ -41,7 +41,7 @@ def difference(model, policy="none", samples=3):
         for t in p.inputs.values():
             arena.view(t)[...] = rng.integers(0, model.vocab_size, t.shape)
         arena.view(p.inputs["targets"])[3] = -1  # does not count
-        set_knobs(p, arena)
+        set_scalars(p, arena)
 
     return gradcheck(lambda p: model.forward(p, batch(p, 2, 9), 3), fill, POLICIES[policy], samples)
 

@@ -76,13 +76,13 @@ def ours(optim, starts, grads, dtype, backend):
             halves = split_weight(w)
             for flat, half in zip(("param", "low"), halves):
                 arena.part(flat, p.params[name].tensor)[...] = half
-    knobs, run, norms = arena.knobs(p), backend.bind(p, arena), []
-    for knobs.step, step in enumerate(grads, 1):
-        knobs.lr = 1e-2 / knobs.step
+    scalars, run, norms = arena.scalars(p), backend.bind(p, arena), []
+    for scalars.step, step in enumerate(grads, 1):
+        scalars.lr = 1e-2 / scalars.step
         for name, g in step.items():
             arena.part("grad", p.params[name].tensor)[...] = g
         run.run(next(i for i, c in enumerate(p.calls) if c.phase == "norm"))
-        norms.append(float(knobs.grad_norm))
+        norms.append(float(scalars.grad_norm))
     working = {name: np.array(arena.part("param", info.tensor), np.float32) for name, info in p.params.items()}
     if dtype == "f32":
         return working, norms

@@ -54,7 +54,7 @@ def test_a_larger_model_on_all_threads(one_pass, tiny):
 
 def test_another_dropout_mask_in_recomputation_is_caught(one_pass, tiny, kept, monkeypatch):
     """The negative control: a dropout that is made again from the next stream."""
-    again = Op.remake
+    again = Op.recompute
     dropout = type(OPS["dropout"])
 
     def wrong(self, g, c, want):
@@ -63,7 +63,7 @@ def test_another_dropout_mask_in_recomputation_is_caught(one_pass, tiny, kept, m
         c.attrs["stream"] -= 1
         return made
 
-    monkeypatch.setattr(dropout, "remake", wrong)
+    monkeypatch.setattr(dropout, "recompute", wrong)
     got = one_pass(tiny(dropout=0.25), "cpu", policy="block", micro_steps=2)
     assert differences(got, kept("cpu", "f32", 0.25, True)) != []
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import handgrad
-from handgrad.backends.arena import KNOBS_DTYPE
+from handgrad.backends.arena import STEP_SCALARS_DTYPE
 from handgrad.ops.dropout.reference import keep_mask, philox4x32
 
 INCLUDE = Path(handgrad.__file__).parent / "backends" / "cpu" / "include"
@@ -27,8 +27,8 @@ EXPORT void four(uint32_t *out, uint64_t lo, uint64_t hi, uint64_t key) {
   philox4 r = philox(lo, hi, key);
   memcpy(out, r.v, sizeof r.v);
 }
-EXPORT void factors(float *out, int64_t first, int64_t n, const Knobs *knobs, double p, int64_t call) {
-  dropout_factors(out, first, n, dropout_rule(knobs, (float)p, call));
+EXPORT void factors(float *out, int64_t first, int64_t n, const StepScalars *scalars, double p, int64_t call) {
+  dropout_factors(out, first, n, dropout_rule(scalars, (float)p, call));
 }
 """
 KNOWN = (  # counter (lo, hi), key, answer: the vectors published with Random123
@@ -121,10 +121,10 @@ def test_philox_known_answers(lib, counter, key, answer):
 
 @pytest.mark.parametrize("first, n", [(0, 512), (1, 511), (7, 1), (2**34 - 3, 100), (2**40 + 2, 37)])
 def test_kernels_and_oracle_drop_the_same_elements(lib, first, n):
-    knobs = np.zeros(1, KNOBS_DTYPE)
-    knobs["seed"], knobs["step"], knobs["micro_step"] = 2**63 + 5, 70_000, 3
+    scalars = np.zeros(1, STEP_SCALARS_DTYPE)
+    scalars["seed"], scalars["step"], scalars["micro_step"] = 2**63 + 5, 70_000, 3
     out = np.empty(n, np.float32)
     span = ctypes.c_int64(first), ctypes.c_int64(n)
-    lib.factors(pointer(out), *span, pointer(knobs), ctypes.c_double(0.1), ctypes.c_int64(900))
+    lib.factors(pointer(out), *span, pointer(scalars), ctypes.c_double(0.1), ctypes.c_int64(900))
     kept = keep_mask(np.arange(first, first + n, dtype=np.uint64), 0.1, 2**63 + 5, 70_000, 3, 900)
     np.testing.assert_array_equal(out, np.where(kept, np.float32(1) / np.float32(0.9), 0))

@@ -48,9 +48,10 @@ def tolerance(
     off what lies below the last bit of the sum so far, always towards zero: one unit on average, terms / cut times in
     the same direction, of sums that are half the last one on average; twice that in the worst case.
 
-    ULP and walk measure sums by the output. Inside a `steep` op are sums s far above it, which cancel or stand in an
-    exponent: one rounding of s moves the output by |s| units times what s does to it. One row then holds nearly all of
-    the error, so that the oracle's is a single draw, by the order in which the machine's BLAS adds, and may be lucky.
+    ULP and walk measure sums by the output. Inside an `ill_conditioned` op are sums s far above it, which cancel or
+    are exponentiated: one rounding of s moves the output by |s| units times what s does to it. One row then holds
+    nearly all of the error, so that the oracle's is a single draw, by the order in which the machine's BLAS adds, and
+    may be lucky.
     But a rounded sum is the exact sum of inputs with other last bits: twice `moved`, the furthest that the exact
     output goes to a neighbour's, stands for ULP and walk where it is longer.
     """
@@ -62,7 +63,7 @@ def tolerance(
 
 
 def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) -> tuple[Program, Call]:
-    """A program of one call: every input is an input, every given output a tensor of its own."""
+    """A program of one call: every input is an input, every inout output a tensor of its own."""
     p = Program(dtype, mode="train")
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
     op.derive(sizes)
@@ -73,9 +74,9 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
     ins = tuple(None if a.name in case.without else p.input(a.name, shape(a), a.dtype(dtype)) for a in op.in_args)
     into: dict[str, Tensor | None] = {}
     for a in op.out_args:
-        if a.given and a.name == "knobs":
-            into[a.name] = p.knobs
-        elif a.given and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
+        if a.inout and a.name == "scalars":
+            into[a.name] = p.scalars
+        elif a.inout and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
             role = Role.GRAD if a.kind == "grad" else Role.STATE
             into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype(dtype), role)
     p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into)
@@ -85,7 +86,7 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
 
 
 def case_arrays(op: Op, c: Call, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random values for inputs and given outputs, already rounded to their dtypes.
+    """Random values for inputs and inout outputs, already rounded to their dtypes.
 
     The first rows of matrices are unkind: one of zeros, two alike, one with a large mean.
     """
@@ -93,7 +94,7 @@ def case_arrays(op: Op, c: Call, seed: int = 0) -> dict[str, np.ndarray]:
     arrays: dict[str, Any] = dict(c.sizes) | c.attrs
     for args, tensors in ((op.in_args, c.ins), (op.out_args, c.outs)):
         for arg, t in zip(args, tensors):
-            if t is None or (args is op.out_args and not arg.given) or t.role is Role.KNOB:
+            if t is None or (args is op.out_args and not arg.inout) or t.role is Role.SCALARS:
                 continue
             value = op.sample(rng, arg, t.shape, arrays)
             if value is None:
@@ -134,17 +135,17 @@ def run_case(
         for arg, t in zip(args, tensors):
             if t is not None and arg.name in arrays:
                 arena.write(t, arrays[arg.name])
-    set_knobs(p, arena, micro_step)
+    set_scalars(p, arena, micro_step)
     before = None if memory is None else memory()
     backend.bind(p, arena).run()
     outs = {
         name: np.array(arena.read(t), np.float64)
         for name, t in c.named_outs()
-        if t.role is not Role.KNOB and name != "logits"
+        if t.role is not Role.SCALARS and name != "logits"
     }
-    knobs = arena.fetch_knobs(p)()
-    if any(t is p.knobs for t in c.outs):
-        outs["knobs"] = np.array([knobs.grad_norm, knobs.grad_scale], np.float64)
+    scalars = arena.fetch_scalars(p)()
+    if any(t is p.scalars for t in c.outs):
+        outs["scalars"] = np.array([scalars.grad_norm, scalars.grad_scale], np.float64)
     if memory is not None:
         after, spans = memory(), [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
         if c in layout.scratch:
@@ -155,10 +156,10 @@ def run_case(
     return outs
 
 
-def set_knobs(p: Program, arena: Arena, micro_step: int = 0) -> None:
-    """The knob values of every check: step 3, learning rate 1e-3, and so on."""
+def set_scalars(p: Program, arena: Arena, micro_step: int = 0) -> None:
+    """The step scalar values of every check: step 3, learning rate 1e-3, and so on."""
     counters = {"seed": 7, "step": 3, "micro_step": micro_step, "position": 0}
-    arena.write_knobs(p, **counters, lr=1e-3, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
+    arena.write_scalars(p, **counters, lr=1e-3, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
@@ -168,16 +169,16 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
     """
     errors = []
     modes = [(False, 0), (True, 0), (False, 1)]
-    for accumulate, micro_step in modes if any(a.given for a in op.out_args) and not case.real else modes[:1]:
+    for accumulate, micro_step in modes if any(a.inout for a in op.out_args) and not case.real else modes[:1]:
         p, c = case_program(op, case, dtype, accumulate=accumulate)
         arrays = case_arrays(op, c, seed)
         runs = [run_case(p, c, arrays, b, micro_step) for b in (RefBackend(), RefBackend(exact=False), backend)]
         near = []
-        if op.steep and dtype is F32:  # bf16 rounds every element, which takes no luck to find
+        if op.ill_conditioned and dtype is F32:  # bf16 rounds every element, which takes no luck to find
             near = [run_case(p, c, a, RefBackend(), micro_step) for a in neighbours(arrays)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
-            kind = F32 if arg.name == "knobs" else arg.dtype(dtype)
+            kind = F32 if arg.name == "scalars" else arg.dtype(dtype)
             if arg.name not in runs[0] or not kind.unit:
                 continue  # bits, which the op's own test puts together again
             exact, rounded, got = (r[arg.name] for r in runs)
@@ -226,7 +227,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
         else:
             ins.append(p.input(a.name, shape, a.dtype(F32)))
     for a in op.out_args:
-        if a.given:
+        if a.inout:
             into[a.name] = p.grad(p.params[a.name[1:]].tensor)
     p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into)
     c, forward = p.calls[-1], len(p.calls)
@@ -235,7 +236,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     backward(p, add, seeds=seeds)
     backend = RefBackend()
     arena = backend.alloc(plan(p))
-    set_knobs(p, arena)
+    set_scalars(p, arena)
     arrays = case_arrays(op, c)
     rng = np.random.default_rng(1)
     inputs = [t for t in ins if t is not None]
@@ -254,7 +255,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     def loss() -> float:
         run.run(0, forward)
         if op.starts_gradient:
-            return float(arena.knobs(p).loss_scale * arena.view(c.losses).sum())
+            return float(arena.scalars(p).loss_scale * arena.view(c.losses).sum())
         return sum(float((arena.view(t) * arena.view(seeds[t])).sum()) for _, t in results)
 
     return max(difference_error(loss, arena.view(t), gradient, samples, rng) for t, gradient in gradients.items())
@@ -297,7 +298,7 @@ def gradcheck(
 
     def loss() -> float:
         run.run(0, forward)
-        return float(arena.knobs(p).loss_scale * arena.view(p.outputs["losses"]).sum())
+        return float(arena.scalars(p).loss_scale * arena.view(p.outputs["losses"]).sum())
 
     return max(
         difference_error(loss, arena.view(p.params[name].tensor), g, samples, rng) for name, g in gradients.items()
@@ -320,7 +321,7 @@ def bench_case(op: Op, case: Case, backend: Backend, dtype: DType, seconds: floa
     for arg, t in zip(op.in_args, c.ins):
         if t is not None:
             arena.write(t, case_arrays(op, c)[arg.name])
-    set_knobs(p, arena)
+    set_scalars(p, arena)
     run = backend.bind(p, arena)
     run.run()
     times: list[float] = []

@@ -88,7 +88,7 @@ class EmulatedExecutable(Executable):
 
     def __init__(self, program: Program, arena: HostArena, backend: EmulatedBackend):
         self.program, self.arena, self.backend = program, arena, backend
-        self.knobs = arena.knobs(program)
+        self.scalars = arena.scalars(program)
         self.oracle = RefBackend(exact=False).bind(program, arena)
         launches = [launched(c, backend.gpu) for c in program.calls]
         kernels = {
@@ -118,7 +118,7 @@ class EmulatedExecutable(Executable):
     def _poison(self, c: Call, room: int) -> None:
         """Makes all that the call must write before it reads NaN."""
         for arg, out in zip(c.op.out_args, c.outs):
-            if out is not None and not arg.given:
+            if out is not None and not arg.inout:
                 self.arena.view(out).view(np.uint8)[...] = NAN
         if room:
             at = self.arena.plan.scratch[c]
@@ -137,7 +137,9 @@ class EmulatedExecutable(Executable):
         if what is None:
             return None, None
         plan = self.arena.plan
-        start = plan.scratch[c] if what == "scratch" else plan.offset[self.program.knobs if what == "knobs" else what]
+        start = (
+            plan.scratch[c] if what == "scratch" else plan.offset[self.program.scalars if what == "scalars" else what]
+        )
         return start + offset, what if isinstance(what, Tensor) else None
 
     # kernels --------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ class EmulatedExecutable(Executable):
             y = (a.T if g.ta else a).astype(np.float32) @ (b.T if g.tb else b).astype(np.float32)
             if bias is not None:
                 y += bias.astype(np.float32)
-            adds = g.adds is True or g.adds and (g.adds not in c.first or self.knobs.micro_step > 0)
+            adds = g.adds is True or g.adds and (g.adds not in c.first or self.scalars.micro_step > 0)
             if adds:
                 y += out.astype(np.float32)
             if sums is not None:

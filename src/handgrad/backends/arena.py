@@ -11,13 +11,15 @@ import numpy as np
 
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
-from handgrad.core.knobs import KNOBS
 from handgrad.core.plan import MIB, REGIONS, Plan
 from handgrad.core.program import Program
+from handgrad.core.scalars import STEP_SCALARS
 from handgrad.core.tensor import Tensor
 
 NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "i16": np.int16, "byte": np.uint8}
-KNOBS_DTYPE = np.dtype([(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in KNOBS])
+STEP_SCALARS_DTYPE = np.dtype(
+    [(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in STEP_SCALARS]
+)
 
 
 class HostMemory(Arena):
@@ -32,8 +34,8 @@ class HostMemory(Arena):
         """The memory of a parameter's stretch of a flat vector."""
 
     @abstractmethod
-    def knobs(self, program: Program) -> Any:
-        """The memory of the program's Knobs, as a numpy record."""
+    def scalars(self, program: Program) -> Any:
+        """The memory of the program's StepScalars, as a numpy record."""
 
     def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         values = np.array(self.view(tensor))
@@ -48,13 +50,13 @@ class HostMemory(Arena):
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
         self.part(flat, param)[...] = values
 
-    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
-        values = self.knobs(program).copy()
+    def fetch_scalars(self, program: Program) -> Callable[[], Any]:
+        values = self.scalars(program).copy()
         return lambda: values
 
-    def write_knobs(self, program: Program, **values: int | float) -> None:
+    def write_scalars(self, program: Program, **values: int | float) -> None:
         for name, value in values.items():
-            setattr(self.knobs(program), name, value)
+            setattr(self.scalars(program), name, value)
 
 
 class HostArena(HostMemory):
@@ -90,8 +92,8 @@ class HostArena(HostMemory):
         start, dtype = self.plan.part(flat, param)
         return self.bytes[start : start + param.size * dtype.size].view(NUMPY[dtype.name]).reshape(param.shape)
 
-    def knobs(self, program: Program) -> Any:
-        return self.view(program.knobs).view(KNOBS_DTYPE)[0:1].view(np.recarray)[0]
+    def scalars(self, program: Program) -> Any:
+        return self.view(program.scalars).view(STEP_SCALARS_DTYPE)[0:1].view(np.recarray)[0]
 
 
 def does_not_fit(plan: Plan, free: int, others: str) -> HandgradError:

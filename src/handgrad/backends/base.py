@@ -52,12 +52,12 @@ class Arena(ABC):
         """Fills a parameter's stretch of a flat vector."""
 
     @abstractmethod
-    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
-        """Starts reading a program's Knobs; calling the result waits and returns them as a numpy record."""
+    def fetch_scalars(self, program: Program) -> Callable[[], Any]:
+        """Starts reading a program's StepScalars; calling the result waits and returns them as a numpy record."""
 
     @abstractmethod
-    def write_knobs(self, program: Program, **values: int | float) -> None:
-        """Sets some of a program's Knobs."""
+    def write_scalars(self, program: Program, **values: int | float) -> None:
+        """Sets some of a program's StepScalars."""
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor, when all that was started is done."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, HostArena, HostMemory
+from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, HostArena, HostMemory
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.op import Op
 from handgrad.core.plan import Plan
@@ -28,7 +28,7 @@ class ExactArena(HostMemory):
         self.plan = plan
         self._arrays: dict[Tensor | str, np.ndarray] = {}
         self._flat: dict[str, np.ndarray] = {}
-        self._knobs: dict[int, np.ndarray] = {}
+        self._scalars: dict[int, np.ndarray] = {}
 
     def view(self, tensor: Tensor) -> np.ndarray:
         if tensor.flat:
@@ -50,8 +50,8 @@ class ExactArena(HostMemory):
         start = head.first(param)
         return self._flat.setdefault(flat, np.zeros(head.flat_size))[start : start + param.size].reshape(param.shape)
 
-    def knobs(self, program: Program) -> Any:
-        return self._knobs.setdefault(id(program), np.zeros(1, KNOBS_DTYPE).view(np.recarray))[0]
+    def scalars(self, program: Program) -> Any:
+        return self._scalars.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE).view(np.recarray))[0]
 
 
 class RefExecutable(Executable):
@@ -59,7 +59,7 @@ class RefExecutable(Executable):
 
     def __init__(self, program: Program, arena: HostMemory, poison: bool):
         self.program, self.arena, self.poison = program, arena, poison
-        self.knobs = arena.knobs(program)
+        self.scalars = arena.scalars(program)
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
         for c in self.program.calls[start:stop]:
@@ -75,7 +75,7 @@ class RefExecutable(Executable):
         exact = isinstance(self.arena, ExactArena)
         kept = np.float64 if exact else NUMPY[c.dtype.name]
         v = SimpleNamespace(
-            knobs=self.knobs,
+            scalars=self.scalars,
             round=lambda x: x.astype(kept).astype(x.dtype),
             **c.sizes,
             **{k: a for k, a in c.attrs.items() if k not in c.sizes},
@@ -83,21 +83,21 @@ class RefExecutable(Executable):
         outs = [None if t is None else self.arena.view(t) for t in c.outs]
         if self.poison:
             for arg, out in zip(c.op.out_args, outs):
-                if out is not None and not arg.given:
+                if out is not None and not arg.inout:
                     out.view(np.uint8)[...] = 0xFF  # NaN in f32 and bf16
         for args, views in (
             (c.op.in_args, [None if t is None else self.arena.view(t) for t in c.ins]),
             (c.op.out_args, outs),
         ):
             for arg, view in zip(args, views):
-                if args is c.op.out_args and (not arg.given or arg.name == "knobs"):
+                if args is c.op.out_args and (not arg.inout or arg.name == "scalars"):
                     continue  # made here, or already the record
                 is_float = view is not None and view.dtype.kind != "i"
                 setattr(v, arg.name, view.astype(np.float64 if exact else np.float32) if is_float else view)
         for arg, tensor, out, value in zip(c.op.out_args, c.outs, outs, c.op.ref(v)):
             if out is None or value is None:
                 continue
-            adds = tensor.role is Role.GRAD and (arg.name not in c.first or self.knobs.micro_step > 0)
+            adds = tensor.role is Role.GRAD and (arg.name not in c.first or self.scalars.micro_step > 0)
             out[...] = np.reshape(out + value if adds else value, out.shape)
 
 

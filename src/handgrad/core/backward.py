@@ -65,7 +65,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             kept = tuple(None if arg.name in want else out for arg, out in zip(source.op.out_args, source.outs))
             again = replace(source, outs=kept, ins=tuple(live(i) for i in source.ins))
             with p.at(source, "recompute"):
-                for name, new in source.op.remake(p, again, want).items():
+                for name, new in source.op.recompute(p, again, want).items():
                     remade[getattr(source, name)] = new
         return remade[t]
 

@@ -1,6 +1,6 @@
 """How a call runs on a GPU: the launches that an op declares, in order. The backend binds them; core only names them.
 
-Arguments are words, as in a CPU kernel's declaration: names of inputs and outputs, `knobs`, `scratch`, each with an
+Arguments are words, as in a CPU kernel's declaration: names of inputs and outputs, `scalars`, `scratch`, each with an
 optional `@bytes` after it, and after `|` sizes, attributes and `acc.dw` (1 when dw already holds a value of this step).
 `boxes.x` is a map of the matrix x for Hopper's copy engine, in boxes of 64 rows of 64 bf16.
 """
@@ -58,7 +58,7 @@ class Gemm:
     epilogue  "" | "bias": + bias (n) | "gelu": aux = that sum, out = gelu(aux) | "dgelu": out = product * gelu'(aux)
               "exp": out = e^r, r = product - bias (m) float, rounded, in the first `width` columns and 0 in the others;
               sums (ceil(n / 256), m) float = row sums of each 256 columns of out, before it is rounded
-    adds      False; True: out += product; or the name of a given output: adds just where `acc.NAME` or a later
+    adds      False; True: out += product; or the name of a inout output: adds just where `acc.NAME` or a later
               micro-batch say so
     sums      without "exp": (m) of out's dtype = row sums of a, or += where out is added to
     "exp", which needs k >= 512, and sums are our own product's, for cards of which Gpu.multiplies_on_hopper says so.
@@ -124,9 +124,9 @@ def pointers(k: Kernel) -> tuple[tuple[str, bool], ...]:
 
 
 def place(word: str, c: "Call") -> tuple["Tensor | str | None", int]:
-    """(tensor, "knobs", "scratch" or None for one that is absent; offset in bytes) of a pointer's word."""
+    """(tensor, "scalars", "scratch" or None for one that is absent; offset in bytes) of a pointer's word."""
     name, _, offset = word.partition("@")
-    return (name if name in ("knobs", "scratch") else getattr(c, name)), int(offset or 0)
+    return (name if name in ("scalars", "scratch") else getattr(c, name)), int(offset or 0)
 
 
 def number(word: str, c: "Call") -> int | float:

@@ -18,7 +18,7 @@ def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
 def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
     """One call of the listing."""
     outs = [
-        ("+= " if arg.given and arg.name not in c.first else "") + _tensor(t, c, plan)
+        ("+= " if arg.inout and arg.name not in c.first else "") + _tensor(t, c, plan)
         for arg, t in zip(c.op.out_args, c.outs)
         if t is not None
     ]

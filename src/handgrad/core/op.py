@@ -33,7 +33,7 @@ class Arg:
     dims: tuple[str, ...]
     kind: str  # a dtype's name, "grad", or "" for the program's working dtype
     optional: bool
-    given: bool  # `+`: read and written, made elsewhere
+    inout: bool  # `+`: read and written, made elsewhere
 
     def dtype(self, working: DType, grad: DType = F32) -> DType:
         """Its element type in a program of these."""
@@ -61,8 +61,8 @@ def parse_args(text: str) -> tuple[Arg, ...]:
 class C:
     """A CPU kernel: its entry point and its arguments, outputs first: tensors | sizes and attributes.
 
-    Words are argument names, dimension letters or attributes; `knobs` and `scratch` are pointers, and `acc.dw` is 1
-    when the given output dw already holds a value in this step. `scratch` names the library's size function and its
+    Words are argument names, dimension letters or attributes; `scalars` and `scratch` are pointers, and `acc.dw` is 1
+    when the inout output dw already holds a value in this step. `scratch` names the library's size function and its
     arguments ("threads" is the number of threads).
     """
 
@@ -80,7 +80,7 @@ class Case:
 
     sizes: dict[str, Any]
     real: str = ""
-    without: tuple[str, ...] = ()  # optional inputs and given outputs that are absent
+    without: tuple[str, ...] = ()  # optional inputs and inout outputs that are absent
 
 
 def case(real: str = "", without: str = "", **sizes: Any) -> Case:
@@ -98,7 +98,9 @@ class Op:
     attrs: dict[str, type] = {}
     starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward stretch (lm_loss)
     beside: bool = False  # a backend may run it at the same time as the call after it, which does not need it
-    steep: bool = False  # sums far larger than its outputs cancel or stand in an exponent: last bits of inputs count
+    ill_conditioned: bool = (
+        False  # sums far larger than its outputs cancel or stand in an exponent: last bits of inputs count
+    )
     cpu: C | None = None
     cases: tuple[Case, ...] = ()
 
@@ -124,7 +126,7 @@ class Op:
         """Whether an optional output exists under these attributes and working dtype."""
         return True
 
-    def remake(self, g: "Program", c: "Call", want: set[str]) -> dict[str, Tensor]:
+    def recompute(self, g: "Program", c: "Call", want: set[str]) -> dict[str, Tensor]:
         """Emits what brings back the dropped outputs `want`; by default the whole call again."""
         outs = g.emit_call(self, c.ins, c.attrs)
         return {arg.name: out for arg, out in zip(self.out_args, outs)}
@@ -134,10 +136,10 @@ class Op:
         return 0
 
     def nbytes(self, c: "Call") -> int:
-        """Bytes that one call must move: every argument once (given outputs twice)."""
+        """Bytes that one call must move: every argument once (inout outputs twice)."""
         total = sum(t.nbytes for t in c.ins if t is not None)
         for arg, out in zip(self.out_args, c.outs):
-            total += 0 if out is None else out.nbytes * (2 if arg.given and arg.name not in c.first else 1)
+            total += 0 if out is None else out.nbytes * (2 if arg.inout and arg.name not in c.first else 1)
         return total
 
     def cuda(self, c: "Call", gpu: Gpu) -> Launches:
@@ -145,7 +147,7 @@ class Op:
         raise NotImplementedError
 
     def ref(self, v: Any) -> tuple:
-        """The oracle: outputs in order from a namespace of inputs, given outputs, sizes and attributes (numpy).
+        """The oracle: outputs in order from a namespace of inputs, inout outputs, sizes and attributes (numpy).
 
         `v.round(x)` is x as the working dtype stores it, for values that are kept and read again by the same call.
         """

@@ -220,7 +220,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, beside: bool = Fals
     result.region["activations"] = (at, start + top - at)
     at = start = start + top
     for p in programs:
-        for t in (p.knobs, *p.inputs.values()):
+        for t in (p.scalars, *p.inputs.values()):
             result.offset[t] = at
             at += aligned(t.nbytes)
     result.region["io"] = (start, at - start)

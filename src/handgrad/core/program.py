@@ -9,8 +9,8 @@ from typing import Any
 
 from handgrad.core.dtypes import BYTE, F32, I16, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.knobs import KNOBS_BYTES
 from handgrad.core.op import Arg, Op, bind_dims
+from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
 
 FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so a tensor's start is the same index in every flat vector
@@ -67,7 +67,7 @@ class Call:
     where: str  # file:line of the model code that asked for it
     sizes: dict[str, int]
     dtype: DType  # the program's working dtype
-    first: frozenset[str] = frozenset()  # given outputs that this call is the first to write in a step
+    first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
 
     def __getattr__(self, name: str) -> Tensor | None:  # an input or output by its declared name
         for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
@@ -112,7 +112,7 @@ class Program:
     phase: str = "forward"
 
     def __post_init__(self) -> None:
-        self.knobs = Tensor("knobs", (KNOBS_BYTES,), BYTE, Role.KNOB)
+        self.scalars = Tensor("scalars", (STEP_SCALARS_BYTES,), BYTE, Role.SCALARS)
         self.producer: dict[Tensor, Call] = {}
         self._scope: list[str] = []
         self._block = ""
@@ -199,9 +199,9 @@ class Program:
         self.phase, self._block, self._where = outer
 
     def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
-        """Appends a call and returns its output handle, or a tuple of them; given outputs (`into`) are not returned."""
+        """Appends a call and returns its output handle, or a tuple of them; inout outputs (`into`) are not returned."""
         outs = self.emit_call(op, ins, attrs, into or {})
-        made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.given)
+        made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.inout)
         return made[0] if len(made) == 1 else made
 
     def emit_call(
@@ -222,14 +222,14 @@ class Program:
         outs: list[Tensor | None] = []
         first = set()
         for arg in op.out_args:
-            if arg.given:
+            if arg.inout:
                 target = (into or {}).get(arg.name)
                 outs.append(target)
                 if target is None:
                     if not arg.optional:
                         raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
                 else:
-                    self._check_given(op, arg, target, sizes, where)
+                    self._check_inout(op, arg, target, sizes, where)
                 if target is not None and target.role is Role.GRAD and target not in self._written:
                     self._written.add(target)
                     first.add(arg.name)
@@ -256,8 +256,8 @@ class Program:
                 self.producer[t] = call
         return call.outs
 
-    def _check_given(self, op: Op, arg: Arg, target: Tensor, sizes: dict[str, int], where: str) -> None:
-        """Raises unless a given output has the shape and dtype that its kernel will write."""
+    def _check_inout(self, op: Op, arg: Arg, target: Tensor, sizes: dict[str, int], where: str) -> None:
+        """Raises unless a inout output has the shape and dtype that its kernel will write."""
         found = (target.size,) if len(arg.dims) == 1 else target.shape  # a kernel of one letter takes any shape flat
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)

@@ -17,7 +17,7 @@ class Role(Enum):
     GRAD = "grad"  # of a parameter
     STATE = "state"  # survives a step: AdamW's moments, low halves of weights, the KV cache
     ACT = "act"  # lives from its first to its last use in the list
-    KNOB = "knob"  # the per-step scalars
+    SCALARS = "step scalar"  # the per-step scalars
 
 
 @dataclass(frozen=True, eq=False)

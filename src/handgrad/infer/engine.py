@@ -56,7 +56,7 @@ class Engine:
         """Runs prefill (0) or decode (1), of whose tokens the first `count` are there to stay."""
         run = self._run[which]
         self._arena.write(run.program.inputs["ids"], ids)
-        self._arena.write_knobs(run.program, position=self.position)
+        self._arena.write_scalars(run.program, position=self.position)
         run.run()
         self.position += count
 

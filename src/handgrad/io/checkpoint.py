@@ -3,7 +3,7 @@
     step_000500/
         model.safetensors           parameters, by name
         state.rank00.safetensors    optimizer state and all else that a bit-exact resume needs
-        run.json                    {"step": 500, ...}: configuration, knobs, versions
+        run.json                    {"step": 500, ...}: configuration, scalars, versions
         DONE                        empty; a folder without it is no checkpoint
 
 Saving step 500, and what is left if it is killed between two lines:

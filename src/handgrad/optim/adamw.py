@@ -10,7 +10,7 @@ from handgrad.ops import adamw, fill, global_norm
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyperparameters. The learning rate is a knob: it changes from step to step.
+    """Hyperparameters. The learning rate is a step scalar: it changes from step to step.
 
     Matrices and embeddings decay; biases and norms (declared with decay=False) do not. `clip` is the largest allowed
     global L2 norm of the gradients, 0 for no clipping.
@@ -39,7 +39,7 @@ class AdamW:
                 g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
         g.phase = "norm"
         total = g.slice("grad", 0, g.flat_size, "grads")
-        g.emit(global_norm, total, into={"knobs": g.knobs}, clip=self.clip)
+        g.emit(global_norm, total, into={"scalars": g.scalars}, clip=self.clip)
         g.phase = "update"
         for bucket in g.buckets:
             with g.block(bucket.block, prefix=False):

@@ -170,7 +170,7 @@ class Trainer:
         self._writer = checkpoint.Writer()
         self._skips, self._overfit = 0, overfit
         self.last_step = 0
-        self.arena.write_knobs(train, seed=seed)
+        self.arena.write_scalars(train, seed=seed)
         initialize(train, self.arena, seed, init)
 
     @staticmethod
@@ -185,10 +185,10 @@ class Trainer:
         at = 0 if self._overfit else step - 1
         batches = [self.data.batch(at, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
-        self.arena.write_knobs(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
+        self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         losses = []
         for k, b in enumerate(batches):
-            self.arena.write_knobs(self.program, micro_step=k)
+            self.arena.write_scalars(self.program, micro_step=k)
             losses.append(self._losses(self._train, self.program, b, self._norm))
         if self._pending is not None:
             self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
@@ -198,10 +198,10 @@ class Trainer:
             self._run(self._train, self._norm, self._update)
         else:  # the norm's kernel does: it knows what is not finite
             self._run(self._train, self._norm, None)
-        knobs = self.arena.fetch_knobs(self.program)
+        scalars = self.arena.fetch_scalars(self.program)
 
         def finish() -> tuple[float, float, str, int]:
-            loss, norm = sum(read() for read in losses) / counts, float(knobs().grad_norm)
+            loss, norm = sum(read() for read in losses) / counts, float(scalars().grad_norm)
             skipped = self._judge(loss, norm)
             self._skips = self._skips + 1 if skipped else 0
             return loss, norm, skipped, self._skips
@@ -229,7 +229,7 @@ class Trainer:
         The weights are updated as in any step.
         """
         self._writer.wait_until_read()
-        self.arena.write_knobs(self.program, micro_step=0)
+        self.arena.write_scalars(self.program, micro_step=0)
         self._train.run_each(after)
 
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
@@ -272,7 +272,7 @@ class Trainer:
             room = name == "logits" and c.op.name != "linear"  # of a chunk: its padded columns hold anything
             if (
                 not room
-                and t.role is not Role.KNOB
+                and t.role is not Role.SCALARS
                 and t.dtype.unit
                 and not np.isfinite(self.arena.read(t).astype(np.float32)).all()
             ):

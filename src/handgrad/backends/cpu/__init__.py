@@ -47,7 +47,7 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int) -> list[int
     """The 8-byte slots of one call, in the order of its declaration."""
     plan, slots = arena.plan, []
     tensors = {arg.name: t for args, ts in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)) for arg, t in zip(args, ts)}
-    pointers = {"knobs": plan.offset[program.knobs], "scratch": plan.scratch.get(c)}
+    pointers = {"scalars": plan.offset[program.scalars], "scratch": plan.scratch.get(c)}
     for word in c.op.cpu.args.replace("|", " ").split():
         if word in tensors or word in pointers:
             offset = (

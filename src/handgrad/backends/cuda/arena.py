@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.arena import KNOBS_DTYPE, NUMPY, does_not_fit
+from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, does_not_fit
 from handgrad.backends.base import Arena
 from handgrad.backends.cuda.driver import Device
 from handgrad.core.plan import MIB, Plan
@@ -34,7 +34,7 @@ class CudaArena(Arena):
         self._events: list[Any] = [None] * PIECES
         self._turn = 0
         self._room: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # pinned memory and an event, by size, unused
-        self._knobs: dict[int, np.ndarray] = {}
+        self._scalars: dict[int, np.ndarray] = {}
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone at the end of the process
@@ -59,19 +59,19 @@ class CudaArena(Arena):
         start, dtype = self.plan.part(flat, param)
         self._write(start, np.ascontiguousarray(np.broadcast_to(values, param.shape), NUMPY[dtype.name]))
 
-    def fetch_knobs(self, program: Program) -> Callable[[], Any]:
-        read = self._fetch(self.plan.offset[program.knobs], KNOBS_DTYPE.itemsize, KNOBS_DTYPE, (1,))
+    def fetch_scalars(self, program: Program) -> Callable[[], Any]:
+        read = self._fetch(self.plan.offset[program.scalars], STEP_SCALARS_DTYPE.itemsize, STEP_SCALARS_DTYPE, (1,))
         return lambda: read().view(np.recarray)[0]
 
-    def write_knobs(self, program: Program, **values: int | float) -> None:
+    def write_scalars(self, program: Program, **values: int | float) -> None:
         record = self.written(program)
         for name, value in values.items():
             record[name] = value
-        self._write(self.plan.offset[program.knobs], record)
+        self._write(self.plan.offset[program.scalars], record)
 
     def written(self, program: Program) -> np.ndarray:
-        """The program's Knobs as the host wrote them last, shape (1,)."""
-        return self._knobs.setdefault(id(program), np.zeros(1, KNOBS_DTYPE))
+        """The program's StepScalars as the host wrote them last, shape (1,)."""
+        return self._scalars.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE))
 
     def fill(self, byte: int) -> None:
         """Sets all memory to one byte, for checks of what was touched."""

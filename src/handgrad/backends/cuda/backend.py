@@ -176,7 +176,7 @@ class CudaBackend(Backend):
         def at(tensor: Tensor | str) -> int:
             if tensor == "scratch":
                 return arena.address + plan.scratch.get(c, 0)
-            return arena.address + plan.offset[program.knobs if tensor == "knobs" else tensor]
+            return arena.address + plan.offset[program.scalars if tensor == "scalars" else tensor]
 
         stream = self.device.side if c.op.beside else self.device.stream
         return self._bind(c, way, at, compiled=compiled, stream=stream)

@@ -2,7 +2,7 @@
 // product        writes =          out: (M, N) bf16              EXPONENTIALS: e^r, r = product - shift, rounded; 0 in
 //                                                                columns from width on
 //                writes =          sums: (tiles of N, M) float   EXPONENTIALS: row sums of each tile, before rounding
-//                writes = or +=    out: (M, N) grad_t            otherwise: + when the flag or knobs->micro_step is not 0
+//                writes = or +=    out: (M, N) grad_t            otherwise: + when the flag or scalars->micro_step is not 0
 //                writes =          parts: pieces, row sums of a  otherwise: room, see PIECE
 // product_pieces writes = or +=    out, columns: (M) grad_t      tiles that were cut along K; row sums of a
 // needs     K >= 512 for EXPONENTIALS, where a tile is written while the next one is multiplied
@@ -128,7 +128,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const float *shift,  // (M)
     float *sums,         // (tiles of N, M)
     float *parts,
-    const Knobs *knobs,
+    const StepScalars *scalars,
     i64 M, i64 N, i64 K, i64 width, i64 accumulate) {
   HG_SHARED(char, raw);
   char *room = raw + (1024 - shared_address(raw) % 1024) % 1024;
@@ -213,7 +213,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     while (held.half < HALVES) write_next(held, mine, &out_boxes, sums, 1 + group, M, N);
     if (thread == 0) box_store_done();
 #else
-      bool adds = accumulate || knobs->micro_step;
+      bool adds = accumulate || scalars->micro_step;
       float of_rows[8] = {};  // a thread sums 8 rows of a over a sixteenth of k; tiles of a row share the steps
       int turn = (n + work.tiles_n - k0 % work.tiles_n) % work.tiles_n;
       multiply(acc, room, full, empty, group, k1 - k0, stage, phase, [&](const char *a) {
@@ -269,11 +269,11 @@ KERNEL __launch_bounds__(128) product_pieces_kernel(
     grad_t *out,         // (M, N)
     grad_t *columns,     // (M)
     const float *parts,
-    const Knobs *knobs,
+    const StepScalars *scalars,
     i64 M, i64 N, i64 K, i64 clusters, i64 accumulate) {
   Work work(M, N, K, (int)clusters);
   int t = blockIdx.x / 4, part = blockIdx.x % 4, m, n, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  bool adds = accumulate || knobs->micro_step;
+  bool adds = accumulate || scalars->micro_step;
   if (t < work.rest) {
     const float *from = parts + part * (64 * TILE_N) + thread * 4 + (i64)blockIdx.y * 4 * 512;
     float4 sum[4] = {};

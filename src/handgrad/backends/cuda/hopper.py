@@ -39,7 +39,7 @@ def bind(
     b = tensor_map(address(g.b), *((g.n, g.k) if g.tb else (g.k, g.n)), BOX)
     out = tensor_map(address(g.out), g.m, g.n, BOX) if g.epilogue else a  # what a kernel does not read may be anything
     shift, sums = (address(word) if word else 0 for word in (g.bias, g.sums))
-    room = [pointer(workspace), pointer(address("knobs"))]
+    room = [pointer(workspace), pointer(address("scalars"))]
     sizes = [number(n) for n in (g.m, g.n, g.k)]
     adds = g.adds is True or (isinstance(g.adds, str) and g.adds not in c.first)
     product = launcher(

@@ -9,13 +9,13 @@ from handgrad.backends.cuda import cache, cudnn
 from handgrad.backends.cuda.card import WORTH_TUNING, Card
 from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.tune import repeats
-from handgrad.core.knobs import KNOBS
 from handgrad.core.launch import Launches
 from handgrad.core.program import Call
+from handgrad.core.scalars import STEP_SCALARS
 from handgrad.core.tensor import Tensor
 
 PACKAGE = Path(__file__).parents[2]
-Place = Callable[["Tensor | str"], int]  # the address of a tensor, of "knobs" and of "scratch"
+Place = Callable[["Tensor | str"], int]  # the address of a tensor, of "scalars" and of "scratch"
 Bind = Callable[[Call, Launches, Place], list[Callable[[bool], None]]]  # what starts each launch
 
 
@@ -50,13 +50,13 @@ class Ways:
         device = self._graphs.device
         for name, c in calls.items():
             nbytes = {t: t.nbytes for t in (*c.ins, *c.outs) if t is not None}
-            nbytes |= {"scratch": scratch(c), "knobs": 8 * len(KNOBS)}
+            nbytes |= {"scratch": scratch(c), "scalars": 8 * len(STEP_SCALARS)}
             at = {t: device.alloc(max(n, 256)) for t, n in nbytes.items()}
             try:
                 for t, n in nbytes.items():
-                    if t != "knobs":
+                    if t != "scalars":
                         device.randomise(at[t], n)
-                device.fill(at["knobs"], 8 * len(KNOBS))
+                device.fill(at["scalars"], 8 * len(STEP_SCALARS))
                 ways = [bind(c, way, at.__getitem__) for way in self._card.launches(c).ways()]
                 taken = self._graphs.race([(partial(_start, starts), repeats(c.op.flops(c))) for starts in ways])
                 self._known[name] = taken.index(min(taken))

@@ -22,11 +22,11 @@ static inline float update(float weight, float *restrict m, float *restrict v, f
 
 // p = weight, up or down to a bf16: up as often as the 16 bits that are cut off say. `first` is a multiple of 4.
 static inline void round_weights(real *restrict p, const float *restrict weight, int64_t first, int64_t n,
-                                 const Knobs *knobs) {
+                                 const StepScalars *scalars) {
   uint32_t bits[BLOCK];
 #pragma omp simd
   for (int64_t quad = 0; quad < (n + 3) / 4; quad++) {
-    philox4 r = philox((uint64_t)(first / 4 + quad), WEIGHT_STREAM ^ (uint64_t)knobs->step, knobs->seed);
+    philox4 r = philox((uint64_t)(first / 4 + quad), WEIGHT_STREAM ^ (uint64_t)scalars->step, scalars->seed);
     for (int lane = 0; lane < 4; lane++) bits[4 * quad + lane] = r.v[lane];
   }
 #pragma omp simd
@@ -48,12 +48,12 @@ ENTRY(adamw) {
   const float *restrict grad = P(4);             // (n)
   int64_t n = I(5);
   double beta1 = a[7].f, beta2 = a[8].f, eps = a[9].f, weight_decay = a[10].f;
-  const Knobs *knobs = P(11);
-  if (knobs->grad_scale == 0.0f) return;  // the gradients are not finite
-  Rule r = {.scale = knobs->grad_scale, .keep1 = (float)beta1, .take1 = (float)(1.0 - beta1), .keep2 = (float)beta2,
-            .take2 = (float)(1.0 - beta2), .rate = (float)((double)knobs->lr / (1.0 - pow(beta1, (double)knobs->step))),
-            .root = (float)(1.0 / sqrt(1.0 - pow(beta2, (double)knobs->step))), .floor = (float)eps,
-            .shrink = (float)(1.0 - (double)knobs->lr * weight_decay)};
+  const StepScalars *scalars = P(11);
+  if (scalars->grad_scale == 0.0f) return;  // the gradients are not finite
+  Rule r = {.scale = scalars->grad_scale, .keep1 = (float)beta1, .take1 = (float)(1.0 - beta1), .keep2 = (float)beta2,
+            .take2 = (float)(1.0 - beta2), .rate = (float)((double)scalars->lr / (1.0 - pow(beta1, (double)scalars->step))),
+            .root = (float)(1.0 / sqrt(1.0 - pow(beta2, (double)scalars->step))), .floor = (float)eps,
+            .shrink = (float)(1.0 - (double)scalars->lr * weight_decay)};
 #pragma omp parallel for schedule(static)
   for (int64_t from = 0; from < n; from += BLOCK) {
     int64_t to = from + BLOCK < n ? from + BLOCK : n;
@@ -66,7 +66,7 @@ ENTRY(adamw) {
       float weight[BLOCK];
 #pragma omp simd
       for (int64_t i = from; i < to; i++) weight[i - from] = update(load(p[i]), m + i, v + i, grad[i], r);
-      round_weights(p + from, weight, start + from, to - from, knobs);
+      round_weights(p + from, weight, start + from, to - from, scalars);
     }
 #else
 #pragma omp simd

@@ -52,18 +52,18 @@ KERNEL __launch_bounds__(THREADS, HELD)
 adamw_kernel(real *__restrict__ p,                              // (n)
              float *__restrict__ m, float *__restrict__ v,      // (n)
              short *__restrict__ low,                           // (n) or NULL
-             const grad_t *__restrict__ grad, const Knobs *knobs,  // (n)
+             const grad_t *__restrict__ grad, const StepScalars *scalars,  // (n)
              i64 n, i64 start, float eps, float weight_decay) {  // start: of the stretch in the flat vector, elements
   __shared__ float rates[2];
-  const float scale = knobs->grad_scale;
+  const float scale = scalars->grad_scale;
   if (scale == 0.0f) return;  // the gradients are not finite
-  if (threadIdx.x == 0) rates[0] = (float)((double)knobs->lr / (1.0 - pow(BETA1, (double)knobs->step)));
-  if (threadIdx.x == 32) rates[1] = (float)(1.0 / sqrt(1.0 - pow(BETA2, (double)knobs->step)));
+  if (threadIdx.x == 0) rates[0] = (float)((double)scalars->lr / (1.0 - pow(BETA1, (double)scalars->step)));
+  if (threadIdx.x == 32) rates[1] = (float)(1.0 / sqrt(1.0 - pow(BETA2, (double)scalars->step)));
   __syncthreads();
-  const float rate = rates[0], root = rates[1], shrink = (float)(1.0 - (double)knobs->lr * (double)weight_decay);
+  const float rate = rates[0], root = rates[1], shrink = (float)(1.0 - (double)scalars->lr * (double)weight_decay);
   const float keep1 = (float)BETA1, take1 = (float)(1.0 - BETA1), keep2 = (float)BETA2, take2 = (float)(1.0 - BETA2);
 #if HG_BF16 && !LOW
-  const u64 key = knobs->seed, stream = WEIGHT_STREAM ^ (u64)knobs->step;
+  const u64 key = scalars->seed, stream = WEIGHT_STREAM ^ (u64)scalars->step;
 #endif
   for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * 4; i < n; i += (i64)gridDim.x * THREADS * 4) {
     Pack<grad_t, 4> g = read(grad, i, n);

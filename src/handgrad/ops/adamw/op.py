@@ -17,14 +17,14 @@ class AdamW(Op):
 
     `start` is the stretch's first element in the flat vectors, a multiple of 4.
 
-    Reads lr, step, seed and grad_scale from knobs; where grad_scale is 0 it changes nothing.
+    Reads lr, step, seed and grad_scale from scalars; where grad_scale is 0 it changes nothing.
     """
 
     name = "adamw"
     ins = "grad:n:grad"
     outs = "+p:n +m:n:f32 +v:n:f32 +low:n:i16?"
     attrs = {"start": int, "beta1": float, "beta2": float, "eps": float, "weight_decay": float}
-    cpu = C("adamw", "p m v low grad | n start beta1 beta2 eps weight_decay knobs")
+    cpu = C("adamw", "p m v low grad | n start beta1 beta2 eps weight_decay scalars")
     cases = (
         case(n=33, start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
         case(n=1, start=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),
@@ -43,7 +43,7 @@ class AdamW(Op):
         return dtype is not F32 and attrs.get("low", True)  # in f32 p is the whole weight
 
     def ref(self, v: Any) -> tuple:
-        k = v.knobs
+        k = v.scalars
         if k.grad_scale == 0:
             return v.p, v.m, v.v, v.low
         weight, m, s = reference.adamw(
@@ -70,7 +70,7 @@ class AdamW(Op):
         defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": held}
         defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
         grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * held)
-        args = "p m v low grad knobs | n start eps weight_decay"
+        args = "p m v low grad scalars | n start eps weight_decay"
         return Launches((Kernel("adamw_kernel", args, grid, THREADS, 0, defines),))
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

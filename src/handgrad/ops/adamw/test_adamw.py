@@ -8,7 +8,7 @@ from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import case
 from handgrad.ops import adamw
 from handgrad.ops.adamw.reference import join_weight, round_weight, split_weight
-from handgrad.testing import case_arrays, case_program, check_op, set_knobs
+from handgrad.testing import case_arrays, case_program, check_op, set_scalars
 
 BACKENDS = [open_backend("cpu"), RefBackend(exact=False)]
 
@@ -22,8 +22,8 @@ def update(backend, dtype, arrays, grad_scale=1.0, **attrs):
     for t in (*c.ins, *c.outs):
         if t is not None:
             arena.write(t, arrays[t.name])
-    set_knobs(p, arena)
-    arena.write_knobs(p, grad_scale=grad_scale)
+    set_scalars(p, arena)
+    arena.write_scalars(p, grad_scale=grad_scale)
     backend.bind(p, arena).run()
     return {name: np.array(arena.read(t)) for name, t in c.named_outs()}
 

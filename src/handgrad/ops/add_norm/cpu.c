@@ -5,7 +5,7 @@
 // layout    rows are shared among threads; dw, db, dhb: sums over chunks of rows, then over chunks, column by column
 // determinism  chunks depend on N alone and are added in order, whatever the number of threads
 // source    own work
-#include "knobs.h"
+#include "scalars.h"
 
 // One row's statistics and y. Three passes over a row that stays in the first cache. The second pass also sums what the
 // rounding of the first left in the mean: with a mean far from zero that error would reach every y.
@@ -116,8 +116,8 @@ ENTRY(norm_backward) {
   const real *w = P(7);                             // (C)
   const float *mean = P(8), *rstd = P(9);           // (N)
   int64_t N = I(10), C = I(11);
-  const Knobs *knobs = P(15);
-  int later = knobs->micro_step > 0;
+  const StepScalars *scalars = P(15);
+  int later = scalars->micro_step > 0;
   float *partial = P(16);                           // (chunks, 3, C)
   int64_t rows = chunk_rows(N), chunks = num_chunks(N);
 #pragma omp parallel

@@ -227,7 +227,7 @@ KERNEL __launch_bounds__(1024)
 norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C)
                          grad_t *__restrict__ dhb,                          // (C) or NULL
                          const float *__restrict__ partial,                 // (BLOCKS, SUMS, C)
-                         const Knobs *knobs, i64 acc_w, i64 acc_b, i64 acc_hb) {
+                         const StepScalars *scalars, i64 acc_w, i64 acc_b, i64 acc_hb) {
   __shared__ float room[32][33];
   int x = threadIdx.x % 32, y = threadIdx.x / 32, c = blockIdx.x * 32 + x;
   float sum = 0.0f;
@@ -240,7 +240,7 @@ norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (
   c = blockIdx.x * 32 + y;
   if (x == 0 && c < SUMS * C) {
     grad_t *to = c < C ? dw + c : c < 2 * C ? db + (c - C) : dhb + (c - 2 * C);
-    bool add = (c < C ? acc_w : c < 2 * C ? acc_b : acc_hb) || knobs->micro_step > 0;
+    bool add = (c < C ? acc_w : c < 2 * C ? acc_b : acc_hb) || scalars->micro_step > 0;
     *to = from_float<grad_t>(add ? to_float(*to) + sum : sum);
   }
 }

@@ -42,9 +42,9 @@ class AddNorm(Op):
         ds = _norm_backward(g, c, d["y"], d["s"], c.s, c.hb)
         return {"x": ds, "h": ds}  # residual and branch share one gradient buffer
 
-    def remake(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
+    def recompute(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "s" in want:
-            return super().remake(g, c, want)
+            return super().recompute(g, c, want)
         y, mean, rstd = g.emit(norm, c.s, c.w, c.b, **c.attrs)  # the add is not needed again
         return {"y": y, "mean": mean, "rstd": rstd}
 
@@ -84,7 +84,7 @@ class NormBackward(Op):
     outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
     cpu = C(
         "norm_backward",
-        "dx dw db dhb dy ds s w mean rstd | N C acc.dw acc.db acc.dhb knobs scratch",
+        "dx dw db dhb dy ds s w mean rstd | N C acc.dw acc.db acc.dhb scalars scratch",
         "norm_backward_scratch N C threads",
     )
     cases = (
@@ -122,7 +122,7 @@ class NormBackward(Op):
         blocks = min(-(-N // rows), gpu.sms * held)
         d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
         args = "dx scratch dy ds s w mean rstd | N"
-        add = "dw db dhb scratch knobs | acc.dw acc.db acc.dhb"
+        add = "dw db dhb scratch scalars | acc.dw acc.db acc.dhb"
         return Launches(
             (
                 Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),

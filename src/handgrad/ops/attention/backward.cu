@@ -27,7 +27,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
     const bf16 *qkv,    // (N, H + 2 K, D)
     const bf16 *y,      // (N, H D)
     const float *lse,   // (B, H, T)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   HG_SHARED(bf16, q_tile);  // q, dy (ROWS, LD), then twice k, v (TILE, LD); y starts in the second of these
   bf16 *dy_tile = q_tile + ROWS * LD, *stages = dy_tile + ROWS * LD, *y_tile = stages + 2 * TILE * LD;
   const int T = (int)T_, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -39,7 +39,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
   const bf16 *k = qkv + start + (H - h + h / (H / K)) * D, *v = k + K * D;
   const int tiles = ((CAUSAL ? min(T, row0 + ROWS) : T) + TILE - 1) / TILE;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  DropoutRule rule(knobs, p, stream);
+  DropoutRule rule(scalars, p, stream);
 
   load_tile<ROWS>(q_tile, qkv + start, stride, row0, T);
   load_tile<ROWS>(dy_tile, dy + start_y, H * D, row0, T);
@@ -118,7 +118,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
     const Stat *stats,  // (B, H, T up to whole blocks)
     const bf16 *dy,     // (N, H D)
     const bf16 *qkv,    // (N, H + 2 K, D)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   HG_SHARED(bf16, k_tile);  // k, v (ROWS, LD), then twice q, dy (TILE, LD), then twice their statistics (TILE)
   bf16 *v_tile = k_tile + ROWS * LD, *stages = v_tile + ROWS * LD;
   Stat *stat_stages = (Stat *)(stages + 4 * TILE * LD);
@@ -132,7 +132,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
   const int padded = (T + ROWS - 1) / ROWS * ROWS;
   const int first = CAUSAL ? row0 / TILE : 0, tiles = (T + TILE - 1) / TILE - first;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  DropoutRule rule(knobs, p, stream);
+  DropoutRule rule(scalars, p, stream);
 
   auto fetch = [&](int stage, int head, int tile) {
     bf16 *to = stages + stage * 2 * TILE * LD;

@@ -4,7 +4,7 @@
 // numerics  f32 softmax and sums; the probabilities are made again from lse; with AVX512-BF16 they are rounded to bf16
 // layout    forward: threads share (head, row block) items; backward: a key/value head is one thread's, with the query
 //           heads that read it one after another, key blocks outside
-// determinism  fixed order for any number of threads; a call's dropout depends on knobs and element index alone
+// determinism  fixed order for any number of threads; a call's dropout depends on scalars and element index alone
 // source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2
 #include "flash.h"
 
@@ -13,7 +13,7 @@ ENTRY(attention_forward) {
   float *lse = P(1);         // (B, H, T)
   const real *qkv = P(2);    // (N, H + 2 K, D)
   int64_t N = I(3), T = I(4), H = I(5), K = I(6), D = I(7);
-  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // knobs, p, call
+  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // scalars, p, call
   char *scratch = P(12);     // attention_forward_scratch bytes
   int64_t row = (H + 2 * K) * D;
   Attend x = {.q = qkv, .k = qkv + H * D, .v = qkv + (H + K) * D, .q_row = row, .kv_row = row, .q_seq = T * row,
@@ -178,7 +178,7 @@ ENTRY(attention_backward) {
   const float *lse = P(4);  // (B, H, T)
   int64_t N = I(5), T = I(6), H = I(7), K = I(8), D = I(9), group = H / K;
   int causal = I(10) != 0;
-  DropoutRule drop = dropout_rule(P(13), F(11), I(12));  // knobs, p, call
+  DropoutRule drop = dropout_rule(P(13), F(11), I(12));  // scalars, p, call
   char *scratch = P(14);    // attention_backward_scratch bytes
   BackwardScratch size;
   uintptr_t bytes = backward_layout(&size, 0, T, D, group);

@@ -83,13 +83,13 @@ __device__ __forceinline__ float factor(const DropoutRule &rule, i64 element) {
   const int b = head / (int)heads;                                                                            \
   const i64 stride = (H + 2 * K) * D;                                                                         \
   const float scale = rsqrtf((float)D);                                                                       \
-  const DropoutRule rule(knobs, p, stream)
+  const DropoutRule rule(scalars, p, stream)
 
 KERNEL __launch_bounds__(128, 2) attention_forward_kernel(
     float *y,           // (N, H D)
     float *lse,         // (B, H, T)
     const float *qkv,   // (N, H + 2 K, D)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
   float *q_tile = room, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
@@ -138,7 +138,7 @@ KERNEL __launch_bounds__(128, 2) attention_backward_dq_kernel(
     const float *qkv,   // (N, H + 2 K, D)
     const float *y,     // (N, H D)
     const float *lse,   // (B, H, T)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
   float *q_tile = room, *dy_tile = q_tile + ROWS * LD, *k_tile = dy_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
@@ -184,7 +184,7 @@ KERNEL __launch_bounds__(128, 2) attention_backward_dkdv_kernel(
     const Stat *stats,   // (B, H, T)
     const float *dy,     // (N, H D)
     const float *qkv,    // (N, H + 2 K, D)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(K);
   float *k_tile = room, *v_tile = k_tile + ROWS * LD, *q_tile = v_tile + ROWS * LD, *dy_tile = q_tile + ROWS * LD;
   const int group = (int)(H / K), head0 = head % (int)K * group;

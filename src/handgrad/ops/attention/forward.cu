@@ -13,7 +13,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_forward_kernel(
     bf16 *y,            // (N, H D)
     float *lse,         // (B, H, T)
     const bf16 *qkv,    // (N, H + 2 K, D)
-    const Knobs *knobs, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   HG_SHARED(bf16, q_tile);  // (ROWS, LD), then twice k, v (TILE, LD)
   bf16 *stages = q_tile + ROWS * LD;
   const int T = (int)T_, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -25,7 +25,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_forward_kernel(
   const bf16 *k = q + (H - h + h / (H / K)) * D, *v = k + K * D;
   const int tiles = ((CAUSAL ? min(T, row0 + ROWS) : T) + TILE - 1) / TILE;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  DropoutRule rule(knobs, p, stream);
+  DropoutRule rule(scalars, p, stream);
 
   load_tile<ROWS>(q_tile, q, stride, row0, T);
   load_tile<TILE>(stages, k, stride, 0, T);

@@ -74,7 +74,7 @@ def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) ->
     if D > 128:
         raise HandgradError("attention", "the cuda kernels hold heads of at most 128 elements", D)
     defines = {"D": D, "CAUSAL": int(c.attrs["causal"]), "DROPOUT": int(p > 0)}
-    args += " knobs | N T H K p stream"
+    args += " scalars | N T H K p stream"
     if c.dtype is not BF16:
         shared = (owned + 2) * 32 * (D | 1) * 4
         return Kernel(entry, args, -(-T // 32) * B * heads, 128, shared, defines, "float32.cu")
@@ -102,7 +102,7 @@ class Attention(Op):
     saved = "qkv y lse"
     cpu = C(
         "attention_forward",
-        "y lse qkv | N T H K D causal p stream knobs scratch",
+        "y lse qkv | N T H K D causal p stream scalars scratch",
         "attention_forward_scratch T D threads",
     )
     cases = (
@@ -121,7 +121,7 @@ class Attention(Op):
         _derive(d)
 
     def ref(self, v: Any) -> tuple:
-        k = v.knobs
+        k = v.scalars
         return reference.attention_forward(v.qkv, v.T, v.H, v.K, v.causal, v.p, v.stream, k.seed, k.step, k.micro_step)
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -147,10 +147,10 @@ class AttentionBackward(Op):
     ins = "dy:N,C qkv:N,Q y:N,C lse:B,H,T:f32"
     outs = "dqkv:N,Q"
     attrs = Attention.attrs
-    steep = True  # exp(q k' - lse), dy v' less delta
+    ill_conditioned = True  # exp(q k' - lse), dy v' less delta
     cpu = C(
         "attention_backward",
-        "dqkv dy qkv y lse | N T H K D causal p stream knobs scratch",
+        "dqkv dy qkv y lse | N T H K D causal p stream scalars scratch",
         "attention_backward_scratch T H K D threads",
     )
     cases = Attention.cases
@@ -159,7 +159,7 @@ class AttentionBackward(Op):
         _derive(d)
 
     def ref(self, v: Any) -> tuple:
-        k = v.knobs
+        k = v.scalars
         return (
             reference.attention_backward(
                 v.dy, v.qkv, v.y, v.lse, v.T, v.H, v.K, v.causal, v.p, v.stream, k.seed, k.step, k.micro_step
@@ -167,7 +167,7 @@ class AttentionBackward(Op):
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name in ("y", "lse"):  # what the forward leaves for this qkv, under the knobs of every check
+        if arg.name in ("y", "lse"):  # what the forward leaves for this qkv, under the scalars of every check
             y, lse = reference.attention_forward(
                 v["qkv"], v["T"], v["H"], v["K"], v["causal"], v["p"], v["stream"], 7, 3, 0
             )

@@ -74,9 +74,9 @@ ENTRY(attention_decode) {
   real *cache = P(1);      // (B, S, 2, K, D), in and out
   const real *qkv = P(2);  // (N, H + 2 K, D)
   int64_t N = I(3), T = I(4), S = I(5), H = I(6), K = I(7), D = I(8);
-  const Knobs *knobs = P(9);
+  const StepScalars *scalars = P(9);
   char *scratch = P(10);    // attention_decode_scratch bytes
-  int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = knobs->position, sequence = S * kv_row;
+  int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = scalars->position, sequence = S * kv_row;
 #pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)
     memcpy(cache + i / T * sequence + (position + i % T) * kv_row, qkv + i * row + H * D,

@@ -25,11 +25,11 @@ KERNEL __launch_bounds__(32 * WARPS, 4) attention_decode_kernel(
     float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
     real *cache,        // (B, S, 2, K, D), in and out
     const real *qkv,    // (N, H + 2 K, D)
-    const Knobs *knobs, i64 T, i64 S, i64 H, i64 K) {
+    const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K) {
   __shared__ float tops[WARPS], totals[WARPS], sums[WARPS][D];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
   const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
-  const i64 position = knobs->position, row = (H + 2 * K) * D, end = position + t + 1;
+  const i64 position = scalars->position, row = (H + 2 * K) * D, end = position + t + 1;
   const i64 first = end * blockIdx.y / PARTS, last = end * (blockIdx.y + 1) / PARTS;
   const real *fresh = qkv + (b * T - position) * row + (H + kv) * D;  // key s of position and later, s rows from here
   real *cached = cache + b * S * 2 * K * D + kv * D;

@@ -10,13 +10,15 @@ from handgrad.ops.attention_decode import reference
 
 
 class AttentionDecode(Op):
-    """Appends k, v of T new tokens at knobs.position;  y = softmax(q k' / sqrt(D)) v over all up to each token."""
+    """Appends k, v of T new tokens at scalars.position;  y = softmax(q k' / sqrt(D)) v over all up to each token."""
 
     name = "attention_decode"
     ins = "qkv:N,Q"
     outs = "y:N,C +cache:B,S,2,K,D"
     attrs = {"T": int, "S": int, "H": int, "K": int}
-    cpu = C("attention_decode", "y cache qkv | N T S H K D knobs scratch", "attention_decode_scratch N T S H D threads")
+    cpu = C(
+        "attention_decode", "y cache qkv | N T S H K D scalars scratch", "attention_decode_scratch N T S H D threads"
+    )
     cases = (
         case(N=1, Q=48, T=1, S=7, H=2, K=2),
         case(N=10, Q=99, T=5, S=13, H=1, K=1),
@@ -34,7 +36,7 @@ class AttentionDecode(Op):
         d["C"] = H * d["D"]
 
     def ref(self, v: Any) -> tuple:
-        return reference.attention_decode(v.cache, v.qkv, v.T, v.H, int(v.knobs.position))
+        return reference.attention_decode(v.cache, v.qkv, v.T, v.H, int(v.scalars.position))
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
@@ -42,7 +44,7 @@ class AttentionDecode(Op):
         lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
         parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks a multiprocessor, of 128 keys at least
         defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts}
-        args = "y scratch cache qkv knobs | T S H K"
+        args = "y scratch cache qkv scalars | T S H K"
         attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), 128, defines=defines)
         merge = Kernel("attention_decode_merge_kernel", "y scratch", queries, 128, defines=defines)
         return Launches((attend, merge) if parts > 1 else (attend,), scratch=4 * queries * parts * (D + 2))

@@ -2,7 +2,7 @@
 // forward   writes =  y: (N, C) dtype
 // numerics  one multiplication in f32, one rounding
 // layout    blocks of elements; four elements share one call of the generator
-// determinism  an element's bits depend on knobs, call and its index alone (philox.h)
+// determinism  an element's bits depend on scalars, call and its index alone (philox.h)
 // source    own work
 #include "philox.h"
 
@@ -10,7 +10,7 @@ ENTRY(dropout_forward) {
   real *y = P(0);                       // (N, C)
   const real *x = P(1);                 // (N, C)
   int64_t n = I(2) * I(3);              // N, C
-  DropoutRule rule = dropout_rule(P(6), F(4), I(5));  // knobs, p, call
+  DropoutRule rule = dropout_rule(P(6), F(4), I(5));  // scalars, p, call
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < n; first += DROPOUT_BLOCK) {
     float factor[DROPOUT_BLOCK];

@@ -2,7 +2,7 @@
 // forward   writes =  y: (N, C) dtype
 // numerics  one multiplication in f32, one rounding
 // layout    a grid that fills the card; 16-byte accesses; four elements share one call of the generator
-// determinism  an element's bits depend on knobs, call and its index alone
+// determinism  an element's bits depend on scalars, call and its index alone
 // speed     H100 80GB, bf16, bench/gpu_ops.py, 2026-11-24: 2.54 TB/s (85 % of the copy rate)
 // source    own work
 #include "kernel.cuh"
@@ -12,8 +12,8 @@ constexpr int WIDTH = VEC > 1 ? VEC : 4;  // elements that a thread takes at a t
 
 KERNEL __launch_bounds__(256)
 dropout_forward_kernel(real *__restrict__ y, const real *__restrict__ x,  // (N, C)
-                       const Knobs *knobs, i64 N, i64 C, float p, i64 call) {
-  const DropoutRule rule(knobs, p, call);
+                       const StepScalars *scalars, i64 N, i64 C, float p, i64 call) {
+  const DropoutRule rule(scalars, p, call);
   const i64 n = N * C;
   for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) * WIDTH; i < n; i += (i64)gridDim.x * 256 * WIDTH) {
     Pack<real, WIDTH> v = {};

@@ -10,13 +10,13 @@ from handgrad.ops.dropout import reference
 
 
 class Dropout(Op):
-    """y = x / (1 - p) where kept, else 0. What is kept depends on knobs, `stream` and the element's index alone."""
+    """y = x / (1 - p) where kept, else 0. What is kept depends on scalars, `stream` and the element's index alone."""
 
     name = "dropout"
     ins = "x:N,C"
     outs = "y:N,C"
     attrs = {"p": float, "stream": int}
-    cpu = C("dropout_forward", "y x | N C p stream knobs")
+    cpu = C("dropout_forward", "y x | N C p stream scalars")
     cases = (
         case(N=7, C=33, p=0.1, stream=1),
         case(N=1, C=1, p=0.5, stream=2),
@@ -25,13 +25,13 @@ class Dropout(Op):
     )
 
     def ref(self, v: Any) -> tuple:
-        return (reference.dropout_forward(v.x, v.p, v.stream, v.knobs.seed, v.knobs.step, v.knobs.micro_step),)
+        return (reference.dropout_forward(v.x, v.p, v.stream, v.scalars.seed, v.scalars.step, v.scalars.micro_step),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
         vec = vec if n % vec == 0 else 1
         grid = min(-(-n // (256 * max(vec, 4))), 8 * gpu.sms)
-        return Launches((Kernel("dropout_forward_kernel", "y x knobs | N C p stream", grid, 256, 0, {"VEC": vec}),))
+        return Launches((Kernel("dropout_forward_kernel", "y x scalars | N C p stream", grid, 256, 0, {"VEC": vec}),))
 
     def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask

@@ -5,7 +5,7 @@
 // layout    forward: rows are shared among threads; backward: columns are, so no two threads meet in a row of dwte
 // determinism  every element sums its rows in order, whatever the number of threads
 // source    own work
-#include "knobs.h"
+#include "scalars.h"
 
 ENTRY(embed_forward) {
   real *restrict y = P(0);          // (N, C)
@@ -14,8 +14,8 @@ ENTRY(embed_forward) {
   const real *restrict wpe = P(3);  // (Tmax, C) or NULL
   int64_t N = I(4), C = I(5), T = I(6);
   int decode = I(7) != 0;  // rows continue the sequences in the cache
-  const Knobs *knobs = P(8);
-  int64_t position = decode ? knobs->position : 0;
+  const StepScalars *scalars = P(8);
+  int64_t position = decode ? scalars->position : 0;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
     real *to = y + n * C;
@@ -38,8 +38,8 @@ ENTRY(embed_backward) {
   const real *restrict dy = P(2);  // (N, C)
   const int32_t *ids = P(3);       // (N)
   int64_t N = I(4), C = I(5), V = I(6), T = I(7), Tmax = I(8);
-  const Knobs *knobs = P(11);
-  int add_te = I(9) || knobs->micro_step > 0, add_pe = I(10) || knobs->micro_step > 0;
+  const StepScalars *scalars = P(11);
+  int add_te = I(9) || scalars->micro_step > 0, add_pe = I(10) || scalars->micro_step > 0;
   int64_t stripes = (C + STRIPE - 1) / STRIPE;
 #pragma omp parallel
   {

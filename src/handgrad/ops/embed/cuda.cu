@@ -20,13 +20,13 @@ embed_forward_kernel(real *__restrict__ y,          // (N, C)
                      const int *__restrict__ ids,   // (N), each < V
                      const real *__restrict__ wte,  // (V, C)
                      const real *__restrict__ wpe,  // (Tmax, C) or NULL
-                     const Knobs *knobs, i64 N, i64 T, i64 decode) {
+                     const StepScalars *scalars, i64 N, i64 T, i64 decode) {
   i64 at = (i64)blockIdx.x * 256 + threadIdx.x, n = at / (C / VEC);
   if (n >= N) return;
   int c = (int)(at % (C / VEC)) * VEC;
   Pk x = load<real, VEC>(wte + (i64)ids[n] * C + c);
   if (wpe) {
-    i64 position = (u32)n % (u32)T + (decode ? knobs->position : 0);  // in decode rows continue what is in the cache
+    i64 position = (u32)n % (u32)T + (decode ? scalars->position : 0);  // in decode rows continue what is in the cache
     Pk place = load<real, VEC>(wpe + position * C + c);
 #pragma unroll
     for (int i = 0; i < VEC; i++) x.set(i, x.at(i) + place.at(i));
@@ -47,8 +47,8 @@ __device__ __forceinline__ i64 row_of(u64 key) { return (i64)(u32)key; }
 
 // dwte = 0 in the first micro-step
 KERNEL embed_zero_kernel(grad_t *__restrict__ dwte,  // (V, C)
-                         const Knobs *knobs, i64 V) {
-  if (knobs->micro_step > 0) return;
+                         const StepScalars *scalars, i64 V) {
+  if (scalars->micro_step > 0) return;
   constexpr int n = VEC == 1 ? 1 : 16 / sizeof(grad_t);
   const Pack<grad_t, n> zero = {};
   for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * n; i < V * C; i += (i64)gridDim.x * blockDim.x * n)
@@ -109,7 +109,7 @@ embed_backward_kernel(grad_t *__restrict__ dwte,         // (V, C)
                       float *__restrict__ partial,       // (segments, 2, C)
                       const real *__restrict__ dy,       // (N, C)
                       const u64 *__restrict__ sorted,    // (N)
-                      const Knobs *knobs, i64 acc_te) {
+                      const StepScalars *scalars, i64 acc_te) {
   __shared__ u64 keys[SEGMENT + 2];  // and the neighbours: no token where there is none
   i64 first = (i64)blockIdx.x * SEGMENT;
   int rows = N - first < SEGMENT ? (int)(N - first) : SEGMENT, c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
@@ -119,7 +119,7 @@ embed_backward_kernel(grad_t *__restrict__ dwte,         // (V, C)
   }
   __syncthreads();
   if (c >= C) return;
-  bool add = acc_te || knobs->micro_step > 0;
+  bool add = acc_te || scalars->micro_step > 0;
   const u64 *own = keys + 1;
   Pack<float, VEC> sum = {};
   for (int base = 0; base < rows; base += AHEAD) {
@@ -149,7 +149,7 @@ KERNEL __launch_bounds__(THREADS)
 embed_across_kernel(grad_t *__restrict__ dwte,          // (V, C)
                     const float *__restrict__ partial,  // (segments, 2, C)
                     const u64 *__restrict__ sorted,     // (N)
-                    const Knobs *knobs, i64 acc_te) {
+                    const StepScalars *scalars, i64 acc_te) {
   i64 segment = blockIdx.x, after = (segment + 1) * SEGMENT;
   int c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
   if (after >= N || c >= C) return;
@@ -174,16 +174,16 @@ embed_across_kernel(grad_t *__restrict__ dwte,          // (V, C)
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum.v[i] += head[j].v[i];
   }
-  put(dwte + token * C + c, sum, acc_te || knobs->micro_step > 0);
+  put(dwte + token * C + c, sum, acc_te || scalars->micro_step > 0);
 }
 
 // dwpe: the sum over the sequences, for each position; positions past T get none.
 KERNEL __launch_bounds__(256)
 embed_position_kernel(grad_t *__restrict__ dwpe,    // (Tmax, C)
                       const real *__restrict__ dy,  // (N, C)
-                      const Knobs *knobs, i64 T, i64 Tmax, i64 acc_pe) {
+                      const StepScalars *scalars, i64 T, i64 Tmax, i64 acc_pe) {
   i64 at = (i64)blockIdx.x * 256 + threadIdx.x, t = at / (C / VEC);
-  bool add = acc_pe || knobs->micro_step > 0;
+  bool add = acc_pe || scalars->micro_step > 0;
   if (t >= (add ? T : Tmax)) return;
   int c = (int)(at % (C / VEC)) * VEC;
   Pack<float, VEC> sum = {};

@@ -12,14 +12,14 @@ from handgrad.ops.embed import reference
 
 
 class Embed(Op):
-    """y = wte[ids] + wpe[n % T], in decode wpe[knobs.position + n % T]; without wpe only the first."""
+    """y = wte[ids] + wpe[n % T], in decode wpe[scalars.position + n % T]; without wpe only the first."""
 
     name = "embed"
     ins = "ids:N:i32 wte:V,C wpe:Tmax,C?"
     outs = "y:N,C"
     attrs = {"T": int, "decode": bool}
     saved = "ids"
-    cpu = C("embed_forward", "y ids wte wpe | N C T decode knobs")
+    cpu = C("embed_forward", "y ids wte wpe | N C T decode scalars")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3, decode=False),
         case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
@@ -36,12 +36,12 @@ class Embed(Op):
             raise HandgradError("embed", f"wpe has a row for each of {d['T']} positions", d["Tmax"])
 
     def ref(self, v: Any) -> tuple:
-        return (reference.embed_forward(v.ids, v.wte, v.wpe, v.T, int(v.knobs.position) if v.decode else 0),)
+        return (reference.embed_forward(v.ids, v.wte, v.wpe, v.T, int(v.scalars.position) if v.decode else 0),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         defines = _layout(c) | {"FORWARD": 1}
         grid = -(-c.sizes["N"] * (c.sizes["C"] // defines["VEC"]) // 256)
-        return Launches((Kernel("embed_forward_kernel", "y ids wte wpe knobs | N T decode", grid, 256, 0, defines),))
+        return Launches((Kernel("embed_forward_kernel", "y ids wte wpe scalars | N T decode", grid, 256, 0, defines),))
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
@@ -65,7 +65,7 @@ class EmbedBackward(Op):
     ins = "dy:N,C ids:N:i32"
     outs = "+dwte:V,C:grad +dwpe:Tmax,C:grad?"
     attrs = {"V": int, "Tmax": int, "T": int}
-    cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax acc.dwte acc.dwpe knobs")
+    cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax acc.dwte acc.dwpe scalars")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3),
         case(N=1, C=1, V=1, Tmax=1, T=1),
@@ -99,16 +99,16 @@ class EmbedBackward(Op):
         steps = []
         if c.dwpe is not None:
             grid = -(-c.sizes["Tmax"] * accesses // 256)
-            steps.append(Kernel("embed_position_kernel", "dwpe dy knobs | T Tmax acc.dwpe", grid, 256, 0, d))
+            steps.append(Kernel("embed_position_kernel", "dwpe dy scalars | T Tmax acc.dwpe", grid, 256, 0, d))
         if "dwte" in c.first:
-            steps.append(Kernel("embed_zero_kernel", "dwte knobs | V", 8 * gpu.sms, 256, 0, d))
+            steps.append(Kernel("embed_zero_kernel", "dwte scalars | V", 8 * gpu.sms, 256, 0, d))
         steps += [
             Kernel("embed_sort_kernel", "scratch ids", chunks, CHUNK // 2, 0, d),
             Kernel("embed_merge_kernel", f"scratch@{sorted_} scratch", chunks * CHUNK // 256, 256, 0, d),
         ]
         for entry, args in (
-            ("embed_backward_kernel", f"dwte scratch@{partial} dy scratch@{sorted_} knobs | acc.dwte"),
-            ("embed_across_kernel", f"dwte scratch@{partial} scratch@{sorted_} knobs | acc.dwte"),
+            ("embed_backward_kernel", f"dwte scratch@{partial} dy scratch@{sorted_} scalars | acc.dwte"),
+            ("embed_across_kernel", f"dwte scratch@{partial} scratch@{sorted_} scalars | acc.dwte"),
         ):
             steps.append(Kernel(entry, args, (segments, columns, 1), threads, 0, d))
         return Launches(tuple(steps), scratch=partial + segments * 2 * C * 4)

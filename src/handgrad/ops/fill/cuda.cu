@@ -9,8 +9,8 @@
 
 KERNEL __launch_bounds__(256)
 fill_kernel(grad_t *__restrict__ x,  // (n)
-            const Knobs *knobs, i64 n, float value, i64 acc) {
-  const bool add = acc || knobs->micro_step > 0;
+            const StepScalars *scalars, i64 n, float value, i64 acc) {
+  const bool add = acc || scalars->micro_step > 0;
   if (add && value == 0.0f) return;
   for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) * VEC; i < n; i += (i64)gridDim.x * 256 * VEC) {
     Pack<grad_t, VEC> v = {};

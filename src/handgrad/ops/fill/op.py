@@ -14,7 +14,7 @@ class Fill(Op):
     name = "fill"
     outs = "+x:n:grad"
     attrs = {"n": int, "value": float}
-    cpu = C("fill", "x | n value acc.x knobs")
+    cpu = C("fill", "x | n value acc.x scalars")
     cases = (
         case(n=33, value=0.0),
         case(n=1, value=2.5),
@@ -29,7 +29,7 @@ class Fill(Op):
         n, vec = c.sizes["n"], 16 // c.x.dtype.size
         vec = vec if n % vec == 0 else 1
         grid = min(-(-n // (256 * vec)), 8 * gpu.sms)
-        return Launches((Kernel("fill_kernel", "x knobs | n value acc.x", grid, 256, 0, {"VEC": vec}),))
+        return Launches((Kernel("fill_kernel", "x scalars | n value acc.x", grid, 256, 0, {"VEC": vec}),))
 
 
 fill = Fill()

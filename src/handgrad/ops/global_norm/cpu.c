@@ -1,17 +1,17 @@
 // global_norm: the L2 norm of all gradients and the factor that clips it                           math: README.md §2
-// writes =  knobs.grad_norm, knobs.grad_scale
+// writes =  scalars.grad_norm, scalars.grad_scale
 // numerics  squares and sums in double: no overflow below 1e38, and the order hardly matters
 // layout    chunks of elements shared among threads, one partial sum each
 // determinism  chunks are fixed and added in order, whatever the number of threads; NaN and inf reach grad_norm
 // source    own work; clipping as torch.nn.utils.clip_grad_norm_
-#include "knobs.h"
+#include "scalars.h"
 
 #define CHUNK 32768  // elements
 
 SCRATCH(global_norm)(int64_t n) { return (n + CHUNK - 1) / CHUNK * (int64_t)sizeof(double); }
 
 ENTRY(global_norm) {
-  Knobs *knobs = P(0);
+  StepScalars *scalars = P(0);
   const float *grad = P(1);  // (n)
   int64_t n = I(2), chunks = (n + CHUNK - 1) / CHUNK;
   float clip = F(3);         // largest norm that passes, 0: no clipping
@@ -27,6 +27,6 @@ ENTRY(global_norm) {
   double total = 0.0;
   for (int64_t k = 0; k < chunks; k++) total += partial[k];
   float norm = (float)sqrt(total), scale = clip > 0.0f ? clip / (norm + 1e-6f) : 1.0f;
-  knobs->grad_norm = norm;
-  knobs->grad_scale = !isfinite(norm) ? 0.0f : scale > 1.0f ? 1.0f : scale;  // 0: no update
+  scalars->grad_norm = norm;
+  scalars->grad_scale = !isfinite(norm) ? 0.0f : scale > 1.0f ? 1.0f : scale;  // 0: no update
 }

@@ -1,5 +1,5 @@
 // global_norm: the L2 norm of all gradients and the factor that clips it                           math: README.md §2
-// writes =  knobs.grad_norm, knobs.grad_scale
+// writes =  scalars.grad_norm, scalars.grad_scale
 // numerics  squares and sums in double: no overflow below 1e38, and the order hardly matters
 // layout    a grid that fills the card leaves a sum a block; one block adds them
 // determinism  the order is that of threads and blocks, which the card and n decide; NaN and inf reach grad_norm
@@ -45,12 +45,12 @@ global_norm_kernel(double *__restrict__ partial,     // (BLOCKS)
 
 // clip: the largest norm that passes, 0: no clipping
 KERNEL __launch_bounds__(1024)
-global_norm_sum_kernel(Knobs *knobs, const double *__restrict__ partial, float clip) {  // (BLOCKS)
+global_norm_sum_kernel(StepScalars *scalars, const double *__restrict__ partial, float clip) {  // (BLOCKS)
   double sum = 0.0;
   for (int k = threadIdx.x; k < BLOCKS; k += 1024) sum += partial[k];
   sum = block_sum<1024>(sum);
   if (threadIdx.x) return;
   float norm = (float)sqrt(sum), scale = clip > 0.0f ? fminf(1.0f, clip / (norm + 1e-6f)) : 1.0f;
-  knobs->grad_norm = norm;
-  knobs->grad_scale = norm < HG_INF ? scale : 0.0f;  // 0 for NaN too: no update
+  scalars->grad_norm = norm;
+  scalars->grad_scale = norm < HG_INF ? scale : 0.0f;  // 0 for NaN too: no update
 }

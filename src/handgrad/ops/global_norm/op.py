@@ -2,24 +2,24 @@
 
 from typing import Any
 
-from handgrad.core.knobs import KNOBS_BYTES
 from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
+from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.ops.global_norm import reference
 
 
 class GlobalNorm(Op):
-    """knobs.grad_norm = |grad|;  knobs.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0.
+    """scalars.grad_norm = |grad|;  scalars.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0.
 
     Where the norm is not finite the scale is 0, which is no update.
     """
 
     name = "global_norm"
     ins = "grad:n:grad"
-    outs = f"+knobs:{KNOBS_BYTES}:byte"
+    outs = f"+scalars:{STEP_SCALARS_BYTES}:byte"
     attrs = {"clip": float}
-    cpu = C("global_norm", "knobs grad | n clip scratch", "global_norm_scratch n")
+    cpu = C("global_norm", "scalars grad | n clip scratch", "global_norm_scratch n")
     cases = (
         case(n=33, clip=1.0),
         case(n=1, clip=0.0),
@@ -29,7 +29,7 @@ class GlobalNorm(Op):
     )
 
     def ref(self, v: Any) -> tuple:
-        v.knobs.grad_norm, v.knobs.grad_scale = reference.global_norm(v.grad, v.clip)
+        v.scalars.grad_norm, v.scalars.grad_scale = reference.global_norm(v.grad, v.clip)
         return (None,)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -40,7 +40,7 @@ class GlobalNorm(Op):
         return Launches(
             (
                 Kernel("global_norm_kernel", "scratch grad | n", blocks, 256, 0, defines),
-                Kernel("global_norm_sum_kernel", "knobs scratch | clip", 1, 1024, 0, defines),
+                Kernel("global_norm_sum_kernel", "scalars scratch | clip", 1, 1024, 0, defines),
             ),
             scratch=8 * blocks,
         )

@@ -1,13 +1,13 @@
 // linear: y = x w^T + b, then GELU if asked                      math: README.md §2
 // forward     writes =        y, pre: (N, M) dtype                pre = y before GELU, kept for the backward
 // gelu        writes =        y: (N, M)                           brings y back from pre
-// backward_w  writes = or +=  dw: (M, K), db: (M) float           + when the flag or knobs->micro_step is not 0
+// backward_w  writes = or +=  dw: (M, K), db: (M) float           + when the flag or scalars->micro_step is not 0
 // backward_x  writes =        dx: (N, K) dtype                    with pre, where x was gelu(pre): the gradient at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
 // determinism  fixed order of sums at any number of threads
 // source    own work
 #include "gemm.h"
-#include "knobs.h"
+#include "scalars.h"
 #include "vmath.h"
 
 // Bytes of scratch for any of the three products at these sizes.
@@ -77,8 +77,8 @@ ENTRY(linear_backward_w) {
   int64_t N = I(4), M = I(5), K = I(6);
   int accumulate_dw = I(7) != 0, accumulate_db = I(8) != 0;
   int64_t threads = I(9);
-  const Knobs *knobs = P(10);
-  int later = knobs->micro_step != 0;
+  const StepScalars *scalars = P(10);
+  int later = scalars->micro_step != 0;
   gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
                .accumulate = accumulate_dw || later, .threads = threads, .scratch = P(11)});
   if (db) sum_rows(db, dy, N, M, accumulate_db || later);

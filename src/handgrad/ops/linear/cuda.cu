@@ -3,7 +3,7 @@
 // gelu          writes =          y: (N, M) dtype                y = gelu(pre), may be pre itself
 // gelu_backward writes =          dpre: (N, M) dtype             dpre = dy gelu'(pre), may be dy itself
 // db_partial    writes =          partial: (parts, M) float      sums of dy over stretches of rows
-// db            writes = or +=    db: (M) grad_t                 + when the flag or knobs->micro_step is not 0
+// db            writes = or +=    db: (M) grad_t                 + when the flag or scalars->micro_step is not 0
 // numerics  float inside, rounded once; GELU as x sigmoid(2u), in bf16 by the hardware's e^x and division
 // layout    16-byte accesses (-DVEC elements); 2 to 8 of them in flight per thread
 // determinism  fixed order: rows of a stretch by 8 warps, warps in order, then stretches (-DPARTS of them)
@@ -129,7 +129,7 @@ KERNEL __launch_bounds__(THREADS, 4) linear_db_partial_kernel(
 KERNEL __launch_bounds__(1024) linear_db_kernel(
     grad_t *db,            // (M)
     const float *partial,  // (PARTS, M)
-    const Knobs *knobs,
+    const StepScalars *scalars,
     i64 M, i64 accumulate) {
   __shared__ float room[32 * 32];  // warp, column
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -144,6 +144,6 @@ KERNEL __launch_bounds__(1024) linear_db_kernel(
   float total = 0.0f;
 #pragma unroll
   for (int w = 0; w < 32; w++) total += room[w * 32 + lane];
-  if (accumulate || knobs->micro_step) total += to_float(db[column]);
+  if (accumulate || scalars->micro_step) total += to_float(db[column]);
   db[column] = from_float<grad_t>(total);
 }

@@ -73,9 +73,9 @@ class Linear(Op):
             return Launches(fused, note="gelu in the product", instead=apart)
         return apart
 
-    def remake(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
+    def recompute(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
-            return super().remake(g, c, want)
+            return super().recompute(g, c, want)
         return {"y": g.emit(linear_gelu, c.pre)}  # only the activation function again
 
     def flops(self, c: Call) -> int:
@@ -125,7 +125,7 @@ class LinearBackwardW(Op):
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
     cpu = C(
-        "linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads knobs scratch", "linear_scratch N M K threads"
+        "linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads scalars scratch", "linear_scratch N M K threads"
     )
     cases = (
         case(N=7, K=33, M=19),
@@ -152,7 +152,9 @@ class LinearBackwardW(Op):
             (
                 product,
                 Kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), 256, defines={"VEC": vec}),
-                Kernel("linear_db_kernel", "db scratch knobs | M acc.db", -(-M // 32), 1024, defines={"PARTS": parts}),
+                Kernel(
+                    "linear_db_kernel", "db scratch scalars | M acc.db", -(-M // 32), 1024, defines={"PARTS": parts}
+                ),
             ),
             scratch=4 * parts * M,
         )

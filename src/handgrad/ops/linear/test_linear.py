@@ -5,7 +5,7 @@ from handgrad.backends import open_backend
 from handgrad.core.dtypes import F32, I32
 from handgrad.core.program import normal
 from handgrad.ops import OPS, add_norm, linear, lm_loss_forward_backward
-from handgrad.testing import check_op, gradcheck, set_knobs
+from handgrad.testing import check_op, gradcheck, set_scalars
 
 NAMES = ("linear", "linear_backward_w", "linear_backward_x", "linear_gelu", "linear_gelu_backward")
 
@@ -44,7 +44,7 @@ def error_with_readers(readers):
             arena.view(info.tensor)[...] = rng.standard_normal(info.tensor.shape)
         arena.view(p.inputs["x"])[...] = rng.standard_normal((N, K))
         arena.view(p.inputs["targets"])[...] = rng.integers(0, V, N)
-        set_knobs(p, arena)
+        set_scalars(p, arena)
 
     return gradcheck(record, fill)
 

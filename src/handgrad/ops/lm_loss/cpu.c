@@ -1,14 +1,14 @@
 // lm_loss: losses = cross entropy of softmax(x w^T), a chunk of rows of logits at a time    math: README.md §2
 // forward           writes =        losses: (N) float, nats
 // forward_backward  writes =        losses, dx: (N, C) dtype;  writes = or += dw: (Vp, C) float
-//                   + when the flag or knobs->micro_step is not 0; gradients carry knobs->loss_scale, losses do not
+//                   + when the flag or scalars->micro_step is not 0; gradients carry scalars->loss_scale, losses do not
 // columns   V..Vp of w are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
 // numerics  logits are rounded to dtype, then the maximum is subtracted; sums in float; a NaN logit gives a NaN loss
 // determinism  a row belongs to one thread; products as gemm.c
 // source    own work
 #include "gemm.h"
-#include "knobs.h"
+#include "scalars.h"
 #include "vmath.h"
 
 // Bytes of scratch for the three products of a chunk; the logits chunk (rows_per_chunk, Vp) comes on top.
@@ -92,11 +92,11 @@ ENTRY(lm_loss_forward_backward) {
   Head h = {.losses = P(0), .x = P(3), .w = P(4), .targets = P(5), .N = I(6), .C = I(7), .V = I(8), .Vp = I(9),
             .ignore_index = I(10), .threads = I(13), .logits = P(15), .scratch = P(16)};
   int64_t rows_per_chunk = I(11);
-  const Knobs *knobs = P(14);
-  int accumulate = I(12) != 0 || knobs->micro_step != 0;
+  const StepScalars *scalars = P(14);
+  int accumulate = I(12) != 0 || scalars->micro_step != 0;
   for (int64_t first = 0; first < h.N; first += rows_per_chunk) {
     int64_t rows = h.N - first < rows_per_chunk ? h.N - first : rows_per_chunk;
-    chunk_losses(&h, first, rows, 1, knobs->loss_scale);
+    chunk_losses(&h, first, rows, 1, scalars->loss_scale);
     const real *x = h.x + first * h.C;
     gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = x, .ldb = h.C,
                  .sum = dw, .ldc = h.C, .accumulate = accumulate || first > 0, .threads = h.threads,

@@ -1,6 +1,6 @@
 // lm_loss: losses and, in place, gradients of a chunk of logits; products are the library's    math: README.md §2
 // rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype become their gradients, if GRADIENT
-//           gradients carry knobs->loss_scale, losses do not
+//           gradients carry scalars->loss_scale, losses do not
 // columns   V..VP are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
 // numerics  the maximum is subtracted; 2^x to 2 units in the last place; sums in float; a NaN logit gives a NaN loss
@@ -46,7 +46,7 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
     float *losses,       // (ROWS)
     real *logits,        // (ROWS, VP)
     const int *targets,  // (ROWS)
-    const Knobs *knobs,
+    const StepScalars *scalars,
     i64 ignore_index) {
   __shared__ float room[THREADS / 32];
 #if AHEAD
@@ -96,7 +96,7 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
       if (mine) losses[row] = (top + log2f(sum)) * 0.6931471805599453f - picked;
 
 #if GRADIENT
-      float scale = knobs->loss_scale, factor = scale / sum;
+      float scale = scalars->loss_scale, factor = scale / sum;
 #pragma unroll UNROLL
       for (int s = 0; s < STEPS; s++) {
         Pack<real, VEC> x = columns(from, s);

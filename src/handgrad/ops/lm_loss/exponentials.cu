@@ -70,7 +70,7 @@ KERNEL __launch_bounds__(32 * WARPS) lm_loss_scale_kernel(
     const real *x,       // (ROWS, C)
     const real *w,       // (VP, C)
     const int *targets,  // (ROWS)
-    const Knobs *knobs,
+    const StepScalars *scalars,
     i64 ignore_index) {
   __shared__ float room[WARPS * 32];  // warp, row
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -91,7 +91,7 @@ KERNEL __launch_bounds__(32 * WARPS) lm_loss_scale_kernel(
       top = made.x - shift[row];
       sum = made.y;
     }
-    float f = counts ? knobs->loss_scale / sum : 0.0f;
+    float f = counts ? scalars->loss_scale / sum : 0.0f;
     if (lane == 0) {
       losses[row] = counts ? logf(sum) + top : 0.0f;
       factor[row] = f;

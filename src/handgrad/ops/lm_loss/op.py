@@ -59,7 +59,7 @@ class LmLossForwardBackward(Op):
     """The loss and its own gradient in one pass over the chunks: losses, dx, and dw += ...
 
     Nothing follows the loss, so its gradient can be made while a chunk of logits is at hand: no logits are kept and
-    none is computed twice. Gradients are of knobs.loss_scale * sum(losses).
+    none is computed twice. Gradients are of scalars.loss_scale * sum(losses).
     """
 
     name = "lm_loss_forward_backward"
@@ -70,7 +70,7 @@ class LmLossForwardBackward(Op):
     starts_gradient = True
     cpu = C(
         "lm_loss_forward_backward",
-        "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads knobs logits scratch",
+        "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads scalars logits scratch",
         "lm_loss_scratch N C Vp rows threads",
     )
     cases = LmLoss.cases
@@ -80,7 +80,7 @@ class LmLossForwardBackward(Op):
 
     def ref(self, v: Any) -> tuple:
         losses, dx, dw = reference.lm_loss_forward_backward(
-            v.x, v.w, v.targets, v.V, v.ignore_index, v.knobs.loss_scale, v.round
+            v.x, v.w, v.targets, v.V, v.ignore_index, v.scalars.loss_scale, v.round
         )
         return losses, dx, None, dw
 
@@ -128,7 +128,7 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
         Gemm("logits", f"x@{first * C * c.dtype.size}", "w", rows, Vp, C, tb=True),
         Kernel(
             "lm_loss_rows_kernel",
-            f"losses@{4 * first} logits targets@{4 * first} knobs | ignore_index",
+            f"losses@{4 * first} logits targets@{4 * first} scalars | ignore_index",
             min(rows, blocks),
             threads,
             shared if ahead else 0,
@@ -154,7 +154,7 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
             Gemm("logits", x, "w", n, Vp, C, tb=True, epilogue="exp", bias=shift, sums=sums, width=V),
             _rows(
                 "lm_loss_scale_kernel",
-                f"{losses} logits {scaled} {factor} {sums} {shift} {x} w {targets} knobs | ignore_index",
+                f"{losses} logits {scaled} {factor} {sums} {shift} {x} w {targets} scalars | ignore_index",
                 -(-n // 32),
                 defines,
             ),

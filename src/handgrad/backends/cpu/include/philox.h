@@ -2,7 +2,7 @@
 // The same (seed, step, micro_step, call, element) always gives the same bits, on any backend and thread count, which
 // is why a recomputed dropout equals the first one.
 #pragma once
-#include "knobs.h"
+#include "scalars.h"
 
 typedef struct { uint32_t v[4]; } philox4;
 
@@ -32,9 +32,9 @@ typedef struct {
   float scale;
 } DropoutRule;
 
-static inline DropoutRule dropout_rule(const Knobs *knobs, float p, int64_t call) {
-  uint64_t stream = (uint64_t)call << 48 ^ (uint64_t)knobs->micro_step << 32 ^ (uint64_t)knobs->step;
-  return (DropoutRule){knobs->seed, stream, (uint32_t)((double)p * 4294967296.0), 1.0f / (1.0f - p)};
+static inline DropoutRule dropout_rule(const StepScalars *scalars, float p, int64_t call) {
+  uint64_t stream = (uint64_t)call << 48 ^ (uint64_t)scalars->micro_step << 32 ^ (uint64_t)scalars->step;
+  return (DropoutRule){scalars->seed, stream, (uint32_t)((double)p * 4294967296.0), 1.0f / (1.0f - p)};
 }
 
 #define DROPOUT_BLOCK 512  // elements at a time: their bits stay in the first cache

@@ -1,4 +1,4 @@
-// What every cuda.cu includes first: element types, 16-byte accesses, reductions, Knobs, the random generator.
+// What every cuda.cu includes first: element types, 16-byte accesses, reductions, StepScalars, the random generator.
 //
 // A file is compiled at run time for one card, one element type and one set of sizes:
 //   -DHG_BF16=0|1       `real` is the type of activations and parameters; sums and statistics are always float
@@ -87,8 +87,8 @@ template <int threads, class Op> __device__ __forceinline__ float block_reduce(f
   return warp_reduce(x, op);
 }
 
-// The scalars that change from step to step; mirrors core/knobs.py, and a test compares the two layouts.
-struct Knobs {
+// The scalars that change from step to step; mirrors core/scalars.py, and a test compares the two layouts.
+struct StepScalars {
   u64 seed;            // of dropout and of stochastic rounding
   i64 step;            // optimizer step, counted from 1
   i64 micro_step;      // index inside the accumulation; 0 writes parameter gradients, later ones add to them
@@ -121,8 +121,8 @@ struct DropoutRule {
   u64 key, stream;
   u32 threshold;
   float scale;
-  __device__ __forceinline__ DropoutRule(const Knobs *knobs, float p, i64 call)
-      : key(knobs->seed), stream((u64)call << 48 ^ (u64)knobs->micro_step << 32 ^ (u64)knobs->step),
+  __device__ __forceinline__ DropoutRule(const StepScalars *scalars, float p, i64 call)
+      : key(scalars->seed), stream((u64)call << 48 ^ (u64)scalars->micro_step << 32 ^ (u64)scalars->step),
         threshold((u32)((double)p * 4294967296.0)), scale(1.0f / (1.0f - p)) {}
   __device__ __forceinline__ uint4 bits(i64 quad) const { return philox((u64)quad, stream, key); }  // elements 4 quad ...
   __device__ __forceinline__ float factor(u32 bits) const { return bits >= threshold ? scale : 0.0f; }

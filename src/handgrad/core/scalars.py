@@ -1,9 +1,9 @@
 """The per-step scalars. They live in the arena, so a bound program (or a captured graph) never changes.
 
-The C mirror is backends/cpu/include/knobs.h; tests/test_backends.py compares the two layouts.
+The C mirror is backends/cpu/include/scalars.h; tests/test_backends.py compares the two layouts.
 """
 
-KNOBS = (
+STEP_SCALARS = (
     # name, type, meaning
     ("seed", "u64", "seed of dropout"),
     ("step", "i64", "optimizer step, counted from 1"),
@@ -14,4 +14,4 @@ KNOBS = (
     ("grad_norm", "f32", "out: global L2 norm of the gradients"),
     ("grad_scale", "f32", "out: clip factor that the optimizer applies"),
 )
-KNOBS_BYTES = sum(8 if kind[1:] == "64" else 4 for _, kind, _ in KNOBS)
+STEP_SCALARS_BYTES = sum(8 if kind[1:] == "64" else 4 for _, kind, _ in STEP_SCALARS)

@@ -1,5 +1,5 @@
 // The scalars that change from step to step. They live in the arena, are written by the host before a step and read by
-// kernels, so that the bound argument blocks (and a captured graph) never change. Mirrors core/knobs.py; a test
+// kernels, so that the bound argument blocks (and a captured graph) never change. Mirrors core/scalars.py; a test
 // compares the two layouts.
 #pragma once
 #include "kernel.h"
@@ -13,4 +13,4 @@ typedef struct {
   float loss_scale;    // 1 / (targets that count in the whole step)
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that AdamW applies
-} Knobs;
+} StepScalars;
