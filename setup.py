@@ -6,6 +6,7 @@ machine; on other processors only the portable variant is built.
 
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,8 @@ class BuildKernels(build_ext):
             print(f"warning: {cc} has no OpenMP; the kernels will run on one thread", file=sys.stderr)
         build = Path(self.build_temp) / "kernels"
         build.mkdir(parents=True, exist_ok=True)
+        header = runpy.run_path(str(CPU / "arguments.py"))["header"]  # a build has neither numpy nor the package
+        (build / "arguments.h").write_text(header(PACKAGE))
         jobs = [(CPU / "run.c", [], "run.o"), (CPU / "normal.c", [], "normal.o")]
         for source in [CPU / "gemm.c", *sorted(PACKAGE.glob("ops/*/cpu.c"))]:
             stem = source.stem if source.parent == CPU else source.parent.name
@@ -88,7 +91,7 @@ class BuildKernels(build_ext):
 
         def compile_one(job: tuple[Path, list[str], str]) -> str:
             source, flags, name = job
-            run([cc, *FLAGS, *openmp, *flags, "-c", str(source), "-o", str(build / name)])
+            run([cc, *FLAGS, f"-I{build}", *openmp, *flags, "-c", str(source), "-o", str(build / name)])
             return str(build / name)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

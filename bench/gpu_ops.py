@@ -20,8 +20,8 @@ import numpy as np
 from handgrad.backends import open_backend
 from handgrad.backends.arena import NUMPY
 from handgrad.core.dtypes import DTYPES, DType
-from handgrad.core.op import Case, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import Call, Case, case
+from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import OPS
 from handgrad.testing import set_scalars

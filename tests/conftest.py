@@ -7,6 +7,7 @@ from handgrad.backends import open_backend, why_no_cuda
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import DTYPES
+from handgrad.core.op import MicroBatch
 from handgrad.core.program import Program
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, batch
@@ -84,9 +85,9 @@ def one_pass():
             arena.write(t, rng.integers(0, model.vocab_size, t.shape))
         arena.write_scalars(p, seed=11, step=2, loss_scale=1 / (micro_batch * seq_len))
         bound = backend.bind(p, arena)
-        for micro_step in range(micro_steps):
-            arena.write_scalars(p, micro_step=micro_step)
-            bound.run()
+        for k in range(micro_steps):
+            arena.write_scalars(p, micro_step=k)
+            bound.run(micro_batch=MicroBatch(first=k == 0, last=k + 1 == micro_steps))
         losses = arena.read(p.outputs["losses"])
         return losses, {name: np.array(arena.read_part("grad", info.tensor)) for name, info in p.params.items()}
 

@@ -7,7 +7,8 @@ import torch
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.program import ONES, Program, normal
+from handgrad.core.params import ONES, normal
+from handgrad.core.program import Program
 from handgrad.ops.adamw.reference import join_weight, split_weight
 from handgrad.optim import AdamW, schedules
 

@@ -6,8 +6,8 @@ import pytest
 from handgrad.backends import open_backend
 from handgrad.core import plan as planner
 from handgrad.core.dtypes import BF16, F32
+from handgrad.core.op import Call
 from handgrad.core.plan import ALIGN, Lifetime, aligned, place
-from handgrad.core.program import Call
 from handgrad.core.tensor import Role
 from handgrad.infer.engine import record
 from handgrad.models import gpt2

@@ -16,9 +16,10 @@ from handgrad.backends.base import Arena, Backend
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import Policy, backward, keep_all
 from handgrad.core.dtypes import BF16, F32, DType
-from handgrad.core.op import Case, Op
+from handgrad.core.op import ONLY, Call, Case, MicroBatch, Op
+from handgrad.core.params import ONES
 from handgrad.core.plan import plan
-from handgrad.core.program import ONES, Call, Program
+from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Role, Tensor
 
 SENTINEL = 0xA5
@@ -123,7 +124,7 @@ def neighbours(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def run_case(
-    p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_step: int = 0
+    p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_batch: MicroBatch = ONLY
 ) -> dict[str, np.ndarray]:
     """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
     layout = backend.plan(p)
@@ -135,17 +136,17 @@ def run_case(
         for arg, t in zip(args, tensors):
             if t is not None and arg.name in arrays:
                 arena.write(t, arrays[arg.name])
-    set_scalars(p, arena, micro_step)
+    set_scalars(p, arena)
     before = None if memory is None else memory()
-    backend.bind(p, arena).run()
+    backend.bind(p, arena).run(micro_batch=micro_batch)
     outs = {
         name: np.array(arena.read(t), np.float64)
         for name, t in c.named_outs()
-        if t.role is not Role.SCALARS and name != "logits"
+        if t.role is not Role.SCALARS and name not in c.op.undefined.split()
     }
     scalars = arena.fetch_scalars(p)()
     if any(t is p.scalars for t in c.outs):
-        outs["scalars"] = np.array([scalars.grad_norm, scalars.grad_scale], np.float64)
+        outs["scalars"] = np.array([scalars.loss_sum, scalars.grad_norm, scalars.grad_scale])
     if memory is not None:
         after, spans = memory(), [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
         if c in layout.scratch:
@@ -156,26 +157,27 @@ def run_case(
     return outs
 
 
-def set_scalars(p: Program, arena: Arena, micro_step: int = 0) -> None:
-    """The step scalar values of every check: step 3, learning rate 1e-3, and so on."""
-    counters = {"seed": 7, "step": 3, "micro_step": micro_step, "position": 0}
-    arena.write_scalars(p, **counters, lr=1e-3, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
+def set_scalars(p: Program, arena: Arena) -> None:
+    """The step scalars of every check: step 3, learning rate 1e-3, and so on."""
+    counters = {"seed": 7, "step": 3, "micro_step": 0, "position": 0}
+    arena.write_scalars(p, **counters, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
     """Errors of every output of a case against the oracle.
 
-    Gradients are written, added to within a micro-step, and added to across micro-steps; at real shapes only written.
+    Gradients are written, added to by a second call of the list, and added to in a later micro-batch; at real shapes
+    they are only written.
     """
     errors = []
-    modes = [(False, 0), (True, 0), (False, 1)]
-    for accumulate, micro_step in modes if any(a.inout for a in op.out_args) and not case.real else modes[:1]:
+    modes = [(False, ONLY), (True, ONLY), (False, MicroBatch(first=False))]
+    for accumulate, micro_batch in modes if any(a.inout for a in op.out_args) and not case.real else modes[:1]:
         p, c = case_program(op, case, dtype, accumulate=accumulate)
         arrays = case_arrays(op, c, seed)
-        runs = [run_case(p, c, arrays, b, micro_step) for b in (RefBackend(), RefBackend(exact=False), backend)]
+        runs = [run_case(p, c, arrays, b, micro_batch) for b in (RefBackend(), RefBackend(exact=False), backend)]
         near = []
         if op.ill_conditioned and dtype is F32:  # bf16 rounds every element, which takes no luck to find
-            near = [run_case(p, c, a, RefBackend(), micro_step) for a in neighbours(arrays)]
+            near = [run_case(p, c, a, RefBackend(), micro_batch) for a in neighbours(arrays)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
             kind = F32 if arg.name == "scalars" else arg.dtype(dtype)
@@ -183,7 +185,7 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
                 continue  # bits, which the op's own test puts together again
             exact, rounded, got = (r[arg.name] for r in runs)
             moved = max((float(np.max(np.abs(n[arg.name] - exact))) for n in near), default=0.0)
-            limit = tolerance(exact, rounded, kind, terms, backend.cut if dtype is BF16 else 0, moved)
+            limit = tolerance(exact, rounded, kind, terms, backend.truncated_terms if dtype is BF16 else 0, moved)
             error = float(np.max(np.abs(got - exact), initial=0.0))
             if not np.isfinite(got).all():
                 error = np.inf
@@ -205,9 +207,6 @@ def check_op(op: Op, backends: list[Backend], dtypes: tuple[DType, ...] = (F32, 
             assert worst < 1e-6, f"gradient rule of {op.name} {case.sizes}: relative error {worst:.1e}"
 
 
-PARAMS = ("w", "b", "hb", "wte", "wpe")  # input names that are parameters
-
-
 def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     """The largest relative error of an op's gradient rule against central differences of its oracle, in float64."""
     from handgrad.ops import add
@@ -220,7 +219,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
         shape = tuple(sizes[d] if d in sizes else int(d) for d in a.dims)
         if a.name in case.without:
             ins.append(None)
-        elif a.name in PARAMS:
+        elif a.name in op.params.split():
             ins.append(p.param(a.name, shape, ONES))
         elif a.dtype(F32) is F32:
             ins.append(Tensor(a.name, shape, F32, Role.ACT))
@@ -230,8 +229,8 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
         if a.inout:
             into[a.name] = p.grad(p.params[a.name[1:]].tensor)
     p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into)
-    c, forward = p.calls[-1], len(p.calls)
-    results = [(name, t) for name, t in c.named_outs() if t.dtype is F32 and name in ("y", "s", "losses")]
+    c, forward = p.calls[-1], Segment(0, len(p.calls))
+    results = [(name, t) for name, t in c.named_outs() if name in op.differentiated.split()]
     seeds = {} if op.starts_gradient else {t: p.input("seed " + name, t.shape, F32) for name, t in results}
     backward(p, add, seeds=seeds)
     backend = RefBackend()
@@ -253,7 +252,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     }
 
     def loss() -> float:
-        run.run(0, forward)
+        run.run(forward)
         if op.starts_gradient:
             return float(arena.scalars(p).loss_scale * arena.view(c.losses).sum())
         return sum(float((arena.view(t) * arena.view(seeds[t])).sum()) for _, t in results)
@@ -286,7 +285,7 @@ def gradcheck(
 
     p = Program(F32, mode="train")
     record(p)
-    forward = len(p.calls)
+    forward = Segment(0, len(p.calls))
     backward(p, add, drop=drop)
     backend = RefBackend()
     arena = backend.alloc(plan(p))
@@ -297,7 +296,7 @@ def gradcheck(
     rng = np.random.default_rng(2)
 
     def loss() -> float:
-        run.run(0, forward)
+        run.run(forward)
         return float(arena.scalars(p).loss_scale * arena.view(p.outputs["losses"]).sum())
 
     return max(

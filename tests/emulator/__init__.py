@@ -38,8 +38,8 @@ from handgrad.backends.base import Backend, Executable
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, DType
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place
-from handgrad.core.op import Case, Op
-from handgrad.core.program import Call, Program
+from handgrad.core.op import Call, Case, Op
+from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.ops.linear import reference
 from handgrad.testing import case_program

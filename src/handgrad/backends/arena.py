@@ -18,7 +18,7 @@ from handgrad.core.tensor import Tensor
 
 NUMPY = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i32": np.int32, "i16": np.int16, "byte": np.uint8}
 STEP_SCALARS_DTYPE = np.dtype(
-    [(name, {"u64": "<u8", "i64": "<i8", "f32": "<f4"}[kind]) for name, kind, _ in STEP_SCALARS]
+    [(name, {"u64": "<u8", "i64": "<i8", "f64": "<f8", "f32": "<f4"}[kind]) for name, kind, _ in STEP_SCALARS]
 )
 
 
@@ -31,7 +31,7 @@ class HostMemory(Arena):
 
     @abstractmethod
     def part(self, flat: str, param: Tensor) -> np.ndarray:
-        """The memory of a parameter's stretch of a flat vector."""
+        """The memory of a parameter's slice of a flat vector."""
 
     @abstractmethod
     def scalars(self, program: Program) -> Any:

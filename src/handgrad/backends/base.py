@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.core.op import Op
+from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan, plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Tensor
 
 
@@ -21,12 +21,14 @@ class Executable(ABC):
     program: Program
 
     @abstractmethod
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        """Starts the calls [start, stop) of the list, after all that was started before; a device may still be at it
-        when this returns."""
+    def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
+        """Starts a segment of the list (all of it if None) for a micro-batch of the step, after everything that was
+        started before. A device may still be executing it when this returns."""
 
     @abstractmethod
-    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
+    def run_each(
+        self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
+    ) -> None:
         """Runs call by call; `after(call, seconds)` sees each one when its outputs are ready. For traces and checks."""
 
 
@@ -45,11 +47,11 @@ class Arena(ABC):
 
     @abstractmethod
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
-        """A parameter's stretch of a flat vector ("param", "grad", "m", ...) in its shape; on the host, a view."""
+        """A parameter's slice of a flat vector ("param", "grad", "m", ...) in its shape; on the host, a view."""
 
     @abstractmethod
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
-        """Fills a parameter's stretch of a flat vector."""
+        """Fills a parameter's slice of a flat vector."""
 
     @abstractmethod
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:
@@ -69,7 +71,7 @@ class Planner(ABC):
 
     name: str
     head_rows: int  # rows of logits that exist at a time, unless the user says otherwise
-    runs_beside: bool = False  # calls whose op allows it run at the same time as the next one
+    is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
 
     @abstractmethod
     def has(self, op: Op) -> bool:
@@ -81,7 +83,7 @@ class Planner(ABC):
 
     def plan(self, *programs: Program) -> Plan:
         """The layout of an arena in which these programs run here."""
-        return plan(*programs, scratch=self.scratch, beside=self.runs_beside)
+        return plan(*programs, scratch=self.scratch, concurrent=self.is_concurrent)
 
     def note(self, call: Call) -> str:
         """Which implementation a call is bound to, where there is a choice."""
@@ -96,7 +98,7 @@ class Backend(Planner):
     dtypes: tuple[str, ...] = ("f32", "bf16")
     grad_dtypes: tuple[str, ...] = ("f32",)
     is_asynchronous: bool = False  # runs are started, not awaited
-    cut: int = 0  # bf16 products that are added at a time, the sum being cut and not rounded; 0: rounded after each
+    truncated_terms: int = 0  # bf16 products added at a time, the sum being truncated; 0: rounded after each
     pci_bus: str = ""  # address of the card, by which its telemetry is found; empty: no card
 
     def peak_flops(self, dtype: str) -> float | None:

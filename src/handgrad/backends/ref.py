@@ -15,9 +15,9 @@ import numpy as np
 
 from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, HostArena, HostMemory
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.core.op import Op
+from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Role, Tensor
 
 
@@ -32,23 +32,19 @@ class ExactArena(HostMemory):
 
     def view(self, tensor: Tensor) -> np.ndarray:
         if tensor.flat:
-            head = self.plan.programs[0]
-            flat = self._flat.setdefault(tensor.flat, np.zeros(head.flat_size))
-            start = (
-                head.starts[tensor]
-                if tensor in head.starts
-                else head.first(head.params[tensor.name.removeprefix("d ")].tensor)
-            )
-            return flat[start : start + tensor.size].reshape(tensor.shape)
+            start = self.plan.programs[0].element(tensor)
+            return self._vector(tensor.flat)[start : start + tensor.size].reshape(tensor.shape)
         key = tensor.name if tensor.role is Role.STATE else tensor  # programs share a state by its name
         if key not in self._arrays:
             self._arrays[key] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
         return self._arrays[key]
 
     def part(self, flat: str, param: Tensor) -> np.ndarray:
-        head = self.plan.programs[0]
-        start = head.first(param)
-        return self._flat.setdefault(flat, np.zeros(head.flat_size))[start : start + param.size].reshape(param.shape)
+        start = self.plan.vectors[flat].start(param)
+        return self._vector(flat)[start : start + param.size].reshape(param.shape)
+
+    def _vector(self, name: str) -> np.ndarray:
+        return self._flat.setdefault(name, np.zeros(self.plan.vectors[name].size))
 
     def scalars(self, program: Program) -> Any:
         return self._scalars.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE).view(np.recarray))[0]
@@ -61,21 +57,24 @@ class RefExecutable(Executable):
         self.program, self.arena, self.poison = program, arena, poison
         self.scalars = arena.scalars(program)
 
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        for c in self.program.calls[start:stop]:
-            self._call(c)
+    def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
+        self.run_each(lambda c, seconds: None, segment, micro_batch)
 
-    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
-        for c in self.program.calls[start:stop]:
-            begin = time.perf_counter()
-            self._call(c)
-            after(c, time.perf_counter() - begin)
+    def run_each(
+        self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
+    ) -> None:
+        for c in self.program.part(segment):
+            if micro_batch.runs(c.when):
+                begin = time.perf_counter()
+                self._call(c, micro_batch)
+                after(c, time.perf_counter() - begin)
 
-    def _call(self, c: Call) -> None:
+    def _call(self, c: Call, micro_batch: MicroBatch) -> None:
         exact = isinstance(self.arena, ExactArena)
         kept = np.float64 if exact else NUMPY[c.dtype.name]
         v = SimpleNamespace(
             scalars=self.scalars,
+            accumulates=lambda out: c.accumulates(out, micro_batch),
             round=lambda x: x.astype(kept).astype(x.dtype),
             **c.sizes,
             **{k: a for k, a in c.attrs.items() if k not in c.sizes},
@@ -97,7 +96,7 @@ class RefExecutable(Executable):
         for arg, tensor, out, value in zip(c.op.out_args, c.outs, outs, c.op.ref(v)):
             if out is None or value is None:
                 continue
-            adds = tensor.role is Role.GRAD and (arg.name not in c.first or self.scalars.micro_step > 0)
+            adds = tensor.role is Role.GRAD and c.accumulates(arg.name, micro_batch)
             out[...] = np.reshape(out + value if adds else value, out.shape)
 
 

@@ -86,6 +86,6 @@ def main(argv: list[str]) -> int:
     )
     print(page)
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
-    saved = page.program.num_params * sum(d.size for flat, (_, d) in page.plan.flats.items() if flat != "grad")
+    saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
     print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
     return 0

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from handgrad.core.op import Op
-from handgrad.core.program import Call, Program
-from handgrad.core.tensor import Role, Tensor
+from handgrad.core.op import Call, Op, is_activation
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
 
 Policy = Callable[[Program, Call], set[str]]  # names of the outputs of a call that are not kept for backward
 
@@ -16,23 +16,24 @@ def keep_all(p: Program, c: Call) -> set[str]:
 
 
 def drop_act(p: Program, c: Call) -> set[str]:
-    """Recompute activation functions: the output of a linear that also stored its pre-activation."""
-    return {"y"} if c.op.name == "linear" and c.pre is not None else set()
+    """Recompute activation functions."""
+    return {out for out, kind in c.op.cheap(c).items() if kind == "act"}
 
 
 def drop_act_norm(p: Program, c: Call) -> set[str]:
-    """Recompute activation functions and the outputs of norms (from the residual sum, which is kept)."""
-    return {"y"} if c.op.name in ("add_norm", "norm") else drop_act(p, c)
+    """Recompute activation functions and the outputs of norms."""
+    return set(c.op.cheap(c))
 
 
 def drop_block(p: Program, c: Call) -> set[str]:
-    """Recompute a block from its input: keeps the residual that enters it, attention's output and statistics, and what
-    the loss made."""
-    if c.op.name == "attention" or c.op.starts_gradient:
+    """Recompute a block from its input: keeps what enters it (less what is cheap), what ops say is too dear to
+    recompute, and what the loss made."""
+    if c.op.starts_gradient:
         return set()
-    acts = [t for t in c.ins if t is not None and t.role is Role.ACT]
-    enters = acts and all(p.producer[t].block != c.block for t in acts)
-    return {"y"} if enters else {name for name, t in c.named_outs() if t.role is Role.ACT}
+    entering = [t for t in c.ins if t is not None and is_activation(t)]
+    if entering and all(p.producer[t].block != c.block for t in entering):
+        return set(c.op.cheap(c))
+    return {name for name, t in c.named_outs() if is_activation(t)} - set(c.op.kept.split())
 
 
 POLICIES: dict[str, Policy] = {"none": keep_all, "act": drop_act, "act_norm": drop_act_norm, "block": drop_block}
@@ -43,36 +44,36 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
 
     The chain starts at the ops that make a gradient themselves (lm_loss) and at `seeds`, gradients that are given for
     outputs. A second contribution to an activation is summed by the op `add` (core knows no ops by name), unless the
-    rule took the first one into its kernel. Outputs named by `drop` are made again by their op on first use, once per
-    block and never across blocks.
+    rule took the first one into its kernel. Outputs named by `drop` are recomputed at their first use, once per block
+    and never across blocks.
     """
     forward, block = list(p.calls), None
     dropped: dict[Tensor, Call] = {}
     for c in forward:
         names = drop(p, c)
         dropped |= {t: c for name, t in c.named_outs() if name in names}
-    remade: dict[Tensor, Tensor] = {}
+    recomputed: dict[Tensor, Tensor] = {}
     p.slots.clear()
     p.slots.update(seeds or {})
 
     def live(t: Tensor | None) -> Tensor | None:
-        """The tensor itself, or what the recomputation of its block made in its place."""
+        """The tensor itself, or its recomputation in this block."""
         if t is None or t not in dropped or dropped[t].block != block:
             return t
-        if t not in remade:
+        if t not in recomputed:
             source = dropped[t]
             want = {name for name, out in source.named_outs() if out in dropped}
             kept = tuple(None if arg.name in want else out for arg, out in zip(source.op.out_args, source.outs))
             again = replace(source, outs=kept, ins=tuple(live(i) for i in source.ins))
             with p.at(source, "recompute"):
                 for name, new in source.op.recompute(p, again, want).items():
-                    remade[getattr(source, name)] = new
-        return remade[t]
+                    recomputed[getattr(source, name)] = new
+        return recomputed[t]
 
     for c in reversed(forward):
         if c.block != block:
             block = c.block
-            remade.clear()
+            recomputed.clear()
         d = {name: p.slots.pop(t, None) for name, t in c.named_outs()}
         if not c.op.starts_gradient and all(t is None for t in d.values()):
             continue
@@ -85,6 +86,6 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         with p.at(c, "backward"):
             for name, gradient in c.op.backward(p, view, d).items():
                 target = getattr(c, name)
-                if target.role is Role.ACT:
+                if is_activation(target):
                     held = p.slots.get(target)
                     p.slots[target] = gradient if held is None else p.emit(add, held, gradient)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from handgrad.core.dtypes import BF16, DType
 
 if TYPE_CHECKING:
-    from handgrad.core.program import Call
+    from handgrad.core.op import Call
     from handgrad.core.tensor import Tensor
 
 

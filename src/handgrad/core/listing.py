@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from handgrad.core.op import Call
 from handgrad.core.plan import MIB, Plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 
 PHASE = {"forward": "fwd", "recompute": "re", "backward": "bwd", "norm": "nrm", "update": "upd"}

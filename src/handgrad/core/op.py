@@ -1,69 +1,27 @@
-"""Op: a kernel someone wrote on purpose, declared with shapes, gradient rule, implementations and cases.
+"""Op: a kernel someone wrote on purpose, declared with shapes, gradient rule, implementations and cases. Call: one use.
 
-Arguments are declared in one line each, `name:DIMS[:dtype][?]`, separated by spaces:
-
-    ins  = "x:N,C h:N,C w:C b:C?"           letters are unified over all inputs; `?` may be absent
-    outs = "s:N,C y:N,C mean:N:f32 +dw:C:f32"
-
-The dtype is the program's working dtype unless given; `grad` is that of its parameter gradients. An output with `+` is
-not made by the call but given to it (`into=`) and read as well as written: a parameter gradient, a parameter in an
-update, a cache.
+How arguments are declared is in arguments.py.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from handgrad.core.dtypes import DTYPES, F32, DType
+from handgrad.core.arguments import ACCUMULATE, Arg, parse_args
+from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Launches
-from handgrad.core.tensor import Tensor
-
-if TYPE_CHECKING:
-    from handgrad.core.program import Call, Program
-
-
-@dataclass(frozen=True)
-class Arg:
-    """One declared input or output."""
-
-    name: str
-    dims: tuple[str, ...]
-    kind: str  # a dtype's name, "grad", or "" for the program's working dtype
-    optional: bool
-    inout: bool  # `+`: read and written, made elsewhere
-
-    def dtype(self, working: DType, grad: DType = F32) -> DType:
-        """Its element type in a program of these."""
-        return grad if self.kind == "grad" else DTYPES[self.kind] if self.kind else working
-
-
-def parse_args(text: str) -> tuple[Arg, ...]:
-    """The declared arguments of one line, in order."""
-    args = []
-    for word in text.split():
-        name, dims, *dtype = word.rstrip("?").split(":")
-        args.append(
-            Arg(
-                name.lstrip("+"),
-                tuple(dims.split(",")),
-                dtype[0] if dtype else "",
-                word.endswith("?"),
-                word.startswith("+"),
-            )
-        )
-    return tuple(args)
+from handgrad.core.tensor import Role, Tensor
 
 
 @dataclass(frozen=True)
 class C:
-    """A CPU kernel: its entry point and its arguments, outputs first: tensors | sizes and attributes.
+    """A CPU kernel: its entry point and its arguments, outputs first, as pointers | numbers (arguments.py).
 
-    Words are argument names, dimension letters or attributes; `scalars` and `scratch` are pointers, and `acc.dw` is 1
-    when the inout output dw already holds a value in this step. `scratch` names the library's size function and its
-    arguments ("threads" is the number of threads).
+    `threads` is a number, too. `scratch` names the library's function that returns the bytes of scratch, and that
+    function's arguments.
     """
 
     entry: str
@@ -88,25 +46,70 @@ def case(real: str = "", without: str = "", **sizes: Any) -> Case:
     return Case(sizes, real, tuple(without.split()))
 
 
+class When(Enum):
+    """The micro-batches of a step for which a call runs."""
+
+    ALWAYS = "always"
+    FIRST = "first"
+    LAST = "last"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which micro-batch of a step a segment runs for: the first one writes gradients, later ones add to them."""
+
+    first: bool = True
+    last: bool = True
+
+    def runs(self, when: When) -> bool:
+        """Whether a call of this `when` runs for it."""
+        return when is When.ALWAYS or (self.first if when is When.FIRST else self.last)
+
+
+ONLY = MicroBatch()  # the micro-batch of a step that does not accumulate
+
+
+class Recorder(Protocol):
+    """What a gradient rule may ask of the program that it records on."""
+
+    def emit(self, op: "Op", *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
+        """Appends a call and returns its outputs."""
+
+    def emit_call(self, op: "Op", ins: tuple[Tensor | None, ...], attrs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """`emit` with all outputs returned, in declared order."""
+
+    def grad(self, param: Tensor) -> Tensor:
+        """The gradient of a parameter."""
+
+    def take(self, tensor: Tensor) -> Tensor | None:
+        """Removes and returns the gradient collected so far for an activation."""
+
+
 class Op:
     """Base of every op; subclasses are final and hold no state. One instance per op, in `handgrad.ops`."""
 
     name: str = ""
     ins: str = ""
     outs: str = ""
-    saved: str = ""  # names of inputs and outputs that the gradient rule reads; all else is free after the call
     attrs: dict[str, type] = {}
-    starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward stretch (lm_loss)
-    beside: bool = False  # a backend may run it at the same time as the call after it, which does not need it
-    ill_conditioned: bool = (
-        False  # sums far larger than its outputs cancel or stand in an exponent: last bits of inputs count
-    )
+    params: str = ""  # names of the inputs that are parameters
+    saved: str = ""  # names of inputs and outputs that the gradient rule reads; all else is free after the call
+    differentiated: str = "y"  # names of the outputs that gradients flow into
+    undefined: str = ""  # names of outputs whose values mean nothing after the call: buffers for a part of a result
+    kept: str = ""  # names of outputs that even the policy "block" keeps, because they are dear to recompute
+    starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward phase (lm_loss)
+    overlap: int = 0  # so many of the calls after it may run while it does, unless they touch what it writes
+    ill_conditioned: bool = False  # large intermediates cancel or are exponentiated: one ulp of an input moves outputs
     cpu: C | None = None
     cases: tuple[Case, ...] = ()
 
     def __init_subclass__(cls) -> None:
         cls.in_args = parse_args(cls.ins)
         cls.out_args = parse_args(cls.outs)
+        names = [arg.name for arg in (*cls.in_args, *cls.out_args)]
+        for name in names:
+            if name in RESERVED or names.count(name) > 1:
+                raise HandgradError(cls.name, "an argument has a name of its own that Call does not use", f"'{name}'")
 
     in_args: tuple[Arg, ...]
     out_args: tuple[Arg, ...]
@@ -114,7 +117,7 @@ class Op:
     def derive(self, d: dict[str, int]) -> None:
         """Adds dimensions that follow from others, and checks what letters alone cannot say."""
 
-    def backward(self, g: "Program", c: "Call", d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: "Call", d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """Appends gradient calls; returns the gradients of the activation inputs by input name.
 
         `d` holds the gradient of each output (None where nothing reads it). `g.take(c.x)` removes and returns a
@@ -126,10 +129,14 @@ class Op:
         """Whether an optional output exists under these attributes and working dtype."""
         return True
 
-    def recompute(self, g: "Program", c: "Call", want: set[str]) -> dict[str, Tensor]:
-        """Emits what brings back the dropped outputs `want`; by default the whole call again."""
+    def cheap(self, c: "Call") -> dict[str, str]:
+        """Outputs that are cheap to recompute from what backward keeps anyway, each with its kind: "act" or "norm"."""
+        return {}
+
+    def recompute(self, g: Recorder, c: "Call", want: set[str]) -> dict[str, Tensor]:
+        """Emits the recomputation of the dropped outputs `want`; by default the whole call again."""
         outs = g.emit_call(self, c.ins, c.attrs)
-        return {arg.name: out for arg, out in zip(self.out_args, outs)}
+        return {arg.name: out for arg, out in zip(self.out_args, outs) if out is not None}
 
     def flops(self, c: "Call") -> int:
         """Multiply and add count of one call, for MFU and `handgrad ops bench`; 0 for ops bound by memory."""
@@ -142,8 +149,8 @@ class Op:
             total += 0 if out is None else out.nbytes * (2 if arg.inout and arg.name not in c.first else 1)
         return total
 
-    def cuda(self, c: "Call", gpu: Gpu) -> Launches:
-        """What one call launches on a GPU."""
+    def cuda(self, c: "Call", gpu: Any) -> Any:
+        """What one call launches on a GPU: handgrad.launch.Launches for a handgrad.launch.Gpu."""
         raise NotImplementedError
 
     def ref(self, v: Any) -> tuple:
@@ -160,32 +167,81 @@ class Op:
     @property
     def folder(self) -> Path:
         """Where the op's files lie."""
-        return Path(sys.modules[type(self).__module__].__file__).parent
+        return Path(str(sys.modules[type(self).__module__].__file__)).parent
 
     def __repr__(self) -> str:
         return self.name
+
+
+@dataclass(eq=False)
+class Call:
+    """One entry of a program's list. An input or output is an attribute by its declared name: `c.dw`."""
+
+    op: Op
+    outs: tuple[Tensor | None, ...]
+    ins: tuple[Tensor | None, ...]
+    attrs: dict[str, Any]
+    phase: str  # forward, recompute, backward, norm, update
+    block: str
+    where: str  # file:line of the model code that asked for it
+    sizes: dict[str, int]
+    dtype: DType  # the program's working dtype
+    first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
+    when: When = When.ALWAYS
+
+    def __getattr__(self, name: str) -> Any:  # an input or output, a Tensor or None
+        for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
+            for arg, tensor in zip(args, tensors):
+                if arg.name == name:
+                    return tensor
+        raise AttributeError(f"{self.op.name} has no argument '{name}'")
+
+    def named_outs(self) -> Iterator[tuple[str, Tensor]]:
+        """The outputs that exist, with their declared names."""
+        return ((arg.name, t) for arg, t in zip(self.op.out_args, self.outs) if t is not None)
+
+    @property
+    def flops(self) -> int:
+        """`Op.flops` of this call."""
+        return self.op.flops(self)
+
+    def accumulates(self, out: str, micro_batch: MicroBatch) -> bool:
+        """Whether inout output `out` already holds a value of this step, so that the call adds to it."""
+        return not (micro_batch.first and out in self.first)
+
+
+RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not name.startswith("_")} | {"scratch"}
+
+
+def resolve_pointer(word: str, c: Call) -> tuple[Tensor | str | None, int]:
+    """What a kernel's pointer word names: (a tensor, "scalars", "scratch", or None where absent; offset in bytes)."""
+    name, _, offset = word.partition("@")
+    return (name if name in ("scalars", "scratch") else getattr(c, name)), int(offset or 0)
+
+
+def resolve_number(word: str, c: Call, micro_batch: MicroBatch = ONLY) -> int | float:
+    """The value of a kernel's number word: an int, or a float where the attribute is one."""
+    if word.startswith(ACCUMULATE):
+        return int(c.accumulates(word.removeprefix(ACCUMULATE), micro_batch))
+    value = c.sizes[word] if word in c.sizes else c.attrs[word]
+    return value if isinstance(value, float) else int(value)
 
 
 def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], where: str) -> dict[str, int]:
     """The size of every letter of a call; raises with the names of the two tensors that disagree."""
     sizes: dict[str, int] = {}
     owner: dict[str, Tensor] = {}
+    context = f"recorded at {where}"
     if len(ins) != len(op.in_args):
-        raise HandgradError(
-            op.name, f"takes {len(op.in_args)} inputs ({op.ins})", len(ins), context=f"recorded at {where}"
-        )
+        raise HandgradError(op.name, f"takes {len(op.in_args)} inputs ({op.ins})", len(ins), context=context)
     for arg, t in zip(op.in_args, ins):
         if t is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"needs input '{arg.name}'", "nothing", context=f"recorded at {where}")
+                raise HandgradError(op.name, f"needs input '{arg.name}'", "nothing", context=context)
             continue
         if len(t.shape) != len(arg.dims):
-            raise HandgradError(
-                op.name,
-                f"{arg.name} has dimensions ({','.join(arg.dims)})",
-                f"'{t.name}' of shape {t.shape}",
-                context=f"recorded at {where}",
-            )
+            rule = f"{arg.name} has dimensions ({','.join(arg.dims)})"
+            raise HandgradError(op.name, rule, f"'{t.name}' of shape {t.shape}", context=context)
         for letter, size in zip(arg.dims, t.shape):
             if sizes.setdefault(letter, size) != size:
                 other = owner[letter]
@@ -193,7 +249,7 @@ def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], whe
                     op.name,
                     f"{letter} is {sizes[letter]} in '{other.name}' {other.shape}",
                     f"{size} in '{t.name}' {t.shape}",
-                    context=f"recorded at {where}",
+                    context=context,
                     hint="a size in the model's configuration and a tensor disagree",
                 )
             owner.setdefault(letter, t)
@@ -204,4 +260,9 @@ def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], whe
     return sizes
 
 
-Scratch = Callable[["Call"], int]  # bytes of scratch that a backend needs for one call
+def is_activation(t: Tensor | None) -> bool:
+    """Whether a tensor exists and lives from its first to its last use in the list."""
+    return t is not None and t.role is Role.ACT
+
+
+Scratch = Callable[[Call], int]  # bytes of scratch that a backend needs for one call

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Scratch
-from handgrad.core.program import Call, Program
-from handgrad.core.tensor import Role, Tensor
+from handgrad.core.op import Call, Scratch, is_activation
+from handgrad.core.params import Vector
+from handgrad.core.program import Program
+from handgrad.core.streams import joins
+from handgrad.core.tensor import Tensor
 
 ALIGN = 256  # bytes
 REGIONS = ("params", "state", "grads", "activations", "io")
@@ -42,7 +44,7 @@ class Plan:
     programs: tuple[Program, ...]
     offset: dict[Tensor, int] = field(default_factory=dict)
     scratch: dict[Call, int] = field(default_factory=dict)
-    flats: dict[str, tuple[int, DType]] = field(default_factory=dict)  # flat vector: start in bytes, element type
+    start: dict[str, int] = field(default_factory=dict)  # flat vector: first byte
     region: dict[str, tuple[int, int]] = field(default_factory=dict)  # name: (start, bytes)
     peak: dict[int, tuple[int, Call | None]] = field(default_factory=dict)  # program index: live bytes, call
 
@@ -56,10 +58,15 @@ class Plan:
         """The least that activations (and gradients that share their memory) could take: the most that live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
-    def part(self, flat: str, param: Tensor) -> tuple[int, DType]:
-        """Start in bytes and element type of a parameter's stretch of a flat vector; `param` is the first program's."""
-        start, dtype = self.flats[flat]
-        return start + self.programs[0].first(param) * dtype.size, dtype
+    @property
+    def vectors(self) -> dict[str, Vector]:
+        """The flat vectors, as the primary program declares them."""
+        return {name: v for name, v in self.programs[0].vectors.items() if name in self.start}
+
+    def part(self, vector: str, param: Tensor) -> tuple[int, DType]:
+        """First byte and element type of a parameter's slice of a flat vector."""
+        v = self.vectors[vector]
+        return self.start[vector] + v.start(param) * v.dtype.size, v.dtype
 
     def report(self) -> str:
         """The memory map: bytes by region, the call where activations peak, and activations kept by block."""
@@ -77,36 +84,36 @@ class Plan:
         """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-        state = sum(dtype.size for flat, (_, dtype) in self.flats.items() if flat != "param")
+        state = [v for name, v in self.vectors.items() if name != "param"]
         for info in p.params.values():
             rows[info.block][0] += info.tensor.nbytes
-            rows[info.block][1] += info.tensor.size * state
-        crosses = {t for c in p.calls if c.phase != "forward" for t in c.ins if t is not None and t.role is Role.ACT}
+            rows[info.block][1] += sum(info.tensor.size * v.dtype.size for v in state if v.covers(info.tensor))
+        crosses = {t for c in p.calls if c.phase != "forward" for t in c.ins if is_activation(t)}
         for t, c in p.producer.items():
             if c.phase == "forward" and t in crosses:
                 rows[c.block][2] += t.nbytes
         return [(block, *row) for block, row in rows.items()]
 
 
-def lifetimes(p: Program, scratch: Scratch, beside: bool = False) -> list[Lifetime]:
+def lifetimes(p: Program, scratch: Scratch, concurrent: bool = False) -> list[Lifetime]:
     """First and last use of every activation in list order; scratch lives for its own call; outputs to the end.
 
-    beside: calls whose op says so still run while the call after them does.
+    concurrent: a call that overlaps the calls after it keeps its tensors until the call that waits for it (streams.py).
     """
     first: dict[Tensor, int] = {}
     last: dict[Tensor, int] = {}
     spans = []
-    for i, c in enumerate(p.calls):
-        end = i + (beside and c.op.beside)
+    ends = [join - 1 for join in joins(p)] if concurrent else range(len(p.calls))
+    for i, (c, end) in enumerate(zip(p.calls, ends)):
         for t in (*c.outs, *c.ins):
-            if t is not None and t.role is Role.ACT:
+            if t is not None and is_activation(t):
                 first.setdefault(t, i)
                 last[t] = max(end, last.get(t, 0))
         nbytes = scratch(c)
         if nbytes:
             spans.append(Lifetime(c, aligned(nbytes), i, end))
     for t in p.outputs.values():
-        if t.role is Role.ACT:
+        if is_activation(t):
             last[t] = len(p.calls)
     return spans + [Lifetime(t, aligned(t.nbytes), first[t], last[t]) for t in first]
 
@@ -144,21 +151,24 @@ def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[
     return offsets, top
 
 
-def gradient_spans(head: Program, p: Program) -> list[Fixed]:
+def gradient_spans(primary: Program, p: Program) -> list[Fixed]:
     """When the bytes of the flat gradients are taken, for p's activations: from the first writing to the list's end.
 
     The alignment padding between them stays zero for ever, since norm and update run over it.
     """
-    end, size = len(p.calls), head.grad_dtype.size
+    vector, end = primary.vectors["grad"], len(p.calls)
+    size = vector.dtype.size
     written = {t: i for i, c in reversed(list(enumerate(p.calls))) for t in c.outs if t is not None}
     spans, at = [], 0
-    for name, info in sorted(head.params.items(), key=lambda item: head.first(item[1].tensor)):
-        start, stop = (size * (head.first(info.tensor) + n) for n in (0, info.tensor.size))
+    for info in (info for bucket in vector.buckets for info in bucket.members):
+        start = size * vector.start(info.tensor)
+        stop = start + size * info.tensor.size
         spans.append((at, start, 0, end))
-        if p is head:
-            spans.append((start, stop, written.get(p.grads.get(name), 0), end))
+        if p is primary:
+            gradient = p.grads.get(info.tensor.name)
+            spans.append((start, stop, 0 if gradient is None else written.get(gradient, 0), end))
         at = stop
-    spans.append((at, size * head.flat_size, 0, end))
+    spans.append((at, vector.nbytes, 0, end))
     return [span for span in spans if span[0] < span[1]]
 
 
@@ -176,45 +186,39 @@ def peak_of(p: Program, spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) 
     return best, p.calls[min(at, len(p.calls) - 1)] if p.calls else None
 
 
-def plan(*programs: Program, scratch: Scratch = lambda c: 0, beside: bool = False) -> Plan:
+def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = False) -> Plan:
     """The layout of one arena for programs that share parameters and never run at the same time.
 
-    scratch: bytes that a call needs for itself.  beside: some calls run at the same time as the next one.
+    scratch: bytes that a call needs for itself.  concurrent: some calls overlap the calls after them.
 
-    Parameters (and what follows their flat order: gradients, optimizer state) are laid out by the first program; the
-    others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
+    The first program is the primary one: it lays out parameters and what follows their flat order (gradients, optimizer
+    state); the others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
     """
-    head, result = programs[0], Plan(programs)
-    used = {t.flat: t.dtype for c in head.calls for t in (*c.outs, *c.ins) if t is not None and t.flat}
-    moments = [flat for flat in used if flat not in ("param", "grad")]
+    primary, result = programs[0], Plan(programs)
+    vectors = primary.vectors
+    state = [name for name in vectors if name not in ("param", "grad")]
     at = 0
-    for region, flats in (
-        ("params", ["param"] * bool(head.params)),
-        ("state", moments),
-        ("grads", ["grad"] * bool(head.grads)),
-    ):
+    for region, names in (("params", ["param"]), ("state", state), ("grads", ["grad"])):
         start = at
-        for flat in flats:
-            dtype = {"param": head.dtype, "grad": head.grad_dtype}.get(flat) or used[flat]
-            result.flats[flat] = at, dtype
-            at += aligned(head.flat_size * dtype.size)
+        for name in names:
+            if name in vectors:
+                result.start[name] = at
+                at += aligned(vectors[name].nbytes)
         if region == "state":
-            known: dict[str, int] = {}  # programs share a state by its name: prefill and decode have one cache
-            for t in (t for p in programs for t in p.states.values()):
-                if t.name not in known:
-                    known[t.name] = at
-                    at += aligned(t.nbytes)
-                result.offset[t] = known[t.name]
+            at = _place_states(result, at)
         result.region[region] = (start, at - start)
-    _place_flat(result)
-    shared = bool(head.grads) and not head.accumulates
+    _place_slices(result)
+    shared = "grad" in vectors and not primary.accumulates
     start = result.region["grads"][0] if shared else at
     top = at - start
     for i, p in enumerate(programs):
-        spans, fixed = lifetimes(p, scratch, beside), gradient_spans(head, p) if shared else []
+        spans, fixed = lifetimes(p, scratch, concurrent), gradient_spans(primary, p) if shared else []
         offsets, size = place(spans, fixed)
         for owner, offset in offsets.items():
-            (result.scratch if isinstance(owner, Call) else result.offset)[owner] = start + offset
+            if isinstance(owner, Call):
+                result.scratch[owner] = start + offset
+            else:
+                result.offset[owner] = start + offset
         result.peak[i] = peak_of(p, spans, fixed)
         top = max(top, size)
     result.region["activations"] = (at, start + top - at)
@@ -227,24 +231,34 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, beside: bool = Fals
     return result
 
 
-def _place_flat(result: Plan) -> None:
-    """Offsets of parameters, gradients and the optimizer's slices, in all programs by the first one's order."""
-    head = result.programs[0]
+def _place_states(result: Plan, at: int) -> int:
+    """Offsets of states from byte `at` on; returns the byte after them. Programs share a state by its name: prefill and
+    decode have one cache."""
+    known: dict[str, Tensor] = {}
+    for t in (t for p in result.programs for t in p.states.values()):
+        other = known.setdefault(t.name, t)
+        if (other.shape, other.dtype) != (t.shape, t.dtype):
+            rule = f"programs that share state '{t.name}' agree on {other.shape} {other.dtype}"
+            raise HandgradError("plan", rule, f"{t.shape} {t.dtype}")
+        if other is t:
+            result.offset[t] = at
+            at += aligned(t.nbytes)
+        else:
+            result.offset[t] = result.offset[other]
+    return at
 
-    def at(flat: str, first: int) -> int:
-        start, dtype = result.flats[flat]
-        return start + first * dtype.size
 
+def _place_slices(result: Plan) -> None:
+    """Offsets of parameters, gradients and slices of vectors, in all programs by the primary one's order."""
+    primary = result.programs[0]
     for p in result.programs:
         for name, info in p.params.items():
-            twin = head.params.get(name)
-            if twin is None or twin.tensor.shape != info.tensor.shape or p.dtype is not head.dtype:
-                raise HandgradError(
-                    "plan", "programs that share an arena share their parameters", f"'{name}' in one only"
-                )
-            result.offset[info.tensor] = at("param", head.first(twin.tensor))
+            known = primary.params.get(name)
+            if known is None or known.tensor.shape != info.tensor.shape or p.dtype is not primary.dtype:
+                rule = "programs that share an arena share their parameters"
+                raise HandgradError("plan", rule, f"'{name}' in one only")
+            result.offset[info.tensor] = result.part("param", known.tensor)[0]
             if name in p.grads:
-                result.offset[p.grads[name]] = at("grad", head.first(twin.tensor))
-    for t, first in head.starts.items():
-        if t not in result.offset:
-            result.offset[t] = at(t.flat, first)
+                result.offset[p.grads[name]] = result.part("grad", known.tensor)[0]
+    for t, first in primary.starts.items():
+        result.offset[t] = result.start[t.flat] + first * t.dtype.size

@@ -1,88 +1,41 @@
 """Program: the flat list of calls that is planned, printed, tested and executed. Model code appends to it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.dtypes import BYTE, F32, I16, DType
+from handgrad.core.arguments import Arg
+from handgrad.core.dtypes import BYTE, F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Arg, Op, bind_dims
+from handgrad.core.op import Call, Op, When, bind_dims
+from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector, lay_out
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
 
-FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so a tensor's start is the same index in every flat vector
-
 
 @dataclass(frozen=True)
-class Init:
-    """How a parameter starts: "normal" with a standard deviation, "ones" or "zeros"; rows past `rows` are zero."""
+class Segment:
+    """Consecutive calls of a list, [start, stop), which run in one go."""
 
-    kind: str
-    std: float = 0.0
-    rows: int | None = None
-
-
-def normal(std: float, rows: int | None = None) -> Init:
-    """Independent draws from N(0, std^2)."""
-    return Init("normal", std, rows)
-
-
-ZEROS, ONES = Init("zeros"), Init("ones")
-
-
-@dataclass(frozen=True)
-class Param:
-    """What is known of a parameter where it is used first: its handle, start, weight decay and block."""
-
-    tensor: Tensor
-    init: Init
-    decay: bool
-    block: str
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The contiguous stretch of one block's parameters under one decay rule, in elements of the flat vectors."""
-
-    block: str
-    decay: bool
     start: int
-    size: int
-    members: tuple[str, ...]
+    stop: int
 
 
-@dataclass(eq=False)
-class Call:
-    """One entry of the list."""
+@dataclass(frozen=True)
+class Segments:
+    """What a step runs: forward and backward once per micro-batch, then the norm, then the update."""
 
-    op: Op
-    outs: tuple[Tensor | None, ...]
-    ins: tuple[Tensor | None, ...]
-    attrs: dict[str, Any]
-    phase: str  # forward, recompute, backward, norm, update
-    block: str
-    where: str  # file:line of the model code that asked for it
-    sizes: dict[str, int]
-    dtype: DType  # the program's working dtype
-    first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
-
-    def __getattr__(self, name: str) -> Tensor | None:  # an input or output by its declared name
-        for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
-            for arg, tensor in zip(args, tensors):
-                if arg.name == name:
-                    return tensor
-        raise AttributeError(f"{self.op.name} has no argument '{name}'")
-
-    def named_outs(self) -> Iterator[tuple[str, Tensor]]:
-        """The outputs that exist, with their declared names."""
-        return ((arg.name, t) for arg, t in zip(self.op.out_args, self.outs) if t is not None)
+    forward_backward: Segment
+    norm: Segment
+    update: Segment
 
     @property
-    def flops(self) -> int:
-        return self.op.flops(self)
+    def norm_update(self) -> Segment:
+        """Norm and update in one go, for a host that does not decide between them."""
+        return Segment(self.norm.start, self.update.stop)
 
 
 @dataclass
@@ -108,8 +61,9 @@ class Program:
         default_factory=dict
     )  # read by the host after a run: alive to the end of the list
     slots: dict[Tensor, Tensor] = field(default_factory=dict)  # while recording backward: gradients collected so far
-    starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a bucket's handle in its flat vector
+    starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice's handle in its flat vector
     phase: str = "forward"
+    when: When = When.ALWAYS  # of the calls that are recorded now
 
     def __post_init__(self) -> None:
         self.scalars = Tensor("scalars", (STEP_SCALARS_BYTES,), BYTE, Role.SCALARS)
@@ -119,8 +73,23 @@ class Program:
         self._where = ""
         self._streams = 0
         self._written: set[Tensor] = set()
+        self._groups = ONE_GROUP
         self._buckets: tuple[Bucket, ...] | None = None
+        self._vectors: dict[str, Vector] = {}
+        self._param_of: dict[Tensor, Tensor] = {}
         self._names: dict[str, int] = {}
+
+    @property
+    def segments(self) -> Segments:
+        """The list's segments. A program without an update has its calls in the first one."""
+        phases = [c.phase for c in self.calls]
+        norm = phases.index("norm") if "norm" in phases else len(phases)
+        update = phases.index("update") if "update" in phases else len(phases)
+        return Segments(Segment(0, norm), Segment(norm, update), Segment(update, len(phases)))
+
+    def part(self, segment: Segment | None) -> list[Call]:
+        """The calls of a segment, or all."""
+        return self.calls if segment is None else self.calls[segment.start : segment.stop]
 
     # recording ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +102,7 @@ class Program:
         name = ".".join([*self._scope, name])
         return self.states.setdefault(name, Tensor(name, shape, dtype, Role.STATE))
 
-    def param(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool = True) -> Tensor:
+    def param(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
         """The parameter `name` inside the current scope, declared where it is used; twice the same name is tied."""
         name = ".".join([*self._scope, name])
         known = self.params.get(name)
@@ -142,7 +111,7 @@ class Program:
                 raise HandgradError(
                     "program", "parameters are declared before the update is recorded", f"'{name}' after it"
                 )
-            known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, decay, self._block)
+            known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, self._block)
             self.params[name] = known
         if known.tensor.shape != shape:
             raise HandgradError("program", f"parameter '{name}' has one shape", f"{known.tensor.shape} and {shape}")
@@ -156,7 +125,8 @@ class Program:
     def grad(self, param: Tensor) -> Tensor:
         """The gradient of a parameter: grad_dtype, same shape, one per parameter however often it is used."""
         if param.name not in self.grads:
-            self.grads[param.name] = Tensor("d " + param.name, param.shape, self.grad_dtype, Role.GRAD, "grad")
+            grad = Tensor("d " + param.name, param.shape, self.grad_dtype, Role.GRAD, "grad")
+            self.grads[param.name], self._param_of[grad] = grad, param
         return self.grads[param.name]
 
     def next_stream(self) -> int:
@@ -230,7 +200,7 @@ class Program:
                         raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
                 else:
                     self._check_inout(op, arg, target, sizes, where)
-                if target is not None and target.role is Role.GRAD and target not in self._written:
+                if target is not None and target.role in (Role.GRAD, Role.SCALARS) and target not in self._written:
                     self._written.add(target)
                     first.add(arg.name)
             elif arg.optional and not op.makes(arg.name, attrs, self.dtype):
@@ -249,6 +219,7 @@ class Program:
             sizes,
             self.dtype,
             frozenset(first),
+            self.when,
         )
         self.calls.append(call)
         for t in outs:
@@ -276,44 +247,60 @@ class Program:
 
     # the flat vectors -----------------------------------------------------------------------------------------------
 
+    def group_by(self, groups: Groups) -> None:
+        """Sets the optimizer's groups, before anything reads the flat order."""
+        if self._buckets is not None:
+            raise HandgradError("program", "groups are set before the flat order is read", groups.names)
+        self._groups = groups
+
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The flat order of all parameters: block by block, decayed ones first. Fixed at the first reading."""
+        """The flat order of all parameters. Fixed at the first reading."""
         if self._buckets is None:
-            groups: dict[tuple[str, bool], list[Param]] = {}
-            for block in dict.fromkeys(p.block for p in self.params.values()):
-                for decay in (True, False):
-                    members = [p for p in self.params.values() if p.block == block and p.decay == decay]
-                    if members:
-                        groups[block, decay] = members
-            buckets, at = [], 0
-            for (block, decay), members in groups.items():
-                start = at
-                for p in members:
-                    self.starts[p.tensor] = at
-                    at += -(-p.tensor.size // FLAT_ALIGN) * FLAT_ALIGN
-                buckets.append(Bucket(block, decay, start, at - start, tuple(p.tensor.name for p in members)))
-            self._buckets = tuple(buckets)
+            self._buckets = lay_out(tuple(self.params.values()), self._groups)
         return self._buckets
 
     @property
-    def flat_size(self) -> int:
-        """Elements of each flat vector, alignment included."""
-        last = self.buckets[-1]
-        return last.start + last.size
+    def vectors(self) -> dict[str, Vector]:
+        """The flat vectors: "param" and, if there are gradients, "grad", over all buckets; and the optimizer's own."""
+        if self.params and "param" not in self._vectors:
+            self._vectors["param"] = Vector("param", self.dtype, Role.PARAM, self.buckets, sharded=False)
+        if self.grads and "grad" not in self._vectors:
+            self._vectors["grad"] = Vector("grad", self.grad_dtype, Role.GRAD, self.buckets, sharded=False)
+        return self._vectors
 
-    def first(self, param: Tensor) -> int:
-        """The element of every flat vector at which a parameter's stretch starts."""
-        assert self.buckets
-        return self.starts[param]
+    def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
+        """Declares optimizer state: a flat vector over these buckets, or all. It is zero before the first step, and
+        checkpoints keep it."""
+        if name in self.vectors:
+            raise HandgradError("program", "a flat vector is declared once", f"'{name}' twice")
+        vector = Vector(name, dtype, Role.STATE, self.buckets if buckets is None else buckets, sharded)
+        self._vectors[name] = vector
+        return vector
 
-    def slice(self, flat: str, start: int, size: int, name: str) -> Tensor:
-        """A handle on a stretch of a flat vector: "param", "grad", or an optimizer's "m", "v", "low"."""
-        role = {"param": Role.PARAM, "grad": Role.GRAD}.get(flat, Role.STATE)
-        dtype = {"param": self.dtype, "grad": self.grad_dtype, "low": I16}.get(flat, F32)
-        handle = Tensor(name, (size,), dtype, role, flat)
+    def slice(self, vector: str, bucket: Bucket) -> Tensor:
+        """A handle on a bucket's slice of a flat vector."""
+        v = self.vectors[vector]
+        return self._part(f"{bucket.name}.{vector}", v, v.bucket_start(bucket), bucket.size)
+
+    def whole(self, vector: str) -> Tensor:
+        """A handle on a whole flat vector."""
+        v = self.vectors[vector]
+        return self._part(f"{vector}s", v, 0, v.size)
+
+    def element(self, t: Tensor) -> int:
+        """The first element of a parameter, a gradient or a slice in its flat vector."""
+        return self.starts[t] if t in self.starts else self.vectors[t.flat].start(self._param_of.get(t, t))
+
+    def _part(self, name: str, vector: Vector, start: int, size: int) -> Tensor:
+        handle = Tensor(name, (size,), vector.dtype, vector.role, vector.name)
         self.starts[handle] = start
         return handle
+
+    @property
+    def flat_size(self) -> int:
+        """Elements of a flat vector over all buckets, alignment included."""
+        return sum(bucket.size for bucket in self.buckets)
 
     @property
     def num_params(self) -> int:

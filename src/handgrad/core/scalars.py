@@ -1,17 +1,29 @@
-"""The per-step scalars. They live in the arena, so a bound program (or a captured graph) never changes.
+"""The step scalars: what changes from step to step. They live in the arena, so that a bound program (or a captured
+graph) never changes.
 
 The C mirror is backends/cpu/include/scalars.h; tests/test_backends.py compares the two layouts.
 """
 
-STEP_SCALARS = (
-    # name, type, meaning
-    ("seed", "u64", "seed of dropout"),
+# name, type, meaning
+INPUTS = (  # written by the host
+    ("seed", "u64", "seed of dropout and of stochastic rounding"),
     ("step", "i64", "optimizer step, counted from 1"),
-    ("micro_step", "i64", "index inside the accumulation; 0 writes parameter gradients, later ones add to them"),
+    ("micro_step", "i64", "index of the micro-batch in its step: a counter of dropout"),
     ("position", "i64", "decode: tokens already in the cache"),
     ("lr", "f32", "learning rate of this step"),
     ("loss_scale", "f32", "1 / (targets that count in the whole step)"),
-    ("grad_norm", "f32", "out: global L2 norm of the gradients"),
-    ("grad_scale", "f32", "out: clip factor that the optimizer applies"),
 )
-STEP_SCALARS_BYTES = sum(8 if kind[1:] == "64" else 4 for _, kind, _ in STEP_SCALARS)
+OUTPUTS = (  # written by kernels
+    ("loss_sum", "f64", "sum of the losses of the step's micro-batches, nats"),
+    ("grad_norm", "f32", "global L2 norm of the gradients"),
+    ("grad_scale", "f32", "clip factor that the optimizer applies; 0: no update, the gradients are not finite"),
+)
+STEP_SCALARS = INPUTS + OUTPUTS
+
+
+def nbytes(fields: tuple[tuple[str, str, str], ...]) -> int:
+    """Bytes of consecutive fields."""
+    return sum(int(kind[1:]) // 8 for _, kind, _ in fields)
+
+
+INPUT_BYTES, STEP_SCALARS_BYTES = nbytes(INPUTS), nbytes(STEP_SCALARS)

@@ -14,7 +14,8 @@ import numpy as np
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.dtypes import I32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.program import Program, normal
+from handgrad.core.params import normal
+from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.models import GPT2, batch
 from handgrad.models.blocks import Batch, lm_head

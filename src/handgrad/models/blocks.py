@@ -3,9 +3,20 @@
 from dataclasses import dataclass
 
 from handgrad.core.dtypes import I32
-from handgrad.core.program import ONES, ZEROS, Program, normal
+from handgrad.core.params import ONES, ZEROS, normal
+from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.ops import add_norm, attention, attention_decode, dropout, linear, lm_loss, lm_loss_forward_backward, norm
+from handgrad.ops import (
+    add_norm,
+    attention,
+    attention_decode,
+    dropout,
+    linear,
+    lm_loss,
+    lm_loss_forward_backward,
+    loss_sum,
+    norm,
+)
 
 Branch = tuple[Tensor, Tensor | None]  # what a norm is to add to the residual: (N, C), and a bias that it still lacks
 
@@ -31,7 +42,7 @@ def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) ->
     """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(0.02))
-        b = g.param("bias", (size,), ZEROS, decay=False)
+        b = g.param("bias", (size,), ZEROS)
     return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.mode == "train")[0]
 
 
@@ -41,8 +52,8 @@ def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 
     With h None, at the start of a model, there is nothing to add: the only special case in the system.
     """
     with g.scope(name):
-        w = g.param("weight", x.shape[-1:], ONES, decay=False)
-        b = g.param("bias", x.shape[-1:], ZEROS, decay=False)
+        w = g.param("weight", x.shape[-1:], ONES)
+        b = g.param("bias", x.shape[-1:], ZEROS)
     if h is None:
         return x, g.emit(norm, x, w, b, eps=eps)[0]
     return g.emit(add_norm, x, h[0], w, b, h[1], eps=eps)[:2]
@@ -62,7 +73,7 @@ def project(
     backward of the add has b's gradient at hand, the linear would read all of dy for it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
-        b = g.param("bias", (size,), ZEROS, decay=False)
+        b = g.param("bias", (size,), ZEROS)
     drops = p > 0.0 and g.mode == "train"
     y = g.emit(linear, x, w, b if drops else None, pre_x, gelu=False, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
@@ -100,8 +111,11 @@ def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, c
             lm_loss_forward_backward, x, w, data.targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
         )
         g.output("losses", losses)
+        g.emit(loss_sum, losses, into={"scalars": g.scalars})
     elif g.mode == "loss":
-        g.output("losses", g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)[0])
+        losses, _ = g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)
+        g.output("losses", losses)
+        g.emit(loss_sum, losses, into={"scalars": g.scalars})
     elif g.mode == "hidden":  # the host picks rows for a head of their own
         g.output("hidden", x)
     elif g.mode in ("logits", "decode"):

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.program import Program, normal
+from handgrad.core.params import normal
+from handgrad.core.program import Program
 from handgrad.models.blocks import Batch, drop, layer_norm, lm_head, mlp, self_attention
 from handgrad.ops import embed
 

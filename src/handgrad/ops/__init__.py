@@ -11,6 +11,7 @@ from handgrad.ops.fill.op import fill
 from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
+from handgrad.ops.loss_sum.op import loss_sum
 
 _ALL = (
     embed,
@@ -29,6 +30,7 @@ _ALL = (
     dropout,
     lm_loss,
     lm_loss_forward_backward,
+    loss_sum,
     add,
     fill,
     global_norm,

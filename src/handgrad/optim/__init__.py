@@ -1,5 +1,6 @@
 """Optimizers record their update onto a program; schedules are functions of the step."""
 
 from handgrad.optim.adamw import AdamW
+from handgrad.optim.record import Optimizer, record_step
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "Optimizer", "record_step"]

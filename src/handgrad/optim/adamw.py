@@ -1,19 +1,27 @@
-"""AdamW (Loshchilov & Hutter 2019) with global-norm clipping: records the update onto a program."""
+"""AdamW (Loshchilov & Hutter 2019): records its update onto a program."""
 
 from dataclasses import dataclass
 
-from handgrad.core.dtypes import F32
+from handgrad.core.dtypes import F32, I16
 from handgrad.core.errors import HandgradError
+from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
-from handgrad.ops import adamw, fill, global_norm
+from handgrad.ops import adamw
+
+DECAY, PLAIN = "decay", "plain"
+
+
+def decays(name: str, shape: tuple[int, ...]) -> str:
+    """The group of a parameter: matrices and embeddings decay, biases and norms do not."""
+    return DECAY if len(shape) > 1 else PLAIN
 
 
 @dataclass(frozen=True)
 class AdamW:
     """Hyperparameters. The learning rate is a step scalar: it changes from step to step.
 
-    Matrices and embeddings decay; biases and norms (declared with decay=False) do not. `clip` is the largest allowed
-    global L2 norm of the gradients, 0 for no clipping.
+    Matrices and embeddings decay; biases and norms do not. `clip` is the largest allowed global L2 norm of the
+    gradients, 0 for no clipping.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -28,37 +36,32 @@ class AdamW:
             if not getattr(self, name) >= 0.0:
                 raise HandgradError("optim", f"{name} is not negative", getattr(self, name))
 
-    def record(self, g: Program) -> None:
-        """Appends the norm of all gradients, then one update per bucket.
+    @property
+    def groups(self) -> Groups:
+        """Decayed parameters first in every block."""
+        return Groups((DECAY, PLAIN), decays)
 
-        Between the two phases "norm" and "update" the host may decide to skip the update.
-        """
-        g.phase = "backward"
-        for info in g.params.values():
-            if not g.is_written(g.grad(info.tensor)):  # nothing reads this parameter: its gradient is zero
-                g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
-        g.phase = "norm"
-        total = g.slice("grad", 0, g.flat_size, "grads")
-        g.emit(global_norm, total, into={"scalars": g.scalars}, clip=self.clip)
-        g.phase = "update"
-        for bucket in g.buckets:
-            with g.block(bucket.block, prefix=False):
-                name = f"{bucket.block}.{'decay' if bucket.decay else 'plain'}"
-                part = {
-                    flat: g.slice(flat, bucket.start, bucket.size, f"{name}.{flat}")
-                    for flat in ("param", "grad", "m", "v")
-                }
-                low = (
-                    None if g.dtype is F32 or not g.master else g.slice("low", bucket.start, bucket.size, f"{name}.low")
-                )
-                g.emit(
-                    adamw,
-                    part["grad"],
-                    into={"p": part["param"], "m": part["m"], "v": part["v"], "low": low},
-                    start=bucket.start,
-                    beta1=self.betas[0],
-                    beta2=self.betas[1],
-                    eps=self.eps,
-                    weight_decay=self.weight_decay if bucket.decay else 0.0,
-                )
-        g.phase = "forward"
+    def declare(self, g: Program) -> None:
+        """The moments m and v in float32; for bf16 weights with masters the 16 bits that they lack of a float32."""
+        g.flat("m", F32)
+        g.flat("v", F32)
+        if g.dtype is not F32 and g.master:
+            g.flat("low", I16)
+
+    def update(self, g: Program, bucket: Bucket) -> None:
+        """Appends the update of one bucket."""
+        g.emit(
+            adamw,
+            g.slice("grad", bucket),
+            into={
+                "p": g.slice("param", bucket),
+                "m": g.slice("m", bucket),
+                "v": g.slice("v", bucket),
+                "low": g.slice("low", bucket) if "low" in g.vectors else None,
+            },
+            start=bucket.start,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay if bucket.group == DECAY else 0.0,
+        )

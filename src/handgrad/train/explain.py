@@ -7,8 +7,9 @@ from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.listing import listing
+from handgrad.core.op import Call
 from handgrad.core.plan import MIB, Plan, plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import GPT2
 from handgrad.optim import AdamW

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from handgrad.backends.cpu.library import library
-from handgrad.core.program import Param, Program
+from handgrad.core.params import Param
+from handgrad.core.program import Program
 
 SEED = 42
 BLOCK = 16

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handgrad.core.listing import PHASE
-from handgrad.core.program import Call
+from handgrad.core.op import Call
 from handgrad.train.trainer import Trainer
 
 GROUPS = ("op", "phase", "block", "call")

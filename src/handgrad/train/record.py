@@ -13,13 +13,14 @@ from handgrad.backends.base import Arena
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.program import Param, Program
+from handgrad.core.params import Param
+from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.io.weights import PADDED, Weights
 from handgrad.models import GPT2, batch
 from handgrad.ops import add
 from handgrad.ops.adamw.reference import split_weight
-from handgrad.optim import AdamW
+from handgrad.optim import AdamW, record_step
 from handgrad.train.llmc_init import draws
 
 AHEAD, MOST = 4, 16  # parameters a thread that may be drawn before they are written: most are vectors; threads
@@ -55,7 +56,7 @@ def record_train(
     p = Program(dtype, "train", accumulates, grad_dtype, master)
     model.forward(p, batch(p, micro_batch, seq_len), chunks)
     backward(p, add, drop=POLICIES[recompute])
-    optim.record(p)
+    record_step(p, optim)
     return p
 
 
@@ -88,7 +89,7 @@ def initialize(p: Program, arena: Arena, seed: int, init: str | Weights | Iterat
             write_weight(arena, info.tensor, values)
         return
     if init == "random":
-        init = drawing(p, seed, "low" in arena.plan.flats)
+        init = drawing(p, seed, "low" in arena.plan.vectors)
     if not isinstance(init, Iterator):
         raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(init))
     for info, parts in zip(p.params.values(), init, strict=True):
@@ -142,5 +143,5 @@ def split(values: np.ndarray, halves: bool) -> Parts:
 
 def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
     """Sets a parameter from float32 values."""
-    for flat, part in split(values, "low" in arena.plan.flats).items():
+    for flat, part in split(values, "low" in arena.plan.vectors).items():
         arena.write_part(flat, param, part)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends import open_backend
+from handgrad.backends.base import Executable
 from handgrad.core.dtypes import DTYPES, F32
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Segment
 from handgrad.core.tensor import IGNORE_INDEX, Role
 from handgrad.data import Tokens
 from handgrad.evals import Scorer
@@ -163,8 +165,6 @@ class Trainer:
         self._loss = None if loss is None else self.backend.bind(loss, self.arena)
         self._engine = Engine(model, engine, self.arena, self.backend) if engine else None
         self.scorer = Scorer(model, scorer, self.arena, self.backend) if scorer else None
-        phases = [c.phase for c in train.calls]
-        self._norm, self._update = phases.index("norm"), phases.index("update")
         self._outliers = {"loss": Outliers(skip_loss_z), "grad_norm": Outliers(skip_grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
@@ -186,22 +186,23 @@ class Trainer:
         batches = [self.data.batch(at, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
-        losses = []
+        segments = self.program.segments
         for k, b in enumerate(batches):
             self.arena.write_scalars(self.program, micro_step=k)
-            losses.append(self._losses(self._train, self.program, b, self._norm))
+            micro_batch = MicroBatch(first=k == 0, last=k + 1 == len(batches))
+            self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
             self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
         if not self.backend.is_asynchronous:  # a checkpoint is read where the weights lie
             self._writer.wait_until_read()
         if any(o.limit > 0 for o in self._outliers.values()):  # the host decides on the update
-            self._run(self._train, self._norm, self._update)
+            self._run(self._train, segments.norm)
         else:  # the norm's kernel does: it knows what is not finite
-            self._run(self._train, self._norm, None)
+            self._run(self._train, segments.norm_update)
         scalars = self.arena.fetch_scalars(self.program)
 
         def finish() -> tuple[float, float, str, int]:
-            loss, norm = sum(read() for read in losses) / counts, float(scalars().grad_norm)
+            loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
             skipped = self._judge(loss, norm)
             self._skips = self._skips + 1 if skipped else 0
             return loss, norm, skipped, self._skips
@@ -209,7 +210,7 @@ class Trainer:
         self._pending = result = Step(finish)
         self.last_step = step
         if any(o.limit > 0 for o in self._outliers.values()) and not result.skipped:
-            self._run(self._train, self._update, None)
+            self._run(self._train, segments.update)
         return result
 
     def _judge(self, loss: float, norm: float) -> str:
@@ -241,7 +242,8 @@ class Trainer:
         self._check_ids(self.model, data)
         total, counts = 0.0, 0
         for b in data.sweep(self.micro_batch, max_tokens):
-            total += self._losses(self._loss, self._loss.program, b, None)()
+            self._start(self._loss, b)
+            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
         return total / max(counts, 1)
 
@@ -253,25 +255,28 @@ class Trainer:
             raise HandgradError("train", "generation is planned when the trainer is made", "sample=False")
         return self._engine.generate(prompt, max_tokens, sampling, stop_id)
 
-    def _losses(self, run: Any, p: Program, b: dict[str, np.ndarray], stop: int | None) -> Callable[[], float]:
-        """Starts one micro-batch; calling the result waits for the sum of its losses."""
-        for name, tensor in p.inputs.items():
-            self.arena.write(tensor, b[name].reshape(-1))
-        self._run(run, 0, stop)
-        losses = self.arena.fetch(p.outputs["losses"])
-        return lambda: float(losses().sum(dtype=np.float64))
+    def _start(
+        self,
+        run: Executable,
+        batch: dict[str, np.ndarray],
+        segment: Segment | None = None,
+        micro_batch: MicroBatch = ONLY,
+    ) -> None:
+        """Starts one micro-batch."""
+        for name, tensor in run.program.inputs.items():
+            self.arena.write(tensor, batch[name].reshape(-1))
+        self._run(run, segment, micro_batch)
 
-    def _run(self, run: Any, start: int, stop: int | None) -> None:
+    def _run(self, run: Executable, segment: Segment | None, micro_batch: MicroBatch = ONLY) -> None:
         if self.check == "nan":
-            run.run_each(self._check_finite, start, stop)
+            run.run_each(self._check_finite, segment, micro_batch)
         else:
-            run.run(start, stop)
+            run.run(segment, micro_batch)
 
     def _check_finite(self, c: Call, seconds: float) -> None:
         for name, t in c.named_outs():
-            room = name == "logits" and c.op.name != "linear"  # of a chunk: its padded columns hold anything
             if (
-                not room
+                name not in c.op.undefined.split()
                 and t.role is not Role.SCALARS
                 and t.dtype.unit
                 and not np.isfinite(self.arena.read(t).astype(np.float32)).all()
@@ -287,11 +292,12 @@ class Trainer:
 
     def _state(self) -> dict[str, np.ndarray]:
         """Optimizer state by name: m.<parameter>, v.<parameter>, low.<parameter>."""
-        flats = [flat for flat in self.plan.flats if flat not in ("param", "grad")]
+        flats = [flat for flat in self.plan.vectors if flat not in ("param", "grad")]
         return {
             f"{flat}.{name}": self.arena.read_part(flat, info.tensor)
             for flat in flats
             for name, info in self.program.params.items()
+            if self.plan.vectors[flat].covers(info.tensor)
         }
 
     def tokens(self, step: int) -> int:

@@ -8,58 +8,82 @@ import numpy as np
 from handgrad.backends.arena import HostArena
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cpu.library import library, physical_threads, processor
+from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Op
+from handgrad.core.op import ONLY, C, Call, MicroBatch, Op, resolve_number, resolve_pointer
 from handgrad.core.plan import Plan
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program, Segment
+from handgrad.core.tensor import Tensor
 
 ENTRY_BYTES = 16  # Entry of kernel.h: function, arguments
 
 
 class CpuExecutable(Executable):
-    """The bound list: `entries` is what hg_run walks."""
+    """The bound list: for each kind of micro-batch the entries that hg_run walks, packed at its first use."""
 
     def __init__(self, program: Program, arena: HostArena, threads: int):
         self.program, self.arena, self.threads, self._lib = program, arena, threads, library()
-        blocks = [_pack(c, program, arena, threads) for c in program.calls]
-        self._args = np.array([slot for block in blocks for slot in block] or [0], np.uint64)
-        self._entries = np.zeros((len(blocks), 2), np.uint64)
-        at = self._args.ctypes.data
-        for i, (c, block) in enumerate(zip(program.calls, blocks)):
-            self._entries[i] = self._lib.entry(c.op.cpu.entry, program.dtype.name), at
-            at += 8 * len(block)
-        self._address = self._entries.ctypes.data
+        self._bound: dict[MicroBatch, tuple[np.ndarray, np.ndarray]] = {}
+        self._entries(ONLY)  # what cannot be bound is refused now
 
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        stop = len(self._entries) if stop is None else stop
+    def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
+        segment = segment or Segment(0, len(self.program.calls))
         self._lib.set_threads(self.threads)  # scratch was planned for as many, whatever other backends are open
-        self._lib.run(self._address + ENTRY_BYTES * start, stop - start)
+        address = self._entries(micro_batch).ctypes.data
+        self._lib.run(address + ENTRY_BYTES * segment.start, segment.stop - segment.start)
 
-    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
+    def run_each(
+        self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
+    ) -> None:
+        segment = segment or Segment(0, len(self.program.calls))
         self._lib.set_threads(self.threads)
-        for i in range(start, len(self._entries) if stop is None else stop):
-            seconds = np.zeros(1)
-            self._lib.run_timed(self._address + ENTRY_BYTES * i, 1, seconds.ctypes.data)
-            after(self.program.calls[i], float(seconds[0]))
+        address = self._entries(micro_batch).ctypes.data
+        for i in range(segment.start, segment.stop):
+            if micro_batch.runs(self.program.calls[i].when):
+                seconds = np.zeros(1)
+                self._lib.run_timed(address + ENTRY_BYTES * i, 1, seconds.ctypes.data)
+                after(self.program.calls[i], float(seconds[0]))
+
+    def _entries(self, micro_batch: MicroBatch) -> np.ndarray:
+        if micro_batch not in self._bound:
+            calls = self.program.calls
+            blocks = [_pack(c, self.program, self.arena, self.threads, micro_batch) for c in calls]
+            args = np.array([slot for block in blocks for slot in block] or [0], np.uint64)
+            entries = np.zeros((len(blocks), 2), np.uint64)
+            at = args.ctypes.data
+            for i, (c, block) in enumerate(zip(calls, blocks)):
+                runs = micro_batch.runs(c.when)
+                entries[i] = self._lib.entry(_kernel(c).entry, c.dtype.name) if runs else self._lib.skip, at
+                at += 8 * len(block)
+            self._bound[micro_batch] = entries, args
+        return self._bound[micro_batch][0]
 
 
-def _pack(c: Call, program: Program, arena: HostArena, threads: int) -> list[int]:
-    """The 8-byte slots of one call, in the order of its declaration."""
+def _kernel(c: Call) -> C:
+    """The declaration of a call's kernel."""
+    if c.op.cpu is None:
+        rule = f"op '{c.op.name}' has no cpu kernel"
+        raise HandgradError("cpu", rule, context=f"called at {c.where}", hint="handgrad ops lists them")
+    return c.op.cpu
+
+
+def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch: MicroBatch) -> list[int]:
+    """The 8-byte slots of a call's arguments, in the order of their declaration (the struct in arguments.h)."""
     plan, slots = arena.plan, []
-    tensors = {arg.name: t for args, ts in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)) for arg, t in zip(args, ts)}
-    pointers = {"scalars": plan.offset[program.scalars], "scratch": plan.scratch.get(c)}
-    for word in c.op.cpu.args.replace("|", " ").split():
-        if word in tensors or word in pointers:
-            offset = (
-                pointers[word] if word in pointers else None if tensors[word] is None else plan.offset[tensors[word]]
-            )
-            slots.append(0 if offset is None else arena.address + offset)
-        elif word.startswith("acc."):
-            slots.append(int(word[4:] not in c.first))
+    pointers, numbers = kernel_words(_kernel(c).args)
+    for word in pointers:
+        tensor, offset = resolve_pointer(word, c)
+        if tensor is None:
+            slots.append(0)
+        elif isinstance(tensor, Tensor):
+            slots.append(arena.address + plan.offset[tensor] + offset)
         else:
-            value = threads if word == "threads" else c.sizes[word] if word in c.sizes else c.attrs[word]
-            bits = struct.pack("<d", value) if isinstance(value, float) else struct.pack("<q", int(value))
-            slots.append(int.from_bytes(bits, "little"))
+            at = plan.offset[program.scalars] if tensor == "scalars" else plan.scratch.get(c, 0)
+            slots.append(arena.address + at + offset)
+    for word in numbers:
+        value = threads if word == "threads" else resolve_number(word, c, micro_batch)
+        bits = struct.pack("<d", value) if isinstance(value, float) else struct.pack("<q", value)
+        slots.append(int.from_bytes(bits, "little"))
     return slots
 
 
@@ -91,12 +115,9 @@ class CpuBackend(Backend):
 
     def bind(self, program: Program, arena: HostArena) -> CpuExecutable:
         for c in program.calls:
-            if c.op.cpu is None or self._lib.entry(c.op.cpu.entry, program.dtype.name) is None:
-                raise HandgradError(
-                    "bind",
-                    f"every op has a cpu kernel for {program.dtype}",
-                    f"none for '{c.op.name}'",
-                    context=f"called at {c.where}",
-                    hint="handgrad ops",
-                )
+            kernel = _kernel(c)
+            if self._lib.entry(kernel.entry, program.dtype.name) is None:
+                rule = f"op '{c.op.name}' has no cpu kernel for {program.dtype}"
+                raise HandgradError("cpu", rule, context=f"called at {c.where}", hint="handgrad ops lists them")
+            self._lib.check_arguments(kernel.entry, kernel.args)
         return CpuExecutable(program, arena, self.threads)

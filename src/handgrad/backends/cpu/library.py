@@ -57,6 +57,8 @@ class Library:
         if ISAS.index(wanted) > widest:
             raise HandgradError("cpu", f"this processor runs up to {ISAS[widest]}", f"HANDGRAD_ISA={wanted}")
         self.isa = wanted
+        self.skip = ctypes.cast(self._dll.hg_skip, ctypes.c_void_p).value
+        self._checked: set[str] = set()
         self.run = self._dll.hg_run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         self.run.restype = None
@@ -81,6 +83,16 @@ class Library:
         """The address of a kernel for this instruction set, or None if the library has none."""
         symbol = self._symbol(name, dtype)
         return None if symbol is None else ctypes.cast(symbol, ctypes.c_void_p).value
+
+    def check_arguments(self, name: str, args: str) -> None:
+        """Raises HandgradError unless the library was compiled from this declaration of a kernel's arguments."""
+        if name not in self._checked:
+            symbol = ctypes.c_char.in_dll(self._dll, f"{name}_arguments")
+            compiled = ctypes.string_at(ctypes.addressof(symbol)).decode()
+            if compiled != args:
+                rule = f"kernel {name} was compiled for the arguments '{compiled}'"
+                raise HandgradError("cpu", rule, f"'{args}'", hint="compile the kernels again: pip install -e .")
+            self._checked.add(name)
 
     def scratch(self, name: str, dtype: str, sizes: list[int]) -> int:
         """Bytes of scratch that a kernel asks for at these sizes."""

@@ -13,6 +13,7 @@ from handgrad.backends.base import Arena
 from handgrad.backends.cuda.driver import Device
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
+from handgrad.core.scalars import INPUT_BYTES, OUTPUTS
 from handgrad.core.tensor import Tensor
 
 PIECE, PIECES = 1 << 18, 128  # bytes of one pinned piece, and how many take turns: enough for 42 micro-batches
@@ -34,7 +35,7 @@ class CudaArena(Arena):
         self._events: list[Any] = [None] * PIECES
         self._turn = 0
         self._room: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # pinned memory and an event, by size, unused
-        self._scalars: dict[int, np.ndarray] = {}
+        self._written: dict[int, np.ndarray] = {}  # step scalars as the host wrote them last
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone at the end of the process
@@ -64,14 +65,12 @@ class CudaArena(Arena):
         return lambda: read().view(np.recarray)[0]
 
     def write_scalars(self, program: Program, **values: int | float) -> None:
-        record = self.written(program)
+        record = self._written.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE))
         for name, value in values.items():
             record[name] = value
-        self._write(self.plan.offset[program.scalars], record)
-
-    def written(self, program: Program) -> np.ndarray:
-        """The program's StepScalars as the host wrote them last, shape (1,)."""
-        return self._scalars.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE))
+        outputs = any(name in values for name, *_ in OUTPUTS)  # else kernels' values stay as they are
+        raw = record.view(np.uint8)
+        self._write(self.plan.offset[program.scalars], raw if outputs else raw[:INPUT_BYTES])
 
     def fill(self, byte: int) -> None:
         """Sets all memory to one byte, for checks of what was touched."""

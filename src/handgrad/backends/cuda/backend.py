@@ -24,9 +24,9 @@ from handgrad.backends.cuda.ways import Place, Ways
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place, pointers
-from handgrad.core.op import Op
+from handgrad.core.op import Call, Op
 from handgrad.core.plan import Plan, aligned
-from handgrad.core.program import Call, Program
+from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
 Start = Callable[[bool], None]  # begins one launch; the argument: whether this is the first micro-batch of a step

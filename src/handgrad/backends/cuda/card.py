@@ -5,9 +5,8 @@ from weakref import WeakKeyDictionary
 from handgrad.backends.base import Planner
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa
-from handgrad.core.op import Op
+from handgrad.core.op import Call, Op
 from handgrad.core.plan import aligned
-from handgrad.core.program import Call
 
 GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
 WORTH_TUNING = 1e9  # FLOP: smaller calls take what is proposed first

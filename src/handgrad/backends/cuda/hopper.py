@@ -10,7 +10,7 @@ from handgrad.backends.cuda.driver import Module, launcher, tensor_map
 from handgrad.backends.cuda.nvrtc import Source
 from handgrad.core.dtypes import BF16
 from handgrad.core.launch import Gemm, Gpu, place
-from handgrad.core.program import Call
+from handgrad.core.op import Call
 
 BOX = 64  # rows, and elements of 128 bytes, of what the copy engine brings at once
 TILE_M, TILE_N, STAGES, CLUSTER, THREADS = 128, 256, 4, 2, 384  # mirrors hopper.cu and work.cuh

@@ -10,7 +10,7 @@ from handgrad.backends.cuda.card import WORTH_TUNING, Card
 from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.tune import repeats
 from handgrad.core.launch import Launches
-from handgrad.core.program import Call
+from handgrad.core.op import Call
 from handgrad.core.scalars import STEP_SCALARS
 from handgrad.core.tensor import Tensor
 

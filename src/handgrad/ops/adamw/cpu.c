@@ -39,16 +39,16 @@ static inline void round_weights(real *restrict p, const float *restrict weight,
 #endif
 
 ENTRY(adamw) {
-  real *restrict p = P(0);                       // (n)
-  float *restrict m = P(1), *restrict v = P(2);  // (n)
+  real *restrict p = a->p;                       // (n)
+  float *restrict m = a->m, *restrict v = a->v;  // (n)
 #if HG_BF16
-  int16_t *restrict low = P(3);                  // (n) or NULL
-  int64_t start = I(6);                          // of the stretch in the flat vector, elements
+  int16_t *restrict low = a->low;                // (n) or NULL
+  int64_t start = a->start;                      // of the slice in the flat order of all parameters, elements
 #endif
-  const float *restrict grad = P(4);             // (n)
-  int64_t n = I(5);
-  double beta1 = a[7].f, beta2 = a[8].f, eps = a[9].f, weight_decay = a[10].f;
-  const StepScalars *scalars = P(11);
+  const float *restrict grad = a->grad;          // (n)
+  int64_t n = a->n;
+  double beta1 = a->beta1, beta2 = a->beta2, eps = a->eps, weight_decay = a->weight_decay;
+  const StepScalars *scalars = a->scalars;
   if (scalars->grad_scale == 0.0f) return;  // the gradients are not finite
   Rule r = {.scale = scalars->grad_scale, .keep1 = (float)beta1, .take1 = (float)(1.0 - beta1), .keep2 = (float)beta2,
             .take2 = (float)(1.0 - beta2), .rate = (float)((double)scalars->lr / (1.0 - pow(beta1, (double)scalars->step))),

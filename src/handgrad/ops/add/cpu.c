@@ -5,9 +5,9 @@
 #include "kernel.h"
 
 ENTRY(add) {
-  real *y = P(0);                        // (N, C)
-  const real *x = P(1), *z = P(2);       // (N, C)
-  int64_t n = I(3) * I(4);               // N, C
+  real *y = a->y;                   // (N, C)
+  const real *x = a->a, *z = a->b;  // (N, C)
+  int64_t n = a->N * a->C;
 #pragma omp parallel for simd schedule(simd : static)
   for (int64_t i = 0; i < n; i++) y[i] = store(load(x[i]) + load(z[i]));
 }

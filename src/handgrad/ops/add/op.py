@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call
+from handgrad.core.op import C, Call, Op, case
 from handgrad.ops.add import reference
 
 

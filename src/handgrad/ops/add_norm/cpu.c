@@ -5,7 +5,7 @@
 // layout    rows are shared among threads; dw, db, dhb: sums over chunks of rows, then over chunks, column by column
 // determinism  chunks depend on N alone and are added in order, whatever the number of threads
 // source    own work
-#include "scalars.h"
+#include "kernel.h"
 
 // One row's statistics and y. Three passes over a row that stays in the first cache. The second pass also sums what the
 // rounding of the first left in the mean: with a mean far from zero that error would reach every y.
@@ -30,13 +30,13 @@ static inline void norm_row(real *restrict y, float *mean, float *rstd, const re
 }
 
 ENTRY(add_norm_forward) {
-  real *s = P(0), *y = P(1);            // (N, C)
-  float *mean = P(2), *rstd = P(3);     // (N)
-  const real *x = P(4), *h = P(5);      // (N, C)
-  const real *w = P(6), *b = P(7);      // (C)
-  const real *hb = P(8);                // (C) or NULL
-  int64_t N = I(9), C = I(10);
-  float eps = F(11);
+  real *s = a->s, *y = a->y;               // (N, C)
+  float *mean = a->mean, *rstd = a->rstd;  // (N)
+  const real *x = a->x, *h = a->h;         // (N, C)
+  const real *w = a->w, *b = a->b;         // (C)
+  const real *hb = a->hb;                  // (C) or NULL
+  int64_t N = a->N, C = a->C;
+  float eps = a->eps;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
     real *sum = s + n * C;
@@ -53,12 +53,12 @@ ENTRY(add_norm_forward) {
 }
 
 ENTRY(norm_forward) {
-  real *y = P(0);                       // (N, C)
-  float *mean = P(1), *rstd = P(2);     // (N)
-  const real *x = P(3);                 // (N, C)
-  const real *w = P(4), *b = P(5);      // (C)
-  int64_t N = I(6), C = I(7);
-  float eps = F(8);
+  real *y = a->y;                          // (N, C)
+  float *mean = a->mean, *rstd = a->rstd;  // (N)
+  const real *x = a->x;                    // (N, C)
+  const real *w = a->w, *b = a->b;         // (C)
+  int64_t N = a->N, C = a->C;
+  float eps = a->eps;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) norm_row(y + n * C, mean + n, rstd + n, x + n * C, w, b, C, eps);
 }
@@ -110,15 +110,13 @@ static inline void sum_chunks(float *restrict d, int add, const float *restrict 
 }
 
 ENTRY(norm_backward) {
-  real *dx = P(0);                                  // (N, C)
-  float *dw = P(1), *db = P(2), *dhb = P(3);        // (C); dhb or NULL
-  const real *dy = P(4), *ds = P(5), *s = P(6);     // (N, C); ds is what reaches s from the residual stream, or NULL
-  const real *w = P(7);                             // (C)
-  const float *mean = P(8), *rstd = P(9);           // (N)
-  int64_t N = I(10), C = I(11);
-  const StepScalars *scalars = P(15);
-  int later = scalars->micro_step > 0;
-  float *partial = P(16);                           // (chunks, 3, C)
+  real *dx = a->dx;                                // (N, C)
+  float *dw = a->dw, *db = a->db, *dhb = a->dhb;   // (C); dhb or NULL
+  const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds is what reaches s from the residual stream, or NULL
+  const real *w = a->w;                            // (C)
+  const float *mean = a->mean, *rstd = a->rstd;    // (N)
+  int64_t N = a->N, C = a->C;
+  float *partial = a->scratch;                     // (chunks, 3, C)
   int64_t rows = chunk_rows(N), chunks = num_chunks(N);
 #pragma omp parallel
   {
@@ -131,8 +129,8 @@ ENTRY(norm_backward) {
                           rstd[n], C);
     }
     int64_t from = C * hg_thread() / hg_team(), to = C * (hg_thread() + 1) / hg_team();
-    sum_chunks(dw, I(12) || later, partial, chunks, C, from, to);
-    sum_chunks(db, I(13) || later, partial + C, chunks, C, from, to);
-    if (dhb) sum_chunks(dhb, I(14) || later, partial + 2 * C, chunks, C, from, to);
+    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, C, from, to);
+    sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, C, from, to);
+    if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + 2 * C, chunks, C, from, to);
   }
 }

@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.ops.add_norm import reference
 
@@ -16,7 +15,9 @@ class AddNorm(Op):
     ins = "x:N,C h:N,C w:C b:C hb:C?"
     outs = "s:N,C y:N,C mean:N:f32 rstd:N:f32"
     attrs = {"eps": float}
+    params = "w b hb"
     saved = "s w mean rstd"  # x and h are free after this call
+    differentiated = "s y"
     cpu = C("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
@@ -38,11 +39,14 @@ class AddNorm(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return _forward(c, "add_norm_forward_kernel", "s y mean rstd x h w b hb | N eps")
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ds = _norm_backward(g, c, d["y"], d["s"], c.s, c.hb)
         return {"x": ds, "h": ds}  # residual and branch share one gradient buffer
 
-    def recompute(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
+    def cheap(self, c: Call) -> dict[str, str]:
+        return {"y": "norm"}
+
+    def recompute(self, g: Recorder, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "s" in want:
             return super().recompute(g, c, want)
         y, mean, rstd = g.emit(norm, c.s, c.w, c.b, **c.attrs)  # the add is not needed again
@@ -56,6 +60,7 @@ class Norm(Op):
     ins = "x:N,C w:C b:C"
     outs = "y:N,C mean:N:f32 rstd:N:f32"
     attrs = {"eps": float}
+    params = "w b"
     saved = "x w mean rstd"
     cpu = C("norm_forward", "y mean rstd x w b | N C eps")
     cases = (
@@ -71,7 +76,10 @@ class Norm(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return _forward(c, "norm_forward_kernel", "y mean rstd x w b | N eps")
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def cheap(self, c: Call) -> dict[str, str]:
+        return {"y": "norm"}
+
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ds = g.take(c.x)  # x also feeds the residual: its gradient joins in
         return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
 
@@ -84,7 +92,7 @@ class NormBackward(Op):
     outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
     cpu = C(
         "norm_backward",
-        "dx dw db dhb dy ds s w mean rstd | N C acc.dw acc.db acc.dhb scalars scratch",
+        "dx dw db dhb dy ds s w mean rstd scratch | N C accumulate.dw accumulate.db accumulate.dhb",
         "norm_backward_scratch N C threads",
     )
     cases = (
@@ -153,7 +161,7 @@ def _forward(c: Call, entry: str, args: str) -> Launches:
     return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["TEAM"] * rows, 0, defines),))
 
 
-def _norm_backward(g: Program, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
+def _norm_backward(g: Recorder, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
     into = {"dw": g.grad(c.w), "db": g.grad(c.b), "dhb": None if hb is None else g.grad(hb)}
     return g.emit(norm_backward, dy, ds, s, c.w, c.mean, c.rstd, into=into)
 

@@ -9,15 +9,15 @@
 #include "flash.h"
 
 ENTRY(attention_forward) {
-  real *y = P(0);            // (N, H D)
-  float *lse = P(1);         // (B, H, T)
-  const real *qkv = P(2);    // (N, H + 2 K, D)
-  int64_t N = I(3), T = I(4), H = I(5), K = I(6), D = I(7);
-  DropoutRule drop = dropout_rule(P(11), F(9), I(10));  // scalars, p, call
-  char *scratch = P(12);     // attention_forward_scratch bytes
+  real *y = a->y;            // (N, H D)
+  float *lse = a->lse;       // (B, H, T)
+  const real *qkv = a->qkv;  // (N, H + 2 K, D)
+  int64_t N = a->N, T = a->T, H = a->H, K = a->K, D = a->D;
+  DropoutRule drop = dropout_rule(a->scalars, (float)a->p, a->stream);
+  char *scratch = a->scratch;     // attention_forward_scratch bytes
   int64_t row = (H + 2 * K) * D;
   Attend x = {.q = qkv, .k = qkv + H * D, .v = qkv + (H + K) * D, .q_row = row, .kv_row = row, .q_seq = T * row,
-              .kv_seq = T * row, .B = N / T, .T = T, .H = H, .K = K, .D = D, .causal = I(8) != 0, .drop = drop};
+              .kv_seq = T * row, .B = N / T, .T = T, .H = H, .K = K, .D = D, .causal = a->causal != 0, .drop = drop};
   attend(y, lse, &x, scratch);
 }
 
@@ -171,15 +171,15 @@ static void backward_head(real *dqkv, const real *dy, const real *qkv, const rea
 }
 
 ENTRY(attention_backward) {
-  real *dqkv = P(0);        // (N, H + 2 K, D)
-  const real *dy = P(1);    // (N, H D)
-  const real *qkv = P(2);   // (N, H + 2 K, D)
-  const real *y = P(3);     // (N, H D)
-  const float *lse = P(4);  // (B, H, T)
-  int64_t N = I(5), T = I(6), H = I(7), K = I(8), D = I(9), group = H / K;
-  int causal = I(10) != 0;
-  DropoutRule drop = dropout_rule(P(13), F(11), I(12));  // scalars, p, call
-  char *scratch = P(14);    // attention_backward_scratch bytes
+  real *dqkv = a->dqkv;       // (N, H + 2 K, D)
+  const real *dy = a->dy;     // (N, H D)
+  const real *qkv = a->qkv;   // (N, H + 2 K, D)
+  const real *y = a->y;       // (N, H D)
+  const float *lse = a->lse;  // (B, H, T)
+  int64_t N = a->N, T = a->T, H = a->H, K = a->K, D = a->D, group = H / K;
+  int causal = a->causal != 0;
+  DropoutRule drop = dropout_rule(a->scalars, (float)a->p, a->stream);
+  char *scratch = a->scratch;    // attention_backward_scratch bytes
   BackwardScratch size;
   uintptr_t bytes = backward_layout(&size, 0, T, D, group);
 #pragma omp parallel for schedule(static)

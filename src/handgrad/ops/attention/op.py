@@ -5,8 +5,7 @@ from typing import Any
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu, Kernel, Launches, Sdpa
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.ops.attention import reference
 
@@ -100,9 +99,10 @@ class Attention(Op):
     outs = "y:N,C lse:B,H,T:f32"
     attrs = {"T": int, "H": int, "K": int, "causal": bool, "p": float, "stream": int}
     saved = "qkv y lse"
+    kept = "y lse"
     cpu = C(
         "attention_forward",
-        "y lse qkv | N T H K D causal p stream scalars scratch",
+        "y lse qkv scalars scratch | N T H K D causal p stream",
         "attention_forward_scratch T D threads",
     )
     cases = (
@@ -124,7 +124,7 @@ class Attention(Op):
         k = v.scalars
         return reference.attention_forward(v.qkv, v.T, v.H, v.K, v.causal, v.p, v.stream, k.seed, k.step, k.micro_step)
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"qkv": g.emit(attention_backward, d["y"], c.qkv, c.y, c.lse, **c.attrs)}
 
     def flops(self, c: Call) -> int:
@@ -150,7 +150,7 @@ class AttentionBackward(Op):
     ill_conditioned = True  # exp(q k' - lse), dy v' less delta
     cpu = C(
         "attention_backward",
-        "dqkv dy qkv y lse | N T H K D causal p stream scalars scratch",
+        "dqkv dy qkv y lse scalars scratch | N T H K D causal p stream",
         "attention_backward_scratch T H K D threads",
     )
     cases = Attention.cases

@@ -70,12 +70,12 @@ static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h,
 }
 
 ENTRY(attention_decode) {
-  real *y = P(0);          // (N, H D), N = B T
-  real *cache = P(1);      // (B, S, 2, K, D), in and out
-  const real *qkv = P(2);  // (N, H + 2 K, D)
-  int64_t N = I(3), T = I(4), S = I(5), H = I(6), K = I(7), D = I(8);
-  const StepScalars *scalars = P(9);
-  char *scratch = P(10);    // attention_decode_scratch bytes
+  real *y = a->y;              // (N, H D), N = B T
+  real *cache = a->cache;      // (B, S, 2, K, D), in and out
+  const real *qkv = a->qkv;    // (N, H + 2 K, D)
+  int64_t N = a->N, T = a->T, S = a->S, H = a->H, K = a->K, D = a->D;
+  const StepScalars *scalars = a->scalars;
+  char *scratch = a->scratch;  // attention_decode_scratch bytes
   int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = scalars->position, sequence = S * kv_row;
 #pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)

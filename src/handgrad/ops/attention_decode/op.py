@@ -4,8 +4,7 @@ from typing import Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call
+from handgrad.core.op import C, Call, Op, case
 from handgrad.ops.attention_decode import reference
 
 
@@ -17,7 +16,7 @@ class AttentionDecode(Op):
     outs = "y:N,C +cache:B,S,2,K,D"
     attrs = {"T": int, "S": int, "H": int, "K": int}
     cpu = C(
-        "attention_decode", "y cache qkv | N T S H K D scalars scratch", "attention_decode_scratch N T S H D threads"
+        "attention_decode", "y cache qkv scalars scratch | N T S H K D", "attention_decode_scratch N T S H D threads"
     )
     cases = (
         case(N=1, Q=48, T=1, S=7, H=2, K=2),

@@ -7,10 +7,10 @@
 #include "philox.h"
 
 ENTRY(dropout_forward) {
-  real *y = P(0);                       // (N, C)
-  const real *x = P(1);                 // (N, C)
-  int64_t n = I(2) * I(3);              // N, C
-  DropoutRule rule = dropout_rule(P(6), F(4), I(5));  // scalars, p, call
+  real *y = a->y;        // (N, C)
+  const real *x = a->x;  // (N, C)
+  int64_t n = a->N * a->C;
+  DropoutRule rule = dropout_rule(a->scalars, (float)a->p, a->stream);
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < n; first += DROPOUT_BLOCK) {
     float factor[DROPOUT_BLOCK];

@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.ops.dropout import reference
 
@@ -16,7 +15,7 @@ class Dropout(Op):
     ins = "x:N,C"
     outs = "y:N,C"
     attrs = {"p": float, "stream": int}
-    cpu = C("dropout_forward", "y x | N C p stream scalars")
+    cpu = C("dropout_forward", "y x scalars | N C p stream")
     cases = (
         case(N=7, C=33, p=0.1, stream=1),
         case(N=1, C=1, p=0.5, stream=2),
@@ -33,7 +32,7 @@ class Dropout(Op):
         grid = min(-(-n // (256 * max(vec, 4))), 8 * gpu.sms)
         return Launches((Kernel("dropout_forward_kernel", "y x scalars | N C p stream", grid, 256, 0, {"VEC": vec}),))
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask
 
 

@@ -8,13 +8,13 @@
 #include "scalars.h"
 
 ENTRY(embed_forward) {
-  real *restrict y = P(0);          // (N, C)
-  const int32_t *ids = P(1);        // (N), each < V
-  const real *restrict wte = P(2);  // (V, C)
-  const real *restrict wpe = P(3);  // (Tmax, C) or NULL
-  int64_t N = I(4), C = I(5), T = I(6);
-  int decode = I(7) != 0;  // rows continue the sequences in the cache
-  const StepScalars *scalars = P(8);
+  real *restrict y = a->y;            // (N, C)
+  const int32_t *ids = a->ids;        // (N), each < V
+  const real *restrict wte = a->wte;  // (V, C)
+  const real *restrict wpe = a->wpe;  // (Tmax, C) or NULL
+  int64_t N = a->N, C = a->C, T = a->T;
+  int decode = a->decode != 0;        // rows continue the sequences in the cache
+  const StepScalars *scalars = a->scalars;
   int64_t position = decode ? scalars->position : 0;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
@@ -33,22 +33,20 @@ ENTRY(embed_forward) {
 #define STRIPE 16  // columns: one cache line of a gradient, the least that a thread owns
 
 ENTRY(embed_backward) {
-  float *restrict dwte = P(0);     // (V, C)
-  float *restrict dwpe = P(1);     // (Tmax, C) or NULL
-  const real *restrict dy = P(2);  // (N, C)
-  const int32_t *ids = P(3);       // (N)
-  int64_t N = I(4), C = I(5), V = I(6), T = I(7), Tmax = I(8);
-  const StepScalars *scalars = P(11);
-  int add_te = I(9) || scalars->micro_step > 0, add_pe = I(10) || scalars->micro_step > 0;
+  float *restrict dwte = a->dwte;   // (V, C)
+  float *restrict dwpe = a->dwpe;   // (Tmax, C) or NULL
+  const real *restrict dy = a->dy;  // (N, C)
+  const int32_t *ids = a->ids;      // (N)
+  int64_t N = a->N, C = a->C, V = a->V, T = a->T, Tmax = a->Tmax;
   int64_t stripes = (C + STRIPE - 1) / STRIPE;
 #pragma omp parallel
   {
     int64_t from = stripes * hg_thread() / hg_team() * STRIPE, to = stripes * (hg_thread() + 1) / hg_team() * STRIPE;
     to = to < C ? to : C;
     size_t width = from < to ? (size_t)(to - from) * sizeof(float) : 0;
-    if (!add_te)
+    if (!a->accumulate_dwte)
       for (int64_t i = 0; i < V; i++) memset(dwte + i * C + from, 0, width);
-    if (dwpe && !add_pe)
+    if (dwpe && !a->accumulate_dwpe)
       for (int64_t t = 0; t < Tmax; t++) memset(dwpe + t * C + from, 0, width);
     for (int64_t n = 0; n < N; n++) {
       const real *g = dy + n * C;

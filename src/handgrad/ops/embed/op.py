@@ -5,8 +5,7 @@ from typing import Any
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.ops.embed import reference
 
@@ -18,8 +17,9 @@ class Embed(Op):
     ins = "ids:N:i32 wte:V,C wpe:Tmax,C?"
     outs = "y:N,C"
     attrs = {"T": int, "decode": bool}
+    params = "wte wpe"
     saved = "ids"
-    cpu = C("embed_forward", "y ids wte wpe | N C T decode scalars")
+    cpu = C("embed_forward", "y ids wte wpe scalars | N C T decode")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3, decode=False),
         case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
@@ -51,7 +51,7 @@ class Embed(Op):
         positions = 0 if c.wpe is None else c.attrs["T"] * c.sizes["C"] * c.wpe.dtype.size
         return c.ids.nbytes + 2 * c.y.nbytes + positions
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         into = {"dwte": g.grad(c.wte), "dwpe": None if c.wpe is None else g.grad(c.wpe)}
         Tmax = 0 if c.wpe is None else c.wpe.shape[0]
         g.emit(embed_backward, d["y"], c.ids, into=into, V=c.wte.shape[0], Tmax=Tmax, T=c.attrs["T"])
@@ -65,7 +65,7 @@ class EmbedBackward(Op):
     ins = "dy:N,C ids:N:i32"
     outs = "+dwte:V,C:grad +dwpe:Tmax,C:grad?"
     attrs = {"V": int, "Tmax": int, "T": int}
-    cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax acc.dwte acc.dwpe scalars")
+    cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax accumulate.dwte accumulate.dwpe")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3),
         case(N=1, C=1, V=1, Tmax=1, T=1),

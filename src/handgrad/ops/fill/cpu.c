@@ -1,15 +1,14 @@
 // fill: x = or += value                                                                            math: README.md §2
 // writes = or +=  x: (n) f32
 // source    own work
-#include "scalars.h"
+#include "kernel.h"
 
 ENTRY(fill) {
-  float *x = P(0);  // (n)
-  int64_t n = I(1);
-  float value = F(2);
-  const StepScalars *scalars = P(4);
-  int add = I(3) || scalars->micro_step > 0;
-  if (add && value == 0.0f) return;
+  float *x = a->x;  // (n)
+  int64_t n = a->n;
+  float value = a->value;
+  int accumulate = (int)a->accumulate_x;
+  if (accumulate && value == 0.0f) return;
 #pragma omp parallel for simd schedule(simd : static)
-  for (int64_t i = 0; i < n; i++) x[i] = add ? x[i] + value : value;
+  for (int64_t i = 0; i < n; i++) x[i] = accumulate ? x[i] + value : value;
 }

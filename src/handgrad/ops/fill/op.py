@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call
+from handgrad.core.op import C, Call, Op, case
 from handgrad.ops.fill import reference
 
 
@@ -14,7 +13,7 @@ class Fill(Op):
     name = "fill"
     outs = "+x:n:grad"
     attrs = {"n": int, "value": float}
-    cpu = C("fill", "x | n value acc.x scalars")
+    cpu = C("fill", "x | n value accumulate.x")
     cases = (
         case(n=33, value=0.0),
         case(n=1, value=2.5),

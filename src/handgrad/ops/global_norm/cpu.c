@@ -11,11 +11,11 @@
 SCRATCH(global_norm)(int64_t n) { return (n + CHUNK - 1) / CHUNK * (int64_t)sizeof(double); }
 
 ENTRY(global_norm) {
-  StepScalars *scalars = P(0);
-  const float *grad = P(1);  // (n)
-  int64_t n = I(2), chunks = (n + CHUNK - 1) / CHUNK;
-  float clip = F(3);         // largest norm that passes, 0: no clipping
-  double *partial = P(4);    // (chunks)
+  StepScalars *scalars = a->scalars;
+  const float *grad = a->grad;   // (n)
+  int64_t n = a->n, chunks = (n + CHUNK - 1) / CHUNK;
+  float clip = a->clip;          // largest norm that passes, 0: no clipping
+  double *partial = a->scratch;  // (chunks)
 #pragma omp parallel for schedule(static)
   for (int64_t k = 0; k < chunks; k++) {
     int64_t end = (k + 1) * CHUNK < n ? (k + 1) * CHUNK : n;

@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call
+from handgrad.core.op import C, Call, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.ops.global_norm import reference
 
@@ -19,7 +18,7 @@ class GlobalNorm(Op):
     ins = "grad:n:grad"
     outs = f"+scalars:{STEP_SCALARS_BYTES}:byte"
     attrs = {"clip": float}
-    cpu = C("global_norm", "scalars grad | n clip scratch", "global_norm_scratch n")
+    cpu = C("global_norm", "scalars grad scratch | n clip", "global_norm_scratch n")
     cases = (
         case(n=33, clip=1.0),
         case(n=1, clip=0.0),

@@ -1,7 +1,7 @@
 // linear: y = x w^T + b, then GELU if asked                      math: README.md §2
 // forward     writes =        y, pre: (N, M) dtype                pre = y before GELU, kept for the backward
 // gelu        writes =        y: (N, M)                           brings y back from pre
-// backward_w  writes = or +=  dw: (M, K), db: (M) float           + when the flag or scalars->micro_step is not 0
+// backward_w  writes = or +=  dw: (M, K), db: (M) float           + where accumulate says so
 // backward_x  writes =        dx: (N, K) dtype                    with pre, where x was gelu(pre): the gradient at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
 // determinism  fixed order of sums at any number of threads
@@ -19,20 +19,20 @@ __attribute__((visibility("default"))) int64_t KERNEL(linear_scratch)(int64_t N,
 }
 
 ENTRY(linear_forward) {
-  real *y = P(0);           // (N, M)
-  real *pre = P(1);         // (N, M) or NULL
-  const real *x = P(2);     // (N, K)
-  const real *w = P(3);     // (M, K)
-  const real *b = P(4);     // (M) or NULL
-  int64_t N = I(5), M = I(6), K = I(7);
+  real *y = a->y;        // (N, M)
+  real *pre = a->pre;    // (N, M) or NULL
+  const real *x = a->x;  // (N, K)
+  const real *w = a->w;  // (M, K)
+  const real *b = a->b;  // (M) or NULL
+  int64_t N = a->N, M = a->M, K = a->K;
   gemm(&(Gemm){.m = N, .n = M, .k = K, .a = x, .lda = K, .b = w, .ldb = K, .b_trans = 1, .y = y, .pre = pre, .ldc = M,
-               .bias = b, .gelu = (int)I(8), .threads = I(9), .scratch = P(10)});
+               .bias = b, .gelu = (int)a->gelu, .threads = a->threads, .scratch = a->scratch});
 }
 
 ENTRY(linear_gelu) {
-  real *y = P(0);           // (N, M)
-  const real *pre = P(1);   // (N, M)
-  int64_t n = I(2) * I(3);
+  real *y = a->y;            // (N, M)
+  const real *pre = a->pre;  // (N, M)
+  int64_t n = a->N * a->M;
 #pragma omp parallel for simd schedule(static) if (n > 4096)
   for (int64_t i = 0; i < n; i++) y[i] = store(vgelu(load(pre[i])));
 }
@@ -44,10 +44,10 @@ static void gelu_backward(real *dpre, const real *dy, const real *pre, int64_t n
 }
 
 ENTRY(linear_gelu_backward) {
-  real *dpre = P(0);        // (N, M)
-  const real *dy = P(1);    // (N, M)
-  const real *pre = P(2);   // (N, M)
-  gelu_backward(dpre, dy, pre, I(3) * I(4));
+  real *dpre = a->dpre;      // (N, M)
+  const real *dy = a->dy;    // (N, M)
+  const real *pre = a->pre;  // (N, M)
+  gelu_backward(dpre, dy, pre, a->N * a->M);
 }
 
 // db = or += the sum of dy over rows. Threads share out columns; a thread reads lines of 128 columns.
@@ -70,27 +70,23 @@ static void sum_rows(float *db, const real *dy, int64_t N, int64_t M, int accumu
 }
 
 ENTRY(linear_backward_w) {
-  float *dw = P(0);         // (M, K)
-  float *db = P(1);         // (M) or NULL
-  const real *dy = P(2);    // (N, M)
-  const real *x = P(3);     // (N, K)
-  int64_t N = I(4), M = I(5), K = I(6);
-  int accumulate_dw = I(7) != 0, accumulate_db = I(8) != 0;
-  int64_t threads = I(9);
-  const StepScalars *scalars = P(10);
-  int later = scalars->micro_step != 0;
+  float *dw = a->dw;       // (M, K)
+  float *db = a->db;       // (M) or NULL
+  const real *dy = a->dy;  // (N, M)
+  const real *x = a->x;    // (N, K)
+  int64_t N = a->N, M = a->M, K = a->K;
   gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
-               .accumulate = accumulate_dw || later, .threads = threads, .scratch = P(11)});
-  if (db) sum_rows(db, dy, N, M, accumulate_db || later);
+               .accumulate = (int)a->accumulate_dw, .threads = a->threads, .scratch = a->scratch});
+  if (db) sum_rows(db, dy, N, M, (int)a->accumulate_db);
 }
 
 ENTRY(linear_backward_x) {
-  real *dx = P(0);          // (N, K)
-  const real *dy = P(1);    // (N, M)
-  const real *w = P(2);     // (M, K)
-  const real *pre = P(3);   // (N, K) or NULL
-  int64_t N = I(4), M = I(5), K = I(6);
-  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = I(7),
-               .scratch = P(8)});
+  real *dx = a->dx;          // (N, K)
+  const real *dy = a->dy;    // (N, M)
+  const real *w = a->w;      // (M, K)
+  const real *pre = a->pre;  // (N, K) or NULL
+  int64_t N = a->N, M = a->M, K = a->K;
+  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = a->threads,
+               .scratch = a->scratch});
   if (pre) gelu_backward(dx, dx, pre, N * K);
 }

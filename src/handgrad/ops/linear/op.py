@@ -5,8 +5,7 @@ from typing import Any
 
 from handgrad.core.dtypes import BF16, DType
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
@@ -25,8 +24,9 @@ class Linear(Op):
     ins = "x:N,K w:M,K b:M? pre_x:N,K?"
     outs = "y:N,M pre:N,M?"
     attrs = {"gelu": bool, "keep_pre": bool}
+    params = "w b"
     saved = "x w pre pre_x"
-    cpu = C("linear_forward", "y pre x w b | N M K gelu threads scratch", "linear_scratch N M K threads")
+    cpu = C("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, gelu=False, keep_pre=False, without="pre_x"),
         case(N=1, K=1, M=1, gelu=True, keep_pre=True, without="pre_x"),
@@ -45,7 +45,7 @@ class Linear(Op):
         pre = v.round(reference.linear_forward(v.x, v.w, v.b))  # gelu reads what is kept: made again, it is the same
         return (reference.gelu(pre) if v.gelu else pre), pre
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         dy, dpre = d["y"], d.get("pre")  # the reader of y gives dpre where it was told of pre
         if dy is not None and c.attrs["gelu"]:
             dy = g.emit(linear_gelu_backward, dy, c.pre)
@@ -73,7 +73,10 @@ class Linear(Op):
             return Launches(fused, note="gelu in the product", instead=apart)
         return apart
 
-    def recompute(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
+    def cheap(self, c: Call) -> dict[str, str]:
+        return {} if c.pre is None else {"y": "act"}
+
+    def recompute(self, g: Recorder, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
             return super().recompute(g, c, want)
         return {"y": g.emit(linear_gelu, c.pre)}  # only the activation function again
@@ -121,11 +124,13 @@ class LinearBackwardW(Op):
     """dw += dy^T x;  db += sum of dy over rows."""
 
     name = "linear_backward_w"
-    beside = True  # its few tiles leave parts of a GPU idle, which the product for dx fills
+    overlap = 1  # its few tiles leave parts of a GPU idle, which the GEMM for dx fills
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
     cpu = C(
-        "linear_backward_w", "dw db dy x | N M K acc.dw acc.db threads scalars scratch", "linear_scratch N M K threads"
+        "linear_backward_w",
+        "dw db dy x scratch | N M K accumulate.dw accumulate.db threads",
+        "linear_scratch N M K threads",
     )
     cases = (
         case(N=7, K=33, M=19),
@@ -172,7 +177,7 @@ class LinearBackwardX(Op):
     name = "linear_backward_x"
     ins = "dy:N,M w:M,K pre:N,K?"
     outs = "dx:N,K"
-    cpu = C("linear_backward_x", "dx dy w pre | N M K threads scratch", "linear_scratch N M K threads")
+    cpu = C("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, without="pre"),
         case(N=1, K=1, M=1),

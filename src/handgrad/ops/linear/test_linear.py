@@ -3,7 +3,7 @@ import pytest
 
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import F32, I32
-from handgrad.core.program import normal
+from handgrad.core.params import normal
 from handgrad.ops import OPS, add_norm, linear, lm_loss_forward_backward
 from handgrad.testing import check_op, gradcheck, set_scalars
 

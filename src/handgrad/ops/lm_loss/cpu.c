@@ -1,7 +1,7 @@
 // lm_loss: losses = cross entropy of softmax(x w^T), a chunk of rows of logits at a time    math: README.md §2
 // forward           writes =        losses: (N) float, nats
 // forward_backward  writes =        losses, dx: (N, C) dtype;  writes = or += dw: (Vp, C) float
-//                   + when the flag or scalars->micro_step is not 0; gradients carry scalars->loss_scale, losses do not
+//                   + where accumulate says so; gradients carry scalars->loss_scale, losses do not
 // columns   V..Vp of w are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
 // numerics  logits are rounded to dtype, then the maximum is subtracted; sums in float; a NaN logit gives a NaN loss
@@ -77,9 +77,9 @@ static void chunk_losses(const Head *h, int64_t first, int64_t rows, int gradien
 }
 
 ENTRY(lm_loss_forward) {
-  Head h = {.losses = P(0), .x = P(1), .w = P(2), .targets = P(3), .N = I(4), .C = I(5), .V = I(6), .Vp = I(7),
-            .ignore_index = I(8), .threads = I(10), .logits = P(11), .scratch = P(12)};
-  int64_t rows_per_chunk = I(9);
+  Head h = {.losses = a->losses, .x = a->x, .w = a->w, .targets = a->targets, .N = a->N, .C = a->C, .V = a->V,
+            .Vp = a->Vp, .ignore_index = a->ignore_index, .threads = a->threads, .logits = a->logits, .scratch = a->scratch};
+  int64_t rows_per_chunk = a->rows;
   for (int64_t first = 0; first < h.N; first += rows_per_chunk) {
     int64_t rows = h.N - first < rows_per_chunk ? h.N - first : rows_per_chunk;
     chunk_losses(&h, first, rows, 0, 0.0f);
@@ -87,19 +87,18 @@ ENTRY(lm_loss_forward) {
 }
 
 ENTRY(lm_loss_forward_backward) {
-  real *dx = P(1);          // (N, C)
-  float *dw = P(2);         // (Vp, C)
-  Head h = {.losses = P(0), .x = P(3), .w = P(4), .targets = P(5), .N = I(6), .C = I(7), .V = I(8), .Vp = I(9),
-            .ignore_index = I(10), .threads = I(13), .logits = P(15), .scratch = P(16)};
-  int64_t rows_per_chunk = I(11);
-  const StepScalars *scalars = P(14);
-  int accumulate = I(12) != 0 || scalars->micro_step != 0;
+  real *dx = a->dx;   // (N, C)
+  float *dw = a->dw;  // (Vp, C)
+  Head h = {.losses = a->losses, .x = a->x, .w = a->w, .targets = a->targets, .N = a->N, .C = a->C, .V = a->V,
+            .Vp = a->Vp, .ignore_index = a->ignore_index, .threads = a->threads, .logits = a->logits, .scratch = a->scratch};
+  int64_t rows_per_chunk = a->rows;
+  const StepScalars *scalars = a->scalars;
   for (int64_t first = 0; first < h.N; first += rows_per_chunk) {
     int64_t rows = h.N - first < rows_per_chunk ? h.N - first : rows_per_chunk;
     chunk_losses(&h, first, rows, 1, scalars->loss_scale);
     const real *x = h.x + first * h.C;
     gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = x, .ldb = h.C,
-                 .sum = dw, .ldc = h.C, .accumulate = accumulate || first > 0, .threads = h.threads,
+                 .sum = dw, .ldc = h.C, .accumulate = a->accumulate_dw || first > 0, .threads = h.threads,
                  .scratch = h.scratch});
     gemm(&(Gemm){.m = rows, .n = h.C, .k = h.Vp, .a = h.logits, .lda = h.Vp, .b = h.w, .ldb = h.C,
                  .y = dx + first * h.C, .ldc = h.C, .threads = h.threads, .scratch = h.scratch});

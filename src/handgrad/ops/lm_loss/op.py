@@ -3,8 +3,7 @@
 from typing import Any
 
 from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
-from handgrad.core.op import C, Op, case
-from handgrad.core.program import Call, Program
+from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
 from handgrad.ops.lm_loss import reference
 
@@ -21,9 +20,10 @@ class LmLoss(Op):
     ins = "x:N,C w:Vp,C targets:N:i32"
     outs = "losses:N:f32 logits:rows,Vp"
     attrs = {"V": int, "chunks": int}
+    undefined = "logits"
     cpu = C(
         "lm_loss_forward",
-        "losses x w targets | N C V Vp ignore_index rows threads logits scratch",
+        "losses x w targets logits scratch | N C V Vp ignore_index rows threads",
         "lm_loss_scratch N C Vp rows threads",
     )
     cases = (
@@ -66,11 +66,14 @@ class LmLossForwardBackward(Op):
     ins = "x:N,C w:Vp,C targets:N:i32"
     outs = "losses:N:f32 dx:N,C logits:rows,Vp +dw:Vp,C:grad"
     attrs = {"V": int, "chunks": int}
+    params = "w"
     saved = "dx"
+    differentiated = "losses"
+    undefined = "logits"
     starts_gradient = True
     cpu = C(
         "lm_loss_forward_backward",
-        "losses dx dw x w targets | N C V Vp ignore_index rows acc.dw threads scalars logits scratch",
+        "losses dx dw x w targets logits scalars scratch | N C V Vp ignore_index rows accumulate.dw threads",
         "lm_loss_scratch N C Vp rows threads",
     )
     cases = LmLoss.cases
@@ -84,7 +87,7 @@ class LmLossForwardBackward(Op):
         )
         return losses, dx, None, dw
 
-    def backward(self, g: Program, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": c.dx}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:

@@ -6,8 +6,8 @@
 //   -DHG_ISA=portable|avx2|avx512|avx512bf16    only a name here; the compiler gets the matching -m flags
 // so plain loops over `load` and `store` become the right vector code and no kernel mentions a dtype.
 //
-// Python calls a kernel through ENTRY with one packed block of 8-byte slots, in the order
-// outputs, inputs, sizes; an optional input that is absent is NULL.
+// A kernel is called through ENTRY(name) with a pointer `a` to its arguments: the struct name_args of arguments.h, which
+// setup.py generates from the op's declaration. All members are 8 bytes; an optional tensor that is absent is NULL.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -24,17 +24,15 @@ static inline int hg_team(void) { return 1; }
 static inline int hg_threads(void) { return 1; }
 #endif
 
-typedef union { void *p; int64_t i; double f; } Arg;
-typedef struct { void (*fn)(const Arg *); const Arg *args; } Entry;
-#define P(k) a[k].p
-#define I(k) a[k].i
-#define F(k) ((float)a[k].f)
+#include "arguments.h"
+
+typedef struct { void (*fn)(const void *); const void *args; } Entry;
 
 #define HG_PASTE3(x, y, z) x##_##y##_##z
 #define HG_NAME(x, y, z) HG_PASTE3(x, y, z)
 #define KERNEL(name) HG_NAME(name, HG_DTYPE, HG_ISA)  // linear_forward -> linear_forward_bf16_avx512
 #define EXPORT __attribute__((visibility("default")))
-#define ENTRY(name) EXPORT void KERNEL(name)(const Arg *a)
+#define ENTRY(name) EXPORT void KERNEL(name)(const name##_args *a)
 #define SCRATCH(name) EXPORT int64_t KERNEL(name##_scratch)  // bytes that entry `name` needs, a function of the sizes
 
 #define HG_IS_f32 0

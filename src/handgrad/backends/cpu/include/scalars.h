@@ -7,10 +7,11 @@
 typedef struct {
   uint64_t seed;       // of dropout
   int64_t step;        // optimizer step, counted from 1 (AdamW's bias correction)
-  int64_t micro_step;  // index inside the accumulation; 0 writes parameter gradients, later ones add to them
+  int64_t micro_step;  // index of the micro-batch in its step: a counter of dropout
   int64_t position;    // decode: tokens already in the cache
   float lr;            // learning rate of this step
   float loss_scale;    // 1 / (targets that count in the whole step)
+  double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that AdamW applies
 } StepScalars;

@@ -91,10 +91,11 @@ template <int threads, class Op> __device__ __forceinline__ float block_reduce(f
 struct StepScalars {
   u64 seed;            // of dropout and of stochastic rounding
   i64 step;            // optimizer step, counted from 1
-  i64 micro_step;      // index inside the accumulation; 0 writes parameter gradients, later ones add to them
+  i64 micro_step;      // index of the micro-batch in its step: a counter of dropout
   i64 position;        // decode: tokens already in the cache
   float lr;            // learning rate of this step
   float loss_scale;    // 1 / (targets that count in the whole step)
+  double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that the optimizer applies; 0: no update, the gradients are not finite
 };

@@ -1,0 +1,54 @@
+"""Arguments: how an op declares its inputs and outputs, and the words that name the arguments of its kernels.
+
+Inputs and outputs are lines of words `name:DIMS[:dtype][?]`:
+
+    ins  = "x:N,C h:N,C w:C b:C?"           letters are unified over all inputs; `?` may be absent
+    outs = "s:N,C y:N,C mean:N:f32 +dw:C:grad"
+
+The dtype is the program's working dtype unless one is stated; `grad` is that of its parameter gradients. An output
+with `+` is inout: it is made elsewhere, passed to the call (`into=`), and may be read as well as written.
+
+Arguments of a kernel are a line of words, pointers | numbers:
+
+    "dx dw dy x scalars scratch | N M K eps accumulate.dw"
+
+A pointer is an input, an output, `scalars` (the step scalars) or `scratch`, with an optional `@bytes` offset. A number
+is a dimension, an attribute, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
+"""
+
+from dataclasses import dataclass
+
+from handgrad.core.dtypes import DTYPES, F32, DType
+
+ACCUMULATE = "accumulate."
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One declared input or output."""
+
+    name: str
+    dims: tuple[str, ...]
+    kind: str  # a dtype's name, "grad", or "" for the program's working dtype
+    optional: bool
+    inout: bool
+
+    def dtype(self, working: DType, grad: DType = F32) -> DType:
+        """Its element type in a program of these dtypes."""
+        return grad if self.kind == "grad" else DTYPES[self.kind] if self.kind else working
+
+
+def parse_args(text: str) -> tuple[Arg, ...]:
+    """The declared arguments of one line, in order."""
+    args = []
+    for word in text.split():
+        name, dims, *dtype = word.rstrip("?").split(":")
+        kind = dtype[0] if dtype else ""
+        args.append(Arg(name.lstrip("+"), tuple(dims.split(",")), kind, word.endswith("?"), word.startswith("+")))
+    return tuple(args)
+
+
+def kernel_words(args: str) -> tuple[list[str], list[str]]:
+    """(pointers, numbers) of a kernel's line of arguments."""
+    pointers, _, numbers = args.partition("|")
+    return pointers.split(), numbers.split()

@@ -1,0 +1,45 @@
+"""Streams: which calls run while later ones do, and the call that waits for each.
+
+A call whose op has an `overlap` of n may run on a second stream while the n calls after it run, but never beyond the
+first one that touches what it writes, or writes what it reads.
+"""
+
+from handgrad.core.op import Call
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+
+Span = tuple[object, int, int]  # what memory it is: a tensor or the name of a flat vector; first element; the end
+
+
+def joins(p: Program) -> list[int]:
+    """For every call the index of the call that waits for it: the next one, unless the call overlaps."""
+    return [_join(p, i) for i in range(len(p.calls))]
+
+
+def _join(p: Program, i: int) -> int:
+    early = p.calls[i]
+    end = min(i + 1 + early.op.overlap, len(p.calls))
+    return next((j for j in range(i + 1, end) if _conflict(p, early, p.calls[j])), end)
+
+
+def _conflict(p: Program, early: Call, late: Call) -> bool:
+    """Whether one of two calls writes what the other one touches."""
+    reads, writes = _spans(p, early.ins), _spans(p, early.outs)
+    late_reads, late_writes = _spans(p, late.ins), _spans(p, late.outs)
+    return _meet(writes, late_reads + late_writes) or _meet(reads, late_writes)
+
+
+def _spans(p: Program, tensors: tuple[Tensor | None, ...]) -> list[Span]:
+    """Where tensors lie. Slices of a flat vector meet under different handles."""
+    spans: list[Span] = []
+    for t in tensors:
+        if t is not None and t.flat:
+            start = p.element(t)
+            spans.append((t.flat, start, start + t.size))
+        elif t is not None:
+            spans.append((t, 0, t.size))
+    return spans
+
+
+def _meet(some: list[Span], others: list[Span]) -> bool:
+    return any(a == b and i < k and j < end for a, i, end in some for b, j, k in others)

@@ -1,0 +1,47 @@
+"""Records what follows backward in a step: the norm of all gradients with the clip factor, and the update."""
+
+from typing import Protocol
+
+from handgrad.core.params import Bucket, Groups
+from handgrad.core.program import Program
+from handgrad.ops import fill, global_norm
+
+
+class Optimizer(Protocol):
+    """What a training program asks of an optimizer.
+
+    clip    the largest allowed global L2 norm of the gradients, 0 for no clipping
+    groups  which parameters share their settings
+    """
+
+    @property
+    def clip(self) -> float: ...
+
+    @property
+    def groups(self) -> Groups: ...
+
+    def declare(self, g: Program) -> None:
+        """Declares the flat vectors and states that the update needs."""
+
+    def update(self, g: Program, bucket: Bucket) -> None:
+        """Appends the update of one bucket."""
+
+
+def record_step(g: Program, optim: Optimizer) -> None:
+    """Appends the norm of all gradients, then one update per bucket, to a program that has its backward.
+
+    Between the two segments the host may decide to skip the update.
+    """
+    g.group_by(optim.groups)
+    g.phase = "backward"
+    for info in g.params.values():
+        if not g.is_written(g.grad(info.tensor)):  # nothing reads this parameter: its gradient is zero
+            g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
+    g.phase = "norm"
+    g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)
+    g.phase = "update"
+    optim.declare(g)
+    for bucket in g.buckets:
+        with g.block(bucket.block, prefix=False):
+            optim.update(g, bucket)
+    g.phase = "forward"
