@@ -1,0 +1,73 @@
+"""Which calls overlap later ones, and which call waits for each: never past one that touches the same memory."""
+
+import pytest
+
+from handgrad.core import streams
+from handgrad.core.dtypes import F32
+from handgrad.core.params import ONES
+from handgrad.core.program import Program
+from handgrad.core.streams import joins
+from handgrad.core.tensor import Role, Tensor
+from handgrad.models import gpt2
+from handgrad.ops import add, fill, global_norm, linear_backward_w
+from handgrad.optim import AdamW
+from handgrad.train.record import record_train
+
+
+def program():
+    """A program that computes a weight gradient and then what `then` emits."""
+    p = Program(F32)
+    w = p.param("w", (2, 2), ONES)
+    x, dy = (Tensor(name, (2, 2), F32, Role.ACT) for name in ("x", "dy"))
+    p.emit(linear_backward_w, dy, x, into={"dw": p.grad(w), "db": None})
+    return p, x, dy
+
+
+def test_weight_gradient_overlaps_one_call():
+    p, _, dy = program()
+    for _ in range(3):
+        p.emit(add, dy, dy)
+    assert joins(p) == [2, 2, 3, 4]
+
+
+def test_a_reader_of_the_gradient_waits_for_it():
+    """A reduction or norm placed right behind the last writer must not start early, under whatever handle."""
+    p, _, _ = program()
+    p.emit(global_norm, p.whole("grad"), into={"scalars": p.scalars}, clip=0.0)
+    assert joins(p)[0] == 1
+
+
+def test_a_second_writer_of_the_gradient_waits_for_the_first():
+    p, _, _ = program()
+    p.emit(fill, into={"x": p.grads["w"]}, n=4, value=1.0)
+    assert joins(p)[0] == 1
+
+
+def test_a_writer_of_what_is_read_waits():
+    p = Program(F32)
+    w = p.param("w", (2, 2), ONES)
+    x, dy = p.grad(p.param("a", (2, 2), ONES)), Tensor("dy", (2, 2), F32, Role.ACT)
+    p.emit(linear_backward_w, dy, x, into={"dw": p.grad(w), "db": None})
+    p.emit(fill, into={"x": x}, n=4, value=1.0)
+    assert joins(p)[0] == 1
+
+
+def test_conflicts_by_other_slices_of_the_same_vector_do_not_wait():
+    p = Program(F32)
+    a, b = (p.param(name, (2, 2), ONES) for name in "ab")
+    x, dy = (Tensor(name, (2, 2), F32, Role.ACT) for name in ("x", "dy"))
+    p.emit(linear_backward_w, dy, x, into={"dw": p.grad(a), "db": None})
+    p.emit(fill, into={"x": p.grad(b)}, n=4, value=1.0)
+    assert joins(p)[0] == 2
+
+
+def test_every_weight_gradient_of_gpt2_overlaps_the_call_after_it():
+    p = record_train(gpt2("124m"), AdamW(), 1, 64, F32, chunks=1)
+    waits = [j - i for i, (c, j) in enumerate(zip(p.calls, joins(p))) if c.op is linear_backward_w]
+    assert waits == [2] * 48
+
+
+def test_mutation_without_conflicts_is_caught(monkeypatch):
+    monkeypatch.setattr(streams, "_conflict", lambda p, early, late: False)
+    with pytest.raises(AssertionError):
+        test_a_reader_of_the_gradient_waits_for_it()
