@@ -1,11 +1,11 @@
-"""Text to token ids: MB per second per core, and peak memory, of handgrad and of the libraries called directly.
+"""Text to token ids: MB a second and core, and peak memory, of handgrad and of the libraries called directly.
 
     python bench/tokenize_text.py [SHARD.bin[.xz]...] [--megabytes 100] [--rounds 3]
 
-The text is decoded from the GPT-2 token shards and filled up with its own beginning in capitals. Without shards, it is
-the packaged Shakespeare, repeated, each time with another third of its words reversed. Every contender is a process of
-its own with one thread unless its line says otherwise; contenders alternate, and the table shows medians over the
-rounds. Speed is per second of CPU time, so that a busy machine does not distort it; seconds are wall-clock time.
+The text is what the GPT-2 token shards decode to, topped up with its own beginning in capitals; without shards, it is
+the packaged Shakespeare with a third of its words respelled, again and again otherwise. Every contender is a process
+of its own, one thread unless it says otherwise; they take turns, and medians over the rounds are shown. Speed is per
+second of processor time, so that a busy machine does not blur it; seconds are what the clock said.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from statistics import median
 
 
 def pieces(path):
-    """The text in chunks of 256 KiB."""
+    """The text in pieces of 256 KiB."""
     from handgrad import data
 
     return data.read_text([path])
@@ -70,7 +70,7 @@ def tiktoken_batch(path):
 
 
 def tokenizers_batch(path):
-    """tokenizers, encode_batch_fast, 16 chunks at a time."""
+    """tokenizers, encode_batch_fast, 16 pieces at a time."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     library, batch, total = library_tokenizer(), [], 0
     for text in pieces(path):
@@ -93,7 +93,7 @@ CONTENDERS = (
 
 
 def tiktoken_encoding():
-    """GPT-2's encoding, built as tiktoken builds it."""
+    """GPT-2's encoding, made as tiktoken makes it."""
     import tiktoken
 
     from handgrad.tokenizers.gpt2 import MERGES, PATTERN, read_ranks
@@ -145,7 +145,7 @@ def write_text(path, shards, size):
 
 
 def one(name, path):
-    """Runs a contender in this process; prints its tokens, seconds and memory as JSON."""
+    """Runs a contender here and prints what it took."""
     contender = globals()[name]
     begin, wall = os.times(), time.perf_counter()
     tokens = contender(Path(path))
@@ -165,14 +165,13 @@ def main():
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
-        # In a process of its own, because a child's peak memory includes its parent's.
-        run(["--write", path, round(a.megabytes * 1e6), *a.shards])
+        run(["--write", path, round(a.megabytes * 1e6), *a.shards])  # elsewhere: a child's peak counts its parent's
         found = {contender.__name__: [] for contender in CONTENDERS}
         for _ in range(a.rounds):
             for name in found:
                 found[name].append(json.loads(run(["--one", name, path])))
     assert len({run["tokens"] for runs in found.values() for run in runs}) == 1, "not the same number of tokens"
-    print(f"{a.megabytes:g} MB of text, {runs_tokens(found):,} tokens, medians of {a.rounds} alternating rounds\n")
+    print(f"{a.megabytes:g} MB of text, {runs_tokens(found):,} tokens, medians of {a.rounds} rounds taken in turn\n")
     print(f"{'':18} {'MB/s/core':>9} {'seconds':>8} {'peak MiB':>8}")
     for name, runs in found.items():
         cpu, seconds, mib = (median(run[key] for run in runs) for key in ("cpu", "seconds", "mib"))
@@ -180,13 +179,13 @@ def main():
 
 
 def run(words):
-    """Runs this file with these arguments and returns what it prints."""
+    """Runs this file with these words and returns what it prints."""
     command = [sys.executable, __file__, *map(str, words)]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 
 
 def runs_tokens(found):
-    """The number of tokens, the same for every contender."""
+    """How many tokens everyone found."""
     return next(iter(found.values()))[0]["tokens"]
 
 

@@ -26,7 +26,7 @@ SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
 
 
 def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
-    """The plan of a run: training, evaluation and generation in one arena, with the scratch of the CPU kernels."""
+    """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
     chunks = chunks_of(micro_batch * seq_len, 0, 512)
     train = record_train(
         model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates

@@ -77,7 +77,7 @@ def test_each_policy_needs_less_memory_than_the_previous():
 
 
 def test_policy_may_be_any_function(tiny):
-    """A policy that drops only attention's output recomputes attention, once per block."""
+    """Dropping only attention's output makes attention run again, in its own block."""
     p = Program(mode="train")
     tiny().forward(p, batch(p, 2, 16))
     backward(p, add, drop=lambda p, c: {"y"} if c.op.name == "attention" else set())
