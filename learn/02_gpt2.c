@@ -103,7 +103,7 @@ static void add_scaled(real *y, real s, const real *x, int n) {
 // share each load of W and give four independent sums.
 static void linear(real *y, const real *x, const real *w, const real *b, int N, int I, int O) {
   #pragma omp parallel for
-  for (int o = 0; o < O; o++) {  // each thread has its own o, a column of y
+  for (int o = 0; o < O; o++) {  // each thread has its own columns of y
     const real *wo = w + (size_t)o * I;
     real bo = b ? b[o] : 0;
     int n = 0;
@@ -140,7 +140,7 @@ static void linear_backward(real *dx, real *dw, real *db, const real *dy, const 
       for (int n = first; n < last; n++) add_scaled(dx + (size_t)n * I, dy[(size_t)n * O + o], w + (size_t)o * I, I);
   }
   #pragma omp parallel for
-  for (int o = 0; o < O; o++) {  // each thread has its own row of dW
+  for (int o = 0; o < O; o++) {  // each thread has its own rows of dW
     for (int n = 0; n < N; n++) {
       add_scaled(dw + (size_t)o * I, dy[(size_t)n * O + o], x + (size_t)n * I, I);
       if (db) db[o] += dy[(size_t)n * O + o];
@@ -170,8 +170,8 @@ static void layernorm(real *y, real *n, real *rstd, const real *x, const real *w
 // db = sum over rows of dy.
 //
 // Why: n does not change when x moves along the all-ones vector (only the mean changes) or along n (only the deviation
-// changes). So dx has no component in these two directions. Adds to dx, which already holds the gradient that bypasses
-// the branch (see `block`).
+// changes). So the gradient has no component in these two directions. Adds it to dx, which already holds the gradient
+// that bypasses the branch (see `block`).
 static void layernorm_backward(real *dx, real *dw, real *db, const real *dy, const real *n, const real *rstd,
                                const real *w, int N, int C) {
   #pragma omp parallel for
