@@ -107,7 +107,7 @@ def speed(a: argparse.Namespace) -> None:
             times["padded"].append(time.perf_counter() - middle)
     assert np.allclose(ours, theirs, rtol=1e-4), "the two methods give different losses"
     rates = {name: QUESTIONS / statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{QUESTIONS} questions of HellaSwag, {ROUNDS} rounds in turn, {a.dtype}, {m.backend.hardware}")
+    print(f"{QUESTIONS} questions of HellaSwag, {ROUNDS} interleaved rounds, {a.dtype}, {m.backend.hardware}")
     for name, rate in rates.items():
         print(f"  {name:9} {rate:6.1f} tasks a second")
     print(f"  ratio     {rates['by length'] / rates['padded']:6.1f}")
