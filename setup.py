@@ -1,7 +1,7 @@
 """Compiles every cpu.c of the package into one library, once per element type and instruction set.
 
-Which variant runs is decided when the library is opened (backends/cpu/library.py), so one build serves every x86-64
-machine; on other processors only the portable variant is built.
+backends/cpu/library.py picks the variant when it opens the library, so one build serves every x86-64 machine. On other
+processors this script builds only the portable variant.
 """
 
 import os
@@ -58,7 +58,7 @@ def compiles(cc: str, flags: list[str]) -> bool:
 
 
 class WithoutTests(build_py):
-    """Leaves the tests of the op folders out of the wheel."""
+    """Excludes the tests in the op folders from the wheel."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found = super().find_package_modules(package, package_dir)
@@ -66,7 +66,7 @@ class WithoutTests(build_py):
 
 
 class BuildKernels(build_ext):
-    """Compiles all variants in parallel and links them; a failing command is shown with its output."""
+    """Compiles all variants in parallel and links them; prints a failing command with its output."""
 
     def build_extension(self, ext: Extension) -> None:
         cc = os.environ.get("CC", "cc")
@@ -101,14 +101,14 @@ class BuildKernels(build_ext):
         run([cc, "-shared", *openmp, *objects, "-lm", "-o", str(target)])
 
     def get_ext_filename(self, name: str) -> str:
-        return name.replace(".", "/") + ".so"  # no Python version in the name: it is a plain library
+        return name.replace(".", "/") + ".so"  # a plain library: no Python version in its name
 
 
 _PROBED: dict[tuple[str, ...], bool] = {}
 
 
 def compiles_once(cc: str, flags: list[str]) -> bool:
-    """`compiles`, remembered."""
+    """`compiles`, cached."""
     key = (cc, *flags)
     if key not in _PROBED:
         _PROBED[key] = compiles(cc, flags)
@@ -116,7 +116,7 @@ def compiles_once(cc: str, flags: list[str]) -> bool:
 
 
 def run(command: list[str]) -> None:
-    """Runs a compiler command; stops the build with its message if it fails."""
+    """Runs a compiler command; if it fails, stops the build with its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

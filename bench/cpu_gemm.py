@@ -1,14 +1,14 @@
-"""The matrix products of a GPT-2 124M step on the CPU: handgrad beside OpenBLAS and the multiply-add peak, interleaved.
+"""The GEMMs of a GPT-2 124M step on the CPU: handgrad against OpenBLAS and the FMA peak, interleaved.
 
     python bench/cpu_gemm.py                          256 and 1024 rows, about 3 minutes on 2 cores
     python bench/cpu_gemm.py --rows 256 --rounds 20
 
-A pass is all products in the order of a step, forward then backward, every layer with weights of its own, so they come
-from memory: 12 times four linears and the head, each forward (y), for the weight gradient (dw) and for the input
-gradient (dx). bf16 has bf16 weights, inputs and outputs and float weight gradients. Each contender is a process of its
-own and sleeps while another works (two thread pools in one process slow each other down). A pass during which other
-programs used more than a tenth of the machine is dropped, unless none is left. The table holds medians; the last line
-has the best pass too. Percentages are of the peak (bench/peak.c) measured in the same rounds.
+A pass runs all GEMMs in the order of a step, forward then backward: 12 times four linears and the head, each for the
+output (y), the weight gradient (dw) and the input gradient (dx). Every layer has its own weights, so they come from
+memory. bf16 means bf16 weights, inputs and outputs, and float32 weight gradients. Each contender is a process of its
+own and sleeps while another works (two thread pools in one process slow each other down). The script drops a pass
+during which other programs used more than a tenth of the machine, unless no other pass is left. The table shows
+medians, and the best pass in its last row. Percentages are of the peak (bench/peak.c) measured in the same rounds.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def flops(name: str, rows: int) -> int:
 
 
 class Tensors:
-    """Operands of all products in one allocation of huge pages, as the package's arena. Every page is touched once."""
+    """Operands of all GEMMs in one allocation of huge pages, like the package's arena. Every page is touched once."""
 
     def __init__(self, rows: int, bf16: bool):
         self.bf16 = bf16
@@ -73,7 +73,7 @@ class Tensors:
         return out
 
     def real(self, shape: tuple[int, int], scale: float) -> np.ndarray:
-        """Normal numbers as float, or as the bits of bf16."""
+        """Normally distributed values, as float32 or as the bits of bf16."""
         values = np.resize(np.random.default_rng(0).normal(0, scale, 65521).astype(np.float32), shape)
         out = self.array(shape, np.uint16 if self.bf16 else np.float32)
         out[...] = values.view(np.uint32) >> 16 if self.bf16 else values
@@ -81,7 +81,7 @@ class Tensors:
 
 
 def openblas_pass(rows: int):
-    """A function that runs one pass through numpy's BLAS and returns the seconds of each product."""
+    """A function that runs one pass through numpy's BLAS and returns the seconds of each GEMM."""
     t = Tensors(rows, bf16=False)
 
     def run() -> list[float]:
@@ -102,7 +102,7 @@ def openblas_pass(rows: int):
 
 
 def handgrad_pass(rows: int, bf16: bool):
-    """The same with this package's kernels, bound like a program's calls: one list of entries, one call a pass."""
+    """The same with handgrad's kernels, bound like a program's calls: one list of entries, one library call a pass."""
     lib, threads, dtype = library(), physical_threads(), "bf16" if bf16 else "f32"
     lib.set_threads(threads)
     t = Tensors(rows, bf16)
@@ -134,7 +134,7 @@ def handgrad_pass(rows: int, bf16: bool):
 
 
 def work(contender: str, rows: int) -> None:
-    """The worker process: answers every line of standard input with the seconds of one pass, as JSON."""
+    """The worker process: for every line of standard input, runs one pass and prints its seconds as JSON."""
     run = openblas_pass(rows) if "openblas" in contender else handgrad_pass(rows, "bf16" in contender)
     run()
     for _ in sys.stdin:
@@ -142,13 +142,13 @@ def work(contender: str, rows: int) -> None:
 
 
 def busy_seconds() -> float:
-    """Core-seconds that the whole machine has worked since it started."""
+    """Core-seconds of work that the whole machine has done since boot."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 class Worker:
-    """One contender's process, its kept passes (seconds of each product), and how many were dropped."""
+    """One contender's process, with its clean and its disturbed passes (seconds of each GEMM)."""
 
     def __init__(self, contender: str, rows: int, environment: dict[str, str]):
         command = [sys.executable, __file__, "--worker", contender, "--rows", str(rows)]
@@ -163,7 +163,7 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def round(self, cores: int) -> None:
-        time.sleep(0.2)  # the threads of the worker before this one still spin for some 30 ms
+        time.sleep(0.2)  # the previous worker's threads still spin for some 30 ms
         begin, busy, own = time.perf_counter(), busy_seconds(), self.cpu_seconds()
         self.process.stdin.write("pass\n")
         self.process.stdin.flush()
@@ -178,7 +178,7 @@ class Worker:
 
 
 def report(rows: int, workers: dict[str, Worker], peaks: list[list[float]]) -> None:
-    """Prints the table of one row count."""
+    """Prints the table for one number of rows."""
     order = products()
     peak = {kind: statistics.median(p[i] for p in peaks) for i, kind in enumerate(("fp32", "bf16"))}
     print(f"\n{rows} rows; peak {peak['fp32']:.0f} GFLOP/s fp32, {peak['bf16']:.0f} bf16; ms (% of peak)")
@@ -224,7 +224,7 @@ def main() -> None:
             workers = {contender: Worker(contender, rows, environment) for contender in CONTENDERS}
             peaks = []
             for worker in workers.values():
-                worker.round(int(threads))  # all are up and warm
+                worker.round(int(threads))  # warm-up
                 worker.clean, worker.disturbed = [], []
             for _ in range(args.rounds):
                 peak = subprocess.run([binary], check=True, capture_output=True, text=True, env=environment).stdout

@@ -1,12 +1,12 @@
-"""Whole training steps of GPT-2 124M on the CPU, handgrad beside PyTorch, in one interleaved run.
+"""Whole training steps of GPT-2 124M on the CPU, handgrad against PyTorch, in one interleaved run.
 
     python bench/cpu_step.py                       all shapes and contenders, about 25 minutes on 2 cores
     python bench/cpu_step.py --shapes 4x64 --rounds 5 --only handgrad-bf16 torch-bf16
 
-A step is forward, backward, gradient clipping and AdamW on one batch of random tokens. Every contender lives in a
-process of its own (two OpenMP pools in one process slow each other down) and waits while another runs; rounds go
-through the contenders in turn, so a slow minute of the machine hits all of them. Reported: median ms a step over the
-rounds, tok/s, ratios of medians, peak RSS, and for handgrad the planned arena and the share of the step per op.
+A step is forward, backward, gradient clipping and AdamW on one batch of random tokens. Every contender is a
+process of its own (two OpenMP pools in one process slow each other down) and waits while another runs. Each round runs
+all contenders in turn, so a slow minute of the machine hits all of them. The script reports the median ms a step over
+the rounds, tok/s, ratios of medians, peak RSS, and for handgrad the planned arena and the ms of each op.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def torch_worker(dtype: str, compiled: bool, B: int, T: int):
 
 
 def worker(name: str, B: int, T: int) -> None:
-    """Reads 'step' or 'facts' from standard input, answers with a line of JSON."""
+    """The worker process: reads 'step' or 'facts' from standard input and answers with a line of JSON."""
     kind, dtype, *compiled = name.split("-")
     step, facts = handgrad_worker(dtype, B, T) if kind == "handgrad" else torch_worker(dtype, bool(compiled), B, T)
     for command in sys.stdin:
@@ -96,7 +96,7 @@ def worker(name: str, B: int, T: int) -> None:
 
 
 class Process:
-    """A contender."""
+    """A contender's process."""
 
     def __init__(self, name: str, B: int, T: int):
         self.name = name
@@ -117,7 +117,7 @@ class Process:
         return json.loads(line)
 
     def cpu_seconds(self) -> float:
-        """Core-seconds that it has used."""
+        """Core-seconds that the process has used."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -131,13 +131,13 @@ def threads() -> int:
 
 
 def busy_seconds() -> float:
-    """Core-seconds that the whole machine has worked since it started."""
+    """Core-seconds of work that the whole machine has done since boot."""
     user, nice, system = (int(v) for v in open("/proc/stat").readline().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def race(names: list[str], B: int, T: int, rounds: int) -> dict:
-    """Results by contender for one shape, and the share of the machine that other programs took meanwhile."""
+    """Results by contender for one shape, and the share of the machine that other programs used meanwhile."""
     processes = [Process(name, B, T) for name in names]
     losses = {p.name: p.ask("step")["loss"] for p in processes}
     for _ in range(WARMUP - 1):
@@ -169,7 +169,7 @@ def race(names: list[str], B: int, T: int, rounds: int) -> dict:
 def show(shape: str, results: dict) -> None:
     foreign = results.pop("foreign")
     print(
-        f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs took {100 * foreign:.0f} % of the machine)"
+        f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs used {100 * foreign:.0f} % of the machine)"
     )
     print(f"{'':22}{'median ms':>10}{'best ms':>9}{'tok/s':>8}{'peak RSS MiB':>14}{'arena MiB':>11}")
     for name, r in results.items():
@@ -187,7 +187,7 @@ def show(shape: str, results: dict) -> None:
             best = min(r["median_ms"] for r in theirs)
             print(
                 f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; "
-                f"RSS {mine['rss'] / min(r['rss'] for r in theirs):.3f} of the least of PyTorch's, "
+                f"RSS {mine['rss'] / min(r['rss'] for r in theirs):.3f} of PyTorch's smallest, "
                 f"arena + {(mine['rss'] - mine['arena']) / 1e6:.0f} MB"
             )
         if mine:

@@ -1,12 +1,12 @@
-"""kill -9 at random instants: does every run that goes on end bit for bit like the one that nothing stopped?
+"""kill -9 at random instants: does every resumed run end bit-identical to an uninterrupted one?
 
     python bench/crash.py --out bench/results/crash.txt     fifty kills, three minutes
 
-A small run checkpoints every 3 steps, beside training. It is started with `--run.resume auto`, killed at a random
-instant of its steps, and started again with the same words. Its end is compared with that of a run that nothing
-stopped: weights, optimizer state and what else a checkpoint holds, log.jsonl but for the times, main.log.
-"lost": steps that the dead process had logged after the newest complete checkpoint, and that are done again. Three
-may have passed since the last checkpoint was begun, and three while it was being written.
+A small run writes a checkpoint every 3 steps while it trains. The script starts it with `--run.resume auto`, kills it
+at a random instant of its steps, and starts it again with the same command. Then it compares the result with that of
+an uninterrupted run: weights, optimizer state and everything else in a checkpoint, log.jsonl except for the times, and
+main.log. "lost" counts the steps that the killed process had logged after the newest complete checkpoint; the resumed
+run repeats them. Up to six can be lost: three since the last checkpoint began, and three while it was being written.
 """
 
 import argparse
@@ -43,34 +43,34 @@ def start(folder: Path, out: Path, steps: int) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Waits for its end, which must be a good one."""
+    """Waits for the process; exits if it failed."""
     _, stderr = process.communicate()
     if process.returncode:
         raise SystemExit(f"a run ended with {process.returncode}: {stderr.decode()}")
 
 
 def logged(out: Path) -> list[dict]:
-    """The whole lines of the log, without the times."""
+    """The complete lines of the log, without the times."""
     path = out / "log.jsonl"
     rows = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [{key: value for key, value in json.loads(row).items() if key not in TIMES} for row in rows]
 
 
 def end(out: Path, steps: int) -> dict[str, object]:
-    """Everything that a finished run leaves and that must not depend on how often it was stopped."""
+    """Everything in a finished run's folder that must not depend on how often the run was killed."""
     folder = out / f"step_{steps:06d}"
-    meta = {key: value for key, value in io.load_meta(folder).items() if key != "config"}  # which names the folder
+    meta = {key: value for key, value in io.load_meta(folder).items() if key != "config"}  # the config names the folder
     files = {path.name: path.read_bytes() for path in (*folder.glob("*.safetensors"), out / "main.log")}
     return {"log.jsonl": logged(out), "run.json": meta} | files
 
 
 def main() -> int:
-    """Prints a line for each kill; returns 0 if every end is the same."""
+    """Prints a line for each kill; returns 0 if every run ends with the same result."""
     parser = argparse.ArgumentParser()
     for name, default in (("--kills", 50), ("--steps", 150), ("--seed", 0)):
         parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--folder", type=Path, help="where the runs lie; a temporary one if not given")
-    parser.add_argument("--out", type=Path, help="also write the lines there")
+    parser.add_argument("--folder", type=Path, help="folder of the runs (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="also write the output to this file")
     a = parser.parse_args()
     folder = a.folder or Path(tempfile.mkdtemp())
     (folder / "data").mkdir(parents=True)
@@ -87,7 +87,7 @@ def main() -> int:
     finish(process)
     seconds = time.perf_counter() - begin
     whole, rng, same = end(folder / "whole", a.steps), random.Random(a.seed), 0
-    lines.append(f"the run that nothing stops takes {seconds:.2f} s from its first step")
+    lines.append(f"the uninterrupted run takes {seconds:.2f} s from its first step")
     print("\n".join(lines), flush=True)
 
     for kill in range(1, a.kills + 1):
@@ -109,8 +109,8 @@ def main() -> int:
         same += not wrong
         lines.append(
             f"kill {kill:2}: at {moment:6.2f} steps, step {last:3} logged, {saved:3} saved, {last - saved} lost, "
-            + ("within a save, " if debris else "")
-            + (f"differs: {', '.join(wrong)}" if wrong else "the same end")
+            + ("during a save, " if debris else "")
+            + (f"differs: {', '.join(wrong)}" if wrong else "same result")
         )
         print(lines[-1], flush=True)
     lines.append(f"bit for bit: {same} of {a.kills}")

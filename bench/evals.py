@@ -1,12 +1,12 @@
-"""HellaSwag and LAMBADA, all of them, by `handgrad eval` and by transformers on the exported model: task by task.
+"""HellaSwag and LAMBADA in full, by `handgrad eval` and by transformers on the exported model, compared task by task.
 
     python bench/evals.py train FOLDER --shards BOOKS        a small model on token shards (a folder with train_*.bin)
     python bench/evals.py ours FOLDER --hellaswag FILE --lambada FILE
     python bench/evals.py theirs FOLDER --hellaswag FILE --lambada FILE
     python bench/evals.py compare FOLDER                     how many tasks agree
-    python bench/evals.py speed FOLDER --hellaswag FILE      tasks a second, in turn with rows padded as llm.c pads them
+    python bench/evals.py speed FOLDER --hellaswag FILE      tasks a second, by length and padded as in llm.c
 
-`theirs` is PyTorch in float32: a task at a time, its endings padded to the longest of them.
+`theirs` is PyTorch in float32, one task at a time, its endings padded to the longest of them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from handgrad.core.tensor import IGNORE_INDEX
 
 SIZES = "--model.num-layers 4 --model.num-heads 4 --model.hidden-size 128 --model.max-seq-len 256 --run.micro-batch 8"
 RULES = ("acc", "acc_norm", "acc_llmc")
-QUESTIONS, ROUNDS = 64, 5  # of `speed`; the questions are spread over the whole file
+QUESTIONS, ROUNDS = 64, 5  # for `speed`; the questions are spread over the whole file
 
 
 def train(a: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def train(a: argparse.Namespace) -> None:
 
 
 def ours(a: argparse.Namespace) -> None:
-    """Our choices and losses, and how long they took."""
+    """Writes handgrad's choices, losses and seconds as JSON."""
     from handgrad import evals
     from handgrad.evals.metrics import choices
 
@@ -63,7 +63,7 @@ def ours(a: argparse.Namespace) -> None:
 
 
 def speed(a: argparse.Namespace) -> None:
-    """Median tasks a second by length, and with every row as long as the model reads and all of it in the head."""
+    """Prints the median tasks a second with batches by length, and with every row padded to the model's full length."""
     from handgrad import evals
     from handgrad.core.dtypes import DTYPES
     from handgrad.core.program import Program
@@ -81,7 +81,7 @@ def speed(a: argparse.Namespace) -> None:
     run = m.backend.bind(p, arena)
 
     def padded() -> list[float]:
-        """The loss of every pair."""
+        """Returns the loss of every pair."""
         losses = []
         for at in range(0, len(pairs), B):
             ids, targets = np.zeros((B, T), np.int32), np.full((B, T), IGNORE_INDEX, np.int32)
@@ -105,16 +105,16 @@ def speed(a: argparse.Namespace) -> None:
         if turn:
             times["by length"].append(middle - begin)
             times["padded"].append(time.perf_counter() - middle)
-    assert np.allclose(ours, theirs, rtol=1e-4), "both ways find the same losses"
+    assert np.allclose(ours, theirs, rtol=1e-4), "the two methods give different losses"
     rates = {name: QUESTIONS / statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{QUESTIONS} questions of HellaSwag, {ROUNDS} rounds in turn, {a.dtype}, {m.backend.hardware}")
+    print(f"{QUESTIONS} questions of HellaSwag, {ROUNDS} interleaved rounds, {a.dtype}, {m.backend.hardware}")
     for name, rate in rates.items():
         print(f"  {name:9} {rate:6.1f} tasks a second")
     print(f"  ratio     {rates['by length'] / rates['padded']:6.1f}")
 
 
 def theirs(a: argparse.Namespace) -> None:
-    """The same by transformers alone: the exported model, its tokenizer, the files as they are."""
+    """Writes the same from transformers alone: the exported model, its tokenizer, the original files."""
     import torch
     import transformers
 
@@ -152,7 +152,7 @@ def rows(path: str, limit: int) -> list[dict]:
 
 
 def compare(a: argparse.Namespace) -> None:
-    """Both, side by side."""
+    """Prints both results side by side."""
     one, two = (json.loads(Path(a.folder, f"{name}.json").read_text()) for name in (f"ours_{a.dtype}", "theirs"))
     print(f"{a.dtype} on {one['hardware']}")
     for name in ("hellaswag", "lambada"):
@@ -165,19 +165,19 @@ def compare(a: argparse.Namespace) -> None:
             print(
                 f"  {rule:9} {same:,} of {x['tasks']:,} tasks agree; accuracy {acc[0]:.4f}, transformers {acc[1]:.4f}"
             )
-        print(f"  {x['seconds']:.0f} s, transformers {y['seconds']:.0f} s, on a machine that others used too")
+        print(f"  {x['seconds']:.0f} s, transformers {y['seconds']:.0f} s, on a shared machine")
     print("  perplexity", *(f"{np.exp(np.mean(z['lambada']['losses'])):.2f}" for z in (one, two)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "ours", "theirs", "compare", "speed"))
-    parser.add_argument("folder", help="where the model and the results lie")
+    parser.add_argument("folder", help="folder of the model and the results")
     parser.add_argument("--shards", help="a folder with train_*.bin")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--hellaswag", help=".jsonl.xz of {ctx, endings, label}")
     parser.add_argument("--lambada", help=".jsonl.xz of {text}")
-    parser.add_argument("--limit", type=int, default=0, help="at most so many tasks; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="largest number of tasks; 0: all")
     parser.add_argument("--dtype", default="f32", choices=("f32", "bf16"))
     parser.add_argument("--threads", type=int, default=0)
     a = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A real run: GPT-2 124M on books, 150 steps of 524,288 tokens, and the first 30 of them in PyTorch beside it.
+"""A real run: GPT-2 124M on books, 150 steps of 524,288 tokens, and its first 30 steps in PyTorch for comparison.
 
     python bench/gpu_books.py --data 'books/train*.bin' --val 'books/val*.bin'     about 4 minutes on one H100
-    python bench/gpu_books.py --smoke --data ... --val ...                         a toy on the CPU: does this work?
+    python bench/gpu_books.py --smoke --data ... --val ...                         a tiny model on the CPU
 
 --data and --val are globs of token shards, which may be compressed (.bin.xz). PyTorch starts from the same weights,
-sees the same batches in the same order and follows the same schedule, in bf16 autocast under torch.compile. Written
+sees the same batches in the same order and follows the same schedule, in bf16 autocast under torch.compile. Results go
 to bench/results/gpu_books.{json,txt,png}: loss and gradient norm of every step, validation loss, largest difference.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from gpu_step import ROOT, commit, say, smi
 
-PEAK, WARMUP = 6e-4, 20  # learning rate and its warm-up, steps; then half a cosine to a tenth
+PEAK, WARMUP = 6e-4, 20  # peak learning rate, warm-up steps; then half a cosine to a tenth
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 SIZES = {  # micro-batch, sequence, tokens a step, layers, heads, width
     "gpt2-124m": (64, 1024, 524288, 12, 12, 768),
@@ -33,7 +33,7 @@ VOCAB, VOCAB_PADDED = 50257, 50304
 
 
 def train(a: argparse.Namespace, shards: str, val_shards: str, folder: Path) -> dict:
-    """handgrad's run. Leaves the initial weights and the batches of the first steps in the folder, for PyTorch."""
+    """handgrad's run. Writes the initial weights and the first batches to the folder, for PyTorch."""
     import handgrad as hg
     from handgrad.optim import schedules
     from handgrad.train.record import draw
@@ -74,7 +74,7 @@ def train(a: argparse.Namespace, shards: str, val_shards: str, folder: Path) -> 
 
 
 def torch_worker(preset: str, folder: Path, device: str) -> None:
-    """PyTorch's first steps; prints a line of JSON for each."""
+    """Runs the first steps in PyTorch; prints a line of JSON for each."""
     sys.path.insert(0, str(ROOT / "reference"))
     import torch
     from gpt2_torch import GPT2, adamw
@@ -104,7 +104,7 @@ def torch_worker(preset: str, folder: Path, device: str) -> None:
 
 
 def compare(a: argparse.Namespace, folder: Path) -> dict:
-    """PyTorch's losses and norms, from a process of its own."""
+    """PyTorch's losses and gradient norms, from a process of its own."""
     words = ["--worker", a.preset, str(folder), "cpu" if a.smoke else "cuda"]
     done = subprocess.run([a.torch_python, __file__, *words], stdout=subprocess.PIPE, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -116,7 +116,7 @@ def compare(a: argparse.Namespace, folder: Path) -> dict:
 
 
 def differences(mine: dict, theirs: dict) -> dict:
-    """Of the loss, in nats, and of the gradient norm, as a part of it: the largest, its step, and the mean."""
+    """Differences of the loss (in nats) and of the gradient norm (relative): the largest, its step, and the mean."""
     found = {}
     for key in ("loss", "grad_norm"):
         x, y = np.array(mine[key][: len(theirs[key])]), np.array(theirs[key])
@@ -126,10 +126,10 @@ def differences(mine: dict, theirs: dict) -> dict:
 
 
 def text(results: dict) -> str:
-    """The run for people."""
+    """The results as text."""
     mine, theirs, gaps = results["handgrad"], results.get("torch", {}), results.get("differences")
     lines = [f"{key:12} {value}" for key, value in results["facts"].items()]
-    lines += [f"{'speed':12} {mine['tokens_per_second']:,.0f} tokens a second, validation apart"]
+    lines += [f"{'speed':12} {mine['tokens_per_second']:,.0f} tokens a second, without validation"]
     lines += [f"{'skipped':12} {len(mine['skipped'])} updates", ""]
     lines.append(f"{'step':>5}{'loss':>9}{'PyTorch':>9}{'val':>9}{'grad':>8}")
     count = len(mine["loss"])
@@ -153,7 +153,7 @@ def text(results: dict) -> str:
 
 
 def draw_curves(results: dict, path: Path) -> None:
-    """The whole curve, and the first steps with PyTorch's."""
+    """Draws the whole loss curve, and the first steps with PyTorch's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +170,7 @@ def draw_curves(results: dict, path: Path) -> None:
     start.plot(steps[:first], mine["loss"][:first], label="handgrad")
     if theirs:
         start.plot(range(1, first + 1), theirs, "--", label=f"PyTorch {results['torch']['version']}")
-    start.set(xlabel="step", title="the first steps, same weights and batches")
+    start.set(xlabel="step", title="first steps, same weights and batches")
     start.legend(frameon=False)
     for axes in (whole, start):
         axes.spines[["top", "right"]].set_visible(False)
@@ -179,7 +179,7 @@ def draw_curves(results: dict, path: Path) -> None:
 
 
 def unpacked(pattern: str, folder: Path) -> str:
-    """A glob of the same shards that training can map: compressed ones are unpacked into the folder."""
+    """A glob of the same shards, uncompressed so that training can map them; unpacks .xz files into the folder."""
     paths = sorted(glob.glob(pattern))
     if not any(p.endswith(".xz") for p in paths):
         return pattern
@@ -194,14 +194,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required="--worker" not in sys.argv, help="glob of training shards, .bin or .bin.xz")
     parser.add_argument("--val", required="--worker" not in sys.argv, help="glob of validation shards")
-    parser.add_argument("--steps", type=int, default=0, help="0: 150, and 12 of the toy")
-    parser.add_argument("--torch-steps", type=int, default=-1, help="-1: 30, and 6 of the toy; 0: no PyTorch")
+    parser.add_argument("--steps", type=int, default=0, help="0: 150, or 12 with --smoke")
+    parser.add_argument("--torch-steps", type=int, default=-1, help="-1: 30, or 6 with --smoke; 0: no PyTorch")
     parser.add_argument("--val-every", type=int, default=10)
-    parser.add_argument("--val-tokens", type=int, default=524288, help="of a validation")
+    parser.add_argument("--val-tokens", type=int, default=524288, help="tokens of one validation")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
-    parser.add_argument("--commit", default="", help="what to call this tree where git does not know")
-    parser.add_argument("--smoke", action="store_true", help="a toy on the CPU")
+    parser.add_argument("--commit", default="", help="commit to report if git does not know it")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to test this script")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:

@@ -1,13 +1,13 @@
-"""Kernels alone on one GPU, at GPT-2 124M's sizes (B=64, T=1024): how close to the memory's rate does each one come?
+"""Kernels alone on one GPU, at GPT-2 124M's sizes (B=64, T=1024): how close does each come to the memory bandwidth?
 
     python bench/gpu_ops.py                              all rows; about half a minute
     python bench/gpu_ops.py --ops add_norm norm_backward
-    python bench/gpu_ops.py --smoke                      toy sizes on the CPU: does this script work?
+    python bench/gpu_ops.py --smoke                      tiny sizes on the CPU, to test this script
 
-A row is one CUDA graph of at least 16 calls, which take turns on buffers that are larger together than the second
-cache, replayed until a tenth of a second is full; the time of a call, the gaps between kernels included, is the median
-of nine such samples. GB/s counts every byte that a call must move once. `copy` is cudaMemcpy on the card, reads and
-writes counted. What a call finds in the cache because the call before it left it there only a whole step shows.
+A row is one CUDA graph of at least 16 calls, which cycle through buffers that together exceed L2. A sample replays the
+graph for a tenth of a second; the time of a call is the median of nine samples and includes the gaps between kernels.
+GB/s counts every byte that a call must move once. `copy` is a device-to-device cudaMemcpy, reads and writes counted.
+Only a whole step (gpu_step.py) shows what a call gains from data that the previous call left in L2.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import OPS
 from handgrad.testing import set_scalars
 
-CALLS = 16  # in a graph, at least: the gap between two graphs is some microseconds
-CACHE_BYTES = 4 * 50_000_000  # that the calls of a row move before a buffer comes again: four second caches of an H100
+CALLS = 16  # least calls of a graph: the gap between two graphs is some microseconds
+CACHE_BYTES = 4 * 50_000_000  # moved by the calls of a row before they reuse a buffer: four times the L2 of an H100
 ADAM = dict(start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 HEADS = dict(T=1, H=12, K=12)
 
 
 def rows(smoke: bool) -> list[tuple[str, str, Case]]:
-    """(op, what is special about the row, sizes)."""
+    """(op, remark, sizes) of every row."""
     N, C, S, block, table, all_ = (
         (64, 96, 32, 7680, 4096, 9216) if smoke else (65536, 768, 1024, 7_087_872, 39_419_904, 124_475_904)
     )
@@ -79,22 +79,22 @@ def record(name: str, case: Case, dtype: DType, cache_bytes: int) -> Program:
                 into[a.name] = p.scalars
             elif a.inout and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
                 role = Role.GRAD if a.kind == "grad" else Role.STATE
-                key = f"{a.name}.{len(p.calls) if role is Role.GRAD else i}"  # so a gradient is written, never added to
+                key = f"{a.name}.{len(p.calls) if role is Role.GRAD else i}"  # so that no call accumulates
                 into[a.name] = p.states.setdefault(key, Tensor(key, shape(a), a.dtype(dtype), role))
         for t in p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into):
             if t is not None and t.role is Role.ACT:
-                p.output(t.name, t)  # alive to the end, so that no two calls share memory
+                p.output(t.name, t)  # an output lives to the end, so no two calls share memory
         sets = min(64, max(2, -(-cache_bytes // moved(p.calls[0]))))
     return p
 
 
 def moved(c: Call) -> int:
-    """Bytes that a call must move: a cache is read, not written but for a few rows."""
+    """Bytes that a call must move; a KV cache is read, and only a few of its rows are written."""
     return c.op.nbytes(c) - (c.cache.nbytes if c.op.name == "attention_decode" else 0)
 
 
 def fill(p: Program, arena: Any) -> None:
-    """Random values everywhere; deviations and second moments are positive."""
+    """Fills all tensors with random values; rstd and second moments are positive."""
     noise = np.random.default_rng(0).standard_normal(1 << 20)
     for t in (t for t in (*p.inputs.values(), *p.states.values()) if t.role is not Role.GRAD):
         name = t.name.split(".")[0]
@@ -105,8 +105,8 @@ def fill(p: Program, arena: Any) -> None:
 
 
 def seconds(run: Any, wait: Any, sample: float) -> float:
-    """Of one run: the median of nine samples of `sample` seconds."""
-    for _ in range(3):  # the first launches, the second captures
+    """Seconds of one run: the median of nine samples of `sample` seconds."""
+    for _ in range(3):  # the first runs eagerly, the second captures
         run()
     wait()
 
@@ -122,7 +122,7 @@ def seconds(run: Any, wait: Any, sample: float) -> float:
 
 
 def copy(backend: Any, nbytes: int, sample: float) -> float:
-    """GB/s of a copy on the card between buffers larger than its second cache."""
+    """GB/s of a device-to-device copy between buffers larger than L2."""
     device = backend.device
     a, b = device.alloc(nbytes), device.alloc(nbytes)
     graph = backend.graphs.capture(lambda: [device.within(b, a, nbytes) for _ in range(CALLS)])
@@ -135,7 +135,7 @@ def copy(backend: Any, nbytes: int, sample: float) -> float:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="*", help="these alone")
+    parser.add_argument("--ops", nargs="*", help="only these ops")
     parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--smoke", action="store_true")
     a = parser.parse_args()

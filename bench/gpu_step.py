@@ -1,15 +1,15 @@
-"""Whole training steps of GPT-2 on one GPU, handgrad beside PyTorch on the same card in the same run.
+"""Whole training steps of GPT-2 on one GPU: handgrad against PyTorch on the same GPU in the same run.
 
     python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
     python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
-    python bench/gpu_step.py --smoke                     a toy on the CPU: does this script work?
+    python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
-model of reference/gpt2_torch.py under torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed, its vocabulary
-padded to 50,304, which is faster. Every contender is a process of its own, and rounds go through them in turn; where
-both do not fit on the card, handgrad runs before and after PyTorch. Reported: median ms a step over the rounds, tok/s,
-MFU by llm.c's formula, device memory of the process, the processor time that the host needs to start a step, and the
-time from the start of the process to its first finished step, with an empty cache and with a full one.
+model of reference/gpt2_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed, and its vocabulary
+padded to 50,304, which is faster. Every contender is a process of its own, and each round runs them in turn; if both do
+not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median ms a step over the rounds,
+tok/s, MFU by llm.c's formula, device memory of the process, the CPU time that the host needs to start a step, and the
+time from the start of the process to its first finished step, with an empty and with a full cache.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 VOCAB = 50257
 HEADER_BYTES = 1024
-WARMUP = {"handgrad": 2, "torch": 1}  # steps after the first: handgrad captures its graphs in the second
-MARGIN_MIB = 3000  # left free when two processes share the card
+WARMUP = {"handgrad": 2, "torch": 1}  # steps after the first; handgrad captures its graphs in the second step
+MARGIN_MIB = 3000  # left free when two processes share the GPU
 PACKAGES = (
     "handgrad",
     "numpy",
@@ -45,8 +45,8 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. rounds_of: steps in a round, about two seconds. torch_mib: what PyTorch is known to take at this
-    size, 0 where it is not run."""
+    """A model and its batch. rounds_of: steps in a round, about two seconds. torch_mib: memory that PyTorch needs at
+    this size; 0: skip PyTorch."""
 
     preset: str
     layers: int
@@ -72,7 +72,7 @@ TASKS = {
 
 
 class Handgrad:
-    """The step of this package, its options as JSON."""
+    """Steps in handgrad. options: keyword arguments of Trainer."""
 
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         import handgrad as hg
@@ -84,24 +84,24 @@ class Handgrad:
         self.task, self.dtype = task, settings["dtype"]
 
     def steps(self, count: int) -> float:
-        """Runs them all; returns the last loss."""
+        """Runs `count` steps; returns the last loss."""
         for _ in range(count):
             last = self.run.step(self.run.last_step + 1, 1e-4)
         return last.loss
 
     def host_ms(self) -> float:
-        """Processor time of starting a step."""
+        """Milliseconds of CPU time that the host needs to start a step."""
         begin = time.thread_time()
         last = self.run.step(self.run.last_step + 1, 1e-4)
         ms = 1e3 * (time.thread_time() - begin)
-        last.loss  # noqa: B018  waits
+        last.loss  # noqa: B018  waits for the device
         return ms
 
     def facts(self) -> dict:
         from handgrad.train.mfu import flops_per_token
 
         ms: dict[str, float] = {}
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first is a warm-up
             ms = {}
             self.run.trace(lambda c, s, ms=ms: ms.update({c.op.name: ms.get(c.op.name, 0.0) + 1e3 * s}))
         params = self.run.program.num_params
@@ -124,7 +124,7 @@ class Handgrad:
 
 
 class Torch:
-    """The same step in PyTorch."""
+    """The same steps in PyTorch."""
 
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         sys.path.insert(0, str(ROOT / "reference"))
@@ -166,13 +166,13 @@ class Torch:
         return total
 
     def steps(self, count: int) -> float:
-        """Runs them all; returns the last loss."""
+        """Runs `count` steps; returns the last loss."""
         for _ in range(count):
             last = self._step()
         return float(last)
 
     def host_ms(self) -> float:
-        """Processor time of starting a step."""
+        """Milliseconds of CPU time that the host needs to start a step."""
         begin = time.thread_time()
         last = self._step()
         ms = 1e3 * (time.thread_time() - begin)
@@ -189,7 +189,7 @@ class Torch:
 
 
 def worker(kind: str, name: str, shard: str, device: str, options: str) -> None:
-    """Runs one step, says so, then answers each line of standard input with a line of JSON."""
+    """The worker process: runs one step, reports it, then answers each line of standard input with a line of JSON."""
     contender = {"handgrad": Handgrad, "torch": Torch}[kind](TASKS[name], shard, device, json.loads(options))
     loss = contender.steps(1)
     print(json.dumps({"loss": loss}), flush=True)
@@ -204,11 +204,11 @@ def worker(kind: str, name: str, shard: str, device: str, options: str) -> None:
         print(json.dumps(answer), flush=True)
 
 
-# the race ------------------------------------------------------------------------------------------------------------
+# measurement ----------------------------------------------------------------------------------------------------------
 
 
 class Process:
-    """A contender. `startup`: seconds to its first finished step. `mib`: what it took on the card by then and later."""
+    """A contender's process. `startup`: seconds to its first finished step. `mib`: device memory it took by then."""
 
     def __init__(self, kind: str, name: str, shard: str, a: argparse.Namespace, cache: str):
         used, begin = used_mib(), time.perf_counter()
@@ -242,7 +242,7 @@ class Process:
         raise RuntimeError(f"{self.kind} ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
-        """Ends it and waits until the card is free of it."""
+        """Ends the process and waits until its device memory is free."""
         self._process.stdin.close()
         self._process.wait()
         for _ in range(20):
@@ -252,12 +252,12 @@ class Process:
 
 
 def used_mib() -> int:
-    """MiB in use on the first card, by all processes; 0 without one."""
+    """MiB in use on the first GPU, by all processes; 0 without a GPU."""
     return int(smi("memory.used").split()[0])
 
 
 def smi(query: str) -> str:
-    """What nvidia-smi knows of the first card."""
+    """The value that nvidia-smi reports for the first GPU; "0" without nvidia-smi."""
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -266,7 +266,7 @@ def smi(query: str) -> str:
 
 
 def say(text: str) -> None:
-    """Progress, apart from the table."""
+    """Prints progress to standard error, so that standard output has the table only."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -304,12 +304,12 @@ def race(name: str, shard: str, a: argparse.Namespace, cache: str) -> dict:
             theirs = begin("torch")
             rounds(ours, theirs, count=a.rounds)
             end(theirs)
-        except RuntimeError as error:  # its own words are on standard error
+        except RuntimeError as error:  # its message is on standard error
             facts["torch"] = {"failed": str(error)}
             rounds(ours, count=a.rounds)
         end(ours)
     else:
-        say(f"{name}: both do not fit on the card; handgrad before and after PyTorch")
+        say(f"{name}: both do not fit on the GPU; handgrad runs before and after PyTorch")
         rounds(ours, count=(a.rounds + 1) // 2)
         end(ours)
         try:
@@ -340,12 +340,12 @@ def race(name: str, shard: str, a: argparse.Namespace, cache: str) -> dict:
 
 
 def total_mib() -> int:
-    """MiB of the first card."""
+    """Memory of the first GPU, MiB."""
     return int(smi("memory.total").split()[0])
 
 
 def table(results: dict, models: list[str]) -> str:
-    """All of it, for people."""
+    """The results as text."""
     facts = results["facts"]
     lines = [f"{key:10} {value}" for key, value in facts.items()]
     head = f"{'model':17}{'B':>3}{'ms/step':>10}{'tok/s':>9}{'MFU %':>7}{'ratio':>7}{'GiB':>7}"
@@ -366,8 +366,8 @@ def table(results: dict, models: list[str]) -> str:
             )
     lines += [
         "",
-        "ratio: PyTorch's ms over this row's; GiB: device memory of the process; host: processor time to start a step;",
-        "start: to the first finished step, with a cache that is empty for the first model; warm: with a full one",
+        "ratio: PyTorch's ms over this row's; GiB: device memory of the process; host: CPU time to start a step;",
+        "start: to the first finished step, with a cache that is empty for the first model; warm: with a full cache",
     ]
     for name in models:
         mine = results["models"].get(name, {}).get("handgrad", {})
@@ -383,7 +383,7 @@ def table(results: dict, models: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=["124m", "350m", "774m", "1558m"])
-    parser.add_argument("--steps", type=int, default=0, help="steps in a round; 0: about two seconds of them")
+    parser.add_argument("--steps", type=int, default=0, help="steps in a round; 0: about two seconds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
@@ -429,7 +429,7 @@ def main() -> None:
 
 
 def commit() -> str:
-    """Of the tree that is measured; a star if it has changes."""
+    """The commit of the measured tree, with a star if it has changes."""
     try:
         command = ["git", "describe", "--always", "--dirty=*"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -438,7 +438,7 @@ def commit() -> str:
 
 
 def write_random(path: str, count: int) -> None:
-    """A token shard of random ids, as both sides read it."""
+    """Writes a token shard of random ids, which both contenders read."""
     import numpy as np
 
     header = np.zeros(HEADER_BYTES // 4, np.int32)

@@ -1,7 +1,7 @@
-// Multiply-add peak of the processor, GFLOP/s over all OpenMP threads, best of 7: prints "fp32 bf16".
+// The processor's FMA peak in GFLOP/s over all OpenMP threads, best of 7. Prints two numbers, "fp32 bf16".
 //
-// 24 sums in registers that depend on nothing but themselves, in assembly so that no compiler spills or narrows them.
-// bf16 is vdpbf16ps; without it the peak of bf16 is that of fp32, to which it is converted.
+// The loops keep 24 (AVX2: 13) independent sums in registers, in assembly so that no compiler spills or narrows them.
+// bf16 uses vdpbf16ps; without it, bf16 converts to fp32 and has the peak of fp32.
 // build: cc -O2 -fopenmp peak.c -o peak        (x86-64; prints "0 0" without AVX2 and FMA)
 #include <omp.h>
 #include <stdio.h>
@@ -9,7 +9,7 @@
 #define SUMS "0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23"
 #define FIRST_13 "0,1,2,3,4,5,6,7,8,9,10,11,12"
 #define EACH(registers, op) __asm__ volatile(".irp r," registers "\n" op "\n.endr" ::: "memory")
-#define LOOP __attribute__((noinline)) static void  // not inlined: the registers belong to the loop
+#define LOOP __attribute__((noinline)) static void  // not inlined: the loop clobbers registers
 
 LOOP fma512(long n) {
   EACH(SUMS ",30,31", "vpxord %%zmm\\r, %%zmm\\r, %%zmm\\r");
@@ -24,7 +24,7 @@ LOOP dot_bf16(long n) {
   for (long i = 0; i < n; i++) EACH(SUMS, "vdpbf16ps %%zmm31, %%zmm30, %%zmm\\r");
 }
 
-// GFLOP/s of a loop whose turn is `flop` operations.
+// GFLOP/s of a loop that does `flop` operations an iteration.
 static double rate(void (*loop)(long), double flop) {
   const long turns = 1000000;
   double best = 0;

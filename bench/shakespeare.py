@@ -1,4 +1,4 @@
-"""`handgrad train` without arguments beside the same recipe in eager float32 PyTorch: ms a step, in turn.
+"""`handgrad train` without arguments against the same recipe in eager float32 PyTorch: ms a step, in alternation.
 
 python bench/shakespeare.py               3 rounds of 400 steps each, about 2 minutes on 2 cores
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def handgrad(steps: int) -> float:
-    """Median ms of a step, from the rates in the run's log (the first tenth warms up)."""
+    """Median ms of a step, from the times in the run's log (without the first tenth, a warm-up)."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--run.out {folder}/run --run.steps {steps} --run.val-every 0 --run.sample-tokens 0".split()
         subprocess.run([sys.executable, "-m", "handgrad.cli", "train", *flags], check=True, capture_output=True)
@@ -26,7 +26,7 @@ def handgrad(steps: int) -> float:
 
 
 def torch(steps: int) -> float:
-    """Median ms of a step of the PyTorch twin."""
+    """Median ms of a step of the PyTorch counterpart."""
     command = [sys.executable, str(ROOT / "reference" / "shakespeare_torch.py"), "--steps", str(steps)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(re.search(r"([\d.]+) ms/step", text)[1])

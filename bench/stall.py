@@ -1,11 +1,12 @@
-"""What a checkpoint costs the training that goes on beside it.
+"""How long a checkpoint stalls the training that continues meanwhile.
 
     python bench/stall.py --out bench/results/stall.txt      the Shakespeare recipe's model, d6, GPT-2 124M
-    python bench/stall.py --out bench/results/stall_gpu.txt  on a GPU: 124M as its recipe, 1558M with less batch
+    python bench/stall.py --out bench/results/stall_gpu.txt  on a GPU: 124M as in its recipe, 1558M with a smaller batch
 
-Steps are timed one by one. The stall of a checkpoint is the time of `save` and of all steps until it is complete on
-disk, less that of as many steps at the median of those before it; the median of the rounds is reported, and as a share
-of the default interval (`--run.save-every`). Beside it: the time of a save that training waits for.
+The script times every step. The stall of a checkpoint is the time of `save` and of all steps until the checkpoint is
+complete on disk, minus the same number of steps at the median before it. The table shows the median stall of the
+rounds, the median and the largest as a share of the default interval (`--run.save-every`), and the time of a save that
+training waits for.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from handgrad.backends import open_backend
 from handgrad.io import newest
 from handgrad.train.config import RunConfig
 
-# vocabulary, sequences of a micro-batch, tokens in each, micro-batches of a step, steps before a checkpoint
+# vocabulary, sequences in a micro-batch, tokens in a sequence, micro-batches in a step, steps before a checkpoint
 SHAPES = {"tiny": (65, 12, 64, 1, 200), "d6": (50257, 1, 256, 1, 10), "gpt2-124m": (50257, 4, 64, 1, 6)}
 GPU_SHAPES = {"gpt2-124m": (50257, 64, 1024, 8, 6), "gpt2-1558m": (50257, 8, 1024, 32, 2)}
 
 
 def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
-    """A line of the table."""
+    """Returns a line of the table."""
     backend = open_backend("auto")
     vocab_size, B, T, micro_steps, usual_steps = (GPU_SHAPES if backend.name == "cuda" else SHAPES)[preset]
     ids = np.random.default_rng(0).integers(0, vocab_size, 2_000_000)
@@ -73,7 +74,7 @@ def main() -> None:
     shapes = GPU_SHAPES if backend.name == "cuda" else SHAPES
     parser.add_argument("--presets", nargs="+", default=list(shapes), choices=list(shapes))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=0, help="before a checkpoint; 0: as many as fit the model")
+    parser.add_argument("--steps", type=int, default=0, help="steps before a checkpoint; 0: the default of the preset")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     hardware, every = backend.hardware, RunConfig.save_every

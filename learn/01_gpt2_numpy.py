@@ -1,15 +1,15 @@
 """Chapter 1: a GPT-2 whose gradients are written by hand, in numpy.
 
-    python learn/01_gpt2_numpy.py --steps 100     train on Shakespeare, then write some
+    python learn/01_gpt2_numpy.py --steps 100     train on Shakespeare, then sample
     python learn/01_gpt2_numpy.py --check         compare every gradient with finite differences
 
-Each piece is a forward function and, directly below it, its backward. A forward returns its output and whatever its
-backward will need. A backward takes the gradient of the output, files the gradients of its parameters, and returns the
+Each layer is a forward function and, directly below it, its backward. A forward returns its output and whatever its
+backward needs. A backward takes the gradient of the output, stores the gradients of its parameters, and returns the
 gradient of the input. `dx` always means d loss / d x and has the shape of x.
 
-Parameters live in one flat dictionary, under the names that Hugging Face gives them; gradients live in a second one,
-under the same names. Letters: B sequences of T tokens make N = B*T rows of C channels; H heads of D = C/H channels;
-V tokens in the vocabulary. Plain softmax, plain loops over layers, nothing clever: the formulas are the point.
+One flat dictionary holds the parameters, under Hugging Face's names; a second one holds the gradients, under the same
+names. Letters: B sequences of T tokens make N = B*T rows of C channels; H heads of D = C/H channels; V tokens in the
+vocabulary. Plain softmax, plain loops over layers, nothing clever: the formulas are the point.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def init(config, seed, dtype="float32"):
     """Returns fresh parameters. Matrices are (out, in); zero rows pad the vocabulary to a multiple of 128."""
     rng = np.random.default_rng(seed)
     C, V = config.hidden_size, config.vocab_size
-    # Every layer adds two branches to the residual stream. Shrinking them keeps its variance independent of the depth.
+    # Every layer adds two branches to the residual stream. Smaller weights keep its variance independent of the depth.
     shrunk = 0.02 / math.sqrt(2 * config.num_layers)
     params = {"wte.weight": np.zeros((-(-V // 128) * 128, C))}
     params["wte.weight"][:V] = rng.normal(0, 0.02, (V, C))
@@ -56,7 +56,7 @@ def init(config, seed, dtype="float32"):
     return {name: p.astype(dtype) for name, p in params.items()}
 
 
-# ---- the pieces ------------------------------------------------------------------------------------------------------
+# ---- the layers ------------------------------------------------------------------------------------------------------
 
 
 def embed(params, ids):
@@ -66,9 +66,9 @@ def embed(params, ids):
 
 
 def embed_backward(params, grads, dx, ids):
-    # Row r of wte is copied to every place where token r stands, so its gradient is the sum over those places.
-    # Row t of wpe is copied to position t of every sequence, so its gradient is the sum over the batch.
-    np.add.at(grads["wte.weight"], ids.ravel(), dx)  # adds to what the head, which shares wte, has left there
+    # Forward copies row r of wte to every position that holds token r, so its gradient is the sum over those positions.
+    # It copies row t of wpe to position t of every sequence, so its gradient is the sum over the batch.
+    np.add.at(grads["wte.weight"], ids.ravel(), dx)  # adds to the gradient from the head, which shares wte
     grads["wpe.weight"] = np.zeros_like(params["wpe.weight"])
     grads["wpe.weight"][: ids.shape[1]] = dx.reshape(*ids.shape, -1).sum(0)
 
@@ -95,8 +95,8 @@ def layernorm(params, name, x):
 
 
 def layernorm_backward(params, grads, name, dy, saved):
-    # Moving x along the all-ones vector changes nothing (the mean goes along), nor does moving it along n (the
-    # deviation goes along). What is left is scaled by rstd:  dx = rstd (dn - 1 <dn> - n <dn n>),  <> = mean over C.
+    # n does not change when x moves along the all-ones vector (only the mean changes) or along n (only the deviation
+    # changes). So remove both directions and scale by rstd:  dx = rstd (dn - 1 <dn> - n <dn n>),  <> = mean over C.
     n, rstd = saved
     grads[name + ".weight"] = (dy * n).sum(0)
     grads[name + ".bias"] = dy.sum(0)
@@ -119,7 +119,7 @@ def gelu_backward(dy, saved):
 
 
 def attention(config, qkv, T):
-    """o = softmax(q k' / sqrt(D)) v in each sequence and head; no token sees a later one.   (N, 3C) -> (N, C)"""
+    """o = softmax(q k' / sqrt(D)) v in each sequence and head, with a causal mask.   (N, 3C) -> (N, C)"""
     H, D = config.num_heads, config.hidden_size // config.num_heads
     q, k, v = qkv.reshape(-1, T, 3, H, D).transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
     scores = q @ k.swapaxes(2, 3) / math.sqrt(D)
@@ -130,8 +130,8 @@ def attention(config, qkv, T):
 
 
 def attention_backward(do, saved):
-    # o = p v is two matrix products in one, so  dv = p' do  and  dp = do v'.  The softmax p_i = e^s_i / sum_j e^s_j has
-    # dp_i/ds_j = p_i (1[i=j] - p_j),  hence  ds_i = p_i (dp_i - sum_j dp_j p_j);  masked places have p = 0, so ds = 0.
+    # o = p v is linear in p and in v, so  dv = p' do  and  dp = do v'.  The softmax p_i = e^s_i / sum_j e^s_j has
+    # dp_i/ds_j = p_i (1[i=j] - p_j),  hence  ds_i = p_i (dp_i - sum_j dp_j p_j);  where masked, p = 0, so ds = 0.
     p, q, k, v = saved
     B, H, T, D = q.shape
     do = do.reshape(B, T, H, D).transpose(0, 2, 1, 3)
@@ -143,7 +143,7 @@ def attention_backward(do, saved):
 
 
 def self_attention(config, params, name, x, T):
-    """One matrix makes question q, key k and answer v of each row; another mixes the heads.   (N, C) -> (N, C)"""
+    """c_attn computes query q, key k and value v of each row; c_proj mixes the heads.   (N, C) -> (N, C)"""
     qkv, c_attn = linear(params, name + ".c_attn", x)
     o, attn = attention(config, qkv, T)
     y, c_proj = linear(params, name + ".c_proj", o)
@@ -151,7 +151,7 @@ def self_attention(config, params, name, x, T):
 
 
 def self_attention_backward(params, grads, name, dy, saved):
-    # The chain rule: the same three lines in reverse order, each replaced by its backward.
+    # The chain rule: the three calls of the forward in reverse order, each replaced by its backward.
     c_attn, attn, c_proj = saved
     do = linear_backward(params, grads, name + ".c_proj", dy, c_proj)
     dqkv = attention_backward(do, attn)
@@ -159,7 +159,7 @@ def self_attention_backward(params, grads, name, dy, saved):
 
 
 def mlp(params, name, x):
-    """Each row on its own: four times wider, bent, and back.   x: (N, C) -> (N, C)"""
+    """Per row: expand to 4C channels, GELU, project back.   x: (N, C) -> (N, C)"""
     u, c_fc = linear(params, name + ".c_fc", x)
     a, act = gelu(u)
     y, c_proj = linear(params, name + ".c_proj", a)
@@ -184,8 +184,8 @@ def block(config, params, name, x, T):
 
 
 def block_backward(params, grads, name, dx, saved):
-    # y = x + f(x) gives dx = dy + f'(dy): a sum hands its gradient to both terms, and the stream's own share goes
-    # through untouched. That is why deep residual networks train.
+    # y = x + f(x) gives dx = dy + (gradient through f): a sum passes its gradient to both terms, so the stream's own
+    # share goes through unchanged. That is why deep residual networks train.
     ln_1, attn, ln_2, mlp_saved = saved
     dn = mlp_backward(params, grads, name + ".mlp", dx, mlp_saved)
     dx = dx + layernorm_backward(params, grads, name + ".ln_2", dn, ln_2)
@@ -194,7 +194,7 @@ def block_backward(params, grads, name, dx, saved):
 
 
 def lm_loss(config, params, x, targets):
-    """Logits z = x wte' and the mean over rows of -log softmax(z)[target].   x: (N, C) -> (N, V), a number"""
+    """Logits z = x wte' and the mean over rows of -log softmax(z)[target].   x: (N, C) -> (N, V), scalar"""
     z = x @ params["wte.weight"][: config.vocab_size].T
     if targets is None:
         return z, None, None
@@ -205,8 +205,8 @@ def lm_loss(config, params, x, targets):
 
 
 def lm_loss_backward(config, params, grads, saved):
-    # -log p_t = log sum_j e^z_j - z_t, so its slope in z_j is p_j - 1[j=t]; the mean divides by N.
-    # Then z = x wte' is a linear layer without bias; the padding rows of wte took no part, so their gradient is 0.
+    # -log p_t = log sum_j e^z_j - z_t, so its derivative in z_j is p_j - 1[j=t]; the mean divides by N.
+    # z = x wte' is a linear layer without bias; it does not use the padding rows of wte, so their gradient is 0.
     x, p, rows = saved
     dz = p.copy()
     dz[rows] -= 1
@@ -244,12 +244,12 @@ def backward(config, params, saved):
 
 
 def check(config, seed=0):
-    """Returns {name: error}: for each parameter, the slope of the loss in a random direction u against gradient . u.
+    """Returns {name: error}: for each parameter, |slope of the loss along a random direction u - gradient . u|.
 
-    The slope is (loss(p + e u) - loss(p - e u)) / 2e in float64; the error is relative to the length of the gradient.
+    The slope is (loss(p + e u) - loss(p - e u)) / 2e in float64; the error is relative to the norm of the gradient.
     """
     rng = np.random.default_rng(seed)
-    # Far from the initial values, or zero biases and unit norms would hide mistakes.
+    # Far from the initial values: zero biases and norm weights of 1 would hide mistakes.
     params = {name: p + rng.normal(0, 0.2, p.shape) for name, p in init(config, seed, "float64").items()}
     ids, targets = rng.integers(0, config.vocab_size, (2, 3, config.max_seq_len))
     grads = backward(config, params, forward(config, params, ids, targets)[2])
@@ -265,7 +265,7 @@ def check(config, seed=0):
 
 
 def clip(grads, limit):
-    """Returns the length of all gradients taken as one vector; scales them, in place, if it exceeds `limit`."""
+    """Returns the norm of all gradients as one vector; if it exceeds `limit`, scales them down to it, in place."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     for g in grads.values():
         g *= min(1.0, limit / (norm + 1e-6))
@@ -280,12 +280,12 @@ def adamw(params, grads, m, v, step, lr, betas, eps, weight_decay):
             p *= 1 - lr * weight_decay
         m[name] += (1 - betas[0]) * (g - m[name])
         v[name] += (1 - betas[1]) * (g * g - v[name])
-        # Means that start at zero are too small by 1 - beta^step: undo that.
+        # Means that start at zero are too small by a factor of 1 - beta^step: undo that.
         p -= lr / (1 - betas[0] ** step) * m[name] / (np.sqrt(v[name]) / math.sqrt(1 - betas[1] ** step) + eps)
 
 
 def train(config, params, batches, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, max_norm=1.0):
-    """Yields (loss, gradient norm) of a step per (ids, targets); updates params in place. lr: step (from 1) -> rate."""
+    """Updates params in place, a step per (ids, targets); yields (loss, gradient norm). lr: step (from 1) -> rate."""
     m = {name: np.zeros_like(p) for name, p in params.items()}
     v = {name: np.zeros_like(p) for name, p in params.items()}
     for step, (ids, targets) in enumerate(batches, 1):
@@ -297,21 +297,21 @@ def train(config, params, batches, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay
 
 
 def cosine(step, steps, peak, final, warmup):
-    """Returns the learning rate of a step, counted from 1: a line up to `peak`, then half a cosine down to `final`."""
+    """Returns the learning rate of a step, counted from 1: linear up to `peak`, then half a cosine down to `final`."""
     if step < warmup:
         return peak * step / warmup
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def batch(tokens, step, seed, B, T):
-    """Returns ids, targets (B, T): B random windows and the same one token later. A pure function of its arguments."""
+    """Returns ids, targets (B, T): B random windows, and the same shifted by one token. A pure function."""
     starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - T, B)
     windows = tokens[starts[:, None] + np.arange(T + 1)]
     return windows[:, :-1], windows[:, 1:]
 
 
 def evaluate(config, params, tokens):
-    """Returns the mean loss over the text cut into windows of max_seq_len, the rest at its end left out."""
+    """Returns the mean loss over the text, split into windows of max_seq_len; drops the incomplete last window."""
     T = config.max_seq_len
     count = (len(tokens) - 1) // T
     windows = np.stack([tokens[: count * T].reshape(count, T), tokens[1 : count * T + 1].reshape(count, T)])
@@ -323,21 +323,21 @@ def evaluate(config, params, tokens):
 
 
 def sample(config, params, ids, count, seed, temperature=1.0):
-    """Returns ids (a list) followed by `count` sampled tokens. temperature 0 takes the likeliest token each time."""
+    """Returns ids (a list) followed by `count` sampled tokens. temperature 0 takes the most likely token."""
     rng = np.random.default_rng(seed)
     ids = list(ids)
     for _ in range(count):
         logits = forward(config, params, np.array([ids[-config.max_seq_len :]]))[0][0, -1]
-        # The argmax of logits plus Gumbel noise is a draw from their softmax.
+        # The argmax of logits plus Gumbel noise is a sample from their softmax.
         ids.append(int(np.argmax(logits + temperature * rng.gumbel(size=len(logits)))))
     return ids
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="?", type=Path, default=SHAKESPEARE, help="text to learn (default: Shakespeare)")
+    parser.add_argument("text", nargs="?", type=Path, default=SHAKESPEARE, help="text to train on (or Shakespeare)")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of 12 x 64 characters")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and the sample")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--check", action="store_true", help="check the gradients instead of training")
     args = parser.parse_args()
@@ -346,7 +346,7 @@ def main():
         errors = check(Config(vocab_size=11, max_seq_len=8, num_layers=2, num_heads=2, hidden_size=12))
         for name, error in errors.items():
             print(f"{name:24} {error:.1e}{'' if error <= 1e-6 else '   WRONG'}")
-        worst = float(np.max(list(errors.values())))  # unlike max(), a NaN among them
+        worst = float(np.max(list(errors.values())))  # np.max, unlike max(), returns NaN if there is one
         is_right = worst <= 1e-6
         print(f"gradients: worst relative error {worst:.1e}, {'pass' if is_right else 'FAIL'} (at most 1e-06)")
         raise SystemExit(int(not is_right))
@@ -381,14 +381,14 @@ if __name__ == "__main__":
 
 # ---- exercises -------------------------------------------------------------------------------------------------------
 #
-# After each, --check tells whether the gradients are still right. Solutions: tests/test_learn.py.
+# After each, run --check: are the gradients still right? Solutions: tests/test_learn.py.
 #
-# 1. Delete the term `n * (dn * n).mean(...)` from layernorm_backward. Which parameters stay right, and why those?
+# 1. Delete the term `n * (dn * n).mean(...)` from layernorm_backward. Which parameters keep right gradients, and why?
 # 2. Replace gelu by the squared ReLU, max(x, 0)^2, and write its backward. What must it save?
 # 3. Replace layernorm by RMSNorm: n = x / sqrt(mean(x^2) + eps), no mean to subtract. Which term of dx goes away?
 # 4. attention saves p: T numbers per row and head. Save lse = log sum_j e^s_j instead, one number per row and head,
-#    and let the backward rebuild p = e^(s - lse). Fast attention kernels do this.
-# 5. lm_loss holds N x V numbers three times over. Work through the rows in 4 slices, save only x, and let the backward
-#    make each slice's p again. What does it save at N = 16384, V = 50257, and what does it cost?
-# 6. Show that the gradient of a batch of 12 is the mean of the gradients of its two halves: a big batch fits a small
-#    machine (gradient accumulation). When is it not the mean? (Think of targets that the loss leaves out.)
+#    and let the backward recompute p = e^(s - lse). Fast attention kernels do this.
+# 5. lm_loss holds three arrays of N x V numbers. Process the rows in 4 slices, save only x, and let the backward
+#    recompute p of each slice. How much memory does this save at N = 16384, V = 50257, and what does it cost?
+# 6. Show that the gradient of a batch of 12 is the mean of the gradients of its two halves, so a large batch fits a
+#    small machine (gradient accumulation). When is it not the mean? (Think of targets that the loss ignores.)

@@ -1,23 +1,23 @@
-// Chapter 2: the GPT-2 of chapter 1 in C: data, forward, backward, AdamW, the loop, sampling. One file, no library.
+// Chapter 2: the GPT-2 of chapter 1 in C: data, forward, backward, AdamW, training, sampling. One file, no library.
 //
 //     cc -O3 -march=native -fopenmp learn/02_gpt2.c -o gpt2 -lm
-//     ./gpt2                                        trains on Shakespeare's letters, then writes some
-//     ./gpt2 --model gpt2_124M.bin --data train_000000.bin --lr 1e-4      goes on from weights, on tokens
+//     ./gpt2                                        trains on Shakespeare by letters, then samples
+//     ./gpt2 --model gpt2_124M.bin --data train_000000.bin --lr 1e-4      starts from these weights, on tokens
 //     ./gpt2 --help
 //
 //     cc -O3 -fopenmp -DREAL=double learn/02_gpt2.c -o gpt2_double -lm
 //     ./gpt2_double --check                         compares every gradient with finite differences
 //
-// The formulas are those of chapter 1, and stand again above each function. New is what numpy hid:
+// The formulas are those of chapter 1, repeated above each function. New is what numpy hid:
 //
-//   memory    Who holds which numbers, and how long. Everything is allocated once, before the first step.
-//   order     A processor computes faster than its memory delivers. Of two loops that do the same sums, the faster one
-//             is the one that uses a number again while it is still near, in the cache.
-//   threads   Two threads must never add to the same number. So each loop is cut where no number is shared.
+//   memory    Which buffer holds which numbers, and for how long. We allocate everything once, before the first step.
+//   order     A processor computes faster than its memory delivers. Of two loops that compute the same sums, the faster
+//             one reuses a number while it is still in the cache.
+//   threads   Two threads must never add to the same number. So we split each loop where threads share no output.
 //
 // Letters: B sequences of T tokens make N = B*T rows of C channels; H heads of D = C/H channels; L layers; V tokens in
-// the vocabulary, R rows in its table, which is padded. `dx` always means d loss / d x and has the shape of x. Arrays
-// are written as in numpy, last index nearest: x (N, C) keeps row n, channel c at x[n * C + c].
+// the vocabulary, R rows in its padded table. `dx` always means d loss / d x and has the shape of x. Arrays are
+// row-major, as in numpy: x (N, C) keeps row n, channel c at x[n * C + c].
 
 #include <math.h>
 #include <stdarg.h>
@@ -29,16 +29,16 @@
 #include <tgmath.h>  // exp(x) is expf(x) where x is a float, and so on
 #include <time.h>
 
-#undef I  // tgmath.h takes it for the square root of -1; here it is a number of inputs
+#undef I  // tgmath.h defines it as the imaginary unit; here it is the number of inputs
 
 #ifndef REAL
 #define REAL float
 #endif
-typedef REAL real;  // float to train; double to check gradients, where float's seven digits are too few
+typedef REAL real;  // float to train; double to check gradients, which needs more than float's seven digits
 
-// ---- small things ---------------------------------------------------------------------------------------------------
+// ---- basics ---------------------------------------------------------------------------------------------------------
 
-// Ends the program with a message for the user: what a rule is, and what was found instead.
+// Ends the program with a message for the user: the rule, and what was found instead.
 static void fail(const char *message, ...) {
   va_list arguments;
   va_start(arguments, message);
@@ -48,7 +48,7 @@ static void fail(const char *message, ...) {
   exit(2);
 }
 
-// Memory for `count` things of `size` bytes, all zero.
+// Zeroed memory for `count` elements of `size` bytes.
 static void *zeros(size_t count, size_t size) {
   void *memory = calloc(count ? count : 1, size);
   if (!memory) fail("[memory] %.1f MiB are needed, but the system has none left", (double)count * size / 1048576);
@@ -59,8 +59,8 @@ static real *reals(size_t count) { return zeros(count, sizeof(real)); }
 
 static uint64_t random_state;
 
-// A random number between 0 and 1, neither included. A counter goes up by an odd constant; mixing its bits makes its
-// values look unrelated (the generator is known as splitmix64).
+// A random number between 0 and 1, both excluded. A counter grows by an odd constant, and mixing its bits makes the
+// results look unrelated (the splitmix64 generator).
 static double uniform(void) {
   random_state += 0x9E3779B97F4A7C15u;
   uint64_t z = random_state;
@@ -70,14 +70,14 @@ static double uniform(void) {
   return ((double)(z >> 11) + 0.5) * 0x1p-53;
 }
 
-// A random number from the bell curve around 0 with this standard deviation: a point with a random angle, whose
-// distance from the centre makes the density e^(-r^2/2) (Box and Muller).
+// A normally distributed random number with mean 0 and this standard deviation: a coordinate of a point at a random
+// angle, at a distance r whose distribution makes the density of points e^(-r^2/2) (Box and Muller).
 static double normal(double deviation) {
   double radius = sqrt(-2 * log(uniform()));
   return deviation * radius * cos(2 * M_PI * uniform());
 }
 
-// a . b, over n numbers. `simd` allows the compiler to add in another order: eight partial sums instead of one.
+// a . b, over n numbers. `simd` lets the compiler reorder the sum: eight partial sums, for example, instead of one.
 static real dot(const real *a, const real *b, int n) {
   real sum = 0;
   #pragma omp simd reduction(+ : sum)
@@ -91,19 +91,19 @@ static void add_scaled(real *y, real s, const real *x, int n) {
   for (int i = 0; i < n; i++) y[i] += s * x[i];
 }
 
-// ---- the pieces, each with its backward -----------------------------------------------------------------------------
+// ---- the layers, each with its backward -----------------------------------------------------------------------------
 //
-// Outputs come first, then inputs, then sizes. A backward overwrites the gradient of its input, unless it says that it
-// adds, and always adds to the gradients of parameters, which are set to zero once, before the first.
+// Arguments: outputs, inputs, sizes. A backward overwrites the gradient of its input unless its comment says that it
+// adds, and always adds to the gradients of parameters, which `backward` sets to zero first.
 
 // y = x W' + b.   x: (N, I), W: (O, I), b: (O) or NULL -> y: (N, O)
 //
-// Nine tenths of all time is spent here and in its backward. W is large and is met once: row o of W comes from memory
-// and stays in the nearest cache while it meets every row of x. x is small, and stays in the second nearest. Four rows
-// of x at a time share what was loaded of W, and make four sums that do not wait for one another.
+// This function and its backward take nine tenths of all time. W is large and read once: row o of W comes from memory
+// and stays in L1 while it is multiplied with every row of x. x is small and stays in L2. Four rows of x at a time
+// share each load of W and give four independent sums.
 static void linear(real *y, const real *x, const real *w, const real *b, int N, int I, int O) {
   #pragma omp parallel for
-  for (int o = 0; o < O; o++) {  // a thread has its own o: its own column of y
+  for (int o = 0; o < O; o++) {  // each thread has its own columns of y
     const real *wo = w + (size_t)o * I;
     real bo = b ? b[o] : 0;
     int n = 0;
@@ -128,19 +128,19 @@ static void linear(real *y, const real *x, const real *w, const real *b, int N, 
 //                                 Nudging W_oi moves y_no by x_ni, for every n:   dW_oi = sum_n dy_no x_ni
 //                                 Nudging b_o  moves y_no by 1, for every n:      db_o  = sum_n dy_no
 //
-// Both sums are sums of whole rows, so both are written with add_scaled: no number is met in strides.
+// Both are sums of whole rows, so add_scaled computes both, with contiguous accesses only.
 static void linear_backward(real *dx, real *dw, real *db, const real *dy, const real *x, const real *w, int N, int I,
                             int O) {
-  enum { ROWS = 8 };  // of dx, which stay near while all of W goes by
+  enum { ROWS = 8 };  // of dx, which stay in cache while all of W passes by
   #pragma omp parallel for
-  for (int first = 0; first < N; first += ROWS) {  // a thread has its own rows of dx
+  for (int first = 0; first < N; first += ROWS) {  // each thread has its own rows of dx
     int last = first + ROWS < N ? first + ROWS : N;
     memset(dx + (size_t)first * I, 0, (size_t)(last - first) * I * sizeof(real));
     for (int o = 0; o < O; o++)
       for (int n = first; n < last; n++) add_scaled(dx + (size_t)n * I, dy[(size_t)n * O + o], w + (size_t)o * I, I);
   }
   #pragma omp parallel for
-  for (int o = 0; o < O; o++) {  // a thread has its own rows of dW
+  for (int o = 0; o < O; o++) {  // each thread has its own rows of dW
     for (int n = 0; n < N; n++) {
       add_scaled(dw + (size_t)o * I, dy[(size_t)n * O + o], x + (size_t)n * I, I);
       if (db) db[o] += dy[(size_t)n * O + o];
@@ -169,9 +169,9 @@ static void layernorm(real *y, real *n, real *rstd, const real *x, const real *w
 // With dn = dy w, and <> the mean over C:   dx = rstd (dn - <dn> - n <dn n>),   dw = sum over rows of dy n,
 // db = sum over rows of dy.
 //
-// Why: moving x along the all-ones vector changes nothing, since the mean goes along, and neither does moving it along
-// n, since the deviation goes along. Those two parts of dn must go. Adds to dx: x also goes on past the branch (see
-// `block`).
+// Why: n does not change when x moves along the all-ones vector (only the mean changes) or along n (only the deviation
+// changes). So the gradient has no component in these two directions. Adds it to dx, which already holds the gradient
+// that bypasses the branch (see `block`).
 static void layernorm_backward(real *dx, real *dw, real *db, const real *dy, const real *n, const real *rstd,
                                const real *w, int N, int C) {
   #pragma omp parallel for
@@ -184,7 +184,7 @@ static void layernorm_backward(real *dx, real *dw, real *db, const real *dy, con
     }
     for (int c = 0; c < C; c++) dx[(size_t)row * C + c] += rstd[row] * (dyr[c] * w[c] - mean - nr[c] * mean_n);
   }
-  // Here all rows add to the same C numbers. It is little work, so one thread does it, in order.
+  // Here all rows add to the same C numbers. The work is small, so one thread does it, in order.
   for (int row = 0; row < N; row++) {
     for (int c = 0; c < C; c++) {
       dw[c] += dy[(size_t)row * C + c] * n[(size_t)row * C + c];
@@ -193,7 +193,7 @@ static void layernorm_backward(real *dx, real *dw, real *db, const real *dy, con
   }
 }
 
-// y = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), for each number on its own.
+// y = x/2 (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), elementwise.
 static void gelu(real *y, const real *x, size_t count) {
   const real k = sqrt(2 / M_PI), cubic = 0.044715;
   #pragma omp parallel for
@@ -211,18 +211,18 @@ static void gelu_backward(real *dy, const real *x, size_t count) {
   }
 }
 
-// o_t = sum_s p_ts v_s with p_t = softmax over s <= t of q_t . k_s / sqrt(D), in each sequence and head: token t asks
-// its question q_t of all keys k_s so far, and takes home a mixture of their answers v_s. qkv: (B, T, 3, H, D) -> o:
-// (B, T, H, D), p: (B, H, T, T), of which only s <= t is written and read
+// o_t = sum_s p_ts v_s with p_t = softmax over s <= t of q_t . k_s / sqrt(D), in each sequence and head: token t
+// compares its query q_t with all keys k_s so far, and takes a weighted mean of their values v_s.
+// qkv: (B, T, 3, H, D) -> o: (B, T, H, D), p: (B, H, T, T), of which only s <= t is written and read
 //
-// The largest score is subtracted before exp, which would overflow at 89; in the quotient the subtraction cancels.
+// Subtract the largest score before exp, which would overflow at 89; the subtraction cancels in the quotient.
 static void attention(real *o, real *p, const real *qkv, int B, int T, int C, int H) {
   int D = C / H;
   real scale = 1 / sqrt((real)D);
   #pragma omp parallel for collapse(2)
   for (int b = 0; b < B; b++) {
-    for (int h = 0; h < H; h++) {  // a thread has its own head of its own sequence
-      const real *q = qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;  // a token further is 3C further
+    for (int h = 0; h < H; h++) {  // each thread has its own head of its own sequence
+      const real *q = qkv + (size_t)b * T * 3 * C + h * D, *k = q + C, *v = k + C;  // the next token is 3C further
       for (int t = 0; t < T; t++) {
         real *pt = p + (((size_t)b * H + h) * T + t) * T, *ot = o + ((size_t)b * T + t) * C + h * D;
         real top = -INFINITY, sum = 0;
@@ -277,8 +277,8 @@ static void embed(real *x, const int *ids, const real *wte, const real *wpe, int
     for (int c = 0; c < C; c++) x[(size_t)n * C + c] = wte[(size_t)ids[n] * C + c] + wpe[(size_t)(n % T) * C + c];
 }
 
-// Row r of wte is copied to every place where token r stands: its gradient is the sum over those places. Row t of wpe
-// is copied to position t of every sequence. Tokens repeat, so threads would collide; one does it alone.
+// Forward copies row r of wte to every position that holds token r, so its gradient is the sum over those positions. It
+// copies row t of wpe to position t of every sequence. Tokens repeat, so threads would collide: one thread does it all.
 static void embed_backward(real *dwte, real *dwpe, const real *dx, const int *ids, int B, int T, int C) {
   for (int n = 0; n < B * T; n++) {
     add_scaled(dwte + (size_t)ids[n] * C, 1, dx + (size_t)n * C, C);
@@ -286,7 +286,7 @@ static void embed_backward(real *dwte, real *dwpe, const real *dx, const int *id
   }
 }
 
-// Logits z = x wte' become probabilities p = softmax(z), in place; returns the mean of -log p[target] over the rows.
+// Turns logits z = x wte' into probabilities p = softmax(z), in place; returns the mean over rows of -log p[target].
 // z: (N, V) -> p: (N, V)
 static double cross_entropy(real *z, const int *targets, int N, int V) {
   double losses[N], total = 0;
@@ -297,13 +297,13 @@ static double cross_entropy(real *z, const int *targets, int N, int V) {
     double target = zn[targets[n]] - top;
     for (int i = 0; i < V; i++) sum += zn[i] = exp(zn[i] - top);
     for (int i = 0; i < V; i++) zn[i] /= sum;
-    losses[n] = log((double)sum) - target;  // not -log p: p may be too small for a float
+    losses[n] = log((double)sum) - target;  // not -log p, since p may underflow a float
   }
-  for (int n = 0; n < N; n++) total += losses[n];  // apart from the parallel loop: the same order, the same bits
+  for (int n = 0; n < N; n++) total += losses[n];  // not in the parallel loop: same order, same bits
   return total / N;
 }
 
-// -log p_t = log sum_j e^z_j - z_t, so its slope in z_j is p_j - 1[j=t]; the mean divides by N.
+// -log p_t = log sum_j e^z_j - z_t, so its derivative in z_j is p_j - 1[j=t]; the mean divides by N.
 // In place: p becomes dz.
 static void cross_entropy_backward(real *p, const int *targets, int N, int V) {
   #pragma omp parallel for
@@ -316,9 +316,9 @@ static void cross_entropy_backward(real *p, const int *targets, int N, int V) {
 
 // ---- parameters -----------------------------------------------------------------------------------------------------
 
-// All parameters lie in one vector, in the order in which a model file has them: tensor by tensor, and within a tensor
-// layer by layer. Gradients and the optimizer's two means are vectors of the same plan, so that AdamW, the norm,
-// reading and writing need not know what a parameter is for.
+// One vector holds all parameters, in the order of a model file: tensor by tensor, and within a tensor layer by layer.
+// Gradients and the optimizer's two moments are vectors of the same layout, so AdamW, the norm, reading and writing
+// need not know what a parameter is for.
 enum { WTE, WPE, LN1_W, LN1_B, QKV_W, QKV_B, PROJ_W, PROJ_B, LN2_W, LN2_B, FC_W, FC_B, OUT_W, OUT_B, LNF_W, LNF_B };
 enum { TENSORS = LNF_B + 1 };
 static const char *NAMES[TENSORS] = {"wte",    "wpe",    "ln_1 w", "ln_1 b", "qkv w", "qkv b", "proj w", "proj b",
@@ -330,11 +330,11 @@ typedef struct {
 
 typedef struct {
   Config config;
-  size_t size[TENSORS];   // numbers in one layer of a tensor
-  size_t start[TENSORS];  // where its layer 0 begins
-  int layers[TENSORS];    // 1 for what stands outside the blocks
-  bool decays[TENSORS];   // whether weight decay pulls it to 0: matrices and tables; not biases and norms
-  size_t count;           // of all parameters
+  size_t size[TENSORS];   // of one layer of a tensor
+  size_t start[TENSORS];  // index of its layer 0
+  int layers[TENSORS];    // 1 for tensors outside the blocks
+  bool decays[TENSORS];   // whether weight decay applies: to matrices and tables, not to biases and norms
+  size_t count;           // number of all parameters
   real *params, *grads, *m, *v;
 } Model;
 
@@ -356,7 +356,7 @@ static Model new_model(Config c) {
   return model;
 }
 
-// What only training needs: three more vectors.
+// Allocates the three vectors that only training needs.
 static void make_trainable(Model *model) {
   model->grads = reals(model->count);
   model->m = reals(model->count);
@@ -371,10 +371,10 @@ static real *grad(const Model *m, int tensor, int layer) {
   return m->grads + m->start[tensor] + layer * m->size[tensor];
 }
 
-// Fresh parameters: matrices from the bell curve, biases 0, norms 1 and 0, padding rows 0.
+// Fresh parameters: matrices normally distributed, biases 0, norm weights 1 and biases 0, padding rows 0.
 //
-// Every layer adds two branches to the residual stream. What ends a branch is drawn smaller by sqrt(2L), so that the
-// variance of the stream does not depend on the depth.
+// Every layer adds two branches to the residual stream. The last matrix of a branch gets a standard deviation smaller
+// by sqrt(2L), so that the variance of the stream does not depend on the depth.
 static void draw(Model *model) {
   Config c = model->config;
   for (int i = 0; i < TENSORS; i++) {
@@ -387,7 +387,7 @@ static void draw(Model *model) {
   }
 }
 
-// A model file: 256 int32, then every parameter as float32, in our order.
+// A model file: 256 int32, then every parameter as float32, in the order above.
 //
 //     header[0] 20240326   header[1] 3   header[2..7] longest sequence, V, L, H, C, R   the rest 0
 enum { MODEL_MAGIC = 20240326, MODEL_VERSION = 3 };
@@ -403,7 +403,7 @@ static Model read_model(const char *path) {
   if (c.T < 1 || c.V < 1 || c.L < 1 || c.H < 1 || c.C < 1 || c.R < c.V) fail("[model] %s has sizes below 1", path);
   Model model = new_model(c);
   for (size_t at = 0; at < model.count; at++) {
-    float number;  // one by one, since `real` may be double; the C library reads ahead
+    float number;  // one by one, since `real` may be double; the C library buffers
     if (fread(&number, sizeof(float), 1, file) != 1)
       fail("[model] %s holds %zu parameters, but it ends after %zu", path, model.count, at);
     model.params[at] = number;
@@ -426,8 +426,7 @@ static void write_model(const Model *model, const char *path) {
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-// What forward leaves for backward, in each layer. This, not the weights, is what fills a memory: every buffer has N
-// rows.
+// What forward saves for backward in each layer. Every buffer has N rows, so these, not the weights, take most memory.
 typedef struct {
   real *n1, *rstd1, *y1;  // norm: (N, C), (N), (N, C)
   real *qkv, *p, *o;      // attention: (N, 3C), (B, H, T, T), (N, C)
@@ -437,15 +436,14 @@ typedef struct {
 
 // All buffers of a forward and a backward with at most N rows in sequences of at most T.
 //
-// x, the residual stream, needs no copy for each layer: the norms keep what their backward needs, and a sum needs
-// nothing.
+// x, the residual stream, needs no copy per layer: the norms save what their backward needs, and a sum needs nothing.
 typedef struct {
   int N, T;
   Layer *layers;
-  real *x, *branch;              // (N, C): the stream, and what a layer is about to add to it
+  real *x, *branch;              // (N, C): the stream, and the branch that a layer adds to it
   real *nf, *rstdf, *yf;         // the last norm
-  real *logits;                  // (N, V); then probabilities; then their gradient
-  real *dx, *dbranch, *d3, *d4;  // (N, C), (N, C), (N, 3C), (N, 4C): gradients, used again by every layer
+  real *logits;                  // (N, V): logits, then probabilities, then gradients of logits
+  real *dx, *dbranch, *d3, *d4;  // (N, C), (N, C), (N, 3C), (N, 4C): gradients, reused by every layer
 } Buffers;
 
 static Buffers new_buffers(Config c, int N, int T) {
@@ -483,9 +481,9 @@ static void block(const Model *m, Buffers *f, int l, int B, int T) {
   add_scaled(f->x, 1, f->branch, N * C);
 }
 
-// x + f(x) has the gradient dx + f'(dx): a sum hands its gradient to both terms. So f->dx, the gradient of the stream,
-// goes into each branch as it is, and what comes out of the branch's norm is added to it. The order is that of `block`,
-// from the last line to the first, each call replaced by its backward.
+// x + f(x): a sum passes its gradient to both terms. So f->dx, the gradient of the stream, enters each branch as it is,
+// and the gradient that comes out of the branch's norm is added to it. The calls are those of `block` in reverse order,
+// each replaced by its backward.
 static void block_backward(const Model *m, Buffers *f, int l, int B, int T) {
   Layer *s = &f->layers[l];
   int N = B * T, C = m->config.C;
@@ -502,8 +500,8 @@ static void block_backward(const Model *m, Buffers *f, int l, int B, int T) {
                      N, C);
 }
 
-// Leaves the logits of B sequences of T tokens in f->logits. With targets, goes on to probabilities and returns the
-// mean loss in nats per token; without (NULL), returns 0.
+// Leaves the logits of B sequences of T tokens in f->logits. With targets, turns them into probabilities and returns
+// the mean loss in nats per token; without (NULL), returns 0.
 static double forward(const Model *m, Buffers *f, const int *ids, const int *targets, int B, int T) {
   Config c = m->config;
   int longest = f->T < c.T ? f->T : c.T;
@@ -512,7 +510,7 @@ static double forward(const Model *m, Buffers *f, const int *ids, const int *tar
   embed(f->x, ids, param(m, WTE, 0), param(m, WPE, 0), B, T, c.C);
   for (int l = 0; l < c.L; l++) block(m, f, l, B, T);
   layernorm(f->yf, f->nf, f->rstdf, f->x, param(m, LNF_W, 0), param(m, LNF_B, 0), B * T, c.C);
-  // The head is the embedding again. Of its rows only V are asked: padding never becomes a token.
+  // The head shares the embedding's weights. It uses only V rows, so padding never becomes a token.
   linear(f->logits, f->yf, param(m, WTE, 0), NULL, B * T, c.C, c.V);
   return targets ? cross_entropy(f->logits, targets, B * T, c.V) : 0;
 }
@@ -528,11 +526,11 @@ static void backward(const Model *m, Buffers *f, const int *ids, const int *targ
   layernorm_backward(f->dx, grad(m, LNF_W, 0), grad(m, LNF_B, 0), f->dbranch, f->nf, f->rstdf, param(m, LNF_W, 0), N,
                      c.C);
   for (int l = c.L - 1; l >= 0; l--) block_backward(m, f, l, B, T);
-  embed_backward(grad(m, WTE, 0), grad(m, WPE, 0), f->dx, ids, B, T, c.C);  // adds to what the head left in wte
+  embed_backward(grad(m, WTE, 0), grad(m, WPE, 0), f->dx, ids, B, T, c.C);  // adds to the head's gradient in wte
 }
 
 // Compares, for every layer of every tensor p, the slope of the loss along a random direction r with gradient . r,
-// where slope = (loss(p + e r) - loss(p - e r)) / 2e. Returns 0 if all agree, to what the precision of `real` allows.
+// where slope = (loss(p + e r) - loss(p - e r)) / 2e. Returns 0 if all agree within the precision of `real`.
 static int check(void) {
   enum { B = 3, T = 8 };
   bool is_double = sizeof(real) == 8;
@@ -564,7 +562,7 @@ static int check(void) {
       }
       memcpy(p, kept, sizeof(kept));
       double error = fabs((losses[0] - losses[1]) / (2 * e) - expected) / sqrt(length);
-      if (error > worst || isnan(error)) worst = error;  // and nothing is greater than a NaN
+      if (error > worst || isnan(error)) worst = error;  // isnan, because nothing compares greater than a NaN
       printf("%-8s layer %d   %.1e%s\n", NAMES[i], l, error, error <= limit ? "" : "   WRONG");
     }
   }
@@ -574,10 +572,10 @@ static int check(void) {
 
 // ---- training -------------------------------------------------------------------------------------------------------
 
-// The length of all gradients, taken as one vector. If it exceeds `limit`, they are scaled down to it: one bad batch
-// must not throw the weights far away.
+// The norm of all gradients as one vector. If it exceeds `limit`, scales the gradients down to it, so that one bad
+// batch cannot move the weights far.
 static double clip(Model *model, double limit) {
-  double squares = 0;  // in double: a hundred million small numbers are added
+  double squares = 0;  // in double, for a sum of a hundred million small numbers
   for (size_t at = 0; at < model->count; at++) squares += (double)model->grads[at] * model->grads[at];
   double norm = sqrt(squares);
   real scale = limit > 0 && norm > limit ? limit / (norm + 1e-6) : 1;
@@ -585,14 +583,13 @@ static double clip(Model *model, double limit) {
   return norm;
 }
 
-// AdamW: a step against the gradient, for each parameter as long as lr, shortened where the gradient keeps changing
-// sign.
+// AdamW: moves each parameter against its gradient by about lr, and by less where the gradient keeps changing sign.
 //
 //     m <- b1 m + (1 - b1) g       running mean of the gradient
-//     v <- b2 v + (1 - b2) g^2     and of its square
+//     v <- b2 v + (1 - b2) g^2     running mean of its square
 //     p <- p - lr decay p - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
 //
-// Means that start at zero are too small by 1 - b^step; the division undoes that. step counts from 1.
+// Means that start at zero are too small by a factor of 1 - b^step; the division undoes that. step counts from 1.
 static void adamw(Model *model, int step, real lr, real b1, real b2, real decay) {
   const real eps = 1e-8, size_m = 1 - pow((double)b1, step), size_v = 1 - pow((double)b2, step);
   for (int i = 0; i < TENSORS; i++) {
@@ -608,7 +605,7 @@ static void adamw(Model *model, int step, real lr, real b1, real b2, real decay)
   }
 }
 
-// The learning rate of a step, counted from 1: a line up to `peak`, then half a cosine down to a tenth of it.
+// The learning rate of a step, counted from 1: linear up to `peak`, then half a cosine down to a tenth of it.
 static double cosine(int step, int steps, double peak, int warmup) {
   if (step < warmup) return peak * step / warmup;
   double way = steps > warmup ? (double)(step - warmup) / (steps - warmup) : 1;
@@ -617,19 +614,19 @@ static double cosine(int step, int steps, double peak, int warmup) {
 
 // ---- data -----------------------------------------------------------------------------------------------------------
 
-enum { MOST_TOKENS = 1 << 30 };  // more than any vocabulary has, and an int still holds its padding
+enum { MOST_TOKENS = 1 << 30 };  // more than any vocabulary has, and its padded size still fits an int
 
-// A text as token numbers. Of a plain text every byte is a token, numbered in order of first use.
+// A text as token ids. In a plain text every byte is a token; ids follow the order of first use.
 typedef struct {
   int *ids;
   long count;
-  int vocab;                  // tokens that occur: 0 .. vocab-1
-  bool is_text;               // and if so:
+  int vocab;                  // ids that occur: 0 .. vocab-1
+  bool is_text;               // if so:
   unsigned char letter[256];  // the byte that a token stands for
 } Tokens;
 
-// A token shard: 256 int32, of which [0] is 20240520 for ids of 16 bits or 20240801 for 32, and [2] counts them; then
-// the ids. Any other file is taken for a text.
+// A token shard: 256 int32, then the ids. [0] is 20240520 for 16-bit ids or 20240801 for 32-bit ids, [2] is their
+// number. Any other file is read as a text.
 static Tokens read_tokens(const char *path) {
   FILE *file = fopen(path, "rb");
   if (!file) fail("[data] a text or a token shard can be read, but got '%s'", path);
@@ -648,7 +645,7 @@ static Tokens read_tokens(const char *path) {
   memset(number, -1, sizeof(number));
   fseek(file, start, SEEK_SET);
   for (long at = 0; at < tokens.count; at++) {
-    uint32_t id = 0;  // a little-endian machine reads narrow numbers into its low bytes
+    uint32_t id = 0;  // little-endian: a narrow number lands in the low bytes
     if (fread(&id, width, 1, file) != 1) fail("[data] %s can be read to its end, but it cannot", path);
     if (id >= MOST_TOKENS) fail("[data] token ids lie below %d, but got %u", MOST_TOKENS, id);
     if (tokens.is_text && number[id] < 0) {
@@ -662,8 +659,8 @@ static Tokens read_tokens(const char *path) {
   return tokens;
 }
 
-// Sequences first, first+1, .. first+B-1 of the text cut into pieces of T tokens; after the last comes the first again.
-// The targets are the same text one token later.   -> ids, targets: (B, T)
+// Sequences first, first+1, .. first+B-1 of the text, which is split into sequences of T tokens and repeats after the
+// last. The targets are the same text shifted by one token.   -> ids, targets: (B, T)
 static void batch(int *ids, int *targets, const Tokens *tokens, long first, int B, int T) {
   long pieces = (tokens->count - 1) / T;
   for (int b = 0; b < B; b++) {
@@ -673,7 +670,7 @@ static void batch(int *ids, int *targets, const Tokens *tokens, long first, int 
   }
 }
 
-// The mean loss over the first `most` batches of a text, or over as many as it has.
+// The mean loss over the first `most` batches of a text, or over all if it has fewer.
 static double evaluate(const Model *model, Buffers *buffers, const Tokens *tokens, int most, int B, int T) {
   int *ids = zeros((size_t)B * T, sizeof(int)), *targets = zeros((size_t)B * T, sizeof(int)), count = 0;
   double total = 0;
@@ -687,8 +684,8 @@ static double evaluate(const Model *model, Buffers *buffers, const Tokens *token
 
 // ---- sampling -------------------------------------------------------------------------------------------------------
 
-// Draws a token from softmax(z / temperature): a random height on the stack of probabilities, and whose slice it hits.
-// Temperature 0 takes the likeliest.   z: (V), is overwritten
+// Samples a token from softmax(z / temperature): stacks the probabilities, picks a random height, and returns the token
+// at that height. Temperature 0 takes the most likely token.   z: (V), overwritten
 static int draw_token(real *z, int V, double temperature) {
   int best = 0;
   for (int i = 1; i < V; i++) best = z[i] > z[best] ? i : best;
@@ -698,12 +695,12 @@ static int draw_token(real *z, int V, double temperature) {
   double height = uniform() * sum;
   for (int i = 0; i < V; i++)
     if ((height -= z[i]) < 0) return i;
-  return best;  // rounding may leave a hair's breadth above the stack
+  return best;  // rounding may put the height just above the stack
 }
 
-// Prints `count` tokens that go on from `start`: as letters if the tokens are letters, as numbers if not.
+// Prints `count` tokens that continue `start`: as letters if the tokens are letters, otherwise as numbers.
 //
-// The whole text so far, at most T tokens, is computed again for every token. (How not to: exercise 4.)
+// Recomputes the whole text so far, at most T tokens, for every token. (Exercise 4 avoids that.)
 static void sample(const Model *model, Buffers *f, const Tokens *tokens, int start, int count, double temperature) {
   int *text = zeros((size_t)count + 1, sizeof(int));
   int V = model->config.V, longest = f->T < model->config.T ? f->T : model->config.T;
@@ -736,31 +733,31 @@ static double lr = 1e-3, decay = 0.1, beta1 = 0.9, beta2 = 0.99, max_norm = 1.0,
 
 static const struct {
   const char *flag;
-  const char **text;  // where its value goes, by type
+  const char **text;  // destination of the value, by type
   int *whole;
   double *number;
   const char *help;
 } FLAGS[] = {
     {"--data", &data, 0, 0, "a token shard, or a text whose bytes become the tokens"},
-    {"--val", &val, 0, 0, "the same for validation; without, a text's last tenth"},
-    {"--model", &model_file, 0, 0, "weights to start from (float32 .bin); without, fresh ones"},
-    {"--save", &save, 0, 0, "where to write the weights at the end"},
+    {"--val", &val, 0, 0, "the same for validation; default: the last tenth of a text"},
+    {"--model", &model_file, 0, 0, "weights to start from (float32 .bin); default: fresh ones"},
+    {"--save", &save, 0, 0, "file for the weights at the end"},
     {"--layers", 0, &layers, 0, "of a fresh model"},
     {"--heads", 0, &heads, 0, "of a fresh model"},
     {"--channels", 0, &channels, 0, "of a fresh model"},
-    {"--batch", 0, &B, 0, "sequences in a step"},
-    {"--length", 0, &T, 0, "tokens in a sequence"},
-    {"--steps", 0, &steps, 0, "of training"},
+    {"--batch", 0, &B, 0, "sequences per step"},
+    {"--length", 0, &T, 0, "tokens per sequence"},
+    {"--steps", 0, &steps, 0, "training steps"},
     {"--lr", 0, 0, &lr, "peak learning rate"},
     {"--warmup", 0, &warmup, 0, "steps from 0 to the peak"},
     {"--decay", 0, 0, &decay, "weight decay of matrices and tables"},
-    {"--beta1", 0, 0, &beta1, "memory of the gradient's mean"},
-    {"--beta2", 0, 0, &beta2, "memory of its square's mean"},
-    {"--clip", 0, 0, &max_norm, "largest length of the gradient; 0: no limit"},
+    {"--beta1", 0, 0, &beta1, "decay of the running mean of the gradient"},
+    {"--beta2", 0, 0, &beta2, "decay of the running mean of its square"},
+    {"--clip", 0, 0, &max_norm, "largest norm of the gradient; 0: no limit"},
     {"--sample", 0, &tokens_to_sample, 0, "tokens to write at the end"},
-    {"--temperature", 0, 0, &temperature, "of the sample; 0: always the likeliest token"},
-    {"--seed", 0, &seed, 0, "of weights and sample"},
-    {"--reference", &reference, 0, 0, "losses to compare with, one a line"},
+    {"--temperature", 0, 0, &temperature, "of the sample; 0: always the most likely token"},
+    {"--seed", 0, &seed, 0, "seed of weights and sample"},
+    {"--reference", &reference, 0, 0, "file of losses to compare with, one per line"},
 };
 enum { FLAG_COUNT = sizeof(FLAGS) / sizeof(FLAGS[0]) };
 
@@ -781,7 +778,7 @@ static void read_flags(int count, char **words) {
     if (sizes[i] < 1) fail("[flags] sizes are at least 1, but got %d", sizes[i]);
 }
 
-// Trains, and prints each step. Returns the exit code: 1 if there is a reference and a loss differs by more than 1e-4.
+// Trains and prints steps. Returns the exit code: 1 if a loss differs from the reference by more than 1e-4.
 static int train(Model *model, Buffers *buffers, const Tokens *tokens) {
   FILE *expected = reference ? fopen(reference, "r") : NULL;
   if (reference && !expected) fail("[train] --reference is a file that can be read, but got '%s'", reference);
@@ -837,12 +834,12 @@ int main(int count, char **words) {
   }
   if (tokens.count <= T) fail("[data] %s has more than %d tokens, but it has %ld", data, T, tokens.count);
 
-  int V = tokens.is_text || tokens.vocab > 50257 ? tokens.vocab : 50257;  // a shard does not tell; GPT-2's is 50257
+  int V = tokens.is_text || tokens.vocab > 50257 ? tokens.vocab : 50257;  // a shard does not store it; GPT-2's is 50257
   Model model;
   if (model_file) {
     model = read_model(model_file);
   } else {
-    // The table is padded to a multiple of 128 rows, which suits hardware. The padding stays 0 and never counts.
+    // The table is padded to a multiple of 128 rows, which suits hardware. The padding stays 0 and is never used.
     model = new_model((Config){.T = T, .V = V, .L = layers, .H = heads, .C = channels, .R = (V + 127) / 128 * 128});
     draw(&model);
   }
@@ -864,12 +861,12 @@ int main(int count, char **words) {
 //
 // After each, compile with -DREAL=double and run --check. Solutions: tests/test_learn.py.
 //
-// 1. Leave `- mean` out of layernorm_backward. Which tensors stay right? (In chapter 1 it was the other term.)
-// 2. `a`, the MLP after GELU, can be computed again from `u`. Free its N * 4C numbers in every layer: keep one buffer
-//    for all layers and fill it when backward needs it. By what part does a layer's memory shrink, and what does it
+// 1. Remove `- mean` from layernorm_backward. Which tensors keep right gradients? (In chapter 1 it was the other term.)
+// 2. `a`, the MLP after GELU, can be recomputed from `u`. Free its N * 4C numbers in every layer: keep one buffer for
+//    all layers and fill it when backward needs it. By what fraction does a layer's memory shrink, and what does it
 //    cost?
-// 3. Make a step of two half batches: two forwards and backwards whose gradients add up before one update (gradient
-//    accumulation). Where must the memset of `backward` go, and what else must change for the mean to stay a mean?
-// 4. `sample` computes the whole text again for each token, though k and v of the earlier ones do not change. Keep
-//    them: write an attention for one new token against all kept keys. How many multiplications does a token of text
-//    cost, then?
+// 3. Make one step from two half batches: two forwards and backwards whose gradients add up before one update (gradient
+//    accumulation). Where must the memset of `backward` go, and what else must change so that the loss stays a mean?
+// 4. `sample` recomputes the whole text for each token, although k and v of the earlier tokens do not change. Keep
+//    them: write an attention for one new token against all cached keys. How many multiplications does a token then
+//    cost?

@@ -1,7 +1,7 @@
-"""GPT-2 in plain PyTorch: the independent judge of handgrad's numbers and the baseline of its speed.
+"""GPT-2 in plain PyTorch: the independent reference for handgrad's numbers and the baseline for its speed.
 
 Nothing in the package imports this file. Parameters have handgrad's names, shapes and layout: c_attn.weight is (3C, C).
-The loss is the mean over tokens in nats, the norms' eps is 1e-5, GELU is the tanh form, there is no dropout.
+The loss is the mean over tokens in nats, the norms' eps is 1e-5, GELU is the tanh form, and there is no dropout.
 """
 
 import numpy as np
@@ -54,11 +54,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """A GPT-2 with tied head, initialised like handgrad's (other random numbers, same distributions).
+    """A GPT-2 with tied head, initialised like handgrad's (same distributions, other random numbers).
 
-    `vocab_padded` rows of wte are stored and `vocab_size` of them used; leave it out for a speed comparison, since
+    wte has `vocab_padded` rows, of which the model uses `vocab_size`; omit `vocab_padded` when you compare speed, since
     slicing costs a copy of the gradient. `attention` is "sdpa" or "eager" (explicit softmax). `bf16` runs the forward
-    under autocast. Call `model.compile()` for the compiled variants: parameter names stay as they are.
+    under autocast. Call `model.compile()` for the compiled variants; it keeps the parameter names.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GPT2(nn.Module):
         return logits, loss
 
     def load(self, params):
-        """Copies a dictionary of numpy arrays into the parameters. Every name and shape must agree."""
+        """Copies a dictionary of numpy arrays into the parameters. All names and shapes must match."""
         self.load_state_dict({name: torch.from_numpy(np.asarray(p)) for name, p in params.items()})
 
     def arrays(self):
@@ -110,7 +110,7 @@ class GPT2(nn.Module):
         return {name: p.detach().cpu().numpy().copy() for name, p in self.named_parameters()}
 
     def gradients(self):
-        """Returns what `loss.backward()` left, as {name: numpy array} (copies)."""
+        """Returns the gradients of the last `loss.backward()` as {name: numpy array} (copies)."""
         return {name: p.grad.cpu().numpy().copy() for name, p in self.named_parameters()}
 
 
@@ -133,7 +133,7 @@ def train_step(model, optimizer, ids, targets, clip):
 
 
 def train_steps(model, batches, lr, betas, eps, weight_decay, clip):
-    """Returns the loss of each step, before its update, as floats.
+    """Trains; returns the loss of each step, before its update, as floats.
 
     batches: (ids, targets) pairs of integer arrays (B, T);  lr: function of the step, counted from 1.
     """

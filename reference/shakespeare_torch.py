@@ -1,4 +1,4 @@
-"""The recipe of `handgrad train` without arguments, in eager float32 PyTorch: the yardstick for its time and val loss.
+"""The recipe of `handgrad train` without arguments in eager float32 PyTorch: the baseline for its time and val loss.
 
 python reference/shakespeare_torch.py                4 layers, 4 heads, 128 wide, 2000 steps of 12 x 64 characters
 """
@@ -17,7 +17,7 @@ B, T = 12, 64
 
 
 def learning_rate(step, steps, peak=2e-3, final=2e-4, warmup=100):
-    """Returns the rate of a step counted from 1: linear warm-up, then a cosine from peak to final."""
+    """Returns the learning rate of a step, counted from 1: linear warm-up, then a cosine from peak to final."""
     if step < warmup:
         return peak * step / warmup
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -33,9 +33,9 @@ def evaluate(model, tokens):
 
 
 def shakespeare(steps=2000, seed=0):
-    """Trains and returns a dictionary: losses (one a step), val_loss, seconds of each step, tokens_per_second.
+    """Trains; returns a dictionary: losses (one per step), val_loss, seconds (one per step), tokens_per_second.
 
-    A step's time covers forward, backward, clip, update and reading the loss; drawing the batch is not counted.
+    A step's time covers forward, backward, clip, update and reading the loss, but not drawing the batch.
     """
     text = TEXT.read_text(encoding="utf-8")
     code = {c: i for i, c in enumerate(sorted(set(text)))}

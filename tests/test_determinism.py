@@ -1,4 +1,4 @@
-"""The same run gives the same bits, on any number of threads; accumulation changes rounding and nothing else."""
+"""The same run gives the same bits for any number of threads; gradient accumulation changes only the rounding."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def differences(a, b):
 
 @pytest.fixture(scope="module")
 def train(tiny, shards):
-    """A function that trains three steps; returns the trainer and the losses."""
+    """A function that trains three steps and returns the trainer and the losses."""
 
     def run(dtype="f32", threads=0, micro_batch=4, dropout=0.0, seed=5, sequences=4):
         tokens = data.tokens(shards, seq_len=64, batch_tokens=64 * sequences)
@@ -36,22 +36,22 @@ def train(tiny, shards):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_the_same_run_twice(train, dtype):
+def test_same_run_is_bit_exact(train, dtype):
     (a, first), (b, second) = train(dtype, dropout=0.1), train(dtype, dropout=0.1)
     assert first == second
     assert differences(a.params(), b.params()) == [] and differences(a.grads(), b.grads()) == []
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_one_and_two_threads(train, dtype):
+def test_one_and_two_threads_are_bit_exact(train, dtype):
     (a, first), (b, second) = train(dtype, threads=1, dropout=0.1), train(dtype, threads=2, dropout=0.1)
     assert (a.backend.threads, b.backend.threads) == (1, 2)
     assert first == second
     assert differences(a.params(), b.params()) == [] and differences(a.grads(), b.grads()) == []
 
 
-def test_trainers_with_different_threads_work_side_by_side(train):
-    """Each keeps the number of threads that its scratch was planned for."""
+def test_trainers_with_different_thread_counts_coexist(train):
+    """Each trainer keeps the number of threads that its scratch was planned for."""
     a, first = train(threads=1)
     b, _ = train(threads=2)
     again, _ = train(threads=1)
@@ -59,14 +59,14 @@ def test_trainers_with_different_threads_work_side_by_side(train):
     assert len({(step.loss, step.grad_norm) for step in fourth}) == 1
 
 
-def test_another_seed_is_another_run(train):
-    """The negative control: these comparisons can fail."""
+def test_different_seed_gives_different_run(train):
+    """Negative control: the comparisons above can fail."""
     (a, first), (b, second) = train(seed=5), train(seed=6)
     assert first != second and len(differences(a.params(), b.params())) > 10
 
 
-def test_accumulation_is_the_same_sum(tiny, shards):
-    """Four micro-batches of one sequence, or one of four: sums in another order, so float32 rounding apart."""
+def test_gradient_accumulation_matches_one_batch(tiny, shards):
+    """Micro-batches of 1, 2 and 4 sequences sum in another order, so they differ only by float32 rounding."""
     grads = []
     for micro_batch in (1, 2, 4):
         tokens = data.tokens(shards, seq_len=64, batch_tokens=256)

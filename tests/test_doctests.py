@@ -1,4 +1,4 @@
-"""Every example in a docstring runs."""
+"""Every docstring example runs and prints what it shows."""
 
 import doctest
 import importlib
@@ -18,12 +18,12 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
-def test_the_example_is_true(example, shards):
+def test_docstring_example(example, shards):
     example.globs["shards"] = shards  # a glob of token shards with ids below 97
     said = []
     failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.append)
     assert not failed, "".join(said)
 
 
-def test_there_are_examples():
+def test_docstring_examples_are_found():
     assert len(EXAMPLES) > 15

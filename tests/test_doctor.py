@@ -1,4 +1,4 @@
-"""handgrad doctor: one line for each finding, an exit code for what `auto` means, and no installation that breaks it."""
+"""handgrad doctor: one line per finding, an exit code for the `auto` backend, and no crash on a broken installation."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ NAMES = ["handgrad", "cpu backend", "driver", *(name for name, *_ in doctor.LIBR
 
 
 class Device:
-    """A card as `doctor` sees it."""
+    """A GPU as `doctor` sees it."""
 
     sms = 132
 
@@ -33,7 +33,7 @@ def findings():
     return by_name
 
 
-def test_every_line_has_a_state_and_auto_works(capsys):
+def test_every_line_has_a_state_and_auto_is_ok(capsys):
     assert main(["doctor"]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if not line.startswith(" ")]
@@ -43,13 +43,13 @@ def test_every_line_has_a_state_and_auto_works(capsys):
     assert lines[-1].startswith("ok       auto")
 
 
-def test_what_is_not_ok_says_what_to_do(findings):
+def test_findings_that_are_not_ok_have_a_hint(findings):
     for f in findings().values():
         assert f.state == doctor.OK or f.hint or "hint: " in f.text, f
 
 
-def test_without_any_package_for_gpus():
-    """Nothing of CUDA can be imported, and no package is there: missing, with the command that brings them."""
+def test_no_gpu_packages_installed():
+    """Without any CUDA module or package, doctor reports them missing and shows the command that installs them."""
     code = (
         "import sys, importlib.metadata as m; from unittest import mock\n"
         "sys.modules['cuda'] = sys.modules['cudnn'] = None\n"
@@ -68,7 +68,7 @@ def test_without_any_package_for_gpus():
     assert "pip install 'handgrad[cuda]'" in done.stdout
 
 
-def test_cards_are_told_with_memory_and_peaks(findings, monkeypatch):
+def test_gpus_are_listed_with_memory_and_peak(findings, monkeypatch):
     cards = [("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30), ("NVIDIA Something New", (12, 0), 80 << 30)]
     pytest.importorskip("cuda.bindings")
     from handgrad.backends.cuda import driver
@@ -81,7 +81,7 @@ def test_cards_are_told_with_memory_and_peaks(findings, monkeypatch):
     assert "989.4" in lines[1].text and "measured" in lines[3].text
 
 
-def test_a_card_that_another_process_holds_is_a_problem(monkeypatch):
+def test_gpu_held_by_another_process_is_a_problem(monkeypatch):
     def held(index):
         raise HandgradError("cuda", "driver calls succeed", "CUDA_ERROR_OUT_OF_MEMORY")
 
@@ -94,7 +94,7 @@ def test_a_card_that_another_process_holds_is_a_problem(monkeypatch):
     assert line.state == doctor.PROBLEM and "OUT_OF_MEMORY" in line.text and "nvidia-smi" in line.hint
 
 
-def test_a_broken_backend_is_told_by_the_exit_code(monkeypatch, capsys):
+def test_broken_backend_sets_exit_code(monkeypatch, capsys):
     def broken(name, *args, **kwargs):
         raise HandgradError("cublaslt", "the package nvidia-cublas is installed", "none")
 
@@ -103,7 +103,7 @@ def test_a_broken_backend_is_told_by_the_exit_code(monkeypatch, capsys):
     assert "problem  auto" in capsys.readouterr().out
 
 
-def test_any_exception_is_a_finding(monkeypatch):
+def test_exception_in_a_check_is_a_finding(monkeypatch):
     def bad():
         raise ValueError("torn")
         yield
@@ -114,7 +114,7 @@ def test_any_exception_is_a_finding(monkeypatch):
     assert found["auto"].state == doctor.OK
 
 
-def test_a_cache_that_cannot_be_written_is_a_problem(findings, monkeypatch, tmp_path):
+def test_unwritable_cache_is_a_problem(findings, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path / "file" / "inside"))
     assert findings()["cache"].state == doctor.PROBLEM
@@ -122,5 +122,5 @@ def test_a_cache_that_cannot_be_written_is_a_problem(findings, monkeypatch, tmp_
     assert "1 files" in findings()["cache"].text and findings()["cache"].state == doctor.OK
 
 
-def test_auto_means_what_a_run_means(findings):
+def test_auto_finds_the_backend_that_a_run_uses(findings):
     assert backends.open_backend("auto").name in findings()["auto"].text

@@ -1,4 +1,4 @@
-"""Every instruction set that this processor has, in a process of its own: all ops against the oracle, and a step."""
+"""Every instruction set of this processor, each in its own process: all ops and a few steps against the oracle."""
 
 import importlib
 import json
@@ -51,16 +51,16 @@ def oracle(shards):
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
-def test_ops_and_a_few_steps(shards, oracle, isa):
+def test_ops_and_training_steps_match_oracle(shards, oracle, isa):
     if isa not in HERE:
-        pytest.skip(f"this processor runs up to {HERE[-1]}")
+        pytest.skip(f"this processor supports up to {HERE[-1]}")
     got = step(shards, "cpu", HANDGRAD_ISA=isa)
-    assert got["isa"] == isa  # the path that was taken
+    assert got["isa"] == isa  # the variant that ran
     worst = max(got["worst"], key=got["worst"].get)
     print(
         f"{isa}: worst op {worst}, error / tolerance {got['worst'][worst]:.2f};  losses {got['f32']} f32, {got['bf16']} bf16"
     )
     assert got["worst"][worst] <= 1, worst
     np.testing.assert_allclose(got["f32"], oracle["f32"], rtol=2e-5)
-    # bf16 rounds weights and activations to 8 bits: the loss is a mean over rows whose logits are off by about 2^-8
+    # bf16 rounds weights and activations to 8 bits, so logits are off by about 2^-8; the loss is a mean over rows of them
     np.testing.assert_allclose(got["bf16"], oracle["f32"], rtol=5e-3)

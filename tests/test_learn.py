@@ -1,4 +1,4 @@
-"""The chapters of learn/: gradients against finite differences and PyTorch, training, sampling, exercises solved."""
+"""The chapters of learn/: gradients against finite differences and PyTorch, training, sampling, solved exercises."""
 
 import importlib.util
 import math
@@ -30,7 +30,7 @@ SMALL = gpt2.Config(vocab_size=61, max_seq_len=24, num_layers=3, num_heads=3, hi
 
 
 def weights(config, dtype="float64"):
-    """Parameters far from their initial values: nonzero biases, norms' weights other than one, zero padding rows."""
+    """Parameters far from their initial values: biases not 0, norm weights not 1, zero padding rows."""
     rng = np.random.default_rng(1)
     params = {name: p + rng.normal(0, 0.1, p.shape) for name, p in gpt2.init(config, 0, "float64").items()}
     params["wte.weight"][config.vocab_size :] = 0
@@ -60,7 +60,7 @@ def torch_model(config, params, **options):
 
 
 def replaced(source, *pairs):
-    """A program with some of its text, that stands in it once, replaced."""
+    """The source with each old text, which must occur exactly once, replaced by the new one."""
     for old, new in zip(pairs[::2], pairs[1::2]):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
@@ -68,7 +68,7 @@ def replaced(source, *pairs):
 
 
 def worst(got, want):
-    """The largest |got - want| / |want| over the tensors of two dictionaries with the same names, and its name."""
+    """The largest |got - want| / |want| over the tensors of two dictionaries, and the tensor's name."""
     assert got.keys() == want.keys()
     return max((np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name]), name) for name in want)
 
@@ -77,7 +77,7 @@ def worst(got, want):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_finite_differences(seed):
+def test_numpy_gradients_match_finite_differences(seed):
     errors = gpt2.check(TINY, seed)
     assert errors.keys() == gpt2.init(TINY, 0).keys()
     assert max(errors.values()) < 1e-7, errors
@@ -86,7 +86,7 @@ def test_finite_differences(seed):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("T", [SMALL.max_seq_len, 7])
-def test_torch_agrees(dtype, tolerance, attention, T):
+def test_numpy_matches_torch(dtype, tolerance, attention, T):
     params, (ids, targets) = weights(SMALL, dtype), tokens(SMALL, T=T)
     logits, loss, saved = gpt2.forward(SMALL, params, ids, targets)
     grads = gpt2.backward(SMALL, params, saved)
@@ -101,7 +101,7 @@ def test_torch_agrees(dtype, tolerance, attention, T):
     assert {a.dtype for a in [logits, *grads.values()]} == {np.dtype(dtype)}
 
 
-def test_training_steps_agree_with_torch():
+def test_numpy_training_matches_torch():
     start, batches = weights(SMALL), [tokens(SMALL)] * 10
 
     def lr(step):
@@ -112,8 +112,8 @@ def test_training_steps_agree_with_torch():
     model = torch_model(SMALL, start)
     want = judge.train_steps(model, batches, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip=1.0)
     assert np.abs(np.subtract(losses, want)).max() < 1e-9
-    # The key's bias has gradient 0 (softmax ignores what all scores of a row share), so AdamW divides rounding noise by
-    # the size of that noise: eps keeps it small in float64, and nothing does in float32.
+    # The key's bias has gradient 0 (softmax ignores a constant added to all scores of a row), so AdamW divides rounding
+    # noise by the size of that noise. eps keeps the quotient small in float64; in float32 nothing does.
     assert max(np.abs(params[name] - w).max() for name, w in model.arrays().items()) < 1e-8
 
 
@@ -159,7 +159,7 @@ def test_evaluate_reads_every_window_once():
     assert gpt2.evaluate(TINY, params, text) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
-def test_sampling_depends_on_the_seed_alone():
+def test_sampling_depends_only_on_the_seed():
     params = weights(TINY)
     first = gpt2.sample(TINY, params, [1, 2], 20, seed=0)
     assert first == gpt2.sample(TINY, params, [1, 2], 20, seed=0)
@@ -175,7 +175,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("slope", ["1 - th", "1 + float('nan') * th"])
-def test_a_wrong_backward_gets_a_verdict(tmp_path, slope):
+def test_check_fails_on_a_wrong_backward(tmp_path, slope):
     source = (ROOT / "learn/01_gpt2_numpy.py").read_text()
     (tmp_path / "broken.py").write_text(replaced(source, "x * (1 - th * th) * du", f"x * ({slope}) * du"))
     done = subprocess.run([sys.executable, tmp_path / "broken.py", "--check"], capture_output=True, text=True)
@@ -199,7 +199,7 @@ def test_command_line(tmp_path):
 # ---- the exercises of chapter 1, solved ------------------------------------------------------------------------------
 
 
-def test_exercise_1_a_term_goes_missing(monkeypatch):
+def test_exercise_1_layernorm_without_a_term(monkeypatch):
     def broken(params, grads, name, dy, saved):
         n, rstd = saved
         grads[name + ".weight"] = (dy * n).sum(0)
@@ -209,7 +209,7 @@ def test_exercise_1_a_term_goes_missing(monkeypatch):
 
     monkeypatch.setattr(gpt2, "layernorm_backward", broken)
     right = {name for name, error in gpt2.check(TINY).items() if error < 1e-6}
-    # The last norm's own parameters see its dy, which is right; everything before it sees its dx, which is not.
+    # The gradients of the last norm's own parameters use its dy, which is right; all earlier ones use its dx, which is not.
     assert right == {"ln_f.weight", "ln_f.bias"}
 
 
@@ -234,14 +234,14 @@ def test_exercise_3_rmsnorm(monkeypatch):
         grads[name + ".weight"] = (dy * n).sum(0)
         grads[name + ".bias"] = dy.sum(0)
         dn = dy * params[name + ".weight"]
-        return rstd * (dn - n * (dn * n).mean(1, keepdims=True))  # the mean may move now, so its term is gone
+        return rstd * (dn - n * (dn * n).mean(1, keepdims=True))  # RMSNorm subtracts no mean, so its term is gone
 
     monkeypatch.setattr(gpt2, "layernorm", rmsnorm)
     monkeypatch.setattr(gpt2, "layernorm_backward", rmsnorm_backward)
     assert max(gpt2.check(TINY).values()) < 1e-6
 
 
-def test_exercise_4_attention_that_saves_one_number_per_row(monkeypatch):
+def test_exercise_4_attention_saves_lse(monkeypatch):
     want = gradients(SMALL, weights(SMALL), *tokens(SMALL))
     backward_from_p = gpt2.attention_backward
 
@@ -296,20 +296,20 @@ def test_exercise_5_head_in_slices(monkeypatch):
 
     monkeypatch.setattr(gpt2, "lm_loss", lm_loss)
     monkeypatch.setattr(gpt2, "lm_loss_backward", lm_loss_backward)
-    # N = 16384, V = 50257 in float32: three arrays of 3.3 GB become three of 0.8 GB; the price is the matmul again.
+    # N = 16384, V = 50257 in float32: three arrays of 3.3 GB become three of 0.8 GB; the cost is one more matmul.
     assert worst(gradients(SMALL, weights(SMALL), *tokens(SMALL)), want)[0] < 1e-12
 
 
-def test_exercise_6_two_halves_make_a_batch():
+def test_exercise_6_gradient_accumulation():
     params, (ids, targets) = weights(SMALL), tokens(SMALL, B=12)
     first, second = gradients(SMALL, params, ids[:6], targets[:6]), gradients(SMALL, params, ids[6:], targets[6:])
     mean = {name: (first[name] + second[name]) / 2 for name in params}
-    # Not so when the halves count different numbers of targets: then weigh each half by its own count.
+    # If the halves have different numbers of targets, weight each half by its number instead.
     assert worst(mean, gradients(SMALL, params, ids, targets))[0] < 1e-12
 
 
-def test_chapter_1_and_the_package_are_the_same_computation(tmp_path):
-    """Ten optimizer steps from the same weights on the same batches, float32: the losses differ by rounding only."""
+def test_chapter_1_matches_package_losses(tmp_path):
+    """Ten optimizer steps from the same weights on the same batches in float32: the losses differ only by rounding."""
     import handgrad as hg
     from handgrad.data import id_dtype, write_shard
 
@@ -326,7 +326,7 @@ def test_chapter_1_and_the_package_are_the_same_computation(tmp_path):
     ours = [run.step(step, 1e-3).loss for step in range(1, 11)]
     print("largest difference of a loss", max(abs(a - b) for a, b in zip(ours, theirs)))
     assert ours[0] > ours[-1]
-    assert np.allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order, ten updates apart
+    assert np.allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order, over ten updates
 
 
 # ---- chapter 2 -------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ C_SOURCE = (ROOT / "learn/02_gpt2.c").read_text()
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory):
-    """A function that compiles chapter 2, or a changed one, and returns its path. real: "float" or "double"."""
+    """A function that compiles chapter 2, or an edited version, and returns the program. real: "float" or "double"."""
     folder, made = tmp_path_factory.mktemp("chapter2"), {}
 
     def compiled(real="float", source=C_SOURCE):
@@ -361,7 +361,7 @@ def call(program, *words, threads=2):
 
 
 def checked(program):
-    """(exit code, tensors whose gradients are right in every layer, tensors whose are not, verdict) of --check."""
+    """(exit code, tensors with right gradients in every layer, tensors with wrong ones, last line) of --check."""
     done = call(program, "--check")
     *rows, verdict = done.stdout.splitlines()
     wrong = {row.split(" layer")[0].strip() for row in rows if row.endswith("WRONG")}
@@ -369,7 +369,7 @@ def checked(program):
 
 
 @pytest.mark.parametrize("real", ["float", "double"])
-def test_c_gradients(build, real):
+def test_c_gradients_match_finite_differences(build, real):
     code, right, wrong, verdict = checked(build(real))
     assert code == 0 and len(right) == 16 and not wrong and re.search(r"worst relative error \d.*, pass", verdict)
 
@@ -392,14 +392,14 @@ def test_c_check_finds_mistakes(build, right, wrong):
 
 @pytest.fixture(scope="module")
 def ten_steps(tmp_path_factory):
-    """A folder with model.bin, train.bin and, of ten steps of the package, losses_cpu.txt, losses_ref.txt, greedy.txt."""
+    """A folder with model.bin, train.bin and, from ten steps of handgrad, losses_cpu.txt, losses_ref.txt, greedy.txt."""
     import handgrad as hg
     from handgrad.data import id_dtype, write_shard
     from handgrad.io.llmc import write_model
     from handgrad.io.weights import Weights
 
     folder = tmp_path_factory.mktemp("ten_steps")
-    ids = np.random.default_rng(5).integers(0, 211, 64 * 24 + 9) ** 2 % 211  # some tokens are likelier than others
+    ids = np.random.default_rng(5).integers(0, 211, 64 * 24 + 9) ** 2 % 211  # some tokens are more frequent than others
     write_shard(folder / "train.bin", [ids], id_dtype(211))
     sizes = dict(vocab_size=211, max_seq_len=96, num_layers=3, num_heads=3, hidden_size=48)
     lr = hg.schedules.cosine(peak=3e-3, warmup=3, steps=10)
@@ -424,15 +424,15 @@ def ten_steps(tmp_path_factory):
 
 
 def train_words(folder, backend="cpu", **changes):
-    """The flags of those ten steps."""
+    """The flags that reproduce those ten steps."""
     files = dict(model=folder / "model.bin", data=folder / "train.bin", reference=folder / f"losses_{backend}.txt")
     sizes = dict(batch=4, length=64, steps=10, lr=3e-3, warmup=3, decay=0.2, beta2=0.95, clip=0.5, sample=0)
     return [word for name, value in (files | sizes | changes).items() for word in (f"--{name}", value)]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "ref"])
-def test_c_losses_are_the_packages(build, ten_steps, backend):
-    """Ten steps from the same weights on the same tokens: every loss to 1e-4, by the program's own verdict and by ours."""
+def test_c_losses_match_package(build, ten_steps, backend):
+    """Ten steps from the same weights on the same tokens: each loss agrees to 1e-4, by the program's check and by ours."""
     done = call(build(), *train_words(ten_steps, backend))
     verdict = done.stdout.splitlines()[-1]
     print(f"{backend}: {verdict}")
@@ -445,13 +445,13 @@ def test_c_losses_are_the_packages(build, ten_steps, backend):
 @pytest.mark.parametrize(
     "change", [dict(beta2=0.96), dict(decay=0.1), dict(clip=0), dict(warmup=2), dict(steps=11), dict(lr=float("nan"))]
 )
-def test_c_losses_of_another_run_fail(build, ten_steps, change):
+def test_c_reference_check_fails_on_other_settings(build, ten_steps, change):
     done = call(build(), *train_words(ten_steps, **change))
     assert done.returncode == 1 and "FAIL" in done.stdout.splitlines()[-1]
 
 
 def test_c_results_do_not_depend_on_threads(build, ten_steps, tmp_path):
-    """And a file that is read and written again, without a step's effect, keeps its bytes."""
+    """Also: a model file that is read and written again, with lr 0, keeps its bytes."""
     for threads in (1, 3):
         call(build(), *train_words(ten_steps, save=tmp_path / f"{threads}.bin"), threads=threads)
     assert (
@@ -462,11 +462,11 @@ def test_c_results_do_not_depend_on_threads(build, ten_steps, tmp_path):
 
 
 def greedy(program, folder):
-    """The likeliest continuation of the first token, by the weights as they are."""
+    """The greedy continuation of the first token with the initial weights."""
     return call(program, *train_words(folder, lr=0, steps=1, sample=40, temperature=0)).stdout.splitlines()[-1].split()
 
 
-def test_c_samples_what_the_package_samples(build, ten_steps):
+def test_c_greedy_sample_matches_package(build, ten_steps):
     assert greedy(build(), ten_steps) == (ten_steps / "greedy.txt").read_text().split()
 
 
@@ -486,7 +486,7 @@ def test_c_learns_a_text(build, tmp_path):
     assert first == sample() != sample("--seed", 2) and set(first) <= set(text.read_text())
 
 
-def test_c_a_sample_may_be_longer_than_the_stack(build, tmp_path):
+def test_c_sample_longer_than_the_stack(build, tmp_path):
     (tmp_path / "text.txt").write_text("to be, or not to be. " * 20)
     sizes = "--layers 1 --heads 1 --channels 4 --length 4 --batch 1 --steps 1 --sample 500000000".split()
     with subprocess.Popen(
@@ -499,8 +499,8 @@ def test_c_a_sample_may_be_longer_than_the_stack(build, tmp_path):
     assert letter
 
 
-def test_c_draws_in_proportion(build):
-    """200,000 draws from softmax(0, 1, 2, -1): frequencies against probabilities, six standard deviations."""
+def test_c_draw_token_frequencies(build):
+    """200,000 draws from softmax((0, 1, 2, -1) / 0.5): frequencies within six standard deviations of probabilities."""
     main = """int main(void) {
       int hits[4] = {0};
       for (int i = 0; i < 200000; i++) hits[draw_token((real[]){0, 1, 2, -1}, 4, 0.5)]++;
@@ -532,7 +532,7 @@ def test_c_draws_in_proportion(build):
         (["--heads", "3"], "[model] channels are a multiple of heads"),
     ],
 )
-def test_c_mistakes_are_told(build, ten_steps, tmp_path, words, message):
+def test_c_errors_name_the_rule(build, ten_steps, tmp_path, words, message):
     from handgrad.data import id_dtype, write_shard
 
     (tmp_path / "SHORT").write_text("too short")
@@ -556,7 +556,7 @@ def test_c_help_names_every_flag(build):
 # ---- the exercises of chapter 2, solved ------------------------------------------------------------------------------
 
 
-def test_c_exercise_1_the_mean_goes_missing(build):
+def test_c_exercise_1_layernorm_without_mean(build):
     source = replaced(
         C_SOURCE,
         "(dyr[c] * w[c] - mean - nr[c] * mean_n)",
@@ -567,11 +567,11 @@ def test_c_exercise_1_the_mean_goes_missing(build):
         "real mean_n = 0;\n",
     )
     code, right, _, _ = checked(build("double", source))
-    # As in chapter 1: the last norm's own parameters see its dy, which is right; everything before it sees its dx.
+    # As in chapter 1: only the gradients of the last norm's own parameters use its dy, which is right.
     assert code == 1 and right == {"ln_f w", "ln_f b"}
 
 
-def test_c_exercise_2_gelu_again(build, ten_steps):
+def test_c_exercise_2_recompute_gelu(build, ten_steps):
     source = replaced(
         C_SOURCE,
         "real *u, *a;            // MLP before and after GELU: (N, 4C) both",
@@ -589,18 +589,18 @@ def test_c_exercise_2_gelu_again(build, ten_steps):
         "  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, s->a,",
         "  gelu(f->a, s->u, (size_t)N * 4 * C);\n  linear_backward(f->d4, grad(m, OUT_W, l), grad(m, OUT_B, l), f->dx, f->a,",
     )
-    # Of a layer's (16 + H T / C) C + 2 numbers for each row, 4C go: at most a quarter. One more tanh a number is the price.
+    # Of a layer's (16 + H T / C) C + 2 numbers per row this saves 4C, at most a quarter, for one more tanh per number.
     assert checked(build("double", source))[0] == 0
     assert call(build(source=source), *train_words(ten_steps)).returncode == 0
 
 
-def test_c_exercise_3_two_halves_make_a_batch(build, ten_steps):
+def test_c_exercise_3_gradient_accumulation(build, ten_steps):
     source = replaced(
         C_SOURCE,
         "  memset(m->grads, 0, m->count * sizeof(real));\n",
         "",
         "pn[i] /= N;",
-        "pn[i] /= 2 * N;  // each half is half of the mean",
+        "pn[i] /= 2 * N;  // each half contributes half of the mean",
         "    double loss = forward(model, buffers, ids, targets, B, T);\n    backward(model, buffers, ids, targets, B, T);\n",
         """    double loss = 0;
     memset(model->grads, 0, model->count * sizeof(real));
@@ -614,7 +614,7 @@ def test_c_exercise_3_two_halves_make_a_batch(build, ten_steps):
     assert call(build(source=source), *train_words(ten_steps)).returncode == 0
 
 
-def test_c_exercise_4_keys_are_kept(build, ten_steps):
+def test_c_exercise_4_kv_cache(build, ten_steps):
     step = """
 static void attention_step(real *o, const real *qkv, int t, int C, int H) {
   int D = C / H;
@@ -631,7 +631,7 @@ static void attention_step(real *o, const real *qkv, int t, int C, int H) {
   }
 }
 
-// Row t of every layer's qkv is what is kept: the layers' buffers are the cache.
+// The layers' qkv buffers are the KV cache: row t holds token t.
 static void forward_step(const Model *m, Buffers *f, int id, int t) {
   int C = m->config.C;
   embed(f->x, &id, param(m, WTE, 0), param(m, WPE, 0) + (size_t)t * C, 1, 1, C);
@@ -664,5 +664,5 @@ static void sample(const Model"""
         "    int T = length < longest ? length : longest;\n",
         '    if (length > longest) fail("[sample] no room");\n',
     )
-    # A row of matrices costs 12 L C^2 multiplications, t kept keys 2 L t C, the head V C: t times fewer than before.
+    # A token costs 12 L C^2 multiplications for the matrices, 2 L t C for t cached keys and V C for the head: t times fewer.
     assert greedy(build(source=source), ten_steps) == (ten_steps / "greedy.txt").read_text().split()

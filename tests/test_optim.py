@@ -1,4 +1,4 @@
-"""Schedules at their corners; AdamW and clipping against PyTorch."""
+"""Schedules at their corner points; AdamW and clipping against PyTorch."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from handgrad.optim import AdamW, schedules
     ("kind", "final", "last"), [("cosine", 0.1, 0.1), ("linear", 0.0, 0.0), ("constant", None, 1.0), ("wsd", 0.0, 0.0)]
 )
 @pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_every_schedule_warms_up_peaks_and_ends(kind, final, last, warmup):
+def test_schedule_warmup_peak_and_end(kind, final, last, warmup):
     lr = schedules.schedule(kind, 2.0, warmup, 100, final)
     assert [lr(step) for step in range(1, warmup + 1)] == [2.0 * step / warmup for step in range(1, warmup + 1)]
     after = [lr(step) for step in range(max(warmup, 1), 101)]
@@ -45,7 +45,7 @@ def test_schedules_at_known_points():
         ),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(arguments, text):
+def test_invalid_schedule_is_rejected(arguments, text):
     with pytest.raises(HandgradError, match=text):
         schedules.schedule(*arguments)
 
@@ -54,12 +54,12 @@ def test_a_schedule_that_cannot_be_is_refused(arguments, text):
     "bad",
     [dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1.0), dict(weight_decay=float("nan")), dict(clip=-1.0)],
 )
-def test_hyperparameters_out_of_range_are_refused(bad):
+def test_hyperparameters_out_of_range_are_rejected(bad):
     with pytest.raises(HandgradError, match=r"\[optim\]"):
         AdamW(**bad)
 
 
-SHAPES = {"w": (37, 130), "norm": (301,)}  # a matrix, which decays, and a vector, which does not
+SHAPES = {"w": (37, 130), "norm": (301,)}  # a matrix, with weight decay, and a vector, without
 
 
 def ours(optim, starts, grads, dtype, backend):
@@ -92,7 +92,7 @@ def ours(optim, starts, grads, dtype, backend):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
 @pytest.mark.parametrize(("backend", "dtype"), [("cpu", "f32"), ("cpu", "bf16"), ("ref", "f32")])
-def test_ten_steps_of_adamw_equal_pytorch(clip, backend, dtype):
+def test_adamw_matches_pytorch_over_ten_steps(clip, backend, dtype):
     rng = np.random.default_rng(0)
     starts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
     grads = [{name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(10)]
@@ -115,4 +115,4 @@ def test_ten_steps_of_adamw_equal_pytorch(clip, backend, dtype):
             group["lr"] = 1e-2 / i
         judge.step()
     for name, w in torch_params.items():
-        np.testing.assert_allclose(weights[name], w.detach().numpy(), rtol=2e-6, atol=2e-6)  # bf16 loses nothing
+        np.testing.assert_allclose(weights[name], w.detach().numpy(), rtol=2e-6, atol=2e-6)  # for bf16, too

@@ -1,4 +1,4 @@
-"""The planner: no two live tensors overlap, and the arena is as small as it can be. A broken planner must be caught."""
+"""The planner: live tensors never overlap, and the arena is close to its lower bound. The tests catch broken planners."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
 
 
 def spans(layout, index):
-    """(start, end, first call, last call, name) of everything in one program's activations, counted anew from the list."""
+    """(start, end, first call, last call, name) of all activation memory of one program, recomputed from the list."""
     p, used, found = layout.programs[index], {}, []
     for i, c in enumerate(p.calls):
         for t in (*c.ins, *c.outs):
@@ -49,7 +49,7 @@ def spans(layout, index):
     for t, at in used.items():
         last = len(p.calls) if t in p.outputs.values() else at[-1]
         found.append((layout.offset[t], layout.offset[t] + t.nbytes, at[0], last, t.name))
-    if index == 0 and not p.accumulates:  # a gradient takes its memory from the call that writes it first
+    if index == 0 and not p.accumulates:  # a gradient occupies memory from its first writer on
         for t in p.grads.values():
             first = next(i for i, c in enumerate(p.calls) if t in c.outs)
             found.append((layout.offset[t], layout.offset[t] + t.nbytes, first, len(p.calls), t.name))
@@ -57,7 +57,7 @@ def spans(layout, index):
 
 
 def overlap(found):
-    """The names of two spans that share bytes at a call, or None."""
+    """The names of two spans that share bytes while both are live, or None."""
     found, alive = sorted(found, key=lambda s: s[2]), []
     for start, end, first, last, name in found:
         alive = [s for s in alive if s[3] >= first]
@@ -71,11 +71,11 @@ def overlap(found):
 @pytest.mark.parametrize("accumulates", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}-B{s[1]}-T{s[2]}-{s[3]}-p{s[4]}")
-def test_no_overlap_and_near_the_lower_bound(shape, policy, accumulates):
+def test_live_tensors_never_overlap_and_arena_is_near_lower_bound(shape, policy, accumulates):
     preset, micro_batch, seq_len, dtype, dropout = shape
     layout = lay_out(gpt2(preset, dropout=dropout), micro_batch, seq_len, dtype, policy, accumulates)
     start, size = layout.region["activations"]
-    if not accumulates:  # activations live in the gradients' memory too
+    if not accumulates:  # activations may use the gradients' memory
         size += layout.region["grads"][1]
         start = layout.region["grads"][0]
     peak = 0
@@ -91,34 +91,33 @@ def test_no_overlap_and_near_the_lower_bound(shape, policy, accumulates):
     padding = 0 if accumulates else 2 * ALIGN * len(layout.programs[0].params)
     assert peak <= layout.bound <= peak + padding
     print(f"activations {size:,} B, lower bound {peak:,} B: {100 * (size / peak - 1):.3f} % more")
-    assert (
-        peak <= size <= (1.02 if accumulates else 1.04) * peak
-    )  # gradients cannot move, so a little is lost beside them
+    # Gradients cannot move, so placing activations around them wastes a little.
+    assert peak <= size <= (1.02 if accumulates else 1.04) * peak
 
 
-def test_regions_and_flat_vectors_lie_side_by_side():
+def test_regions_and_flat_vectors_are_disjoint_and_aligned():
     layout = lay_out(gpt2("d6"), 2, 64, BF16, "none")
     at = 0
     for start, size in layout.region.values():
         assert start == at and size % ALIGN == 0
         at += size
     assert at == layout.nbytes
-    p, stretches = layout.programs[0], []
+    p, segments = layout.programs[0], []
     for flat in ("param", "grad", "m", "v", "low"):
         for info in p.params.values():
             start, dtype = layout.part(flat, info.tensor)
-            stretches.append((start, start + info.tensor.size * dtype.size))
-    stretches.sort()
-    assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(stretches, stretches[1:]))
-    assert stretches[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
-    for other in layout.programs[1:]:  # evaluation and generation read the very weights that are trained
+            segments.append((start, start + info.tensor.size * dtype.size))
+    segments.sort()
+    assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(segments, segments[1:]))
+    assert segments[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
+    for other in layout.programs[1:]:  # evaluation and generation read the trained weights themselves
         assert all(
             layout.offset[info.tensor] == layout.offset[p.params[name].tensor] for name, info in other.params.items()
         )
 
 
 def test_place_fills_gaps():
-    """Big ones first; a later small one goes below a big one that is dead by then."""
+    """The largest go first; a small later one takes memory of a large one that is dead by then."""
     a, b, c = (
         Lifetime(Call(None, (), (), {}, "", "", "", {}, F32), n * ALIGN, first, last)
         for n, first, last in ((4, 0, 1), (2, 1, 2), (4, 2, 3))
@@ -127,7 +126,7 @@ def test_place_fills_gaps():
     assert top == 6 * ALIGN and offsets[a.owner] == offsets[c.owner] == 0 and offsets[b.owner] == 4 * ALIGN
 
 
-# a planner that frees one step early, and one that never frees ---------------------------------------------------------
+# a planner that frees one call early, and one that never frees ---------------------------------------------------------
 
 LIFETIMES = planner.lifetimes
 
@@ -148,18 +147,18 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("backend", ["poisoned", "cpu"])
-def test_one_arena_computes_what_separate_buffers_do(one_pass, tiny, monkeypatch, backend, dtype, policy, dropout):
+def test_shared_arena_matches_separate_buffers(one_pass, tiny, monkeypatch, backend, dtype, policy, dropout):
     model = tiny(dropout=dropout)
     got = one_pass(model, backend, dtype=dtype, policy=policy)
     assert all(np.isfinite(g.astype(np.float32)).all() for g in got[1].values())
     monkeypatch.setattr(planner, "lifetimes", unending)
     assert same(got, one_pass(model, "rounded" if backend == "poisoned" else backend, dtype=dtype, policy=policy))
-    monkeypatch.setattr(planner, "lifetimes", too_short)  # the negative control
+    monkeypatch.setattr(planner, "lifetimes", too_short)  # negative control
     assert not same(one_pass(model, backend, dtype=dtype, policy=policy), got)
 
 
 def unborn(head, p):
-    """Gradients that the planner believes to be born one call late."""
+    """Gradient spans that start one call too late."""
     return [(a, b, first + 1 if first else 0, last) for a, b, first, last in SPANS(head, p)]
 
 
@@ -168,8 +167,8 @@ SPANS = planner.gradient_spans
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_activations_in_the_gradients_memory_change_nothing(one_pass, tiny, monkeypatch, dtype, policy):
-    """Sharing memory with gradients is invisible in the numbers; believing them born late is not."""
+def test_activations_in_gradient_memory_change_no_result(one_pass, tiny, monkeypatch, dtype, policy):
+    """Activations in gradient memory change no bit; a planner that starts gradients one call late creates overlaps."""
     model = tiny()
     apart = one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=True)
     assert same(apart, one_pass(model, "cpu", dtype=dtype, policy=policy, accumulates=False))
@@ -181,6 +180,6 @@ def test_activations_in_the_gradients_memory_change_nothing(one_pass, tiny, monk
     assert overlap(spans(lay_out(model, 4, 16, F32, policy, False), 0)) is not None
 
 
-def test_the_overlap_check_sees_a_planner_that_frees_early(monkeypatch):
+def test_overlap_check_catches_early_free(monkeypatch):
     monkeypatch.setattr(planner, "lifetimes", too_short)
     assert overlap(spans(lay_out(gpt2("d6"), 4, 64, F32, "none"), 0)) is not None

@@ -1,4 +1,4 @@
-"""The README's commands, executed as they stand. The install half of its two commands is what CI itself runs."""
+"""Runs the README's commands as they stand, except for the install command, which CI runs itself."""
 
 import json
 import re
@@ -14,7 +14,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def run(command: str, folder: Path) -> str:
-    """Standard output of a command line; `handgrad` is this interpreter's, and what a checkout has lies in the folder."""
+    """Runs a command line in the folder, with this interpreter's `handgrad`; returns its standard output."""
     script = re.sub(r"^handgrad", f"{sys.executable} -m handgrad.cli", command)
     done = subprocess.run(script, shell=True, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
@@ -23,15 +23,15 @@ def run(command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where `handgrad train`, with no arguments, has run."""
+    """A folder in which `handgrad train` without arguments has run."""
     folder = tmp_path_factory.mktemp("readme")
     assert "pip install . && handgrad train" in SHELL
     run("handgrad train", folder)
     return folder
 
 
-def test_train_without_arguments_reaches_the_promised_loss(folder):
-    """Validation loss at most 1.90 after 2000 steps, and all that a run folder holds."""
+def test_train_without_arguments_reaches_readme_loss(folder):
+    """Validation loss of at most 1.90 after 2000 steps, and a complete run folder."""
     out = folder / "runs" / "shakespeare-001"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = lines[-1]
@@ -47,8 +47,8 @@ def test_shell_commands(folder, command):
     assert len(run(command, folder)) > 50
 
 
-def test_the_table_names_real_flags(folder):
-    """Every flag that the README mentions is in some --help."""
+def test_readme_flags_exist(folder):
+    """Every flag that the README mentions appears in the --help of a command."""
     helps = "".join(
         run(f"handgrad {verb} --help", folder)
         for verb in (
@@ -69,7 +69,7 @@ def test_the_table_names_real_flags(folder):
 
 
 def test_resume_command(folder):
-    """A finished run resumed has nothing to do, and says so without harm."""
+    """Resuming a finished run succeeds and leaves its log unchanged."""
     command = re.search(r"`(handgrad train --run.resume[^`]*)`", README)[1]
     before = (folder / "runs" / "shakespeare-001" / "log.jsonl").read_text()
     run(command, folder)

@@ -1,4 +1,4 @@
-"""Recomputing instead of keeping changes the memory, never a bit of the losses and gradients."""
+"""Recomputation changes how much memory a step needs, but no bit of its losses and gradients."""
 
 import pytest
 
@@ -17,7 +17,7 @@ POLICIES = ("act", "act_norm", "block")
 
 @pytest.fixture(scope="module")
 def kept(one_pass, tiny):
-    """Losses and gradients without recomputation, by setting; each is computed once."""
+    """Returns losses and gradients without recomputation for a setting, cached."""
     known = {}
 
     def get(backend, dtype, dropout, tie):
@@ -30,7 +30,7 @@ def kept(one_pass, tiny):
 
 
 def differences(a, b):
-    """Names of what is not bit-identical."""
+    """Names of the arrays that are not bit-identical."""
     return [name for name in b[1] if a[1][name].tobytes() != b[1][name].tobytes()] + ["losses"] * (
         a[0].tobytes() != b[0].tobytes()
     )
@@ -40,20 +40,20 @@ def differences(a, b):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(("dropout", "tie"), [(0.0, True), (0.25, True), (0.25, False)])
 @pytest.mark.parametrize("backend", ["cpu", "ref", "poisoned"])
-def test_every_policy_gives_the_same_bits(one_pass, tiny, kept, backend, dtype, dropout, tie, policy):
+def test_recompute_policies_are_bit_exact(one_pass, tiny, kept, backend, dtype, dropout, tie, policy):
     got = one_pass(tiny(dropout=dropout, tie_embeddings=tie), backend, dtype=dtype, policy=policy, micro_steps=2)
     assert differences(got, kept(backend, dtype, dropout, tie)) == []
 
 
-def test_a_larger_model_on_all_threads(one_pass, tiny):
+def test_recompute_is_bit_exact_on_all_threads(one_pass, tiny):
     model = tiny(dropout=0.1, max_seq_len=128, hidden_size=192)
     base = one_pass(model, micro_batch=2, seq_len=128)
     for policy in POLICIES:
         assert differences(one_pass(model, policy=policy, micro_batch=2, seq_len=128), base) == []
 
 
-def test_another_dropout_mask_in_recomputation_is_caught(one_pass, tiny, kept, monkeypatch):
-    """The negative control: a dropout that is made again from the next stream."""
+def test_different_dropout_mask_in_recompute_is_caught(one_pass, tiny, kept, monkeypatch):
+    """Negative control: a dropout that recomputes its mask from another stream."""
     again = Op.recompute
     dropout = type(OPS["dropout"])
 
@@ -68,7 +68,7 @@ def test_another_dropout_mask_in_recomputation_is_caught(one_pass, tiny, kept, m
     assert differences(got, kept("cpu", "f32", 0.25, True)) != []
 
 
-def test_each_policy_takes_less_memory_than_the_one_before():
+def test_each_policy_needs_less_memory_than_the_previous():
     sizes = []
     for policy in ("none", *POLICIES):
         p = record_train(gpt2("124m"), AdamW(), 16, 1024, BF16, chunks=32, recompute=policy)
@@ -76,7 +76,7 @@ def test_each_policy_takes_less_memory_than_the_one_before():
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
 
 
-def test_a_policy_may_be_any_function(tiny):
+def test_policy_may_be_any_function(tiny):
     """Dropping only attention's output makes attention run again, in its own block."""
     p = Program(mode="train")
     tiny().forward(p, batch(p, 2, 16))

@@ -1,4 +1,4 @@
-"""No result depends on the number of threads: every op, every case, the first weights, bit for bit."""
+"""No result depends on the number of threads: every op, every case and the initial weights, bit for bit."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from handgrad.train import record
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
-def test_results_are_the_same_on_any_number_of_threads(op, dtype):
+def test_ops_are_bit_exact_for_any_thread_count(op, dtype):
     for case in (c for c in op.cases if not c.real):
         p, c = case_program(op, case, DTYPES[dtype])
         arrays = case_arrays(op, c)
@@ -24,7 +24,7 @@ def test_results_are_the_same_on_any_number_of_threads(op, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_weights_are_drawn_the_same_by_any_number_of_threads(tiny, shards, monkeypatch, dtype):
+def test_initial_weights_are_bit_exact_for_any_thread_count(tiny, shards, monkeypatch, dtype):
     data, found = handgrad.data.tokens(shards, 20, 60), []
     for cores in (1, 3):
         monkeypatch.setattr(record.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))

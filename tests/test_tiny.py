@@ -1,4 +1,4 @@
-"""The smoke test: record, plan, train thirty steps, generate, save, resume, in seconds."""
+"""Smoke test: record, plan, train thirty steps, generate, save and resume, in seconds."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ LR = hg.schedules.cosine(peak=1e-2, warmup=5, steps=STEPS)
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """A text that can be learnt: 0 1 2 ... 9 0 1 2 ..."""
+    """A text that a tiny model can learn: 0 1 2 ... 9 0 1 2 ..."""
     folder = tmp_path_factory.mktemp("count")
     hg.data.write_shard(folder / "a.bin", [np.arange(4000) % 10], hg.data.id_dtype(10))
     return hg.data.tokens(folder / "a.bin", seq_len=16, batch_tokens=128, vocab_size=10)
@@ -48,21 +48,21 @@ def test_record_and_plan():
     assert layout.nbytes < sum(t.nbytes for c in p.calls for t in c.outs if t is not None) + 3 * 4 * p.flat_size
 
 
-def test_it_learns_to_count(trained, tokens):
+def test_loss_falls_on_counting_text(trained, tokens):
     run, losses = trained
     assert losses[0] == pytest.approx(np.log(10), abs=0.1)
     assert losses[-1] < 0.5 and run.evaluate(tokens, 1024) < 0.5
 
 
-def test_it_counts(trained):
+def test_greedy_generation_counts_and_stops(trained):
     run, _ = trained
     greedy = hg.Sampling(temperature=0.0)
     assert list(run.generate([5, 6, 7], 30, greedy)) == [(8 + i) % 10 for i in range(30)]
     assert list(run.generate([8], 40, greedy, stop_id=3)) == [9, 0, 1, 2]
 
 
-def test_it_goes_on_where_it_stopped(trained, tokens, tmp_path):
-    """Fifteen steps, a checkpoint, fifteen more in another trainer: the same bits as thirty at once."""
+def test_resume_is_bit_exact(trained, tokens, tmp_path):
+    """15 steps, a checkpoint and 15 more steps in a new trainer give the same bits as 30 steps in one."""
     run, losses = trained
     dtype = run.program.dtype.name
     first = trainer(tokens, dtype=dtype, out=tmp_path)
@@ -74,7 +74,7 @@ def test_it_goes_on_where_it_stopped(trained, tokens, tmp_path):
     assert all(np.array_equal(w, second.params()[name]) for name, w in run.params().items())
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tokens):
+def test_non_finite_step_changes_no_weight(tokens):
     run = trainer(tokens)
     train(run, 1, 2)
     run.params()["ln_f.weight"][0] = np.inf
@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tokens):
     assert all(np.array_equal(w, before[name]) for name, w in run.params().items())
 
 
-def test_the_check_names_the_call_that_went_wrong(tokens):
+def test_nan_check_names_the_call(tokens):
     run = trainer(tokens, check="nan")
     train(run, 1, 1)
     run.params()["h.1.ln_2.weight"][3] = np.nan
@@ -92,8 +92,8 @@ def test_the_check_names_the_call_that_went_wrong(tokens):
         run.step(2, LR(2))
 
 
-def test_bf16_weights_without_low_halves_learn_and_repeat(tmp_path):
-    """Updates are rounded at random from counters: weights are bf16 alone, a run repeats, and a resumed one goes on."""
+def test_stochastic_rounding_learns_and_resume_is_bit_exact(tmp_path):
+    """With master_weights=False weights are bf16 only, rounded stochastically from counters, so a resumed run repeats."""
     hg.data.write_shard(tmp_path / "a.bin", [np.arange(5000) * 7 % 97], hg.data.id_dtype(97))
 
     def trainer(out=None):

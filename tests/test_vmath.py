@@ -1,4 +1,4 @@
-"""The C headers that kernels share: the errors vmath.h claims, philox.h's known answers, rounding to bf16."""
+"""The C headers that the kernels share: vmath.h's error bounds, philox.h's known answers, rounding to bf16."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ EXPORT void factors(float *out, int64_t first, int64_t n, const StepScalars *sca
   dropout_factors(out, first, n, dropout_rule(scalars, (float)p, call));
 }
 """
-KNOWN = (  # counter (lo, hi), key, answer: the vectors published with Random123
+KNOWN = (  # counter (lo, hi), key, answer: test vectors published with Random123
     ((0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ((2**64 - 1, 2**64 - 1), 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
 )
@@ -39,7 +39,7 @@ KNOWN = (  # counter (lo, hi), key, answer: the vectors published with Random123
 
 @pytest.fixture(scope="module", params=[[], ["-march=native"]], ids=["baseline", "native"])
 def lib(request, tmp_path_factory):
-    """The headers compiled as the kernels are."""
+    """The headers, compiled like the kernels."""
     folder = tmp_path_factory.mktemp("headers")
     (folder / "headers.c").write_text(SOURCE)
     flags = "-std=gnu11 -O3 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
@@ -60,31 +60,31 @@ def sweep(lib, name, x, dtype=np.float32):
 
 
 def floats(low, high, stride=499):
-    """Every stride-th float32 between low and high, which straddle 0."""
+    """Every stride-th float32 between low < 0 and high > 0."""
     parts = [np.arange(0, int(np.float32(abs(end)).view(np.uint32)), stride, dtype=np.uint32) for end in (low, high)]
     return np.concatenate([-parts[0].view(np.float32), parts[1].view(np.float32)])
 
 
 def logistic_u(x):
-    """The inner u of GELU and its derivative, float64."""
+    """u, the argument of tanh in GELU, and its derivative, float64."""
     k = np.sqrt(2 / np.pi)
     return k * (x + 0.044715 * x**3), k * (1 + 3 * 0.044715 * x**2)
 
 
-def test_exp_is_within_its_error(lib):
+def test_exp_error_bound(lib):
     x = floats(-87.3365, 88.7228)
     exact = np.exp(x.astype(np.float64))
     assert np.max(np.abs(sweep(lib, "vexp", x) - exact) / np.spacing(exact.astype(np.float32))) <= 1.1
 
 
-def test_gelu_is_within_its_error(lib):
+def test_gelu_error_bound(lib):
     x = floats(-30, 30)
     u, _ = logistic_u(x.astype(np.float64))
     exact = x * (0.5 + 0.5 * np.tanh(u))
     assert np.max(np.abs(sweep(lib, "vgelu", x) - exact) / np.maximum(1, np.abs(exact))) <= 1.5e-7
 
 
-def test_gelu_gradient_is_within_its_error(lib):
+def test_gelu_grad_error_bound(lib):
     x = floats(-30, 30)
     u, du = logistic_u(x.astype(np.float64))
     t = np.tanh(u)
@@ -92,7 +92,7 @@ def test_gelu_gradient_is_within_its_error(lib):
     assert np.max(np.abs(sweep(lib, "vgelu_grad", x) - exact)) <= 2.5e-7
 
 
-def test_special_values(lib):
+def test_vmath_special_values(lib):
     x = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 100, -100, 0, -0.0], np.float32)
     inf = np.inf
     np.testing.assert_array_equal(sweep(lib, "vexp", x), np.float32([np.nan, inf, 0, inf, 0, inf, 0, 1, 1]))
@@ -120,7 +120,7 @@ def test_philox_known_answers(lib, counter, key, answer):
 
 
 @pytest.mark.parametrize("first, n", [(0, 512), (1, 511), (7, 1), (2**34 - 3, 100), (2**40 + 2, 37)])
-def test_kernels_and_oracle_drop_the_same_elements(lib, first, n):
+def test_dropout_mask_matches_oracle(lib, first, n):
     scalars = np.zeros(1, STEP_SCALARS_DTYPE)
     scalars["seed"], scalars["step"], scalars["micro_step"] = 2**63 + 5, 70_000, 3
     out = np.empty(n, np.float32)

@@ -1,10 +1,10 @@
-"""adamw in numpy: the math as it is written in README.md. Works in the dtype of its inputs."""
+"""adamw in numpy: the formulas of README.md. Works in the dtype of its inputs."""
 
 import numpy as np
 
 from handgrad.ops.dropout.reference import philox4x32
 
-WEIGHT_STREAM = 0xFFFF << 48  # the last of the 2^16 numbers of random calls; those of a program count from 1
+WEIGHT_STREAM = 0xFFFF << 48  # the last of the 2^16 streams; a program numbers its random calls from 1
 
 
 def adamw(
@@ -20,7 +20,7 @@ def adamw(
     step: int,
     grad_scale: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """p, m, v (n) after one step, counted from 1. p is the whole weight, also where the dtype is bf16."""
+    """p, m, v (n) after one step; steps count from 1. p is the full-precision weight, in bf16 runs too."""
     g = grad * grad_scale
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g**2
@@ -31,7 +31,7 @@ def adamw(
 
 
 def split_weight(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """y, low (n) of x (n): the nearest bf16, and what its bits are short of x's (int16). Of float64: x itself and 0."""
+    """y, low (n) from x (n): the nearest bf16, and bits(x) - bits(y) as int16. For float64: x itself and 0."""
     if x.dtype != np.float32:
         return x, np.zeros(x.shape, np.int16)
     bits = x.view(np.uint32)
@@ -40,7 +40,7 @@ def split_weight(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def join_weight(y: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """x (n): the float32 numbers that split_weight took apart. With low 0 everywhere, y in its own dtype."""
+    """x (n) float32: the inverse of split_weight. If low is 0 everywhere, y in its own dtype."""
     if not low.any():
         return y
     bits = y.astype(np.float32).view(np.uint32) + low.astype(np.int32).view(np.uint32)
@@ -48,9 +48,9 @@ def join_weight(y: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def round_weight(x: np.ndarray, nearest: np.ndarray, start: int, seed: int, step: int) -> np.ndarray:
-    """x (n) float32 as one of its two bf16 neighbours: the upper one as often as x lies near it, so the mean is x.
+    """x (n) float32, stochastically rounded to one of its two bf16 neighbours, so that the mean is x.
 
-    nearest is x as the working dtype stores it; where that is x already, and where x is not finite, x stays. Element i
+    nearest is x as the working dtype stores it; elements that equal it, or are not finite, stay as they are. Element i
     has index start + i in the flat vector.
     """
     between = np.isfinite(x) & (nearest != x)

@@ -1,4 +1,4 @@
-"""add_norm and norm in numpy: the math as it is written in README.md. Works in the dtype of its inputs."""
+"""add_norm and norm in numpy: the formulas of README.md. Works in the dtype of its inputs."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def norm_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> tup
 def norm_backward(
     dy: np.ndarray, ds: np.ndarray | None, s: np.ndarray, w: np.ndarray, mean: np.ndarray, rstd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """dx (N, C), dw (C), db (C), dhb (C). ds is the gradient that reaches s without passing the norm."""
+    """dx (N, C), dw (C), db (C), dhb (C). ds is the gradient that reaches s directly, past the norm."""
     n = (s - mean[:, None]) * rstd[:, None]
     dn = dy * w
     dx = rstd[:, None] * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""attention in numpy: the math as it is written in README.md, with the (T, T) matrices in full."""
+"""attention in numpy: the formulas of README.md, with the (T, T) matrices materialised."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def join_heads(x: np.ndarray) -> np.ndarray:
 
 
 def split_qkv(qkv: np.ndarray, T: int, H: int, K: int) -> list[np.ndarray]:
-    """q, k, v (B, H, T, D) from (B T, (H + 2 K) D): key/value head h / (H / K) stands beside query head h."""
+    """q, k, v (B, H, T, D) from (B T, (H + 2 K) D): index h of k and v holds key/value head h / (H / K)."""
     D = qkv.shape[-1] // (H + 2 * K)
     q, k, v = (split_heads(x, T, x.shape[-1] // D) for x in np.split(qkv, [H * D, (H + K) * D], axis=-1))
     return [q, k.repeat(H // K, axis=1), v.repeat(H // K, axis=1)]
@@ -30,7 +30,7 @@ def sum_groups(dx: np.ndarray, K: int) -> np.ndarray:
 
 
 def scores(q: np.ndarray, k: np.ndarray, causal: bool = True) -> np.ndarray:
-    """q k' / sqrt(D), -inf where a query must not look: if causal, query t sees keys 0 .. t + (keys - queries)."""
+    """q k' / sqrt(D), -inf where a query must not attend: if causal, query t sees keys 0 .. t + (keys - queries)."""
     s = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]).astype(q.dtype)
     if not causal:
         return s
@@ -40,7 +40,7 @@ def scores(q: np.ndarray, k: np.ndarray, causal: bool = True) -> np.ndarray:
 def dropout_factors(
     shape: tuple[int, ...], p: float, call: int, seed: int, step: int, micro_step: int
 ) -> np.ndarray | float:
-    """1 / (1 - p) where a probability is kept, 0 where it is dropped; elements are counted in row-major order."""
+    """1 / (1 - p) where a probability is kept, 0 where it is dropped; elements are numbered in row-major order."""
     if p == 0:
         return 1.0
     index = np.arange(np.prod(shape, dtype=np.uint64), dtype=np.uint64)
@@ -83,7 +83,7 @@ def attention_backward(
     step: int = 0,
     micro_step: int = 0,
 ) -> np.ndarray:
-    """dqkv (N, (H + 2 K) D) from dy (N, H D) and what the forward took and gave."""
+    """dqkv (N, (H + 2 K) D) from dy (N, H D) and the forward's input and outputs."""
     q, k, v = split_qkv(qkv, T, H, K)
     dy, y = split_heads(dy, T, H), split_heads(y, T, H)
     probs = np.exp(scores(q, k, causal) - lse[..., None])

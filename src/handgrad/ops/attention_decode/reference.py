@@ -1,4 +1,4 @@
-"""attention_decode in numpy: the math as it is written in README.md."""
+"""attention_decode in numpy: the formulas of README.md."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""dropout in numpy, and the generator behind it, the same to the bit as philox.h. See README.md."""
+"""dropout in numpy, and its generator, bit-identical to philox.h. See README.md."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def philox4x32(counter_lo: np.ndarray, counter_hi: int, key: int) -> np.ndarray:
 
 
 def keep_mask(index: np.ndarray, p: float, seed: int, step: int, micro_step: int, call: int) -> np.ndarray:
-    """Whether each element is kept (bool, the shape of index). p is rounded to float32, as the kernels receive it."""
+    """Whether each element is kept (bool, the shape of index). p is rounded to float32, as in the kernels."""
     index = np.asarray(index, np.uint64)
     stream = int(call) << 48 ^ int(micro_step) << 32 ^ int(step)
     bits = philox4x32(index // np.uint64(4), stream, int(seed))

@@ -1,4 +1,4 @@
-"""linear in numpy: the math as it is written in README.md. Works in the dtype of its inputs."""
+"""linear in numpy: the formulas of README.md. Works in the dtype of its inputs."""
 
 import numpy as np
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-Keep = Callable[[np.ndarray], np.ndarray]  # what lying in the room for logits does to values: rounds them
+Keep = Callable[[np.ndarray], np.ndarray]  # rounds values as storing them in the logits workspace does
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, ignore_index: int) -> np.ndarray:
