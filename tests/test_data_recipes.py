@@ -267,7 +267,28 @@ def test_questions_in_one_folder_share_its_checksums(tmp_path):
     assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
 
 
-# promises -------------------------------------------------------------------------------------------------------------
+# documents ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokenizer, texts, ids",
+    [
+        (tokenizers.gpt2(), [], []),
+        (tokenizers.gpt2(), [""], [EOT]),
+        (tokenizers.gpt2(), ["", "Hello world", ""], [EOT, EOT, 15496, 995, EOT]),
+        (tokenizers.chars("abc"), ["ab", "", "c"], [0, 1, 2]),
+        (tokenizers.chars("abc"), [], []),
+    ],
+)
+def test_end_of_text_precedes_every_document(tokenizer, texts, ids):
+    [(_, whole), (_, continued)] = tokenize(
+        [(0, Job(lambda: texts, ())), (1, Job(lambda: texts, (), continues=True))], tokenizer, 1
+    )
+    assert whole.tolist() == ids and whole.dtype == np.uint16
+    assert continued.tolist() == (ids[1:] if tokenizer.eot is not None else ids)
+
+
+# guarantees -----------------------------------------------------------------------------------------------------------
 
 
 def test_p12_shards_do_not_depend_on_the_number_of_processes(tmp_path):
