@@ -255,6 +255,20 @@ def test_loader_refuses(tmp_path):
             tokens.batch(**wrong)
 
 
+def test_loader_fills_the_named_inputs(tmp_path):
+    """The names are a program's inputs: a model that needs an input the shards do not hold learns it by name."""
+    tokens = make(tmp_path, [100], 4, 6)
+    whole = tokens.batch(0)
+    assert list(whole) == ["ids", "targets"]
+    for names in (["targets", "ids"], ["ids"], ["targets"], []):
+        batch = tokens.batch(0, names=names)
+        assert list(batch) == names and all((batch[name] == whole[name]).all() for name in names)
+        assert list(next(tokens.sweep(2, names=names))) == names
+    for call in (tokens.batch, lambda step, names: next(tokens.sweep(2, names=names))):
+        with pytest.raises(HandgradError, match="fill the model inputs ids and targets, but got 'positions'"):
+            call(0, names={"ids": None, "positions": None})
+
+
 @pytest.mark.parametrize("bad, place", [(64, 3), (2**31, 3), (2**32 - 1, 99), (64, 0)])
 def test_id_outside_the_vocabulary(tmp_path, bad, place):
     ids = np.arange(100) % 64

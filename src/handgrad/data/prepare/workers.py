@@ -50,7 +50,7 @@ class Job:
 _Told = tuple[str, str, str | None, str]  # where, rule, got, hint: a HandgradError does not pickle
 
 
-def tokenize(jobs: Iterable[tuple[Any, Job]], encoder: Encoder, workers: int) -> Iterator[tuple[Any, np.ndarray]]:
+def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) -> Iterator[tuple[Any, np.ndarray]]:
     """Yields (key, ids) for each (key, job), in order; ids are (n,) in the shard dtype of the vocabulary.
 
     An end-of-text id precedes every document, as in llm.c's shards, if the tokenizer has one.
@@ -61,10 +61,10 @@ def tokenize(jobs: Iterable[tuple[Any, Job]], encoder: Encoder, workers: int) ->
     """
     if workers == 1:
         for key, job in jobs:
-            yield key, _ids(job, encoder)
+            yield key, _ids(job, tokenizer)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe: numpy and rich have threads
-    pool = ProcessPoolExecutor(workers, context, _start, (encoder,))
+    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
     waiting: deque[tuple[Any, Future[np.ndarray | _Told]]] = deque()
     try:
         for key, job in jobs:
@@ -89,22 +89,22 @@ def _result(waiting: deque[tuple[Any, Future[np.ndarray | _Told]]]) -> tuple[Any
     return key, found
 
 
-def _ids(job: Job, encoder: Encoder) -> np.ndarray:
-    dtype = id_dtype(encoder.vocab_size)
-    separator = np.array([] if encoder.eot is None else [encoder.eot], dtype)
+def _ids(job: Job, tokenizer: Encoder) -> np.ndarray:
+    dtype = id_dtype(tokenizer.vocab_size)
+    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
     parts = [separator[:0]]
     for text in job.read(*job.arguments):
-        parts += [separator, encoder.encode(text).astype(dtype)]
+        parts += [separator, tokenizer.encode(text).astype(dtype)]
     ids = np.concatenate(parts)
     return ids[len(separator) :] if job.continues else ids
 
 
-_encoder: Encoder  # of a worker process
+_tokenizer: Encoder  # of a worker process
 
 
-def _start(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
+def _start(tokenizer: Encoder) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -118,6 +118,6 @@ def _exit_with_parent() -> None:
 
 def _work(job: Job) -> np.ndarray | _Told:
     try:
-        return _ids(job, _encoder)
+        return _ids(job, _tokenizer)
     except HandgradError as error:
         return error.where, error.rule, None if error.got is None else str(error.got), error.hint
