@@ -631,7 +631,7 @@ def test_no_network_is_told(monkeypatch, capsys):
     assert main(["data", "tinystories"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("[data] roneneldan/TinyStories must be downloadable, but got ")
-    assert line.endswith("hint: --source takes files that are here\n")
+    assert line.endswith("hint: --source reads local files\n")
 
 
 def test_progress_reaches_the_end(tmp_path):

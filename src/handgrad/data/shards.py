@@ -126,7 +126,7 @@ class ShardWriter:
         return self
 
     def append(self, ids: ArrayLike) -> None:
-        """Writes `ids`, (n,) of any integer dtype. Raises HandgradError for an id that does not fit the shard's dtype."""
+        """Writes `ids`, (n,) of any integer dtype. Raises HandgradError for an id that the dtype cannot hold."""
         ids = np.asarray(ids)
         if not ids.size:
             return
@@ -135,7 +135,7 @@ class ShardWriter:
             rule = f"ids in a {self.dtype.name} shard must lie in 0..{limit}"
             raise HandgradError("data", rule, low if low < 0 else high)
         try:
-            self._file.write(np.ascontiguousarray(ids, self.dtype))
+            self._file.write(np.ascontiguousarray(ids, self.dtype).data)
         except OSError as error:
             raise HandgradError("data", f"{self.path} must be written", error.strerror) from None
         self.count += ids.size
@@ -160,7 +160,7 @@ class ShardWriter:
         header[:3] = magic, FORMATS[magic][0], self.count % 2**32
         with self._file as file:
             file.seek(0)
-            file.write(header)
+            file.write(header.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)

@@ -47,7 +47,7 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     Raises HandgradError if the folder is not writable.
     """
     folder = Path(folder)
-    kind, config = "PreTrainedTokenizerFast", dict[str, str]()
+    kind, config = "PreTrainedTokenizerFast", dict[str, str | None]()
     if isinstance(tokenizer, GPT2Tokenizer):
         kind, library = "GPT2Tokenizer", _gpt2()
         vocab = library.get_vocab(with_added_tokens=True)
