@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE: tiktoken encodes and decodes, the merges lie beside this file. No network."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class GPT2Tokenizer:
     def save(self, folder: str | Path) -> dict:
         return {"kind": "gpt2"}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], "GPT2Tokenizer"], tuple[()]]:
         return gpt2, ()  # unpickling in another process returns that process's own instance
 
 
