@@ -111,7 +111,7 @@ class Tokens:
         self.sequences = batch_tokens // seq_len
         self.ahead = 0
         grid = [self._grid(shard.count) for shard in self.shards]
-        self._room = [room for _, room in grid]
+        self._num_shifts = [shifts for _, shifts in grid]
         self._ends = list(accumulate(windows for windows, _ in grid))
         self.windows = self._ends[-1]
         if self.windows == 0:
@@ -212,7 +212,7 @@ class Tokens:
         targets = np.full((rows, length), IGNORE_INDEX, np.int32)
         for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
             index = bisect_right(ends, window)
-            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._room[index]
+            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._num_shifts[index]
             shard = self._map(index)
             ids[row] = shard[start : start + length]
             targets[row] = shard[start + 1 : start + 1 + length]

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE: tiktoken encodes and decodes, the merges lie beside this file. No network."""
+"""GPT-2's byte-level BPE by tiktoken, with the merges of gpt2_vocab.bpe. No network."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator

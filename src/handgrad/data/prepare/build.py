@@ -26,8 +26,8 @@ from handgrad.data.shards import id_dtype, open_shard, write_shard
 
 SUMS = "SHA256SUMS"
 _SPLITS = ("train", "val")
-_NOTE = "progress.json"
-_OURS = re.compile(r"(train|val)_\d{6}\.bin")
+_PROGRESS = "progress.json"
+_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 Progress = Callable[[int, int, int], None]
@@ -190,7 +190,7 @@ def _claimed(out_dir: Path) -> Iterator[Path]:
         try:
             yield building
         finally:
-            if not (building / _NOTE).exists():
+            if not (building / _PROGRESS).exists():
                 shutil.rmtree(building, ignore_errors=True)
                 if is_new and not any(out_dir.iterdir()):
                     out_dir.rmdir()
@@ -219,7 +219,7 @@ def _check_splits(meta: dict, settings: Settings, building: Path) -> None:
     missing = [split for split in wanted if not meta[split]["tokens"]]
     if not missing:
         return
-    (building / _NOTE).unlink(missing_ok=True)
+    (building / _PROGRESS).unlink(missing_ok=True)
     hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
     hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
     got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
@@ -237,19 +237,19 @@ def _origin(recipe: str, parts: Sequence[Part], spec: dict) -> dict:
 def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
     """Returns the progress of an earlier run with the same plan; removes the files of any other."""
     try:
-        note = json.loads((building / _NOTE).read_text(encoding="utf-8"))
-        done = _Done(**note["done"])
-        fits = note["plan"] == plan and all(_is_there(building, out_dir, **shard) for shard in done.shards)
+        saved = json.loads((building / _PROGRESS).read_text(encoding="utf-8"))
+        done = _Done(**saved["done"])
+        fits = saved["plan"] == plan and all(_is_intact(building, out_dir, **shard) for shard in done.shards)
     except (HandgradError, OSError, ValueError, KeyError, TypeError):
         fits = False
     if fits:
         return done
-    for path in [building / _NOTE, *building.glob("*.bin"), *building.glob(".*.tmp-*")]:
+    for path in [building / _PROGRESS, *building.glob("*.bin"), *building.glob(".*.tmp-*")]:
         path.unlink(missing_ok=True)
     return _Done()
 
 
-def _is_there(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
+def _is_intact(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
     if not (building / name).exists():  # the earlier run was killed after moving it
         return (out_dir / name).is_file() and sha256_of(out_dir / name) == sha256
     return open_shard(building / name).count == tokens
@@ -269,14 +269,14 @@ def _write(
     for (split, index), group in groupby(_pieces(parts, tokenizer, settings, done, progress), lambda piece: piece[0]):
         name = f"{split}_{index:06d}.bin"
         places: list[_Place] = []
-        shard = write_shard(building / name, _noting(group, places), dtype)
+        shard = write_shard(building / name, _tracked(group, places), dtype)
         sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
         done.part, done.job, done.ids = places[-1]
-        write_whole(building / _NOTE, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
+        write_whole(building / _PROGRESS, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
 
 
-def _noting(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarray]:
+def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarray]:
     """Yields the ids of a group of pieces; `places` holds the place after the last one yielded."""
     for _, ids, place in group:
         places[:] = [place]
@@ -294,10 +294,10 @@ def _pieces(
         at, skip = skip, 0
         while at < len(ids):
             split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
-            room = full - counts[split] % full
+            left = full - counts[split] % full
             if split == "val" and not parts[index].split:
-                room = min(room, settings.val_tokens - counts["val"])
-            piece = ids[at : at + room]
+                left = min(left, settings.val_tokens - counts["val"])
+            piece = ids[at : at + left]
             shard = counts[split] // full
             counts[split] += len(piece)
             at += len(piece)
@@ -334,13 +334,13 @@ def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
         sums[path.name] = sha256_of(path)
     (out_dir / "meta.json").unlink(missing_ok=True)
     for old in out_dir.iterdir():
-        if _OURS.fullmatch(old.name) and old.name not in sums:
+        if _SHARD_NAME.fullmatch(old.name) and old.name not in sums:
             old.unlink()
     write_sums(building, out_dir, sums)
     for name in [SUMS, *sums]:  # meta.json is last
         if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
-    (building / _NOTE).unlink()
+    (building / _PROGRESS).unlink()
 
 
 def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
@@ -352,7 +352,7 @@ def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
 
 
 def _tokenizer_files(building: Path) -> list[Path]:
-    return sorted(path for path in building.glob("*.json") if path.name not in (_NOTE, "meta.json"))
+    return sorted(path for path in building.glob("*.json") if path.name not in (_PROGRESS, "meta.json"))
 
 
 def sha256_of(path: Path) -> str:
