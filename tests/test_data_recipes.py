@@ -531,6 +531,8 @@ def test_damaged_sources(tmp_path, capsys):
         with pytest.raises(HandgradError, match=message):
             run(tmp_path / "out", recipe, files=[tmp_path / name], val_tokens=1)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(HandgradError, match="jsonl comes from at least one file, but got none"):
+        run(tmp_path / "out", "jsonl")
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(HandgradError, match="must have a column 'text', but got body"):
         run(tmp_path / "out", "parquet", files=[tmp_path / "b.parquet"])

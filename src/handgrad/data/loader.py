@@ -79,8 +79,7 @@ class Tokens:
     shards: list of Shard, in the order of their names
     folder: Path of the first shard's folder
     sequences: sequences in a step
-    ahead: sequences read before step 0; set when a resumed run changed its batch_tokens, so that step * sequences
-        does not count those of earlier steps
+    ahead: sequences read by earlier steps minus step * sequences; 0 unless a resumed run changed its batch_tokens
     windows: sequences in an epoch
     """
 
