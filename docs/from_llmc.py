@@ -211,7 +211,13 @@ def page() -> str:
             difference,
         ]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "Constants of train_gpt2.cu that are flags of handgrad:", "", "| llm.c | handgrad | defaults |", "| --- | --- | --- |"]
+    lines += [
+        "",
+        "Constants of train_gpt2.cu that are flags of handgrad:",
+        "",
+        "| llm.c | handgrad | defaults |",
+        "| --- | --- | --- |",
+    ]
     for name, value, names in FIXED:
         defaults = ", ".join(shown(known[name][1]) for name in names.split())
         lines.append(f"| {name}: {value} | {ours(names, known)} | {defaults} |")
