@@ -1,11 +1,12 @@
-"""Text to token ids: MB a second and core, and peak memory, of handgrad and of the libraries called directly.
+"""Text to token ids: MB per second and core, and peak memory, of handgrad and of tiktoken called directly.
 
     python bench/tokenize_text.py [SHARD.bin[.xz]...] [--megabytes 100] [--rounds 3]
 
-The text is what the GPT-2 token shards decode to, topped up with its own beginning in capitals; without shards, it is
-the packaged Shakespeare with a third of its words respelled, again and again otherwise. Every contender is a process
-of its own, one thread unless it says otherwise; they take turns, and medians over the rounds are shown. Speed is per
-second of processor time, so that a busy machine does not blur it; seconds are what the clock said.
+The text is decoded from the given GPT-2 token shards; if they hold less than --megabytes, it is extended with its own
+beginning in capitals. Without shards it is the packaged Shakespeare, repeated with a third of its words reversed.
+Every contender runs in a process of its own, with one thread unless it says otherwise; contenders alternate, and the
+table shows medians over the rounds. MB/s/core counts processor time, so other load on the machine matters less;
+seconds are wall-clock time.
 """
 
 import argparse
@@ -19,19 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
 
 def pieces(path):
-    """The text in pieces of 256 KiB."""
+    """Yields the text in pieces of 256 KiB."""
     from handgrad import data
 
     return data.read_text([path])
 
 
 def handgrad_pipeline(path, workers=1):
-    """File to checked shards on disk, as `handgrad data text` does it."""
+    """File to token shards with checksums on disk, as `handgrad data text` does it."""
     from handgrad import data, tokenizers
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -40,12 +42,12 @@ def handgrad_pipeline(path, workers=1):
 
 
 def handgrad_workers(path):
-    """The same with two processes."""
+    """The same with two worker processes."""
     return handgrad_pipeline(path, 2)
 
 
 def handgrad_encode(path):
-    """The tokenizer alone."""
+    """`tokenizers.gpt2().encode`, piece by piece."""
     from handgrad import tokenizers
 
     encode = tokenizers.gpt2().encode
@@ -53,32 +55,23 @@ def handgrad_encode(path):
 
 
 def tiktoken_numpy(path):
-    """tiktoken, encode_to_numpy."""
+    """tiktoken's encode_to_numpy, piece by piece."""
     encoding = tiktoken_encoding()
     return sum(len(encoding.encode_to_numpy(text, disallowed_special=())) for text in pieces(path))
 
 
 def tiktoken_list(path):
-    """tiktoken, encode_ordinary."""
+    """tiktoken's encode_ordinary, piece by piece."""
     encoding = tiktoken_encoding()
     return sum(len(encoding.encode_ordinary(text)) for text in pieces(path))
 
 
 def tiktoken_batch(path):
-    """tiktoken, encode_ordinary_batch on two threads, the whole text at once."""
-    return sum(map(len, tiktoken_encoding().encode_ordinary_batch(list(pieces(path)), num_threads=2)))
-
-
-def tokenizers_batch(path):
-    """tokenizers, encode_batch_fast, 16 pieces at a time."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    library, batch, total = library_tokenizer(), [], 0
-    for text in pieces(path):
-        batch.append(text)
-        if len(batch) == 16:
-            total += sum(len(e.ids) for e in library.encode_batch_fast(batch, add_special_tokens=False))
-            batch = []
-    return total + sum(len(e.ids) for e in library.encode_batch_fast(batch, add_special_tokens=False))
+    """tiktoken's encode_ordinary_batch on two threads, 16 pieces at a time."""
+    encoding, texts, total = tiktoken_encoding(), pieces(path), 0
+    while batch := list(islice(texts, 16)):
+        total += sum(map(len, encoding.encode_ordinary_batch(batch, num_threads=2)))
+    return total
 
 
 CONTENDERS = (
@@ -88,35 +81,21 @@ CONTENDERS = (
     tiktoken_numpy,
     tiktoken_list,
     tiktoken_batch,
-    tokenizers_batch,
 )
 
 
 def tiktoken_encoding():
-    """GPT-2's encoding, made as tiktoken makes it."""
+    """Returns GPT-2's encoding as tiktoken defines it."""
     import tiktoken
 
-    from handgrad.tokenizers.gpt2 import MERGES, PATTERN, read_ranks
+    from handgrad.tokenizers.gpt2 import END_OF_TEXT, MERGES, PATTERN, read_ranks
 
-    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=read_ranks(MERGES), special_tokens={})
-
-
-def library_tokenizer():
-    """GPT-2's tokenizer in `tokenizers`."""
-    import tokenizers as library
-
-    from handgrad.tokenizers.gpt2 import MERGES, read_ranks, spelled_bytes
-
-    spell = {byte: character for character, byte in spelled_bytes().items()}
-    vocab = {"".join(spell[byte] for byte in token): id for token, id in read_ranks(MERGES).items()}
-    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").splitlines()[1:]]
-    found = library.Tokenizer(library.models.BPE(vocab, merges))
-    found.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return found
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=read_ranks(MERGES), special_tokens=special)
 
 
 def write_text(path, shards, size):
-    """Writes `size` bytes of text."""
+    """Writes `size` bytes of text to `path`."""
     import numpy as np
 
     from handgrad import data, tokenizers
@@ -132,20 +111,20 @@ def write_text(path, shards, size):
                 written += file.write(text.encode()[: size - written])
         source = data.shakespeare() if not shards else path
         file.flush()
-        turn = random.Random(0)
+        generator = random.Random(0)
         while written < size:
             for text in data.read_text([source]):
                 if shards:
                     text = text.upper()
                 else:
-                    text = re.sub(r"\w+", lambda m: m[0][::-1] if turn.random() < 1 / 3 else m[0], text)
+                    text = re.sub(r"\w+", lambda m: m[0][::-1] if generator.random() < 1 / 3 else m[0], text)
                 written += file.write(text.encode()[: size - written])
                 if written == size:
                     break
 
 
 def one(name, path):
-    """Runs a contender here and prints what it took."""
+    """Runs one contender in this process and prints its tokens, seconds, processor seconds and peak memory as JSON."""
     contender = globals()[name]
     begin, wall = os.times(), time.perf_counter()
     tokens = contender(Path(path))
@@ -157,7 +136,7 @@ def one(name, path):
 
 
 def main():
-    """Prints the table."""
+    """Runs the contenders in turn and prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("shards", nargs="*")
     parser.add_argument("--megabytes", type=float, default=100)
@@ -165,13 +144,13 @@ def main():
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.txt"
-        run(["--write", path, round(a.megabytes * 1e6), *a.shards])  # elsewhere: a child's peak counts its parent's
+        run(["--write", path, round(a.megabytes * 1e6), *a.shards])  # in a child: a process inherits its parent's peak
         found = {contender.__name__: [] for contender in CONTENDERS}
         for _ in range(a.rounds):
             for name in found:
                 found[name].append(json.loads(run(["--one", name, path])))
     assert len({run["tokens"] for runs in found.values() for run in runs}) == 1, "not the same number of tokens"
-    print(f"{a.megabytes:g} MB of text, {runs_tokens(found):,} tokens, medians of {a.rounds} rounds taken in turn\n")
+    print(f"{a.megabytes:g} MB of text, {runs_tokens(found):,} tokens, medians of {a.rounds} alternating rounds\n")
     print(f"{'':18} {'MB/s/core':>9} {'seconds':>8} {'peak MiB':>8}")
     for name, runs in found.items():
         cpu, seconds, mib = (median(run[key] for run in runs) for key in ("cpu", "seconds", "mib"))
@@ -179,13 +158,13 @@ def main():
 
 
 def run(words):
-    """Runs this file with these words and returns what it prints."""
+    """Runs this file with these arguments and returns its output."""
     command = [sys.executable, __file__, *map(str, words)]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 
 
 def runs_tokens(found):
-    """How many tokens everyone found."""
+    """Returns the number of tokens, which is the same for every contender."""
     return next(iter(found.values()))[0]["tokens"]
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A character-level GPT-2 of 0.8 million parameters on Shakespeare, on any machine: the first run to make.
+# A character-level GPT-2 with 0.8 million parameters on Shakespeare, on any machine: a good first run.
 #
-# loss   expected: validation 1.90 at most after 2000 steps (measured; tests/test_readme.py)
-# time   34 s on two cores (computed: 2000 steps of 17 ms, bench/results/shakespeare.txt), and validation
+# loss   expected: validation at most 1.90 after 2000 steps (measured; tests/test_readme.py)
+# time   34 s on two cores plus validation (computed: 2000 steps of 17 ms, bench/results/shakespeare.txt)
 # cost   none
 set -eu
 exec "$(dirname "$0")/until_done.sh" handgrad train \

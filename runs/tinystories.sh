@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# GPT-2 of 30 million parameters on TinyStories, one pass: short stories in simple words, on one GPU.
+# GPT-2 with 30 million parameters on TinyStories (short stories in simple English), one epoch, on one GPU.
 #
-# loss   expected: not known, this recipe has not been run to its end
-# time   not measured; at 30 % of an H100's peak (a guess for a model this small) 1.6 million tokens a second, ten
-#        minutes for the 0.93 billion tokens
-# cost   $0.60 (computed from that, at $3.50 an hour)
+# loss   expected: unknown, we have not run this recipe to its end
+# time   not measured; at 30 % of an H100's peak (a guess for so small a model), 1.6 million tokens a second: ten minutes
+#        for 0.93 billion tokens
+# cost   $0.60 (computed from that time, at $3.50 an hour)
 # needs  2 GB of disk for the shards
 set -eu
 [ -e data/tinystories/meta.json ] || handgrad data tinystories --out data/tinystories

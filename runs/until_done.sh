@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# until_done.sh COMMAND...: starts a run, and starts it again when it dies, until it ends well.
+# until_done.sh COMMAND...: runs a command and restarts it when it dies, until it succeeds.
 #
-# The command has `--run.resume auto` in it: every start goes on from the newest complete checkpoint. What would only
-# fail again is not started again: a mistake, told in one line (exit code 2), and a run that died five times in a row
-# within a minute of its start. Ctrl-C and kill (130) save and stop.
-# PAUSE: seconds before the next start, 10 if not set.
+# The command contains `--run.resume auto`, so every start continues from the newest complete checkpoint. It is not
+# restarted after a user error (exit code 2), after Ctrl-C or kill (130; the run saves a checkpoint and stops), or after
+# five deaths in a row within a minute of its start.
+# PAUSE: seconds before a restart; default 10.
 set -u
 quick=0
 while true; do
@@ -14,7 +14,7 @@ while true; do
     case $code in 0 | 2 | 130) exit "$code" ;; esac
     if ((SECONDS - begin < 60)); then quick=$((quick + 1)); else quick=0; fi
     if ((quick == 5)); then
-        echo "until_done.sh: died five times within a minute of its start, at last with exit code $code" >&2
+        echo "until_done.sh: died five times within a minute of its start, the last time with exit code $code" >&2
         exit "$code"
     fi
     echo "until_done.sh: exit code $code; again in ${PAUSE:-10} s" >&2

@@ -1,4 +1,4 @@
-"""Token shards, the loader's promises, and the way from text to shards."""
+"""Token shards, the loader's guarantees, and building shards from text."""
 
 import doctest
 import json
@@ -41,14 +41,14 @@ def test_shard_is_llmc_format(tmp_path, dtype, magic, version):
     assert data.open_shard(path).map().tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("count", [2**31 + 7, 2**32 + 7])  # beyond int32, and beyond the header's field
+@pytest.mark.parametrize("count", [2**31 + 7, 2**32 + 7])  # beyond int32, beyond the header's 32-bit count
 def test_shard_over_2_gib(tmp_path, count):
     path = tmp_path / "a.bin"
     data.write_shard(path, [[1]], U16)
     with path.open("r+b") as file:
         file.seek(8)
         file.write(np.array(count % 2**32, "<u4"))
-        file.truncate(1024 + 2 * count)  # sparse: takes no disk
+        file.truncate(1024 + 2 * count)  # sparse: uses no disk space
         file.seek(1024 + 2 * (count - 3))
         file.write(np.array([7, 8, 9], U16))
     shard = data.open_shard(path)
@@ -94,7 +94,7 @@ def test_no_shard(tmp_path):
         data.open_shard(tmp_path)
 
 
-def test_failed_writing_keeps_the_old_shard(tmp_path):
+def test_failed_write_keeps_old_shard(tmp_path):
     path = tmp_path / "a.bin"
     data.write_shard(path, [[1, 2, 3]], U16)
     with pytest.raises(HandgradError, match="0..65535, but got 65536"):
@@ -111,7 +111,7 @@ def test_failed_writing_keeps_the_old_shard(tmp_path):
 
 
 def make(folder, counts, seq_len, batch, **options):
-    """Tokens over shards whose ids count up through all of them, so that an id says where it was."""
+    """Tokens over shards that together hold 0, 1, 2, ..., so that an id is its own position."""
     begin = 0
     for index, count in enumerate(counts):
         data.write_shard(folder / f"train_{index:03d}.bin", [np.arange(begin, begin + count)], U32)
@@ -125,7 +125,7 @@ def sizes():
 
 @settings(max_examples=60, deadline=None)
 @given(counts=sizes(), seq_len=st.integers(1, 12), shuffle=st.booleans(), seed=st.integers(-(2**70), 2**70))
-def test_every_window_once_an_epoch(tmp_path_factory, counts, seq_len, shuffle, seed):
+def test_epoch_reads_every_window_once(tmp_path_factory, counts, seq_len, shuffle, seed):
     folder = tmp_path_factory.mktemp("data")
     if max(counts) <= seq_len:
         with pytest.raises(HandgradError, match="a shard must hold seq_len"):
@@ -140,7 +140,7 @@ def test_every_window_once_an_epoch(tmp_path_factory, counts, seq_len, shuffle, 
         assert len(np.unique(ids)) == ids.size  # no token predicted from twice
         edges = np.cumsum([0, *counts])
         home = np.searchsorted(edges, ids[:, 0], side="right")
-        assert (home == np.searchsorted(edges, targets[:, -1], side="right")).all()  # none straddles shards
+        assert (home == np.searchsorted(edges, targets[:, -1], side="right")).all()  # no window crosses shards
         for shard, count in enumerate(counts):
             used = int((home == shard + 1).sum())
             assert used * seq_len > count - 1 - (2 if shuffle else 1) * seq_len
@@ -150,7 +150,7 @@ def test_every_window_once_an_epoch(tmp_path_factory, counts, seq_len, shuffle, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_ranks_and_micro_batches_share_out_the_same_sequences(tmp_path_factory, draw):
+def test_ranks_and_micro_batches_split_the_same_sequences(tmp_path_factory, draw):
     world = draw.draw(st.integers(1, 4))
     micro_batch = draw.draw(st.integers(1, 3))
     micro_steps = draw.draw(st.integers(1, 3))
@@ -178,11 +178,11 @@ def test_batch_is_pure(tmp_path):
     assert (forward[1] == forward[4]).all()
     assert (data.tokens(one.pattern, 4, 24, seed=4).batch(0)["ids"] != forward[0]).any()
     order = np.concatenate([one.batch(step)["ids"][:, 0] for step in range(12)])
-    assert (order[: one.windows] != order[one.windows : 2 * one.windows]).any()  # another order each epoch
+    assert (order[: one.windows] != order[one.windows : 2 * one.windows]).any()  # each epoch has another order
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 8, 64])
-def test_every_alignment_is_seen(tmp_path, seq_len):
+def test_epochs_shift_windows_to_every_alignment(tmp_path, seq_len):
     tokens = make(tmp_path, [seq_len * 5 + 2], seq_len, 1)
     starts = Counter(int(tokens.batch(step)["ids"][0, 0]) for step in range(tokens.windows * seq_len))
     assert starts == Counter(range(tokens.windows * seq_len))
@@ -197,13 +197,13 @@ def test_permutation_is_a_bijection(n, seed, epoch):
     assert (loader._permute(some, n, seed, epoch) == order[some]).all()
 
 
-def test_permutation_is_fair():
+def test_permutation_is_uniform():
     n = 16
     tables = np.array([loader._permute(np.arange(n), n, seed, 0) for seed in range(4000)])
     for place in range(n):
         expected = 4000 / n
         chi2 = ((np.bincount(tables[:, place].astype(int), minlength=n) - expected) ** 2 / expected).sum()
-        assert chi2 < 60  # 15 degrees of freedom: chance below 1e-6
+        assert chi2 < 60  # 15 degrees of freedom: p below 1e-6
     large = loader._permute(np.arange(2**40, 2**40 + 10_000), 10**12 * 2, 1, 1).astype(float)
     assert abs(np.corrcoef(large[1:], large[:-1])[0, 1]) < 0.05
 
@@ -216,7 +216,7 @@ def test_permutation_is_fair():
     world=st.integers(1, 3),
     limit=st.one_of(st.none(), st.integers(1, 200)),
 )
-def test_sweep_covers_the_same_tokens_however_divided(tmp_path_factory, counts, seq_len, micro_batch, world, limit):
+def test_sweep_is_independent_of_ranks_and_micro_batch(tmp_path_factory, counts, seq_len, micro_batch, world, limit):
     if max(counts) <= seq_len:
         return
     tokens = make(tmp_path_factory.mktemp("data"), counts, seq_len, 1)
@@ -238,7 +238,7 @@ def test_sweep_covers_the_same_tokens_however_divided(tmp_path_factory, counts, 
     assert rows == (grid if limit is None else grid[: max(limit // seq_len, 1)])
 
 
-def test_loader_refuses(tmp_path):
+def test_loader_argument_errors(tmp_path):
     tokens = make(tmp_path, [100], 4, 6)
     with pytest.raises(HandgradError, match="multiple of seq_len 4, but got 10. hint: 8 or 12"):
         data.tokens(tokens.pattern, 4, 10)
@@ -255,8 +255,22 @@ def test_loader_refuses(tmp_path):
             tokens.batch(**wrong)
 
 
+def test_loader_fills_the_named_inputs(tmp_path):
+    """The names are a program's inputs: a model that needs an input the shards do not hold learns it by name."""
+    tokens = make(tmp_path, [100], 4, 6)
+    whole = tokens.batch(0)
+    assert list(whole) == ["ids", "targets"]
+    for names in (["targets", "ids"], ["ids"], ["targets"], []):
+        batch = tokens.batch(0, names=names)
+        assert list(batch) == names and all((batch[name] == whole[name]).all() for name in names)
+        assert list(next(tokens.sweep(2, names=names))) == names
+    for call in (tokens.batch, lambda step, names: next(tokens.sweep(2, names=names))):
+        with pytest.raises(HandgradError, match="fill the model inputs ids and targets, but got 'positions'"):
+            call(0, names={"ids": None, "positions": None})
+
+
 @pytest.mark.parametrize("bad, place", [(64, 3), (2**31, 3), (2**32 - 1, 99), (64, 0)])
-def test_id_outside_the_vocabulary(tmp_path, bad, place):
+def test_id_outside_vocabulary_is_an_error(tmp_path, bad, place):
     ids = np.arange(100) % 64
     ids[place] = bad
     data.write_shard(tmp_path / "a.bin", [ids], U32)
@@ -275,11 +289,10 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     assert (tokens.batch(0)["ids"][:, 0] == np.repeat(np.arange(8) * 9, 2) + np.tile([0, 4], 8)).all()
 
 
-def test_a_batch_takes_as_long_as_a_few_thousand_additions(tmp_path):
-    """100 us on a machine whose Python adds 50 numbers a microsecond, where it takes 43: 5,000 additions.
+def test_batch_time(tmp_path):
+    """At most as long as 5,000 additions in Python; 2,100 to 2,600 were measured, on slow and on fast machines.
 
-    Machines differ by a factor of 3 and change their speed from second to second, so both are timed in turn; measured
-    are 2,100 to 2,600 additions, on slow machines and fast ones.
+    Machines differ by a factor of 3 and vary from second to second, so batches and additions alternate.
     """
     data.write_shard(tmp_path / "a.bin", [np.arange(1_000_000) % 64], U16)
     tokens = data.tokens(tmp_path / "a.bin", 64, 768, vocab_size=64)
@@ -336,8 +349,8 @@ BITS = st.sampled_from(["a", "bc", "'s", "é", "1", ".", "😀", *SPACES])
     piece=st.integers(1, 40),
     fraction=st.sampled_from([0, 0.1, 0.5, 0.9]),
 )
-def test_pieces_do_not_show(tmp_path_factory, texts, piece, fraction):
-    """Reading a few bytes at a time, cut wherever the rule allows, gives GPT-2's ids of the whole text."""
+def test_ids_are_independent_of_piece_size(tmp_path_factory, texts, piece, fraction):
+    """Pieces of a few bytes, cut where `_pieces` allows it, give GPT-2's ids of the whole text."""
     folder = tmp_path_factory.mktemp("text")
     files = [folder / f"{index}.txt" for index in range(len(texts))]
     for file, text in zip(files, texts, strict=True):
@@ -364,7 +377,7 @@ def test_pieces_do_not_show(tmp_path_factory, texts, piece, fraction):
         assert (read(folder / "out", split) if expected[split] else []) == expected[split]
 
 
-def test_a_megabyte_without_a_space(tmp_path):
+def test_text_without_spaces(tmp_path):
     (tmp_path / "a.txt").write_text("é" * 2**20 + " " * 2**20)
     meta = data.prepare_text([tmp_path / "a.txt"], tmp_path, tokenizers.gpt2(), val_fraction=0)
     text = tokenizers.gpt2().decode(read(tmp_path, "train")[1:])
@@ -378,7 +391,7 @@ def test_large_vocabulary_is_uint32(tmp_path):
     assert meta["dtype"] == "uint32" and read(tmp_path, "train") == [97, 98, 99]
 
 
-def test_bad_text_changes_nothing(tmp_path):
+def test_bad_text_leaves_folder_unchanged(tmp_path):
     out = tmp_path / "out"
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("to be or not to be, that is the question")
@@ -403,7 +416,7 @@ def test_bad_text_changes_nothing(tmp_path):
         data.prepare_text([good], good, tokenizer)
 
 
-def test_preparing_again_leaves_no_older_shard(tmp_path):
+def test_prepare_removes_older_shards(tmp_path):
     (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten")
     (tmp_path / "train_notes.bin").write_text("not ours")
     tokenizer = tokenizers.gpt2()
@@ -414,8 +427,8 @@ def test_preparing_again_leaves_no_older_shard(tmp_path):
     assert names == ["SHA256SUMS", "a.txt", "meta.json", "train_000000.bin", "train_notes.bin", "val_000000.bin"]
 
 
-def test_another_source_or_tokenizer_takes_no_data_set_s_place(tmp_path):
-    """Unless it is told to. A source is what its files hold: changed meanwhile it is another, elsewhere it is the same."""
+def test_prepare_does_not_overwrite_another_data_set(tmp_path):
+    """Unless `replace` says so. The same content in another folder is the same source; changed content is another."""
     a, b, out, gpt2 = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out", tokenizers.gpt2()
     a.write_text("one two three four five six seven eight nine ten")
     b.write_text("to be or not to be")

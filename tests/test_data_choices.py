@@ -1,4 +1,4 @@
-"""Evaluation files (P1): llm.c's layout to the word, and every contradiction in one noticed."""
+"""Evaluation files: llm.c's layout word for word, and every inconsistency is an error."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_p1_evaluation_file_is_llmc_format(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_round_trip(tmp_path_factory, draw):
+def test_evaluation_file_round_trip(tmp_path_factory, draw):
     ids = st.lists(st.integers(0, 65535), min_size=1, max_size=9)
     items = []
     for _ in range(draw.draw(st.integers(1, 5))):
@@ -73,7 +73,7 @@ GOOD[1], GOOD[19] = 36, 24
         (header(count=3, longest=36) + body(GOOD), "example 2: the file must hold it"),
     ],
 )
-def test_damaged_file(tmp_path, raw, message):
+def test_damaged_evaluation_file(tmp_path, raw, message):
     (tmp_path / "a.bin").write_bytes(raw)
     with pytest.raises(HandgradError, match=message):
         data.read_choices(tmp_path / "a.bin")
@@ -96,8 +96,8 @@ def test_damaged_file(tmp_path, raw, message):
         (5, 14, "must fit"),
     ],
 )
-def test_a_changed_word_is_noticed(tmp_path, place, value, message):
-    """Each is a mutation of a good file that a reader without that check would accept or misread."""
+def test_changed_word_is_detected(tmp_path, place, value, message):
+    """A reader without the check would accept or misread each of these."""
     (tmp_path / "a.bin").write_bytes(header(longest=36) + body([*GOOD[:place], value, *GOOD[place + 1 :]]))
     with pytest.raises(HandgradError, match=message):
         data.read_choices(tmp_path / "a.bin")
@@ -105,7 +105,7 @@ def test_a_changed_word_is_noticed(tmp_path, place, value, message):
 
 @settings(max_examples=300, deadline=None)
 @given(place=st.integers(0, 4 * 4 + 2 * len(WORDS) - 1), value=st.integers(0, 255))
-def test_any_changed_byte_is_told_or_harmless(tmp_path_factory, place, value):
+def test_changed_byte_raises_handgrad_error_or_reads(tmp_path_factory, place, value):
     path = tmp_path_factory.getbasetemp() / "mutated.bin"
     raw = bytearray(header(longest=36) + body(GOOD))
     raw[place if place < 16 else 1024 + place - 16] = value
@@ -133,13 +133,13 @@ def test_any_changed_byte_is_told_or_harmless(tmp_path_factory, place, value):
         ([ITEMS[0]] * 65_537, "at most 65,536 examples"),
     ],
 )
-def test_what_the_format_cannot_hold(tmp_path, items, message):
+def test_write_choices_argument_errors(tmp_path, items, message):
     with pytest.raises(HandgradError, match=message):
         data.write_choices(tmp_path / "a.bin", items)
     assert not list(tmp_path.iterdir())
 
 
-def test_unreadable_and_unwritable(tmp_path):
+def test_unreadable_and_unwritable_evaluation_file(tmp_path):
     with pytest.raises(HandgradError, match="readable evaluation file, but got No such file"):
         data.read_choices(tmp_path / "none.bin")
     with pytest.raises(HandgradError, match="readable evaluation file"):

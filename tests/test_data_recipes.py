@@ -1,4 +1,4 @@
-"""Data recipes (P12) on small copies of each source, in the layout in which its publishers give it."""
+"""Data recipes (P12) on small copies of each source in its published layout."""
 
 import csv
 import gzip
@@ -47,7 +47,7 @@ def read(folder, split):
 
 
 def tables(folder, texts, files=3):
-    """Parquet files named as FineWeb's are, with several row groups each and a column that nobody asks for."""
+    """Parquet files named as FineWeb's are, with several row groups each and a second column."""
     folder.mkdir(parents=True)
     for index, part in enumerate(np.array_split(np.arange(len(texts)), files)):
         rows = [texts[i] for i in part]
@@ -73,14 +73,12 @@ def test_p12_shakespeare(tmp_path, monkeypatch):
     ids = expected([part + "\n\n" for part in text.split("\n\n")[:-1]] + text.split("\n\n")[-1:])
     assert read(tmp_path / "out", "val") == ids[:32768] and read(tmp_path / "out", "train") == ids[32768:]
     monkeypatch.chdir(tmp_path)
-    assert (
-        main(["data", "shakespeare", "--workers", "1"]) == 0
-    )  # its folder is not the word that training takes for itself
+    assert main(["data", "shakespeare", "--workers", "1"]) == 0
+    # not "shakespeare", which --data.train takes for the packaged text
     assert everything(tmp_path / "plays") == everything(tmp_path / "out")
     assert meta["source"]["recipe"] == "shakespeare" and data.read_meta(tmp_path / "out") == meta
-    (tmp_path / "input.txt").write_text(
-        "First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000
-    )  # tiny-shakespeare's form
+    tiny_shakespeare = "First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000
+    (tmp_path / "input.txt").write_text(tiny_shakespeare)
     run(tmp_path / "tiny", "shakespeare", source=tmp_path / "input.txt")
     ids = expected(["First Citizen:\nSpeak.\n\n", "All:"])
     assert read(tmp_path / "tiny", "val")[: len(ids)] == ids
@@ -168,14 +166,14 @@ def test_jsonl(tmp_path, monkeypatch, suffix, opener):
     with opener(tmp_path / f"a.jsonl{suffix}", "wt", encoding="utf-8") as file:
         for index, text in enumerate(texts):
             file.write(json.dumps({"body": text, "text": 3}, ensure_ascii=index % 2 == 0) + "\n" * (1 + index % 3))
-    for size in (37, 5000, 2**20):  # where jobs end is nowhere to be seen
+    for size in (37, 5000, 2**20):  # the ids are independent of where jobs end
         monkeypatch.setattr(readers, "JOB_BYTES", size)
         out = tmp_path / f"out{size}"
         run(out, "jsonl", files=[tmp_path / f"a.jsonl{suffix}"], column="body", val_tokens=500)
         assert (read(out, "val"), read(out, "train")) == (expected(texts)[:500], expected(texts)[500:])
 
 
-def test_parquet_through_the_command_line(tmp_path, monkeypatch, capsys):
+def test_parquet_on_the_command_line(tmp_path, monkeypatch, capsys):
     texts = tables(tmp_path / "t", documents(30), files=1)
     monkeypatch.chdir(tmp_path)
     assert main("data parquet t/000_00000.parquet --val-tokens 300 --out d --shard-tokens 1000".split()) == 0
@@ -185,7 +183,7 @@ def test_parquet_through_the_command_line(tmp_path, monkeypatch, capsys):
     assert "all as they were made" in capsys.readouterr().out
 
 
-def test_any_tokenizer_and_uint32(tmp_path):
+def test_tokenizer_json_with_uint32_ids(tmp_path):
     words = {f"w{index}": index for index in range(70_000)} | {"</s>": 70_000}
     made = library.Tokenizer(library.models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = library.pre_tokenizers.Whitespace()
@@ -254,8 +252,8 @@ def test_mmlu(tmp_path, capsys):
     assert data.read_choices(path) == items
 
 
-def test_questions_in_one_folder_share_its_checksums(tmp_path):
-    """Also with shards, and each as it was last made."""
+def test_questions_and_shards_share_checksums(tmp_path):
+    """SHA256SUMS lists the newest version of every file in the folder."""
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION) + "\n")
     (tmp_path / "q.csv").write_text("Why?,a,b,c,d,B\n")
     run(tmp_path / "out", "shakespeare")
@@ -267,10 +265,31 @@ def test_questions_in_one_folder_share_its_checksums(tmp_path):
     assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
 
 
-# promises -------------------------------------------------------------------------------------------------------------
+# documents ------------------------------------------------------------------------------------------------------------
 
 
-def test_p12_shards_do_not_depend_on_the_number_of_processes(tmp_path):
+@pytest.mark.parametrize(
+    "tokenizer, texts, ids",
+    [
+        (tokenizers.gpt2(), [], []),
+        (tokenizers.gpt2(), [""], [EOT]),
+        (tokenizers.gpt2(), ["", "Hello world", ""], [EOT, EOT, 15496, 995, EOT]),
+        (tokenizers.chars("abc"), ["ab", "", "c"], [0, 1, 2]),
+        (tokenizers.chars("abc"), [], []),
+    ],
+)
+def test_end_of_text_precedes_every_document(tokenizer, texts, ids):
+    [(_, whole), (_, continued)] = tokenize(
+        [(0, Job(lambda: texts, ())), (1, Job(lambda: texts, (), continues=True))], tokenizer, 1
+    )
+    assert whole.tolist() == ids and whole.dtype == np.uint16
+    assert continued.tolist() == (ids[1:] if tokenizer.eot is not None else ids)
+
+
+# guarantees -----------------------------------------------------------------------------------------------------------
+
+
+def test_p12_shards_are_independent_of_workers(tmp_path):
     source = tmp_path / "source"
     tables(source, documents(80))
     made = []
@@ -298,8 +317,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_p12_killed_and_resumed(tmp_path, monkeypatch, workers):
-    """Mutation: forget `ids` of a job that ended one shard and begins the next, and the shards differ."""
+def test_p12_resume_after_kill_is_bit_exact(tmp_path, monkeypatch, workers):
+    """Fails if resuming forgets `_Done.ids`, the ids of a job that crosses from one shard to the next."""
     source, whole, out = tmp_path / "source", tmp_path / "whole", tmp_path / "out"
     tables(source, documents(80))
     run(whole, "fineweb", source=source, shard_tokens=1500)
@@ -315,7 +334,7 @@ def test_p12_killed_and_resumed(tmp_path, monkeypatch, workers):
         run(out, "fineweb", source=source, shard_tokens=1500)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert [path.name for path in out.iterdir()] == [".preparing"]  # nothing half made is to be seen
+    assert [path.name for path in out.iterdir()] == [".preparing"]  # no incomplete data set
     kept = {path.name: path.stat().st_mtime_ns for path in (out / ".preparing").glob("*.bin")}
     assert len(kept) >= 3
     read = []
@@ -336,7 +355,7 @@ def test_p12_killed_and_resumed(tmp_path, monkeypatch, workers):
     assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in kept.items() if name < max(kept))
 
 
-def test_resume_begins_afresh_when_anything_changed(tmp_path, monkeypatch):
+def test_resume_restarts_when_settings_changed(tmp_path, monkeypatch):
     source, whole, out = tmp_path / "source", tmp_path / "whole", tmp_path / "out"
     tables(source, documents(40))
 
@@ -365,8 +384,8 @@ def test_resume_begins_afresh_when_anything_changed(tmp_path, monkeypatch):
     assert data.read_meta(out)["source"]["files"] == 2
 
 
-def test_resume_goes_by_what_files_hold(tmp_path, monkeypatch):
-    """Touched, they are the same; of the same size and time, but with another word, they are not."""
+def test_resume_compares_source_content(tmp_path, monkeypatch):
+    """A new mtime is the same source; other content of the same size and mtime is not."""
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     source.write_text('{"text": "one"}\n{"text": "two"}\n')
     make = partial(run, out, "jsonl", files=[source], val_tokens=2)
@@ -388,8 +407,8 @@ def test_resume_goes_by_what_files_hold(tmp_path, monkeypatch):
     assert read(out, "val") == expected(["two"])
 
 
-def test_killed_while_moving(tmp_path, monkeypatch):
-    """At each move of the last phase: what was moved counts, what was not is moved."""
+def test_resume_after_kill_during_install(tmp_path, monkeypatch):
+    """Killed at each move in turn: moved files are recognised, the others are moved by the next run."""
     source, whole = tmp_path / "source", tmp_path / "whole"
     tables(source, documents(20))
     run(whole, "fineweb", source=source, shard_tokens=1500)
@@ -408,12 +427,12 @@ def test_killed_while_moving(tmp_path, monkeypatch):
             patch.setattr(build.Path, "replace", stop)
             with pytest.raises(KeyboardInterrupt):
                 run(out, "fineweb", source=source, shard_tokens=1500, replace=True)
-        assert not (out / "meta.json").exists()  # a mixture must not look whole
+        assert not (out / "meta.json").exists()  # a mixture must not look complete
         run(out, "fineweb", source=source, shard_tokens=1500)
         assert everything(out) == everything(whole)
 
 
-def test_a_changed_byte_is_caught(tmp_path, capsys):
+def test_check_detects_changed_byte(tmp_path, capsys):
     run(tmp_path, "shakespeare")
     sizes = data.check(tmp_path)
     assert set(sizes) == {"train_000000.bin", "val_000000.bin", "meta.json"}
@@ -446,8 +465,8 @@ def refuses():
 """
 
 
-def test_a_process_that_fails_is_told(tmp_path, monkeypatch):
-    (tmp_path / "failing_jobs.py").write_text(JOBS)  # a module, because other processes import it
+def test_worker_failure_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "failing_jobs.py").write_text(JOBS)  # a module, because worker processes import it
     monkeypatch.syspath_prepend(tmp_path)
     jobs = importlib.import_module("failing_jobs")
     with pytest.raises(HandgradError, match="^.data. a rule, but got a value. hint: a hint$"):
@@ -456,7 +475,7 @@ def test_a_process_that_fails_is_told(tmp_path, monkeypatch):
         list(tokenize([(0, Job(jobs.dies, ()))], tokenizers.gpt2(), 2))
 
 
-def test_processes_end_with_a_killed_parent(tmp_path):
+def test_workers_exit_with_killed_parent(tmp_path):
     (tmp_path / "a.py").write_text(
         "import multiprocessing, time\n"
         "from handgrad import tokenizers\n"
@@ -474,7 +493,7 @@ def test_processes_end_with_a_killed_parent(tmp_path):
     child.wait()
     end = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}") and running(pid) for pid in pids):
-        assert time.monotonic() < end, "orphans stay"
+        assert time.monotonic() < end, "workers outlive their parent"
         time.sleep(0.05)
 
 
@@ -512,6 +531,8 @@ def test_damaged_sources(tmp_path, capsys):
         with pytest.raises(HandgradError, match=message):
             run(tmp_path / "out", recipe, files=[tmp_path / name], val_tokens=1)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(HandgradError, match="jsonl comes from at least one file, but got none"):
+        run(tmp_path / "out", "jsonl")
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(HandgradError, match="must have a column 'text', but got body"):
         run(tmp_path / "out", "parquet", files=[tmp_path / "b.parquet"])
@@ -535,7 +556,7 @@ def test_damaged_sources(tmp_path, capsys):
     ):
         assert main(f"data {words} --out {tmp_path}/out".split()) == 2
         assert f" tokens are val: {flag} can be smaller" in capsys.readouterr().err
-        assert main([*f"data {words}".split(), flag, "word"]) == 2  # so it does exist
+        assert main([*f"data {words}".split(), flag, "word"]) == 2  # so the flag exists
         assert f"{flag} takes a whole number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -560,8 +581,8 @@ def test_damaged_questions(tmp_path):
         data.prepare_questions("hellaswag", tmp_path / "out", wide, tmp_path / "q.jsonl")
 
 
-def test_the_hub(tmp_path, monkeypatch):
-    """The hub is asked for the revision and its files once, then for each file of that revision."""
+def test_hub_files_of_one_revision(tmp_path, monkeypatch):
+    """One request lists the revision and its files; every file is then fetched from that revision."""
     tables(tmp_path / "sample" / "10BT", documents(30))
     fetched = []
 
@@ -582,7 +603,7 @@ def test_the_hub(tmp_path, monkeypatch):
     names = [f"sample/10BT/{index:03d}_00000.parquet" for index in range(3)]
     assert fetched == [("HuggingFaceFW/fineweb-edu", name, "dataset", "abc") for name in names]
     assert meta["source"]["first"] == f"hf:HuggingFaceFW/fineweb-edu@abc/{names[0]}"
-    assert "sha256" not in meta["source"]  # the revision says it
+    assert "sha256" not in meta["source"]  # the name has the revision
     with pytest.raises(HandgradError, match="must hold sample/100BT/.*, but got none"):
         run(tmp_path / "none", "fineweb-edu", sample="100B")
 
@@ -595,7 +616,7 @@ def test_the_hub(tmp_path, monkeypatch):
         ("pyarrow.parquet", "data parquet a.parquet"),
     ],
 )
-def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words):
+def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"")
@@ -604,13 +625,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words
     assert f"no such package. hint: pip install 'handgrad[{extra}]'" in capsys.readouterr().err
 
 
-def test_no_network_is_told(monkeypatch, capsys):
+def test_missing_network_is_reported(monkeypatch, capsys):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["data", "tinystories"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("[data] roneneldan/TinyStories must be downloadable, but got ")
-    assert line.endswith("hint: --source takes files that are here\n")
+    assert line.endswith("hint: --source reads local files\n")
 
 
 def test_progress_reaches_the_end(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokenizers: exact ids, round trips, streaming, saving, and what they refuse."""
+"""Tokenizers: exact ids, round trips, streaming, saving, errors."""
 
 import doctest
 import json
@@ -6,20 +6,42 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from handgrad import data, tokenizers
 from handgrad.core.errors import HandgradError
 from handgrad.tokenizers.gpt2 import END_OF_TEXT, MERGES, read_ranks
 
+PARTS = "a bc S 's 'S 'll 'l 'v 've 'r 're ' '' é 1 ² ½ . ! 😀 中文 λ ж ’ — supercalifragilistic <|endoftext|>".split(
+    " "
+)
+PARTS += [
+    "\u0301",
+    " ",
+    "    ",
+    "\n",
+    "\n\n\n",
+    "\t",
+    "\r\n",
+    "\u3000",
+    "\xa0",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "\0",
+    "a\0",
+    "\ufffe",
+]
 MIXED = "Hello world's été\r\n\t  naïve 😀👩‍👩‍👧 漢字 ١٢٣ 12345 <|endoftext|> \x00\x7f  end  "
 
 
 @pytest.fixture(scope="module")
 def file_tokenizer(tmp_path_factory):
-    """A small byte-level BPE as a tokenizer.json, with the padding and truncation that such files like to bring."""
+    """A small byte-level BPE from a tokenizer.json with padding and truncation, which `from_file` turns off."""
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -74,7 +96,41 @@ def test_gpt2_equals_transformers(tmp_path):
     same()
 
 
-def test_gpt2_takes_a_million_spaces():
+@pytest.fixture(scope="module")
+def expected():
+    """Ids by tiktoken's own GPT-2 pattern; the merges are OpenAI's, checked by their sha256."""
+    ranks, special = read_ranks(MERGES), {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    ).encode_ordinary
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PARTS), max_size=14).map("".join))
+def test_gpt2_equals_tiktoken_on_awkward_parts(expected, text):
+    assert tokenizers.gpt2().encode(text).tolist() == expected(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40))
+def test_gpt2_equals_tiktoken_on_any_text(expected, text):
+    assert tokenizers.gpt2().encode(text).tolist() == expected(text)
+
+
+def test_gpt2_equals_tiktoken_on_every_character(expected):
+    points = [*range(0x3000), *range(0x3000, sys.maxunicode, 97)]
+    for p in points:
+        if not 0xD800 <= p < 0xE000:
+            text = f"a{chr(p)}a {chr(p)}'s\n{chr(p)}{chr(p)}1{chr(p)} ."
+            assert tokenizers.gpt2().encode(text).tolist() == expected(text)
+
+
+def test_gpt2_equals_tiktoken_on_shakespeare(expected):
+    for text in data.read_text([data.shakespeare()]):
+        assert len(text) > 2000 and tokenizers.gpt2().encode(text).tolist() == expected(text)
+
+
+def test_gpt2_encodes_a_million_spaces():
     for text in (" " * 10**6 + "a", "a" * 10**6):
         assert tokenizers.gpt2().decode(tokenizers.gpt2().encode(text)) == text
 
@@ -96,19 +152,19 @@ def test_round_trip_and_stream(file_tokenizer):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 50256), max_size=30))
-def test_gpt2_streams_what_it_decodes(ids):
+def test_gpt2_stream_joins_to_decode(ids):
     tokenizer = tokenizers.gpt2()
     assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40))
-def test_file_streams_what_it_decodes(file_tokenizer, text):
+def test_file_stream_joins_to_decode(file_tokenizer, text):
     ids = file_tokenizer.encode(text)
     assert "".join(file_tokenizer.stream(ids)) == file_tokenizer.decode(ids) == text
 
 
-def test_stream_comes_at_once():
+def test_stream_is_lazy():
     def endless():
         while True:
             yield 0
@@ -116,7 +172,7 @@ def test_stream_comes_at_once():
     stream = tokenizers.gpt2().stream(endless())
     assert [next(stream) for _ in range(3)] == ["!", "!", "!"]
     cut = tokenizers.gpt2().encode("😀")[:1]
-    assert list(tokenizers.gpt2().stream(cut)) == ["\N{REPLACEMENT CHARACTER}"]  # half a character at the end shows
+    assert list(tokenizers.gpt2().stream(cut)) == ["\N{REPLACEMENT CHARACTER}"]  # an incomplete character at the end
 
 
 def test_save_and_load(file_tokenizer, tmp_path):
@@ -129,7 +185,7 @@ def test_save_and_load(file_tokenizer, tmp_path):
         file_tokenizer.save(tmp_path / "none")
 
 
-def test_file_equals_the_library(file_tokenizer, tmp_path):
+def test_file_equals_tokenizers_library(file_tokenizer, tmp_path):
     file_tokenizer.save(tmp_path)
     judge = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = data.shakespeare().read_text(encoding="utf-8")[:20_000]
@@ -158,10 +214,11 @@ def test_ids_out_of_range(file_tokenizer):
                 list(tokenizer.stream([bad]))
 
 
-def test_text_that_is_no_unicode(file_tokenizer):
+@pytest.mark.parametrize("text", ["a\udc80", "a\ud800", "a" * 5000 + "\ud800"])
+def test_lone_surrogate_is_an_error(file_tokenizer, text):
     for tokenizer in (tokenizers.gpt2(), file_tokenizer):
         with pytest.raises(HandgradError, match="must be Unicode"):
-            tokenizer.encode("a\udc80")
+            tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""handgrad data RECIPE: turns text into token shards, questions into evaluation files; checks what was made."""
+"""handgrad data RECIPE: writes token shards from text and evaluation files from questions; verifies checksums."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 import tyro
@@ -18,57 +19,57 @@ USAGE = "handgrad data RECIPE [FILE...] [flags]"
 
 
 @dataclass(frozen=True)
-class Making:
-    """Which tokenizer, where to, how."""
+class Output:
+    """Where to write, with which tokenizer, in how many processes."""
 
     out: str = ""
-    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: one of its own name"""
+    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: named after the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (one id a character; for text and shakespeare), or the path of a tokenizer.json"""
+    """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
     shard_tokens: int = 100_000_000
-    """tokens in one shard"""
+    """tokens in a full shard"""
     workers: int = 0
-    """processes that tokenize; 0: the number of cores, fewer for a small source"""
+    """processes that tokenize; 0: one per core, fewer for a small source"""
     replace: bool = False
-    """the folder's shards of another source or tokenizer may go"""
+    """replace shards of another source or tokenizer in the folder"""
 
 
 @dataclass(frozen=True)
-class DataSet(Making):
-    """A data set that has a name."""
+class DataSet(Output):
+    """A published data set."""
 
     source: str = ""
-    """its file or folder, as its publishers lay it out; empty: downloaded (shakespeare: in the package)"""
+    """its file or folder as published; empty: download it (shakespeare: use the packaged text)"""
 
 
 @dataclass(frozen=True)
 class FineWeb(DataSet):
-    """Pages of the web."""
+    """Web pages."""
 
     sample: Literal["10B", "100B", "350B"] = "10B"
     """tokens in the sample"""
 
 
 @dataclass(frozen=True)
-class Text(Making):
-    """UTF-8 text files, a document each."""
+class Text(Output):
+    """UTF-8 text files, one document each."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """the files"""
     val_fraction: float = 0.1
-    """part of the text, at its end, that becomes the validation set"""
+    """share of the text, at its end, that becomes the validation set"""
 
 
 @dataclass(frozen=True)
-class Rows(Making):
-    """Files with a document in each row."""
+class Rows(Output):
+    """Files with one document per row."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """the files; JSON lines may be .gz, .xz or .bz2"""
     column: str = "text"
-    """name of the rows' text"""
+    """the column that holds the text"""
     val_tokens: int = 2**20
-    """the first so many tokens become the validation set; 0: none"""
+    """tokens, from the start, that become the validation set; 0: none"""
 
 
 @dataclass(frozen=True)
@@ -76,36 +77,36 @@ class Questions:
     """A multiple-choice benchmark."""
 
     source: str = ""
-    """its file or folder, as its publishers lay it out; empty: downloaded"""
+    """its file or folder as published; empty: download it"""
     out: str = ""
     """folder for the evaluation file; empty: named after the benchmark"""
     tokenizer: str = "gpt2"
     """gpt2, or the path of a tokenizer.json of at most 65,536 tokens"""
 
 
-RECIPES = {  # word: (flags, folder, what it is)
-    "shakespeare": (DataSet, "plays", "nine plays, from the package, or a text like them"),
+RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, default folder, description)
+    "shakespeare": (DataSet, "plays", "nine plays, from the package or another text"),
     "tinystories": (DataSet, "tinystories", "short stories in simple English, 0.9 billion tokens"),
-    "fineweb": (FineWeb, "fineweb", "cleaned web pages, a sample of 10, 100 or 350 billion tokens"),
-    "fineweb-edu": (FineWeb, "edu_fineweb", "the educational ones among them"),
-    "openwebtext": (DataSet, "openwebtext", "pages that people linked to, 9 billion tokens"),
+    "fineweb": (FineWeb, "fineweb", "filtered web pages, a sample of 10, 100 or 350 billion tokens"),
+    "fineweb-edu": (FineWeb, "edu_fineweb", "educational web pages, a sample of the same sizes"),
+    "openwebtext": (DataSet, "openwebtext", "web pages linked from Reddit, 9 billion tokens"),
     "jsonl": (Rows, "data", "JSON lines"),
     "parquet": (Rows, "data", "Parquet tables"),
     "text": (Text, "data", "text files"),
-    "hellaswag": (Questions, "hellaswag", "questions: how a story goes on, 10,042 of them"),
-    "mmlu": (Questions, "mmlu", "questions: exams of 57 subjects, 14,042 of them"),
+    "hellaswag": (Questions, "hellaswag", "10,042 questions: choose the ending of a story"),
+    "mmlu": (Questions, "mmlu", "14,042 questions: exams in 57 subjects"),
 }
 
 
 def usage() -> str:
-    """The recipes, a line each."""
+    """Returns the help text: one line per recipe."""
     lines = "\n".join(f"  {word:12} {text}" for word, (_, _, text) in RECIPES.items())
-    check = "  check        FOLDER: its files against the checksums noted when they were made"
+    check = "  check        FOLDER: verify its files against SHA256SUMS"
     return f"usage: {USAGE}\n\n{lines}\n{check}\n\nflags of a recipe: handgrad data RECIPE --help"
 
 
 def main(argv: list[str]) -> int:
-    """Runs the recipe that the first word names."""
+    """Runs the recipe `argv[0]` with the flags in the rest."""
     word, rest = (argv[0], argv[1:]) if argv else ("", [])
     if word in ("-h", "--help"):
         print(usage())
@@ -117,24 +118,23 @@ def main(argv: list[str]) -> int:
     elif RECIPES[word][0] is Questions:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
-        print(f"{path}: {count:,} questions; handgrad eval RUN --tasks {word}={path}")
+        print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {word}={path}")
     else:
         make(word, rest)
     return 0
 
 
 def make(recipe: str, argv: list[str]) -> None:
-    """Makes a data set, with a bar on a terminal, and says what came of it."""
+    """Builds a data set, with a progress bar on a terminal, and prints its size."""
     kind, folder, _ = RECIPES[recipe]
     a = asdict(parse(kind, argv, f"data {recipe}"))
     if a.get("files") == ():
-        raise HandgradError(
-            "data", f"{recipe} comes from at least one file", "none", hint=f"handgrad data {recipe} FILE..."
-        )
+        hint = f"handgrad data {recipe} FILE..."
+        raise HandgradError("data", f"{recipe} comes from at least one file", "none", hint=hint)
     out = a.pop("out") or folder + a.get("sample", "")
     texts = a.get("files") or [a.get("source") or data.shakespeare()]
     if a["tokenizer"] == "chars" and recipe not in ("text", "shakespeare"):
-        raise HandgradError("data", "chars tokenizes text and shakespeare", recipe, hint="--tokenizer gpt2")
+        raise HandgradError("data", "--tokenizer chars is for text and shakespeare", recipe, hint="--tokenizer gpt2")
     tokenizer = tokenizer_of(a.pop("tokenizer"), texts)
     with bar() as progress:
         meta = data.prepare(recipe, out, tokenizer, progress=progress, **a)
@@ -144,7 +144,7 @@ def make(recipe: str, argv: list[str]) -> None:
 
 
 class bar:
-    """A progress bar on standard error while the block runs, nothing where that is no terminal."""
+    """A progress bar on standard error while the block runs, if standard error is a terminal."""
 
     def __enter__(self) -> Callable[[int, int, int], None]:
         columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens")
@@ -154,21 +154,23 @@ class bar:
         task = self.live.add_task("", tokens=0)
         return lambda read, size, tokens: self.live.update(task, completed=read, total=size, tokens=tokens)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            print("what shards were finished are kept; the same command goes on after them", file=sys.stderr)
+            print("finished shards are kept; the same command continues after them", file=sys.stderr)
 
 
-def tokenizer_of(word: str, texts=()) -> tokenizers.Tokenizer:
-    """The tokenizer that a flag names."""
+def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that `word` names; the characters of `texts` for "chars"."""
     if word == "gpt2":
         return tokenizers.gpt2()
     return tokenizers.chars(data.read_text(texts)) if word == "chars" else tokenizers.from_file(word)
 
 
 def check(argv: list[str]) -> None:
-    """Compares a folder with its checksums."""
+    """Verifies a folder against its checksums."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise HandgradError("data", "after check comes a folder", f"'{' '.join(argv)}'" if argv else "nothing")
     sizes = data.check(Path(argv[0]))

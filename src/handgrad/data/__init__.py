@@ -1,4 +1,4 @@
-"""Token shards, batches of them, and the way from text to shards."""
+"""Token shards: reading batches from them, and writing them from text."""
 
 from handgrad.data.choices import Choices, read_choices, write_choices
 from handgrad.data.loader import Tokens, find_shards, tokens

@@ -6,7 +6,7 @@
     header[3]  bytes of the longest example
     header[4:] zero
 
-    example:  65535, bytes of this example (all of it), index, label, number of endings,
+    example:  65535, bytes of the whole example, index, label, number of endings,
               length and ids of the context, then length and ids of each ending
 
 All little-endian. Lengths, indices and ids are 16-bit words: at most 65,536 examples of under 64 KiB each, and a
@@ -30,11 +30,11 @@ _FIXED = 5  # words before the context's length
 
 @dataclass(frozen=True)
 class Choices:
-    """A question as ids.
+    """A multiple-choice question as token ids.
 
-    context: what comes before every ending, at least one id
+    context: precedes every ending; at least one id
     endings: at least two, none empty
-    label: index of the right one
+    label: index of the correct ending
     """
 
     context: list[int]
@@ -43,9 +43,9 @@ class Choices:
 
 
 def write_choices(path: str | Path, items: Iterable[Choices]) -> int:
-    """Writes `items` as the evaluation file `path`, complete or not at all, and returns how many there are.
+    """Writes `items` to the evaluation file `path`, complete or not at all, and returns their number.
 
-    Raises HandgradError for an item that the format cannot hold, and if there is none.
+    Raises HandgradError for an item that the format cannot hold, and for no items at all.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -64,10 +64,9 @@ def write_choices(path: str | Path, items: Iterable[Choices]) -> int:
 
 
 def read_choices(path: str | Path) -> list[Choices]:
-    """Returns the examples of the evaluation file `path`, in its order, every word of it checked.
+    """Returns the examples of the evaluation file `path`, in file order, after checking every word of it.
 
-    Raises HandgradError for a file that is missing, cut off, too long, of another format or version, or that
-    contradicts itself.
+    Raises HandgradError for a file that is missing, truncated, too long, inconsistent, or of another format or version.
     """
     path = Path(path)
     try:
@@ -83,7 +82,9 @@ def read_choices(path: str | Path) -> list[Choices]:
     if version != VERSION:
         raise HandgradError("data", f"{path} must be version {VERSION}", version)
     if (len(raw) - HEADER_BYTES) % 2:
-        raise HandgradError("data", f"{path} must hold whole 16-bit words", f"{len(raw)} bytes", hint="it was cut off")
+        raise HandgradError(
+            "data", f"{path} must hold whole 16-bit words", f"{len(raw)} bytes", hint="it was truncated"
+        )
     if count < 1:
         raise HandgradError("data", f"{path} must hold at least one example", f"a header that counts {count}")
     words = np.frombuffer(raw, "<u2", offset=HEADER_BYTES).tolist()
@@ -125,16 +126,13 @@ def _pack(index: int, item: Choices) -> bytes:
 
 
 def _unpack(words: list[int], start: int, index: int, path: Path) -> tuple[Choices, int]:
-    """Returns (the example that begins at `start`, where the next begins)."""
+    """Returns (the example that begins at `start`, the index of the next one)."""
 
     def wrong(rule: str, got: object) -> HandgradError:
         return HandgradError("data", f"{path}, example {index}: {rule}", got)
 
     if start + _FIXED > len(words):
-        raise wrong(
-            "the file must hold it",
-            "its end",
-        )
+        raise wrong("the file must hold it", "its end")
     mark, size, number, label, endings = words[start : start + _FIXED]
     stop = start + size // 2
     if mark != _START:

@@ -1,4 +1,4 @@
-"""Files that appear under their name complete and on disk, or not at all."""
+"""Atomic, durable writes: a file appears under its name complete and on disk, or not at all."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from handgrad.core.errors import HandgradError
 
 
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
-    """Writes the joined `pieces` as `path`, over an older file. Raises HandgradError if the disk refuses."""
+    """Writes the concatenated `pieces` to `path`, replacing an older file. Raises HandgradError if that fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -25,7 +25,7 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Makes names new in `folder` outlive a power failure."""
+    """Flushes the names of new files in `folder` to disk, so that they survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

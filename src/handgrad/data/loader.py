@@ -1,18 +1,20 @@
 """Batches of token windows as a pure function of (seed, step, rank, world).
 
-A window is `seq_len` inputs and the same shifted by one as targets: seq_len + 1 consecutive ids of one shard. The
-windows of an epoch lie on a grid of stride `seq_len`, so every id is predicted once. A step takes the next
-`batch_tokens / seq_len` windows of one endless sequence that depends on the seed alone: the number of ranks and the
-micro-batch only decide who computes which of them. Nothing is remembered between calls, so resuming needs no state.
+A window is `seq_len` inputs and the same ids shifted by one as targets: seq_len + 1 consecutive ids of one shard. The
+windows of an epoch start `seq_len` apart, so every id is predicted once. A step takes the next
+`batch_tokens / seq_len` windows of one endless sequence that depends on the seed alone; the number of ranks and the
+micro-batch size only decide which rank computes which of them, and when. The loader keeps no state, so a resumed run
+needs none.
 
-With `shuffle`, each epoch visits its windows in the order of a keyed bijection of 0..n-1 (a Feistel network, no table),
-and shifts the grid, so that a small text is not cut at the same places again and again: after `seq_len` epochs every
-possible window has been seen exactly once (fewer than `seq_len` at the end of each shard excepted).
+With `shuffle`, each epoch visits its windows in the order of a keyed bijection of 0..n-1 (a Feistel network, so no
+table), and shifts all window starts, so that epochs cut a small text at different places: after `seq_len` epochs every
+possible window has been seen exactly once (except fewer than `seq_len` at the end of each shard).
 """
 
 import glob
 import math
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +28,7 @@ from handgrad.data.shards import open_shard
 _MASK = 2**64 - 1
 _MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
 _OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1024 is a common limit
+INPUTS = ("ids", "targets")  # what a batch can hold
 
 
 def tokens(
@@ -37,11 +40,13 @@ def tokens(
     shuffle: bool = True,
     vocab_size: int | None = None,
 ) -> "Tokens":
-    """Returns the `Tokens` over all shards that match the glob `pattern`, in the order of their names.
+    """Returns the `Tokens` of all shards that match the glob `pattern`, in the order of their names.
 
-    seq_len, batch_tokens: tokens in a sequence, and in an optimizer step over all ranks and micro-batches
-    seed, shuffle: which order; without shuffle the order is the file's
-    vocab_size: if given, every batch is checked against it
+    seq_len: tokens in a sequence
+    batch_tokens: tokens in an optimizer step, over all ranks and micro-batches
+    seed: selects the order and the shifts
+    shuffle: False reads the windows in file order
+    vocab_size: if given, the ids of every batch are checked against it
 
     Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens, or
     batch_tokens is not a multiple of seq_len.
@@ -59,7 +64,7 @@ def tokens(
 
 
 def find_shards(pattern: str | Path) -> list[str]:
-    """The files that a glob names, by name. Raises HandgradError if there is none."""
+    """Returns the paths that match a glob, sorted. Raises HandgradError if there is none."""
     paths = sorted(glob.glob(str(pattern)))
     if not paths:
         hint = "handgrad data makes them; relative paths begin in this folder"
@@ -68,17 +73,25 @@ def find_shards(pattern: str | Path) -> list[str]:
 
 
 class Tokens:
-    """Token windows of one data set; made by `tokens`.
+    """The token windows of a data set, made by `tokens`.
 
     pattern, seq_len, batch_tokens, seed, shuffle, vocab_size: as given to `tokens`
-    shards: list of Shard, by name
-    folder: Path of the folder of the first shard
+    shards: list of Shard, in the order of their names
+    folder: Path of the first shard's folder
     sequences: sequences in a step
-    ahead: how many more than `sequences` a step were taken before; not 0 where a run changed its batch_tokens
+    ahead: sequences read by earlier steps minus step * sequences; 0 unless a resumed run changed its batch_tokens
     windows: sequences in an epoch
     """
 
-    def __init__(self, pattern, seq_len, batch_tokens, seed, shuffle, vocab_size):
+    def __init__(
+        self,
+        pattern: str | Path,
+        seq_len: int,
+        batch_tokens: int,
+        seed: int,
+        shuffle: bool,
+        vocab_size: int | None,
+    ):
         if seq_len < 1:
             raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
         if batch_tokens < seq_len or batch_tokens % seq_len:
@@ -97,21 +110,21 @@ class Tokens:
         self.sequences = batch_tokens // seq_len
         self.ahead = 0
         grid = [self._grid(shard.count) for shard in self.shards]
-        self._room = [room for _, room in grid]
+        self._num_shifts = [shifts for _, shifts in grid]
         self._ends = list(accumulate(windows for windows, _ in grid))
         self.windows = self._ends[-1]
         if self.windows == 0:
             longest = max(shard.count for shard in self.shards)
             rule = f"a shard must hold seq_len + 1 = {seq_len + 1} tokens"
-            raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="choose a shorter seq_len")
+            raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="use a shorter seq_len")
         self._map = lru_cache(_OPEN_SHARDS)(lambda index: self.shards[index].map())
 
     def _grid(self, count: int) -> tuple[int, int]:
-        """Returns (windows of an epoch, number of shifts that keep them inside) for a shard of `count` tokens."""
+        """Returns (windows in an epoch, shifts that keep them inside the shard) of a shard of `count` tokens."""
         windows = (count - 1) // self.seq_len
         if not self.shuffle or windows == 0:
             return windows, 1
-        windows = max(count // self.seq_len - 1, 1)  # one less, so that every shift has the same number
+        windows = max(count // self.seq_len - 1, 1)  # one fewer, so that every shift leaves as many
         return windows, min(count - windows * self.seq_len, self.seq_len)
 
     def batch(
@@ -122,15 +135,19 @@ class Tokens:
         *,
         micro_batch: int | None = None,
         micro_step: int = 0,
+        names: Iterable[str] = INPUTS,
     ) -> dict[str, np.ndarray]:
-        """Returns {"ids", "targets"}, both (B, seq_len) int32: what `rank` of `world` computes in one micro-step.
+        """Returns the inputs of one micro-step of `rank` by name: "ids" and "targets", each (B, seq_len) int32.
 
-        step: 0, 1, 2, ...; any order, any process: the answer is the same
-        micro_batch: B, sequences a rank computes at a time; all of the rank's share if not given
+        step: 0, 1, 2, ...; the result depends on neither the order of calls nor the process
+        micro_batch: B, sequences per micro-step and rank; None for all of the rank's share
         micro_step: 0 .. sequences / (world * micro_batch) - 1
+        names: the inputs to fill, such as `Program.inputs`
 
-        Raises HandgradError if the step's sequences cannot be divided so, or an id is not below `vocab_size`.
+        Raises HandgradError for a name that the loader cannot fill, if the step's sequences do not divide into such
+        micro-batches, or if an id is not below `vocab_size`.
         """
+        names = _fillable(names)
         if micro_batch is None:
             micro_batch = max(self.sequences // world, 1)
         micro_steps, rest = divmod(self.sequences, world * micro_batch)
@@ -142,28 +159,38 @@ class Tokens:
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
         first = self.ahead + step * self.sequences + (micro_step * world + rank) * micro_batch
         windows, offsets = self._order(first, micro_batch)
-        return self._gather(windows, offsets, micro_batch)
+        return self._gather(windows, offsets, micro_batch, self._ends, names)
 
-    def sweep(self, micro_batch: int, limit: int | None = None, rank: int = 0, world: int = 1):
-        """Yields {"ids", "targets"}, both (micro_batch, seq_len) int32: the data once, in the file's order.
+    def sweep(
+        self,
+        micro_batch: int,
+        limit: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        names: Iterable[str] = INPUTS,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields one pass over the data in file order, as batches like those of `batch` with B = micro_batch.
 
-        limit: stop after limit // seq_len sequences (at least one); all if not given
+        limit: stop after limit // seq_len sequences (at least one); None for all
+        names: as in `batch`
 
-        Which tokens are covered depends on neither micro_batch nor world. Where a batch has no sequence left, its ids
-        are 0 and its targets IGNORE_INDEX: a mean loss is the sum of losses over the number
-        of other targets.
-        Every rank yields the same number of batches.
+        The tokens covered depend on neither micro_batch nor world, and every rank yields the same number of batches.
+        Rows beyond the last sequence have ids 0 and targets IGNORE_INDEX, so a mean loss divides the sum of losses by
+        the number of other targets.
         """
+        names = _fillable(names)
         ends = list(accumulate((shard.count - 1) // self.seq_len for shard in self.shards))
         total = ends[-1] if limit is None else min(max(limit // self.seq_len, 1), ends[-1])
         for first in range(0, total, world * micro_batch):
             begin = first + rank * micro_batch
             windows = range(begin, min(begin + micro_batch, total))
-            yield self._gather(windows, [0] * len(windows), micro_batch, ends)
+            yield self._gather(windows, [0] * len(windows), micro_batch, ends, names)
 
     def _order(self, first: int, count: int) -> tuple[list[int], list[int]]:
-        """Returns (window, shift of its grid) for the `count` places from `first` of the endless sequence."""
-        windows, shifts = [], []
+        """Returns the windows and their shifts at `count` positions from `first` of the endless sequence."""
+        windows: list[int] = []
+        shifts: list[int] = []
         while len(windows) < count:
             epoch, begin = divmod(first + len(windows), self.windows)
             stop = min(begin + count - len(windows), self.windows)
@@ -176,36 +203,49 @@ class Tokens:
             shifts += [shift] * (stop - begin)
         return windows, shifts
 
-    def _gather(self, windows, shifts, rows: int, ends: list[int] | None = None) -> dict[str, np.ndarray]:
-        ends = ends or self._ends
+    def _gather(
+        self, windows: Sequence[int], shifts: Sequence[int], rows: int, ends: list[int], names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
         length = self.seq_len
         ids = np.zeros((rows, length), np.int32)
         targets = np.full((rows, length), IGNORE_INDEX, np.int32)
         for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
             index = bisect_right(ends, window)
-            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._room[index]
+            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._num_shifts[index]
             shard = self._map(index)
             ids[row] = shard[start : start + length]
             targets[row] = shard[start + 1 : start + 1 + length]
         if self.vocab_size is not None:
-            self._check(ids, targets, windows, ends)
-        return {"ids": ids, "targets": targets}
+            self._check(ids, targets, windows, ends, self.vocab_size)
+        arrays = {"ids": ids, "targets": targets}
+        return {name: arrays[name] for name in names}
 
-    def _check(self, ids, targets, windows, ends) -> None:
-        # a uint32 id of 2**31 or more is negative here; as unsigned it is too large again
+    def _check(
+        self, ids: np.ndarray, targets: np.ndarray, windows: Sequence[int], ends: list[int], vocab_size: int
+    ) -> None:
+        # uint32 ids of 2**31 and above wrapped to negative int32; viewed as unsigned they are too large again
         last = targets[: len(windows)].view(np.uint32)
-        if len(windows) and max(ids.view(np.uint32).max(), last.max()) >= self.vocab_size:
-            bad = (ids.view(np.uint32)[: len(windows)] >= self.vocab_size) | (last >= self.vocab_size)
+        if len(windows) and max(ids.view(np.uint32).max(), last.max()) >= vocab_size:
+            bad = (ids.view(np.uint32)[: len(windows)] >= vocab_size) | (last >= vocab_size)
             row = int(np.argmax(bad.any(axis=1)))
             worst = max(ids.view(np.uint32)[row].max(), last[row].max())
             path = self.shards[bisect_right(ends, windows[row])].path
             hint = "the data was made with another tokenizer than the model's"
-            rule = f"{path} must hold ids below the vocabulary size {self.vocab_size}"
+            rule = f"{path} must hold ids below the vocabulary size {vocab_size}"
             raise HandgradError("data", rule, worst, hint=hint)
 
 
+def _fillable(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns `names` as a tuple. Raises HandgradError for the first that the loader cannot fill."""
+    names = tuple(names)
+    for name in names:
+        if name not in INPUTS:
+            raise HandgradError("data", f"token shards fill the model inputs {' and '.join(INPUTS)}", repr(name))
+    return names
+
+
 def _stride(seq_len: int) -> int:
-    """Returns the shift from epoch to epoch: near the golden section, and prime to seq_len so that it reaches all."""
+    """Returns the shift per epoch: near the golden section, and coprime to seq_len so that it reaches every shift."""
     stride = max(round(0.618 * seq_len), 1)
     while math.gcd(stride, seq_len) != 1:
         stride += 1
@@ -213,7 +253,7 @@ def _stride(seq_len: int) -> int:
 
 
 def _hash(*words: int) -> int:
-    """Returns 64 mixed bits of the integers `words` (the finalizer of splitmix64 over a running sum)."""
+    """Returns a 64-bit hash of the integers `words` (splitmix64's finalizer over a running sum)."""
     state = 0
     for word in words:
         state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -224,16 +264,17 @@ def _hash(*words: int) -> int:
 
 
 def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns where the bijection of 0..n-1 that belongs to (seed, epoch) sends the elements of `x`.
+    """Returns the images of `x` under the bijection of 0..n-1 with the key (seed, epoch).
 
-    A Feistel network over pairs (left, right), left < a and right < b, where a * b is n or a little more. A result
-    outside 0..n-1 goes through again until it falls inside, which keeps it a bijection and is rare: a * b - n < a.
+    A Feistel network over pairs (left, right), left < a and right < b, where a * b is n or slightly more. A result
+    outside 0..n-1 goes through again until it is inside (cycle walking), which keeps the map a bijection and is rare:
+    a * b - n < a.
     """
     a = np.uint64(math.isqrt(n - 1) + 1)
     b = np.uint64(-(-n // int(a)))
     keys = _keys(seed, epoch)
     out = x.astype(np.uint64)
-    todo = slice(None)
+    todo = np.ones(len(x), bool)
     while True:
         left, right = np.divmod(out[todo], b)
         for even, odd in zip(keys[::2], keys[1::2], strict=True):
@@ -248,12 +289,12 @@ def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(4)
 def _keys(seed: int, epoch: int) -> list[np.uint64]:
-    return [np.uint64(_hash(seed, epoch, turn)) for turn in range(1, 5)]
+    return [np.uint64(_hash(seed, epoch, k)) for k in range(1, 5)]
 
 
 def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    x = (x ^ key) * _MIX_1  # wraps modulo 2**64, as wanted
+    x = (x ^ key) * _MIX_1  # wraps modulo 2**64 by design
     x ^= x >> _SHIFT
     x *= _MIX_2
-    x >>= _SHIFT  # 32 bits: the sum with a half below 2**32 cannot wrap
+    x >>= _SHIFT  # 32 bits remain, so adding a half below 2**32 cannot wrap
     return x

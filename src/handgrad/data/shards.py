@@ -1,32 +1,36 @@
-"""Token shards: a header of 256 int32, then the token ids. Both of llm.c's formats.
+"""Token shards in both of llm.c's formats: a header of 256 int32, then the token ids.
 
     header[0]  magic    20240520: uint16 ids, version 1      20240801: uint32 ids, version 7
     header[1]  version
     header[2]  number of ids, low 32 bits
     header[3:] zero
 
-All little-endian. The count has 32 bits in the file, so a shard of 2**32 ids or more wraps it; the file's size is what
-counts here, in 64 bits, and the header must agree with it. A cut-off or grown file therefore never passes.
+All little-endian. The header's count has 32 bits and wraps for shards of 2**32 ids or more; `open_shard` therefore
+computes the count from the file size and requires the header to agree with it modulo 2**32, so a truncated or extended
+file is always detected.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.disk import sync_folder
 
 HEADER_BYTES = 256 * 4
-FORMATS = {  # magic: (version, type of an id)
+FORMATS: dict[int, tuple[int, np.dtype]] = {  # magic: (version, dtype of an id)
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
 }
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Returns the narrowest shard type that holds ids below `vocab_size`.
+    """Returns the narrowest shard dtype that holds ids below `vocab_size`.
 
     >>> id_dtype(50257), id_dtype(65537)
     (dtype('uint16'), dtype('uint32'))
@@ -36,24 +40,24 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Shard:
-    """A checked token file: where it is, the type of its ids, how many there are."""
+    """A token file whose header has been checked: its path, the dtype and the number of its ids."""
 
     path: Path
     dtype: np.dtype
     count: int
 
     def map(self) -> np.ndarray:
-        """Returns the ids, (count,) uint16 or uint32, read-only and memory-mapped: only what is touched is read."""
+        """Returns the ids, (count,) uint16 or uint32, read-only and memory-mapped: only touched pages are read."""
         try:
             return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.count,)))
         except (OSError, ValueError) as error:
-            raise HandgradError("data", f"{self.path} must stay as it was when the run began", error) from None
+            raise HandgradError("data", f"{self.path} must not change during a run", error) from None
 
 
 def open_shard(path: str | Path) -> Shard:
-    """Returns the `Shard` at `path`, after checking its header against its size. Reads no ids.
+    """Returns the `Shard` at `path` after checking its header against its size, without reading ids.
 
-    Raises HandgradError for a file that is missing, empty, cut off, too long, or of another format or version.
+    Raises HandgradError for a file that is missing, empty, truncated, too long, or of another format or version.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -87,16 +91,16 @@ def open_shard(path: str | Path) -> Shard:
     if rest or count % 2**32 != low_count:
         promised = HEADER_BYTES + low_count * dtype.itemsize
         rule = f"{path} must have {promised} bytes, as its header counts {low_count} tokens"
-        raise HandgradError("data", rule, size, hint="a download or a copy was cut off" if size < promised else "")
+        raise HandgradError("data", rule, size, hint="a download or copy was truncated" if size < promised else "")
     if count == 0:
         raise HandgradError("data", f"{path} must hold tokens", "a header that counts 0")
     return Shard(path, dtype, count)
 
 
 class ShardWriter:
-    """A token file that grows by `append` and appears under its name, complete and on disk, when the block ends.
+    """Writes a token file by `append`; it appears under its name, complete and on disk, when the block ends.
 
-    An exception inside the block leaves neither the file nor its temporary, and an older file of that name as it was.
+    After an exception in the block neither the file nor its temporary exists, and an older file of that name is intact.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +116,6 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self.count = 0
         self._temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-        self._file = None
 
     def __enter__(self) -> "ShardWriter":
         try:
@@ -122,8 +125,8 @@ class ShardWriter:
             raise HandgradError("data", f"{self.path} must be writable", error.strerror) from None
         return self
 
-    def append(self, ids) -> None:
-        """Writes `ids`, (n,) of any integer type. Raises HandgradError for an id that the shard's type cannot hold."""
+    def append(self, ids: ArrayLike) -> None:
+        """Writes `ids`, (n,) of any integer dtype. Raises HandgradError for an id that the dtype cannot hold."""
         ids = np.asarray(ids)
         if not ids.size:
             return
@@ -132,19 +135,21 @@ class ShardWriter:
             rule = f"ids in a {self.dtype.name} shard must lie in 0..{limit}"
             raise HandgradError("data", rule, low if low < 0 else high)
         try:
-            self._file.write(np.ascontiguousarray(ids, self.dtype))
+            self._file.write(np.ascontiguousarray(ids, self.dtype).data)
         except OSError as error:
             raise HandgradError("data", f"{self.path} must be written", error.strerror) from None
         self.count += ids.size
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
             else:
                 self._file.close()
         except OSError as failure:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:  # otherwise the exception in the block propagates
                 raise HandgradError("data", f"{self.path} must be written", failure.strerror) from None
         finally:
             self._temporary.unlink(missing_ok=True)
@@ -155,15 +160,15 @@ class ShardWriter:
         header[:3] = magic, FORMATS[magic][0], self.count % 2**32
         with self._file as file:
             file.seek(0)
-            file.write(header)
+            file.write(header.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
 
 
-def write_shard(path: str | Path, pieces, dtype: np.dtype) -> Shard:
-    """Writes the id arrays of the iterable `pieces` as one shard and returns it. Memory: one piece at a time."""
+def write_shard(path: str | Path, pieces: Iterable[ArrayLike], dtype: np.dtype) -> Shard:
+    """Writes the id arrays `pieces` as one shard and returns it, holding one piece in memory at a time."""
     with ShardWriter(path, dtype) as writer:
         for ids in pieces:
             writer.append(ids)
@@ -171,7 +176,7 @@ def write_shard(path: str | Path, pieces, dtype: np.dtype) -> Shard:
 
 
 def write_random(path: str | Path, count: int, vocab_size: int, seed: int = 0) -> Shard:
-    """Writes a shard of `count` ids below vocab_size, all equally likely: for measuring speed."""
+    """Writes and returns a shard of `count` uniformly random ids below `vocab_size`, for benchmarks."""
     rng, dtype = np.random.default_rng(seed), id_dtype(vocab_size)
     return write_shard(path, [rng.integers(0, vocab_size, count)], dtype)
 

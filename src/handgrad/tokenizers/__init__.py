@@ -13,7 +13,7 @@ __all__ = ["Tokenizer", "chars", "from_file", "from_folder", "from_tokens", "gpt
 
 
 def load(spec: dict, folder: str | Path = ".") -> Tokenizer:
-    """Returns the tokenizer that `Tokenizer.save(folder)` described by `spec`; HandgradError if it describes none.
+    """Returns the tokenizer that `Tokenizer.save(folder)` described by `spec`. Raises HandgradError if it is invalid.
 
     >>> load(chars("abc").save(".")).encode("cab").tolist()
     [2, 0, 1]

@@ -1,4 +1,4 @@
-"""One id per character: the smallest tokenizer there is, made from the text it will see."""
+"""One id per character, built from the training text."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -6,29 +6,29 @@ from pathlib import Path
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import checked, one_by_one
+from handgrad.tokenizers.base import checked
 
 
 def chars(text: str | Iterable[str]) -> "CharTokenizer":
-    """Returns a tokenizer of the characters in `text`, a string or pieces of one, in code point order.
+    """Returns a tokenizer of the characters in `text`, a string or an iterable of strings, in code point order.
 
     >>> tokenizer = chars("hello")
     >>> tokenizer.vocab_size, tokenizer.encode("hole").tolist(), tokenizer.decode([1, 0])
     (4, [1, 3, 2, 0], 'he')
     """
-    found = set()
+    found = set[str]()
     for piece in [text] if isinstance(text, str) else text:
         found.update(piece)
     if not found:
-        raise HandgradError("tokenizer", "the text that a character tokenizer is made from must not be empty")
+        raise HandgradError("tokenizer", "the text that a character tokenizer is built from must not be empty")
     return CharTokenizer("".join(sorted(found)))
 
 
 class CharTokenizer:
-    """See `handgrad.tokenizers.Tokenizer`; made by `chars`. `characters[id]` is what an id stands for."""
+    """A `handgrad.tokenizers.Tokenizer`, made by `chars`. `characters[id]` is the character of an id."""
 
     name = "chars"
-    eot = None
+    eot: int | None = None
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -38,19 +38,16 @@ class CharTokenizer:
         self._id_of[points] = np.arange(len(characters))
 
     def encode(self, text: str) -> np.ndarray:
-        """As `Tokenizer.encode`; HandgradError for a character that was not in the text it was made from."""
+        """As `Tokenizer.encode`. Raises HandgradError for a character that the tokenizer was not built from."""
         points = _code_points(text)
         ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
         unknown = (ids < 0) | (points >= len(self._id_of))
         if unknown.any():
             where = int(np.argmax(unknown))
             rule = f"the text must be spelled with the {self.vocab_size} characters of the training text"
-            hint = "the gpt2 tokenizer knows every character"
+            hint = "the gpt2 tokenizer encodes every character"
             raise HandgradError("tokenizer", rule, f"{text[where]!r} at character {where}", hint=hint)
         return ids
-
-    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        return one_by_one(self, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.stream(ids))

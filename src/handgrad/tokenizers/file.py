@@ -8,19 +8,19 @@ import numpy as np
 import tokenizers
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import checked, one_by_one
+from handgrad.tokenizers.base import checked
 from handgrad.tokenizers.gpt2 import spelled_bytes
 
 FILE = "tokenizer.json"
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SEP]")  # how families spell it
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SEP]")  # by model family
 
 
 def from_file(path: str | Path) -> "FileTokenizer":
     """Returns the tokenizer that the tokenizer.json at `path` describes.
 
-    Its `eot` is the first of <|endoftext|>, <|end_of_text|>, <|im_end|>, <eos>, </s>, [SEP] that it knows, else None.
-    Padding, truncation and special tokens around the text that the file asks for are left out: training text is cut
-    elsewhere. Raises HandgradError if the file is missing or no such description.
+    Its `eot` is the first of <|endoftext|>, <|end_of_text|>, <|im_end|>, <eos>, </s>, [SEP] in its vocabulary, else
+    None. The file's padding, truncation and added special tokens are turned off: the data loader cuts training text.
+    Raises HandgradError if the file is missing or invalid.
     """
     path = Path(path)
     if not path.is_file():
@@ -31,28 +31,28 @@ def from_file(path: str | Path) -> "FileTokenizer":
 
 @contextmanager
 def library_must(rule: str) -> Iterator[None]:
-    """Turns whatever the library raises in the block into a HandgradError with this rule."""
+    """Re-raises whatever the library raises in the block as a HandgradError with this rule."""
     try:
         yield
     except (HandgradError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the library raises plain Exception, and panics, which are not even that
-        reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
+    except BaseException as error:  # the library raises Exception, and its panics derive from BaseException
+        reason = " ".join(str(error).split())  # one line, even if it quotes a damaged file
         raise HandgradError("tokenizer", rule, reason) from None
 
 
 class FileTokenizer:
-    """See `handgrad.tokenizers.Tokenizer`; made by `from_file`. `library` is the library's own."""
+    """A `handgrad.tokenizers.Tokenizer`, made by `from_file`. `library` is the `tokenizers.Tokenizer` behind it."""
 
     def __init__(self, library: tokenizers.Tokenizer, name: str):
         library.no_padding()
         library.no_truncation()
-        library.encode_special_tokens = True  # that is: as the characters they are spelled with
+        library.encode_special_tokens = True  # as plain text
         known = library.get_vocab(with_added_tokens=True)
         if not known:
             raise ValueError("it has no tokens")
         self.name = name
-        self.vocab_size = max(known.values()) + 1  # ids may have holes
+        self.vocab_size = max(known.values()) + 1  # ids may have gaps
         self.eot = next((known[end] for end in _ENDS if end in known), None)
         self.library, self._spelled = library, spelled_bytes()
 
@@ -64,16 +64,14 @@ class FileTokenizer:
         with library_must(f"{self.name} must be able to encode the text"):
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
-        return one_by_one(self, texts)
-
     def decode(self, ids: Iterable[int]) -> str:
         with library_must(f"{self.name} must be able to decode the ids"):
             return self.library.decode(list(checked(ids, self.vocab_size)), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        # what an id adds can depend on the one before (a space, half a character): decode it behind what was shown last
-        shown, pending = [], []
+        # an id's text depends on the ids before it (a space, a partial character): decode both, yield the difference
+        shown: list[int] = []
+        pending: list[int] = []
         for id in checked(ids, self.vocab_size):
             pending.append(id)
             text = self._after(shown, pending)
@@ -85,7 +83,7 @@ class FileTokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         token = self.library.id_to_token(id)
-        if token is None:  # a hole between the ids
+        if token is None:  # a gap in the ids
             return b""
         if isinstance(self.library.decoder, tokenizers.decoders.ByteLevel) and self._spelled.keys() >= set(token):
             return bytes(self._spelled[character] for character in token)

@@ -1,8 +1,8 @@
-"""Tokenizers as Hugging Face's libraries keep them in a model's folder, and as llm.c does: a table of bytes."""
+"""Tokenizers in a Hugging Face model folder, and in llm.c's format: a table of token bytes."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ VOCAB, MERGED, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
 
 
 def from_folder(folder: str | Path) -> Tokenizer | None:
-    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json or vocab.json and merges.txt; or None.
+    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json or vocab.json and merges.txt; None without.
 
-    One that is GPT-2's, or has a token for every character and no more, becomes our own.
+    GPT-2's tokenizer is returned as `gpt2()`, one whose tokens are single characters as a CharTokenizer.
+    Raises HandgradError if the files are invalid.
     """
     folder = Path(folder)
     if (folder / FILE).is_file():
@@ -34,16 +35,19 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
     rules, vocab = _rules(found.library), found.library.get_vocab()
     if found.vocab_size == gpt2().vocab_size and rules == _rules(_gpt2()):
         return gpt2()
-    characters = "".join(sorted(vocab, key=vocab.get))
+    characters = "".join(sorted(vocab, key=vocab.__getitem__))
     if len(characters) == len(vocab) == found.vocab_size and rules == _rules(_of_characters(characters)):
         return CharTokenizer(characters)
     return found
 
 
 def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes a tokenizer's files into a Hugging Face folder; transformers' AutoTokenizer loads them."""
+    """Writes `tokenizer` into a Hugging Face folder, for transformers' AutoTokenizer.
+
+    Raises HandgradError if the folder is not writable.
+    """
     folder = Path(folder)
-    kind, config = "PreTrainedTokenizerFast", {}
+    kind, config = "PreTrainedTokenizerFast", dict[str, str | None]()
     if isinstance(tokenizer, GPT2Tokenizer):
         kind, library = "GPT2Tokenizer", _gpt2()
         vocab = library.get_vocab(with_added_tokens=True)
@@ -52,8 +56,10 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         shutil.copyfile(MERGES, folder / MERGED)
     elif isinstance(tokenizer, CharTokenizer):
         library = _of_characters(tokenizer.characters)
-    else:
+    elif isinstance(tokenizer, FileTokenizer):
         library = tokenizer.library
+    else:
+        raise HandgradError("tokenizer", "a tokenizer must be gpt2, chars or a tokenizer.json", tokenizer.name)
     if tokenizer.eot is not None:
         config = dict.fromkeys(("bos_token", "eos_token"), library.id_to_token(tokenizer.eot))
     with library_must(f"{folder} must be writable"):
@@ -62,10 +68,10 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def from_tokens(tokens: Sequence[bytes]) -> Tokenizer:
-    """Returns the tokenizer that has these tokens: GPT-2's, or one of characters. HandgradError for others.
+def from_tokens(tokens: Iterable[bytes]) -> Tokenizer:
+    """Returns the tokenizer that has these tokens, in the order of their ids: `gpt2()` or a CharTokenizer.
 
-    A table of tokens has no rule by which text is cut into them.
+    Raises HandgradError for other tables: without merges they do not define an encoding.
     """
     tokens = list(tokens)
     if tokens == [gpt2().bytes_of(id) for id in range(gpt2().vocab_size)]:
@@ -76,12 +82,12 @@ def from_tokens(tokens: Sequence[bytes]) -> Tokenizer:
         characters = [""]
     if any(len(c) != 1 for c in characters) or len(set(characters)) < len(characters):
         rule = "a table of tokens can encode text if it is GPT-2's, or holds characters"
-        raise HandgradError("tokenizer", rule, f"{len(tokens)} other tokens", hint="a tokenizer.json can")
+        raise HandgradError("tokenizer", rule, f"{len(tokens)} other tokens", hint="use a tokenizer.json")
     return CharTokenizer("".join(characters))
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Byte-level BPE as GPT-2 has it, with the token that ends a text."""
+    """Returns byte-level BPE with GPT-2's pre-tokenizer and its <|endoftext|>."""
     library = tokenizers.Tokenizer(model)
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -94,7 +100,8 @@ def _gpt2() -> tokenizers.Tokenizer:
     ours = gpt2()
     vocab = {"".join(spell[byte] for byte in ours.bytes_of(id)): id for id in range(ours.eot)}
     vocab["<|endoftext|>"] = ours.eot
-    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").splitlines()[1:]]
+    lines = MERGES.read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
     return _byte_level(models.BPE(vocab, merges))
 
 
@@ -105,7 +112,7 @@ def _of_characters(characters: str) -> tokenizers.Tokenizer:
 
 
 def _rules(library: tokenizers.Tokenizer) -> list[Any]:
-    """What decides how a text is cut."""
+    """Returns what determines the library's encoding, comparable with ==."""
     about = json.loads(library.to_str())
     cut = about["pre_tokenizer"] or {}
     return [

@@ -1,7 +1,7 @@
-"""GPT-2's byte-level BPE, from the merges beside this file; tiktoken does the work. No network."""
+"""GPT-2's byte-level BPE by tiktoken, with the merges of gpt2_vocab.bpe. No network."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -10,19 +10,17 @@ import tiktoken
 
 from handgrad.core.errors import HandgradError
 from handgrad.tokenizers.base import checked, whole_characters
-from handgrad.tokenizers.words import Words
 
 MERGES = Path(__file__).with_name("gpt2_vocab.bpe")
 SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = 50256
-_SHORT = 2048  # characters; the library is faster below
-# contractions; words, numbers and other signs with the space before them; spaces that end the text or precede one more
+# contractions; words, numbers and punctuation, each with one space before it; white space up to the last before a word
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @cache
 def gpt2() -> "GPT2Tokenizer":
-    """Returns GPT-2's tokenizer: 50257 ids, of which 50256 ends a document.
+    """Returns GPT-2's tokenizer: 50257 ids; 50256 is <|endoftext|>.
 
     >>> tokenizer = gpt2()
     >>> tokenizer.encode("Hello world").tolist()
@@ -34,13 +32,13 @@ def gpt2() -> "GPT2Tokenizer":
 
 
 class GPT2Tokenizer:
-    """See `handgrad.tokenizers.Tokenizer`; made by `gpt2`."""
+    """A `handgrad.tokenizers.Tokenizer`, made by `gpt2`."""
 
     name = "gpt2"
     vocab_size = END_OF_TEXT + 1
     eot = END_OF_TEXT
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=PATTERN,
@@ -48,29 +46,16 @@ class GPT2Tokenizer:
             special_tokens={"<|endoftext|>": END_OF_TEXT},
             explicit_n_vocab=self.vocab_size,
         )
-        self._words = Words(self._ask_for_few, self.eot)
 
     def encode(self, text: str) -> np.ndarray:
-        return self._ask(text) if len(text) < _SHORT else self.encode_documents([text])[1:]
-
-    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
         try:
-            return self._words.encode(texts)
-        except UnicodeEncodeError as error:
-            raise HandgradError("tokenizer", "text must be Unicode", repr(error.object[error.start])) from None
-
-    def _ask(self, text: str) -> np.ndarray:
-        """Returns the library's ids of `text`, (n,) int32."""
-        try:
+            # encode_to_numpy, because encode_ordinary replaces lone surrogates instead of raising
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError as error:
             raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
-        except ValueError:  # the pattern gives up on hundreds of thousands of spaces in a row: cut there, once
+        except ValueError:  # white space too long for the regular expression's stack: encode each half on its own
             half = len(text) // 2
-            return np.concatenate([self._ask(text[:half]), self._ask(text[half:])])
-
-    def _ask_for_few(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text) if len(text) < _SHORT else self._ask(text).tolist()
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(checked(ids, self.vocab_size)))
@@ -84,14 +69,14 @@ class GPT2Tokenizer:
     def save(self, folder: str | Path) -> dict:
         return {"kind": "gpt2"}
 
-    def __reduce__(self):
-        return gpt2, ()  # another process makes its own
+    def __reduce__(self) -> tuple[Callable[[], "GPT2Tokenizer"], tuple[()]]:
+        return gpt2, ()  # unpickling in another process returns that process's own instance
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Returns {token bytes: id} from the merges at `path`, which must be OpenAI's file to the byte.
+    """Returns {token bytes: id} from OpenAI's merges at `path`. Raises HandgradError if any byte of the file differs.
 
-    A line "a b" merges two earlier tokens into the next id, after the 256 single bytes.
+    The first 256 ids are the single bytes. Each line "a b" merges two earlier tokens into the next id.
     """
     try:
         raw = path.read_bytes()
@@ -110,9 +95,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def spelled_bytes() -> dict[str, int]:
-    """Returns {character: byte}: how files of byte-level BPE spell a byte, in the order of the first 256 ids.
+    """Returns {character: byte}, how byte-level BPE files spell bytes, in the order of the first 256 ids.
 
-    A byte is itself if it is printable in Latin-1, else the next free character from U+0100.
+    A byte that is printable in Latin-1 spells itself; the others take the characters from U+0100 in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

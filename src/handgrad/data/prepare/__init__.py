@@ -1,1 +1,1 @@
-"""From raw data to token shards, one file per kind of data."""
+"""Builds token shards and evaluation files from text and published data sets."""

@@ -1,9 +1,9 @@
-"""From parts of a source to a folder of shards: in order, resumable, checked.
+"""Writes the parts of a source into a folder of shards: in order, resumable, with checksums.
 
-All is made in OUT/.preparing and moved to OUT when complete, so OUT never holds half a data set. Whenever a shard is
-complete, a note beside it says which job comes next and how many of its ids are in shards already. A run that is killed
-leaves note and shards; the next one with the same source and settings goes on there, and its shards are the
-same to the byte, for the ids are those of the source in its order, whatever did the work.
+Everything is written to OUT/.preparing and moved to OUT when complete, so OUT never holds an incomplete data set. After
+every shard, progress.json records the next job and how many of its ids are in shards already. If a run is killed, the
+next one with the same source and settings continues from there. Its shards are identical to the byte, because the ids
+follow the order of the source, not that of the workers.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, groupby
@@ -21,41 +21,50 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.disk import write_whole
-from handgrad.data.prepare.workers import Job, tokenize
+from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 
 SUMS = "SHA256SUMS"
 _SPLITS = ("train", "val")
-_NOTE = "progress.json"
-_OURS = re.compile(r"(train|val)_\d{6}\.bin")
+_PROGRESS = "progress.json"
+_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
+
+Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
+Progress = Callable[[int, int, int], None]
+_Place = tuple[int, int, int]  # part, job, ids of the job before this place
+_Piece = tuple[tuple[str, int], np.ndarray, _Place]  # (split, index of the shard), ids, the place after them
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file of the source, or a stretch of one.
+    """A file of the source, or a range of one.
 
-    name, size: what it is called, without a folder of this machine, and its bytes
-    sha256: of the whole file; empty where the name says which revision it is of
-    get: returns where it is, after a download perhaps
-    jobs: yields (bytes of the part that are read when it is done, job), the same ones every time
-    split: "train", "val", or "" where the number of tokens decides
+    name: its name without local folders
+    size: its bytes
+    sha256: of the whole file; empty if the name contains a revision
+    get: returns its path, after downloading it if necessary
+    jobs: yields (bytes of the part covered when the job is done, job), the same jobs at every call
+    split: "train" or "val"; "" if Settings.val_tokens decides
     """
 
     name: str
     size: int
     sha256: str
     get: Callable[[], Path]
-    jobs: Callable[[Path], Iterator[tuple[int, Job]]]
+    jobs: Jobs
     split: str = ""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """shard_tokens: in a full shard
-    val_tokens: how many of the first are val where parts do not say;  val_flag: what sets them, if anything does
-    wants_val: whether val may not be empty
+    """How `build` writes shards.
+
+    shard_tokens: tokens in a full shard
+    val_tokens: the first tokens, which are val, for parts without a split
+    wants_val: an empty val is an error
     workers: processes that tokenize
-    replace: shards of another source or tokenizer that are in the folder may go
+    replace: the folder's shards of another source or tokenizer are replaced
+    val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
     """
 
     shard_tokens: int = 100_000_000
@@ -68,7 +77,7 @@ class Settings:
 
 @dataclass
 class _Done:
-    """How far the shards reach: part and job that come next, ids of that job that are written, shards by split."""
+    """Progress of a build: the next part and job, the ids of that job already written, and the shards so far."""
 
     part: int = 0
     job: int = 0
@@ -83,20 +92,22 @@ def build(
     recipe: str,
     parts: Sequence[Part],
     out_dir: str | Path,
-    tokenizer,
+    tokenizer: Encoder,
     settings: Settings,
-    progress: Callable[[int, int, int], None] = lambda read, size, tokens: None,
+    progress: Progress = lambda read, size, tokens: None,
 ) -> dict:
-    """Writes the shards of `parts`, meta.json and SHA256SUMS into `out_dir`; returns meta.json's content.
+    """Writes the shards of `parts`, meta.json and SHA256SUMS into `out_dir`; returns the content of meta.json.
 
-    recipe: a name, noted in meta.json
-    tokenizer: a `handgrad.tokenizers.Tokenizer`; ids are uint16 if its vocabulary allows, else uint32
-    progress: called with the bytes of the source read so far, those it has, and the tokens made so far
+    recipe: its name, recorded in meta.json
+    tokenizer: a `handgrad.tokenizers.Tokenizer`; ids are uint16 if its vocabulary fits, else uint32
+    progress: called with (bytes of the source read, bytes of the source, tokens written)
 
-    The folder changes only when all is written; then it holds these shards and no older ones of the same names.
-    Raises HandgradError for what the source lacks, for a split without tokens, for a full disk, and where the folder
-    holds other shards than these would be, unless they may be replaced.
+    The folder changes only when everything is written; then it holds these shards and no older ones.
+    Raises HandgradError if the source has no parts or lacks something, if a split gets no tokens, if the disk is full,
+    and if the folder holds shards of another source or tokenizer without `replace`.
     """
+    if not parts:
+        raise HandgradError("data", f"{recipe} comes from at least one file", "none")
     if settings.shard_tokens < 1:
         raise HandgradError("data", "shard_tokens must be at least 1", settings.shard_tokens)
     if settings.workers < 1:
@@ -111,14 +122,7 @@ def build(
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
             meta = _meta(recipe, parts, tokenizer, spec, done)
-            wanted = _SPLITS if settings.wants_val else ("train",)
-            missing = [split for split in wanted if not meta[split]["tokens"]]
-            if missing:
-                (building / _NOTE).unlink(missing_ok=True)
-                hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
-                hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
-                got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
-                raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
+            _check_splits(meta, settings, building)
             _install(building, out_dir, meta, done)
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
@@ -126,12 +130,12 @@ def build(
 
 
 def check(folder: str | Path) -> dict[str, int]:
-    """Returns {name: bytes} of the files in `folder` that SHA256SUMS lists, each of them read and found unchanged.
+    """Returns {name: bytes} of the files that the folder's SHA256SUMS lists, after verifying each of them.
 
-    Raises HandgradError for the first that is missing or differs, and if the folder has no such list.
+    Raises HandgradError for the first that is missing or differs, and if the folder has no SHA256SUMS.
     """
     sums = Path(folder) / SUMS
-    hint = "handgrad data makes folders with checksums"
+    hint = "handgrad data writes folders with checksums"
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -145,7 +149,7 @@ def check(folder: str | Path) -> dict[str, int]:
             raise HandgradError("data", f"{sums} must list files of its folder", repr(line))
         found = sha256_of(path)
         if found != digest:
-            rule = f"{path} must have the sha256 {digest[:12]}... noted when it was made"
+            rule = f"{path} must have the sha256 {digest[:12]}... recorded when it was made"
             raise HandgradError("data", rule, f"{found[:12]}...", hint="it was changed or damaged: make it again")
         sizes[name] = path.stat().st_size
     if not sizes:
@@ -154,7 +158,7 @@ def check(folder: str | Path) -> dict[str, int]:
 
 
 def read_meta(folder: str | Path) -> dict | None:
-    """Returns what `build` noted in the folder's meta.json, or None if there is none (shards from elsewhere).
+    """Returns the content of the folder's meta.json, or None if it has none (shards that `build` did not write).
 
     Keys: tokenizer (for `handgrad.tokenizers.load`), vocab_size, dtype, train, val. Raises HandgradError if damaged.
     """
@@ -175,7 +179,7 @@ def read_meta(folder: str | Path) -> dict | None:
 
 @contextmanager
 def _claimed(out_dir: Path) -> Iterator[Path]:
-    """Gives the folder to build in, to one process at a time; it stays if a shard was finished, and only then."""
+    """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
     building.mkdir(parents=True, exist_ok=True)
     with (building / "lock").open("w") as lock:
@@ -186,78 +190,103 @@ def _claimed(out_dir: Path) -> Iterator[Path]:
         try:
             yield building
         finally:
-            if not (building / _NOTE).exists():
+            if not (building / _PROGRESS).exists():
                 shutil.rmtree(building, ignore_errors=True)
                 if is_new and not any(out_dir.iterdir()):
                     out_dir.rmdir()
 
 
 def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
-    """Returns a word that is the same for the same source, tokenizer and sizes of shards."""
+    """Returns a hash of everything that the shards depend on: source, tokenizer, shard sizes."""
     files = {path.name: sha256_of(path) for path in _tokenizer_files(building)}
     plan = [words, files, [[part.name, part.size, part.sha256, part.split] for part in parts]]
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def _check_replaces(out_dir: Path, origin: dict) -> None:
-    """Raises HandgradError where a folder holds what another source or another tokenizer gave."""
+    """Raises HandgradError if the folder holds shards of another source or tokenizer."""
     meta = read_meta(out_dir)
     if meta is not None and any(meta.get(key) != value for key, value in origin.items()):
         got = f"{sum(meta[split].get('tokens', 0) for split in _SPLITS):,} tokens of another, or by another tokenizer"
-        raise HandgradError("data", f"{out_dir} holds shards of this source", got, hint="another --out, or --replace")
+        raise HandgradError(
+            "data", f"{out_dir} holds shards of this source", got, hint="use another --out, or --replace"
+        )
+
+
+def _check_splits(meta: dict, settings: Settings, building: Path) -> None:
+    """Raises HandgradError if a split has no tokens; nothing is kept to resume from, as it would fail again."""
+    wanted = _SPLITS if settings.wants_val else ("train",)
+    missing = [split for split in wanted if not meta[split]["tokens"]]
+    if not missing:
+        return
+    (building / _PROGRESS).unlink(missing_ok=True)
+    hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
+    hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
+    got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
+    raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
 
 
 def _origin(recipe: str, parts: Sequence[Part], spec: dict) -> dict:
-    """Where shards come from, in meta.json: what the files hold, not where they lie. sha256: of the parts' sha256."""
-    source = {"recipe": recipe, "files": len(parts), "first": parts[0].name}
-    if sums := "".join(part.sha256 for part in parts):  # else the first name says the revision of all
+    """Returns what meta.json says of tokenizer and source; it depends on the files' contents, not on their folder."""
+    source: dict[str, str | int] = {"recipe": recipe, "files": len(parts), "first": parts[0].name}
+    if sums := "".join(part.sha256 for part in parts):  # else the first name contains the revision of all
         source["sha256"] = hashlib.sha256(sums.encode()).hexdigest()
     return {"tokenizer": spec, "source": source}
 
 
 def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
-    """Returns how far an earlier run of the same plan came; removes what another left."""
+    """Returns the progress of an earlier run with the same plan; removes the files of any other."""
     try:
-        note = json.loads((building / _NOTE).read_text(encoding="utf-8"))
-        done = _Done(**note["done"])
-        fits = note["plan"] == plan and all(_is_there(building, out_dir, **shard) for shard in done.shards)
+        saved = json.loads((building / _PROGRESS).read_text(encoding="utf-8"))
+        done = _Done(**saved["done"])
+        fits = saved["plan"] == plan and all(_is_intact(building, out_dir, **shard) for shard in done.shards)
     except (HandgradError, OSError, ValueError, KeyError, TypeError):
         fits = False
     if fits:
         return done
-    for path in [building / _NOTE, *building.glob("*.bin"), *building.glob(".*.tmp-*")]:
+    for path in [building / _PROGRESS, *building.glob("*.bin"), *building.glob(".*.tmp-*")]:
         path.unlink(missing_ok=True)
     return _Done()
 
 
-def _is_there(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
-    if not (building / name).exists():  # killed while it moved its shards to their place?
+def _is_intact(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
+    if not (building / name).exists():  # the earlier run was killed after moving it
         return (out_dir / name).is_file() and sha256_of(out_dir / name) == sha256
     return open_shard(building / name).count == tokens
 
 
-def _write(parts, building, tokenizer, settings, plan, done, progress) -> None:
-    """Writes the shards that `done` lacks, and after each of them `done`."""
+def _write(
+    parts: Sequence[Part],
+    building: Path,
+    tokenizer: Encoder,
+    settings: Settings,
+    plan: str,
+    done: _Done,
+    progress: Progress,
+) -> None:
+    """Writes the shards that `done` lacks, and records `done` after each."""
     dtype = id_dtype(tokenizer.vocab_size)
     for (split, index), group in groupby(_pieces(parts, tokenizer, settings, done, progress), lambda piece: piece[0]):
         name = f"{split}_{index:06d}.bin"
-        places = []
-        shard = write_shard(building / name, _noting(group, places), dtype)
+        places: list[_Place] = []
+        shard = write_shard(building / name, _tracked(group, places), dtype)
         sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
         done.part, done.job, done.ids = places[-1]
-        write_whole(building / _NOTE, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
+        write_whole(building / _PROGRESS, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
 
 
-def _noting(group, places: list) -> Iterator[np.ndarray]:
-    """Yields the ids of a group of pieces; the place where the last one ended is in `places`."""
+def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarray]:
+    """Yields the ids of a group of pieces; `places` holds the place after the last one yielded."""
     for _, ids, place in group:
         places[:] = [place]
         yield ids
 
 
-def _pieces(parts, tokenizer, settings, done, progress) -> Iterator[tuple]:
-    """Yields ((split, number of the shard), ids of one shard, (part, job, ids of the job so far)) after `done`."""
+def _pieces(
+    parts: Sequence[Part], tokenizer: Encoder, settings: Settings, done: _Done, progress: Progress
+) -> Iterator[_Piece]:
+    """Yields the ids after `done` in pieces that do not cross shards."""
     sizes = list(accumulate((part.size for part in parts), initial=0))
     counts = {split: done.tokens(split) for split in _SPLITS}
     skip, full = done.ids, settings.shard_tokens
@@ -265,10 +294,10 @@ def _pieces(parts, tokenizer, settings, done, progress) -> Iterator[tuple]:
         at, skip = skip, 0
         while at < len(ids):
             split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
-            room = full - counts[split] % full
+            left = full - counts[split] % full
             if split == "val" and not parts[index].split:
-                room = min(room, settings.val_tokens - counts["val"])
-            piece = ids[at : at + room]
+                left = min(left, settings.val_tokens - counts["val"])
+            piece = ids[at : at + left]
             shard = counts[split] // full
             counts[split] += len(piece)
             at += len(piece)
@@ -283,7 +312,7 @@ def _jobs(parts: Sequence[Part], part: int, job: int) -> Iterator[tuple[tuple[in
                 yield (index, number, read), task
 
 
-def _meta(recipe: str, parts: Sequence[Part], tokenizer, spec: dict, done: _Done) -> dict:
+def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, done: _Done) -> dict:
     meta = {
         **_origin(recipe, parts, spec),
         "vocab_size": tokenizer.vocab_size,
@@ -298,24 +327,24 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer, spec: dict, done: _Done
 
 
 def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
-    """Moves the new files over the old; meta.json goes first and comes last, so that it never describes a mixture."""
+    """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
     sums = {shard["name"]: shard["sha256"] for shard in done.shards}
     (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in [*_tokenizer_files(building), building / "meta.json"]:
         sums[path.name] = sha256_of(path)
     (out_dir / "meta.json").unlink(missing_ok=True)
     for old in out_dir.iterdir():
-        if _OURS.fullmatch(old.name) and old.name not in sums:
+        if _SHARD_NAME.fullmatch(old.name) and old.name not in sums:
             old.unlink()
     write_sums(building, out_dir, sums)
-    for name in [SUMS, *sums]:  # meta.json is the last of them
-        if (building / name).exists():  # else an earlier run that was killed moved it
+    for name in [SUMS, *sums]:  # meta.json is last
+        if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
-    (building / _NOTE).unlink()
+    (building / _PROGRESS).unlink()
 
 
 def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
-    """Writes SHA256SUMS as `sha256sum -c` reads it: what `folder` lists of its other files, then {name: sha256}."""
+    """Writes SHA256SUMS for `sha256sum -c`: the entries that `folder` has for its other files, then `sums`."""
     old = folder / SUMS
     lines = old.read_text(encoding="utf-8", errors="replace").splitlines() if old.is_file() else []
     kept = [line for line in lines if (name := line[66:]) not in sums and (folder / name).is_file()]
@@ -323,11 +352,11 @@ def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
 
 
 def _tokenizer_files(building: Path) -> list[Path]:
-    return sorted(path for path in building.glob("*.json") if path.name not in (_NOTE, "meta.json"))
+    return sorted(path for path in building.glob("*.json") if path.name not in (_PROGRESS, "meta.json"))
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of the file `path` in hexadecimal digits. Raises HandgradError if it cannot be read."""
+    """Returns the SHA-256 of the file `path` in hexadecimal. Raises HandgradError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

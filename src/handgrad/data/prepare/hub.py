@@ -1,23 +1,21 @@
-"""Files of a source: on the Hugging Face hub, or local in the same layout."""
+"""The files of a data set: on the Hugging Face hub, or local in the same layout."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Part, sha256_of
+from handgrad.data.prepare.build import Jobs, Part, sha256_of
 from handgrad.data.prepare.text import size_of
-from handgrad.data.prepare.workers import Job
-
-Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 
 
 def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
-    """Returns the file `path`, or the files below the folder `path` that match the first pattern that any does.
+    """Returns `path` if it is a file, else its files that match the first pattern with a match, sorted by name.
 
-    Raises HandgradError if there is none.
+    Raises HandgradError if there are none.
     """
     path = Path(path)
     if path.is_file():
@@ -31,36 +29,40 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def local_part(path: Path, jobs: Jobs, split: str = "") -> Part:
-    """Returns the Part that is the file `path`."""
+    """Returns the whole file `path` as a Part."""
     return Part(path.name, size_of(path), sha256_of(path), lambda: path, jobs, split)
 
 
-def hub_parts(repo: str, patterns: Sequence[str], jobs: Callable[[str], Jobs]) -> list[Part]:
-    """Returns the files of the data set `repo` that match the first pattern that any does, in the order of names.
+def hub_parts(repo: str, patterns: Sequence[str], jobs: Jobs) -> list[Part]:
+    """Returns the files of the hub's data set `repo` that match the first pattern with a match, sorted by name.
 
-    They are downloaded one by one when their turn comes, and kept where huggingface_hub keeps things; what is there
-    is not downloaded again. The revision is fixed now, so that a run continued later reads the same files.
-    Raises HandgradError if the hub cannot be asked, or has no such file.
+    Each is downloaded when its turn comes, into huggingface_hub's cache. The names contain the revision, so that a
+    resumed run reads the same files.
+    Raises HandgradError if the hub does not answer, or has no such file.
     """
+    revision, files = _listed(repo, patterns)
+    return [
+        Part(f"hf:{repo}@{revision}/{name}", size, "", partial(_fetch, repo, name, revision), jobs)
+        for name, size in files
+    ]
+
+
+def hub_files(repo: str, patterns: Sequence[str]) -> list[Path]:
+    """Downloads the files that `hub_parts` would name now, and returns where they are."""
+    revision, files = _listed(repo, patterns)
+    return [_fetch(repo, name, revision) for name, _ in files]
+
+
+def _listed(repo: str, patterns: Sequence[str]) -> tuple[str, list[tuple[str, int]]]:
+    """Returns the newest revision of a data set, and the names and sizes of its files that match."""
     library = _library()
     with _answering(repo):
         info = library.HfApi().dataset_info(repo, files_metadata=True)
     for pattern in patterns:
-        files = sorted((f for f in info.siblings if fnmatch(f.rfilename, pattern)), key=lambda f: f.rfilename)
+        files = sorted((f.rfilename, f.size or 0) for f in info.siblings if fnmatch(f.rfilename, pattern))
         if files:
-            break
-    else:
-        raise HandgradError("data", f"the data set {repo} must hold {' or '.join(patterns)}", "none")
-    return [
-        Part(
-            f"hf:{repo}@{info.sha}/{f.rfilename}",
-            f.size or 0,
-            "",
-            partial(_fetch, repo, f.rfilename, info.sha),
-            jobs(f.rfilename),
-        )
-        for f in files
-    ]
+            return info.sha, files
+    raise HandgradError("data", f"the data set {repo} must hold {' or '.join(patterns)}", "none")
 
 
 def _fetch(repo: str, name: str, revision: str) -> Path:
@@ -69,21 +71,21 @@ def _fetch(repo: str, name: str, revision: str) -> Path:
         return Path(library.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
 
 
-def _library():
+def _library() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        hint = "pip install 'handgrad[hub]', or --source with files that are here"
+        hint = "pip install 'handgrad[hub]', or --source for local files"
         raise HandgradError("data", "downloads go through huggingface_hub", "no such package", hint=hint) from None
     return huggingface_hub
 
 
 @contextmanager
 def _answering(repo: str) -> Iterator[None]:
-    """Turns whatever the hub or the network raises in the block into a HandgradError."""
+    """Re-raises whatever the hub or the network raises in the block as a HandgradError."""
     try:
         yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = "--source takes files that are here"
+        hint = "--source reads local files"
         raise HandgradError("data", f"{repo} must be downloadable", reason, hint=hint) from None

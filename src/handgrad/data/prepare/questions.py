@@ -1,7 +1,7 @@
-"""HellaSwag and MMLU as llm.c's evaluation files: the text of a question is llm.c's, so that accuracies compare.
+"""HellaSwag and MMLU as llm.c's evaluation files, with llm.c's prompts, so that accuracies are comparable.
 
-HellaSwag: the context as it stands in `ctx`, and every ending after a space.
-MMLU: "Question: ...", a blank line, "Answer:", and the four choices themselves after a space.
+HellaSwag: the context is `ctx` unchanged; a space precedes every ending.
+MMLU: the context is "Question: ...", a blank line, "Answer:"; the endings are the choices, a space before each.
 """
 
 import csv
@@ -12,11 +12,12 @@ from pathlib import Path
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
 from handgrad.data.prepare.build import sha256_of, write_sums
-from handgrad.data.prepare.hub import hub_parts, local
-from handgrad.data.prepare.readers import OPEN, json_lines, parquet, readable, whole
+from handgrad.data.prepare.hub import hub_files, local
+from handgrad.data.prepare.readers import OPEN, parquet, readable, whole
+from handgrad.data.prepare.workers import Encoder
 
 LETTERS = "ABCD"
-QUESTIONS = {  # recipe: (file written, repository, its file, files of a local folder)
+QUESTIONS = {  # recipe: (file written, repository, file in it, files in a local folder)
     "hellaswag": (
         "hellaswag_val.bin",
         "Rowan/hellaswag",
@@ -28,11 +29,12 @@ QUESTIONS = {  # recipe: (file written, repository, its file, files of a local f
 
 
 def prepare_questions(
-    recipe: str, out_dir: str | Path, tokenizer, source: str | Path | None = None
+    recipe: str, out_dir: str | Path, tokenizer: Encoder, source: str | Path | None = None
 ) -> tuple[Path, int]:
-    """Writes the evaluation file of `recipe`, "hellaswag" or "mmlu", into `out_dir`; returns (its path, questions).
+    """Writes the evaluation file of `recipe`, "hellaswag" or "mmlu", into `out_dir`; returns (path, questions in it).
 
-    source: JSON lines (.gz, .xz, .bz2 too), Parquet, or the publishers' folder; without it, it is downloaded
+    tokenizer: a `handgrad.tokenizers.Tokenizer`
+    source: JSON lines (also .gz, .xz, .bz2), Parquet, or the folder as published; None downloads it
 
     Raises HandgradError for a source that is missing or damaged, and for a vocabulary above 65,536.
     """
@@ -43,7 +45,7 @@ def prepare_questions(
     if source:
         paths = local(source, (published, *patterns))
     else:
-        paths = [part.get() for part in hub_parts(repo, (published,), lambda name: json_lines)]
+        paths = hub_files(repo, (published,))
     question = _hellaswag if recipe == "hellaswag" else _mmlu
     items = [_item(*question(row, where), tokenizer) for path in paths for where, row in _rows(path)]
     path = Path(out_dir) / name
@@ -67,27 +69,28 @@ def _mmlu(row: dict, where: str) -> tuple[str, list[str], int]:
     return f"Question: {question}\n\nAnswer:", choices, label
 
 
-def _checked(text, answers, label, where: str) -> tuple[str, list[str], int]:
+def _checked(text: object, answers: object, label: object, where: str) -> tuple[str, list[str], int]:
     if not isinstance(text, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise HandgradError("data", f"{where}: a question must have a text and a list of answers", "another row")
-    if not str(label).isdecimal() or int(label) >= len(answers):
+    right = str(label)  # the hub's labels are strings
+    if not right.isdecimal() or int(right) >= len(answers):
         raise HandgradError("data", f"{where}: one of the {len(answers)} answers must be right", repr(label))
-    return whole(text, where), [whole(answer, where) for answer in answers], int(label)
+    return whole(text, where), [whole(answer, where) for answer in answers], int(right)
 
 
-def _item(context: str, answers: list[str], label: int, tokenizer) -> Choices:
+def _item(context: str, answers: list[str], label: int, tokenizer: Encoder) -> Choices:
     endings = [tokenizer.encode(f" {answer}").tolist() for answer in answers]
     return Choices(tokenizer.encode(context).tolist(), endings, label)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (where it stands, row) of a file of questions."""
+    """Yields (location for error messages, row) for each question in a file."""
     with readable(path):
         if path.suffix == ".parquet":
             rows = parquet().read_table(path, use_threads=False).to_pylist()
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as lines:
-                read = filter(None, csv.reader(lines))  # a blank line is an empty row
+                read = filter(None, csv.reader(lines))  # csv yields [] for a blank line
                 rows = [{"question": q, "choices": choices, "answer": a} for q, *choices, a in read]
         else:
             with OPEN.get(path.suffix, open)(path, "rb") as lines:

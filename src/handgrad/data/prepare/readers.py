@@ -1,7 +1,7 @@
-"""Files of documents: how each kind is cut into jobs, and what a job reads.
+"""Readers of the source formats. Each is a pair: one function splits a file into jobs, the other reads a job.
 
-A function that makes jobs takes the path of a file and yields (bytes read so far, Job); it runs in the process that
-writes the shards, and reads as little as it can. What the jobs name runs in any process and yields documents.
+The first takes the path of a file and yields (bytes of the file covered so far, Job). It runs in the process that
+writes the shards and reads as little as possible. The second runs in a worker process and yields documents.
 """
 
 import bz2
@@ -14,20 +14,21 @@ import random
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.prepare.workers import Job
 
 JOB_BYTES = 2**20
-OPEN = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 BLANK_LINES = "\n\n"
 
 
 def statements(path: Path) -> Iterator[tuple[int, Job]]:
-    """A text in which a blank line ends a document and belongs to it, in one job."""
+    """A text file as one job: a blank line ends a document and belongs to it."""
     yield path.stat().st_size, Job(_statements, (path,))
 
 
@@ -39,7 +40,7 @@ def _statements(path: Path) -> Iterator[str]:
 
 
 def stories(path: Path, seed: int) -> Iterator[tuple[int, Job]]:
-    """A file of TinyStories, a JSON list, in one job; `seed` is that of its order."""
+    """A TinyStories file, a JSON list, as one job. seed: of the order of its stories."""
     yield path.stat().st_size, Job(_stories, (path, seed))
 
 
@@ -54,7 +55,7 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
 
 
 def json_lines(path: Path, column: str) -> Iterator[tuple[int, Job]]:
-    """JSON lines, plain or .gz, .xz, .bz2. A compressed file is unpacked here: nobody can begin in its middle."""
+    """JSON lines, plain or .gz, .xz, .bz2. Compressed files are not seekable, so they are decompressed here."""
     if path.suffix in OPEN:
         yield from _packed_lines(path, column)
         return
@@ -73,7 +74,7 @@ def _packed_lines(path: Path, column: str) -> Iterator[tuple[int, Job]]:
 
 
 def _lines_between(path: Path, start: int, stop: int, column: str) -> Iterator[str]:
-    """The documents of the lines that begin in the bytes start..stop."""
+    """Yields the documents of the lines that begin in bytes start..stop."""
     with readable(path), path.open("rb") as file:
         if start:
             file.seek(start - 1)
@@ -100,13 +101,13 @@ def _text(row: object, column: str, where: str) -> str:
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = f"one with {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        hint = "--column names another" if column == "text" else ""
+        hint = "--column names another column" if column == "text" else ""
         raise HandgradError("data", f"{where}: an object must hold text under {column!r}", found, hint=hint)
     return whole(text, where)
 
 
 def whole(text: str, where: str) -> str:
-    """Returns `text`. Raises HandgradError if JSON's \\u gave it half a character: a surrogate without its other."""
+    """Returns `text`. Raises HandgradError for a lone surrogate, which an escape in JSON can produce."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -116,7 +117,7 @@ def whole(text: str, where: str) -> str:
 
 
 def table(path: Path, column: str) -> Iterator[tuple[int, Job]]:
-    """A Parquet file, a job for each of its row groups."""
+    """A Parquet file, one job per row group."""
     with readable(path), parquet().ParquetFile(path) as file:
         names, groups = file.schema_arrow.names, file.num_row_groups
     if column not in names:
@@ -137,7 +138,7 @@ def _rows(path: Path, group: int, column: str) -> Iterator[str]:
 
 
 def archive(path: Path) -> Iterator[tuple[int, Job]]:
-    """OpenWebText as it was published: .xz archives of text files, alone or together in a .tar, a job for each .xz."""
+    """OpenWebText as published, .xz archives of text files, alone or several in a .tar: one job per .xz."""
     if path.suffix == ".xz":
         size = path.stat().st_size
         yield size, Job(_archived, (path, 0, size))
@@ -155,13 +156,13 @@ def _archived(path: Path, start: int, size: int) -> Iterator[str]:
             raw = file.read(size)
         with tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as texts:
             for member in texts:
-                if member.isfile():
-                    text = texts.extractfile(member).read().decode("utf-8")
-                    yield re.sub(r"\n{3,}", BLANK_LINES, text).strip()  # page extraction left many empty lines
+                if member.isfile() and (content := texts.extractfile(member)):
+                    text = content.read().decode("utf-8")
+                    yield re.sub(r"\n{3,}", BLANK_LINES, text).strip()  # page extraction left runs of blank lines
 
 
-def parquet():
-    """Returns pyarrow.parquet. Raises HandgradError where it is not installed."""
+def parquet() -> Any:
+    """Returns pyarrow.parquet. Raises HandgradError if it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -170,12 +171,12 @@ def parquet():
     return pyarrow.parquet
 
 
-DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # what libraries raise beside OSError and ValueError
+DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised besides OSError and ValueError
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what reading a damaged file raises in the block into a HandgradError that names `path`."""
+    """Re-raises what reading a damaged file raises in the block as a HandgradError that names `path`."""
     try:
         yield
     except (OSError, EOFError, ValueError, *DAMAGE, RecursionError) as error:

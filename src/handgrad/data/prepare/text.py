@@ -1,7 +1,7 @@
-"""Text files: read in pieces that are cut where words part.
+"""Text files, read in pieces that end between words.
 
-A piece is 256 KiB and ends where a space or line break follows another character. GPT-2's pattern always parts words
-there, so its ids are those of the text in one piece; another tokenizer may choose otherwise at such a cut.
+A piece is 256 KiB and ends where a space or line break follows another character. GPT-2's pattern always splits there,
+so the ids of the pieces are those of the whole text; other tokenizers may merge across such a cut.
 """
 
 import re
@@ -14,8 +14,8 @@ from handgrad.data.prepare.build import Part, sha256_of
 from handgrad.data.prepare.workers import Job
 
 PIECE_BYTES = 2**18
-_LONGEST_WORD = 2**14  # bytes; text without a place to cut for so long is cut anywhere
-# a character that is surely no space, of one, two or three bytes, before a space or line break
+_LONGEST_WORD = 2**14  # bytes; a longer stretch without such a place is cut between any two characters
+# a one-, two- or three-byte character outside all white space, before a space or line break
 _CUT = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe3-\xed][\x81-\xbf][\x80-\xbf])(?=[ \n])")
 
 
@@ -32,12 +32,12 @@ def read_text(files: Iterable[str | Path]) -> Iterator[str]:
 
 
 def shakespeare() -> Path:
-    """Returns where the packaged text lies: 40,000 lines from nine plays by Shakespeare, 64 different characters."""
+    """Returns the path of the packaged text: 40,000 lines of nine Shakespeare plays, 64 distinct characters."""
     return Path(__file__).parent.parent / "shakespeare.txt"
 
 
 def size_of(path: Path) -> int:
-    """Returns the bytes of the file `path`. Raises HandgradError if it is none."""
+    """Returns the size of the file `path` in bytes. Raises HandgradError if it is not a file."""
     if not path.is_file():
         found = "which is no file" if path.exists() else "which is missing"
         raise HandgradError("data", "a text must be a file", f"{path}, {found}")
@@ -45,13 +45,19 @@ def size_of(path: Path) -> int:
 
 
 def text_parts(files: Sequence[str | Path], val_fraction: float) -> list[Part]:
-    """Returns the stretches of `files` that are train, then those that are val, parted between two characters."""
+    """Returns the parts of `files` that are train, then those that are val, split at a character boundary.
+
+    val_fraction: share of the bytes, at the end, that is val
+
+    Raises HandgradError for a file that is missing, and if all are empty.
+    """
     paths = [Path(file) for file in files]
     sizes = [size_of(path) for path in paths]
     left = int(sum(sizes) * (1 - val_fraction))
     if sum(sizes) == 0:
         raise HandgradError("data", "the text must not be empty", f"0 bytes in {len(files)} files")
-    train, val = [], []
+    train: list[Part] = []
+    val: list[Part] = []
     for path, size in zip(paths, sizes, strict=True):
         cut = min(left, size)
         left -= cut
@@ -68,7 +74,7 @@ def text_parts(files: Sequence[str | Path], val_fraction: float) -> list[Part]:
 
 
 def read_span(path: Path, start: int, stop: int) -> str:
-    """Returns the text in the bytes start..stop of `path`."""
+    """Returns the text in bytes start..stop of `path`. Raises HandgradError if they are not readable UTF-8."""
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -123,5 +129,5 @@ def _pieces(path: Path, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _continuation(raw: bytes) -> int:
-    """Returns how many of the first bytes belong to a character begun before them."""
+    """Returns how many leading bytes of `raw` continue a character that began before it."""
     return next((index for index, byte in enumerate(raw) if byte >> 6 != 0b10), len(raw))

@@ -1,4 +1,4 @@
-"""Jobs on several processes, their results in the order of the jobs."""
+"""Runs jobs on worker processes and yields their token ids in the order of the jobs."""
 
 import multiprocessing
 import os
@@ -6,27 +6,40 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.shards import id_dtype
 
-BATCH_CHARACTERS = 2**18  # tokenized at a time, so that memory does not depend on a job's size
-_AHEAD = 3  # jobs under way for each process
-_tokenizer = None  # of a worker process
+_AHEAD = 3  # jobs in flight per process
+
+
+class Encoder(Protocol):
+    """What a data set needs of a tokenizer: `handgrad.tokenizers.Tokenizer`, as far as it is used here."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eot(self) -> int | None: ...
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def save(self, folder: Path) -> dict: ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """A call that yields texts: `read(*arguments)`. Small, for it travels to another process.
+    """A call that yields documents: `read(*arguments)`. Both are pickled and sent to a worker process: keep them small.
 
-    continues: the first text goes on with the document of the job before
+    continues: the first text continues the last document of the previous job, so no end-of-text id precedes it
     """
 
     read: Callable[..., Iterable[str]]
@@ -34,20 +47,25 @@ class Job:
     continues: bool = False
 
 
-def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer, workers: int) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields (key, ids) for each (key, job), in order, ids in the shard type of the tokenizer's vocabulary.
+_Told = tuple[str, str, str | None, str]  # where, rule, got, hint: a HandgradError does not pickle
 
-    workers: processes; with 1, this one. They end with this process, however it ends.
 
-    Raises HandgradError where a job does, and if a process dies.
+def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields (key, ids) for each (key, job), in order; ids are (n,) in the shard dtype of the vocabulary.
+
+    An end-of-text id precedes every document, as in llm.c's shards, if the tokenizer has one.
+
+    workers: processes; 1 runs the jobs in this process. Workers exit when this process does, even if it is killed.
+
+    Raises HandgradError if a job does, or if a worker dies.
     """
     if workers == 1:
         for key, job in jobs:
             yield key, _ids(job, tokenizer)
         return
-    context = multiprocessing.get_context("spawn")  # threads of numpy and of the terminal do not survive a fork
+    context = multiprocessing.get_context("spawn")  # fork is unsafe: numpy and rich have threads
     pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
-    waiting = deque()
+    waiting: deque[tuple[Any, Future[np.ndarray | _Told]]] = deque()
     try:
         for key, job in jobs:
             waiting.append((key, pool.submit(_work, job)))
@@ -56,13 +74,13 @@ def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer, workers: int) -> Iterat
         while waiting:
             yield _result(waiting)
     except BrokenProcessPool:
-        hint = "was it killed for want of memory? fewer --workers take less"
+        hint = "if it ran out of memory, use fewer --workers"
         raise HandgradError("data", "worker processes must stay alive", "one that died", hint=hint) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(waiting: deque) -> tuple[Any, np.ndarray]:
+def _result(waiting: deque[tuple[Any, Future[np.ndarray | _Told]]]) -> tuple[Any, np.ndarray]:
     key, future = waiting.popleft()
     found = future.result()
     if isinstance(found, tuple):
@@ -71,33 +89,35 @@ def _result(waiting: deque) -> tuple[Any, np.ndarray]:
     return key, found
 
 
-def _ids(job: Job, tokenizer) -> np.ndarray:
-    parts, batch, size = [], [], 0
+def _ids(job: Job, tokenizer: Encoder) -> np.ndarray:
+    dtype = id_dtype(tokenizer.vocab_size)
+    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
+    parts = [separator[:0]]
     for text in job.read(*job.arguments):
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            parts.append(tokenizer.encode_documents(batch))
-            batch, size = [], 0
-    parts.append(tokenizer.encode_documents(batch))
-    ids = np.concatenate([part.astype(id_dtype(tokenizer.vocab_size)) for part in parts])
-    return ids[1:] if job.continues and tokenizer.eot is not None else ids
+        parts += [separator, tokenizer.encode(text).astype(dtype)]
+    ids = np.concatenate(parts)
+    return ids[len(separator) :] if job.continues else ids
 
 
-def _start(tokenizer) -> None:
+_tokenizer: Encoder  # of a worker process
+
+
+def _start(tokenizer: Encoder) -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in workers only
+    wait([parent.sentinel])
     os._exit(1)
 
 
-def _work(job: Job) -> np.ndarray | tuple:
+def _work(job: Job) -> np.ndarray | _Told:
     try:
         return _ids(job, _tokenizer)
-    except HandgradError as error:  # told in parts: an exception with four arguments does not travel
-        return error.where, error.rule, error.got and str(error.got), error.hint
+    except HandgradError as error:
+        return error.where, error.rule, None if error.got is None else str(error.got), error.hint
