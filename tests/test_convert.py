@@ -1,6 +1,7 @@
 """handgrad convert: what it takes, what it makes, and that a destination is whole or untouched."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,19 @@ from handgrad.cli import convert
 from handgrad.cli.__main__ import main
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint, llmc
-from handgrad.io.weights import Weights, shapes
+from handgrad.io.weights import Weights
+from handgrad.models import GPT2, declare, shapes
 
-SIZES = dict(vocab_size=97, max_seq_len=20, num_layers=2, num_heads=3, hidden_size=36, tie_embeddings=True)
+MODEL = GPT2(vocab_size=97, max_seq_len=20, num_layers=2, num_heads=3, hidden_size=36)
 
 
 @pytest.fixture
 def model(tmp_path):
     """A .bin of llm.c, of random weights."""
     rng = np.random.default_rng(0)
-    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(SIZES).items()}
-    llmc.write_model(tmp_path / "model.bin", Weights(SIZES, "f32", made.__getitem__))
+    sizes = shapes(declare(MODEL))
+    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}
+    llmc.write_model(tmp_path / "model.bin", Weights(asdict(MODEL), "f32", sizes, made.__getitem__))
     return tmp_path / "model.bin"
 
 
@@ -159,5 +162,5 @@ def test_f32_of_a_bf16_model_holds_its_values(model, tmp_path):
     assert main(["convert", str(model), str(tmp_path / "a"), "--to", "handgrad", "--dtype", "bf16"]) == 0
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "handgrad", "--dtype", "f32"]) == 0
     a, b = (open_source(tmp_path / name).weights for name in "ab")
-    assert all((a.tensor(name, "f32") == b.tensor(name)).all() for name in a.shapes())
+    assert all((a.tensor(name, "f32") == b.tensor(name)).all() for name in a.shapes)
     assert checkpoint.load_meta(tmp_path / "b" / "step_000000")["converted_from"].endswith("step_000000")

@@ -9,7 +9,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import PREFILL, record
-from handgrad.models import GPT2, batch
+from handgrad.models import GPT2, forward_logits
 
 GREEDY = Sampling(temperature=0.0)
 # Cache and full pass multiply the same numbers in other orders. In f32 logits differ by a few roundings. In bf16 each of
@@ -19,12 +19,12 @@ TOLERANCE = {"f32": 1e-5, "bf16": 2 * 20**0.5 * 2.0**-9}
 
 
 class Judge:
-    """The same weights in a program of mode "logits": one full pass over all positions."""
+    """The same weights in a program without a cache: one full pass over all positions."""
 
     def __init__(self, model, dtype, backend="cpu"):
         programs = record(model, DTYPES[dtype])
-        full = Program(DTYPES[dtype], "logits")
-        model.forward(full, batch(full, 1, model.max_seq_len))
+        full = Program(DTYPES[dtype])
+        forward_logits(full, model, 1, model.max_seq_len)
         backend = open_backend(backend)
         arena = backend.alloc(backend.plan(programs[1], programs[0], full))
         rng = np.random.default_rng(3)

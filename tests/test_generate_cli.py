@@ -223,7 +223,18 @@ def test_corrupt_safetensors(copy, told, how):
     [
         (lambda saved: saved["model"].pop("num_heads"), "run.json gives "),
         (lambda saved: saved["model"].update(color=1), "but got 'color'."),
-        (lambda saved: saved["model"].update(num_heads="2"), "run.json gives num_heads as int, but got '2'."),
+        (
+            lambda saved: saved["model"].update(num_heads="2"),
+            "run.json gives a model whose num_heads is a whole number from 1 to 2,147,483,647, but got '2'.",
+        ),
+        (
+            lambda saved: saved["model"].update(num_layers=10**9),
+            "num_layers is a whole number from 1 to 1,024, but got 1",
+        ),
+        (lambda saved: saved["model"].update(dropout=float("nan")), "dropout is a number of at least 0 and below 1"),
+        (lambda saved: saved["model"].update(tie_embeddings=1), "tie_embeddings is true or false, but got 1."),
+        (lambda saved: saved.update(family="gpt9"), "run.json gives a family, one of gpt2, but got 'gpt9'."),
+        (lambda saved: saved.update(family=None), "run.json gives a family, one of gpt2, but got None."),
         (lambda saved: saved["model"].update(num_heads=3), "hidden_size is a multiple of num_heads"),
         (lambda saved: saved.update(dtype="f16"), "run.json gives a dtype of bf16, f32, but got 'f16'."),
         (lambda saved: saved.pop("model"), "must hold 'model' of type dict"),

@@ -14,7 +14,7 @@ from handgrad.core.dtypes import BF16
 from handgrad.core.listing import listing
 from handgrad.core.program import Program
 from handgrad.infer.engine import record
-from handgrad.models import GPT2, batch
+from handgrad.models import GPT2, forward_logits
 from handgrad.optim import AdamW
 from handgrad.train.record import record_loss, record_train
 
@@ -27,8 +27,8 @@ def train(policy="none", **changes):
 
 
 def logits():
-    p = Program(BF16, "logits")
-    GPT2(**SIZES).forward(p, batch(p, 2, 16))
+    p = Program(BF16)
+    forward_logits(p, GPT2(**SIZES), 2, 16)
     return p
 
 

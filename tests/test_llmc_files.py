@@ -17,7 +17,7 @@ from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import llmc
-from handgrad.io.weights import Weights, padded
+from handgrad.io.weights import Weights
 from handgrad.optim import AdamW
 from handgrad.train.trainer import Trainer
 
@@ -123,8 +123,8 @@ def test_p1_a_model_is_read_and_written_bit_for_bit(tmp_path, shape, dtype):
     data = model_bytes(model, dtype)
     (tmp_path / "a.bin").write_bytes(data)
     weights = llmc.read_model(tmp_path / "a.bin")
-    assert weights.dtype == kind and len(weights.shapes()) == 4 + 12 * shape[2]
-    for name, size in weights.shapes().items():
+    assert weights.dtype == kind and len(weights.shapes) == 4 + 12 * shape[2]
+    for name, size in weights.shapes.items():
         theirs = model.state_dict()[f"transformer.{name}"].to(dtype)
         theirs = theirs.T if name.startswith("h.") and theirs.ndim == 2 else theirs
         assert weights.tensor(name).shape == size and weights.tensor(name).tobytes() == raw(theirs, dtype), name
@@ -225,7 +225,7 @@ def test_p1_what_is_wrong_with_a_model_is_said(tmp_path, data, part):
 def test_a_missing_file_and_a_separate_head(tmp_path):
     assert "is a model of llm.c, but got no such file." in told(llmc.read_model, tmp_path / "a.bin")
     sizes = dict(vocab_size=5, max_seq_len=4, num_layers=1, num_heads=1, hidden_size=2, tie_embeddings=False)
-    line = told(llmc.write_model, tmp_path / "a.bin", Weights(sizes, "f32", None))
+    line = told(llmc.write_model, tmp_path / "a.bin", Weights(sizes, "f32", {}, None))
     assert "uses its token embedding as the head, but got a separate lm_head." in line
     assert not (tmp_path / "a.bin").exists()
 
@@ -248,7 +248,7 @@ def read_debug(path, sizes):
     ]:
         found[name] = np.fromfile(path, dtype, int(np.prod(shape)), offset=at).reshape(shape)
         at += found[name].nbytes
-    layout = llmc.Layout(sizes, padded(sizes["vocab_size"]))
+    layout = llmc.Layout(sizes, llmc.padded(sizes["vocab_size"]))
     assert path.stat().st_size == at + 4 * layout.count
     return found | {f"d {name}": layout.read(path, at, np.dtype("<f4"), name) for name in layout.names()}
 
@@ -267,7 +267,7 @@ def test_p1_a_debug_state_and_the_gradients_in_it(tmp_path, shards):
     (tmp_path / "debug.bin").write_bytes(data)
     (tmp_path / "model.bin").write_bytes(model_bytes(model))
     weights = llmc.read_model(tmp_path / "model.bin")
-    debug = read_debug(tmp_path / "debug.bin", weights.sizes)
+    debug = read_debug(tmp_path / "debug.bin", weights.fields)
     assert (debug["x"] == x.numpy()).all() and (debug["y"] == y.numpy()).all() and debug["loss"] == loss.item()
     assert (debug["logits"] == logits.detach().numpy()).all()
 
@@ -380,7 +380,7 @@ def test_p1_training_states_of_all_processes_are_read(tmp_path, ranks, zero, cou
     state = llmc.read_state(path, llmc.state_files(path))
     assert state.step == 30 and state.flats == ("m", "v", "master")[:count] and len(state.loaders) == ranks
     for flat, tensors in zip(state.flats, vectors):
-        for name in llmc.read_model(path).shapes():
+        for name in llmc.read_model(path).shapes:
             theirs = tensors[f"transformer.{name}"].numpy()
             theirs = theirs.T if name.startswith("h.") and theirs.ndim == 2 else theirs
             assert (state.read(flat, name)[: len(theirs)] == theirs).all(), (flat, name)

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
                     step = to_run(source, new, dtype, tokenizer)
     except OSError as error:
         raise HandgradError("convert", f"'{dst}' is writable", error.strerror or error) from None
-    count = sum(math.prod(shape) for shape in source.weights.shapes().values())
+    count = sum(math.prod(shape) for shape in source.weights.shapes.values())
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
         print(f"go on: handgrad train --run.resume {dst} --run.steps N --data.train DATA")

@@ -8,6 +8,7 @@ from handgrad.backends.base import Backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.evals.scoring import Scorer, record
 from handgrad.infer.load import Source, open_source
+from handgrad.models import declare
 from handgrad.tokenizers import Tokenizer
 
 BATCH_TOKENS = 2048  # at least: enough for a matrix product to be near its peak
@@ -34,7 +35,8 @@ def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", t
     kind = source.weights.dtype if dtype == "saved" else dtype
     opened = open_backend(backend, threads)
     programs = record(source.model, DTYPES[kind], max(BATCH_TOKENS, opened.head_rows))
-    arena = opened.alloc(opened.plan(*programs))
-    for name, info in programs[0].params.items():
+    declared = declare(source.model, DTYPES[kind])
+    arena = opened.alloc(opened.plan(declared, *programs))
+    for name, info in declared.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)

@@ -14,10 +14,9 @@ import numpy as np
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.dtypes import I32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.program import Program, normal
+from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
-from handgrad.models import GPT2, batch
-from handgrad.models.blocks import Batch, lm_head
+from handgrad.models import Model
 
 LENGTHS = tuple(n << k for k in range(3, 20) for n in (2, 3))  # 16 24 32 48 64 96 ...
 LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
@@ -34,34 +33,37 @@ class Score:
     greedy: bool | None
 
 
-def record(model: GPT2, dtype: DType, tokens: int) -> tuple[Program, ...]:
-    """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits."""
+def lengths(model: Model) -> list[int]:
+    """The lengths that have a program, ascending."""
+    return [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]
+
+
+def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
+    """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits.
+
+    None of them uses every parameter: the plan's primary program is another, say `models.declare`'s.
+    """
     bodies = []
-    for length in [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]:
-        p = Program(dtype, "hidden")
-        model.forward(p, batch(p, max(tokens // length, 1), length))
+    for length in lengths(model):
+        p = Program(dtype)
+        p.output("hidden", model.body(p, model.inputs(p, max(tokens // length, 1), length)))
         bodies.append(p)
-    return *bodies, _head(model, dtype, "loss"), _head(model, dtype, "logits")
-
-
-def _head(model: GPT2, dtype: DType, mode: str) -> Program:
-    """The head alone, on rows that the host picked."""
-    p = Program(dtype, mode)
-    x = p.input("x", (HEAD_ROWS, model.hidden_size), dtype)
-    targets = p.input("targets", (HEAD_ROWS,), I32) if mode == "loss" else None
-    name = "wte.weight" if model.tie_embeddings else "lm_head.weight"
-    w = p.param(name, (model.vocab_padded, model.hidden_size), normal(0.02, rows=model.vocab_size))
-    lm_head(p, x, w, Batch(x, targets, 1, HEAD_ROWS), vocab_size=model.vocab_size, chunks=1)
-    return p
+    width = bodies[0].outputs["hidden"].shape[1]
+    losses, logits = heads = Program(dtype), Program(dtype)  # of rows that the host picked
+    for p in heads:
+        p.input("x", (HEAD_ROWS, width), dtype)
+    model.loss(losses, losses.inputs["x"], losses.input("targets", (HEAD_ROWS,), I32))
+    model.logits(logits, logits.inputs["x"])
+    return *bodies, losses, logits
 
 
 class Scorer:
     """Scores with the parameters that lie in an arena planned with `record`'s programs; binds those that are needed."""
 
-    def __init__(self, model: GPT2, programs: tuple[Program, ...], arena: Arena, backend: Backend):
+    def __init__(self, model: Model, programs: tuple[Program, ...], arena: Arena, backend: Backend):
         self.model = model
         self._programs, self._arena, self._backend = programs, arena, backend
-        self._lengths = [p.calls[0].attrs["T"] for p in programs[:LOSSES]]  # ascending
+        self._lengths = lengths(model)
         self._bound: dict[int, Executable] = {}
 
     def score(

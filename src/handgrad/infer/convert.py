@@ -9,21 +9,29 @@ from typing import Any
 import numpy as np
 
 from handgrad import tokenizers
+from handgrad.core.errors import HandgradError
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, hf, llmc
-from handgrad.io.weights import NUMPY, PADDED, padded
+from handgrad.io.weights import NUMPY, with_rows
+from handgrad.models import GPT2, declare, to_dict
 from handgrad.ops.adamw.reference import split_weight
 
 
 def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
     """Fills an empty folder so that transformers loads it."""
-    hf.write(folder, source.weights, dtype, source.model.dropout, tokenizer and tokenizer.eot)
+    if not source.model.hugging_face:
+        rule = f"a model in Hugging Face's format is of a family that it describes, unlike '{source.model.family}'"
+        raise HandgradError("convert", rule)
+    form = hf.Format(**source.model.hugging_face)
+    hf.write(folder, form, source.weights, dtype, tokenizer and tokenizer.eot)
     if tokenizer is not None:
         tokenizers.to_folder(tokenizer, folder)
 
 
 def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None, table: Path) -> None:
     """Writes a .bin, and beside it the table of tokens that llm.c decodes by."""
+    if source.model.family != GPT2.family:
+        raise HandgradError("convert", "a model for llm.c is of the family gpt2", f"'{source.model.family}'")
     llmc.write_model(file, source.weights, dtype)
     if tokenizer is not None:
         tokens = [tokenizer.bytes_of(id) or b"\0" for id in range(tokenizer.vocab_size)]
@@ -42,16 +50,14 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     """
     files = llmc.state_files(source.path) if source.kind == "llmc" else []
     state = llmc.read_state(source.path, files) if files else None
-    rows, has_master = padded(source.model.vocab_size), state is not None and "master" in state.flats
+    has_master = state is not None and "master" in state.flats
     values: dict[str, dict[str, np.ndarray]] = {"param": {}, "m": {}, "v": {}, "low": {}}
-    for name in source.weights.shapes():
+    for name, info in declare(source.model).params.items():
+        rows, used = info.tensor.shape[0], source.weights.shapes[name][0]
         weight = source.weights.tensor(name, "f32", rows)
         if state is not None:
             # rows of padding have no gradient: what lies there is 0, in as many rows as the file pads to
-            read = {flat: state.read(flat, name) for flat in state.flats}
-            if name in PADDED:
-                used = source.model.vocab_size
-                read = {flat: np.pad(x[:used], ((0, rows - used), (0, 0))) for flat, x in read.items()}
+            read = {flat: with_rows(state.read(flat, name)[:used], rows) for flat in state.flats}
             values["m"][name], values["v"][name] = read["m"], read["v"]
             weight = read.get("master", weight)
             if dtype == "bf16" and has_master:
@@ -61,7 +67,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     params = values.pop("param")
     flats = {f"{flat}.{name}": x for flat, named in values.items() for name, x in named.items()}
     meta = {
-        "model": asdict(source.model),
+        **to_dict(source.model),
         "dtype": dtype,
         "stored": NUMPY[dtype].name,
         "config": {},

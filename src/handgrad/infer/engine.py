@@ -9,23 +9,23 @@ from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.sampling import Sampler, Sampling
-from handgrad.models import GPT2, batch
+from handgrad.models import Model, forward_logits
 
 PREFILL = 64  # tokens of one prefill piece: enough rows for a GEMM to be near its peak
 
 
-def record(model: GPT2, dtype: DType) -> tuple[Program, Program]:
-    """The programs (prefill, decode) of one sequence; they share the cache."""
-    prefill, decode = Program(dtype, "prefill"), Program(dtype, "decode")
-    model.forward(prefill, batch(prefill, 1, min(PREFILL, model.max_seq_len)))
-    model.forward(decode, batch(decode, 1, 1))
+def record(model: Model, dtype: DType) -> tuple[Program, Program]:
+    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head."""
+    prefill, decode, context = Program(dtype), Program(dtype), model.max_seq_len
+    model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
+    forward_logits(decode, model, 1, 1, cache=context)
     return prefill, decode
 
 
 class Engine:
     """Generates from the parameters that lie in an arena planned with `record`'s programs."""
 
-    def __init__(self, model: GPT2, programs: tuple[Program, Program], arena: Arena, backend: Backend):
+    def __init__(self, model: Model, programs: tuple[Program, Program], arena: Arena, backend: Backend):
         self.model = model
         self._prefill, self._decode = programs
         self._arena = arena

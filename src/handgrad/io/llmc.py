@@ -13,14 +13,15 @@ Every file is checked against its size before anything but its header is read.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.io.weights import BLOCK, NUMPY, Weights, check_sizes, padded
+from handgrad.io.weights import NUMPY, Weights
 
 HEADER = 256 * 4
 MODEL, TOKENIZER, STATE = 20240326, 20240328, 20240527
@@ -37,6 +38,22 @@ NAMES = {
 VERSIONS = {MODEL: (3, 5), TOKENIZER: (2,), STATE: (1,)}
 DTYPES = {3: "f32", 5: "bf16"}
 WORDS = {"max_seq_len": 2, "vocab_size": 3, "num_layers": 4, "num_heads": 5, "hidden_size": 6}
+ALIGN = 128  # what the rows of a vocabulary are rounded up to
+# of a block, in the order of the file: name, shape in units of the width
+BLOCK = {
+    "ln_1.weight": (1,),
+    "ln_1.bias": (1,),
+    "attn.c_attn.weight": (3, 1),
+    "attn.c_attn.bias": (3,),
+    "attn.c_proj.weight": (1, 1),
+    "attn.c_proj.bias": (1,),
+    "ln_2.weight": (1,),
+    "ln_2.bias": (1,),
+    "mlp.c_fc.weight": (4, 1),
+    "mlp.c_fc.bias": (4,),
+    "mlp.c_proj.weight": (1, 4),
+    "mlp.c_proj.bias": (1,),
+}
 TWISTER = 2520  # bytes: seed (8, never set by llm.c), left, next, 624 words of state, 2 of matrix
 
 
@@ -51,20 +68,39 @@ def read_model(path: str | Path) -> Weights:
     dtype = NUMPY[DTYPES[header[1]]]
     layout = Layout(sizes, rows)
     _check_size(path, HEADER + layout.count * dtype.itemsize)
-    return Weights(sizes, DTYPES[header[1]], lambda name: layout.read(path, HEADER, dtype, name))
+    shapes = {name: layout.find(name)[2] for name in layout.names()}
+    shapes["wte.weight"] = (sizes["vocab_size"], layout.width)
+    return Weights(sizes, DTYPES[header[1]], shapes, lambda name: layout.read(path, HEADER, dtype, name))
 
 
 def write_model(path: str | Path, weights: Weights, dtype: str | None = None) -> None:
     """Writes a model as a .bin file that llm.c loads. dtype: "f32", "bf16", or None for the weights' own."""
-    sizes, dtype = weights.sizes, dtype or weights.dtype
-    if not sizes["tie_embeddings"]:
+    sizes, dtype = weights.fields, dtype or weights.dtype
+    if not sizes.get("tie_embeddings", True):
         raise HandgradError("llmc", "a model for llm.c uses its token embedding as the head", "a separate lm_head")
+    for name in sorted(set(names(sizes.get("num_layers", 0))) ^ weights.shapes.keys()):
+        got = f"{'another' if name in weights.shapes else 'none'} called {name}"
+        raise HandgradError("llmc", "a model for llm.c has the tensors of a GPT-2", got)
     layout = Layout(sizes, padded(sizes["vocab_size"]))
     words = {place: sizes[name] for name, place in WORDS.items()} | {7: layout.rows}
     with Path(path).open("wb") as file:
         file.write(_words(MODEL, {value: key for key, value in DTYPES.items()}[dtype], words))
         for name in layout.names():
-            file.write(np.ascontiguousarray(weights.tensor(name, dtype, layout.rows)).reshape(-1).view(np.uint8))
+            rows = layout.rows if name == "wte.weight" else None
+            file.write(np.ascontiguousarray(weights.tensor(name, dtype, rows)).reshape(-1).view(np.uint8))
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of a table of the vocabulary with the padding that `write_model` gives it."""
+    return -(-vocab_size // ALIGN) * ALIGN
+
+
+def names(layers: int) -> Iterator[str]:
+    """Every tensor of a GPT-2 by our name, in the file's order."""
+    yield from ("wte.weight", "wpe.weight")
+    for name in BLOCK:
+        yield from (f"h.{i}.{name}" for i in range(layers))
+    yield from ("ln_f.weight", "ln_f.bias")
 
 
 class Layout:
@@ -73,7 +109,7 @@ class Layout:
     rows: of wte, padding included;  count: elements in all;  places: tensor -> (first element, elements in a layer)
     """
 
-    def __init__(self, sizes: dict[str, int], rows: int):
+    def __init__(self, sizes: Mapping[str, Any], rows: int):
         c, self.layers, self.rows, self.seq_len = sizes["hidden_size"], sizes["num_layers"], rows, sizes["max_seq_len"]
         self.width, self.count, self.places = c, 0, {}
         outer = {"wte.weight": rows * c, "wpe.weight": self.seq_len * c}
@@ -84,8 +120,7 @@ class Layout:
 
     def names(self) -> Iterator[str]:
         """Every tensor by our name, in the file's order."""
-        for name in self.places:
-            yield from (f"h.{i}.{name}" for i in range(self.layers)) if name in BLOCK else (name,)
+        return names(self.layers)
 
     def find(self, name: str) -> tuple[str, int, tuple[int, ...]]:
         """(tensor, layer, shape) of our name."""
@@ -102,13 +137,18 @@ class Layout:
         return _read(path, dtype, start + (first + layer * size) * dtype.itemsize, size).reshape(shape)
 
 
-def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, int], int]:
-    """(sizes, rows of wte) that a model's header gives."""
-    sizes = {name: int(header[place]) for name, place in WORDS.items()} | {"tie_embeddings": True}
-    check_sizes(sizes, "llmc", path)
+def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, Any], int]:
+    """(fields of the model, rows of wte) that a model's header gives."""
+    sizes = {name: int(header[place]) for name, place in WORDS.items()}
+    for name, size in sizes.items():
+        if size < 1:
+            raise HandgradError("llmc", f"{path} gives {name} as a number from 1 on", size)
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        got = f"{sizes['hidden_size']} and {sizes['num_heads']} heads"
+        raise HandgradError("llmc", f"{path} gives a hidden_size that is a multiple of num_heads", got)
     if header[7] < sizes["vocab_size"]:
         raise HandgradError("llmc", f"{path} pads its vocabulary of {sizes['vocab_size']}", f"{header[7]} rows")
-    return sizes, int(header[7])
+    return sizes | {"dropout": 0.0, "tie_embeddings": True}, int(header[7])
 
 
 # training states ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from handgrad.backends.cpu.library import library
+from handgrad.core.errors import HandgradError
 from handgrad.core.program import Param, Program
+from handgrad.io import llmc
 
 SEED = 42
 BLOCK = 16
@@ -53,10 +55,18 @@ def draws(p: Program) -> Iterator[tuple[Param, np.ndarray]]:
     """Every parameter of a GPT-2 with its initial values, float32, drawn in the order in which the model uses them.
 
     Rows of padding are 0. The smaller deviation of the projections into the residual stream is rounded as llm.c does
-    it, for many depths one bit off the nearest float32.
+    it, for many depths one bit off the nearest float32. Raises HandgradError for a model of other parameters.
     """
+    layers = sum(name.endswith(".attn.c_proj.weight") for name in p.params)
+    for name in sorted(set(llmc.names(layers)) ^ p.params.keys()):
+        got = f"a model {'with' if name in p.params else 'without'} '{name}'"
+        hint = "other models start with --model.init random"
+        raise HandgradError("train", "llm.c's initial weights are those of a GPT-2 with a tied head", got, hint=hint)
+    return _draws(p, layers)
+
+
+def _draws(p: Program, layers: int) -> Iterator[tuple[Param, np.ndarray]]:
     twister = Twister()
-    layers = sum(name.endswith("attn.c_proj.weight") for name in p.params)
     std = np.float32(0.02)
     projected = std * (np.float32(1) / np.sqrt(np.float32(2 * layers)))
     for name, info in p.params.items():
