@@ -87,7 +87,7 @@ def run(model, tmp_path):
     return tmp_path / "run", made
 
 
-def test_the_registry_knows_it(model):
+def test_families_are_found_by_name(model):
     assert family("gpt2_without_positions") is NoPositions and family("gpt2") is GPT2
     assert set(declare(GPT2(**SIZES)).params) - set(declare(model).params) == {"wpe.weight"}
     with pytest.raises(HandgradError, match=r"\[model\] every family has a name of its own, but got 'gpt2' twice"):
@@ -96,7 +96,7 @@ def test_the_registry_knows_it(model):
         family("gpt9")
 
 
-def test_its_gradients_are_those_of_finite_differences(model):
+def test_gradients_equal_finite_differences(model):
     def fill(p, arena):
         rng = np.random.default_rng(0)
         for name, values in weights(model).items():
@@ -146,7 +146,7 @@ def test_generation_with_a_cache_equals_full_recomputation(model, run):
     assert np.abs(engine.logits(ids) - logits(ids)).max() <= 1e-5 * np.abs(logits(ids)).max()
 
 
-def test_scores_are_those_of_a_full_pass(model):
+def test_scores_equal_full_recomputation(model):
     made, backend = weights(model), open_backend("cpu", 1)
     programs, declared = record_scorer(model, F32, 64), declare(model)
     arena = backend.alloc(backend.plan(declared, *programs))
@@ -173,7 +173,7 @@ def test_export_to_hugging_face_and_back_is_bit_exact(model, run, tmp_path):
         assert json.loads((tmp_path / folder / "run.json").read_text())["family"] == "gpt2_without_positions"
 
 
-def test_llmc_is_refused(model, run, tmp_path, capsys):
+def test_llmc_export_and_init_are_refused(model, run, tmp_path, capsys):
     assert main(["convert", str(run[0]), str(tmp_path / "a.bin")]) == 2
     line = "[convert] a model for llm.c is of the family gpt2, but got 'gpt2_without_positions'."
     assert line in capsys.readouterr().err and not (tmp_path / "a.bin").exists()
@@ -187,7 +187,7 @@ def test_llmc_is_refused(model, run, tmp_path, capsys):
         draws(declare(model))
 
 
-def test_another_familys_checkpoint_is_not_read_as_this_one(run):
+def test_a_checkpoint_of_another_family_is_refused(run):
     """Without its family in run.json, it would be a GPT-2 that lacks a tensor."""
     path = run[0] / "step_000005" / "run.json"
     saved = json.loads(path.read_text())

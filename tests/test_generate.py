@@ -71,13 +71,13 @@ def follow(judge, prompt, tokens):
 
 
 @pytest.mark.parametrize("length", [1, 2, PREFILL - 1, PREFILL, PREFILL + 1, 2 * PREFILL + 2, 149, 150, 200])
-def test_every_token_is_that_of_a_full_pass(judge, length):
+def test_generation_equals_full_recomputation(judge, length):
     prompt = np.random.default_rng(length).integers(0, judge.model.vocab_size, length).tolist()
     tokens = list(judge.engine.generate(prompt, 24, GREEDY))
     assert len(tokens) == 24 and follow(judge, prompt, tokens) >= 12
 
 
-def test_past_the_window(judge):
+def test_generation_past_max_seq_len(judge):
     """More tokens than the model can see: the window is refilled, more than once."""
     tokens = list(judge.engine.generate([7, 8], 260, GREEDY))
     assert len(tokens) == 260 and follow(judge, [7, 8], tokens) >= 130
@@ -92,7 +92,7 @@ def test_logits_after_a_prompt(judge, length):
     assert np.abs(got - want).max() <= judge.tolerance * np.abs(want).max()
 
 
-def test_a_cache_one_token_behind_is_caught(judge):
+def test_a_missing_token_in_the_cache_is_caught(judge):
     """The negative control: without its last but one token, the context gives other logits."""
     ids = list(range(40))
     judge.engine.position = 0
@@ -101,7 +101,7 @@ def test_a_cache_one_token_behind_is_caught(judge):
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 2, 5])
-def test_models_shorter_than_a_prefill_piece(max_seq_len):
+def test_models_shorter_than_a_prefill_chunk(max_seq_len):
     judge = Judge(GPT2(vocab_size=50, max_seq_len=max_seq_len, num_layers=1, num_heads=1, hidden_size=16), "f32")
     judge.tolerance = TOLERANCE["f32"]
     tokens = list(judge.engine.generate([3, 4, 5], 20, GREEDY))
@@ -121,7 +121,7 @@ def test_sampling_is_seeded(judge):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_prompts_that_cannot_be_are_refused(judge):
+def test_invalid_prompts_are_refused(judge):
     for prompt, text in (
         ([], "at least one token, but got none"),
         ([1, 211], "below the vocabulary of 211, but got 211"),

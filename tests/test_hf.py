@@ -63,7 +63,7 @@ def same(a, b):
 @pytest.mark.parametrize("way", ["", "llmc", "handgrad", "llmc handgrad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_p14_random_models_make_the_round_trip(tmp_path, shape, dtype, way):
+def test_p14_round_trip_is_bit_exact(tmp_path, shape, dtype, way):
     """Through llm.c's .bin, a run folder, or both, and out again with the same bits."""
     model = torch_model(*shape).to(dtype)
     model.save_pretrained(tmp_path / "in")
@@ -87,7 +87,7 @@ def test_p14_untied_heads(tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_p14_logits_of_a_folder_are_torchs(tmp_path, shape):
+def test_p14_logits_of_a_folder_equal_transformers(tmp_path, shape):
     model = torch_model(*shape)
     model.save_pretrained(tmp_path)
     compare_logits(tmp_path, model)
@@ -137,7 +137,7 @@ def test_p14_bf16_is_the_nearest(tmp_path):
     assert same(loaded(tmp_path / "out", dtype="auto"), model.bfloat16())
 
 
-def test_p14_a_file_that_is_read_by_the_library_itself(tmp_path):
+def test_p14_safetensors_reads_what_we_write(tmp_path):
     """Aligned data, no holes: safetensors' own reader checks both."""
     torch_model(*SHAPES[2]).save_pretrained(tmp_path / "in")
     (tmp_path / "out").mkdir()
@@ -168,7 +168,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["hf", "llmc hf"])
-def test_p14_a_model_trained_here_is_sampled_there(run, tmp_path, capsys, way):
+def test_p14_transformers_generates_the_same_text(run, tmp_path, capsys, way):
     """transformers loads it, cuts the prompt with its tokenizer, and goes on greedily with the same text."""
     at = run
     for kind in way.split():
@@ -301,14 +301,14 @@ def reconfigure(folder, **changes):
         ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-05, but got 1e-06."),
     ],
 )
-def test_p14_configs_that_we_do_not_compute(folder, changes, part):
+def test_p14_invalid_configs_are_refused(folder, changes, part):
     reconfigure(folder, **changes)
     line = told(open_source, folder)
     assert line.startswith("[hf] ") and part in line
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "noise", "f64", "missing", "pickle"])
-def test_p14_damaged_weights(folder, how):
+def test_p14_damaged_weights_are_refused(folder, how):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     if how == "f64":
@@ -329,7 +329,7 @@ def test_p14_damaged_weights(folder, how):
     "index",
     ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
 )
-def test_p14_damaged_indices(folder, index):
+def test_p14_damaged_indices_are_refused(folder, index):
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in told(open_source, folder)
 

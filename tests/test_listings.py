@@ -52,7 +52,7 @@ def text(p):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_listing_is_the_golden_one(name):
+def test_listing_equals_golden_file(name):
     path, got = GOLDEN / f"{name}.txt", text(PROGRAMS[name]())
     if os.environ.get("HANDGRAD_GOLDEN") == "write":
         path.parent.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def test_no_golden_file_is_left_over():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(PROGRAMS)
 
 
-def test_a_change_of_the_computation_shows():
+def test_a_changed_program_changes_its_listing():
     assert text(train()) != text(record_train(GPT2(**SIZES), AdamW(weight_decay=0.0), 2, 16, BF16, chunks=2))
 
 

@@ -50,7 +50,7 @@ def difference(model, policy="none", samples=3):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("tie", [True, False])
-def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
+def test_gradients_equal_finite_differences(tiny, policy, dropout, tie):
     error = difference(tiny(vocab_size=23, hidden_size=24, dropout=dropout, tie_embeddings=tie), policy)
     print(f"relative error {error:.1e}")
     assert error < 1e-6
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
 @pytest.mark.parametrize(
     "name", ["norm_backward", "linear_backward_x", "attention_backward", "linear_backward_w", "embed_backward"]
 )
-def test_one_percent_in_one_rule_is_caught(tiny, monkeypatch, name):
+def test_a_wrong_gradient_rule_is_caught(tiny, monkeypatch, name):
     kind = type(OPS[name])
     right = kind.ref
     monkeypatch.setattr(
@@ -269,7 +269,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_parameters_and_their_order(tiny, name, dropout):
+def test_parameter_order(tiny, name, dropout):
     """Start weights are drawn and flat vectors lie in this order, whichever call adds a bias."""
     model = tiny(dropout=dropout, tie_embeddings=False)
     p = RECORDED[name](model, F32)
@@ -286,7 +286,7 @@ def test_the_parameters_and_their_order(tiny, name, dropout):
     assert [(name, info.decay, info.block) for name, info in p.params.items()] == want
 
 
-def test_the_gpt3_sizes():
+def test_gpt3_sizes():
     """In billions, as the paper and llm.c give them; its 13B width is repaired to 40 heads of 128."""
     sizes = {}
     for width in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288):
@@ -303,7 +303,7 @@ def test_the_gpt3_sizes():
     }
 
 
-def test_one_dial_sizes():
+def test_preset_by_depth():
     assert preset("d8") == dict(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024, vocab_size=50257)
     with pytest.raises(
         HandgradError, match=r"\[model\] a preset is one of tiny, gpt2-124m, .* or d<layers>, but got 'gpt5'"
@@ -314,7 +314,7 @@ def test_one_dial_sizes():
 @pytest.mark.parametrize(
     "bad", [dict(num_layers=0), dict(num_heads=5), dict(dropout=1.0), dict(vocab_size=0), dict(dropout=-0.1)]
 )
-def test_sizes_that_cannot_be_are_refused(bad):
+def test_invalid_sizes_are_refused(bad):
     with pytest.raises(HandgradError, match=r"\[model\]"):
         gpt2("124m", **bad)
 

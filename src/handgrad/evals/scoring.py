@@ -1,8 +1,8 @@
-"""Scorer: the losses of continuations after their contexts. A short text never pays for a long one.
+"""Scorer: the losses of continuations after their contexts. A short text does not pay for a long one.
 
-A program exists for each of a few lengths, with as many sequences as keep the tokens of a batch about constant. Padding
-is on the right, where causal attention never looks. The head, most of a small model's work, sees nothing but the rows
-that predict a continuation; they wait until there are HEAD_ROWS of them.
+Each of a few lengths has a program, with so many sequences that all batches have about the same number of tokens.
+Padding is on the right, where causal attention never looks. The head, most of a small model's work, runs only on rows
+that predict a continuation, HEAD_ROWS of them at a time.
 """
 
 from bisect import bisect_left
@@ -27,7 +27,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids: context, continuation
 
 @dataclass(frozen=True)
 class Score:
-    """losses: (n,) float32, nats of each token of a continuation;  greedy: each is the likeliest; None: not asked."""
+    """losses: (n,) float32, nats per token of a continuation;  greedy: each is the likeliest; None: not computed."""
 
     losses: np.ndarray
     greedy: bool | None
@@ -41,7 +41,7 @@ def lengths(model: Model) -> list[int]:
 def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
     """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits.
 
-    None of them uses every parameter: the plan's primary program is another, say `models.declare`'s.
+    None of them uses every parameter, so the plan's primary program must be another: `models.declare`'s, or training's.
     """
     bodies = []
     for length in lengths(model):
@@ -49,7 +49,7 @@ def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
         p.output("hidden", model.body(p, model.inputs(p, max(tokens // length, 1), length)))
         bodies.append(p)
     width = bodies[0].outputs["hidden"].shape[1]
-    losses, logits = heads = Program(dtype), Program(dtype)  # of rows that the host picked
+    losses, logits = heads = Program(dtype), Program(dtype)  # on rows that the host picks
     for p in heads:
         p.input("x", (HEAD_ROWS, width), dtype)
     model.loss(losses, losses.inputs["x"], losses.input("targets", (HEAD_ROWS,), I32))
@@ -58,7 +58,7 @@ def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
 
 
 class Scorer:
-    """Scores with the parameters that lie in an arena planned with `record`'s programs; binds those that are needed."""
+    """Scores with the parameters in an arena that was planned with `record`'s programs; binds each at first use."""
 
     def __init__(self, model: Model, programs: tuple[Program, ...], arena: Arena, backend: Backend):
         self.model = model
@@ -71,8 +71,8 @@ class Scorer:
     ) -> list[Score]:
         """The scores of (context, continuation) pairs of token ids, in their order.
 
-        greedy: also find out whether the model, always taking the likeliest token, writes the continuation
-        done: called now and then with the number of pairs that are done
+        greedy: also find out whether greedy decoding writes the continuation
+        done: called now and then with the number of pairs scored so far
 
         Raises HandgradError as `texts` does.
         """
@@ -94,9 +94,9 @@ class Scorer:
         return scores
 
     def texts(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(what the model reads, what it should say at its end), both int32, of every pair.
+        """(the tokens that the model reads, the targets of the last of them), both int32, of every pair.
 
-        A context that does not fit loses its beginning. Raises HandgradError for a pair with an empty part, a
+        A context that does not fit is truncated on the left. Raises HandgradError for a pair with an empty part, a
         continuation longer than the model reads, and an id outside the vocabulary.
         """
         return [self._text(*pair) for pair in pairs]
@@ -117,9 +117,9 @@ class Scorer:
         return ids[:-1], ids[-len(continuation) :]
 
     def _rows(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each of the texts, longest first: the rows (n, C) that come before the head, and their n targets.
+        """For each of the texts, longest first: the rows (n, C) that the head reads, and their n targets.
 
-        A batch is started before the one before it is awaited.
+        The next batch starts before the host waits for the previous one.
         """
         waiting: list[tuple] = []
         at = 0
@@ -142,7 +142,7 @@ class Scorer:
                     yield hidden[last - len(targets) : last], targets
 
     def _judge(self, x: np.ndarray, targets: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(losses, is the target the likeliest token) of up to HEAD_ROWS rows; the latter all False if not asked."""
+        """(losses, whether the target is the likeliest token) of up to HEAD_ROWS rows; all False unless `greedy`."""
         count = len(targets)
         rows = np.zeros((HEAD_ROWS, x.shape[1]), x.dtype)
         rows[:count] = x
@@ -155,7 +155,7 @@ class Scorer:
         return losses, logits.astype(np.float32).argmax(axis=1) == targets
 
     def _start(self, which: int, output: str, **inputs: np.ndarray) -> Callable[[], np.ndarray]:
-        """Starts a program, bound at its first use, on these inputs; calling the result waits for the output."""
+        """Starts a program on these inputs, and binds it at first use; calling the result waits for the output."""
         program = self._programs[which]
         if which not in self._bound:
             self._bound[which] = self._backend.bind(program, self._arena)
@@ -166,7 +166,7 @@ class Scorer:
 
 
 def _pieces(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same rows and targets, HEAD_ROWS at a time."""
+    """The same rows and targets in pieces of HEAD_ROWS."""
     held: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
     for part in rows:

@@ -1,4 +1,4 @@
-"""Writers of whole models, from any source: a Hugging Face folder, a .bin of llm.c, a run folder."""
+"""Writes a model from any source as a Hugging Face folder, a .bin of llm.c, or a run folder."""
 
 import json
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
 
 
 def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None, table: Path) -> None:
-    """Writes a .bin, and beside it the table of tokens that llm.c decodes by."""
+    """Writes a .bin, and the table of tokens that llm.c decodes with."""
     if source.model.family != GPT2.family:
         raise HandgradError("convert", "a model for llm.c is of the family gpt2", f"'{source.model.family}'")
     llmc.write_model(file, source.weights, dtype)
@@ -41,12 +41,12 @@ def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokeni
 def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> int:
     """Fills an empty run folder with one checkpoint; returns its step.
 
-    Where llm.c's training states lie beside the model, the run goes on from them with their m, v and master weights;
-    else the checkpoint is of step 0 and has no optimizer state.
+    If llm.c's training states lie beside the model, the checkpoint continues them with their m, v and master weights;
+    otherwise it is of step 0, without optimizer state.
 
-    What llm.c saves and cannot carry over: its loader's order (ours is a permutation of the whole data, and begins
-    anew), the random numbers of its rounding (ours are functions of the step, and master weights are rounded to
-    nearest). What it does not save: learning rate, decay, and all other settings.
+    Two things that llm.c saves have no counterpart here: its loader's order (ours is a permutation of the whole data,
+    and starts anew), and the random numbers of its stochastic rounding (ours are functions of the step, and master
+    weights are rounded to nearest). llm.c does not save the learning rate, weight decay or any other setting.
     """
     files = llmc.state_files(source.path) if source.kind == "llmc" else []
     state = llmc.read_state(source.path, files) if files else None
@@ -56,7 +56,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
         rows, used = info.tensor.shape[0], source.weights.shapes[name][0]
         weight = source.weights.tensor(name, "f32", rows)
         if state is not None:
-            # rows of padding have no gradient: what lies there is 0, in as many rows as the file pads to
+            # rows of padding have no gradient and are 0; the file may have another number of them
             read = {flat: with_rows(state.read(flat, name)[:used], rows) for flat in state.flats}
             values["m"][name], values["v"][name] = read["m"], read["v"]
             weight = read.get("master", weight)
@@ -71,7 +71,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
         "dtype": dtype,
         "stored": NUMPY[dtype].name,
         "config": {},
-        "tokens": 0,  # of our order none has been read
+        "tokens": 0,  # none has been read in our order
         "outliers": {},
         "skips": 0,
         "versions": {"handgrad": version("handgrad")},
@@ -80,7 +80,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     checkpoint.save(folder, step, params, flats, meta)
     if tokenizer is not None:
         (folder / TOKENIZER).write_text(json.dumps(tokenizer.save(folder)) + "\n", encoding="utf-8")
-    if state is not None:  # what the flags of its continuation are read over
+    if state is not None:  # settings that the flags of the resumed run override
         settings: dict[str, Any] = {"model": asdict(source.model), "data": {}, "optim": {"beta2": 0.95}}
         settings["run"] = {"dtype": dtype, "master_weights": has_master or dtype == "f32"}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a path or name leads to: a model on disk, whoever wrote it; and an engine and tokenizer made from it."""
+"""Opens a model on disk by path or name, whoever wrote it, and makes an engine and a tokenizer from it."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from handgrad.io import checkpoint, hf, llmc
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build, declare, from_dict, of_model_type, shapes
 
-TOKENIZER = "tokenizer-spec.json"  # in the run folder: what tokenizers.load reads
+TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
 KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
 
@@ -24,7 +24,7 @@ class Source:
     """A model on disk.
 
     kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
-    weights: its tensors;  tokenizer: a function that reads its tokenizer, and raises HandgradError if there is none
+    weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     """
 
     kind: str
@@ -35,9 +35,9 @@ class Source:
 
 
 def open_source(source: str | Path) -> Source:
-    """The model at a path, or at hf:NAME: headers are read and checked, tensors are not.
+    """The model at a path, or at hf:NAME. Reads and checks headers, not tensors.
 
-    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError where there is no model.
+    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError if there is no model.
     """
     path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
     if path.is_file():
@@ -58,9 +58,9 @@ def open_source(source: str | Path) -> Source:
 def load_run(
     path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
 ) -> tuple[Engine, tokenizers.Tokenizer]:
-    """(engine, tokenizer) of what `open_source` opens.
+    """(engine, tokenizer) of the model that `open_source` opens.
 
-    dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError where something is missing.
+    dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError if something is missing.
     """
     source = open_source(path)
     tokenizer = source.tokenizer()
@@ -74,7 +74,7 @@ def load_run(
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises HandgradError if a token means something else to this tokenizer than to the model's own, if it has one."""
+    """Raises HandgradError if a token differs between this tokenizer and the model's own, if it has one."""
     try:
         own = source.tokenizer()
     except HandgradError:
@@ -90,12 +90,12 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _run(folder: Path) -> Source:
-    """The model in a checkpoint, which says what it holds; the ref backend stores float64."""
+    """The model in a checkpoint of ours; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
-    model = from_dict(saved, "generate", f"{folder}/run.json")
+    model = from_dict(saved, "model", f"{folder}/run.json")
     if saved["dtype"] not in ON_DISK:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
-        raise HandgradError("generate", rule, repr(saved["dtype"]))
+        raise HandgradError("model", rule, repr(saved["dtype"]))
     stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
     program = declare(model)
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
@@ -110,9 +110,9 @@ def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "checkpoints are read inside their run folder"
-        raise HandgradError("generate", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
+        raise HandgradError("model", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("generate", f"{path} is JSON", error) from None
+        raise HandgradError("model", f"{path} is JSON", error) from None
     return tokenizers.load(spec, run)
 
 
@@ -134,7 +134,7 @@ def _hugging_face(path: Path) -> Source:
 
 
 def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:
-    """Of <model>_tokenizer.bin or gpt2_tokenizer.bin beside a .bin."""
+    """The tokenizer in <model>_tokenizer.bin or gpt2_tokenizer.bin beside a .bin."""
     files = [path.with_name(f"{path.stem}_tokenizer.bin"), path.with_name("gpt2_tokenizer.bin")]
     for file in files:
         if file.is_file():
@@ -147,7 +147,7 @@ def _tokenizer_of_folder(folder: Path, model: Model) -> tokenizers.Tokenizer:
 
 
 def _by_size(model: Model, missing: Path) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer, for a model that comes without one but has as many tokens."""
+    """GPT-2's tokenizer, for a model without one that has as many tokens."""
     if model.vocab_size != tokenizers.gpt2().vocab_size:
         got = f"no such file, and {model.vocab_size} tokens are not GPT-2's"
         raise HandgradError("model", f"{missing} says how text becomes tokens", got)

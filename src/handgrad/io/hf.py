@@ -55,7 +55,7 @@ class Format:
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, downloaded or found in the hub's cache."""
+    """The folder of a model on the Hugging Face hub, from the hub's cache or downloaded."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -88,7 +88,7 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
 
 
 def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """The model in a folder. Raises HandgradError unless our kernels compute it, and it is whole.
+    """The model in a folder. Raises HandgradError if our kernels do not compute it, or a tensor is missing.
 
     fields: all of the model's, as it was built from `read_fields`;  shapes: of its tensors, without padding
     """

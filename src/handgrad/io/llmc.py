@@ -1,6 +1,6 @@
 """llm.c's files: models, tokenizers, and the optimizer's state of a training run. Little-endian.
 
-Each begins with 256 words of 4 bytes, of which the first is a magic number and the second a version:
+Each begins with 256 words of 4 bytes: a magic number, a version, then:
 
     model      20240326  3: float32, 5: bfloat16. Words 2-7: longest sequence, vocabulary, layers, heads, width, rows of
                          wte with padding. Then 16 tensors, wte to ln_f, every layer of a tensor before the next tensor
@@ -9,7 +9,7 @@ Each begins with 256 words of 4 bytes, of which the first is a magic number and 
                          rounding's random numbers; 30-33: shard, sample. Then m, v (, master): float32. If shuffled,
                          the loader's two permutations and its Mersenne twister. Every process has a file
 
-Every file is checked against its size before anything but its header is read.
+The reader compares every file's size with its header before it reads anything else.
 """
 
 import math
@@ -61,7 +61,7 @@ TWISTER = 2520  # bytes: seed (8, never set by llm.c), left, next, 624 words of 
 
 
 def read_model(path: str | Path) -> Weights:
-    """The model in a .bin file. Raises HandgradError unless it is one, and whole."""
+    """The model in a .bin file. Raises HandgradError unless the file is one, and complete."""
     path = Path(path)
     header = _header(path, MODEL)
     sizes, rows = _sizes(path, header)
@@ -104,7 +104,7 @@ def names(layers: int) -> Iterator[str]:
 
 
 class Layout:
-    """Where a tensor lies in a vector of all of them.
+    """Where each tensor lies in the vector of all tensors.
 
     rows: of wte, padding included;  count: elements in all;  places: tensor -> (first element, elements in a layer)
     """
@@ -131,7 +131,7 @@ class Layout:
         return name, 0, (*rows, self.width)
 
     def read(self, path: Path, start: int, dtype: np.dtype, name: str) -> np.ndarray:
-        """One tensor of a vector that begins at byte `start`."""
+        """One tensor of a vector that starts at byte `start`."""
         tensor, layer, shape = self.find(name)
         first, size = self.places[tensor]
         return _read(path, dtype, start + (first + layer * size) * dtype.itemsize, size).reshape(shape)
@@ -156,11 +156,11 @@ def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, Any], int]:
 
 @dataclass(frozen=True)
 class Loader:
-    """Where a process stood in its data, and its random numbers.
+    """A process's place in its data, and the state of its random numbers.
 
-    rng, rng_before_update: of stochastic rounding;  shard, sample: the next to be read;  the rest is None unless
-    shuffled: the permutations (int32) of shards and of samples in the shard, and the Mersenne twister's words (uint32):
-    left, next, 624 of state, 2 of matrix
+    rng, rng_before_update: of stochastic rounding;  shard, sample: the next to read;  the rest is None unless shuffled:
+    the permutations (int32) of shards and of samples in the shard, and the Mersenne twister's words (uint32): left,
+    next, 624 of state, 2 of matrix
     """
 
     rng: int
@@ -174,10 +174,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run of llm.c keeps beside its weights, of all its processes.
+    """The state that all processes of an llm.c run save beside its weights.
 
-    step: updates done;  flats: "m", "v" and, if it keeps them, "master";  read: (flat, our name) -> float32 tensor, its
-    table with padding;  loaders: of each process
+    step: updates done;  flats: "m", "v" and, if the run has them, "master";  read: (flat, our name) -> float32 tensor,
+    wte with padding;  loaders: of each process
     """
 
     step: int
@@ -187,14 +187,14 @@ class TrainState:
 
 
 def state_files(model: str | Path) -> list[Path]:
-    """The training states, by rank, that llm.c wrote together with model_<step>.bin; none if there are none."""
+    """The training states that llm.c wrote with model_<step>.bin, by rank; empty if there are none."""
     model = Path(model)
     step = model.stem.removeprefix("model_")
     return sorted(model.parent.glob(f"state_{step}_*.bin")) if model.name.startswith("model_") else []
 
 
 def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
-    """The training state in the files of all processes, of the model in `model`. Raises HandgradError unless whole."""
+    """The training state of the model in `model`, from the files of all processes; HandgradError if one is missing."""
     sizes, rows = _sizes(Path(model), _header(Path(model), MODEL))
     layout = Layout(sizes, rows)
     ranks = [_rank(Path(file), layout) for file in files]
@@ -210,7 +210,7 @@ def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
         start = HEADER + flats.index(flat) * 4 * (layout.count // parts)
         if parts == 1:  # every process has all of it
             return layout.read(Path(files[0]), start, NUMPY["f32"], name)
-        # a process has a stretch of every layer of every tensor; its stretches lie close together
+        # each process holds a slice of every layer of every tensor, and its file packs the slices together
         tensor, layer, shape = layout.find(name)
         place, size = layout.places[tensor]
         at = start + (place // parts + layer * (size // parts)) * 4
@@ -220,7 +220,7 @@ def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
 
 
 def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
-    """(header, loader, parts) of one process's file; parts: into how many processes the vectors are divided."""
+    """(header, loader, parts) of one process's file; parts: how many processes share the vectors."""
     header = _header(path, STATE)
     processes, master, shuffled = int(header[2]), bool(header[4]), bool(header[5])
     if not 1 <= processes <= 1 << 20 or header[10] < 0:
@@ -230,7 +230,7 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
         name: int(header[at : at + 2].view("<u8")[0])
         for name, at in dict(rng=20, rng_before_update=22, shard=30, sample=32).items()
     }
-    for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides them; the file does not say, but its size does
+    for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides the vectors; only the file's size tells
         if any(n % parts for _, n in layout.places.values()):
             continue
         at = HEADER + 4 * (3 if master else 2) * (layout.count // parts)
@@ -263,7 +263,7 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
 
 
 def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
-    """(the bytes of every token, the token that ends a text). Such a file can decode; it has no rule to encode by."""
+    """(the bytes of every token, the token that ends a text). The file decodes; it has no merges to encode with."""
     path = Path(path)
     header = _header(path, TOKENIZER)
     count, eot = int(header[2]), int(header[3])
@@ -282,7 +282,7 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 
 
 def write_tokenizer(path: str | Path, tokens: Sequence[bytes], eot: int | None) -> None:
-    """Writes a tokenizer. llm.c begins its samples with `eot`: where there is none, it gets token 0."""
+    """Writes a tokenizer. llm.c starts its samples with `eot`; without one, the file names token 0."""
     for id, token in enumerate(tokens):
         if not 1 <= len(token) <= 255:
             raise HandgradError("llmc", "a token for llm.c is 1 to 255 bytes long", f"token {id} of {len(token)}")

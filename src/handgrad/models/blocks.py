@@ -1,15 +1,17 @@
-"""Pieces that architectures share: functions that declare parameters where they use them and emit calls."""
+"""Pieces that families share: functions that declare parameters where they use them, and emit calls."""
 
 from handgrad.core.program import ONES, ZEROS, Program, normal
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
 from handgrad.ops import add_norm, attention, attention_decode, dropout, linear, lm_loss, lm_loss_forward_backward, norm
 
-Branch = tuple[Tensor, Tensor | None]  # what a norm is to add to the residual: (N, C), and a bias that it still lacks
+Branch = tuple[
+    Tensor, Tensor | None
+]  # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
 
 
 def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
-    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it."""
+    """x w^T + b (N, size), optionally with GELU; keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(0.02))
         b = g.param("bias", (size,), ZEROS, decay=False)
@@ -39,8 +41,8 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
 def project(
     g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
 ) -> Branch:
-    """The end of a branch: x w^T + b (N, size) and dropout. b waits for the add, unless dropout comes before that: the
-    backward of the add has b's gradient at hand, the linear would read all of dy for it."""
+    """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward has
+    b's gradient anyway, where the linear would read all of dy for it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS, decay=False)

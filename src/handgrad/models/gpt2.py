@@ -14,7 +14,7 @@ from handgrad.models.registry import register
 from handgrad.ops import embed
 
 VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
-MAX_LAYERS = 1024  # a thousand blocks are recorded in a moment, whatever a damaged file asks for
+MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
 def _hf_name(name: str) -> str:
@@ -37,7 +37,7 @@ def _hf_only(fields: Mapping[str, Any]) -> dict[str, tuple]:
 @register
 @dataclass(frozen=True)
 class GPT2:
-    """Sizes of a GPT-2. `dropout` applies to embeddings, attention weights and both branches, in training only."""
+    """A GPT-2 of these sizes. `dropout` applies to embeddings, attention weights and both branches, in training only."""
 
     vocab_size: int = size(50257)
     max_seq_len: int = size(1024)
@@ -101,7 +101,7 @@ class GPT2:
             return layer_norm(g, x, h, "ln_f")[1]
 
     def embedding(self, g: Program, data: Batch) -> Tensor:
-        """Tokens and positions (N, C); with a cache, positions go on where the cache ends."""
+        """Token plus position embeddings (N, C); with a cache, positions continue after its tokens."""
         wte = self._table(g, "wte.weight")
         wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
         return g.emit(embed, data.ids, wte, wpe, T=data.seq_len, decode=data.cache > 0)
@@ -130,5 +130,5 @@ class GPT2:
         return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
 
     def _table(self, g: Program, name: str) -> Tensor:
-        """A table of the vocabulary, which has rows of padding."""
+        """A table with a row per token, and rows of padding."""
         return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

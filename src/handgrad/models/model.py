@@ -1,4 +1,4 @@
-"""What a family must offer, what a micro-batch offers a family, and the two ways to record a whole model."""
+"""Model and Batch: what every family offers, what its body reads, and functions that record or list a whole model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,26 +12,26 @@ from handgrad.core.tensor import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Input handles of one micro-batch, as a model declared them in `Model.inputs`.
+    """Input handles of one micro-batch, declared by `Model.inputs`.
 
-    The data fill each handle with the array of its name. A family that reads more (positions, bounds of documents,
-    token types, a source text) adds an optional handle here.
+    The data fill each handle with the array of its name. A family that reads more (positions, document bounds, token
+    types, a source text) adds an optional handle here.
     """
 
     ids: Tensor  # (batch_size * seq_len,) i32, row by row
     batch_size: int
     seq_len: int
-    cache: int = 0  # tokens that the key/value cache of a sequence holds; 0: there is none, attention sees this batch
+    cache: int = 0  # tokens in the key/value cache of each sequence; 0: no cache
 
 
 class Model(Protocol):
     """A model of some family: a frozen dataclass of sizes whose methods append calls to a program.
 
-    `body` and the head (`loss`, `logits`) are apart: the caller decides what follows the body, and may give the head
-    rows of its own choice. All of them depend on `Program.trains`, and on nothing else that the caller is up to.
+    `body` and the head (`loss`, `logits`) are apart: the caller decides what follows the body, and may run the head on
+    rows that it picks. What they record depends on the fields, the batch and `Program.trains`, on nothing else.
 
-    family: the name in checkpoints;  hugging_face: what `io.hf.Format` is made of; empty: that library has no such
-    family
+    family: the name in checkpoints;  hugging_face: the arguments of `io.hf.Format`, empty if Hugging Face's library has
+    no such family
     """
 
     family: ClassVar[str]
@@ -53,7 +53,7 @@ class Model(Protocol):
         ...
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
-        """Declares the inputs that the body reads. cache: tokens that a key/value cache holds, 0 for none."""
+        """Declares the inputs that the body reads. cache: tokens in each sequence's key/value cache, 0 for no cache."""
         ...
 
     def body(self, g: Program, data: Batch) -> Tensor:
@@ -96,7 +96,7 @@ def forward_logits(g: Program, model: Model, batch_size: int, seq_len: int, *, c
 
 
 def declare(model: Model, dtype: DType = F32) -> Program:
-    """A program of one token, body and head. Nobody runs it: it knows every parameter, in the order of use.
+    """A program of one token, body and head, that declares every parameter in the order of use. It is never run.
 
     >>> from handgrad.models import GPT2
     >>> len(declare(GPT2(num_layers=1)).params)
@@ -140,9 +140,9 @@ def flag(default: bool) -> Any:
 
 
 def check_fields(model: Any) -> None:
-    """Raises HandgradError for a field out of its bounds. A family calls this first in `__post_init__`.
+    """Raises HandgradError for a field of another type or out of bounds. Every family's `__post_init__` calls it first.
 
-    The bounds keep recording cheap: the fields may come from a damaged file.
+    Fields may come from a damaged file: the bounds keep recording cheap whatever it holds.
     """
     for f in fields(model):
         value = getattr(model, f.name)

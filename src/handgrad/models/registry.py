@@ -8,13 +8,13 @@ from handgrad.core.errors import HandgradError
 from handgrad.models.model import Model
 
 FAMILIES: dict[str, type[Model]] = {}
-FIRST = "gpt2"  # what a checkpoint holds that names no family
+UNNAMED = "gpt2"  # the family of checkpoints that name none
 
 Family = TypeVar("Family", bound=type)
 
 
 def register(cls: Family) -> Family:
-    """Makes a family known by its `family` name; a decorator of its dataclass."""
+    """Registers a family under its `family` name: the decorator of its dataclass."""
     known = FAMILIES.setdefault(cls.family, cls)
     if known is not cls:
         raise HandgradError("model", "every family has a name of its own", f"'{cls.family}' twice")
@@ -22,7 +22,7 @@ def register(cls: Family) -> Family:
 
 
 def family(name: object) -> type[Model]:
-    """The family of this name. Raises HandgradError for one that is not known."""
+    """The family of this name. Raises HandgradError for an unknown one."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise HandgradError("model", f"a family is one of {', '.join(FAMILIES)}", repr(name))
     return FAMILIES[name]
@@ -50,7 +50,7 @@ def to_dict(model: Model) -> dict[str, Any]:
 def from_dict(saved: Mapping[str, Any], where: str, source: object) -> Model:
     """The model of {"family": name, "model": fields}. Raises HandgradError(where) that names the source."""
     try:
-        cls = family(saved.get("family", FIRST))
+        cls = family(saved.get("family", UNNAMED))
     except HandgradError as error:
         raise HandgradError(where, f"{source} gives a family, one of {', '.join(FAMILIES)}", error.got) from None
     known = [f.name for f in fields(cls)]
