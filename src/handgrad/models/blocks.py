@@ -41,8 +41,8 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
 def project(
     g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
 ) -> Branch:
-    """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward has
-    b's gradient anyway, where the linear would read all of dy for it."""
+    """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
+    has b's gradient anyway, where the linear would read all of dy for it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS, decay=False)

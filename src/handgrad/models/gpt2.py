@@ -37,7 +37,7 @@ def _hf_only(fields: Mapping[str, Any]) -> dict[str, tuple]:
 @register
 @dataclass(frozen=True)
 class GPT2:
-    """A GPT-2 of these sizes. `dropout` applies to embeddings, attention weights and both branches, in training only."""
+    """A GPT-2. `dropout` applies to embeddings, attention weights and both branches, in training only."""
 
     vocab_size: int = size(50257)
     max_seq_len: int = size(1024)
