@@ -173,6 +173,13 @@ def test_export_to_hugging_face_and_back_is_bit_exact(model, run, tmp_path):
         assert json.loads((tmp_path / folder / "run.json").read_text())["family"] == "gpt2_without_positions"
 
 
+def test_a_family_without_a_hugging_face_format_is_refused(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(NoPositions, "hugging_face", {})
+    assert main(["convert", str(run[0]), str(tmp_path / "hf"), "--to", "hf"]) == 2
+    line = "[convert] Hugging Face's library has no model of the family 'gpt2_without_positions'."
+    assert line in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
 def test_llmc_export_and_init_are_refused(model, run, tmp_path, capsys):
     assert main(["convert", str(run[0]), str(tmp_path / "a.bin")]) == 2
     line = "[convert] a model for llm.c is of the family gpt2, but got 'gpt2_without_positions'."

@@ -20,8 +20,8 @@ from handgrad.ops.adamw.reference import split_weight
 def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
     """Fills an empty folder so that transformers loads it."""
     if not source.model.hugging_face:
-        rule = f"a model in Hugging Face's format is of a family that it describes, unlike '{source.model.family}'"
-        raise HandgradError("convert", rule)
+        family = source.model.family
+        raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
     form = hf.Format(**source.model.hugging_face)
     hf.write(folder, form, source.weights, dtype, tokenizer and tokenizer.eot)
     if tokenizer is not None:

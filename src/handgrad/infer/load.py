@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from handgrad import tokenizers
@@ -122,6 +122,7 @@ def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
 def _llmc(path: Path) -> Source:
     weights = llmc.read_model(path)
     model = build(GPT2, weights.fields, "llmc", path)
+    weights = replace(weights, shapes=shapes(declare(model)))  # tensors in the order of use, as from any other source
     return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model))
 
 
