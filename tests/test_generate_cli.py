@@ -225,13 +225,13 @@ def test_damaged_safetensors_are_refused(copy, told, how):
         (lambda saved: saved["model"].update(color=1), "but got 'color'."),
         (
             lambda saved: saved["model"].update(num_heads="2"),
-            "run.json gives a model whose num_heads is a whole number from 1 to 2,147,483,647, but got '2'.",
+            "run.json gives a model whose num_heads is a whole number, but got '2'.",
         ),
         (
             lambda saved: saved["model"].update(num_layers=10**9),
-            "num_layers is a whole number from 1 to 1,024, but got 1",
+            "num_layers is at most 1,024, but got 1",
         ),
-        (lambda saved: saved["model"].update(dropout=float("nan")), "dropout is a number of at least 0 and below 1"),
+        (lambda saved: saved["model"].update(dropout=float("nan")), "dropout lies in [0, 1), but got nan"),
         (lambda saved: saved["model"].update(tie_embeddings=1), "tie_embeddings is true or false, but got 1."),
         (lambda saved: saved.update(family="gpt9"), "run.json gives a family, one of gpt2, but got 'gpt9'."),
         (lambda saved: saved.update(family=None), "run.json gives a family, one of gpt2, but got None."),

@@ -1,6 +1,6 @@
 """Model and Batch: what every family offers, what its body reads, and functions that record or list a whole model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -118,25 +118,31 @@ def shapes(g: Program) -> dict[str, tuple[int, ...]]:
 
 def size(default: int, most: int = 2**31 - 1) -> Any:
     """A field of a model: a whole number from 1 to `most`."""
-
-    def holds(value: object) -> bool:
-        return type(value) is int and 1 <= value <= most
-
-    return field(default=default, metadata={"rule": f"a whole number from 1 to {most:,}", "holds": holds})
+    return _field(
+        default,
+        ("is a whole number", lambda value: type(value) is int),
+        ("is at least 1", lambda value: value >= 1),
+        (f"is at most {most:,}", lambda value: value <= most),
+    )
 
 
 def rate(default: float) -> Any:
     """A field of a model: a probability below 1."""
-
-    def holds(value: object) -> bool:
-        return type(value) in (int, float) and 0 <= value < 1
-
-    return field(default=default, metadata={"rule": "a number of at least 0 and below 1", "holds": holds})
+    return _field(
+        default,
+        ("is a number", lambda value: type(value) in (int, float)),
+        ("lies in [0, 1)", lambda value: 0 <= value < 1),
+    )
 
 
 def flag(default: bool) -> Any:
     """A field of a model: true or false."""
-    return field(default=default, metadata={"rule": "true or false", "holds": lambda value: type(value) is bool})
+    return _field(default, ("is true or false", lambda value: type(value) is bool))
+
+
+def _field(default: Any, *rules: tuple[str, Callable[[Any], bool]]) -> Any:
+    """A dataclass field with rules for its value, of which the first broken one is reported."""
+    return field(default=default, metadata={"rules": rules})
 
 
 def check_fields(model: Any) -> None:
@@ -146,5 +152,6 @@ def check_fields(model: Any) -> None:
     """
     for f in fields(model):
         value = getattr(model, f.name)
-        if not f.metadata["holds"](value):
-            raise HandgradError("model", f"{f.name} is {f.metadata['rule']}", repr(value))
+        for rule, holds in f.metadata["rules"]:
+            if not holds(value):
+                raise HandgradError("model", f"{f.name} {rule}", repr(value))
