@@ -67,14 +67,14 @@ def speed(a: argparse.Namespace) -> None:
     from handgrad import evals
     from handgrad.core.dtypes import DTYPES
     from handgrad.core.program import Program
-    from handgrad.models import batch
+    from handgrad.models import forward_loss
 
     m = evals.load_scorer(Path(a.folder) / "run", a.dtype, threads=a.threads)
     items = evals.read_items("hellaswag", a.hellaswag, m.tokenizer)
     pairs = [pair for item in items[:: len(items) // QUESTIONS][:QUESTIONS] for pair in item.pairs]
     model, B = m.source.model, 8
-    T, p = model.max_seq_len, Program(DTYPES[m.dtype], "loss")
-    model.forward(p, batch(p, B, T), B * T // 512)
+    T, p = model.max_seq_len, Program(DTYPES[m.dtype])
+    forward_loss(p, model, B, T, B * T // 512)
     arena = m.backend.alloc(m.backend.plan(p))
     for name, info in p.params.items():
         arena.write_part("param", info.tensor, m.source.weights.tensor(name, rows=info.tensor.shape[0]))

@@ -98,8 +98,6 @@ class Handgrad:
         return ms
 
     def facts(self) -> dict:
-        from handgrad.train.mfu import flops_per_token
-
         ms: dict[str, float] = {}
         for _ in range(2):  # the first is a warm-up
             ms = {}
@@ -115,7 +113,7 @@ class Handgrad:
             "hardware": self.run.backend.hardware,
             "params": params,
             "arena": self.run.plan.nbytes,
-            "flops_per_token": flops_per_token(params, self.model.num_layers, self.model.hidden_size, self.task.T),
+            "flops_per_token": self.model.flops_per_token(params, self.task.T),
             "peak_flops": self.run.backend.peak_flops(self.dtype),
             "notes": sorted({f"{c.op.name}: {n}" for c in self.run.program.calls if (n := self.run.backend.note(c))}),
             "micro_step_ms_by_op": dict(sorted(ms.items(), key=lambda item: -item[1])),

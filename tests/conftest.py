@@ -10,7 +10,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.op import MicroBatch
 from handgrad.core.program import Program
 from handgrad.data import id_dtype, write_shard
-from handgrad.models import GPT2, batch
+from handgrad.models import GPT2, forward_loss
 from handgrad.ops import add
 from handgrad.train.record import initialize
 
@@ -71,8 +71,8 @@ def one_pass():
         accumulates=True,
     ):
         backend = backends[backend](threads)
-        p = Program(DTYPES[dtype], "train", accumulates)
-        model.forward(p, batch(p, micro_batch, seq_len), chunks)
+        p = Program(DTYPES[dtype], trains=True, accumulates=accumulates)
+        forward_loss(p, model, micro_batch, seq_len, chunks)
         backward(p, add, drop=POLICIES[policy])
         arena = backend.alloc(backend.plan(p))
         initialize(p, arena, seed=3)

@@ -19,7 +19,7 @@ from handgrad.core.op import C, Op
 from handgrad.core.plan import plan
 from handgrad.core.program import Program
 from handgrad.core.scalars import STEP_SCALARS, STEP_SCALARS_BYTES
-from handgrad.models import batch
+from handgrad.models import forward_loss
 from handgrad.ops import OPS, add, linear
 from handgrad.train.record import initialize
 
@@ -79,8 +79,8 @@ def test_every_op_has_a_kernel_in_both_dtypes_and_declares_its_arguments():
 
 @pytest.fixture(scope="module")
 def program(tiny):
-    p = Program(F32, "loss")
-    tiny().forward(p, batch(p, 2, 16))
+    p = Program(F32)
+    forward_loss(p, tiny(), 2, 16)
     return p
 
 

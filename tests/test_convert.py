@@ -1,6 +1,7 @@
 """handgrad convert: what it takes, what it makes, and that a destination is whole or untouched."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,19 @@ from handgrad.cli import convert
 from handgrad.cli.__main__ import main
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint, llmc
-from handgrad.io.weights import Weights, shapes
+from handgrad.io.weights import Weights
+from handgrad.models import GPT2, declare, shapes
 
-SIZES = dict(vocab_size=97, max_seq_len=20, num_layers=2, num_heads=3, hidden_size=36, tie_embeddings=True)
+MODEL = GPT2(vocab_size=97, max_seq_len=20, num_layers=2, num_heads=3, hidden_size=36)
 
 
 @pytest.fixture
 def model(tmp_path):
     """A .bin of llm.c, of random weights."""
     rng = np.random.default_rng(0)
-    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(SIZES).items()}
-    llmc.write_model(tmp_path / "model.bin", Weights(SIZES, "f32", made.__getitem__))
+    sizes = shapes(declare(MODEL))
+    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}
+    llmc.write_model(tmp_path / "model.bin", Weights(asdict(MODEL), "f32", sizes, made.__getitem__))
     return tmp_path / "model.bin"
 
 
@@ -42,7 +45,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_made_of_what(model, tmp_path, capsys):
+def test_convert_between_all_formats(model, tmp_path, capsys):
     assert main(["convert", str(model), str(tmp_path / "deep" / "run")]) == 0
     out = capsys.readouterr().out
     assert "no tokenizer: " in out and "deep/run: 36,324 parameters, f32, from " in out and "--model.init" in out
@@ -66,11 +69,11 @@ def test_the_newest_complete_model_of_a_folder_of_llmc(model, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["model2.bin", "folder", "run"])
-def test_a_destination_is_replaced_by_force_alone(model, tmp_path, told, to):
+def test_force_is_needed_to_replace_a_destination(model, tmp_path, told, to):
     kind = {"model2.bin": "llmc", "folder": "hf", "run": "handgrad"}[to]
     command = model, tmp_path / to, "--to", kind
     assert main(["convert", *map(str, command)]) == 0
-    line = f"[convert] '{tmp_path / to}' is new, but got one that exists. hint: another name, or --force"
+    line = f"[convert] '{tmp_path / to}' exists already. hint: choose another name, or --force"
     assert told(*command) == line
     before = names(tmp_path)
     assert main(["convert", *map(str, command), "--dtype", "bf16", "--force"]) == 0
@@ -78,19 +81,18 @@ def test_a_destination_is_replaced_by_force_alone(model, tmp_path, told, to):
     assert main(["convert", str(tmp_path / to), str(tmp_path / to), "--to", kind, "--force"]) == 0  # onto itself
 
 
-def test_a_folder_with_anything_else_in_it_is_never_replaced(model, tmp_path, told):
+def test_force_does_not_replace_folders_with_other_files(model, tmp_path, told):
     (tmp_path / "folder" / "thesis").mkdir(parents=True)
     line = told(model, tmp_path / "folder", "--force")
     assert (
-        line
-        == f"[convert] --force replaces a folder that holds a model alone: '{tmp_path / 'folder'}', but got thesis."
+        line == f"[convert] --force replaces a folder that holds only a model: '{tmp_path / 'folder'}', but got thesis."
     )
     assert (tmp_path / "folder" / "thesis").is_dir()
 
 
 @pytest.mark.parametrize("to", ["b.bin", "run", "folder"])
 @pytest.mark.parametrize("force", [False, True])
-def test_what_fails_on_the_way_leaves_all_as_it_was(model, tmp_path, told, monkeypatch, to, force):
+def test_a_failed_conversion_changes_nothing(model, tmp_path, told, monkeypatch, to, force):
     """A full disk in the middle of a tensor. Written under its own name, the destination would now be half."""
     kind = {"b.bin": "llmc", "folder": "hf", "run": "handgrad"}[to]
     if force:
@@ -105,11 +107,11 @@ def test_what_fails_on_the_way_leaves_all_as_it_was(model, tmp_path, told, monke
 
     monkeypatch.setattr(Weights, "tensor", tensor)
     line = told(model, tmp_path / to, "--to", kind, *(["--force"] if force else []))
-    assert line == f"[convert] '{tmp_path / to}' is writable, but got No space left on device."
+    assert line == f"[convert] cannot write '{tmp_path / to}': No space left on device."
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_whose_place_cannot_be_taken_comes_back(tmp_path, monkeypatch):
+def test_a_folder_is_restored_if_its_replacement_fails(tmp_path, monkeypatch):
     """Between the two renamings of a replaced folder, the second fails."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").touch()
@@ -142,11 +144,11 @@ def test_a_folder_whose_place_cannot_be_taken_comes_back(tmp_path, monkeypatch):
         (["MODEL", "b", "--to", "gguf"], "[convert] --to takes one of auto, hf, llmc, handgrad, but got 'gguf'."),
     ],
 )
-def test_words_that_cannot_be(model, told, words, line):
+def test_invalid_arguments_are_refused(model, told, words, line):
     assert told(*(model if word == "MODEL" else word for word in words)) == line
 
 
-def test_folders_that_hold_no_model(tmp_path, told):
+def test_folders_without_a_model_are_refused(tmp_path, told):
     assert f"but got '{tmp_path}', which holds no complete checkpoint." in told(tmp_path, tmp_path / "b")
     (tmp_path / "config.json").write_text("{")
     assert "config.json is JSON" in told(tmp_path, tmp_path / "b")
@@ -155,9 +157,9 @@ def test_folders_that_hold_no_model(tmp_path, told):
     assert "model_00000005.bin is a model of llm.c, but got no such file." in told(tmp_path, tmp_path / "b")
 
 
-def test_f32_of_a_bf16_model_holds_its_values(model, tmp_path):
+def test_bf16_to_f32_is_exact(model, tmp_path):
     assert main(["convert", str(model), str(tmp_path / "a"), "--to", "handgrad", "--dtype", "bf16"]) == 0
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "handgrad", "--dtype", "f32"]) == 0
     a, b = (open_source(tmp_path / name).weights for name in "ab")
-    assert all((a.tensor(name, "f32") == b.tensor(name)).all() for name in a.shapes())
+    assert all((a.tensor(name, "f32") == b.tensor(name)).all() for name in a.shapes)
     assert checkpoint.load_meta(tmp_path / "b" / "step_000000")["converted_from"].endswith("step_000000")

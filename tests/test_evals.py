@@ -24,7 +24,7 @@ from handgrad.data.choices import Choices, write_choices
 from handgrad.evals import scoring
 from handgrad.evals.metrics import choices
 from handgrad.evals.tasks import encode_pair
-from handgrad.models import GPT2
+from handgrad.models import GPT2, declare
 from handgrad.train.record import initialize
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -257,9 +257,10 @@ def some_pairs(count, vocab, longest, seed=0):
 def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
     opened = open_backend(backend, 1 if backend == "cpu" else 0)
     programs = evals.record(model, DTYPES[dtype], tokens)
-    arena = opened.alloc(opened.plan(*programs))
-    initialize(programs[0], arena, seed=3)
-    for info in programs[0].params.values():  # away from the start, where all logits are alike
+    declared = declare(model, DTYPES[dtype])
+    arena = opened.alloc(opened.plan(declared, *programs))
+    initialize(declared, arena, seed=3)
+    for info in declared.params.values():  # away from the start, where all logits are alike
         w = np.array(arena.read_part("param", info.tensor)).astype(np.float32)
         w[: info.init.rows] *= 4
         arena.write_part("param", info.tensor, w)
@@ -268,7 +269,7 @@ def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
 
 @pytest.mark.parametrize("backend", ["cpu", "ref", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tie", [True, False])
-def test_P9_a_score_does_not_depend_on_what_it_is_computed_with(backend, tie, monkeypatch):
+def test_P9_scores_do_not_depend_on_the_batch(backend, tie, monkeypatch):
     """Alone, among others in any order, in small batches or behind a small head: the same losses."""
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=36, tie_embeddings=tie)
     pairs = some_pairs(60, 97, 30)
@@ -297,7 +298,7 @@ def test_P9_greedy_is_what_generation_would_write(model):
     assert [s.greedy for s in model.scorer.score([(prompt, written), (prompt, other)], greedy=True)] == [True, False]
 
 
-def test_P9_a_long_context_loses_its_beginning(model):
+def test_P9_long_contexts_are_truncated_on_the_left(model):
     pair = some_pairs(1, 50257, 20)[0]
     long = np.concatenate([np.arange(300), pair[0]]), pair[1]
     assert np.array_equal(
@@ -315,7 +316,7 @@ def test_P9_a_long_context_loses_its_beginning(model):
         (([-1], [1]), "ids lie below the vocabulary of 50257, but got -1"),
     ],
 )
-def test_P9_pairs_that_cannot_be_scored(model, pair, line):
+def test_P9_invalid_pairs_are_refused(model, pair, line):
     with pytest.raises(HandgradError, match=re.escape(f"[eval] {line}")):
         model.scorer.score([pair])
 
@@ -324,7 +325,7 @@ def test_P9_nothing_to_score(model):
     assert model.scorer.score([]) == []
 
 
-def test_P9_a_wrong_row_is_noticed(folder, model, judge, monkeypatch):
+def test_P9_a_shifted_row_is_caught(folder, model, judge, monkeypatch):
     """The comparison with transformers catches losses that are one place off."""
     right = scoring.Scorer._text
     monkeypatch.setattr(scoring.Scorer, "_text", lambda self, c, t: (right(self, c, t)[0][:-1], right(self, c, t)[1]))
@@ -381,7 +382,7 @@ def test_P9_official_files_read_like_the_tables(folder, tmp_path):
         assert same(ours, evals.read_items(name, evals.find(name, tasks), GPT)), name
 
 
-def test_P9_hellaswag_that_is_worded_already(tmp_path):
+def test_P9_hellaswag_rows_with_a_context(tmp_path):
     path = tmp_path / "hellaswag_val.jsonl"
     path.write_text(json.dumps(dict(ctx="A man sits. he", label=1, endings=["runs [x].", "eats."])) + "\n")
     item = evals.read_items("hellaswag", path, GPT)[0]
@@ -391,7 +392,7 @@ def test_P9_hellaswag_that_is_worded_already(tmp_path):
     assert item.label == 1 and item.characters == (9, 5)
 
 
-def test_P9_blank_lines_ask_nothing(tmp_path):
+def test_P9_blank_lines_are_skipped(tmp_path):
     """Neither of the two that read questions."""
     row = json.dumps(dict(ctx="The cow eats", endings=["hay.", "meat."], label=0)) + "\n"
     (tmp_path / "a.jsonl").write_text(row + "\n" + row + "\n \n")
@@ -403,7 +404,7 @@ def test_P9_blank_lines_ask_nothing(tmp_path):
         assert len(evals.read_items(recipe, path, GPT)) == count
 
 
-def test_P9_spaces_at_the_parting_belong_to_the_continuation():
+def test_P9_spaces_between_belong_to_the_continuation():
     assert [list(ids) for ids in encode_pair(GPT, "Hello ", "world")] == [[15496], [995]]
     assert [list(ids) for ids in encode_pair(GPT, "", "Hello")] == [[50256], [15496]]
     with pytest.raises(HandgradError, match="an empty context needs a tokenizer that ends documents, but got chars"):
@@ -538,7 +539,7 @@ def test_P9_a_model_without_validation_shards(folder, judge, capsys):
     assert kept[0]["hf"]["lambada"]["perplexity"] == kept[1]["step_000240"]["lambada"]["perplexity"]
 
 
-def test_P9_results_go_where_asked(folder, tmp_path, capsys):
+def test_P9_out_names_the_results_file(folder, tmp_path, capsys):
     flags = "--tasks", "hellaswag", "--limit", "2", "--out"
     code, out, _ = evaluated(folder, capsys, *flags, f"{tmp_path}/x.json")
     assert (
@@ -590,12 +591,12 @@ def test_P9_own_paths_and_the_ref_backend(folder, capsys):
         (["--dtype", "f64"], "[eval] --dtype takes one of saved, f32, bf16, but got 'f64'."),
     ],
 )
-def test_P9_mistakes_are_one_line(folder, capsys, flags, line):
+def test_P9_errors_are_one_line(folder, capsys, flags, line):
     code, out, err = evaluated(folder, capsys, *flags)
     assert (code, out, err) == (2, "", line + "\n")
 
 
-def test_P9_a_model_of_other_tokens_is_told(tmp_path, capsys):
+def test_P9_tokens_of_another_tokenizer_are_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc abd\n" * 200)
     main(f"data text {tmp_path}/a.txt --out {tmp_path}/shards --tokenizer chars".split())
     main(

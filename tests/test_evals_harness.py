@@ -121,7 +121,7 @@ def test_P9_the_harness_agrees(name, folder, theirs):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_P9_the_harness_asks_what_we_ask(name, folder, theirs):
+def test_P9_the_harness_words_questions_as_we_do(name, folder, theirs):
     """Context and continuation of every question, to the character."""
     asked = [
         tuple(arguments)
@@ -157,7 +157,7 @@ def test_P9_texts_longer_than_the_model_and_generation(folder, theirs):
     assert model.loglikelihood(requests("loglikelihood", (short, text)))[0][1]  # what it writes is greedy
 
 
-def test_P9_the_command_line_knows_the_model():
+def test_P9_the_harness_command_line_finds_the_model():
     done = subprocess.run(
         [
             sys.executable,

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from handgrad import data, io, tokenizers
 from handgrad.core.errors import HandgradError
+from handgrad.infer.convert import to_hf
+from handgrad.infer.load import open_source
+from handgrad.models import GPT2, declare, to_dict
 from handgrad.tokenizers.gpt2 import MERGES, read_ranks
 
 SECONDS = 2
@@ -137,6 +140,40 @@ def test_run_json(folder, mutate):
     path = folder / "run" / "step_000007"
     (path / "run.json").write_bytes(mutate(raw))
     survives(lambda: io.load_meta(path, {"config": dict, "names": list}))
+
+
+@functools.cache
+def models(folder: Path) -> dict[Path, bytes]:
+    """The description of a healthy model, of ours and at Hugging Face, by its place."""
+    model = GPT2(vocab_size=5, max_seq_len=4, num_layers=1, num_heads=1, hidden_size=2)
+    params = {name: np.zeros(info.tensor.shape, np.float32) for name, info in declare(model).params.items()}
+    path = io.save(folder / "model", 1, params, {}, to_dict(model) | {"dtype": "f32"})
+    (folder / "hf").mkdir()
+    to_hf(open_source(path), folder / "hf", "f32", None)
+    return {place: place.read_bytes() for place in (path / "run.json", folder / "hf" / "config.json")}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["run.json", "config.json"])
+@fuzz
+@given(mutate=mutations(head=800))
+def test_descriptions_of_models(folder, which, mutate):
+    place, raw = list(models(folder).items())[which]
+    place.write_bytes(mutate(raw))
+    survives(lambda: open_source(place.parent))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["run.json", "config.json"])
+@fuzz
+@given(pick=st.data(), value=json_values() | st.integers(1, 2**70) | st.integers(1, 2048))
+def test_fields_of_models(folder, which, pick, value):
+    """Also sizes that no machine could hold, in a file of a few bytes."""
+    place, raw = list(models(folder).items())[which]
+    about = json.loads(raw)
+    fields = about.get("model", about)
+    key = pick.draw(st.sampled_from([*about, *fields]))
+    (fields if key in fields else about)[key] = value
+    place.write_text(json.dumps(about))
+    survives(lambda: open_source(place.parent))
 
 
 KEYS = ["tokenizer", "vocab_size", "dtype", "train", "val"]

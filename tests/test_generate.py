@@ -9,7 +9,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import PREFILL, record
-from handgrad.models import GPT2, batch
+from handgrad.models import GPT2, forward_logits
 
 GREEDY = Sampling(temperature=0.0)
 # Cache and full pass multiply the same numbers in other orders. In f32 logits differ by a few roundings. In bf16 each of
@@ -19,12 +19,12 @@ TOLERANCE = {"f32": 1e-5, "bf16": 2 * 20**0.5 * 2.0**-9}
 
 
 class Judge:
-    """The same weights in a program of mode "logits": one full pass over all positions."""
+    """The same weights in a program without a cache: one full pass over all positions."""
 
     def __init__(self, model, dtype, backend="cpu"):
         programs = record(model, DTYPES[dtype])
-        full = Program(DTYPES[dtype], "logits")
-        model.forward(full, batch(full, 1, model.max_seq_len))
+        full = Program(DTYPES[dtype])
+        forward_logits(full, model, 1, model.max_seq_len)
         backend = open_backend(backend)
         arena = backend.alloc(backend.plan(programs[1], programs[0], full))
         rng = np.random.default_rng(3)
@@ -71,13 +71,13 @@ def follow(judge, prompt, tokens):
 
 
 @pytest.mark.parametrize("length", [1, 2, PREFILL - 1, PREFILL, PREFILL + 1, 2 * PREFILL + 2, 149, 150, 200])
-def test_every_token_is_that_of_a_full_pass(judge, length):
+def test_generation_equals_full_recomputation(judge, length):
     prompt = np.random.default_rng(length).integers(0, judge.model.vocab_size, length).tolist()
     tokens = list(judge.engine.generate(prompt, 24, GREEDY))
     assert len(tokens) == 24 and follow(judge, prompt, tokens) >= 12
 
 
-def test_past_the_window(judge):
+def test_generation_past_max_seq_len(judge):
     """More tokens than the model can see: the window is refilled, more than once."""
     tokens = list(judge.engine.generate([7, 8], 260, GREEDY))
     assert len(tokens) == 260 and follow(judge, [7, 8], tokens) >= 130
@@ -92,7 +92,7 @@ def test_logits_after_a_prompt(judge, length):
     assert np.abs(got - want).max() <= judge.tolerance * np.abs(want).max()
 
 
-def test_a_cache_one_token_behind_is_caught(judge):
+def test_a_missing_token_in_the_cache_is_caught(judge):
     """The negative control: without its last but one token, the context gives other logits."""
     ids = list(range(40))
     judge.engine.position = 0
@@ -101,7 +101,7 @@ def test_a_cache_one_token_behind_is_caught(judge):
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 2, 5])
-def test_models_shorter_than_a_prefill_piece(max_seq_len):
+def test_models_shorter_than_a_prefill_chunk(max_seq_len):
     judge = Judge(GPT2(vocab_size=50, max_seq_len=max_seq_len, num_layers=1, num_heads=1, hidden_size=16), "f32")
     judge.tolerance = TOLERANCE["f32"]
     tokens = list(judge.engine.generate([3, 4, 5], 20, GREEDY))
@@ -121,7 +121,7 @@ def test_sampling_is_seeded(judge):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_prompts_that_cannot_be_are_refused(judge):
+def test_invalid_prompts_are_refused(judge):
     for prompt, text in (
         ([], "at least one token, but got none"),
         ([1, 211], "below the vocabulary of 211, but got 211"),

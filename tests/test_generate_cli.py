@@ -69,7 +69,7 @@ def told(capsys):
 # what the flags do ----------------------------------------------------------------------------------------------------
 
 
-def test_the_prompt_comes_first_and_greedy_goes_on_with_the_line(says):
+def test_greedy_continues_the_prompt(says):
     text = says("--prompt", "the quick b", "--temperature", "0")
     assert text == LINE[:41] + "\n"
 
@@ -85,12 +85,12 @@ def test_top_k_and_top_p_at_their_narrowest_are_greedy(says):
     assert says("--top-p", "1e-9", "--prompt", "the") == greedy
 
 
-def test_stop_strings_end_before_themselves(says):
+def test_stop_strings_are_not_printed(says):
     assert says("--temperature", "0", "--prompt", "the quick", "--stop", "over", "fox") == "the quick brown \n"
     assert says("--temperature", "0", "--prompt", "the quick", "--stop", "never").startswith("the quick brown fox")
 
 
-def test_a_text_longer_than_the_model_reads(says):
+def test_generate_past_max_seq_len(says):
     """The window moves on: 200 tokens from a model of 32, after a prompt of 80."""
     text = says("--temperature", "0", "--prompt", TEXT[:80], "--max-tokens", "200")
     assert text.startswith(TEXT[:80]) and len(text) == 80 + 200 + 1
@@ -157,7 +157,7 @@ def test_standard_input_that_is_empty(run, told, monkeypatch):
 # damaged run folders --------------------------------------------------------------------------------------------------
 
 
-def test_folders_that_are_no_runs(told, tmp_path):
+def test_folders_without_a_run_are_refused(told, tmp_path):
     rule = "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
     assert told("none") == f"{rule}, but got no 'none'. hint: handgrad train makes one"
     assert told(tmp_path) == f"{rule}, but got '{tmp_path}', which holds no complete checkpoint."
@@ -194,13 +194,13 @@ def change(copy, do):
         ),
     ],
 )
-def test_tensors_missing_too_many_or_misshapen(copy, told, do, part):
+def test_invalid_tensors_are_refused(copy, told, do, part):
     change(copy, do)
     line = told(copy)
     assert line.startswith("[checkpoint] ") and part in line
 
 
-def test_weights_that_are_not_numbers(copy, capsys):
+def test_nan_weights_are_refused(copy, capsys):
     change(copy, lambda tensors: tensors["wte.weight"].fill(np.nan))
     capsys.readouterr()
     assert main(["generate", str(copy), "--threads", "1"]) == 2
@@ -208,7 +208,7 @@ def test_weights_that_are_not_numbers(copy, capsys):
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "header", "noise", "missing"])
-def test_corrupt_safetensors(copy, told, how):
+def test_damaged_safetensors_are_refused(copy, told, how):
     path = copy / "step_000150" / "model.safetensors"
     raw = path.read_bytes()
     path.unlink()
@@ -223,13 +223,24 @@ def test_corrupt_safetensors(copy, told, how):
     [
         (lambda saved: saved["model"].pop("num_heads"), "run.json gives "),
         (lambda saved: saved["model"].update(color=1), "but got 'color'."),
-        (lambda saved: saved["model"].update(num_heads="2"), "run.json gives num_heads as int, but got '2'."),
+        (
+            lambda saved: saved["model"].update(num_heads="2"),
+            "run.json gives a model whose num_heads is a whole number, but got '2'.",
+        ),
+        (
+            lambda saved: saved["model"].update(num_layers=10**9),
+            "num_layers is at most 1,024, but got 1",
+        ),
+        (lambda saved: saved["model"].update(dropout=float("nan")), "dropout lies in [0, 1), but got nan"),
+        (lambda saved: saved["model"].update(tie_embeddings=1), "tie_embeddings is true or false, but got 1."),
+        (lambda saved: saved.update(family="gpt9"), "run.json gives a family, one of gpt2, but got 'gpt9'."),
+        (lambda saved: saved.update(family=None), "run.json gives a family, one of gpt2, but got None."),
         (lambda saved: saved["model"].update(num_heads=3), "hidden_size is a multiple of num_heads"),
         (lambda saved: saved.update(dtype="f16"), "run.json gives a dtype of bf16, f32, but got 'f16'."),
         (lambda saved: saved.pop("model"), "must hold 'model' of type dict"),
     ],
 )
-def test_damaged_descriptions(copy, told, do, part):
+def test_damaged_run_json_is_refused(copy, told, do, part):
     path = copy / "step_000150" / "run.json"
     saved = json.loads(path.read_text())
     do(saved)
@@ -237,7 +248,7 @@ def test_damaged_descriptions(copy, told, do, part):
     assert part in told(copy)
 
 
-def test_a_tokenizer_that_is_missing_or_damaged(copy, told):
+def test_missing_and_damaged_tokenizers_are_refused(copy, told):
     path = copy / "tokenizer-spec.json"
     path.write_text("{")
     assert "tokenizer-spec.json is JSON" in told(copy)

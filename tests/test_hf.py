@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def same(a, b):
 @pytest.mark.parametrize("way", ["", "llmc", "handgrad", "llmc handgrad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_p14_random_models_make_the_round_trip(tmp_path, shape, dtype, way):
+def test_p14_round_trip_is_bit_exact(tmp_path, shape, dtype, way):
     """Through llm.c's .bin, a run folder, or both, and out again with the same bits."""
     model = torch_model(*shape).to(dtype)
     model.save_pretrained(tmp_path / "in")
@@ -86,7 +87,7 @@ def test_p14_untied_heads(tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_p14_logits_of_a_folder_are_torchs(tmp_path, shape):
+def test_p14_logits_of_a_folder_equal_transformers(tmp_path, shape):
     model = torch_model(*shape)
     model.save_pretrained(tmp_path)
     compare_logits(tmp_path, model)
@@ -120,12 +121,12 @@ def test_p14_shards_float16_old_names_and_masks(tmp_path):
     (tmp_path / "old").mkdir()
     save_file({name: t.contiguous() for name, t in old.items()}, tmp_path / "old" / "model.safetensors")
     shutil.copy(tmp_path / "half" / "config.json", tmp_path / "old")
-    first = hf.read(tmp_path / "shards")
+    first = open_source(tmp_path / "shards").weights
     for name in ("half", "old"):
-        weights = hf.read(tmp_path / name)
+        weights = open_source(tmp_path / name).weights
         assert weights.dtype == "f32" and all(
             (weights.tensor(name, "f32") == first.tensor(name).astype(np.float16).astype(np.float32)).all()
-            for name in weights.shapes()
+            for name in weights.shapes
         )
 
 
@@ -136,11 +137,13 @@ def test_p14_bf16_is_the_nearest(tmp_path):
     assert same(loaded(tmp_path / "out", dtype="auto"), model.bfloat16())
 
 
-def test_p14_a_file_that_is_read_by_the_library_itself(tmp_path):
+def test_p14_safetensors_reads_what_we_write(tmp_path):
     """Aligned data, no holes: safetensors' own reader checks both."""
     torch_model(*SHAPES[2]).save_pretrained(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    hf.write(tmp_path / "out", hf.read(tmp_path / "in"), dropout=0.25, eot=5)
+    source = open_source(tmp_path / "in")
+    weights = replace(source.weights, fields=asdict(source.model) | {"dropout": 0.25})
+    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, eot=5)
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
     config = GPT2Config.from_pretrained(tmp_path / "out")
@@ -165,7 +168,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["hf", "llmc hf"])
-def test_p14_a_model_trained_here_is_sampled_there(run, tmp_path, capsys, way):
+def test_p14_transformers_generates_the_same_text(run, tmp_path, capsys, way):
     """transformers loads it, cuts the prompt with its tokenizer, and goes on greedily with the same text."""
     at = run
     for kind in way.split():
@@ -200,8 +203,7 @@ def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
         theirs, ours = open_source(run), open_source(out)
         assert ours.model == theirs.model
         assert all(
-            np.abs(ours.weights.tensor(name) - theirs.weights.tensor(name)).max() < 1e-7
-            for name in ours.weights.shapes()
+            np.abs(ours.weights.tensor(name) - theirs.weights.tensor(name)).max() < 1e-7 for name in ours.weights.shapes
         )
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert abs(next(line["val_loss"] for line in lines if line.get("val_loss")) - last["val_loss"]) < 1e-5
@@ -283,12 +285,15 @@ def reconfigure(folder, **changes):
     ("changes", "part"),
     [
         ({"model_type": "llama"}, "has the model_type gpt2, but got 'llama'."),
-        ({"n_layer": 0}, "gives num_layers as a number from 1 on, but got 0."),
-        ({"n_layer": 10**9}, "holds the 1000000000 layers of its config.json, but got 28 tensors."),
-        ({"n_head": "3"}, "gives num_heads as a number from 1 on, but got '3'."),
-        ({"n_head": 5}, "gives a hidden_size that is a multiple of num_heads"),
-        ({"n_layer": 1}, "holds the tensors of a GPT-2 alone, but got also transformer.h.1."),
+        ({"n_layer": 0}, "gives a model whose num_layers is at least 1, but got 0."),
+        ({"n_layer": 10**9}, "gives a model whose num_layers is at most 1,024, but got 1000000000."),
+        ({"n_layer": 1024}, "holds the tensor transformer.h.10.attn.c_attn.bias, but got no such."),
+        ({"n_head": "3"}, "gives a model whose num_heads is a whole number, but got '3'."),
+        ({"n_head": 5}, "gives a model whose hidden_size is a multiple of num_heads, but got 36 and 5 heads."),
+        ({"n_embd": None}, "gives a model whose hidden_size is a whole number, but got None."),
+        ({"n_layer": 1}, "holds the tensors of its config.json alone, but got also transformer.h.1."),
         ({"vocab_size": 98}, "transformer.wte.weight in"),
+        ({"tie_word_embeddings": None}, "gives a model whose tie_embeddings is true or false, but got None."),
         ({"tie_word_embeddings": False}, "holds the tensor lm_head.weight, but got no such."),
         ({"n_inner": 100}, "has n_inner None or 144, but got 100. hint: no kernel here computes another"),
         ({"activation_function": "relu"}, "has activation_function gelu_new or gelu_pytorch_tanh, but got relu."),
@@ -296,14 +301,14 @@ def reconfigure(folder, **changes):
         ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-05, but got 1e-06."),
     ],
 )
-def test_p14_configs_that_we_do_not_compute(folder, changes, part):
+def test_p14_invalid_configs_are_refused(folder, changes, part):
     reconfigure(folder, **changes)
-    line = told(hf.read, folder)
+    line = told(open_source, folder)
     assert line.startswith("[hf] ") and part in line
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "noise", "f64", "missing", "pickle"])
-def test_p14_damaged_weights(folder, how):
+def test_p14_damaged_weights_are_refused(folder, how):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     if how == "f64":
@@ -317,16 +322,16 @@ def test_p14_damaged_weights(folder, how):
         "missing": "holds model.safetensors or model.safetensors.index.json, but got neither.",
         "pickle": "hint: transformers' save_pretrained writes it from pytorch_model.bin",
     }
-    assert part.get(how, "is a whole safetensors file, but got ") in told(hf.read, folder)
+    assert part.get(how, "is a whole safetensors file, but got ") in told(open_source, folder)
 
 
 @pytest.mark.parametrize(
     "index",
     ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
 )
-def test_p14_damaged_indices(folder, index):
+def test_p14_damaged_indices_are_refused(folder, index):
     (folder / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json" in told(hf.read, folder)
+    assert "model.safetensors.index.json" in told(open_source, folder)
 
 
 # the hub --------------------------------------------------------------------------------------------------------------

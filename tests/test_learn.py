@@ -397,6 +397,7 @@ def ten_steps(tmp_path_factory):
     from handgrad.data import id_dtype, write_shard
     from handgrad.io.llmc import write_model
     from handgrad.io.weights import Weights
+    from handgrad.models import declare, shapes
 
     folder = tmp_path_factory.mktemp("ten_steps")
     ids = np.random.default_rng(5).integers(0, 211, 64 * 24 + 9) ** 2 % 211  # some tokens are more frequent than others
@@ -412,7 +413,8 @@ def ten_steps(tmp_path_factory):
             rng = np.random.default_rng(6)
             start = {name: p + rng.normal(0, 0.05, p.shape).astype(np.float32) for name, p in run.params().items()}
             start["wte.weight"][211:] = 0
-            write_model(folder / "model.bin", Weights(sizes | {"tie_embeddings": True}, "f32", start.get))
+            wanted = shapes(declare(run.model))
+            write_model(folder / "model.bin", Weights(sizes, "f32", wanted, start.get))
         run.load_params(start)
         if backend == "cpu":
             (folder / "greedy.txt").write_text(

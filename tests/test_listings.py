@@ -14,7 +14,7 @@ from handgrad.core.dtypes import BF16
 from handgrad.core.listing import listing
 from handgrad.core.program import Program
 from handgrad.infer.engine import record
-from handgrad.models import GPT2, batch
+from handgrad.models import GPT2, forward_logits
 from handgrad.optim import AdamW
 from handgrad.train.record import record_loss, record_train
 
@@ -27,8 +27,8 @@ def train(policy="none", **changes):
 
 
 def logits():
-    p = Program(BF16, "logits")
-    GPT2(**SIZES).forward(p, batch(p, 2, 16))
+    p = Program(BF16)
+    forward_logits(p, GPT2(**SIZES), 2, 16)
     return p
 
 
@@ -52,7 +52,7 @@ def text(p):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_listing_is_the_golden_one(name):
+def test_listing_equals_golden_file(name):
     path, got = GOLDEN / f"{name}.txt", text(PROGRAMS[name]())
     if os.environ.get("HANDGRAD_GOLDEN") == "write":
         path.parent.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def test_no_golden_file_is_left_over():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(PROGRAMS)
 
 
-def test_a_change_of_the_computation_shows():
+def test_a_changed_program_changes_its_listing():
     assert text(train()) != text(record_train(GPT2(**SIZES), AdamW(weight_decay=0.0), 2, 16, BF16, chunks=2))
 
 

@@ -17,7 +17,7 @@ from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import llmc
-from handgrad.io.weights import Weights, padded
+from handgrad.io.weights import Weights
 from handgrad.optim import AdamW
 from handgrad.train.trainer import Trainer
 
@@ -123,8 +123,8 @@ def test_p1_a_model_is_read_and_written_bit_for_bit(tmp_path, shape, dtype):
     data = model_bytes(model, dtype)
     (tmp_path / "a.bin").write_bytes(data)
     weights = llmc.read_model(tmp_path / "a.bin")
-    assert weights.dtype == kind and len(weights.shapes()) == 4 + 12 * shape[2]
-    for name, size in weights.shapes().items():
+    assert weights.dtype == kind and len(weights.shapes) == 4 + 12 * shape[2]
+    for name, size in weights.shapes.items():
         theirs = model.state_dict()[f"transformer.{name}"].to(dtype)
         theirs = theirs.T if name.startswith("h.") and theirs.ndim == 2 else theirs
         assert weights.tensor(name).shape == size and weights.tensor(name).tobytes() == raw(theirs, dtype), name
@@ -171,7 +171,7 @@ SMALL = model_bytes(torch_model(*SHAPES[2]))
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(SMALL) - 1), st.booleans())
-def test_p1_a_file_cut_off_or_grown_is_refused(tmp_path, length, grown):
+def test_p1_truncated_and_grown_files_are_refused(tmp_path, length, grown):
     """Without the check of the size, tensors before the cut would pass."""
     path = tmp_path / "a.bin"
     path.write_bytes(SMALL + SMALL[: 1 + length] if grown else SMALL[:length])
@@ -216,16 +216,16 @@ def test_p1_a_damaged_header_never_reads_another_model(tmp_path, place, word):
         (header(20240326, 3, 8, 9, 0, 1, 8, 9), "gives num_layers as a number from 1 on, but got 0."),
     ],
 )
-def test_p1_what_is_wrong_with_a_model_is_said(tmp_path, data, part):
+def test_p1_invalid_models_are_refused(tmp_path, data, part):
     (tmp_path / "a.bin").write_bytes(data)
     line = told(llmc.read_model, tmp_path / "a.bin")
     assert line.startswith("[llmc] ") and part in line
 
 
-def test_a_missing_file_and_a_separate_head(tmp_path):
+def test_missing_files_and_untied_heads_are_refused(tmp_path):
     assert "is a model of llm.c, but got no such file." in told(llmc.read_model, tmp_path / "a.bin")
     sizes = dict(vocab_size=5, max_seq_len=4, num_layers=1, num_heads=1, hidden_size=2, tie_embeddings=False)
-    line = told(llmc.write_model, tmp_path / "a.bin", Weights(sizes, "f32", None))
+    line = told(llmc.write_model, tmp_path / "a.bin", Weights(sizes, "f32", {}, None))
     assert "uses its token embedding as the head, but got a separate lm_head." in line
     assert not (tmp_path / "a.bin").exists()
 
@@ -248,12 +248,12 @@ def read_debug(path, sizes):
     ]:
         found[name] = np.fromfile(path, dtype, int(np.prod(shape)), offset=at).reshape(shape)
         at += found[name].nbytes
-    layout = llmc.Layout(sizes, padded(sizes["vocab_size"]))
+    layout = llmc.Layout(sizes, llmc.padded(sizes["vocab_size"]))
     assert path.stat().st_size == at + 4 * layout.count
     return found | {f"d {name}": layout.read(path, at, np.dtype("<f4"), name) for name in layout.names()}
 
 
-def test_p1_a_debug_state_and_the_gradients_in_it(tmp_path, shards):
+def test_p1_gradients_equal_a_debug_state(tmp_path, shards):
     """Its gradients are what handgrad computes from its batch."""
     V, T, L, H, C = shape = SHAPES[0]
     model, B = torch_model(*shape), 2
@@ -267,7 +267,7 @@ def test_p1_a_debug_state_and_the_gradients_in_it(tmp_path, shards):
     (tmp_path / "debug.bin").write_bytes(data)
     (tmp_path / "model.bin").write_bytes(model_bytes(model))
     weights = llmc.read_model(tmp_path / "model.bin")
-    debug = read_debug(tmp_path / "debug.bin", weights.sizes)
+    debug = read_debug(tmp_path / "debug.bin", weights.fields)
     assert (debug["x"] == x.numpy()).all() and (debug["y"] == y.numpy()).all() and debug["loss"] == loss.item()
     assert (debug["logits"] == logits.detach().numpy()).all()
 
@@ -325,12 +325,12 @@ def test_p1_a_tokenizer_file_of_the_library(tmp_path):
         (header(20240328, 2, 2, 0) + b"\1a\1b\1c", "holds 2 tokens and ends there, but got 2 in "),
     ],
 )
-def test_p1_what_is_wrong_with_a_tokenizer_is_said(tmp_path, data, part):
+def test_p1_invalid_tokenizers_are_refused(tmp_path, data, part):
     (tmp_path / "t.bin").write_bytes(data)
     assert part in told(llmc.read_tokenizer, tmp_path / "t.bin")
 
 
-def test_p1_tokens_that_do_not_fit_and_tables_that_cannot_encode(tmp_path):
+def test_p1_tokens_that_llmc_or_we_cannot_use_are_refused(tmp_path):
     assert "1 to 255 bytes long, but got token 1 of 256." in told(
         llmc.write_tokenizer, tmp_path / "t.bin", [b"a", b"b" * 256], 0
     )
@@ -380,7 +380,7 @@ def test_p1_training_states_of_all_processes_are_read(tmp_path, ranks, zero, cou
     state = llmc.read_state(path, llmc.state_files(path))
     assert state.step == 30 and state.flats == ("m", "v", "master")[:count] and len(state.loaders) == ranks
     for flat, tensors in zip(state.flats, vectors):
-        for name in llmc.read_model(path).shapes():
+        for name in llmc.read_model(path).shapes:
             theirs = tensors[f"transformer.{name}"].numpy()
             theirs = theirs.T if name.startswith("h.") and theirs.ndim == 2 else theirs
             assert (state.read(flat, name)[: len(theirs)] == theirs).all(), (flat, name)
@@ -398,7 +398,7 @@ def test_p1_training_states_of_all_processes_are_read(tmp_path, ranks, zero, cou
             assert loader.shard_order is loader.sample_order is loader.twister is None
 
 
-def test_p1_training_states_that_do_not_belong_together(tmp_path):
+def test_p1_mismatched_training_states_are_refused(tmp_path):
     model = torch_model(*EVEN)
     path = write_run(tmp_path / "log", model, [model.state_dict()] * 2, 2, True)
     first, second = files = llmc.state_files(path)
@@ -427,7 +427,7 @@ TRAIN = (
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("zero", [True, False])
-def test_p1_a_training_state_continues_bit_for_bit(tmp_path, dtype, master, zero, capsys):
+def test_p1_resume_from_llmc_is_bit_exact(tmp_path, dtype, master, zero, capsys):
     """A run of eight steps, put into llm.c's files after four, converted, and resumed, ends in the same bits."""
     own = [] if master or dtype == "f32" else ["--run.no-master-weights"]
     run, data = tmp_path / "run", ["--data.train", "shakespeare"]

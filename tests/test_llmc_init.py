@@ -51,7 +51,7 @@ def test_p2_few_numbers_bit_for_bit(tmp_path, count):
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_p2_normals_of_torchs_vector_code_to_its_own_error(count):
+def test_p2_normals_equal_torchs_vector_code_within_its_error(count):
     """It multiplies by a float32 2 pi: the angle, up to 2 pi, is off by 3 roundings; the radius is at most sqrt(48 ln 2)."""
     torch.manual_seed(42)
     theirs = torch.empty(count).normal_(0, 0.02).numpy()
@@ -66,7 +66,7 @@ def weights(shards, **sizes):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6])  # at 6 llm.c's residual deviation is not the nearest float32
-def test_p2_a_model_in_llmcs_order(shards, tmp_path, layers):
+def test_p2_initial_weights_equal_llmcs(shards, tmp_path, layers):
     C = 10
     model, ours = weights(shards, num_layers=layers, hidden_size=C)
     residual = np.float32(0.02) * (np.float32(1) / np.sqrt(np.float32(2 * layers)))
@@ -96,7 +96,7 @@ def test_p2_124m_in_seconds():
     assert time.perf_counter() - begin < 20  # 1.4 s on two free cores
 
 
-def test_an_unknown_start_is_refused(shards, tiny):
+def test_unknown_init_is_refused(shards, tiny):
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=32)
     with pytest.raises(
         HandgradError, match=r"\[train\] weights start as 'random', 'llmc', or a model on disk, but got 'lmc'"

@@ -12,14 +12,15 @@ import transformers
 from handgrad import Trainer, data
 from handgrad.backends import open_backend
 from handgrad.core.backward import POLICIES
-from handgrad.core.dtypes import DTYPES
+from handgrad.core.dtypes import DTYPES, F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
-from handgrad.models import GPT2, batch, gpt2, names, preset
+from handgrad.infer.engine import record
+from handgrad.models import GPT2, declare, forward_logits, forward_loss, gpt2, names, preset
 from handgrad.ops import OPS
 from handgrad.optim import AdamW, schedules
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.record import initialize
+from handgrad.train.record import initialize, record_loss, record_train
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
 judge = importlib.util.module_from_spec(SPEC)
@@ -43,13 +44,13 @@ def difference(model, policy="none", samples=3):
         arena.view(p.inputs["targets"])[3] = -1  # does not count
         set_scalars(p, arena)
 
-    return gradcheck(lambda p: model.forward(p, batch(p, 2, 9), 3), fill, POLICIES[policy], samples)
+    return gradcheck(lambda p: forward_loss(p, model, 2, 9, 3), fill, POLICIES[policy], samples)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("tie", [True, False])
-def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
+def test_gradients_equal_finite_differences(tiny, policy, dropout, tie):
     error = difference(tiny(vocab_size=23, hidden_size=24, dropout=dropout, tie_embeddings=tie), policy)
     print(f"relative error {error:.1e}")
     assert error < 1e-6
@@ -58,7 +59,7 @@ def test_gradients_are_those_of_finite_differences(tiny, policy, dropout, tie):
 @pytest.mark.parametrize(
     "name", ["norm_backward", "linear_backward_x", "attention_backward", "linear_backward_w", "embed_backward"]
 )
-def test_one_percent_in_one_rule_is_caught(tiny, monkeypatch, name):
+def test_a_wrong_gradient_rule_is_caught(tiny, monkeypatch, name):
     kind = type(OPS[name])
     right = kind.ref
     monkeypatch.setattr(
@@ -77,8 +78,8 @@ LR = schedules.cosine(6e-4, warmup=3, steps=STEPS)
 
 def run_logits(model, params, ids, dtype):
     """Logits (rows, V) float32 of handgrad for these weights."""
-    p = Program(DTYPES[dtype], "logits")
-    model.forward(p, batch(p, *ids.shape))
+    p = Program(DTYPES[dtype])
+    forward_logits(p, model, *ids.shape)
     backend = open_backend("cpu")
     arena = backend.alloc(backend.plan(p))
     for name, info in p.params.items():
@@ -248,9 +249,8 @@ COUNTS = {  # with the vocabulary padded to 50304 rows
 
 @pytest.mark.parametrize("name", names())
 def test_presets_have_their_parameters(name):
-    model, p = gpt2(name), Program(mode="loss")
-    model.forward(p, batch(p, 1, 8))
-    C = model.hidden_size
+    model = gpt2(name)
+    p, C = declare(model), model.hidden_size
     by_formula = (model.vocab_padded + model.max_seq_len + 2) * C + model.num_layers * (12 * C * C + 13 * C)
     assert p.num_params == by_formula == COUNTS.get(name, COUNTS.get(name.removeprefix("gpt2:"), by_formula))
     assert C % model.num_heads == 0 and model.max_seq_len == (
@@ -258,12 +258,21 @@ def test_presets_have_their_parameters(name):
     )
 
 
-@pytest.mark.parametrize("mode", ["train", "loss", "logits", "prefill", "decode"])
+RECORDED = {
+    "train": lambda model, dtype: record_train(model, AdamW(), 1, 8, dtype, chunks=1),
+    "loss": lambda model, dtype: record_loss(model, 1, 8, dtype, chunks=1),
+    "declare": declare,
+    "prefill": lambda model, dtype: record(model, dtype)[0],  # has no head
+    "decode": lambda model, dtype: record(model, dtype)[1],
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_parameters_and_their_order(tiny, mode, dropout):
+def test_parameter_order(tiny, name, dropout):
     """Start weights are drawn and flat vectors lie in this order, whichever call adds a bias."""
-    p, model = Program(mode=mode), tiny(dropout=dropout, tie_embeddings=False)
-    model.forward(p, batch(p, 1, 1 if mode == "decode" else 8))
+    model = tiny(dropout=dropout, tie_embeddings=False)
+    p = RECORDED[name](model, F32)
     parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     want = [("wte.weight", True, "embed"), ("wpe.weight", True, "embed")]
     for i in range(model.num_layers):
@@ -273,16 +282,15 @@ def test_the_parameters_and_their_order(tiny, mode, dropout):
             for kind in ("weight", "bias")
         ]
     want += [("ln_f.weight", False, "head"), ("ln_f.bias", False, "head"), ("lm_head.weight", True, "head")]
+    want = want[:-1] if name == "prefill" else want
     assert [(name, info.decay, info.block) for name, info in p.params.items()] == want
 
 
-def test_the_gpt3_sizes():
+def test_gpt3_sizes():
     """In billions, as the paper and llm.c give them; its 13B width is repaired to 40 heads of 128."""
     sizes = {}
     for width in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288):
-        p = Program(mode="loss")
-        gpt2(f"gpt3:c{width}").forward(p, batch(p, 1, 8))
-        sizes[width] = round(p.num_params / 1e9, 3)
+        sizes[width] = round(declare(gpt2(f"gpt3:c{width}")).num_params / 1e9, 3)
     assert sizes == {
         384: 0.031,
         1024: 0.356,
@@ -295,7 +303,7 @@ def test_the_gpt3_sizes():
     }
 
 
-def test_one_dial_sizes():
+def test_preset_by_depth():
     assert preset("d8") == dict(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024, vocab_size=50257)
     with pytest.raises(
         HandgradError, match=r"\[model\] a preset is one of tiny, gpt2-124m, .* or d<layers>, but got 'gpt5'"
@@ -306,7 +314,7 @@ def test_one_dial_sizes():
 @pytest.mark.parametrize(
     "bad", [dict(num_layers=0), dict(num_heads=5), dict(dropout=1.0), dict(vocab_size=0), dict(dropout=-0.1)]
 )
-def test_sizes_that_cannot_be_are_refused(bad):
+def test_invalid_sizes_are_refused(bad):
     with pytest.raises(HandgradError, match=r"\[model\]"):
         gpt2("124m", **bad)
 

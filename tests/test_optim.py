@@ -64,7 +64,7 @@ SHAPES = {"w": (37, 130), "norm": (301,)}  # a matrix, with weight decay, and a 
 
 def ours(optim, starts, grads, dtype, backend):
     """Weights after one update for each of `grads`, and the gradient norms that were measured."""
-    p = Program(DTYPES[dtype], "train")
+    p = Program(DTYPES[dtype], trains=True)
     for name, shape in SHAPES.items():
         p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0), decay=len(shape) == 2))
     optim.record(p)

@@ -16,7 +16,6 @@ from handgrad.backends.cuda.peaks import peaks
 from handgrad.cli import ops as ops_verb
 from handgrad.cli.__main__ import main
 from handgrad.ops.adamw.reference import join_weight
-from handgrad.train.mfu import flops_per_token
 from handgrad.train.outliers import WINDOW
 
 ROOT = Path(__file__).parents[1]
@@ -294,7 +293,7 @@ def test_p8_t9_spikes_and_what_is_not_finite_change_nothing(tiny, shards):
 
 
 def test_p13_mfu_is_llmcs_and_knows_the_cards_that_it_does_not():
-    assert flops_per_token(SIZES["d12"], 12, 768, 1024) == 6 * SIZES["d12"] + 6 * 12 * 768 * 1024
+    assert hg.models.gpt2("d12").flops_per_token(SIZES["d12"], 1024) == 6 * SIZES["d12"] + 6 * 12 * 768 * 1024
     known = {
         "NVIDIA A100-SXM4-80GB": 312.0,
         "NVIDIA H100 80GB HBM3": 989.4,

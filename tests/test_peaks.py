@@ -5,7 +5,7 @@ import pytest
 from handgrad.backends.cuda.peaks import CARDS, peaks
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
-from handgrad.train.mfu import flops_per_token, mfu
+from handgrad.train.mfu import mfu
 
 
 @pytest.mark.parametrize(
@@ -90,5 +90,5 @@ def test_mfu_is_llm_c_s(name, speed, percent):
 
     model = gpt2(name)
     params = record_train(model, AdamW(), 1, 1024, BF16, chunks=1).num_params
-    flops = flops_per_token(params, model.num_layers, model.hidden_size, 1024)
+    flops = model.flops_per_token(params, 1024)
     assert 100 * mfu(speed, flops, 989.4e12) == pytest.approx(percent, abs=0.1)

@@ -7,7 +7,7 @@ from handgrad.core.dtypes import BF16
 from handgrad.core.op import Op
 from handgrad.core.plan import plan
 from handgrad.core.program import Program
-from handgrad.models import batch, gpt2
+from handgrad.models import forward_loss, gpt2
 from handgrad.ops import OPS, add
 from handgrad.optim import AdamW
 from handgrad.train.record import record_train
@@ -78,8 +78,8 @@ def test_each_policy_needs_less_memory_than_the_previous():
 
 def test_policy_may_be_any_function(tiny):
     """Dropping only attention's output makes attention run again, in its own block."""
-    p = Program(mode="train")
-    tiny().forward(p, batch(p, 2, 16))
+    p = Program(trains=True)
+    forward_loss(p, tiny(), 2, 16)
     backward(p, add, drop=lambda p, c: {"y"} if c.op.name == "attention" else set())
     again = [(c.op.name, c.block) for c in p.calls if c.phase == "recompute"]
     assert again == [("attention", "h.1"), ("attention", "h.0")]

@@ -82,7 +82,7 @@ def test_a_pick_is_below_the_vocabulary_and_possible(logits, temperature, top_k,
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2.0**-53])
-def test_the_ends_of_the_draw_do_not_reach_impossible_tokens(draw):
+def test_extreme_draws_pick_possible_tokens(draw):
     class Fixed:
         def random(self):
             return draw
@@ -106,7 +106,7 @@ def test_the_seed_decides_the_picks():
 
 @pytest.mark.parametrize("logits", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_refused(logits, temperature):
+def test_nan_logits_are_refused(logits, temperature):
     with pytest.raises(HandgradError, match=r"\[sample\] the largest logit must be .* but got (nan|-?inf)\. hint: "):
         Sampler(Sampling(temperature), 2).pick(np.array(logits, np.float32))
 
@@ -127,7 +127,7 @@ def plain_stop(text, stops):
 
 
 @given(st.lists(st.text("abc", max_size=5), max_size=8), STOPS)
-def test_a_stream_is_cut_as_the_whole_text_would_be(pieces, stops):
+def test_stop_strings_do_not_depend_on_the_pieces(pieces, stops):
     stop, text, shown = StopStrings(stops), "", ""
     for piece in pieces:
         text, shown = text + piece, shown + stop.feed(piece)

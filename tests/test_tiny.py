@@ -38,8 +38,8 @@ def trained(request, tokens, tmp_path_factory):
 
 
 def test_record_and_plan():
-    p = Program(F32, "train")
-    MODEL.forward(p, hg.models.batch(p, 4, 16))
+    p = Program(F32, trains=True)
+    hg.models.forward_loss(p, MODEL, 4, 16)
     forward = len(p.calls)
     backward(p, add)
     assert [c.phase for c in p.calls] == ["forward"] * forward + ["backward"] * (len(p.calls) - forward)

@@ -65,7 +65,7 @@ def tolerance(
 
 def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) -> tuple[Program, Call]:
     """A program of one call: every input is an input, every inout output a tensor of its own."""
-    p = Program(dtype, mode="train")
+    p = Program(dtype, trains=True)
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
     op.derive(sizes)
 
@@ -211,7 +211,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     """The largest relative error of an op's gradient rule against central differences of its oracle, in float64."""
     from handgrad.ops import add
 
-    p = Program(F32, mode="train")
+    p = Program(F32, trains=True)
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
     op.derive(sizes)
     ins, into = [], {}
@@ -283,7 +283,7 @@ def gradcheck(
     """The largest relative gradient error of a model in float64. `record` appends the forward, `fill` writes inputs."""
     from handgrad.ops import add
 
-    p = Program(F32, mode="train")
+    p = Program(F32, trains=True)
     record(p)
     forward = Segment(0, len(p.calls))
     backward(p, add, drop=drop)

@@ -30,22 +30,22 @@ OF_A_MODEL = (
 
 @dataclass(frozen=True)
 class Convert:
-    """What, where to, as what."""
+    """Source, destination and format."""
 
     src: Annotated[str, tyro.conf.Positional]
-    """run folder, one of its checkpoints, a .bin of llm.c or the folder it trains in, a Hugging Face folder, hf:NAME"""
+    """run folder, one of its checkpoints, a .bin of llm.c or its training folder, a Hugging Face folder, hf:NAME"""
     dst: Annotated[str, tyro.conf.Positional]
     """a new folder, or FILE.bin for llm.c"""
     to: Literal["auto", "hf", "llmc", "handgrad"] = "auto"
-    """auto: llmc for FILE.bin, hf for what handgrad made, else handgrad"""
+    """format; auto: llmc for FILE.bin, hf for a run folder, otherwise handgrad"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """of the weights that are written; saved: that of the source"""
+    """dtype of the written weights; saved: the source's"""
     force: bool = False
-    """replace a file, or a folder that holds a model and nothing else"""
+    """replace a file, or a folder that holds only a model"""
 
 
 def main(argv: list[str]) -> int:
-    """Converts; what is at the destination changes only when all has been written."""
+    """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
     dst, to, source = Path(a.dst), a.to, open_source(a.src)
     if to == "auto":
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> int:
                 else:
                     step = to_run(source, new, dtype, tokenizer)
     except OSError as error:
-        raise HandgradError("convert", f"'{dst}' is writable", error.strerror or error) from None
-    count = sum(math.prod(shape) for shape in source.weights.shapes().values())
+        raise HandgradError("convert", f"cannot write '{dst}': {error.strerror or error}") from None
+    count = sum(math.prod(shape) for shape in source.weights.shapes.values())
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
         print(f"go on: handgrad train --run.resume {dst} --run.steps N --data.train DATA")
@@ -85,24 +85,24 @@ def main(argv: list[str]) -> int:
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Raises HandgradError if there is something that must not be replaced."""
+    """Raises HandgradError if the path exists and must not be replaced."""
     if not path.exists():
         return
     if not force:
-        raise HandgradError("convert", f"'{path}' is new", "one that exists", hint="another name, or --force")
+        raise HandgradError("convert", f"'{path}' exists already", hint="choose another name, or --force")
     if path.is_dir():
         others = sorted(p.name for p in path.iterdir() if not any(p.match(pattern) for pattern in OF_A_MODEL))
         if others:
-            raise HandgradError("convert", f"--force replaces a folder that holds a model alone: '{path}'", others[0])
+            raise HandgradError("convert", f"--force replaces a folder that holds only a model: '{path}'", others[0])
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there at the end of the block takes the place of `path`."""
+    """Yields a temporary name to write under. At the end of the block, what was written there replaces `path`."""
     new, old = (path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
     try:
         yield new
-        if new.is_dir() and path.exists():  # a folder cannot be replaced in one go
+        if new.is_dir() and path.exists():  # rename does not replace a folder
             path.rename(old)
         if new.exists():
             new.replace(path)

@@ -26,18 +26,18 @@ RESULTS = "eval.json"
 
 @dataclass(frozen=True)
 class Eval:
-    """Which model, on what."""
+    """Model and tasks."""
 
     run: Annotated[str, tyro.conf.Positional]
     """run folder, one of its checkpoints, llm.c's .bin or a Hugging Face folder"""
     tasks: str = "val"
-    """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE for its place"""
+    """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE gives a file"""
     data: str = "."
-    """folder in which the tasks' files are looked for; val is the run's own, unless val=GLOB"""
+    """folder with the tasks' files; val is the run's own data, unless val=GLOB"""
     limit: int = 0
-    """at most so many questions, or sequences of val; 0: all"""
+    """at most this many questions, or sequences of val; 0: all"""
     out: str = ""
-    """file of the results, which others may be in already; empty: eval.json beside the model"""
+    """file that the results are added to; empty: eval.json beside the model"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -47,7 +47,7 @@ class Eval:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates task by task; what is done is in the file before the next begins."""
+    """Evaluates task by task and writes each result before the next task starts."""
     a = parse(Eval, argv, "eval")
     if a.limit < 0:
         raise HandgradError("eval", "--limit is at least 1, or 0 for all", a.limit)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     path = Path(a.out) if a.out else beside / RESULTS
     console = Console(highlight=False, markup=False, emoji=False)
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
-        # everything is read before anything is computed, so that a mistake shows at once
+        # read all tasks before computing anything, so that a mistake shows at once
         read = {name: questions(name, at, a, m) for name, at in places.items()}
         replace_file(path, dumped(results_in(path)))
         for name, (what, count) in read.items():
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def place(word: str, a: Eval) -> tuple[str, str | Path]:
-    """(task, where its file is) of a word of --tasks."""
+    """(task, its file) of a word of --tasks."""
     name, equals, where = word.strip().partition("=")
     if name not in ("val", *evals.TASKS):
         raise HandgradError("eval", f"a task is one of val, {', '.join(evals.TASKS)}", f"'{name}'")
@@ -95,7 +95,7 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
 
 
 def trained_length(run: Path) -> int:
-    """Tokens in a sequence that a run was trained on; 0 for a model from elsewhere."""
+    """Tokens of a training sequence of a run; 0 for any other model."""
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         return int(json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]["seq_len"])
@@ -104,8 +104,8 @@ def trained_length(run: Path) -> int:
 
 
 def own_val(run: Path) -> str:
-    """A glob of the validation shards that the run was trained beside."""
-    open_source(str(run))  # there is a model
+    """A glob of the run's validation shards."""
+    open_source(str(run))  # raises if there is no model
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
@@ -119,7 +119,7 @@ def own_val(run: Path) -> str:
 
 
 def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[Any, int]:
-    """(a task's questions, how many pairs they are); of val the shards, and how many sequences."""
+    """(a task's questions, the number of their pairs); for val, (its shards, the number of sequences)."""
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
@@ -129,7 +129,7 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
 
 
 def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Adds a task's results to the file; those of other tasks and checkpoints stay in it."""
+    """Adds a task's results to the file, beside those of other tasks and checkpoints."""
     results = results_in(path)
     flat = {metric: value for metric, (value, _) in found.items()}
     flat |= {f"{metric}_stderr": error for metric, (_, error) in found.items()}
@@ -139,7 +139,7 @@ def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: d
 
 
 def results_in(path: Path) -> dict[str, Any]:
-    """What the file holds: by checkpoint, by task."""
+    """The results in the file, by checkpoint and task."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(results, dict) or not all(isinstance(tasks, dict) for tasks in results.values()):
@@ -152,5 +152,5 @@ def results_in(path: Path) -> dict[str, Any]:
 
 
 def dumped(results: dict[str, Any]) -> str:
-    """As JSON, which has no NaN: a standard error of one question is null."""
+    """The results as JSON. JSON has no NaN: the standard error of a single question becomes null."""
     return json.dumps(json.loads(json.dumps(results), parse_constant=lambda _: None), indent=2) + "\n"

@@ -14,24 +14,24 @@ from handgrad.infer.sampling import Sampling, StopStrings
 
 @dataclass(frozen=True)
 class Generate:
-    """Which model, how it is asked, how it answers."""
+    """Model, prompt and sampling."""
 
     run: Annotated[str, tyro.conf.Positional]
     """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
-    """text to continue; - reads standard input"""
+    """text to continue; -: standard input"""
     max_tokens: int = 256
     """tokens to generate"""
     temperature: float = 0.8
     """0: always the likeliest token"""
     top_k: int = 0
-    """only the k likeliest tokens; 0: all"""
+    """sample from the k likeliest tokens; 0: all"""
     top_p: float = 1.0
-    """only the likeliest tokens that together have this probability"""
+    """sample from the likeliest tokens that hold this probability together"""
     seed: int = 0
-    """of the draws"""
+    """seed of the sampling"""
     stop: tuple[str, ...] = ()
-    """end before any of these strings"""
+    """stop before any of these strings"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -41,7 +41,7 @@ class Generate:
 
 
 def main(argv: list[str]) -> int:
-    """Generates; the prompt is printed first."""
+    """Prints the prompt and its continuation."""
     a = parse(Generate, argv, "generate")
     sampling, stop = Sampling(a.temperature, a.top_k, a.top_p, a.seed), StopStrings(a.stop)
     if a.max_tokens < 1:

@@ -40,13 +40,10 @@ class Segments:
 
 @dataclass
 class Program:
-    """A list of calls under one working dtype.
-
-    `mode` is what the model is recorded for: "train", "loss", "logits", "prefill" or "decode".
-    """
+    """A list of calls under one working dtype."""
 
     dtype: DType = F32
-    mode: str = "train"
+    trains: bool = False  # gradients will be appended: dropout is active, and pre-activations are kept
     accumulates: bool = True  # several passes add to the gradients before an update, so they keep their memory
     grad_dtype: DType = F32  # of parameter gradients
     master: bool = (

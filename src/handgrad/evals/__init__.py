@@ -1,4 +1,4 @@
-"""Evaluation: tasks with right answers, scored by the losses of continuations."""
+"""Evaluation: benchmark tasks, scored by the losses of continuations."""
 
 from handgrad.evals.load import Loaded, load_scorer
 from handgrad.evals.metrics import choice_metrics, evaluate, val_metrics, word_metrics

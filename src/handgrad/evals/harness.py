@@ -2,7 +2,7 @@
 
     python -m handgrad.evals.harness run --model handgrad --model_args run=runs/x --tasks hellaswag,lambada_openai
 
-All that follows is the harness's own command line. A program that calls the harness calls `register` first.
+All other arguments are the harness's own. A program that calls the harness calls `register` first.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from handgrad.infer.sampling import Sampling, StopStrings
 
 
 def register() -> type:
-    """Tells the harness of the model "handgrad"; returns its class. Raises HandgradError if lm_eval is not installed.
+    """Registers the model "handgrad" in the harness; returns its class. HandgradError if lm_eval is not installed.
 
-    Its arguments: run (whatever `handgrad eval` evaluates), dtype, backend and threads, as there.
+    Its arguments are those of `handgrad eval`: run, dtype, backend and threads.
     """
     try:
         from lm_eval.api.model import TemplateLM
@@ -28,7 +28,7 @@ def register() -> type:
         raise HandgradError("eval", "the harness is the package lm_eval", "none installed", hint=hint) from None
 
     class HandgradLM(TemplateLM):
-        """A model of ours as the harness sees it. Batches are our own: it passes a size, which is not needed."""
+        """One of our models behind the harness's interface. The scorer makes its own batches and ignores batch_size."""
 
         def __init__(self, run: str, dtype: str = "saved", backend: str = "auto", threads: int = 0, **_: Any):
             super().__init__()
@@ -63,7 +63,7 @@ def register() -> type:
             return [self._generate(*request.args) for request in requests]
 
         def _generate(self, context: str, settings: dict[str, Any]) -> str:
-            """The continuation up to the first of settings["until"]; without do_sample, by the likeliest tokens."""
+            """The continuation up to the first of settings["until"]; greedy without do_sample."""
             if self._engine is None:  # an arena of its own: few tasks write text
                 self._engine, _ = load_run(*self._from)
             draws = settings.get("do_sample", settings.get("temperature", 0) > 0)

@@ -1,4 +1,4 @@
-"""load_scorer: a trained model, ready to be asked."""
+"""load_scorer: opens a trained model for scoring."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,10 @@ from handgrad.backends.base import Backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.evals.scoring import Scorer, record
 from handgrad.infer.load import Source, open_source
+from handgrad.models import declare
 from handgrad.tokenizers import Tokenizer
 
-BATCH_TOKENS = 2048  # at least: enough for a matrix product to be near its peak
+BATCH_TOKENS = 2048  # at least: enough rows for a GEMM to run near its peak
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,17 @@ class Loaded:
 
 
 def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
-    """The model at a path (all that `open_source` opens) with its weights in an arena of its own.
+    """The model at a path (whatever `open_source` opens), with its weights in an arena of its own.
 
-    dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError where something is missing.
+    dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError if something is missing.
     """
     source = open_source(path)
     tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype
     opened = open_backend(backend, threads)
     programs = record(source.model, DTYPES[kind], max(BATCH_TOKENS, opened.head_rows))
-    arena = opened.alloc(opened.plan(*programs))
-    for name, info in programs[0].params.items():
+    declared = declare(source.model, DTYPES[kind])
+    arena = opened.alloc(opened.plan(declared, *programs))
+    for name, info in declared.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)

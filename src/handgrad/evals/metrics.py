@@ -1,4 +1,4 @@
-"""Metrics: what the losses of continuations say. Every one comes as (value, standard error)."""
+"""Metrics from the losses of continuations, each as (value, standard error)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Metric = tuple[float, float]
 def evaluate(
     name: str, items: Sequence[Item], scorer: Scorer, done: Callable[[int], None] = lambda pairs: None
 ) -> dict[str, Metric]:
-    """The metrics of a task. `done` hears of the pairs that are done."""
+    """The metrics of a task. done: called now and then with the number of pairs scored so far."""
     wanted = TASKS[name].metrics
     words = "perplexity" in wanted
     scores = scorer.score([pair for item in items for pair in item.pairs], greedy=words, done=done)
@@ -25,10 +25,10 @@ def evaluate(
 
 
 def choices(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, np.ndarray]:
-    """What is chosen by each rule, (questions,) int; of equals the first.
+    """The answers that each rule chooses, (questions,) int; ties go to the first.
 
-    acc: the answer with the least loss in sum;  acc_norm: by the characters of the answer (both: lm-evaluation-harness)
-    acc_llmc: with the least mean loss of a token (llm.c)
+    acc: least sum of losses;  acc_norm: least sum divided by the characters of the answer (both: lm-evaluation-harness)
+    acc_llmc: least mean loss per token (llm.c)
     """
     rest, rows = iter(scores), {"acc": [], "acc_norm": [], "acc_llmc": []}
     for item in items:
@@ -41,13 +41,13 @@ def choices(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, np.ndar
 
 
 def choice_metrics(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, Metric]:
-    """The share of right choices by each rule."""
+    """The share of right answers by each rule."""
     labels = np.array([item.label for item in items])
     return {rule: mean(chosen == labels) for rule, chosen in choices(items, scores).items()}
 
 
 def word_metrics(scores: Sequence[Score]) -> dict[str, Metric]:
-    """acc: the share of words that the likeliest tokens spell;  perplexity: per word, whatever its tokens."""
+    """acc: the share of words that greedy decoding writes;  perplexity: per word, however many tokens it has."""
     loss, error = mean([score.losses.sum(dtype=np.float64) for score in scores])
     return {"acc": mean([score.greedy for score in scores]), "perplexity": _perplexity(loss, error)}
 
@@ -59,9 +59,9 @@ def val_metrics(
     limit: int | None = None,
     done: Callable[[int], None] = lambda pairs: None,
 ) -> dict[str, Metric]:
-    """loss in nats a token, perplexity, and bits per byte of the text, over the first `limit` tokens of `data`.
+    """Loss in nats per token, perplexity, and bits per byte of text, over the first `limit` tokens of `data`.
 
-    The ends of documents count as tokens and not as text. Standard errors are over sequences.
+    The token that ends a document counts as a token, not as text. Standard errors are over sequences.
     """
     pairs = [(ids[:1], targets) for b in data.sweep(1, limit) for ids, targets in zip(b["ids"], b["targets"])]
     loss, error = mean([score.losses.mean(dtype=np.float64) for score in scorer.score(pairs, done=done)])
@@ -72,7 +72,7 @@ def val_metrics(
 
 
 def mean(values: Sequence[float]) -> Metric:
-    """(mean, its standard error by the sample's deviation); NaN for one value.
+    """(mean, its standard error from the sample's standard deviation); NaN for one value.
 
     >>> mean([1.0, 2.0, 3.0])
     (2.0, 0.5773502691896258)
@@ -83,6 +83,6 @@ def mean(values: Sequence[float]) -> Metric:
 
 
 def _perplexity(loss: float, error: float) -> Metric:
-    """Of a mean loss: its exponential, and the error carried through the slope."""
+    """The exponential of a mean loss, and its error to first order."""
     value = math.exp(loss) if loss < 700 else math.inf
     return value, value * error

@@ -1,8 +1,8 @@
-"""Scorer: the losses of continuations after their contexts. A short text never pays for a long one.
+"""Scorer: the losses of continuations after their contexts. A short text does not pay for a long one.
 
-A program exists for each of a few lengths, with as many sequences as keep the tokens of a batch about constant. Padding
-is on the right, where causal attention never looks. The head, most of a small model's work, sees nothing but the rows
-that predict a continuation; they wait until there are HEAD_ROWS of them.
+Each of a few lengths has a program, with so many sequences that all batches have about the same number of tokens.
+Padding is on the right, where causal attention never looks. The head, most of a small model's work, runs only on rows
+that predict a continuation, HEAD_ROWS of them at a time.
 """
 
 from bisect import bisect_left
@@ -14,11 +14,9 @@ import numpy as np
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.dtypes import I32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
-from handgrad.models import GPT2, batch
-from handgrad.models.blocks import Batch, lm_head
+from handgrad.models import Model
 
 LENGTHS = tuple(n << k for k in range(3, 20) for n in (2, 3))  # 16 24 32 48 64 96 ...
 LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
@@ -29,40 +27,43 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids: context, continuation
 
 @dataclass(frozen=True)
 class Score:
-    """losses: (n,) float32, nats of each token of a continuation;  greedy: each is the likeliest; None: not asked."""
+    """losses: (n,) float32, nats per token of a continuation;  greedy: each is the likeliest; None: not computed."""
 
     losses: np.ndarray
     greedy: bool | None
 
 
-def record(model: GPT2, dtype: DType, tokens: int) -> tuple[Program, ...]:
-    """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits."""
+def lengths(model: Model) -> list[int]:
+    """The lengths that have a program, ascending."""
+    return [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]
+
+
+def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
+    """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits.
+
+    None of them uses every parameter, so the plan's primary program must be another: `models.declare`'s, or training's.
+    """
     bodies = []
-    for length in [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]:
-        p = Program(dtype, "hidden")
-        model.forward(p, batch(p, max(tokens // length, 1), length))
+    for length in lengths(model):
+        p = Program(dtype)
+        p.output("hidden", model.body(p, model.inputs(p, max(tokens // length, 1), length)))
         bodies.append(p)
-    return *bodies, _head(model, dtype, "loss"), _head(model, dtype, "logits")
-
-
-def _head(model: GPT2, dtype: DType, mode: str) -> Program:
-    """The head alone, on rows that the host picked."""
-    p = Program(dtype, mode)
-    x = p.input("x", (HEAD_ROWS, model.hidden_size), dtype)
-    targets = p.input("targets", (HEAD_ROWS,), I32) if mode == "loss" else None
-    name = "wte.weight" if model.tie_embeddings else "lm_head.weight"
-    w = p.param(name, (model.vocab_padded, model.hidden_size), normal(0.02, rows=model.vocab_size))
-    lm_head(p, x, w, Batch(x, targets, 1, HEAD_ROWS), vocab_size=model.vocab_size, chunks=1)
-    return p
+    width = bodies[0].outputs["hidden"].shape[1]
+    losses, logits = heads = Program(dtype), Program(dtype)  # on rows that the host picks
+    for p in heads:
+        p.input("x", (HEAD_ROWS, width), dtype)
+    model.loss(losses, losses.inputs["x"], losses.input("targets", (HEAD_ROWS,), I32))
+    model.logits(logits, logits.inputs["x"])
+    return *bodies, losses, logits
 
 
 class Scorer:
-    """Scores with the parameters that lie in an arena planned with `record`'s programs; binds those that are needed."""
+    """Scores with the parameters in an arena that was planned with `record`'s programs; binds each at first use."""
 
-    def __init__(self, model: GPT2, programs: tuple[Program, ...], arena: Arena, backend: Backend):
+    def __init__(self, model: Model, programs: tuple[Program, ...], arena: Arena, backend: Backend):
         self.model = model
         self._programs, self._arena, self._backend = programs, arena, backend
-        self._lengths = [p.calls[0].attrs["T"] for p in programs[:LOSSES]]  # ascending
+        self._lengths = lengths(model)
         self._bound: dict[int, Executable] = {}
 
     def score(
@@ -70,8 +71,8 @@ class Scorer:
     ) -> list[Score]:
         """The scores of (context, continuation) pairs of token ids, in their order.
 
-        greedy: also find out whether the model, always taking the likeliest token, writes the continuation
-        done: called now and then with the number of pairs that are done
+        greedy: also find out whether greedy decoding writes the continuation
+        done: called now and then with the number of pairs scored so far
 
         Raises HandgradError as `texts` does.
         """
@@ -93,9 +94,9 @@ class Scorer:
         return scores
 
     def texts(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(what the model reads, what it should say at its end), both int32, of every pair.
+        """(the tokens that the model reads, the targets of the last of them), both int32, of every pair.
 
-        A context that does not fit loses its beginning. Raises HandgradError for a pair with an empty part, a
+        A context that does not fit is truncated on the left. Raises HandgradError for a pair with an empty part, a
         continuation longer than the model reads, and an id outside the vocabulary.
         """
         return [self._text(*pair) for pair in pairs]
@@ -116,9 +117,9 @@ class Scorer:
         return ids[:-1], ids[-len(continuation) :]
 
     def _rows(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each of the texts, longest first: the rows (n, C) that come before the head, and their n targets.
+        """For each of the texts, longest first: the rows (n, C) that the head reads, and their n targets.
 
-        A batch is started before the one before it is awaited.
+        The next batch starts before the host waits for the previous one.
         """
         waiting: list[tuple] = []
         at = 0
@@ -141,7 +142,7 @@ class Scorer:
                     yield hidden[last - len(targets) : last], targets
 
     def _judge(self, x: np.ndarray, targets: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(losses, is the target the likeliest token) of up to HEAD_ROWS rows; the latter all False if not asked."""
+        """(losses, whether the target is the likeliest token) of up to HEAD_ROWS rows; all False unless `greedy`."""
         count = len(targets)
         rows = np.zeros((HEAD_ROWS, x.shape[1]), x.dtype)
         rows[:count] = x
@@ -154,7 +155,7 @@ class Scorer:
         return losses, logits.astype(np.float32).argmax(axis=1) == targets
 
     def _start(self, which: int, output: str, **inputs: np.ndarray) -> Callable[[], np.ndarray]:
-        """Starts a program, bound at its first use, on these inputs; calling the result waits for the output."""
+        """Starts a program on these inputs, and binds it at first use; calling the result waits for the output."""
         program = self._programs[which]
         if which not in self._bound:
             self._bound[which] = self._backend.bind(program, self._arena)
@@ -165,7 +166,7 @@ class Scorer:
 
 
 def _pieces(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same rows and targets, HEAD_ROWS at a time."""
+    """The same rows and targets in pieces of HEAD_ROWS."""
     held: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
     for part in rows:

@@ -1,7 +1,7 @@
-"""Tasks: from the files that benchmarks come in to token pairs.
+"""Tasks: reads the files of benchmarks into pairs of tokens.
 
-The text of a question is the lm-evaluation-harness's (0.4.13, no examples before it), so that its published numbers can
-be compared. llm.c's evaluation files hold tokens, and their text is what llm.c wrote.
+Questions are worded as in the lm-evaluation-harness (0.4.13, zero-shot), so that results compare with its published
+numbers. llm.c's evaluation files hold tokens, in llm.c's own wording.
 """
 
 import csv
@@ -26,7 +26,7 @@ LETTERS = ["A", "B", "C", "D"]
 
 @dataclass(frozen=True)
 class Question:
-    """(context, continuation) texts, which of them is right, and the answers whose lengths acc_norm divides by."""
+    """(context, continuation) texts, the index of the right one, and the answers whose lengths acc_norm divides by."""
 
     pairs: tuple[tuple[str, str], ...]
     label: int
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """files: where it lies below a data folder, glob patterns, the first that is there;  question: from one row."""
+    """files: glob patterns below a data folder, the first match is read;  question: makes a question from a row."""
 
     files: tuple[str, ...]
     question: Callable[[dict[str, Any]], Question]
@@ -60,7 +60,7 @@ def _choice(context: str, answers: list[str], label: int) -> Question:
 
 
 def _hellaswag(row: dict[str, Any]) -> Question:
-    """Official rows have the activity and the context's halves; others a context that is used as it stands."""
+    """Official rows have the activity and two halves of the context; other rows have a context, used unchanged."""
     if "ctx_a" not in row:
         return _choice(row["ctx"], row["endings"], int(row["label"]))
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
@@ -68,7 +68,7 @@ def _hellaswag(row: dict[str, Any]) -> Question:
 
 
 def _cleaned(text: str) -> str:
-    """Without the marks that WikiHow's pages left in HellaSwag."""
+    """The text without WikiHow's markup."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -91,13 +91,13 @@ def _piqa(row: dict[str, Any]) -> Question:
 
 def _arc(row: dict[str, Any]) -> Question:
     stem, choices = row["question"], row.get("choices")
-    if isinstance(stem, dict):  # the official nesting; the other is the one of tables
+    if isinstance(stem, dict):  # the official nesting; the hub's tables have another
         stem, choices = stem["stem"], {key: [c[key] for c in stem["choices"]] for key in ("text", "label")}
     return _choice(f"Question: {stem}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
-    """The options stand in the context, and what follows them is scored."""
+    """The options complete the context; the text after them is scored."""
     before, _, after = row["sentence"].partition("_")
     contexts = [before + row["option1"], before + row["option2"]]
     return Question(tuple((c, f" {after.strip()}") for c in contexts), int(row["answer"]) - 1, tuple(contexts))
@@ -132,7 +132,7 @@ TASKS = {
 
 
 def find(name: str, folder: str | Path) -> Path:
-    """Where the file of a task lies below a folder. Raises HandgradError if it is not there."""
+    """The file of a task below a folder. Raises HandgradError if there is none."""
     for pattern in TASKS[name].files:
         for path in sorted(Path(folder).glob(pattern)):
             return path
@@ -175,7 +175,7 @@ def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """The tokens of both, as they are when the text is tokenized in one piece; spaces at the parting go to the right.
+    """The tokens of both, from the text tokenized in one piece; spaces between them belong to the continuation.
 
     An empty context becomes the token that ends documents.
 
@@ -211,7 +211,7 @@ def _read_tokens(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Ite
 
 
 def _spells(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether these are the tokens in which the tokenizer spells their text; of another's, some are not."""
+    """Whether the tokenizer encodes the text of these tokens to these tokens; another tokenizer's fail this."""
     try:
         return tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
     except HandgradError:
@@ -231,7 +231,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a file; PIQA's labels stand in another beside it."""
+    """(place, row) of a file; PIQA has its labels in a file beside it."""
     labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
     answers = iter(labels.read_text().split()) if labels.exists() else None
     with {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:

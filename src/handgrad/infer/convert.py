@@ -1,4 +1,4 @@
-"""Writers of whole models, from any source: a Hugging Face folder, a .bin of llm.c, a run folder."""
+"""Writes a model from any source as a Hugging Face folder, a .bin of llm.c, or a run folder."""
 
 import json
 from dataclasses import asdict
@@ -9,21 +9,29 @@ from typing import Any
 import numpy as np
 
 from handgrad import tokenizers
+from handgrad.core.errors import HandgradError
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, hf, llmc
-from handgrad.io.weights import NUMPY, PADDED, padded
+from handgrad.io.weights import NUMPY, with_rows
+from handgrad.models import GPT2, declare, to_dict
 from handgrad.ops.adamw.reference import split_weight
 
 
 def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
     """Fills an empty folder so that transformers loads it."""
-    hf.write(folder, source.weights, dtype, source.model.dropout, tokenizer and tokenizer.eot)
+    if not source.model.hugging_face:
+        family = source.model.family
+        raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
+    form = hf.Format(**source.model.hugging_face)
+    hf.write(folder, form, source.weights, dtype, tokenizer and tokenizer.eot)
     if tokenizer is not None:
         tokenizers.to_folder(tokenizer, folder)
 
 
 def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None, table: Path) -> None:
-    """Writes a .bin, and beside it the table of tokens that llm.c decodes by."""
+    """Writes a .bin, and the table of tokens that llm.c decodes with."""
+    if source.model.family != GPT2.family:
+        raise HandgradError("convert", "a model for llm.c is of the family gpt2", f"'{source.model.family}'")
     llmc.write_model(file, source.weights, dtype)
     if tokenizer is not None:
         tokens = [tokenizer.bytes_of(id) or b"\0" for id in range(tokenizer.vocab_size)]
@@ -33,25 +41,23 @@ def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokeni
 def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> int:
     """Fills an empty run folder with one checkpoint; returns its step.
 
-    Where llm.c's training states lie beside the model, the run goes on from them with their m, v and master weights;
-    else the checkpoint is of step 0 and has no optimizer state.
+    If llm.c's training states lie beside the model, the checkpoint continues them with their m, v and master weights;
+    otherwise it is of step 0, without optimizer state.
 
-    What llm.c saves and cannot carry over: its loader's order (ours is a permutation of the whole data, and begins
-    anew), the random numbers of its rounding (ours are functions of the step, and master weights are rounded to
-    nearest). What it does not save: learning rate, decay, and all other settings.
+    Two things that llm.c saves have no counterpart here: its loader's order (ours is a permutation of the whole data,
+    and starts anew), and the random numbers of its stochastic rounding (ours are functions of the step, and master
+    weights are rounded to nearest). llm.c does not save the learning rate, weight decay or any other setting.
     """
     files = llmc.state_files(source.path) if source.kind == "llmc" else []
     state = llmc.read_state(source.path, files) if files else None
-    rows, has_master = padded(source.model.vocab_size), state is not None and "master" in state.flats
+    has_master = state is not None and "master" in state.flats
     values: dict[str, dict[str, np.ndarray]] = {"param": {}, "m": {}, "v": {}, "low": {}}
-    for name in source.weights.shapes():
+    for name, info in declare(source.model).params.items():
+        rows, used = info.tensor.shape[0], source.weights.shapes[name][0]
         weight = source.weights.tensor(name, "f32", rows)
         if state is not None:
-            # rows of padding have no gradient: what lies there is 0, in as many rows as the file pads to
-            read = {flat: state.read(flat, name) for flat in state.flats}
-            if name in PADDED:
-                used = source.model.vocab_size
-                read = {flat: np.pad(x[:used], ((0, rows - used), (0, 0))) for flat, x in read.items()}
+            # rows of padding have no gradient and are 0; the file may have another number of them
+            read = {flat: with_rows(state.read(flat, name)[:used], rows) for flat in state.flats}
             values["m"][name], values["v"][name] = read["m"], read["v"]
             weight = read.get("master", weight)
             if dtype == "bf16" and has_master:
@@ -61,11 +67,11 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     params = values.pop("param")
     flats = {f"{flat}.{name}": x for flat, named in values.items() for name, x in named.items()}
     meta = {
-        "model": asdict(source.model),
+        **to_dict(source.model),
         "dtype": dtype,
         "stored": NUMPY[dtype].name,
         "config": {},
-        "tokens": 0,  # of our order none has been read
+        "tokens": 0,  # none has been read in our order
         "outliers": {},
         "skips": 0,
         "versions": {"handgrad": version("handgrad")},
@@ -74,7 +80,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     checkpoint.save(folder, step, params, flats, meta)
     if tokenizer is not None:
         (folder / TOKENIZER).write_text(json.dumps(tokenizer.save(folder)) + "\n", encoding="utf-8")
-    if state is not None:  # what the flags of its continuation are read over
+    if state is not None:  # settings that the flags of the resumed run override
         settings: dict[str, Any] = {"model": asdict(source.model), "data": {}, "optim": {"beta2": 0.95}}
         settings["run"] = {"dtype": dtype, "master_weights": has_master or dtype == "f32"}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

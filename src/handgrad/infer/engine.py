@@ -1,4 +1,4 @@
-"""Engine: text generation with a key/value cache. Prefill takes the prompt in pieces, decode one token at a time."""
+"""Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,23 +9,23 @@ from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.sampling import Sampler, Sampling
-from handgrad.models import GPT2, batch
+from handgrad.models import Model, forward_logits
 
-PREFILL = 64  # tokens of one prefill piece: enough rows for a GEMM to be near its peak
+PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(model: GPT2, dtype: DType) -> tuple[Program, Program]:
-    """The programs (prefill, decode) of one sequence; they share the cache."""
-    prefill, decode = Program(dtype, "prefill"), Program(dtype, "decode")
-    model.forward(prefill, batch(prefill, 1, min(PREFILL, model.max_seq_len)))
-    model.forward(decode, batch(decode, 1, 1))
+def record(model: Model, dtype: DType) -> tuple[Program, Program]:
+    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head."""
+    prefill, decode, context = Program(dtype), Program(dtype), model.max_seq_len
+    model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
+    forward_logits(decode, model, 1, 1, cache=context)
     return prefill, decode
 
 
 class Engine:
-    """Generates from the parameters that lie in an arena planned with `record`'s programs."""
+    """Generates with the parameters in an arena that was planned with `record`'s programs."""
 
-    def __init__(self, model: GPT2, programs: tuple[Program, Program], arena: Arena, backend: Backend):
+    def __init__(self, model: Model, programs: tuple[Program, Program], arena: Arena, backend: Backend):
         self.model = model
         self._prefill, self._decode = programs
         self._arena = arena
@@ -43,17 +43,17 @@ class Engine:
             raise HandgradError(
                 "generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids)
             )
-        ids, piece = list(ids), self._prefill.inputs["ids"].size
-        while len(ids) > 2 and self.position + piece <= self.model.max_seq_len:
-            part = ids[: min(piece, len(ids) - 1)]  # rows past the prompt write cache rows that later tokens overwrite
-            self._step(0, part + [0] * (piece - len(part)), len(part))
+        ids, chunk = list(ids), self._prefill.inputs["ids"].size
+        while len(ids) > 2 and self.position + chunk <= self.model.max_seq_len:
+            part = ids[: min(chunk, len(ids) - 1)]  # rows past the prompt fill cache rows that later tokens overwrite
+            self._step(0, part + [0] * (chunk - len(part)), len(part))
             ids = ids[len(part) :]
         for token in ids:
             self._step(1, [token], 1)
         return self._arena.read(self._decode.outputs["logits"])[0, : self.model.vocab_size].astype(np.float32)
 
     def _step(self, which: int, ids: list[int], count: int) -> None:
-        """Runs prefill (0) or decode (1), of whose tokens the first `count` are there to stay."""
+        """Runs prefill (0) or decode (1) and keeps the first `count` of its tokens in the cache."""
         run = self._run[which]
         self._arena.write(run.program.inputs["ids"], ids)
         self._arena.write_scalars(run.program, position=self.position)
@@ -65,8 +65,8 @@ class Engine:
     ) -> Iterator[int]:
         """Yields up to `max_tokens` token ids after `prompt`; ends at `stop_id`.
 
-        The model sees at most max_seq_len tokens. When the window is full, its newer half is read again from position
-        0, so generation may go on for ever; a longer prompt is cut to its end likewise.
+        The model sees at most max_seq_len tokens. When the window is full, the engine reads its newer half again from
+        position 0, so generation has no end of its own. Of a longer prompt it reads the last max_seq_len tokens.
         """
         bad = [t for t in prompt if not 0 <= t < self.model.vocab_size]
         if bad:

@@ -1,8 +1,8 @@
-"""What a path or name leads to: a model on disk, whoever wrote it; and an engine and tokenizer made from it."""
+"""Opens a model on disk by path or name, whoever wrote it, and makes an engine and a tokenizer from it."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from handgrad import tokenizers
@@ -11,10 +11,10 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.infer.engine import Engine, record
 from handgrad.io import checkpoint, hf, llmc
-from handgrad.io.weights import Weights, shapes
-from handgrad.models import GPT2
+from handgrad.io.weights import Weights
+from handgrad.models import GPT2, Model, build, declare, from_dict, of_model_type, shapes
 
-TOKENIZER = "tokenizer-spec.json"  # in the run folder: what tokenizers.load reads
+TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
 KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
 
@@ -23,21 +23,21 @@ KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face f
 class Source:
     """A model on disk.
 
-    kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its sizes;  weights: its tensors;
-    tokenizer: a function that reads its tokenizer, and raises HandgradError if there is none
+    kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
+    weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     """
 
     kind: str
     path: Path
-    model: GPT2
+    model: Model
     weights: Weights
     tokenizer: Callable[[], tokenizers.Tokenizer]
 
 
 def open_source(source: str | Path) -> Source:
-    """The model at a path, or at hf:NAME: headers are read and checked, tensors are not.
+    """The model at a path, or at hf:NAME. Reads and checks headers, not tensors.
 
-    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError where there is no model.
+    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError if there is no model.
     """
     path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
     if path.is_file():
@@ -48,8 +48,7 @@ def open_source(source: str | Path) -> Source:
     if folder is not None:
         return _run(folder)
     if hf.is_folder(path):
-        weights = hf.read(path)
-        return Source("hf", path, GPT2(**weights.sizes), weights, lambda: _tokenizer_of_folder(path, weights))
+        return _hugging_face(path)
     done = sorted(int(p.name[5:]) for p in path.glob("DONE_*") if p.name[5:].isdigit())
     if done:
         return _llmc(path / f"model_{done[-1]:08d}.bin")
@@ -59,9 +58,9 @@ def open_source(source: str | Path) -> Source:
 def load_run(
     path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
 ) -> tuple[Engine, tokenizers.Tokenizer]:
-    """(engine, tokenizer) of what `open_source` opens.
+    """(engine, tokenizer) of the model that `open_source` opens.
 
-    dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError where something is missing.
+    dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError if something is missing.
     """
     source = open_source(path)
     tokenizer = source.tokenizer()
@@ -75,7 +74,7 @@ def load_run(
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises HandgradError if a token means something else to this tokenizer than to the model's own, if it has one."""
+    """Raises HandgradError if a token differs between this tokenizer and the model's own, if it has one."""
     try:
         own = source.tokenizer()
     except HandgradError:
@@ -91,23 +90,17 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _run(folder: Path) -> Source:
-    """The model in a checkpoint, which says what it holds; the ref backend stores float64."""
+    """The model in a checkpoint of ours; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
-    known = {f.name: f.type for f in fields(GPT2)}
-    for name in known.keys() ^ saved["model"].keys():
-        rule = f"{folder}/run.json gives {', '.join(known)}"
-        raise HandgradError("generate", rule, f"{'no ' if name in known else ''}{name!r}")
-    for name, value in saved["model"].items():
-        if type(value) is not known[name]:
-            raise HandgradError("generate", f"{folder}/run.json gives {name} as {known[name].__name__}", repr(value))
+    model = from_dict(saved, "model", f"{folder}/run.json")
     if saved["dtype"] not in ON_DISK:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
-        raise HandgradError("generate", rule, repr(saved["dtype"]))
+        raise HandgradError("model", rule, repr(saved["dtype"]))
     stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
-    model = GPT2(**saved["model"])
-    sizes = {name: value for name, value in saved["model"].items() if name != "dropout"}
-    expected = {name: (shape, stored) for name, shape in shapes(sizes | {"vocab_size": model.vocab_padded}).items()}
-    weights = Weights(sizes, saved["dtype"], checkpoint.load(folder, expected).__getitem__)
+    program = declare(model)
+    expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
+    tensors = checkpoint.load(folder, expected)
+    weights = Weights(asdict(model), saved["dtype"], shapes(program), tensors.__getitem__)
     return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent))
 
 
@@ -117,9 +110,9 @@ def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
         spec = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "checkpoints are read inside their run folder"
-        raise HandgradError("generate", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
+        raise HandgradError("model", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("generate", f"{path} is JSON", error) from None
+        raise HandgradError("model", f"{path} is JSON", error) from None
     return tokenizers.load(spec, run)
 
 
@@ -128,25 +121,35 @@ def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
 
 def _llmc(path: Path) -> Source:
     weights = llmc.read_model(path)
-    return Source("llmc", path, GPT2(**weights.sizes), weights, lambda: _tokenizer_of_file(path, weights))
+    model = build(GPT2, weights.fields, "llmc", path)
+    weights = replace(weights, shapes=shapes(declare(model)))  # tensors in the order of use, as from any other source
+    return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model))
 
 
-def _tokenizer_of_file(model: Path, weights: Weights) -> tokenizers.Tokenizer:
-    """Of <model>_tokenizer.bin or gpt2_tokenizer.bin beside a .bin."""
-    files = [model.with_name(f"{model.stem}_tokenizer.bin"), model.with_name("gpt2_tokenizer.bin")]
+def _hugging_face(path: Path) -> Source:
+    family = of_model_type(hf.model_type(path), path / hf.CONFIG)
+    form = hf.Format(**family.hugging_face)
+    model = build(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
+    weights = hf.read(path, form, asdict(model), shapes(declare(model)))
+    return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model))
+
+
+def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:
+    """The tokenizer in <model>_tokenizer.bin or gpt2_tokenizer.bin beside a .bin."""
+    files = [path.with_name(f"{path.stem}_tokenizer.bin"), path.with_name("gpt2_tokenizer.bin")]
     for file in files:
         if file.is_file():
             return tokenizers.from_tokens(llmc.read_tokenizer(file)[0])
-    return _by_size(weights, files[0])
+    return _by_size(model, files[0])
 
 
-def _tokenizer_of_folder(folder: Path, weights: Weights) -> tokenizers.Tokenizer:
-    return tokenizers.from_folder(folder) or _by_size(weights, folder / "tokenizer.json")
+def _tokenizer_of_folder(folder: Path, model: Model) -> tokenizers.Tokenizer:
+    return tokenizers.from_folder(folder) or _by_size(model, folder / "tokenizer.json")
 
 
-def _by_size(weights: Weights, missing: Path) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer, for a model that comes without one but has as many tokens."""
-    if weights.sizes["vocab_size"] != tokenizers.gpt2().vocab_size:
-        got = f"no such file, and {weights.sizes['vocab_size']} tokens are not GPT-2's"
+def _by_size(model: Model, missing: Path) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer, for a model without one that has as many tokens."""
+    if model.vocab_size != tokenizers.gpt2().vocab_size:
+        got = f"no such file, and {model.vocab_size} tokens are not GPT-2's"
         raise HandgradError("model", f"{missing} says how text becomes tokens", got)
     return tokenizers.gpt2()

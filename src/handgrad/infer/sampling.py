@@ -1,4 +1,4 @@
-"""Sampling: from logits to the next token, and from a stream of text to where it stops."""
+"""Sampling: picks the next token from logits, and ends a stream of text at stop strings."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Sampling:
     top_p: float = 1.0
     """choose among the fewest most likely tokens that hold this much probability; 1: all"""
     seed: int = 0
-    """of the random choice"""
+    """seed of the random choice"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -34,7 +34,7 @@ class Sampling:
 
 
 class Sampler:
-    """Picks tokens for one sequence: the same sampling and logits give the same tokens on every machine.
+    """Picks the tokens of one sequence: the same settings and logits give the same tokens on every machine.
 
     >>> sampler = Sampler(Sampling(temperature=0.0), vocab_size=3)
     >>> sampler.pick(np.array([0.1, 2.0, 0.3, 9.0], np.float32))  # the fourth column is padding
@@ -47,7 +47,7 @@ class Sampler:
         self._rng = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: np.ndarray) -> int:
-        """Returns the id of the next token, below vocab_size. Of equally likely ones the lowest id goes first.
+        """Returns the id of the next token, below vocab_size. Ties go to the lowest id.
 
         logits: (Vp,) float32 with Vp >= vocab_size; columns from vocab_size on are padding and never read
 
@@ -60,7 +60,7 @@ class Sampler:
             return best
         ids, p = candidates(logits, self.sampling)
         total = np.cumsum(p)
-        # drawn below the total, so that rounding cannot lead past the last token that has probability
+        # scaled by the total, so that rounding cannot pick a token after the last one that has probability
         return int(ids[np.searchsorted(total, self._rng.random() * total[-1], side="right")])
 
 
@@ -78,11 +78,11 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     peak = logits.max()
     _check_peak(peak)
     ids = _largest(logits, sampling.top_k or logits.size)
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the peak to -inf, as it should
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the peak to -inf
         p = np.exp((logits[ids].astype(np.float64) - peak) / sampling.temperature)
     p /= p.sum()
     if sampling.top_p < 1:
-        # all that lie below this bound hold less than 1 - top_p together: no need to sort them
+        # tokens below this bound hold less than 1 - top_p together, so only the others are sorted
         likely = np.flatnonzero(p >= (1 - sampling.top_p) / p.size)
         ids, p = ids[likely], p[likely]
         nucleus = _largest(p, int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), sampling.top_p)) + 1)
@@ -91,7 +91,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 
 def _largest(x: np.ndarray, count: int) -> np.ndarray:
-    """Returns the positions of the `count` largest of `x`, ascending; of equal ones the first."""
+    """Returns the positions of the `count` largest elements of `x`, ascending; ties go to the lowest position."""
     if count >= x.size:
         return np.arange(x.size)
     bound = np.partition(x, -count)[-count]
@@ -107,9 +107,9 @@ def _check_peak(peak: float) -> None:
 
 
 class StopStrings:
-    """Cuts a stream of text where the first stop string ends, however the text is divided into pieces.
+    """Ends a stream of text before the first stop string, however the text is split into pieces.
 
-    `found` is the stop string that was met, None until then. The stop string itself is not returned.
+    `found` is the stop string, None until the stream has reached one.
 
     >>> stop = StopStrings(["\\n\\n", "END"])
     >>> [stop.feed(piece) for piece in ("to be ", "E", "gad E", "N", "D or")], stop.found
@@ -124,7 +124,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, piece: str) -> str:
-        """Returns the text that is certain not to belong to a stop string; nothing once one was found."""
+        """Returns the text that cannot be part of a stop string; nothing after one was found."""
         if self.found is not None:
             return ""
         text = self._held + piece
@@ -135,13 +135,13 @@ class StopStrings:
         return text[:start]
 
     def finish(self) -> str:
-        """Returns what was held back, when no more text comes."""
+        """Returns the text that was held back. Call it after the last piece."""
         held, self._held = self._held, ""
         return held
 
 
 def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
-    """Returns (where it starts, the stop string) for the one that ends first, the longest of those that end together.
+    """Returns (start, stop string) of the one that ends first; of several that end there, the longest.
 
     (len(text), None) if the text holds none.
     """
@@ -151,6 +151,6 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str | None]:
 
 
 def _open_end(text: str, stops: Sequence[str]) -> int:
-    """Returns how many of the last characters of `text` could become a stop string."""
+    """Returns how many characters at the end of `text` could begin a stop string."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -14,11 +14,11 @@ Saving step 500, and what is left if it is killed between two lines:
     4  rename the .tmp- folder to step_000500, flush the run folder             step_000500, complete
     5  delete .old, then what keep_last and keep_every do not keep              deleted as .tmp- folders: never read
 
-The name step_000500 is only ever given to a folder that is complete and on disk, and renaming is atomic. DONE then adds
-what a name cannot: a copy made by other means that stopped half-way is refused. The next save begins by removing
-.tmp- folders and by giving a .old folder whose step is gone its name back. One process saves into a run folder.
+A folder gets the name step_000500 only when it is complete and on disk, and renaming is atomic. DONE shows what a name
+cannot: whether a copy by other means was completed. The next save first removes .tmp- folders, and gives a .old folder
+its name back if its step is gone. Only one process saves into a run folder.
 
-`Writer` does all this in a thread of its own, while training goes on.
+`Writer` saves in a thread of its own, while training continues.
 """
 
 import json
@@ -40,7 +40,7 @@ MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
-OLDER = "without its file DONE, or its folder, the newest complete checkpoint is an older one"
+OLDER = "delete this folder (or its DONE file) to resume from the previous checkpoint"
 _STEP = re.compile(r"step_(\d{6,})(\.old)?")
 _DTYPES = {  # safetensors' name: numpy's
     "F64": "float64",
@@ -69,13 +69,13 @@ def save(
 ) -> Path:
     """Writes a checkpoint and returns its folder, `out_dir`/step_<6 digits>; then prunes (see `prune`).
 
-    tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written from where
-        they lie, without a copy; of others a copy is made
+    tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written without a
+        copy; others are copied first
     meta: what JSON can hold; "step" is added
-    when_read: called once, when all arrays have been handed to the system and may change again
+    when_read: called once, when the system has all arrays and they may change again
 
-    A complete checkpoint of the same step is replaced. On failure (full disk, no permission) HandgradError is raised,
-    the temporary folder is gone and every older checkpoint is as it was.
+    Replaces a complete checkpoint of the same step. On failure (full disk, no permission) raises HandgradError, removes
+    the temporary folder and leaves every older checkpoint as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -116,14 +116,14 @@ def save(
         hint = "older checkpoints are untouched; free some space or choose another run folder"
         raise HandgradError("checkpoint", f"{final} must be writable", reason, hint=hint) from None
     finally:
-        shutil.rmtree(building, ignore_errors=True)  # no longer there if all went well
+        shutil.rmtree(building, ignore_errors=True)  # already renamed if all went well
     return final
 
 
 class Writer:
     """Saves in a thread of its own, one checkpoint at a time. The thread is joined when the process ends.
 
-    Nothing is copied: the arrays are read where they lie, and may change again once `wait_until_read` has returned.
+    It copies nothing: it reads the arrays in place, and they may change again once `wait_until_read` has returned.
     """
 
     def __init__(self):
@@ -133,19 +133,19 @@ class Writer:
         self._saving: Future[Path] | None = None
 
     def save(self, *args, **kwargs) -> None:
-        """Begins what `save` does with these arguments, when the checkpoint before is complete."""
+        """Waits for the previous checkpoint, then starts `save` with these arguments and returns."""
         self.wait()
         self._read.clear()
         self._saving = self._thread.submit(self._save, *args, **kwargs)
 
     def wait_until_read(self) -> None:
-        """Waits until the arrays may change. Raises what went wrong with a checkpoint that is over."""
+        """Waits until the arrays may change. Raises the error of a save that has ended."""
         self._read.wait()
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the checkpoint is complete. Raises what went wrong, once."""
+        """Waits until the checkpoint is complete. Raises the error of its save, once."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -158,12 +158,12 @@ class Writer:
 
 
 def load(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
-    """Returns the model's tensors in checkpoint `path`: name -> array, each read from disk when it is asked for.
+    """Returns the model's tensors in checkpoint `path`: name -> array, each read from disk at every access.
 
     expected: name -> (shape, dtype), dtype as numpy takes it or "bfloat16"
 
     Raises HandgradError if `path` is no complete checkpoint, the file is damaged, or a tensor is missing, unexpected,
-    or of another shape or type. That is checked here, for all of them, before the first is read.
+    or of another shape or type. All are checked here, before the first is read.
     """
     return Tensors(_complete(path) / MODEL, expected)
 
@@ -218,7 +218,7 @@ class Tensors(Mapping):
 
     def __init__(self, path: Path, expected: Mapping[str, tuple[tuple[int, ...], object]]):
         self._path = path
-        # pread, not mmap: what has been read stays out of the process's memory once the array is dropped
+        # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
         self._file = _readable(path, safe_open, path, "np", backend="pread")
         names = set(_readable(path, self._file.keys))
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
@@ -275,7 +275,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items()
     }
     serialize_file(specs, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; we go by the umask, as for run.json
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; use the umask, as for run.json
 
 
 def _complete(path: str | Path) -> Path:
@@ -311,7 +311,7 @@ def _clean(out_dir: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a checkpoint, if there; under a temporary name, so that half a folder never bears a checkpoint's."""
+    """Deletes a checkpoint, if it exists, under a temporary name: half a folder never has a checkpoint's name."""
     if folder.exists():
         temporary = _temporary(folder)
         folder.rename(temporary)

@@ -1,12 +1,13 @@
-"""Hugging Face's GPT-2 folders: config.json and model.safetensors, in one file or in several with an index.
+"""Hugging Face's folders: config.json and model.safetensors, in one file or in several with an index.
 
-Tensors have our names behind "transformer.", but matrices of the blocks lie transposed (in, out), the vocabulary is not
-padded, and a tied head is not stored. Tokenizer files are the business of `handgrad.tokenizers`.
+A `Format`, which the caller gives, says what a family's fields and tensors are called there. Tokenizer files are the
+business of `handgrad.tokenizers`.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,46 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from handgrad.core.errors import HandgradError
-from handgrad.io.weights import BLOCK, Weights, check_sizes
+from handgrad.io.weights import Weights
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILES = (CONFIG, "model*.safetensors", INDEX, "tokenizer*.json", "vocab.json", "merges.txt")  # what a download needs
-SIZES = {
-    "vocab_size": "vocab_size",
-    "max_seq_len": "n_positions",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "hidden_size": "n_embd",
-}
-DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
-ONLY = {  # key: the values that our kernels compute, the library's default first
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
 DTYPES = {"F32": "f32", "BF16": "bf16", "F16": "f32"}  # float16 has fewer values than float32, and others than bf16
-BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, stored by old versions
-PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class Format:
+    """What one family is called in these folders."""
+
+    model_type: str
+    architecture: str
+    """the class that transformers makes of it"""
+    fields: Mapping[str, tuple[str, Any]]
+    """our field: (their key, its value where config.json leaves it out)"""
+    written: Mapping[str, str]
+    """their key: our field that it is written from; such keys are not read"""
+    only: Callable[[Mapping[str, Any]], Mapping[str, tuple]]
+    """from our fields: their keys that change the computation, with the values that we compute, their default first"""
+    name: Callable[[str], str]
+    """from the name of a tensor of ours, theirs"""
+    prefix: str
+    """what names of tensors may lack: a file of the body alone leaves it out"""
+    transposed: str
+    """our tensors that are the transpose of theirs: a regular expression"""
+    ignored: str
+    """their tensors that we do not need, without the prefix: a regular expression"""
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a tensor of ours is the transpose of theirs."""
+        return re.fullmatch(self.transposed, name) is not None
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Their shape of a tensor of ours."""
+        return shape[::-1] if self.is_transposed(name) else shape
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, downloaded or found in the hub's cache."""
+    """The folder of a model on the Hugging Face hub, from the hub's cache or downloaded."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -61,100 +76,98 @@ def is_folder(path: Path) -> bool:
     return (path / CONFIG).is_file() and "model_type" in _json(path / CONFIG)
 
 
-def read(path: str | Path) -> Weights:
-    """The model in a folder. Raises HandgradError unless it is a GPT-2 that we compute, and whole."""
-    path = Path(path)
+def model_type(path: Path) -> object:
+    """What a folder says that its model is."""
+    return _json(path / CONFIG).get("model_type")
+
+
+def read_fields(path: Path, form: Format) -> dict[str, Any]:
+    """The fields of our model that config.json gives, unchecked."""
     config = _json(path / CONFIG)
-    if config.get("model_type") != "gpt2":
-        raise HandgradError("hf", f"{path / CONFIG} has the model_type gpt2", repr(config.get("model_type")))
-    sizes: dict[str, Any] = {ours: config.get(theirs, DEFAULTS[theirs]) for ours, theirs in SIZES.items()}
-    check_sizes(sizes, "hf", path / CONFIG)
-    sizes["tie_embeddings"] = config.get("tie_word_embeddings", True) is True
-    width = 4 * sizes["hidden_size"]
-    for key, values in (ONLY | {"n_inner": (None, width)}).items():
+    return {ours: config.get(theirs, default) for ours, (theirs, default) in form.fields.items()}
+
+
+def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """The model in a folder. Raises HandgradError if our kernels do not compute it, or a tensor is missing.
+
+    fields: all of the model's, as it was built from `read_fields`;  shapes: of its tensors, without padding
+    """
+    config = _json(path / CONFIG)
+    for key, values in form.only(fields).items():
         if config.get(key, values[0]) not in values:
             rule = f"{path / CONFIG} has {key} {' or '.join(str(value) for value in values)}"
             raise HandgradError("hf", rule, config[key], hint="no kernel here computes another")
+    found = _tensors(path)
+    names = {form.name(name).removeprefix(form.prefix): name for name in shapes}
     places, types = {}, set()
-    for file in _files(path):
-        handle = _readable(file, safe_open, file, "np", backend="pread")
-        for theirs in _readable(file, handle.keys):
-            name = theirs.removeprefix(PREFIX)
-            if BUFFER.fullmatch(name) or (name == "lm_head.weight" and sizes["tie_embeddings"]):
-                continue
-            header = _readable(file, handle.get_slice, theirs)
-            places[name] = file, handle, theirs, tuple(header.get_shape())
-            types.add(header.get_dtype())
+    for theirs, (file, handle) in found.items():
+        name = theirs.removeprefix(form.prefix)
+        if name not in names and re.fullmatch(form.ignored, name):
+            continue
+        if name not in names:
+            raise HandgradError("hf", f"{path} holds the tensors of its {CONFIG} alone", f"also {theirs}")
+        header = _readable(file, handle.get_slice, theirs)
+        shape, wanted = tuple(header.get_shape()), form.shape(names[name], shapes[names[name]])
+        if shape != wanted:
+            raise HandgradError("hf", f"{theirs} in {path} has shape {wanted}", shape)
+        places[names[name]] = file, handle, theirs
+        types.add(header.get_dtype())
+    for name in sorted(shapes.keys() - places.keys()):
+        raise HandgradError("hf", f"{path} holds the tensor {form.name(name)}", "no such")
     if types - set(DTYPES):
         raise HandgradError("hf", f"tensors in {path} are {', '.join(DTYPES)}", ", ".join(sorted(types)))
-    dtype = "bf16" if types == {"BF16"} else "f32"
 
     def tensor(name: str) -> np.ndarray:
-        file, handle, theirs, _ = places[name]
+        file, handle, theirs = places[name]
         values = _readable(file, handle.get_tensor, theirs)
-        return values.T if _is_transposed(name) else values
+        return values.T if form.is_transposed(name) else values
 
-    weights = Weights(sizes, dtype, tensor)
-    _check_tensors(path, weights, {name: shape for name, (*_, shape) in places.items()})
-    return weights
+    return Weights(fields, "bf16" if types == {"BF16"} else "f32", shapes, tensor)
 
 
-def write(path: str | Path, weights: Weights, dtype: str | None = None, dropout: float = 0.0, eot: int | None = None):
+def write(path: Path, form: Format, weights: Weights, dtype: str | None = None, eot: int | None = None) -> None:
     """Writes config.json and model.safetensors into a folder that exists.
 
     dtype: "f32", "bf16", or None for the weights' own;  eot: the token that ends a text
     """
-    path, dtype = Path(path), dtype or weights.dtype
+    dtype, fields = dtype or weights.dtype, weights.fields
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{theirs: weights.sizes[ours] for ours, theirs in SIZES.items()},
-        "n_inner": None,
-        **{key: values[0] for key, values in ONLY.items()},
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-        "tie_word_embeddings": weights.sizes["tie_embeddings"],
+        "architectures": [form.architecture],
+        "model_type": form.model_type,
+        **{theirs: fields[ours] for ours, (theirs, _) in form.fields.items()},
+        **{key: values[0] for key, values in form.only(fields).items()},
+        **{theirs: fields[ours] for theirs, ours in form.written.items()},
         "bos_token_id": eot,
         "eos_token_id": eot,
         "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype],
     }
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in weights.shapes().items():
+    for name, shape in weights.shapes.items():
         size = int(np.prod(shape)) * {"f32": 4, "bf16": 2}[dtype]
-        shape = shape[::-1] if _is_transposed(name) else shape
-        header[_theirs(name)] = {"dtype": dtype.upper(), "shape": shape, "data_offsets": (at, at + size)}
+        header[form.name(name)] = {
+            "dtype": dtype.upper(),
+            "shape": form.shape(name, shape),
+            "data_offsets": (at, at + size),
+        }
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (path / MODEL).open("wb") as file:  # tensor by tensor: no second copy of the model in memory
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in weights.shapes():
+        for name in weights.shapes:
             values = weights.tensor(name, dtype)
-            file.write(np.ascontiguousarray(values.T if _is_transposed(name) else values).reshape(-1).view(np.uint8))
+            values = values.T if form.is_transposed(name) else values
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
-def _is_transposed(name: str) -> bool:
-    """Whether a tensor of ours is the transpose of theirs: that of a linear layer inside a block."""
-    return name.startswith("h.") and len(BLOCK.get(name.split(".", 2)[2], ())) == 2
-
-
-def _theirs(name: str) -> str:
-    return name if name == "lm_head.weight" else PREFIX + name
-
-
-def _check_tensors(path: Path, weights: Weights, found: dict[str, tuple[int, ...]]) -> None:
-    """Raises HandgradError unless the folder has the tensors of its config, and no others."""
-    layers = weights.sizes["num_layers"]
-    if layers * len(BLOCK) > len(found):  # before a list is made of a number that may be damaged
-        raise HandgradError("hf", f"{path} holds the {layers} layers of its {CONFIG}", f"{len(found)} tensors")
-    wanted = weights.shapes()
-    for name in sorted(wanted.keys() ^ found.keys()):
-        what = f"holds the tensor {_theirs(name)}" if name in wanted else "holds the tensors of a GPT-2 alone"
-        raise HandgradError("hf", f"{path} {what}", "no such" if name in wanted else f"also {_theirs(name)}")
-    for name, shape in wanted.items():
-        shape = shape[::-1] if _is_transposed(name) else shape
-        if found[name] != shape:
-            raise HandgradError("hf", f"{_theirs(name)} in {path} has shape {shape}", found[name])
+def _tensors(path: Path) -> dict[str, tuple[Path, Any]]:
+    """Every tensor of a folder: (the file that it lies in, open)."""
+    found = {}
+    for file in _files(path):
+        handle = _readable(file, safe_open, file, "np", backend="pread")
+        found |= {name: (file, handle) for name in _readable(file, handle.keys)}
+    return found
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """llm.c's files: models, tokenizers, and the optimizer's state of a training run. Little-endian.
 
-Each begins with 256 words of 4 bytes, of which the first is a magic number and the second a version:
+Each begins with 256 words of 4 bytes: a magic number, a version, then:
 
     model      20240326  3: float32, 5: bfloat16. Words 2-7: longest sequence, vocabulary, layers, heads, width, rows of
                          wte with padding. Then 16 tensors, wte to ln_f, every layer of a tensor before the next tensor
@@ -9,18 +9,19 @@ Each begins with 256 words of 4 bytes, of which the first is a magic number and 
                          rounding's random numbers; 30-33: shard, sample. Then m, v (, master): float32. If shuffled,
                          the loader's two permutations and its Mersenne twister. Every process has a file
 
-Every file is checked against its size before anything but its header is read.
+The reader compares every file's size with its header before it reads anything else.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.io.weights import BLOCK, NUMPY, Weights, check_sizes, padded
+from handgrad.io.weights import NUMPY, Weights
 
 HEADER = 256 * 4
 MODEL, TOKENIZER, STATE = 20240326, 20240328, 20240527
@@ -37,6 +38,22 @@ NAMES = {
 VERSIONS = {MODEL: (3, 5), TOKENIZER: (2,), STATE: (1,)}
 DTYPES = {3: "f32", 5: "bf16"}
 WORDS = {"max_seq_len": 2, "vocab_size": 3, "num_layers": 4, "num_heads": 5, "hidden_size": 6}
+ALIGN = 128  # what the rows of a vocabulary are rounded up to
+# of a block, in the order of the file: name, shape in units of the width
+BLOCK = {
+    "ln_1.weight": (1,),
+    "ln_1.bias": (1,),
+    "attn.c_attn.weight": (3, 1),
+    "attn.c_attn.bias": (3,),
+    "attn.c_proj.weight": (1, 1),
+    "attn.c_proj.bias": (1,),
+    "ln_2.weight": (1,),
+    "ln_2.bias": (1,),
+    "mlp.c_fc.weight": (4, 1),
+    "mlp.c_fc.bias": (4,),
+    "mlp.c_proj.weight": (1, 4),
+    "mlp.c_proj.bias": (1,),
+}
 TWISTER = 2520  # bytes: seed (8, never set by llm.c), left, next, 624 words of state, 2 of matrix
 
 
@@ -44,36 +61,55 @@ TWISTER = 2520  # bytes: seed (8, never set by llm.c), left, next, 624 words of 
 
 
 def read_model(path: str | Path) -> Weights:
-    """The model in a .bin file. Raises HandgradError unless it is one, and whole."""
+    """The model in a .bin file. Raises HandgradError unless the file is one, and complete."""
     path = Path(path)
     header = _header(path, MODEL)
     sizes, rows = _sizes(path, header)
     dtype = NUMPY[DTYPES[header[1]]]
     layout = Layout(sizes, rows)
     _check_size(path, HEADER + layout.count * dtype.itemsize)
-    return Weights(sizes, DTYPES[header[1]], lambda name: layout.read(path, HEADER, dtype, name))
+    shapes = {name: layout.find(name)[2] for name in layout.names()}
+    shapes["wte.weight"] = (sizes["vocab_size"], layout.width)
+    return Weights(sizes, DTYPES[header[1]], shapes, lambda name: layout.read(path, HEADER, dtype, name))
 
 
 def write_model(path: str | Path, weights: Weights, dtype: str | None = None) -> None:
     """Writes a model as a .bin file that llm.c loads. dtype: "f32", "bf16", or None for the weights' own."""
-    sizes, dtype = weights.sizes, dtype or weights.dtype
-    if not sizes["tie_embeddings"]:
+    sizes, dtype = weights.fields, dtype or weights.dtype
+    if not sizes.get("tie_embeddings", True):
         raise HandgradError("llmc", "a model for llm.c uses its token embedding as the head", "a separate lm_head")
+    for name in sorted(set(names(sizes.get("num_layers", 0))) ^ weights.shapes.keys()):
+        got = f"{'another' if name in weights.shapes else 'none'} called {name}"
+        raise HandgradError("llmc", "a model for llm.c has the tensors of a GPT-2", got)
     layout = Layout(sizes, padded(sizes["vocab_size"]))
     words = {place: sizes[name] for name, place in WORDS.items()} | {7: layout.rows}
     with Path(path).open("wb") as file:
         file.write(_words(MODEL, {value: key for key, value in DTYPES.items()}[dtype], words))
         for name in layout.names():
-            file.write(np.ascontiguousarray(weights.tensor(name, dtype, layout.rows)).reshape(-1).view(np.uint8))
+            rows = layout.rows if name == "wte.weight" else None
+            file.write(np.ascontiguousarray(weights.tensor(name, dtype, rows)).reshape(-1).view(np.uint8))
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of a table of the vocabulary with the padding that `write_model` gives it."""
+    return -(-vocab_size // ALIGN) * ALIGN
+
+
+def names(layers: int) -> Iterator[str]:
+    """Every tensor of a GPT-2 by our name, in the file's order."""
+    yield from ("wte.weight", "wpe.weight")
+    for name in BLOCK:
+        yield from (f"h.{i}.{name}" for i in range(layers))
+    yield from ("ln_f.weight", "ln_f.bias")
 
 
 class Layout:
-    """Where a tensor lies in a vector of all of them.
+    """Where each tensor lies in the vector of all tensors.
 
     rows: of wte, padding included;  count: elements in all;  places: tensor -> (first element, elements in a layer)
     """
 
-    def __init__(self, sizes: dict[str, int], rows: int):
+    def __init__(self, sizes: Mapping[str, Any], rows: int):
         c, self.layers, self.rows, self.seq_len = sizes["hidden_size"], sizes["num_layers"], rows, sizes["max_seq_len"]
         self.width, self.count, self.places = c, 0, {}
         outer = {"wte.weight": rows * c, "wpe.weight": self.seq_len * c}
@@ -84,8 +120,7 @@ class Layout:
 
     def names(self) -> Iterator[str]:
         """Every tensor by our name, in the file's order."""
-        for name in self.places:
-            yield from (f"h.{i}.{name}" for i in range(self.layers)) if name in BLOCK else (name,)
+        return names(self.layers)
 
     def find(self, name: str) -> tuple[str, int, tuple[int, ...]]:
         """(tensor, layer, shape) of our name."""
@@ -96,19 +131,24 @@ class Layout:
         return name, 0, (*rows, self.width)
 
     def read(self, path: Path, start: int, dtype: np.dtype, name: str) -> np.ndarray:
-        """One tensor of a vector that begins at byte `start`."""
+        """One tensor of a vector that starts at byte `start`."""
         tensor, layer, shape = self.find(name)
         first, size = self.places[tensor]
         return _read(path, dtype, start + (first + layer * size) * dtype.itemsize, size).reshape(shape)
 
 
-def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, int], int]:
-    """(sizes, rows of wte) that a model's header gives."""
-    sizes = {name: int(header[place]) for name, place in WORDS.items()} | {"tie_embeddings": True}
-    check_sizes(sizes, "llmc", path)
+def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, Any], int]:
+    """(fields of the model, rows of wte) that a model's header gives."""
+    sizes = {name: int(header[place]) for name, place in WORDS.items()}
+    for name, size in sizes.items():
+        if size < 1:
+            raise HandgradError("llmc", f"{path} gives {name} as a number from 1 on", size)
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        got = f"{sizes['hidden_size']} and {sizes['num_heads']} heads"
+        raise HandgradError("llmc", f"{path} gives a hidden_size that is a multiple of num_heads", got)
     if header[7] < sizes["vocab_size"]:
         raise HandgradError("llmc", f"{path} pads its vocabulary of {sizes['vocab_size']}", f"{header[7]} rows")
-    return sizes, int(header[7])
+    return sizes | {"dropout": 0.0, "tie_embeddings": True}, int(header[7])
 
 
 # training states ------------------------------------------------------------------------------------------------------
@@ -116,11 +156,11 @@ def _sizes(path: Path, header: np.ndarray) -> tuple[dict[str, int], int]:
 
 @dataclass(frozen=True)
 class Loader:
-    """Where a process stood in its data, and its random numbers.
+    """A process's place in its data, and the state of its random numbers.
 
-    rng, rng_before_update: of stochastic rounding;  shard, sample: the next to be read;  the rest is None unless
-    shuffled: the permutations (int32) of shards and of samples in the shard, and the Mersenne twister's words (uint32):
-    left, next, 624 of state, 2 of matrix
+    rng, rng_before_update: of stochastic rounding;  shard, sample: the next to read;  the rest is None unless shuffled:
+    the permutations (int32) of shards and of samples in the shard, and the Mersenne twister's words (uint32): left,
+    next, 624 of state, 2 of matrix
     """
 
     rng: int
@@ -134,10 +174,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a run of llm.c keeps beside its weights, of all its processes.
+    """The state that all processes of an llm.c run save beside its weights.
 
-    step: updates done;  flats: "m", "v" and, if it keeps them, "master";  read: (flat, our name) -> float32 tensor, its
-    table with padding;  loaders: of each process
+    step: updates done;  flats: "m", "v" and, if the run has them, "master";  read: (flat, our name) -> float32 tensor,
+    wte with padding;  loaders: of each process
     """
 
     step: int
@@ -147,14 +187,14 @@ class TrainState:
 
 
 def state_files(model: str | Path) -> list[Path]:
-    """The training states, by rank, that llm.c wrote together with model_<step>.bin; none if there are none."""
+    """The training states that llm.c wrote with model_<step>.bin, by rank; empty if there are none."""
     model = Path(model)
     step = model.stem.removeprefix("model_")
     return sorted(model.parent.glob(f"state_{step}_*.bin")) if model.name.startswith("model_") else []
 
 
 def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
-    """The training state in the files of all processes, of the model in `model`. Raises HandgradError unless whole."""
+    """The training state of the model in `model`, from the files of all processes; HandgradError if one is missing."""
     sizes, rows = _sizes(Path(model), _header(Path(model), MODEL))
     layout = Layout(sizes, rows)
     ranks = [_rank(Path(file), layout) for file in files]
@@ -170,7 +210,7 @@ def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
         start = HEADER + flats.index(flat) * 4 * (layout.count // parts)
         if parts == 1:  # every process has all of it
             return layout.read(Path(files[0]), start, NUMPY["f32"], name)
-        # a process has a stretch of every layer of every tensor; its stretches lie close together
+        # each process holds a slice of every layer of every tensor, and its file packs the slices together
         tensor, layer, shape = layout.find(name)
         place, size = layout.places[tensor]
         at = start + (place // parts + layer * (size // parts)) * 4
@@ -180,7 +220,7 @@ def read_state(model: str | Path, files: Sequence[str | Path]) -> TrainState:
 
 
 def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
-    """(header, loader, parts) of one process's file; parts: into how many processes the vectors are divided."""
+    """(header, loader, parts) of one process's file; parts: how many processes share the vectors."""
     header = _header(path, STATE)
     processes, master, shuffled = int(header[2]), bool(header[4]), bool(header[5])
     if not 1 <= processes <= 1 << 20 or header[10] < 0:
@@ -190,7 +230,7 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
         name: int(header[at : at + 2].view("<u8")[0])
         for name, at in dict(rng=20, rng_before_update=22, shard=30, sample=32).items()
     }
-    for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides them; the file does not say, but its size does
+    for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides the vectors; only the file's size tells
         if any(n % parts for _, n in layout.places.values()):
             continue
         at = HEADER + 4 * (3 if master else 2) * (layout.count // parts)
@@ -223,7 +263,7 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
 
 
 def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
-    """(the bytes of every token, the token that ends a text). Such a file can decode; it has no rule to encode by."""
+    """(the bytes of every token, the token that ends a text). The file decodes; it has no merges to encode with."""
     path = Path(path)
     header = _header(path, TOKENIZER)
     count, eot = int(header[2]), int(header[3])
@@ -242,7 +282,7 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 
 
 def write_tokenizer(path: str | Path, tokens: Sequence[bytes], eot: int | None) -> None:
-    """Writes a tokenizer. llm.c begins its samples with `eot`: where there is none, it gets token 0."""
+    """Writes a tokenizer. llm.c starts its samples with `eot`; without one, the file names token 0."""
     for id, token in enumerate(tokens):
         if not 1 <= len(token) <= 255:
             raise HandgradError("llmc", "a token for llm.c is 1 to 255 bytes long", f"token {id} of {len(token)}")

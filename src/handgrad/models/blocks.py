@@ -1,11 +1,9 @@
-"""Pieces that architectures share: functions that declare parameters where they use them and emit calls."""
+"""Pieces that families share: functions that declare parameters where they use them, and emit calls."""
 
-from dataclasses import dataclass
-
-from handgrad.core.dtypes import I32
 from handgrad.core.params import ONES, ZEROS, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
+from handgrad.models.model import Batch
 from handgrad.ops import (
     add_norm,
     attention,
@@ -18,32 +16,17 @@ from handgrad.ops import (
     norm,
 )
 
-Branch = tuple[Tensor, Tensor | None]  # what a norm is to add to the residual: (N, C), and a bias that it still lacks
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Input handles of one micro-batch: ids and targets (N) i32, N = batch_size * seq_len rows."""
-
-    ids: Tensor
-    targets: Tensor | None
-    batch_size: int
-    seq_len: int
-
-
-def batch(g: Program, batch_size: int, seq_len: int) -> Batch:
-    """The inputs that a model's forward reads in this mode; targets only where a loss is recorded."""
-    rows = (batch_size * seq_len,)
-    targets = g.input("targets", rows, I32) if g.mode in ("train", "loss") else None
-    return Batch(g.input("ids", rows, I32), targets, batch_size, seq_len)
+Branch = tuple[
+    Tensor, Tensor | None
+]  # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
 
 
 def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
-    """x w^T + b (N, size), with GELU if asked; the pre-activation is kept only where a backward will read it."""
+    """x w^T + b (N, size), optionally with GELU; keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(0.02))
         b = g.param("bias", (size,), ZEROS)
-    return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.mode == "train")[0]
+    return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.trains)[0]
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -61,7 +44,7 @@ def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 
 
 def drop(g: Program, x: Tensor, p: float) -> Tensor:
     """Dropout in training, x itself otherwise."""
-    if p == 0.0 or g.mode != "train":
+    if p == 0.0 or not g.trains:
         return x
     return g.emit(dropout, x, p=p, stream=g.next_stream())
 
@@ -69,28 +52,26 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
 def project(
     g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
 ) -> Branch:
-    """The end of a branch: x w^T + b (N, size) and dropout. b waits for the add, unless dropout comes before that: the
-    backward of the add has b's gradient at hand, the linear would read all of dy for it."""
+    """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
+    has b's gradient anyway, where the linear would read all of dy for it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS)
-    drops = p > 0.0 and g.mode == "train"
+    drops = p > 0.0 and g.trains
     y = g.emit(linear, x, w, b if drops else None, pre_x, gelu=False, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
-def self_attention(
-    g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float, max_len: int
-) -> Branch:
-    """Causal self-attention with packed q, k, v. In prefill and decode it appends to and reads a KV cache."""
+def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
+    """Causal self-attention with packed q, k, v. With a cache it appends to and reads the batch's keys and values."""
     size = x.shape[-1]
     with g.scope(name):
         qkv = dense(g, x, "c_attn", 3 * size)
-        if g.mode in ("prefill", "decode"):
-            cache = g.state("cache", (data.batch_size, max_len, 2, heads, size // heads), g.dtype)
-            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=max_len, H=heads, K=heads)
+        if data.cache:
+            cache = g.state("cache", (data.batch_size, data.cache, 2, heads, size // heads), g.dtype)
+            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=data.cache, H=heads, K=heads)
         else:
-            active = p if g.mode == "train" else 0.0
+            active = p if g.trains else 0.0
             stream = g.next_stream() if active else 0
             y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
         return project(g, y, "c_proj", size, std=std, p=p)
@@ -104,19 +85,18 @@ def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) ->
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
 
 
-def lm_head(g: Program, x: Tensor, w: Tensor, data: Batch, *, vocab_size: int, chunks: int) -> None:
-    """Ends a program: losses (N) f32 in nats, logits (N, Vp), or x itself, marked as outputs; nothing in prefill."""
-    if g.mode == "train":
+def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_size: int, chunks: int) -> Tensor:
+    """The losses (N,) f32 of logits x w^T, as `Model.loss` describes them; w (Vp, C)."""
+    if g.trains:
         losses, *_ = g.emit(
-            lm_loss_forward_backward, x, w, data.targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
+            lm_loss_forward_backward, x, w, targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
         )
-        g.output("losses", losses)
-        g.emit(loss_sum, losses, into={"scalars": g.scalars})
-    elif g.mode == "loss":
-        losses, _ = g.emit(lm_loss, x, w, data.targets, V=vocab_size, chunks=chunks)
-        g.output("losses", losses)
-        g.emit(loss_sum, losses, into={"scalars": g.scalars})
-    elif g.mode == "hidden":  # the host picks rows for a head of their own
-        g.output("hidden", x)
-    elif g.mode in ("logits", "decode"):
-        g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])
+    else:
+        losses, _ = g.emit(lm_loss, x, w, targets, V=vocab_size, chunks=chunks)
+    g.emit(loss_sum, losses, into={"scalars": g.scalars})
+    return g.output("losses", losses)
+
+
+def lm_head_logits(g: Program, x: Tensor, w: Tensor) -> Tensor:
+    """The logits x w^T (N, Vp), as `Model.logits` describes them."""
+    return g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])

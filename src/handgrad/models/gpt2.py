@@ -1,63 +1,135 @@
 """GPT-2 (Radford et al. 2019) and the GPT-3 shapes: pre-norm decoder, learned positions, tied head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from handgrad.core.dtypes import I32
 from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
-from handgrad.models.blocks import Batch, drop, layer_norm, lm_head, mlp, self_attention
+from handgrad.core.tensor import Tensor
+from handgrad.models.blocks import drop, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
+from handgrad.models.model import Batch, check_fields, flag, rate, size
+from handgrad.models.registry import register
 from handgrad.ops import embed
 
 VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
+MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
+def _hf_name(name: str) -> str:
+    """The name of one of our tensors in Hugging Face's files."""
+    return name if name == "lm_head.weight" else f"transformer.{name}"
+
+
+def _hf_only(fields: Mapping[str, Any]) -> dict[str, tuple]:
+    """Keys of config.json that change the computation: the values that we compute, their default first."""
+    return {
+        "n_inner": (None, 4 * fields["hidden_size"]),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+
+
+@register
 @dataclass(frozen=True)
 class GPT2:
-    """Sizes of a GPT-2. `dropout` applies to embeddings, attention weights and both branches, in training only."""
+    """A GPT-2. `dropout` applies to embeddings, attention weights and both branches, in training only."""
 
-    vocab_size: int = 50257
-    max_seq_len: int = 1024
-    num_layers: int = 12
-    num_heads: int = 12
-    hidden_size: int = 768
-    dropout: float = 0.0
-    tie_embeddings: bool = True
+    vocab_size: int = size(50257)
+    max_seq_len: int = size(1024)
+    num_layers: int = size(12, MAX_LAYERS)
+    num_heads: int = size(12)
+    hidden_size: int = size(768)
+    dropout: float = rate(0.0)
+    tie_embeddings: bool = flag(True)
+
+    family: ClassVar[str] = "gpt2"
+    hugging_face: ClassVar[Mapping[str, Any]] = {  # see io.hf.Format
+        "model_type": "gpt2",
+        "architecture": "GPT2LMHeadModel",
+        "fields": {
+            "vocab_size": ("vocab_size", 50257),
+            "max_seq_len": ("n_positions", 1024),
+            "num_layers": ("n_layer", 12),
+            "num_heads": ("n_head", 12),
+            "hidden_size": ("n_embd", 768),
+            "tie_embeddings": ("tie_word_embeddings", True),
+        },
+        "written": {"resid_pdrop": "dropout", "embd_pdrop": "dropout", "attn_pdrop": "dropout"},
+        "only": _hf_only,
+        "name": _hf_name,
+        "prefix": "transformer.",
+        "transposed": r"h\.\d+\..*\.c_\w+\.weight",  # their blocks store matrices (in, out)
+        "ignored": r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight",  # causal masks of old versions, a tied head
+    }
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_seq_len", "num_layers", "num_heads", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise HandgradError("model", f"{name} is at least 1", getattr(self, name))
+        check_fields(self)
         if self.hidden_size % self.num_heads:
             raise HandgradError(
                 "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise HandgradError("model", "dropout lies in [0, 1)", self.dropout)
 
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
         return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
 
-    def forward(self, g: Program, data: Batch, head_chunks: int = 1) -> None:
-        """Records the forward pass for g.mode; the losses or logits become outputs of the program."""
+    def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
+        """Token ids alone."""
+        return Batch(g.input("ids", (batch_size * seq_len,), I32), batch_size, seq_len, cache)
+
+    def body(self, g: Program, data: Batch) -> Tensor:
+        """Embedding, blocks and the last norm."""
         C, p = self.hidden_size, self.dropout
         std = (
             0.02 / (2 * self.num_layers) ** 0.5
         )  # residual projections: the variance of the sum stays put (GPT-2 §2.3)
         with g.block("embed", prefix=False):
-            wte = g.param("wte.weight", (self.vocab_padded, C), normal(0.02, rows=self.vocab_size))
-            wpe = g.param("wpe.weight", (self.max_seq_len, C), normal(0.02))
-            x, h = g.emit(embed, data.ids, wte, wpe, T=data.seq_len, decode=g.mode in ("prefill", "decode")), None
-            x = drop(g, x, p)
+            x, h = drop(g, self.embedding(g, data), p), None
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = layer_norm(g, x, h, "ln_1")
-                h = self_attention(g, n, "attn", data, heads=self.num_heads, p=p, std=std, max_len=self.max_seq_len)
+                h = self_attention(g, n, "attn", data, heads=self.num_heads, p=p, std=std)
                 x, n = layer_norm(g, x, h, "ln_2")
                 h = mlp(g, n, "mlp", size=4 * C, p=p, std=std)
         with g.block("head", prefix=False):
-            _, n = layer_norm(g, x, h, "ln_f")
-            if not self.tie_embeddings:
-                wte = g.param("lm_head.weight", (self.vocab_padded, C), normal(0.02, rows=self.vocab_size))
-            lm_head(g, n, wte, data, vocab_size=self.vocab_size, chunks=head_chunks)
+            return layer_norm(g, x, h, "ln_f")[1]
+
+    def embedding(self, g: Program, data: Batch) -> Tensor:
+        """Token plus position embeddings (N, C); with a cache, positions continue after its tokens."""
+        wte = self._table(g, "wte.weight")
+        wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
+        return g.emit(embed, data.ids, wte, wpe, T=data.seq_len, decode=data.cache > 0)
+
+    def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
+        """See `Model.loss`."""
+        with g.block("head", prefix=False):
+            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+
+    def logits(self, g: Program, x: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        with g.block("head", prefix=False):
+            return lm_head_logits(g, x, self._head(g))
+
+    def flops_per_token(self, num_params: int, seq_len: int) -> int:
+        """llm.c's formula: 6 a parameter, and attention over half of T x T.
+
+        num_params: with the padded rows of the vocabulary, positions, norms and biases; a tied head once
+
+        >>> GPT2().flops_per_token(124_475_904, 1024)
+        803478528
+        """
+        return 6 * num_params + 6 * self.num_layers * self.hidden_size * seq_len
+
+    def _head(self, g: Program) -> Tensor:
+        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
+
+    def _table(self, g: Program, name: str) -> Tensor:
+        """A table with a row per token, and rows of padding."""
+        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

@@ -1,4 +1,4 @@
-"""Named sizes: GPT-2's four, every llm.c descriptor, and the one-dial form `d<layers>`."""
+"""Named sizes: GPT-2's four, every llm.c descriptor, and `d<layers>` for any depth."""
 
 from handgrad.core.errors import HandgradError
 from handgrad.models.gpt2 import GPT2
@@ -23,8 +23,8 @@ DEPTHS = {
     72: (30, 2880),
     84: (36, 3456),
 }
-# GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; 40
-# heads of 128 are 5120, which is what is built here.
+# GPT-3 by width (Brown et al. 2020, table 2.1). The paper's 13B width of 5140 is no multiple of its head size 128; we
+# build 40 heads of 128, which are 5120.
 GPT3_WIDTHS = {
     384:   (6, 6, 384),
     768:   (12, 12, 768),
@@ -53,7 +53,7 @@ def names() -> list[str]:
 def preset(name: str) -> dict[str, int]:
     """The sizes of a preset, as GPT2's fields: num_layers, num_heads, hidden_size, max_seq_len, vocab_size.
 
-    A depth without a row of its own gets width 64 per layer and heads of 64, the rule the table follows at d6 and d12.
+    A depth that is not in the table gets 64 columns per layer and heads of 64: the table's own rule at d6 and d12.
 
     >>> preset("gpt2-124m")["hidden_size"], preset("d8")["hidden_size"], preset("gpt3:c5140")["hidden_size"]
     (768, 512, 5120)

@@ -1,7 +1,7 @@
-"""The weights that llm.c's GPU trainer starts from: torch's Mersenne twister and normal_ on a CPU, without torch.
+"""The initial weights of llm.c's GPU trainer: torch's Mersenne twister and normal_ on a CPU, without torch.
 
-Numbers come in blocks of 16 from 16 words. A count that is no multiple of 16 has its last 16 drawn again, from words of
-their own. Below 16, numbers come in pairs from two uniforms of 53 bits, in float64.
+torch makes 16 numbers from 16 words at a time. If a count is no multiple of 16, it draws the last 16 again from new
+words. Below 16 it makes pairs of numbers from two uniforms of 53 bits, in float64.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from handgrad.backends.cpu.library import library
+from handgrad.core.errors import HandgradError
 from handgrad.core.params import Param
 from handgrad.core.program import Program
+from handgrad.io import llmc
 
 SEED = 42
 BLOCK = 16
-PIECE = BLOCK << 16  # numbers computed in one go: their words stay in a cache
+PIECE = BLOCK << 16  # numbers computed at a time: their words stay in cache
 
 
 class Twister:
@@ -31,7 +33,7 @@ class Twister:
         for at in range(0, whole, PIECE):
             self._fill(out[at : min(at + PIECE, whole)], std)
         if whole < count:
-            self._draw(count - whole)  # what torch draws and does not use
+            self._draw(count - whole)  # torch draws these and does not use them
             self._fill(out[-BLOCK:], std)
         return out
 
@@ -53,11 +55,19 @@ class Twister:
 def draws(p: Program) -> Iterator[tuple[Param, np.ndarray]]:
     """Every parameter of a GPT-2 with its initial values, float32, drawn in the order in which the model uses them.
 
-    Rows of padding are 0. The smaller deviation of the projections into the residual stream is rounded as llm.c does
-    it, for many depths one bit off the nearest float32.
+    Rows of padding are 0. The smaller standard deviation of the residual projections is rounded as in llm.c, for many
+    depths one bit off the nearest float32. Raises HandgradError for a model with other parameters.
     """
+    layers = sum(name.endswith(".attn.c_proj.weight") for name in p.params)
+    for name in sorted(set(llmc.names(layers)) ^ p.params.keys()):
+        got = f"a model {'with' if name in p.params else 'without'} '{name}'"
+        hint = "other models start with --model.init random"
+        raise HandgradError("train", "llm.c's initial weights are those of a GPT-2 with a tied head", got, hint=hint)
+    return _draws(p, layers)
+
+
+def _draws(p: Program, layers: int) -> Iterator[tuple[Param, np.ndarray]]:
     twister = Twister()
-    layers = sum(name.endswith("attn.c_proj.weight") for name in p.params)
     std = np.float32(0.02)
     projected = std * (np.float32(1) / np.sqrt(np.float32(2 * layers)))
     for name, info in p.params.items():

@@ -16,8 +16,8 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.io.weights import PADDED, Weights
-from handgrad.models import GPT2, batch
+from handgrad.io.weights import Weights
+from handgrad.models import Model, forward_loss
 from handgrad.ops import add
 from handgrad.ops.adamw.reference import split_weight
 from handgrad.optim import AdamW, record_step
@@ -28,7 +28,7 @@ Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
 
 
 def record_train(
-    model: GPT2,
+    model: Model,
     optim: AdamW,
     micro_batch: int,
     seq_len: int,
@@ -53,17 +53,17 @@ def record_train(
             f"seq_len {seq_len}",
             hint="--model.max-seq-len",
         )
-    p = Program(dtype, "train", accumulates, grad_dtype, master)
-    model.forward(p, batch(p, micro_batch, seq_len), chunks)
+    p = Program(dtype, trains=True, accumulates=accumulates, grad_dtype=grad_dtype, master=master)
+    forward_loss(p, model, micro_batch, seq_len, chunks)
     backward(p, add, drop=POLICIES[recompute])
     record_step(p, optim)
     return p
 
 
-def record_loss(model: GPT2, micro_batch: int, seq_len: int, dtype: DType, chunks: int) -> Program:
+def record_loss(model: Model, micro_batch: int, seq_len: int, dtype: DType, chunks: int) -> Program:
     """The list of one evaluation batch."""
-    p = Program(dtype, "loss")
-    model.forward(p, batch(p, micro_batch, seq_len), chunks)
+    p = Program(dtype)
+    forward_loss(p, model, micro_batch, seq_len, chunks)
     return p
 
 
@@ -99,14 +99,14 @@ def initialize(p: Program, arena: Arena, seed: int, init: str | Weights | Iterat
 
 def copy(p: Program, arena: Arena, weights: Weights) -> None:
     """Writes the weights of a model on disk, one tensor after another."""
-    mine, theirs = {name: info.tensor for name, info in p.params.items()}, weights.shapes()
-    for name in sorted(mine.keys() ^ theirs.keys()):
+    for name in sorted(p.params.keys() ^ weights.shapes.keys()):
         raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
-    for name, shape in theirs.items():
-        rows, own = mine[name].shape[0], mine[name].shape
-        if own != ((max(rows, shape[0]), *shape[1:]) if name in PADDED else shape):
-            raise HandgradError("train", f"the model to start from has '{name}' of {own}", shape)
-        write_weight(arena, mine[name], weights.tensor(name, "f32", rows))
+    for name, shape in weights.shapes.items():
+        own, padded = p.params[name].tensor, p.params[name].init.rows is not None
+        rows = own.shape[0]
+        if own.shape != ((max(rows, shape[0]), *shape[1:]) if padded else shape):
+            raise HandgradError("train", f"the model to start from has '{name}' of {own.shape}", shape)
+        write_weight(arena, own, weights.tensor(name, "f32", rows))
 
 
 def drawing(p: Program, seed: int, halves: bool) -> Iterator[Parts]:

@@ -34,7 +34,7 @@ from handgrad.optim import AdamW, schedules
 from handgrad.train.config import Config, ModelConfig
 from handgrad.train.explain import explain
 from handgrad.train.log import RunLog, replace_file
-from handgrad.train.mfu import flops_per_token, mfu
+from handgrad.train.mfu import mfu
 from handgrad.train.report import write_report
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Step, Trainer
@@ -248,8 +248,7 @@ class Run:
         """Model flops as a fraction of the hardware's peak, where that is known."""
         if self.peak is None:
             return None
-        m = self.trainer.model
-        per_token = flops_per_token(self.facts["params"], m.num_layers, m.hidden_size, self.config.data.seq_len)
+        per_token = self.trainer.model.flops_per_token(self.facts["params"], self.config.data.seq_len)
         return mfu(tokens_per_second, per_token, self.peak)
 
     def describe(self) -> None:

@@ -1,0 +1,157 @@
+"""Model and Batch: what every family offers, what its body reads, and functions that record or list a whole model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+from handgrad.core.dtypes import F32, I32, DType
+from handgrad.core.errors import HandgradError
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Input handles of one micro-batch, declared by `Model.inputs`.
+
+    The data fill each handle with the array of its name. A family that reads more (positions, document bounds, token
+    types, a source text) adds an optional handle here.
+    """
+
+    ids: Tensor  # (batch_size * seq_len,) i32, row by row
+    batch_size: int
+    seq_len: int
+    cache: int = 0  # tokens in the key/value cache of each sequence; 0: no cache
+
+
+class Model(Protocol):
+    """A model of some family: a frozen dataclass of sizes whose methods append calls to a program.
+
+    `body` and the head (`loss`, `logits`) are apart: the caller decides what follows the body, and may run the head on
+    rows that it picks. What they record depends on the fields, the batch and `Program.trains`, on nothing else.
+
+    family: the name in checkpoints;  hugging_face: the arguments of `io.hf.Format`, empty if Hugging Face's library has
+    no such family
+    """
+
+    family: ClassVar[str]
+    hugging_face: ClassVar[Mapping[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens; every id lies below it."""
+        ...
+
+    @property
+    def vocab_padded(self) -> int:
+        """Columns of the logits: vocab_size and padding, which never counts."""
+        ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """The most tokens of one sequence."""
+        ...
+
+    def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
+        """Declares the inputs that the body reads. cache: tokens in each sequence's key/value cache, 0 for no cache."""
+        ...
+
+    def body(self, g: Program, data: Batch) -> Tensor:
+        """Records everything before the head; returns its rows (N, C) in the working dtype."""
+        ...
+
+    def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
+        """Records the head on rows x (N, C) and marks its losses as the output "losses"; returns them.
+
+        targets: (N,) i32, IGNORE_INDEX for a row that does not count;  chunks: pieces that the logits are computed in
+
+        The losses (N,) f32 are nats. In a program that trains, they start the gradients of x and of the head.
+        """
+        ...
+
+    def logits(self, g: Program, x: Tensor) -> Tensor:
+        """Records the head on rows x (N, C); returns the logits (N, vocab_padded), the output "logits"."""
+        ...
+
+    def flops_per_token(self, num_params: int, seq_len: int) -> int:
+        """The multiply and add count of a token's forward and backward that the family's MFU is defined by.
+
+        num_params: all parameters of the program. What is recomputed in backward does not count.
+        """
+        ...
+
+
+# whole models ---------------------------------------------------------------------------------------------------------
+
+
+def forward_loss(g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1) -> Tensor:
+    """Records inputs, body and losses; the input "targets" has as many rows as the body returns."""
+    x = model.body(g, model.inputs(g, batch_size, seq_len))
+    return model.loss(g, x, g.input("targets", x.shape[:1], I32), chunks)
+
+
+def forward_logits(g: Program, model: Model, batch_size: int, seq_len: int, *, cache: int = 0) -> Tensor:
+    """Records inputs, body and logits."""
+    return model.logits(g, model.body(g, model.inputs(g, batch_size, seq_len, cache=cache)))
+
+
+def declare(model: Model, dtype: DType = F32) -> Program:
+    """A program of one token, body and head, that declares every parameter in the order of use. It is never run.
+
+    >>> from handgrad.models import GPT2
+    >>> len(declare(GPT2(num_layers=1)).params)
+    16
+    """
+    g = Program(dtype)
+    forward_logits(g, model, 1, 1)
+    return g
+
+
+def shapes(g: Program) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, without rows of padding."""
+    tensors = {name: (info.tensor.shape, info.init.rows) for name, info in g.params.items()}
+    return {name: (rows or shape[0], *shape[1:]) for name, (shape, rows) in tensors.items()}
+
+
+# fields ---------------------------------------------------------------------------------------------------------------
+
+
+def size(default: int, most: int = 2**31 - 1) -> Any:
+    """A field of a model: a whole number from 1 to `most`."""
+    return _field(
+        default,
+        ("is a whole number", lambda value: type(value) is int),
+        ("is at least 1", lambda value: value >= 1),
+        (f"is at most {most:,}", lambda value: value <= most),
+    )
+
+
+def rate(default: float) -> Any:
+    """A field of a model: a probability below 1."""
+    return _field(
+        default,
+        ("is a number", lambda value: type(value) in (int, float)),
+        ("lies in [0, 1)", lambda value: 0 <= value < 1),
+    )
+
+
+def flag(default: bool) -> Any:
+    """A field of a model: true or false."""
+    return _field(default, ("is true or false", lambda value: type(value) is bool))
+
+
+def _field(default: Any, *rules: tuple[str, Callable[[Any], bool]]) -> Any:
+    """A dataclass field with rules for its value, of which the first broken one is reported."""
+    return field(default=default, metadata={"rules": rules})
+
+
+def check_fields(model: Any) -> None:
+    """Raises HandgradError for a field of another type or out of bounds. Every family's `__post_init__` calls it first.
+
+    Fields may come from a damaged file: the bounds keep recording cheap whatever it holds.
+    """
+    for f in fields(model):
+        value = getattr(model, f.name)
+        for rule, holds in f.metadata["rules"]:
+            if not holds(value):
+                raise HandgradError("model", f"{f.name} {rule}", repr(value))

@@ -1,0 +1,69 @@
+"""Families by name, and a model as the dictionary that a checkpoint's run.json keeps."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from handgrad.core.errors import HandgradError
+from handgrad.models.model import Model
+
+FAMILIES: dict[str, type[Model]] = {}
+UNNAMED = "gpt2"  # the family of checkpoints that name none
+
+Family = TypeVar("Family", bound=type)
+
+
+def register(cls: Family) -> Family:
+    """Registers a family under its `family` name: the decorator of its dataclass."""
+    known = FAMILIES.setdefault(cls.family, cls)
+    if known is not cls:
+        raise HandgradError("model", "every family has a name of its own", f"'{cls.family}' twice")
+    return cls
+
+
+def family(name: object) -> type[Model]:
+    """The family of this name. Raises HandgradError for an unknown one."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise HandgradError("model", f"a family is one of {', '.join(FAMILIES)}", repr(name))
+    return FAMILIES[name]
+
+
+def of_model_type(model_type: object, source: object) -> type[Model]:
+    """The family that Hugging Face's library calls by this name. Raises HandgradError that names the source."""
+    types = {cls.hugging_face["model_type"]: cls for cls in FAMILIES.values() if cls.hugging_face}
+    if not isinstance(model_type, str) or model_type not in types:
+        raise HandgradError("hf", f"{source} has the model_type {' or '.join(types)}", repr(model_type))
+    return types[model_type]
+
+
+def to_dict(model: Model) -> dict[str, Any]:
+    """The family and fields of a model, as `from_dict` reads them.
+
+    >>> from handgrad.models import GPT2
+    >>> saved = to_dict(GPT2(num_layers=3))
+    >>> saved["family"], saved["model"]["num_layers"], from_dict(saved, "generate", "run.json") == GPT2(num_layers=3)
+    ('gpt2', 3, True)
+    """
+    return {"family": model.family, "model": asdict(model)}
+
+
+def from_dict(saved: Mapping[str, Any], where: str, source: object) -> Model:
+    """The model of {"family": name, "model": fields}. Raises HandgradError(where) that names the source."""
+    try:
+        cls = family(saved.get("family", UNNAMED))
+    except HandgradError as error:
+        raise HandgradError(where, f"{source} gives a family, one of {', '.join(FAMILIES)}", error.got) from None
+    known = [f.name for f in fields(cls)]
+    for name in known + list(saved["model"]):
+        if (name in known) != (name in saved["model"]):
+            got = f"{'no ' if name in known else ''}{name!r}"
+            raise HandgradError(where, f"{source} gives {', '.join(known)}", got)
+    return build(cls, saved["model"], where, source)
+
+
+def build(cls: type[Model], values: Mapping[str, Any], where: str, source: object) -> Model:
+    """cls(**values) of what a file says. Raises HandgradError(where) that names the source."""
+    try:
+        return cls(**values)
+    except HandgradError as error:
+        raise HandgradError(where, f"{source} gives a model whose {error.rule}", error.got) from None
