@@ -36,12 +36,14 @@ def tokens(
     seed: int = 0,
     shuffle: bool = True,
     vocab_size: int | None = None,
+    overfit: bool = False,
 ) -> "Tokens":
     """Returns the `Tokens` over all shards that match the glob `pattern`, in the order of their names.
 
     seq_len, batch_tokens: tokens in a sequence, and in an optimizer step over all ranks and micro-batches
     seed, shuffle: which order; without shuffle the order is the file's
     vocab_size: if given, every batch is checked against it
+    overfit: every step has the batch of the first
 
     Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens, or
     batch_tokens is not a multiple of seq_len.
@@ -55,7 +57,7 @@ def tokens(
     array([[1, 2, 3, 4],
            [5, 6, 7, 8]], dtype=int32)
     """
-    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size)
+    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit)
 
 
 def find_shards(pattern: str | Path) -> list[str]:
@@ -70,7 +72,7 @@ def find_shards(pattern: str | Path) -> list[str]:
 class Tokens:
     """Token windows of one data set; made by `tokens`.
 
-    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size: as given to `tokens`
+    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit: as given to `tokens`
     shards: list of Shard, by name
     folder: Path of the folder of the first shard
     sequences: sequences in a step
@@ -78,7 +80,7 @@ class Tokens:
     windows: sequences in an epoch
     """
 
-    def __init__(self, pattern, seq_len, batch_tokens, seed, shuffle, vocab_size):
+    def __init__(self, pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit):
         if seq_len < 1:
             raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
         if batch_tokens < seq_len or batch_tokens % seq_len:
@@ -92,6 +94,7 @@ class Tokens:
         self.seed = seed
         self.shuffle = shuffle
         self.vocab_size = vocab_size
+        self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
         self.folder = self.shards[0].path.parent
         self.sequences = batch_tokens // seq_len
@@ -140,7 +143,8 @@ class Tokens:
         if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
             rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
-        first = self.ahead + step * self.sequences + (micro_step * world + rank) * micro_batch
+        first = 0 if self.overfit else self.ahead + step * self.sequences
+        first += (micro_step * world + rank) * micro_batch
         windows, offsets = self._order(first, micro_batch)
         return self._gather(windows, offsets, micro_batch)
 

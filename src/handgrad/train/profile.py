@@ -2,9 +2,9 @@
 
 import json
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from handgrad.core.listing import PHASE
@@ -120,22 +120,20 @@ def profile(
 ) -> Profile:
     """Runs `steps` steps as always, then `steps` call by call. The weights of the trainer change in both.
 
-    A step that accumulates is taken apart in its first micro-batch only: give the trainer one.
+    Of a step that accumulates, only the first micro-batch is timed call by call: give the trainer one.
 
     >>> import handgrad as hg
     >>> data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     >>> model = hg.models.GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=32)
-    >>> found = profile(hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=4), steps=1)
+    >>> found = profile(hg.Trainer(model, hg.optim.AdamW(), data, execution=hg.Execution(micro_batch=4)), steps=1)
     >>> sorted(row.name for row in found.rows("phase"))
     ['backward', 'forward', 'norm', 'recompute', 'update']
     """
     warm = 3 if trainer.backend.is_asynchronous else 1  # a device's first steps compile, capture, and start the queue
-    marks = []
-    for _ in range(warm + steps):
-        last = trainer.step(trainer.last_step + 1, LEARNING_RATE)  # waits for the one before it
-        marks.append(time.perf_counter())
-    last.loss  # noqa: B018  the queue is empty when the traces begin
-    step_seconds = statistics.median(b - a for a, b in zip(marks[warm - 1 :], marks[warm:]))
+    results = [trainer.step(trainer.last_step + 1, LEARNING_RATE) for _ in range(warm + steps)]
+    results[-1].loss  # noqa: B018  the queue is empty when the traces begin
+    marks = [result.end for result in results[warm - 1 :]]
+    step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
     calls: list[Call] = []
     traces = []
     for _ in range(steps):
