@@ -25,7 +25,7 @@ from handgrad.evals import scoring
 from handgrad.evals.metrics import choices
 from handgrad.evals.tasks import encode_pair
 from handgrad.models import GPT2
-from handgrad.train.record import initialize
+from handgrad.train.start import Start, initialize
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPT = tokenizers.gpt2()
@@ -258,7 +258,7 @@ def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
     opened = open_backend(backend, 1 if backend == "cpu" else 0)
     programs = evals.record(model, DTYPES[dtype], tokens)
     arena = opened.alloc(opened.plan(*programs))
-    initialize(programs[0], arena, seed=3)
+    initialize(programs[0], arena, Start(seed=3))
     for info in programs[0].params.values():  # away from the start, where all logits are alike
         w = np.array(arena.read_part("param", info.tensor)).astype(np.float32)
         w[: info.init.rows] *= 4

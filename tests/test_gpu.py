@@ -39,7 +39,7 @@ def card():
 
 @pytest.fixture(scope="module")
 def steady():
-    return open_backend("cuda", deterministic=True)
+    return open_backend("cuda", precision=hg.Precision(deterministic=True))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -128,10 +128,13 @@ def text(tmp_path_factory):
     return str(folder / "*.bin")
 
 
-def trainer(text, out=None, **changes):
+def trainer(text, out=None, *, dropout=0.0, micro_batch=8, guard=hg.Guard(), head_bytes=0, **kinds):
+    """On the GPU, bf16 and deterministic; other fields of Precision as keywords."""
     data = hg.data.tokens(text, seq_len=64, batch_tokens=2048)
-    sizes = dict(micro_batch=8, backend="cuda", dtype="bf16", deterministic=True, out=out)
-    return hg.Trainer(GPT2(**SMALL, dropout=changes.pop("dropout", 0.0)), hg.optim.AdamW(), data, **sizes | changes)
+    execution = hg.Execution(micro_batch, head_bytes=head_bytes, backend="cuda", guard=guard)
+    precision = hg.Precision(**dict(dtype="bf16", deterministic=True) | kinds)
+    model = GPT2(**SMALL, dropout=dropout)
+    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, precision=precision, out=out)
 
 
 def curve(run, steps, start=1):
@@ -309,9 +312,8 @@ def test_twenty_steps_of_gpt2_follow_pytorch(tmp_path):
     write_shard(tmp_path / "train_0.bin", [ids], id_dtype(50257))
     data = hg.data.tokens(str(tmp_path / "*.bin"), seq_len=256, batch_tokens=2048)
     model, steps, rate = hg.models.gpt2("124m"), 20, 1e-4
-    run = hg.Trainer(
-        model, hg.optim.AdamW(), data, micro_batch=8, backend="cuda", dtype="bf16", val=False, sample=False
-    )
+    kind = dict(execution=hg.Execution(8, extra_programs=(), backend="cuda"), precision=hg.Precision("bf16"))
+    run = hg.Trainer(model, hg.optim.AdamW(), data, **kind)
     state = run._state()
     start = {f"w:{n}": join_weight(np.float32(w), state[f"low.{n}"]) for n, w in run.params().items()}
     batches = [data.batch(k, micro_batch=8) for k in range(steps)]
@@ -343,8 +345,9 @@ def test_compute_sanitizer_is_silent():
     """Small cases of every op, all of attention's, and Hopper's product with its pieces."""
     code = (
         "from handgrad.backends import open_backend; from handgrad.ops import OPS;"
-        "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16\n"
-        "card = open_backend('cuda', deterministic=True)\n"
+        "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16;"
+        "from handgrad.core.precision import Precision\n"
+        "card = open_backend('cuda', precision=Precision(deterministic=True))\n"
         "for op in OPS.values():\n"
         "    small = [c for c in op.cases if not c.real]\n"
         "    for case in small if op.name.startswith('attention') else small[:3]:\n"

@@ -14,12 +14,14 @@ from handgrad.backends import open_backend
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.models import GPT2, batch, gpt2, names, preset
 from handgrad.ops import OPS
 from handgrad.optim import AdamW, schedules
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.record import initialize
+from handgrad.train.execution import Execution
+from handgrad.train.start import Start, initialize
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
 judge = importlib.util.module_from_spec(SPEC)
@@ -34,7 +36,7 @@ def difference(model, policy="none", samples=3):
 
     def fill(p, arena):
         rng = np.random.default_rng(0)
-        initialize(p, arena, seed=1)
+        initialize(p, arena, Start(seed=1))
         for info in p.params.values():
             w = arena.part("param", info.tensor)[: info.init.rows]
             w += rng.normal(0, 0.2, w.shape)
@@ -109,7 +111,8 @@ def compare(model, torch_model, to_ours, pattern, dtype="f32", seq_len=T):
     )
     loss.backward()
     want = to_ours({name: p.grad.numpy() for name, p in torch_model.named_parameters()})
-    run = Trainer(model, AdamW(**OPTIM), tokens, micro_batch=B, dtype=dtype, val=False, sample=False)
+    execution = Execution(B, extra_programs=(), backend="cpu")
+    run = Trainer(model, AdamW(**OPTIM), tokens, execution=execution, precision=Precision(dtype))
     run.load_params(params)
     first = run.step(1, LR(1))
     errors |= {name: relative(run.grads()[name], g) for name, g in want.items()}
@@ -315,7 +318,9 @@ def test_initial_weights_are_seeded_and_scaled(tiny, shards):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=16)
     model = tiny(hidden_size=192, num_layers=3)
     a, b, other = (
-        Trainer(model, AdamW(), tokens, micro_batch=1, seed=seed, val=False, sample=False).params()
+        Trainer(
+            model, AdamW(), tokens, execution=Execution(1, extra_programs=(), backend="cpu"), start=Start(seed)
+        ).params()
         for seed in (1, 1, 2)
     )
     for name, w in a.items():
