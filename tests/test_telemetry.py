@@ -9,7 +9,8 @@ import pytest
 from handgrad.backends.cpu import CpuBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.train.log import RunLog, read_log
+from handgrad.train.log import RunLog
+from handgrad.train.log_file import read_log
 from handgrad.train.telemetry import Telemetry, in_words
 
 pynvml = pytest.importorskip("pynvml")

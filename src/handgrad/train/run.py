@@ -7,7 +7,8 @@ from handgrad.infer.load import TOKENIZER
 from handgrad.train.config import Config
 from handgrad.train.folder import SETTINGS, changes, claim, run_folder
 from handgrad.train.interrupt import EXIT_CODE
-from handgrad.train.log import RunLog, replace_file
+from handgrad.train.log import RunLog
+from handgrad.train.log_file import replace_file
 from handgrad.train.loop import loop, sample
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve

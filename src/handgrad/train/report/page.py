@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from handgrad.train.log import clock, short
+from handgrad.train.log_text import clock, short
 from handgrad.train.report.curves import curves, running_mean
 from handgrad.train.report.read import Run
 
