@@ -117,7 +117,7 @@ def test_p4_descriptors(name):
 def test_p4_t6_the_13b_works():
     """llm.c's aborts. Planned whole, and its block (40 heads of 128) trained."""
     sizes = hg.models.preset("gpt3:c5140")
-    page = hg.explain(hg.models.GPT2(**sizes), 1, 2048, remedies=False)
+    page = hg.explain(hg.models.GPT2(**sizes), 2048, execution=hg.Execution(micro_batch=1), remedies=False)
     assert page.program.num_params == pytest.approx(12.85e9, rel=0.01)
     assert sizes["hidden_size"] == 40 * 128 == 128 * sizes["num_heads"]
 

@@ -1,4 +1,4 @@
-"""Execution: how a step is executed, as far as it changes memory and time and not what is learnt."""
+"""Execution: how a step is executed: in which pieces, in how much memory, where, and under which checks."""
 
 from dataclasses import dataclass
 

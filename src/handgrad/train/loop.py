@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from typing import Any
 
 from handgrad import evals
@@ -42,7 +43,7 @@ def loop(run: Run, log: RunLog) -> bool:
     trainer, last, saved = run.trainer, run.config.run.steps, run.done
     with Interrupt(log.say) as interrupt:
         try:
-            for f in steps(trainer, run.lr, run.done + 1, last, lambda number: due_after(run, number, interrupt.asked)):
+            for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
                 report(run, log, f)
                 if f.due.save:
                     save(run, wait=f.due.stop or f.number == last)
@@ -63,14 +64,14 @@ def steps(
 ) -> Iterator[Finished]:
     """Runs the steps `first` to `last` and yields each in order.
 
-    An asynchronous device is never idle while the caller writes numbers: a step is yielded when the next one has been
-    started. Where something is due after it, it is yielded before the next one starts.
+    On an asynchronous device, a step is yielded once the next one has been started: the device works while the caller
+    writes numbers. A step after which something is due is yielded before the next one starts.
     """
     waiting, begin = None, trainer.backend.mark()
     for number in range(first, last + 1):
         try:
             result = trainer.step(number, lr(number))
-        finally:  # if it raises, the step before it has been done all the same
+        finally:  # also if it raises: the step before it is done
             if waiting is not None:
                 yield waiting
         waiting = Finished(number, result, begin, due(number))
@@ -81,9 +82,9 @@ def steps(
         waiting, begin = None, trainer.backend.mark()  # after whatever the caller did
 
 
-def due_after(run: Run, number: int, is_stopped: bool) -> Due:
+def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
     """What is due after a step."""
-    r, is_last = run.config.run, number == run.config.run.steps
+    r, is_last, is_stopped = run.config.run, number == run.config.run.steps, interrupt.asked
     return Due(
         val=run.val is not None and (is_last or every(r.val_every, number)),
         hellaswag=bool(run.hellaswag) and (is_last or every(r.eval_every, number)),
@@ -120,11 +121,8 @@ def report(run: Run, log: RunLog, f: Finished) -> None:
     if result.skipped:
         log.event(f.number, f"update skipped: {result.skipped}")
     if result.skips > r.max_skipped:
-        rule, hint = (
-            f"{result.skips} updates in a row were skipped",
-            "a lower --optim.lr; --run.check nan names the call",
-        )
-        raise HandgradError("train", f"{rule}, the last at step {f.number}: {result.skipped}", hint=hint)
+        what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
+        raise HandgradError("train", what, hint="a lower --optim.lr; --run.check nan names the call")
 
 
 def hellaswag(run: Run) -> float:
