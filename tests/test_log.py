@@ -372,7 +372,7 @@ def test_weights_and_biases_gets_the_figures_and_one_run_however_often_it_is_res
 
 
 def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatch):
-    with pytest.raises(HandgradError, match="Weights & Biases takes the run, but got no such project"):
+    with pytest.raises(HandgradError, match="Weights & Biases refuses the run: no such project"):
         RunLog(tmp_path, 3, wandb="refused")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(HandgradError, match=r"--run.wandb needs .* hint: pip install 'handgrad\[wandb\]'"):

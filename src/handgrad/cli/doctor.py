@@ -106,29 +106,29 @@ def driver() -> Iterator[Finding]:
     yield Finding(OK, "driver", text) if cuda >= 13000 else Finding(PROBLEM, "driver", text, "driver 580 or newer")
 
 
-def cards() -> Iterator[Finding]:
+def gpus() -> Iterator[Finding]:
     """Every GPU that this process sees, and its peaks."""
     try:
         from handgrad.backends.cuda.driver import Device, find_gpus
         from handgrad.backends.cuda.peaks import peaks
 
         found = find_gpus()
-    except HandgradError:  # the driver's line has told it
+    except HandgradError:  # reported by the driver's line
         return
     if not found:
-        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides cards; nvidia-smi lists them")
-    for i, (card, (major, minor), total) in enumerate(found):
-        text, name = f"{card}, compute capability {major}.{minor}", f"GPU {i}"
+        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides GPUs; nvidia-smi lists them")
+    for i, (name, (major, minor), total) in enumerate(found):
+        text, which = f"{name}, compute capability {major}.{minor}", f"GPU {i}"
         try:
             device = Device(i)
             free, total = device.memory()
         except HandgradError as error:
-            yield Finding(PROBLEM, name, f"{text}, {total / MIB:,.0f} MiB: {error}", "nvidia-smi shows who holds it")
+            yield Finding(PROBLEM, which, f"{text}, {total / MIB:,.0f} MiB: {error}", "nvidia-smi shows who holds it")
             continue
         text += f", {device.sms} SMs, {free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
         hint = "another process holds much of its memory: nvidia-smi" if free < 0.9 * total else ""
-        yield Finding(OK, name, text, hint)
-        known = peaks(card)
+        yield Finding(OK, which, text, hint)
+        known = peaks(name)
         if known is None:
             yield Finding(OK, "peaks", "of a GPU that the table does not list: a matmul is measured instead")
         else:
@@ -202,7 +202,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "handgrad": host,
     "cpu backend": cpu,
     "driver": driver,
-    "GPU": cards,
+    "GPU": gpus,
     "libraries": libraries,
     "cache": compile_cache,
     "auto": bound,

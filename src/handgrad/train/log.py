@@ -117,7 +117,7 @@ class RunLog:
         loss, val_loss: nats a token; val_loss only where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
         hellaswag: accuracy, 0 to 1, where it was measured
-        gpu: what `Telemetry.read` returned, where it was asked
+        gpu: what `Telemetry.read` returned, where it was read
         mfu: model flops as a fraction of the hardware's peak, where that is known
         tokens, step_seconds: of this update alone, without validation, sampling and saving
 

@@ -1,11 +1,11 @@
-"""Model flops utilisation: the part of the hardware's peak that the model itself needs, by llm.c's formula."""
+"""Model flops utilisation: the model's own flops as a fraction of the hardware's peak, by llm.c's formula."""
 
 
 def flops_per_token(num_params: int, num_layers: int, hidden_size: int, seq_len: int) -> int:
     """Multiply and add count of one token's forward and backward: 6 a parameter, and attention over half of T x T.
 
     num_params: all of them, with the padded rows of the vocabulary, positions, norms and biases; a tied head once.
-    What is computed again in backward does not count.
+    Recomputation does not count.
 
     >>> flops_per_token(124_475_904, 12, 768, 1024)
     803478528
@@ -14,7 +14,7 @@ def flops_per_token(num_params: int, num_layers: int, hidden_size: int, seq_len:
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
-    """The part, 0 to 1, of `peak_flops` (FLOP/s, dense, of the element type that products are computed in).
+    """The part, 0 to 1, of `peak_flops` (FLOP/s, dense, of the element type that matmuls are computed in).
 
     >>> round(mfu(548_400, 803_478_528, 989.4e12), 3)
     0.445

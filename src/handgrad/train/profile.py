@@ -1,4 +1,4 @@
-"""profile: where a step's time goes, call by call, beside what the bytes and flops of each call must take."""
+"""profile: the time of every call of a step, beside its lower bound: its bytes and flops at the hardware's limits."""
 
 import json
 import statistics
@@ -12,12 +12,12 @@ from handgrad.core.program import Call
 from handgrad.train.trainer import Trainer
 
 GROUPS = ("op", "phase", "block", "call")
-LEARNING_RATE = 1e-4  # of random tokens nothing is learnt, and nothing may grow
+LEARNING_RATE = 1e-4  # tokens are random: there is nothing to learn, and weights must not grow
 
 
 @dataclass(frozen=True)
 class Row:
-    """Some calls together. `bound`: seconds that they take at the hardware's limits, None if those are unknown."""
+    """Some calls together. `bound`: the least seconds they can take at the hardware's limits, None if unknown."""
 
     name: str
     calls: int
@@ -29,11 +29,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """One step of a micro-batch, taken apart.
+    """One step of a micro-batch, timed call by call.
 
     seconds         of each call, median over the traces
-    step_seconds    of a whole step that runs as always, median
-    flops_limit     FLOP/s of the hardware's products, None if unknown
+    step_seconds    of a whole step, median
+    flops_limit     FLOP/s of the hardware's matmuls, None if unknown
     bytes_limit     bytes/s of its memory, None if unknown
     """
 
@@ -49,7 +49,7 @@ class Profile:
         return sum(self.seconds)
 
     def bound(self, c: Call) -> float | None:
-        """Seconds that a call takes at least: its bytes through the memory, or its flops through the multipliers."""
+        """The least seconds a call can take: its bytes at the memory's bandwidth, or its flops at the peak."""
         if self.flops_limit is None or self.bytes_limit is None:
             return None
         return max(c.op.nbytes(c) / self.bytes_limit, c.flops / self.flops_limit)
@@ -118,7 +118,7 @@ def arguments(c: Call, seconds: float) -> dict[str, str | int | float]:
 def profile(
     trainer: Trainer, steps: int = 3, *, flops_limit: float | None = None, bytes_limit: float | None = None
 ) -> Profile:
-    """Runs `steps` steps as always, then `steps` call by call. The weights of the trainer change in both.
+    """Runs `steps` whole steps, then `steps` call by call. Both change the weights of the trainer.
 
     Of a step that accumulates, only the first micro-batch is timed call by call: give the trainer one.
 

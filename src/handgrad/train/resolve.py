@@ -37,7 +37,7 @@ class Run:
     lr               learning rate of a step
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
-    hellaswag        its questions; none: it is not asked
+    hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
     peak_flops       FLOP/s of the hardware in this precision, None if unknown
     done             steps that are behind it

@@ -38,7 +38,7 @@ class Telemetry:
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._card = pynvml.nvmlDeviceGetHandleByPciBusId(pci_bus)
+            self._gpu = pynvml.nvmlDeviceGetHandleByPciBusId(pci_bus)
         except pynvml.NVMLError as error:
             raise HandgradError("telemetry", f"NVML cannot read the GPU at {pci_bus}: {error}") from None
 
@@ -50,19 +50,19 @@ class Telemetry:
         memory: MiB in use by all processes;  fan: % of its speed
         throttled: what holds the clocks back, e.g. "power, heat"; empty for nothing
         """
-        n, card = self._nvml, self._card
+        n, gpu = self._nvml, self._gpu
         figures: dict[str, Callable[[], Any]] = {
-            "load": lambda: n.nvmlDeviceGetUtilizationRates(card).gpu,
-            "memory_load": lambda: n.nvmlDeviceGetUtilizationRates(card).memory,
-            "power": lambda: n.nvmlDeviceGetPowerUsage(card) / 1000,
-            "power_limit": lambda: n.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
-            "temperature": lambda: n.nvmlDeviceGetTemperature(card, n.NVML_TEMPERATURE_GPU),
-            "clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_SM),
-            "max_clock": lambda: n.nvmlDeviceGetMaxClockInfo(card, n.NVML_CLOCK_SM),
-            "memory_clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_MEM),
-            "memory": lambda: n.nvmlDeviceGetMemoryInfo(card).used // MIB,
-            "fan": lambda: n.nvmlDeviceGetFanSpeed(card),
-            "throttled": lambda: reasons(n.nvmlDeviceGetCurrentClocksEventReasons(card)),
+            "load": lambda: n.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "memory_load": lambda: n.nvmlDeviceGetUtilizationRates(gpu).memory,
+            "power": lambda: n.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "power_limit": lambda: n.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+            "temperature": lambda: n.nvmlDeviceGetTemperature(gpu, n.NVML_TEMPERATURE_GPU),
+            "clock": lambda: n.nvmlDeviceGetClockInfo(gpu, n.NVML_CLOCK_SM),
+            "max_clock": lambda: n.nvmlDeviceGetMaxClockInfo(gpu, n.NVML_CLOCK_SM),
+            "memory_clock": lambda: n.nvmlDeviceGetClockInfo(gpu, n.NVML_CLOCK_MEM),
+            "memory": lambda: n.nvmlDeviceGetMemoryInfo(gpu).used // MIB,
+            "fan": lambda: n.nvmlDeviceGetFanSpeed(gpu),
+            "throttled": lambda: reasons(n.nvmlDeviceGetCurrentClocksEventReasons(gpu)),
         }
         found = {}
         for name, read in figures.items():

@@ -288,7 +288,7 @@ class Trainer:
 
         keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
-            the weights are read where they lie, and the next update waits for that; of a card's a copy is made
+            the weights are read where they lie, and the next update waits for that; of a device's, a copy is made first
         """
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
