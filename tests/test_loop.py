@@ -122,3 +122,33 @@ def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous):
 
 def test_trainer_has_at_most_eight_parameters():
     assert len(inspect.signature(Trainer).parameters) <= 8
+
+
+def test_a_mark_on_a_gpu_is_a_timing_event(monkeypatch):
+    """Taking one waits for nothing, reading waits for the later one, and the driver gets its event back."""
+    pytest.importorskip("cuda.bindings")
+    from handgrad.backends.cuda import driver
+    from handgrad.backends.cuda.backend import CudaBackend
+
+    calls = []
+
+    def answer(name, *values):
+        monkeypatch.setattr(
+            driver.cu, name, lambda *args: calls.append((name, *args)) or (driver.cu.CUresult.CUDA_SUCCESS, *values)
+        )
+
+    answer("cuEventCreate", "event")
+    answer("cuEventRecord")
+    answer("cuEventSynchronize")
+    answer("cuEventElapsedTime", 12.5)
+    monkeypatch.setattr(driver.Mark.__del__, "__defaults__", (lambda event: calls.append(("destroyed", event)),))
+    backend = object.__new__(CudaBackend)
+    backend.device = object.__new__(driver.Device)
+    backend.device.stream = "stream"
+    begin, end = backend.mark(), backend.mark()
+    assert [name for name, *_ in calls] == ["cuEventCreate", "cuEventRecord"] * 2
+    assert calls[1] == ("cuEventRecord", "event", "stream")
+    assert backend.seconds(begin, end) == 0.0125
+    assert calls[4:] == [("cuEventSynchronize", "event"), ("cuEventElapsedTime", "event", "event")]
+    del begin, end
+    assert calls[6:] == [("destroyed", "event")] * 2
