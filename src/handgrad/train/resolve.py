@@ -91,19 +91,19 @@ def resolve(c: Config, out: Path) -> Run:
     facts = {"params": num_params, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
     facts |= {"hardware": backend.hardware, "dtype": r.dtype}
     return Run(
-        c,
-        out,
-        tokenizer,
-        trainer,
-        lr,
-        val,
-        prompt,
-        hellaswag,
-        Telemetry(backend.pci_bus) if r.telemetry_every else None,
-        flops_per_token(num_params, model.num_layers, model.hidden_size, data.seq_len),
-        backend.peak_flops(r.dtype),
-        done,
-        facts,
+        config=c,
+        out=out,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        lr=lr,
+        val=val,
+        prompt=prompt,
+        hellaswag=hellaswag,
+        telemetry=Telemetry(backend.pci_bus) if r.telemetry_every else None,
+        flops_per_token=flops_per_token(num_params, model.num_layers, model.hidden_size, data.seq_len),
+        peak_flops=backend.peak_flops(r.dtype),
+        done=done,
+        facts=facts,
     )
 
 
