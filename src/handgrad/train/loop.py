@@ -67,19 +67,19 @@ def steps(
     On an asynchronous device, a step is yielded once the next one has been started: the device works while the caller
     writes numbers. A step after which something is due is yielded before the next one starts.
     """
-    waiting, begin = None, trainer.backend.mark()
+    waiting: list[Finished] = []  # at most one
+    begin = trainer.backend.mark()
     for number in range(first, last + 1):
         try:
             result = trainer.step(number, lr(number))
         finally:  # also if it raises: the step before it is done
-            if waiting is not None:
-                yield waiting
-        waiting = Finished(number, result, begin, due(number))
+            yield from waiting
+        waiting = [Finished(number, result, begin, due(number))]
         begin = result.end
-        if trainer.backend.is_asynchronous and not any(astuple(waiting.due)):
+        if trainer.backend.is_asynchronous and not any(astuple(waiting[0].due)):
             continue
-        yield waiting
-        waiting, begin = None, trainer.backend.mark()  # after whatever the caller did
+        yield from waiting
+        waiting, begin = [], trainer.backend.mark()  # after whatever the caller did
 
 
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
