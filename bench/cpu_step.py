@@ -39,9 +39,8 @@ def handgrad_worker(dtype: str, B: int, T: int):
     ids = np.random.default_rng(0).integers(0, 50257, 64 * B * T + 1)
     write_shard(f"{folder}/train_0.bin", [ids], id_dtype(50257))
     data = hg.data.tokens(f"{folder}/*.bin", seq_len=T, batch_tokens=B * T)
-    run = hg.Trainer(
-        hg.models.gpt2("124m"), hg.optim.AdamW(), data, micro_batch=B, dtype=dtype, val=False, sample=False
-    )
+    kind = dict(execution=hg.Execution(B, extra_programs=(), backend="cpu"), precision=hg.Precision(dtype))
+    run = hg.Trainer(hg.models.gpt2("124m"), hg.optim.AdamW(), data, **kind)
     steps = iter(range(1, 1 << 30))
 
     def step() -> float:

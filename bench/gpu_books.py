@@ -36,14 +36,15 @@ def train(a: argparse.Namespace, shards: str, val_shards: str, folder: Path) -> 
     """handgrad's run. Writes the initial weights and the first batches to the folder, for PyTorch."""
     import handgrad as hg
     from handgrad.optim import schedules
-    from handgrad.train.record import draw
+    from handgrad.train.start import draw
 
     B, T, step_tokens, *_ = SIZES[a.preset]
     data = hg.data.tokens(shards, T, step_tokens, seed=1)
     val = hg.data.tokens(val_shards, T, T, shuffle=False)
     optim, lr = hg.optim.AdamW(BETAS, EPS, DECAY, CLIP), schedules.cosine(PEAK, min(WARMUP, a.steps), a.steps)
     backend, dtype = ("cpu", "f32") if a.smoke else ("cuda", "bf16")
-    run = hg.Trainer(hg.models.gpt2(a.preset), optim, data, micro_batch=B, backend=backend, dtype=dtype, sample=False)
+    kind = dict(execution=hg.Execution(B, extra_programs=("val",), backend=backend), precision=hg.Precision(dtype))
+    run = hg.Trainer(hg.models.gpt2(a.preset), optim, data, **kind)
     start = {name: draw(info, 0, i) for i, (name, info) in enumerate(run.program.params.items())}
     run.load_params(start)
     np.savez(folder / "start.npz", **start)

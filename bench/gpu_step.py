@@ -13,6 +13,7 @@ time from the start of the process to its first finished step, with an empty and
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -79,9 +80,12 @@ class Handgrad:
 
         data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False)
         self.model, dtype = hg.models.gpt2(task.preset), "bf16" if device == "cuda" else "f32"
-        settings = {"backend": device, "dtype": dtype, "val": False, "sample": False} | options
-        self.run = hg.Trainer(self.model, hg.optim.AdamW(), data, micro_batch=task.B, **settings)
-        self.task, self.dtype = task, settings["dtype"]
+        kinds = {f.name for f in dataclasses.fields(hg.Precision)}
+        precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
+        how = {"extra_programs": (), "backend": device} | {k: v for k, v in options.items() if k not in kinds}
+        kind = dict(execution=hg.Execution(task.B, **how), precision=precision)
+        self.run = hg.Trainer(self.model, hg.optim.AdamW(), data, **kind)
+        self.task, self.dtype = task, precision.dtype
 
     def steps(self, count: int) -> float:
         """Runs `count` steps; returns the last loss."""
@@ -385,7 +389,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
-    parser.add_argument("--trainer", type=json.loads, default={"recompute": "none"}, help="of Trainer, as JSON")
+    parser.add_argument(
+        "--trainer", type=json.loads, default={"recompute": "none"}, help="fields of Execution and Precision, as JSON"
+    )
     parser.add_argument("--json", type=Path, help="results; the table goes beside it, as .txt")
     parser.add_argument("--commit", default="", help="what to call this tree where git does not know")
     parser.add_argument("--smoke", action="store_true", help="a toy on the CPU; writes only where --json says")

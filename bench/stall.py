@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import handgrad as hg
-from handgrad.backends import open_backend
+from handgrad.backends import best_dtype, open_backend
 from handgrad.io import newest
 from handgrad.train.config import RunConfig
 
@@ -36,8 +36,8 @@ def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
     hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(vocab_size))
     data = hg.data.tokens(folder / "a.bin", T, B * T * micro_steps)
     model = hg.models.GPT2(**hg.models.preset(preset) | {"vocab_size": vocab_size})
-    kinds = dict(backend=backend.name, dtype=backend.dtype, val=False, sample=False, out=folder / "run")
-    run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=B, **kinds)
+    kinds = dict(execution=hg.Execution(B, extra_programs=()), precision=hg.Precision(best_dtype(backend.name)))
+    run = hg.Trainer(model, hg.optim.AdamW(), data, **kinds, backend=backend, out=folder / "run")
     counter = iter(range(1, 1 << 30))
 
     def step() -> float:

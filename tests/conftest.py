@@ -8,11 +8,12 @@ from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.op import MicroBatch
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, forward_loss
 from handgrad.ops import add
-from handgrad.train.record import initialize
+from handgrad.train.start import Start, initialize
 
 
 def pytest_collection_modifyitems(items):
@@ -51,7 +52,7 @@ def one_pass():
     backends = {
         "cpu": lambda threads: open_backend("cpu", threads),
         "cuda": lambda threads: open_backend("cuda"),
-        "steady": lambda threads: open_backend("cuda", deterministic=True),
+        "steady": lambda threads: open_backend("cuda", precision=Precision(deterministic=True)),
         "ref": lambda threads: RefBackend(),
         "rounded": lambda threads: RefBackend(exact=False),
         "poisoned": lambda threads: RefBackend(exact=False, poison=True),
@@ -75,7 +76,7 @@ def one_pass():
         forward_loss(p, model, micro_batch, seq_len, chunks)
         backward(p, add, drop=POLICIES[policy])
         arena = backend.alloc(backend.plan(p))
-        initialize(p, arena, seed=3)
+        initialize(p, arena, Start(seed=3))
         rng = np.random.default_rng(4)
         for info in p.params.values():  # away from the start: biases other than 0, norms' weights other than 1
             w = np.array(arena.read_part("param", info.tensor))

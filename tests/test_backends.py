@@ -21,7 +21,7 @@ from handgrad.core.program import Program
 from handgrad.core.scalars import STEP_SCALARS, STEP_SCALARS_BYTES
 from handgrad.models import forward_loss
 from handgrad.ops import OPS, add, linear
-from handgrad.train.record import initialize
+from handgrad.train.start import Start, initialize
 
 library = importlib.import_module("handgrad.backends.cpu.library")  # the package has a function of that name
 INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / "include"
@@ -89,7 +89,7 @@ def program(tiny):
 )
 def test_run_each_does_what_run_does(program, backend):
     arena = backend.alloc(backend.plan(program))
-    initialize(program, arena, seed=1)
+    initialize(program, arena, Start(seed=1))
     run, losses, seen = backend.bind(program, arena), arena.view(program.outputs["losses"]), []
     run.run()
     at_once = np.array(losses)

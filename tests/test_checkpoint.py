@@ -464,7 +464,8 @@ def test_explain_tells_what_a_checkpoint_takes(tmp_path, capsys, backend, how):
         model = hg.models.GPT2(**hg.models.preset("tiny"))
         hg.data.write_shard(tmp_path / "a.bin", [np.arange(1000)], hg.data.id_dtype(50257))
         data = hg.data.tokens(tmp_path / "a.bin", 64, 64)
-        hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=1, dtype="bf16", out=tmp_path).save(0)
+        kind = dict(execution=hg.Execution(1, backend="cpu"), precision=hg.Precision("bf16"))
+        hg.Trainer(model, hg.optim.AdamW(), data, **kind, out=tmp_path).save(0)
         size = sum(path.stat().st_size for path in io.newest(tmp_path).glob("*.safetensors"))
         assert float(line.split()[3]) == pytest.approx(size / 2**20, rel=0.01)
 

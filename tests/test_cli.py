@@ -132,8 +132,8 @@ def test_help_is_quick():
         ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
         ("explain --micro-batch 0", "[explain] --micro-batch is at least 1, but got 0."),
         (
-            "explain --head-chunks -1",
-            "[train] head_chunks lies between 1 and the 16384 rows of a micro-batch, but got -1.",
+            "explain --head-mib -1",
+            "[explain] --head-mib is at least 0, but got -1.",
         ),
         ("explain --vocab-size -1", "[model] vocab_size is at least 1, but got -1."),
         ("explain --dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),

@@ -18,11 +18,13 @@ import pytest
 
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.launch import Kernel, pointers
+from handgrad.core.precision import Precision
 from handgrad.infer import engine
 from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_program
+from handgrad.train.execution import Execution
 from handgrad.train.record import record_loss, record_train
 from tests.emulator import CACHE
 
@@ -39,12 +41,12 @@ REGISTERS = 65536  # of a multiprocessor; a warp takes 256 at a time, a thread n
 
 def programs():
     """What a run on GPT-2 124M records, at four sequences of 1024."""
-    model = GPT2()
-    for dtype, grad_dtype in ((BF16, F32), (BF16, BF16), (F32, F32)):
-        yield record_train(model, AdamW(), 4, 1024, dtype, chunks=1, grad_dtype=grad_dtype)
-        if grad_dtype is F32:
-            yield record_loss(model, 4, 1024, dtype, 1)
-            yield from engine.record(model, dtype)
+    model, execution = GPT2(), Execution(micro_batch=4)
+    for precision in (Precision("bf16"), Precision("bf16", grad_dtype="bf16"), Precision("f32")):
+        yield record_train(model, AdamW(), 1024, precision, execution, chunks=1)
+        if precision.gradients is F32:
+            yield record_loss(model, 1024, precision, execution, chunks=1)
+            yield from engine.record(model, precision.working)
 
 
 def launches(calls, card):

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from handgrad import Trainer, data
-from handgrad.backends import BACKENDS
+from handgrad import Execution, Precision, Trainer, data
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.launch import Gpu, Kernel, Launches
@@ -85,13 +84,11 @@ def test_every_op_of_the_table_has_a_cuda_form():
     assert [op.name for op in OPS.values() if type(op).cuda is Op.cuda] == []
 
 
-def steps(shards, backend, monkeypatch, *, gpu=None, dtype="f32", hidden_size=36, **options):
+def steps(shards, backend, *, dtype="f32", hidden_size=36):
     """(losses, gradient norms) of three steps of two micro-batches, a validation loss, and the trainer."""
-    monkeypatch.setitem(BACKENDS, "emulated", lambda threads, tf32, deterministic: EmulatedBackend(gpu))
-    monkeypatch.setitem(BACKENDS, "rounded", lambda threads, tf32, deterministic: RefBackend(exact=False))
     tokens = data.tokens(shards, seq_len=33, batch_tokens=132)
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=hidden_size, dropout=0.1)
-    run = Trainer(model, AdamW(), tokens, micro_batch=2, backend=backend, dtype=dtype, **options)
+    run = Trainer(model, AdamW(), tokens, execution=Execution(2), precision=Precision(dtype), backend=backend)
     done = [run.step(step, lr=1e-2) for step in range(1, 4)]
     return np.array([s.loss for s in done]), np.array([s.grad_norm for s in done]), run.evaluate(tokens, 264), run
 
@@ -109,11 +106,11 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training(shards, monkeypatch, name):
+def test_training(shards, name):
     """A few whole steps, evaluation and sampling: the program as the cuda backend binds it."""
-    options = TRAINING[name]
-    loss, norm, val, run = steps(shards, "emulated", monkeypatch, **options)
-    exact = steps(shards, "ref", monkeypatch, **{k: v for k, v in options.items() if k not in ("dtype", "gpu")})
+    options = dict(TRAINING[name])
+    loss, norm, val, run = steps(shards, EmulatedBackend(options.pop("gpu", None)), **options)
+    exact = steps(shards, RefBackend(), **{k: v for k, v in options.items() if k != "dtype"})
     rtol = 2e-5 if options.get("dtype", "f32") == "f32" else 5e-3  # a bf16 logit is off by about 2^-8, a loss is a mean
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
     np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)

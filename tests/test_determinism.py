@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from handgrad import Trainer, data
+from handgrad import Execution, Precision, Start, Trainer, data
 from handgrad.optim import AdamW
 
 
@@ -19,17 +19,9 @@ def train(tiny, shards):
     def run(dtype="f32", threads=0, micro_batch=4, dropout=0.0, seed=5, sequences=4):
         tokens = data.tokens(shards, seq_len=64, batch_tokens=64 * sequences)
         model = tiny(max_seq_len=64, hidden_size=96, dropout=dropout)
-        trainer = Trainer(
-            model,
-            AdamW(),
-            tokens,
-            micro_batch=micro_batch,
-            dtype=dtype,
-            threads=threads,
-            seed=seed,
-            sample=False,
-            val=False,
-        )
+        execution = Execution(micro_batch, extra_programs=(), backend="cpu", threads=threads)
+        kind = dict(execution=execution, precision=Precision(dtype), start=Start(seed))
+        trainer = Trainer(model, AdamW(), tokens, **kind)
         return trainer, [trainer.step(step, lr=1e-3).loss for step in (1, 2, 3)]
 
     return run
@@ -70,7 +62,8 @@ def test_gradient_accumulation_matches_one_batch(tiny, shards):
     grads = []
     for micro_batch in (1, 2, 4):
         tokens = data.tokens(shards, seq_len=64, batch_tokens=256)
-        trainer = Trainer(tiny(max_seq_len=64), AdamW(), tokens, micro_batch=micro_batch, sample=False, val=False)
+        execution = Execution(micro_batch, extra_programs=(), backend="cpu")
+        trainer = Trainer(tiny(max_seq_len=64), AdamW(), tokens, execution=execution)
         step = trainer.step(1, lr=1e-3)
         grads.append((step.loss, step.grad_norm, {name: g.copy() for name, g in trainer.grads().items()}))
     for loss, norm, one in grads[:2]:

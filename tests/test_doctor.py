@@ -75,7 +75,7 @@ def test_gpus_are_listed_with_memory_and_peak(findings, monkeypatch):
 
     monkeypatch.setattr(driver, "find_gpus", lambda: cards)
     monkeypatch.setattr(driver, "Device", Device)
-    lines = list(doctor.cards())
+    lines = list(doctor.gpus())
     assert [f.name for f in lines] == ["GPU 0", "peaks", "GPU 1", "peaks"]
     assert "9.0, 132 SMs, 71,680 of 81,920 MiB free" in lines[0].text and "another process" in lines[0].hint
     assert "989.4" in lines[1].text and "measured" in lines[3].text
@@ -90,7 +90,7 @@ def test_gpu_held_by_another_process_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(driver, "find_gpus", lambda: [("NVIDIA H200", (9, 0), 141 << 30)])
     monkeypatch.setattr(driver, "Device", held)
-    (line,) = doctor.cards()
+    (line,) = doctor.gpus()
     assert line.state == doctor.PROBLEM and "OUT_OF_MEMORY" in line.text and "nvidia-smi" in line.hint
 
 

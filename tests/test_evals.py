@@ -25,7 +25,7 @@ from handgrad.evals import scoring
 from handgrad.evals.metrics import choices
 from handgrad.evals.tasks import encode_pair
 from handgrad.models import GPT2, declare
-from handgrad.train.record import initialize
+from handgrad.train.start import Start, initialize
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPT = tokenizers.gpt2()
@@ -259,7 +259,7 @@ def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
     programs = evals.record(model, DTYPES[dtype], tokens)
     declared = declare(model, DTYPES[dtype])
     arena = opened.alloc(opened.plan(declared, *programs))
-    initialize(declared, arena, seed=3)
+    initialize(declared, arena, Start(seed=3))
     for info in declared.params.values():  # away from the start, where all logits are alike
         w = np.array(arena.read_part("param", info.tensor)).astype(np.float32)
         w[: info.init.rows] *= 4

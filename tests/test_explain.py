@@ -5,22 +5,27 @@ from dataclasses import replace
 
 import pytest
 
-from handgrad import Trainer, data, explain
+from handgrad import Execution, Precision, Trainer, data, explain
 from handgrad.backends import open_backend
 from handgrad.backends.cuda.card import GPUS, Card
+from handgrad.backends.ref import RefBackend
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
+from handgrad.train.record import head_chunks, head_rows
+
+RUN = Execution(micro_batch=16, backend="cpu")
 
 
 @pytest.fixture(scope="module")
 def page():
-    return explain(gpt2("124m"), 16, 1024, dtype="bf16", backend=open_backend("cpu"))
+    return explain(gpt2("124m"), 1024, execution=RUN, precision=Precision("bf16"), backend=open_backend("cpu"))
 
 
 def test_gpt2_124m_is_what_a_run_allocates(page, tmp_path):
     data.write_shard(tmp_path / "a.bin", [[1] * 20_000], data.id_dtype(50257))
     tokens = data.tokens(tmp_path / "a.bin", seq_len=1024, batch_tokens=16 * 1024)
-    run = Trainer(gpt2("124m"), AdamW(), tokens, micro_batch=16, dtype="bf16")  # takes the memory, touches little of it
+    kind = dict(execution=RUN, precision=Precision("bf16"))
+    run = Trainer(gpt2("124m"), AdamW(), tokens, **kind)  # takes the memory, touches little of it
     assert page.plan.nbytes == run.plan.nbytes == run.arena.bytes.nbytes
     assert page.plan.region == run.plan.region
     assert page.program.num_params == 124_475_904
@@ -45,18 +50,16 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
 @pytest.mark.parametrize("name, micro_batch, limit", [("124m", 64, 28), ("1558m", 16, 79)])
 def test_a_plan_for_a_card_that_is_elsewhere(name, micro_batch, limit):
     """Nothing recomputed, in GiB: no more than llm.c takes, and all of 1558M on one card of 80 GB."""
-    page = explain(
-        gpt2(name), micro_batch, 1024, backend=Card("h100"), recompute="none", accumulation=8, remedies=False
-    )
+    same, plain = dict(precision=Precision("bf16"), remedies=False), Execution(micro_batch, recompute="none")
+    page = explain(gpt2(name), 1024, execution=plain, backend=Card("h100"), accumulation=8, **same)
     assert page.plan.nbytes < limit * 2**30
     lines = str(page).splitlines()
     assert (
         sum(line.endswith(" own, for Hopper, or cudnn") for line in lines) >= 24
     )  # the clock that chooses is elsewhere
     assert any(line.endswith(" gelu in the product, or apart") for line in lines)
-    page = explain(
-        gpt2(name), micro_batch, 1024, backend=Card(replace(GPUS["h100"], deterministic=True)), remedies=False
-    )
+    steady = Card(replace(GPUS["h100"], deterministic=True))
+    page = explain(gpt2(name), 1024, execution=Execution(micro_batch), backend=steady, **same)
     assert sum(line.endswith(" own, for Hopper") for line in str(page).splitlines()) >= 24  # where no clock chooses
 
 
@@ -71,35 +74,61 @@ def test_flops_are_those_of_the_products(page):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_every_remedy_is_planned_for_real(tiny, shards, dtype):
     """Each price equals the arena of a trainer that takes the remedy."""
-    model, tokens = (
-        tiny(max_seq_len=64, num_layers=3, dropout=0.1),
-        data.tokens(shards, seq_len=64, batch_tokens=8 * 64),
-    )
-    found = explain(model, 8, 64, dtype=dtype, backend=open_backend("cpu"))
+    model = tiny(max_seq_len=64, num_layers=3, dropout=0.1, vocab_size=9000)  # 9 or 18 MiB of logits
+    tokens, execution = data.tokens(shards, seq_len=64, batch_tokens=8 * 64), Execution(8, backend="cpu")
+    found = explain(model, 64, execution=execution, precision=Precision(dtype), backend=open_backend("cpu"))
     kinds = set()
     for name, nbytes, flops in found.remedies:
         kind, value = name.rsplit(" ", 1)
         kinds.add(kind)
-        change = {kind.replace("-", "_").replace(" ", "_"): value if kind == "recompute" else int(value)}
-        run = Trainer(model, AdamW(), tokens, dtype=dtype, **dict(micro_batch=8) | change)
+        changes = {
+            "recompute": lambda word: dict(recompute=word),
+            "micro-batch": lambda word: dict(micro_batch=int(word)),
+            "head-mib": lambda word: dict(head_bytes=int(word) << 20),
+        }
+        other = replace(execution, **changes[kind](value))
+        run = Trainer(model, AdamW(), tokens, execution=other, precision=Precision(dtype))
         assert run.plan.nbytes == run.arena.bytes.nbytes == nbytes, name
         # the same tokens, so the same flops, unless a product is made again
         base = sum(c.flops for c in found.program.calls)
         again = sum(c.flops for c in run.program.calls if c.phase == "recompute")
-        assert flops == base + again * 8 // run.micro_batch and (again > 0) == (name == "recompute block")
-    assert kinds == {"recompute", "micro-batch", "head chunks"}
+        assert flops == base + again * 8 // other.micro_batch and (again > 0) == (name == "recompute block")
+    assert kinds == {"recompute", "micro-batch", "head-mib"}
 
 
-@pytest.mark.parametrize("changes", [dict(val=False), dict(sample=False), dict(recompute="block"), dict(head_chunks=3)])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(extra_programs=("sample", "score")), dict(extra_programs=()), dict(recompute="block"), dict(head_bytes=9999)],
+)
 def test_the_same_arguments_give_the_same_plan(tiny, shards, changes):
     model, tokens = tiny(), data.tokens(shards, seq_len=16, batch_tokens=64)
-    run = Trainer(model, AdamW(), tokens, micro_batch=4, dtype="f32", **changes)
-    assert (
-        explain(model, 4, 16, dtype="f32", backend=open_backend("cpu"), remedies=False, **changes).plan.region
-        == run.plan.region
-    )
+    execution = Execution(4, backend="cpu", **changes)
+    run = Trainer(model, AdamW(), tokens, execution=execution)
+    page = explain(model, 16, execution=execution, backend=open_backend("cpu"), remedies=False)
+    assert page.plan.region == run.plan.region
 
 
 def test_the_largest_models_are_explained_anywhere():
-    page = explain(gpt2("gpt3:c12288"), 1, 2048, remedies=False, sample=False, val=False)
+    execution = Execution(micro_batch=1, extra_programs=())
+    page = explain(gpt2("gpt3:c12288"), 2048, execution=execution, precision=Precision("bf16"), remedies=False)
     assert page.program.num_params > 174e9 and page.plan.nbytes > (2 + 2 + 8 + 4) * page.program.num_params
+
+
+@pytest.mark.parametrize("planner", [open_backend("cpu"), RefBackend(), Card("h100")], ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_head_chunks_of_gpt2_are_the_backends_rows(planner, dtype):
+    """Of GPT-2's vocabulary, `head_bytes` leaves as many rows as `head_rows`; of a larger one, fewer."""
+    precision, execution = Precision(dtype), Execution(micro_batch=64)
+    assert head_rows(gpt2("124m"), precision, execution, planner) == planner.head_rows
+    assert head_chunks(gpt2("124m"), 1024, precision, execution, planner) == 64 * 1024 // planner.head_rows
+    large = gpt2("124m", vocab_size=4 * 50304)
+    assert head_rows(large, precision, execution, planner) == planner.head_rows // (4 if dtype == "f32" else 2)
+
+
+def test_head_bytes_win_over_the_backends_rows():
+    """Also where they ask for more; a row is the least."""
+    model, precision, cpu, row = gpt2("124m"), Precision("bf16"), open_backend("cpu"), 50304 * 2
+    for head_bytes, rows in ((1, 1), (row, 1), (10 * row - 1, 9), (3000 * row, 3000)):
+        execution = Execution(micro_batch=4, head_bytes=head_bytes)
+        assert head_rows(model, precision, execution, cpu) == rows
+        assert head_chunks(model, 1024, precision, execution, cpu) == -(-4096 // rows)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import handgrad as hg
 from handgrad.backends import open_backend, why_no_cuda
 from handgrad.backends.cuda.card import Card
+from handgrad.cli.__main__ import main
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
@@ -22,6 +24,7 @@ from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.testing import case_program, check_case
+from handgrad.train.log import RunLog
 
 if not why_no_cuda():
     from handgrad.backends.cuda.backend import CudaBackend
@@ -39,7 +42,7 @@ def card():
 
 @pytest.fixture(scope="module")
 def steady():
-    return open_backend("cuda", deterministic=True)
+    return open_backend("cuda", precision=hg.Precision(deterministic=True))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -128,10 +131,13 @@ def text(tmp_path_factory):
     return str(folder / "*.bin")
 
 
-def trainer(text, out=None, **changes):
+def trainer(text, out=None, *, dropout=0.0, backend="cuda", check="off", **kinds):
+    """Of a small model, bf16 and deterministic; other fields of Precision as keywords."""
     data = hg.data.tokens(text, seq_len=64, batch_tokens=2048)
-    sizes = dict(micro_batch=8, backend="cuda", dtype="bf16", deterministic=True, out=out)
-    return hg.Trainer(GPT2(**SMALL, dropout=changes.pop("dropout", 0.0)), hg.optim.AdamW(), data, **sizes | changes)
+    execution = hg.Execution(micro_batch=8, backend=backend, check=check)
+    precision = hg.Precision(**dict(dtype="bf16", deterministic=True) | kinds)
+    model = GPT2(**SMALL, dropout=dropout)
+    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, precision=precision, out=out)
 
 
 def curve(run, steps, start=1):
@@ -253,8 +259,9 @@ def test_check_names_the_call(text):
 
 def test_explain_on_a_laptop_equals_the_card(card):
     model = hg.models.gpt2("124m")
-    page = hg.explain(model, 4, 1024, backend=Card(card.gpu), val=False, sample=False, remedies=False)
-    same = hg.explain(model, 4, 1024, backend=card, val=False, sample=False, remedies=False)
+    kind = dict(execution=hg.Execution(4, extra_programs=()), precision=hg.Precision("bf16"), remedies=False)
+    page = hg.explain(model, 1024, backend=Card(card.gpu), **kind)
+    same = hg.explain(model, 1024, backend=card, **kind)
     assert page.plan.nbytes == same.plan.nbytes
     card.alloc(page.plan)  # what libraries load when they are timed is theirs, for the life of the process
     free = card.device.memory()[0]
@@ -265,7 +272,8 @@ def test_explain_on_a_laptop_equals_the_card(card):
 
 
 def test_an_arena_that_does_not_fit_is_refused(card):
-    page = hg.explain(hg.models.gpt2("1558m"), 64, 1024, backend=card, remedies=False)
+    kind = dict(execution=hg.Execution(64), precision=hg.Precision("bf16"), remedies=False)
+    page = hg.explain(hg.models.gpt2("1558m"), 1024, backend=card, **kind)
     with pytest.raises(HandgradError, match=r"\[memory\] the arena fits in memory, \d+ MiB are free of \d+"):
         card.alloc(page.plan)
 
@@ -309,9 +317,8 @@ def test_twenty_steps_of_gpt2_follow_pytorch(tmp_path):
     write_shard(tmp_path / "train_0.bin", [ids], id_dtype(50257))
     data = hg.data.tokens(str(tmp_path / "*.bin"), seq_len=256, batch_tokens=2048)
     model, steps, rate = hg.models.gpt2("124m"), 20, 1e-4
-    run = hg.Trainer(
-        model, hg.optim.AdamW(), data, micro_batch=8, backend="cuda", dtype="bf16", val=False, sample=False
-    )
+    kind = dict(execution=hg.Execution(8, extra_programs=(), backend="cuda"), precision=hg.Precision("bf16"))
+    run = hg.Trainer(model, hg.optim.AdamW(), data, **kind)
     state = run._state()
     start = {f"w:{n}": join_weight(np.float32(w), state[f"low.{n}"]) for n, w in run.params().items()}
     batches = [data.batch(k, micro_batch=8) for k in range(steps)]
@@ -343,8 +350,9 @@ def test_compute_sanitizer_is_silent():
     """Small cases of every op, all of attention's, and Hopper's product with its pieces."""
     code = (
         "from handgrad.backends import open_backend; from handgrad.ops import OPS;"
-        "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16\n"
-        "card = open_backend('cuda', deterministic=True)\n"
+        "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16;"
+        "from handgrad.core.precision import Precision\n"
+        "card = open_backend('cuda', precision=Precision(deterministic=True))\n"
         "for op in OPS.values():\n"
         "    small = [c for c in op.cases if not c.real]\n"
         "    for case in small if op.name.startswith('attention') else small[:3]:\n"
@@ -355,3 +363,26 @@ def test_compute_sanitizer_is_silent():
     command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-1000:]
+
+
+def test_step_times_are_the_steps_own(tmp_path, monkeypatch):
+    """GPT-2 of 12 layers, with validation, samples and checkpoints every few steps: no step in the log looks shorter
+    or longer for what ran beside it. The first three steps compile and capture."""
+    hg.data.write_random(str(tmp_path / "train_0.bin"), 200_000, 50257)
+    hg.data.write_random(str(tmp_path / "val_0.bin"), 40_000, 50257)
+    seconds = {}
+    write = RunLog.step
+
+    def step(self, number, **figures):
+        seconds[number] = figures["step_seconds"]
+        write(self, number, **figures)
+
+    monkeypatch.setattr(RunLog, "step", step)
+    files = f"--data.train {tmp_path}/train_*.bin --data.val {tmp_path}/val_*.bin --data.batch-tokens 32768"
+    model = "--model.preset gpt2-124m --run.micro-batch 16 --run.backend cuda --run.dtype bf16 --run.val-tokens 32768"
+    often = "--run.val-every 5 --run.sample-every 7 --run.sample-tokens 16 --run.save-every 11 --run.keep-last 1"
+    flags = f"{files} {model} {often} --run.steps 40 --optim.warmup 5 --run.out {tmp_path}/run"
+    assert main(["train", *flags.split()]) == 0
+    usual = statistics.median(seconds.values())
+    assert sorted(seconds) == list(range(1, 41))
+    assert {n: s for n, s in seconds.items() if n > 3 and abs(s - usual) > 0.1 * usual} == {}, (usual, seconds)

@@ -14,7 +14,7 @@ HERE = library.ISAS[: library.ISAS.index(library.ISAS[library.library()._dll.hg_
 
 STEP = """
 import json, sys
-from handgrad import Trainer, data
+from handgrad import Execution, Precision, Trainer, data
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.models import GPT2
@@ -27,7 +27,8 @@ result = {"isa": getattr(open_backend(backend), "isa", ""), "worst": {}}
 for dtype in ("f32", "bf16"):
     tokens = data.tokens(shards, seq_len=33, batch_tokens=132)
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=60, dropout=0.1)
-    run = Trainer(model, AdamW(), tokens, micro_batch=2, backend=backend, dtype=dtype, sample=False)
+    execution = Execution(2, extra_programs=("val",), backend=backend)
+    run = Trainer(model, AdamW(), tokens, execution=execution, precision=Precision(dtype))
     result[dtype] = [*(run.step(step, lr=1e-2).loss for step in range(1, 5)), run.evaluate(tokens, 264)]
     if backend == "cpu":
         for op in OPS.values():

@@ -12,18 +12,21 @@ import pytest
 
 from handgrad.core.dtypes import BF16
 from handgrad.core.listing import listing
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.infer.engine import record
 from handgrad.models import GPT2, forward_logits
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
 from handgrad.train.record import record_loss, record_train
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = dict(vocab_size=97, max_seq_len=16, num_layers=2, num_heads=2, hidden_size=32)
 
 
-def train(policy="none", **changes):
-    return record_train(GPT2(**SIZES, **changes), AdamW(), 2, 16, BF16, chunks=2, recompute=policy)
+def train(policy="none", optim=AdamW(), **changes):
+    model, execution = GPT2(**SIZES, **changes), Execution(micro_batch=2, recompute=policy)
+    return record_train(model, optim, 16, Precision("bf16"), execution, chunks=2)
 
 
 def logits():
@@ -40,7 +43,7 @@ PROGRAMS = {
     "train_dropout": lambda: train(dropout=0.1),
     "train_dropout_block": lambda: train("block", dropout=0.1),
     "train_untied": lambda: train(tie_embeddings=False),
-    "loss": lambda: record_loss(GPT2(**SIZES), 2, 16, BF16, chunks=2),
+    "loss": lambda: record_loss(GPT2(**SIZES), 16, Precision("bf16"), Execution(micro_batch=2), chunks=2),
     "logits": logits,
     "prefill": lambda: record(GPT2(**SIZES), BF16)[0],
     "decode": lambda: record(GPT2(**SIZES), BF16)[1],
@@ -70,7 +73,7 @@ def test_no_golden_file_is_left_over():
 
 
 def test_a_changed_program_changes_its_listing():
-    assert text(train()) != text(record_train(GPT2(**SIZES), AdamW(weight_decay=0.0), 2, 16, BF16, chunks=2))
+    assert text(train()) != text(train(optim=AdamW(weight_decay=0.0)))
 
 
 def test_a_line_names_the_model_code_that_asked_for_the_call():

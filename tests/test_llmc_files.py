@@ -19,6 +19,8 @@ from handgrad.infer.load import load_run, open_source
 from handgrad.io import llmc
 from handgrad.io.weights import Weights
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
+from handgrad.train.start import Start
 from handgrad.train.trainer import Trainer
 
 SHAPES = [  # vocabulary, longest sequence, layers, heads, width
@@ -277,9 +279,8 @@ def test_p1_gradients_equal_a_debug_state(tmp_path, shards):
         def batch(self, *args, **kwargs):
             return {"ids": debug["x"], "targets": debug["y"]}
 
-    trainer = Trainer(
-        open_source(tmp_path / "model.bin").model, AdamW(), Batch(), micro_batch=B, init=weights, val=False
-    )
+    model, execution = open_source(tmp_path / "model.bin").model, Execution(B, extra_programs=(), backend="cpu")
+    trainer = Trainer(model, AdamW(), Batch(), execution=execution, start=Start(init=weights))
     assert abs(trainer.step(1, 0.0).loss - loss.item()) < 1e-6
     for name, ours in trainer.grads().items():
         theirs = debug[f"d {name}"]  # the tolerance that llm.c's own float32 test has, without its factor of the value

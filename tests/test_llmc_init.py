@@ -62,7 +62,8 @@ def test_p2_normals_equal_torchs_vector_code_within_its_error(count):
 def weights(shards, **sizes):
     model = GPT2(vocab_size=97, max_seq_len=20, num_heads=2, **sizes)
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=32)
-    return model, hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=2, init="llmc", seed=1).params()
+    execution, start = hg.Execution(2, backend="cpu"), hg.Start(seed=1, init="llmc")
+    return model, hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, start=start).params()
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6])  # at 6 llm.c's residual deviation is not the nearest float32
@@ -96,9 +97,8 @@ def test_p2_124m_in_seconds():
     assert time.perf_counter() - begin < 20  # 1.4 s on two free cores
 
 
-def test_unknown_init_is_refused(shards, tiny):
-    data = hg.data.tokens(shards, seq_len=16, batch_tokens=32)
+def test_unknown_init_is_refused():
     with pytest.raises(
         HandgradError, match=r"\[train\] weights start as 'random', 'llmc', or a model on disk, but got 'lmc'"
     ):
-        hg.Trainer(tiny(), hg.optim.AdamW(), data, micro_batch=2, init="lmc")
+        hg.Start(init="lmc")

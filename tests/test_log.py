@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from handgrad.core.errors import HandgradError
 from handgrad.train import log as log_module
-from handgrad.train.log import RunLog, clock, plain_line, read_log, replace_file, short
+from handgrad.train.log import RunLog
+from handgrad.train.log_file import dump, read_log, replace_file
+from handgrad.train.log_text import clock, plain_line, short
 
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
 
@@ -137,7 +139,7 @@ def test_damage_before_the_last_line_is_named(tmp_path):
 @given(cut=st.integers(0, 500), at=st.integers(0, 499), byte=st.binary(max_size=3))
 def test_a_mutated_log_is_read_or_refused(tmp_path_factory, cut, at, byte):
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    good = b"".join(log_module._dump({"step": i, "loss": 1.5, "seconds": 2.0 * i}) for i in range(9))
+    good = b"".join(dump({"step": i, "loss": 1.5, "seconds": 2.0 * i}) for i in range(9))
     path.write_bytes((good[:at] + byte + good[at + len(byte) :])[:cut])
     try:
         lines = read_log(path)
@@ -370,7 +372,7 @@ def test_weights_and_biases_gets_the_figures_and_one_run_however_often_it_is_res
 
 
 def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatch):
-    with pytest.raises(HandgradError, match="Weights & Biases takes the run, but got no such project"):
+    with pytest.raises(HandgradError, match="Weights & Biases refuses the run: no such project"):
         RunLog(tmp_path, 3, wandb="refused")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(HandgradError, match=r"--run.wandb needs .* hint: pip install 'handgrad\[wandb\]'"):

@@ -14,13 +14,15 @@ from handgrad.backends import open_backend
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES, F32
 from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.infer.engine import record
 from handgrad.models import GPT2, declare, forward_logits, forward_loss, gpt2, names, preset
 from handgrad.ops import OPS
 from handgrad.optim import AdamW, schedules
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.record import initialize, record_loss, record_train
+from handgrad.train.execution import Execution
+from handgrad.train.start import Start, initialize
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
 judge = importlib.util.module_from_spec(SPEC)
@@ -35,7 +37,7 @@ def difference(model, policy="none", samples=3):
 
     def fill(p, arena):
         rng = np.random.default_rng(0)
-        initialize(p, arena, seed=1)
+        initialize(p, arena, Start(seed=1))
         for info in p.params.values():
             w = arena.part("param", info.tensor)[: info.init.rows]
             w += rng.normal(0, 0.2, w.shape)
@@ -110,7 +112,8 @@ def compare(model, torch_model, to_ours, pattern, dtype="f32", seq_len=T):
     )
     loss.backward()
     want = to_ours({name: p.grad.numpy() for name, p in torch_model.named_parameters()})
-    run = Trainer(model, AdamW(**OPTIM), tokens, micro_batch=B, dtype=dtype, val=False, sample=False)
+    execution = Execution(B, extra_programs=(), backend="cpu")
+    run = Trainer(model, AdamW(**OPTIM), tokens, execution=execution, precision=Precision(dtype))
     run.load_params(params)
     first = run.step(1, LR(1))
     errors |= {name: relative(run.grads()[name], g) for name, g in want.items()}
@@ -259,8 +262,8 @@ def test_presets_have_their_parameters(name):
 
 
 RECORDED = {
-    "train": lambda model, dtype: record_train(model, AdamW(), 1, 8, dtype, chunks=1),
-    "loss": lambda model, dtype: record_loss(model, 1, 8, dtype, chunks=1),
+    "train": lambda model, dtype: record_train(model, AdamW(), 8, Precision(dtype.name), Execution(1), chunks=1),
+    "loss": lambda model, dtype: record_loss(model, 8, Precision(dtype.name), Execution(1), chunks=1),
     "declare": declare,
     "prefill": lambda model, dtype: record(model, dtype)[0],  # has no head
     "decode": lambda model, dtype: record(model, dtype)[1],
@@ -323,7 +326,9 @@ def test_initial_weights_are_seeded_and_scaled(tiny, shards):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=16)
     model = tiny(hidden_size=192, num_layers=3)
     a, b, other = (
-        Trainer(model, AdamW(), tokens, micro_batch=1, seed=seed, val=False, sample=False).params()
+        Trainer(
+            model, AdamW(), tokens, execution=Execution(1, extra_programs=(), backend="cpu"), start=Start(seed)
+        ).params()
         for seed in (1, 1, 2)
     )
     for name, w in a.items():

@@ -60,10 +60,10 @@ def judge():
 def test_p3_ten_steps_on_one_batch_are_pytorchs(judge, shards, betas, decay, clip):
     """llm.c's two settings (its GPU's, its CPU's) and shape B=4, T=64; to the 1e-5 that it asks of its float32. Its own ten
     losses are those of OpenAI's weights, which are a download."""
-    data = hg.data.tokens(shards, seq_len=64, batch_tokens=256)
+    data = hg.data.tokens(shards, seq_len=64, batch_tokens=256, overfit=True)
     model = hg.models.GPT2(vocab_size=97, max_seq_len=64, num_layers=3, num_heads=4, hidden_size=64)
-    kind = dict(micro_batch=4, dtype="f32", overfit=True)
-    run = hg.Trainer(model, hg.optim.AdamW(betas, 1e-8, decay, clip), data, **kind)
+    execution = hg.Execution(micro_batch=4, backend="cpu")
+    run = hg.Trainer(model, hg.optim.AdamW(betas, 1e-8, decay, clip), data, execution=execution)
     torch_model = judge.GPT2(97, 64, 3, 4, 64, vocab_padded=len(run.params()["wte.weight"]))
     torch_model.load({name: w.copy() for name, w in run.params().items()})
     ours = [run.step(step, 1e-3).loss for step in range(1, 11)]
@@ -74,11 +74,11 @@ def test_p3_ten_steps_on_one_batch_are_pytorchs(judge, shards, betas, decay, cli
 
 
 def test_p3_without_overfit_every_step_has_its_own_batch(shards):
-    data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     model = hg.models.GPT2(97, 16, 1, 2, 32)
     losses = {}
     for overfit in (False, True):
-        run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=2, overfit=overfit)
+        data = hg.data.tokens(shards, seq_len=16, batch_tokens=64, overfit=overfit)
+        run = hg.Trainer(model, hg.optim.AdamW(), data, execution=hg.Execution(micro_batch=2, backend="cpu"))
         losses[overfit] = [run.step(step, 0.0).loss for step in (1, 2, 3)]
     assert len(set(losses[True])) == 1 and len(set(losses[False])) == 3 and losses[True][0] == losses[False][0]
 
@@ -116,7 +116,7 @@ def test_p4_descriptors(name):
 def test_p4_t6_the_13b_works():
     """llm.c's aborts. Planned whole, and its block (40 heads of 128) trained."""
     sizes = hg.models.preset("gpt3:c5140")
-    page = hg.explain(hg.models.GPT2(**sizes), 1, 2048, remedies=False)
+    page = hg.explain(hg.models.GPT2(**sizes), 2048, execution=hg.Execution(micro_batch=1), remedies=False)
     assert page.program.num_params == pytest.approx(12.85e9, rel=0.01)
     assert sizes["hidden_size"] == 40 * 128 == 128 * sizes["num_heads"]
 
@@ -205,11 +205,12 @@ def test_p4_llmcs_flags_in_handgrads_words_make_a_run(tmp_path, monkeypatch):
 
 
 def test_p5_bf16_with_master_weights_and_with_random_rounding_follow_float32(shards):
-    data = hg.data.tokens(shards, seq_len=16, batch_tokens=128)
+    data = hg.data.tokens(shards, seq_len=16, batch_tokens=128, overfit=True)
     model = hg.models.GPT2(vocab_size=97, max_seq_len=16, num_layers=2, num_heads=2, hidden_size=32)
     last, kinds = {}, {"f32": ("f32", True), "low halves": ("bf16", True), "random": ("bf16", False)}
     for name, (dtype, master) in kinds.items():
-        run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=4, dtype=dtype, master_weights=master, overfit=True)
+        kind = dict(execution=hg.Execution(4, backend="cpu"), precision=hg.Precision(dtype, master_weights=master))
+        run = hg.Trainer(model, hg.optim.AdamW(), data, **kind)
         losses = [run.step(step, 3e-3).loss for step in range(1, 31)]
         last[name] = losses[-1]
         assert losses[-1] < losses[0] - 0.5
@@ -262,7 +263,8 @@ def test_p8_matrices_decay_and_others_do_not(tiny, shards):
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     weights = {}
     for decay in (0.0, 0.5):
-        run = hg.Trainer(tiny(), hg.optim.AdamW(weight_decay=decay), data, micro_batch=4, dtype="f32")
+        execution = hg.Execution(micro_batch=4, backend="cpu")
+        run = hg.Trainer(tiny(), hg.optim.AdamW(weight_decay=decay), data, execution=execution)
         for info in run.params().values():
             info += 0.01
         run.step(1, 1e-2)
@@ -274,7 +276,8 @@ def test_p8_matrices_decay_and_others_do_not(tiny, shards):
 def test_p8_t9_spikes_and_what_is_not_finite_change_nothing(tiny, shards):
     """Also what llm.c lets through: a loss that is not finite."""
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
-    run = hg.Trainer(tiny(), hg.optim.AdamW(), data, micro_batch=4, dtype="f32", skip_loss_z=3.0)
+    execution = hg.Execution(micro_batch=4, backend="cpu", guard=hg.Guard(loss_z=3.0))
+    run = hg.Trainer(tiny(), hg.optim.AdamW(), data, execution=execution)
     for step in range(1, WINDOW + 1):
         run.step(step, 0.0)
     kept = {name: w.copy() for name, w in run.params().items()}

@@ -85,10 +85,11 @@ def test_figures_of_a_card_agree(name):
     ],
 )
 def test_mfu_is_llm_c_s(name, speed, percent):
-    from handgrad.core.dtypes import BF16
+    from handgrad.core.precision import Precision
+    from handgrad.train.execution import Execution
     from handgrad.train.record import record_train
 
     model = gpt2(name)
-    params = record_train(model, AdamW(), 1, 1024, BF16, chunks=1).num_params
+    params = record_train(model, AdamW(), 1024, Precision("bf16"), Execution(1), chunks=1).num_params
     flops = model.flops_per_token(params, 1024)
     assert 100 * mfu(speed, flops, 989.4e12) == pytest.approx(percent, abs=0.1)

@@ -8,11 +8,12 @@ from handgrad.core import plan as planner
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import Call
 from handgrad.core.plan import ALIGN, Lifetime, aligned, place
+from handgrad.core.precision import Precision
 from handgrad.core.tensor import Role
-from handgrad.infer.engine import record
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
-from handgrad.train.record import chunks_of, record_loss, record_train
+from handgrad.train.execution import Execution
+from handgrad.train.record import record
 
 POLICIES = ("none", "act", "act_norm", "block")
 SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
@@ -27,13 +28,8 @@ SHAPES = [  # preset, micro-batch, seq_len, dtype, dropout
 
 def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
     """The plan of a run: training, evaluation and generation in one arena, with the cpu kernels' scratch."""
-    chunks = chunks_of(micro_batch * seq_len, 0, 512)
-    train = record_train(
-        model, AdamW(), micro_batch, seq_len, dtype, chunks=chunks, recompute=policy, accumulates=accumulates
-    )
-    return open_backend("cpu").plan(
-        train, record_loss(model, micro_batch, seq_len, dtype, chunks), *record(model, dtype)
-    )
+    precision, execution, cpu = Precision(dtype.name), Execution(micro_batch, policy), open_backend("cpu")
+    return cpu.plan(*record(model, AdamW(), seq_len, precision, execution, cpu, accumulates=accumulates))
 
 
 def spans(layout, index):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from handgrad import Trainer, data
+from handgrad import Execution, Trainer, data
 from handgrad.cli.__main__ import main
 from handgrad.optim import AdamW
 from handgrad.train.profile import GROUPS, Profile, profile, title
@@ -13,7 +13,8 @@ from handgrad.train.profile import GROUPS, Profile, profile, title
 @pytest.fixture(scope="module")
 def found(tiny, shards):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
-    trainer = Trainer(tiny(), AdamW(), tokens, micro_batch=4, recompute="block", val=False, sample=False)
+    execution = Execution(micro_batch=4, recompute="block", extra_programs=(), backend="cpu")
+    trainer = Trainer(tiny(), AdamW(), tokens, execution=execution)
     return profile(trainer, 3), trainer
 
 
@@ -39,7 +40,8 @@ def test_rows_add_up(found, by):
 
 def test_medians_of_the_traces(tiny, shards, monkeypatch):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
-    trainer = Trainer(tiny(), AdamW(), tokens, micro_batch=4, val=False, sample=False)
+    execution = Execution(micro_batch=4, extra_programs=(), backend="cpu")
+    trainer = Trainer(tiny(), AdamW(), tokens, execution=execution)
     speeds = iter([1.0, 5.0, 2.0])
 
     def trace(after):
@@ -85,7 +87,7 @@ def test_command(capsys, tmp_path):
     assert main([*flags, str(tmp_path / "t.json")]) == 0
     out, err = capsys.readouterr()
     assert not err
-    for word in ("op", "share", "lm_loss_forward_backward", "sum", "no bound", "a step that is not taken apart takes"):
+    for word in ("op", "share", "lm_loss_forward_backward", "sum", "no bound", "a whole step takes"):
         assert word in out
     assert "of bound" not in out and json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
@@ -101,6 +103,7 @@ def test_command_by_call(capsys):
     [
         ("--steps 0", "--steps is at least 1, but got 0"),
         ("--micro-batch 0", "--micro-batch is at least 1, but got 0"),
+        ("--head-mib -1", "--head-mib is at least 0, but got -1"),
         ("--trace /no/such/folder/t.json", "--trace names a file in a folder that exists"),
         ("--by colour", "--by takes one of op, phase, block, call, but got 'colour'"),
         ("--seq-len 4000", "the model reads at most 64 tokens"),

@@ -3,13 +3,14 @@
 import pytest
 
 from handgrad.core.backward import backward
-from handgrad.core.dtypes import BF16
 from handgrad.core.op import Op
 from handgrad.core.plan import plan
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.models import forward_loss, gpt2
 from handgrad.ops import OPS, add
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
 from handgrad.train.record import record_train
 
 POLICIES = ("act", "act_norm", "block")
@@ -71,7 +72,7 @@ def test_different_dropout_mask_in_recompute_is_caught(one_pass, tiny, kept, mon
 def test_each_policy_needs_less_memory_than_the_previous():
     sizes = []
     for policy in ("none", *POLICIES):
-        p = record_train(gpt2("124m"), AdamW(), 16, 1024, BF16, chunks=32, recompute=policy)
+        p = record_train(gpt2("124m"), AdamW(), 1024, Precision("bf16"), Execution(16, recompute=policy), chunks=32)
         sizes.append(plan(p).region["activations"][1])
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4, sizes
 

@@ -314,7 +314,7 @@ def test_telemetry_is_drawn(tmp_path):
         and panels["GPU power, W"]["series"][0]["y"][0] == 700.5
     )
     assert not [title for title in panels if "clock" in title or "temperature" in title]
-    assert figures(read_run(run))["memory"] == ("100.5 MiB", "planned; 2.0 GiB on the card")
+    assert figures(read_run(run))["memory"] == ("100.5 MiB", "planned; 2.0 GiB on the GPU")
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

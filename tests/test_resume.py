@@ -19,8 +19,10 @@ from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
 from handgrad.io import checkpoint
 from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from handgrad.train.folder import lock, saved_settings
 from handgrad.train.outliers import WINDOW
-from handgrad.train.run import Run, claimed, resumed, train
+from handgrad.train.resolve import resolve
+from handgrad.train.run import train
 
 STEPS = 12
 
@@ -155,7 +157,7 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     out = str(tmp_path / "run")
     assert main(["train", *flags(config(words, out, steps=4))]) == 0
     assert main(["train", "--run.resume", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
-    saved = resumed(Config(run=RunConfig(resume=out)))
+    saved = saved_settings(Config(run=RunConfig(resume=out)))
     assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 4, 5, 6]
     assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"] == "from here on optim.lr is 0.0001, not 0.002"
@@ -164,9 +166,9 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
 def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, capsys):
     """What the first one writes meanwhile would be deleted with what the second had made."""
     shutil.copytree(whole("f32"), tmp_path / "run")
-    with claimed(tmp_path / "run"):
+    with lock(tmp_path / "run"):
         assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 2
-        rule = f"[run] one process trains in a run folder, but got another at work in '{tmp_path}/run'."
+        rule = f"[run] another process is training in '{tmp_path}/run'."
         assert capsys.readouterr().err == rule + "\n"
         same(tmp_path / "run", whole("f32"))
     assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 0
@@ -178,9 +180,8 @@ def test_overfitting_stays_on_its_batch(words, tmp_path):
     first = []
     for batch_tokens, steps in ((64, 4), (128, 6)):
         c = config(words, tmp_path / "run", steps=steps, resume="auto")
-        trainer = Run(
-            replace(c, data=replace(c.data, batch_tokens=batch_tokens, overfit=True)), tmp_path / "run"
-        ).trainer
+        data = replace(c.data, batch_tokens=batch_tokens, overfit=True)
+        trainer = resolve(replace(c, data=data), tmp_path / "run").trainer
         assert trainer.data.ahead == 0
         first.append(next(iter(trainer.data.batch(0, micro_batch=1).values())))
         if steps == 4:
@@ -222,12 +223,11 @@ def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
     [
         (
             "nowhere",
-            "[resume] there is a complete checkpoint to go on from, but got no folder 'nowhere'. "
-            "hint: --run.resume auto --run.out nowhere starts afresh where there is none",
+            "[resume] no folder 'nowhere'. hint: --run.resume auto --run.out nowhere starts afresh where there is none",
         ),
         (
             "empty",
-            "[resume] there is a complete checkpoint to go on from, but got none in 'empty'. "
+            "[resume] no complete checkpoint in 'empty'. "
             "hint: --run.resume auto --run.out empty starts afresh where there is none",
         ),
         (
@@ -252,11 +252,11 @@ def test_nothing_to_resume_is_a_fresh_start(words, whole, tmp_path):
 # in other pieces ------------------------------------------------------------------------------------------------------
 
 
-def trainer(words, out, **changes):
-    """A trainer on windows of 16 tokens; batch_tokens and what else a Trainer takes."""
-    model = hg.models.GPT2(97, 16, 2, 2, 32)
-    data = hg.data.tokens(f"{words}/train_*.bin", 16, changes.pop("batch_tokens", 128), seed=5)
-    return hg.Trainer(model, hg.optim.AdamW(), data, out=out, **dict(micro_batch=4) | changes)
+def trainer(words, out, micro_batch=4, batch_tokens=128):
+    """A trainer on windows of 16 tokens."""
+    model, execution = hg.models.GPT2(97, 16, 2, 2, 32), hg.Execution(micro_batch, backend="cpu")
+    data = hg.data.tokens(f"{words}/train_*.bin", 16, batch_tokens, seed=5)
+    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, out=out)
 
 
 def test_p10_t8_another_micro_batch_reads_the_same_tokens(words, tmp_path):
@@ -523,9 +523,9 @@ def test_killed_while_saving(words, whole, tmp_path, count):
 
 def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
     out = tmp_path / "run"
-    code = "import handgrad.train.run as run, signal\nfrom handgrad.cli.__main__ import main\n"
+    code = "import handgrad.train.resolve as resolve, signal\nfrom handgrad.cli.__main__ import main\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-    code += "run.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
+    code += "resolve.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
     process = start(config(words, out), code)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr == "\n[handgrad] interrupted.\n" and not out.exists()

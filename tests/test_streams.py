@@ -5,12 +5,14 @@ import pytest
 from handgrad.core import streams
 from handgrad.core.dtypes import F32
 from handgrad.core.params import ONES
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.core.streams import joins
 from handgrad.core.tensor import Role, Tensor
 from handgrad.models import gpt2
 from handgrad.ops import add, fill, global_norm, linear_backward_w
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
 from handgrad.train.record import record_train
 
 
@@ -62,7 +64,7 @@ def test_conflicts_by_other_slices_of_the_same_vector_do_not_wait():
 
 
 def test_every_weight_gradient_of_gpt2_overlaps_the_call_after_it():
-    p = record_train(gpt2("124m"), AdamW(), 1, 64, F32, chunks=1)
+    p = record_train(gpt2("124m"), AdamW(), 64, Precision(), Execution(micro_batch=1), chunks=1)
     waits = [j - i for i, (c, j) in enumerate(zip(p.calls, joins(p))) if c.op is linear_backward_w]
     assert waits == [2] * 48
 

@@ -9,7 +9,8 @@ import pytest
 from handgrad.backends.cpu import CpuBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.train.log import RunLog, read_log
+from handgrad.train.log import RunLog
+from handgrad.train.log_file import read_log
 from handgrad.train.telemetry import Telemetry, in_words
 
 pynvml = pytest.importorskip("pynvml")
@@ -110,9 +111,9 @@ def test_index_0_would_be_the_wrong_card(nvml):
 @pytest.mark.parametrize(
     ("bus", "started", "part"),
     [
-        ("", 0, "looks at a GPU, but got a run without one"),
-        ("0000:99:00.0", 0, "NVML knows the card at 0000:99:00.0, but got Not Found"),
-        ("0000:17:00.0", 9, "but got Driver Not Loaded"),
+        ("", 0, "needs a GPU; this run has none"),
+        ("0000:99:00.0", 0, "NVML cannot read the GPU at 0000:99:00.0: Not Found"),
+        ("0000:17:00.0", 9, ": Driver Not Loaded"),
     ],
 )
 def test_a_card_that_cannot_be_read_is_named(nvml, bus, started, part):

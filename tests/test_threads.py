@@ -9,7 +9,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.ops import OPS
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.testing import case_arrays, case_program, run_case
-from handgrad.train import record
+from handgrad.train import start
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -27,8 +27,9 @@ def test_ops_are_bit_exact_for_any_thread_count(op, dtype):
 def test_initial_weights_are_bit_exact_for_any_thread_count(tiny, shards, monkeypatch, dtype):
     data, found = handgrad.data.tokens(shards, 20, 60), []
     for cores in (1, 3):
-        monkeypatch.setattr(record.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        run = handgrad.Trainer(tiny(), handgrad.optim.AdamW(), data, micro_batch=3, backend="ref", dtype=dtype, seed=7)
+        monkeypatch.setattr(start.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        kind = dict(execution=handgrad.Execution(3, backend="ref"), precision=handgrad.Precision(dtype))
+        run = handgrad.Trainer(tiny(), handgrad.optim.AdamW(), data, **kind, start=handgrad.Start(seed=7))
         found.append(run.params() | run._state())
     for i, (name, info) in enumerate(run.program.params.items()):
         w = np.full(info.tensor.shape, 1.0 if info.init.kind == "ones" else 0.0, np.float32)

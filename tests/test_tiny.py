@@ -23,8 +23,10 @@ def tokens(tmp_path_factory):
     return hg.data.tokens(folder / "a.bin", seq_len=16, batch_tokens=128, vocab_size=10)
 
 
-def trainer(tokens, **changes):
-    return hg.Trainer(MODEL, hg.optim.AdamW(weight_decay=0.0), tokens, micro_batch=4, seed=1, **changes)
+def trainer(tokens, dtype="f32", check="off", out=None):
+    execution, precision = hg.Execution(micro_batch=4, backend="cpu", check=check), hg.Precision(dtype)
+    kind = dict(execution=execution, precision=precision, start=hg.Start(seed=1))
+    return hg.Trainer(MODEL, hg.optim.AdamW(weight_decay=0.0), tokens, **kind, out=out)
 
 
 def train(run, first, last):
@@ -98,8 +100,8 @@ def test_stochastic_rounding_learns_and_resume_is_bit_exact(tmp_path):
 
     def trainer(out=None):
         tokens = hg.data.tokens(tmp_path / "a.bin", seq_len=16, batch_tokens=128)
-        model, kind = hg.models.GPT2(97, 16, 1, 2, 32), dict(dtype="bf16", master_weights=False)
-        return hg.Trainer(model, hg.optim.AdamW(), tokens, micro_batch=8, out=out, **kind)
+        kind = dict(execution=hg.Execution(8, backend="cpu"), precision=hg.Precision("bf16", master_weights=False))
+        return hg.Trainer(hg.models.GPT2(97, 16, 1, 2, 32), hg.optim.AdamW(), tokens, **kind, out=out)
 
     run, whole = trainer(tmp_path / "run"), trainer()
     first = [run.step(k, 3e-3).loss for k in range(1, 21)]

@@ -213,7 +213,13 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
             "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
             "hint: --data.batch-tokens, --run.micro-batch",
         ),
-        ("--run.head-chunks 65", "[train] head_chunks lies between 1 and the 64 rows of a micro-batch, but got 65."),
+        ("--run.head-mib -1", "[run] --run.head-mib is a number from 0 on, but got -1."),
+        ("--run.threads -1", "[run] --run.threads is a number from 0 on, but got -1."),
+        ("--run.backend cpu --run.dtype tf32", "[train] dtype is f32 or bf16 on the cpu backend, but got 'tf32'."),
+        (
+            "--run.backend cpu --run.grad-dtype bf16",
+            "[train] grad_dtype is f32 on the cpu backend, but got 'bf16'.",
+        ),
         (
             "--run.sample-tokens 1 --run.prompt €",
             "[run] --run.prompt is spelled with the data's characters, but got '€'. "
@@ -296,16 +302,13 @@ def test_a_bad_token_far_into_the_data_loses_no_work(words, told):
 
 def test_a_folder_holds_one_run(words, told):
     assert train() == 0
-    line = (
-        "[run] a run folder holds one run, but got 'run', which has a log. hint: --run.resume run, or another --run.out"
-    )
-    assert told("--run.out", "run") == line
+    assert told("--run.out", "run") == "[run] 'run' already holds a run. hint: --run.resume run, or another --run.out"
 
 
 @pytest.mark.parametrize("out", ["a_file", "a_file/run"])
 def test_a_file_where_the_run_folder_should_be(words, told, out):
     Path("a_file").write_text("precious")
-    assert told("--run.out", out).startswith(f"[run] the run folder is writable, but got '{out}': ")
+    assert told("--run.out", out).startswith(f"[run] the run folder '{out}' cannot be written: ")
     assert Path("a_file").read_text() == "precious"
 
 
@@ -337,7 +340,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_read_only(words, told, small_disk):
     small_disk("size=1m,ro")
     line = told("--run.out", "disk/run")
-    assert line.startswith("[run] the run folder is writable, but got 'disk/run': Read-only file system.")
+    assert line.startswith("[run] the run folder 'disk/run' cannot be written: Read-only file system.")
 
 
 def test_a_disk_that_is_full_at_once(words, told, small_disk):
@@ -372,7 +375,7 @@ def test_updates_that_are_not_finite_are_skipped_and_named_and_end_the_run(words
     first = bad[0]["step"]
     assert [event["step"] for event in bad] == list(range(first, first + 4))
     assert all(re.match(r"update skipped: (loss|grad_norm) is (nan|inf)", event["event"]) for event in bad)
-    assert re.match(rf"\[train\] at most 3 updates in a row are skipped, but got step {first + 3}: ", line)
+    assert re.match(rf"\[train\] 4 updates in a row were skipped, the last at step {first + 3}: ", line)
     steps = {line["step"]: line for line in log() if "event" not in line}
     assert sorted(steps) == list(range(1, first + 4)) and first < 10
     assert steps[first]["loss"] is None or steps[first]["grad_norm"] is None

@@ -65,7 +65,7 @@ class KernelFault(AssertionError):
 class EmulatedBackend(Backend):
     """What the cuda backend binds on `gpu`, on the host."""
 
-    name, hardware, dtype, head_rows = "emulated", "fibres", "bf16", 512
+    name, hardware, head_rows, head_bytes = "emulated", "fibres", 512, 512 * 50304 * 4
 
     def __init__(self, gpu: Gpu | None = None, reverse: bool = False):
         self.gpu, self.reverse = gpu or Gpu(), reverse

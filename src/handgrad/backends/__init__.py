@@ -3,36 +3,53 @@
 from handgrad.backends.base import Backend
 from handgrad.backends.ref import RefBackend
 from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
 
 
-def _cpu(threads: int, tf32: bool, deterministic: bool) -> Backend:
+def _cpu(threads: int, precision: Precision) -> Backend:
     from handgrad.backends.cpu import CpuBackend
 
     return CpuBackend(threads)
 
 
-def _cuda(threads: int, tf32: bool, deterministic: bool) -> Backend:
+def _cuda(threads: int, precision: Precision) -> Backend:
     from handgrad.backends.cuda.backend import CudaBackend
 
-    return CudaBackend(tf32, deterministic)
+    return CudaBackend(precision.tf32, precision.deterministic)
 
 
-BACKENDS = {"ref": lambda threads, tf32, deterministic: RefBackend(), "cpu": _cpu, "cuda": _cuda}
+BACKENDS = {"ref": lambda threads, precision: RefBackend(), "cpu": _cpu, "cuda": _cuda}
 
 
-def open_backend(name: str, threads: int = 0, *, tf32: bool = False, deterministic: bool = False) -> Backend:
+def open_backend(name: str, threads: int = 0, precision: Precision = Precision()) -> Backend:
     """A backend by name; "auto" is cuda where there is a GPU and the packages for it, else cpu.
 
-    threads: of the cpu backend, 0 for the physical cores.  tf32, deterministic: of the cuda backend; the others never
-    round factors and always repeat themselves.
+    threads: of the cpu backend, 0 for the physical cores
+    precision: what will be computed on it; the cuda backend chooses its kernels by `tf32` and `deterministic`
+
+    Raises HandgradError for another name, and where the hardware or a package is missing.
     """
     if threads < 0:
         raise HandgradError("backend", "threads is at least 1, or 0 for the physical cores", threads)
+    return BACKENDS[resolve_name(name)](threads, precision)
+
+
+def resolve_name(name: str) -> str:
+    """The backend that a name stands for: itself, or what "auto" is on this machine."""
     if name == "auto":
-        name = "cuda" if why_no_cuda() == "" else "cpu"
+        return "cuda" if why_no_cuda() == "" else "cpu"
     if name not in BACKENDS:
         raise HandgradError("backend", f"the backend is one of auto, {', '.join(BACKENDS)}", f"'{name}'")
-    return BACKENDS[name](threads, tf32, deterministic)
+    return name
+
+
+def best_dtype(name: str) -> str:
+    """The fastest working dtype of a backend, known before it is opened: bf16 where the hardware multiplies it."""
+    if resolve_name(name) == "cpu":
+        from handgrad.backends.cpu.library import library
+
+        return "bf16" if library().isa == "avx512bf16" else "f32"
+    return "bf16" if resolve_name(name) == "cuda" else "f32"
 
 
 def why_no_cuda() -> str:

@@ -3,6 +3,7 @@
 Nothing else in handgrad asks which backend is running. A new one implements these classes and a line in `BACKENDS`.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,8 @@ class Planner(ABC):
     """What planning and explaining a run needs of a backend; no hardware."""
 
     name: str
-    head_rows: int  # rows of logits that exist at a time, unless the user says otherwise
+    head_rows: int  # rows of logits that exist at a time, unless Execution.head_bytes is set
+    head_bytes: int  # of those logits at most: a large vocabulary gets fewer rows
     is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
 
     @abstractmethod
@@ -94,12 +96,19 @@ class Backend(Planner):
     """A planner with its hardware: `alloc` and `bind`."""
 
     hardware: str  # what it runs on, for people
-    dtype: str  # the working dtype that is best here
     dtypes: tuple[str, ...] = ("f32", "bf16")
     grad_dtypes: tuple[str, ...] = ("f32",)
     is_asynchronous: bool = False  # runs are started, not awaited
     truncated_terms: int = 0  # bf16 products added at a time, the sum being truncated; 0: rounded after each
     pci_bus: str = ""  # address of the card, by which its telemetry is found; empty: no card
+
+    def mark(self) -> Any:
+        """This point in the queue of what was started. Taking it waits for nothing."""
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """The time from one mark to another; waits until the device has reached the later one."""
+        return end - begin
 
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s that the hardware can do in this dtype, if that is known."""

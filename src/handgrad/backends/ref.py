@@ -103,7 +103,7 @@ class RefExecutable(Executable):
 class RefBackend(Backend):
     """`exact=True`: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
 
-    name, hardware, dtype, head_rows = "ref", "numpy", "f32", 512
+    name, hardware, head_rows, head_bytes = "ref", "numpy", 512, 512 * 50304 * 4
 
     def __init__(self, exact: bool = True, poison: bool = False):
         self.exact, self.poison = exact, poison and not exact

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from handgrad.core.errors import HandgradError
 
 VERBS = {
-    "train": "train a GPT-2; without flags, a small one on Shakespeare in a minute or two",
+    "train": "train a GPT-2; without flags, a small one on Shakespeare",
     "generate": "continue a prompt with a trained model",
     "eval": "validation loss and benchmark tasks of a trained model",
     "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
     "report": "the curves and figures of a run, or of several, as a page",
-    "explain": "every call, byte and flop of a run before it runs",
-    "profile": "where a step's time goes, against what its bytes and flops take",
+    "explain": "every call, byte and flop of a run, before it runs",
+    "profile": "each call's time in a step, beside its lower bound from bytes and flops",
     "data": "turn text into token shards",
     "ops": "the ops: support table, check, grad, bench",
     "doctor": "what is installed, what was found, what would run",

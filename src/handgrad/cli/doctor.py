@@ -11,14 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from handgrad.backends import open_backend
+from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.cuda.libraries import folder_of
 from handgrad.cli.flags import parse
-from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
+from handgrad.core.precision import Precision
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
 from handgrad.train.record import record_train
 
 OK, MISSING, PROBLEM = "ok", "missing", "problem"
@@ -46,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Settings:
-    """The doctor asks nothing."""
+    """No flags."""
 
 
 MODULES = {"cuda-bindings": "cuda.bindings.driver", "nvidia-cudnn-frontend": "cudnn"}
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, the one about the backend `auto` last. Never raises: what goes wrong is a finding."""
+    """All findings, the one about the backend `auto` last. Never raises: an error is a finding."""
     for name, check in CHECKS.items():
         try:
             yield from check()
@@ -95,7 +96,7 @@ def driver() -> Iterator[Finding]:
 
         cuda = start()
     except HandgradError as error:
-        yield Finding(MISSING, "driver", str(error.got), error.hint)
+        yield Finding(MISSING, "driver", error.rule, error.hint)
         return
     try:
         kernel = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text().split("\n")[0])
@@ -105,31 +106,31 @@ def driver() -> Iterator[Finding]:
     yield Finding(OK, "driver", text) if cuda >= 13000 else Finding(PROBLEM, "driver", text, "driver 580 or newer")
 
 
-def cards() -> Iterator[Finding]:
+def gpus() -> Iterator[Finding]:
     """Every GPU that this process sees, and its peaks."""
     try:
         from handgrad.backends.cuda.driver import Device, find_gpus
         from handgrad.backends.cuda.peaks import peaks
 
         found = find_gpus()
-    except HandgradError:  # the driver's line has told it
+    except HandgradError:  # reported by the driver's line
         return
     if not found:
-        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides cards; nvidia-smi lists them")
-    for i, (card, (major, minor), total) in enumerate(found):
-        text, name = f"{card}, compute capability {major}.{minor}", f"GPU {i}"
+        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides GPUs; nvidia-smi lists them")
+    for i, (name, (major, minor), total) in enumerate(found):
+        text, which = f"{name}, compute capability {major}.{minor}", f"GPU {i}"
         try:
             device = Device(i)
             free, total = device.memory()
         except HandgradError as error:
-            yield Finding(PROBLEM, name, f"{text}, {total / MIB:,.0f} MiB: {error}", "nvidia-smi shows who holds it")
+            yield Finding(PROBLEM, which, f"{text}, {total / MIB:,.0f} MiB: {error}", "nvidia-smi shows who holds it")
             continue
         text += f", {device.sms} SMs, {free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
         hint = "another process holds much of its memory: nvidia-smi" if free < 0.9 * total else ""
-        yield Finding(OK, name, text, hint)
-        known = peaks(card)
+        yield Finding(OK, which, text, hint)
+        known = peaks(name)
         if known is None:
-            yield Finding(OK, "peaks", "of a card that the table does not know: a product is measured instead")
+            yield Finding(OK, "peaks", "of a GPU that the table does not list: a matmul is measured instead")
         else:
             yield Finding(OK, "peaks", f"bf16 {known.bf16:g} TFLOP/s, tf32 {known.tf32:g}, memory {known.gbps:,} GB/s")
 
@@ -143,7 +144,7 @@ def libraries() -> Iterator[Finding]:
             installed = ""
         try:
             where = load(library, package) if library else folder_of(MODULES[package])
-        except Exception as error:  # the finder and the loader have errors of their own
+        except Exception as error:  # the finder and the loader raise errors of their own
             reason = str(error).strip().split("\n")[0]
             if installed:
                 yield Finding(PROBLEM, name, f"{installed} is installed, but does not load: {reason}", hint)
@@ -190,18 +191,18 @@ def is_writable(folder: Path) -> bool:
 def bound() -> Iterator[Finding]:
     """What `auto` means here, whether it works, and the choices it would make for GPT-2 124M."""
     backend = open_backend("auto")
-    program = record_train(gpt2("124m"), AdamW(), 1, 1024, BF16, chunks=1)
+    program = record_train(gpt2("124m"), AdamW(), 1024, Precision("bf16"), Execution(micro_batch=1), chunks=1)
     notes = dict.fromkeys(f"{c.op.name}: {backend.note(c)}" for c in program.calls if backend.note(c))
     for note in notes:
         yield Finding(OK, "bound", note)
-    yield Finding(OK, "auto", f"the {backend.name} backend, {backend.dtype}: {backend.hardware}")
+    yield Finding(OK, "auto", f"the {backend.name} backend, {best_dtype(backend.name)}: {backend.hardware}")
 
 
 CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "handgrad": host,
     "cpu backend": cpu,
     "driver": driver,
-    "GPU": cards,
+    "GPU": gpus,
     "libraries": libraries,
     "cache": compile_cache,
     "auto": bound,

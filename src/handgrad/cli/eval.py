@@ -18,8 +18,9 @@ from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
 from handgrad.train.config import Config, DataConfig
-from handgrad.train.log import replace_file
-from handgrad.train.run import SETTINGS, find_data
+from handgrad.train.folder import SETTINGS
+from handgrad.train.log_file import replace_file
+from handgrad.train.resolve import find_data
 
 RESULTS = "eval.json"
 

@@ -10,7 +10,9 @@ from handgrad.backends.cuda.card import GPUS, Card
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
+from handgrad.core.precision import Precision
 from handgrad.models import GPT2, preset
+from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 
 
@@ -31,19 +33,19 @@ class Explain:
     dtype: Literal["bf16", "tf32", "f32"] = "bf16"
     """working dtype"""
     master_weights: bool = True
-    """bf16 weights keep their low 16 bits beside them"""
+    """bf16 weights keep the low 16 bits of their float32"""
     grad_dtype: Literal["f32", "bf16"] = "f32"
     """of parameter gradients; bf16 needs a GPU"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """whose scratch and workspaces are counted"""
     gpu: Literal["", "a100", "4090", "h100", "h200", "b200"] = ""
-    """a card, which may be elsewhere, and the cuda backend; with that backend alone an h100"""
+    """a GPU, which need not be in this machine, and the cuda backend; --backend cuda alone takes an h100"""
     deterministic: bool = False
     """as in a run"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
-    """what is computed again in backward instead of kept"""
-    head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
+    """what backward computes again instead of keeping it"""
+    head_mib: int = 0
+    """MiB of the head's logits that exist at a time; 0: the backend's own size"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
@@ -57,33 +59,26 @@ class Explain:
 def main(argv: list[str]) -> int:
     """Prints the page."""
     a = parse(Explain, argv, "explain")
-    if a.micro_batch < 1:
-        raise HandgradError("explain", "--micro-batch is at least 1", a.micro_batch)
+    for name, least in (("micro_batch", 1), ("head_mib", 0), ("accumulation", 1)):
+        if getattr(a, name) < least:
+            raise HandgradError("explain", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     sizes = preset(a.model)
     if a.vocab_size:
         sizes["vocab_size"] = a.vocab_size
     model = GPT2(**sizes, dropout=a.dropout)
+    precision = Precision(a.dtype, a.grad_dtype, a.master_weights, a.deterministic)
+    extra = tuple(name for name in ("val", "sample") if getattr(a, name))
+    sizes = dict(micro_batch=a.micro_batch, recompute=a.recompute, head_bytes=a.head_mib * MIB)
+    execution = Execution(**sizes, extra_programs=extra, backend=a.backend, threads=a.threads)
     if a.gpu or a.backend == "cuda":
-        gpu = replace(GPUS[a.gpu or "h100"], tf32=a.dtype == "tf32", deterministic=a.deterministic)
+        gpu = replace(GPUS[a.gpu or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
         backend, where = Card(gpu), f"the cuda backend on an {gpu.name}"
         saving = "copied to the host's memory first, as much of it as that"
     else:
-        backend = open_backend("cpu", a.threads)
+        backend = open_backend("cpu", a.threads, precision)
         where, saving = f"the cpu backend, {backend.hardware}", "written from where it lies, without a copy"
-    page = explain(
-        model,
-        a.micro_batch,
-        a.seq_len or model.max_seq_len,
-        dtype=a.dtype,
-        grad_dtype=a.grad_dtype,
-        master_weights=a.master_weights,
-        backend=backend,
-        recompute=a.recompute,
-        head_chunks=a.head_chunks,
-        accumulation=a.accumulation,
-        val=a.val,
-        sample=a.sample,
-    )
+    same = dict(execution=execution, precision=precision, backend=backend)
+    page = explain(model, a.seq_len or model.max_seq_len, **same, accumulation=a.accumulation)
     print(page)
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")

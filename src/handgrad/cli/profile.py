@@ -1,4 +1,4 @@
-"""handgrad profile MODEL: runs a few steps on random tokens and shows where the time goes, against what must be."""
+"""handgrad profile MODEL: runs a few steps on random tokens; shows each call's time beside its lower bound."""
 
 import tempfile
 from dataclasses import dataclass
@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from handgrad import data
-from handgrad.backends import open_backend
+from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.plan import MIB
+from handgrad.core.precision import Precision
 from handgrad.models import GPT2, preset
 from handgrad.optim import AdamW
+from handgrad.train.execution import Execution
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.trainer import Trainer
 
@@ -35,15 +38,15 @@ class Settings:
     backend: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is a GPU, else cpu"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
-    """what is computed again in backward instead of kept"""
-    head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
+    """what backward computes again instead of keeping it"""
+    head_mib: int = 0
+    """MiB of the head's logits that exist at a time; 0: the backend's own size"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
     steps: int = 3
-    """steps that run as always, and as many call by call; the table shows medians"""
+    """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
-    """what a row is"""
+    """what the rows of the table are"""
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
 
@@ -51,41 +54,32 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Prints the table; writes the trace."""
     a = parse(Settings, argv, "profile")
-    for name in ("micro_batch", "steps"):
-        if getattr(a, name) < 1:
-            raise HandgradError("profile", f"--{name.replace('_', '-')} is at least 1", getattr(a, name))
+    for name, least in (("micro_batch", 1), ("steps", 1), ("head_mib", 0)):
+        if getattr(a, name) < least:
+            raise HandgradError("profile", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
     model = GPT2(**preset(a.model))
-    backend = open_backend(a.backend, a.threads, tf32=a.dtype == "tf32")
-    dtype = backend.dtype if a.dtype == "auto" else a.dtype
+    precision = Precision(best_dtype(a.backend) if a.dtype == "auto" else a.dtype)
+    sizes = dict(micro_batch=a.micro_batch, recompute=a.recompute, head_bytes=a.head_mib * MIB)
+    execution = Execution(**sizes, extra_programs=(), backend=a.backend, threads=a.threads)
+    backend = open_backend(execution.backend, execution.threads, precision)
     T = a.seq_len or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * a.micro_batch * T + 1, model.vocab_size)
-        trainer = Trainer(
-            model,
-            AdamW(),
-            data.tokens(f"{folder}/random.bin", T, a.micro_batch * T),
-            micro_batch=a.micro_batch,
-            backend=backend.name,
-            dtype=dtype,
-            recompute=a.recompute,
-            head_chunks=a.head_chunks,
-            threads=a.threads,
-            val=False,
-            sample=False,
-        )
-        limits = {"flops_limit": backend.peak_flops(dtype), "bytes_limit": bandwidth(backend)}
+        tokens = data.tokens(f"{folder}/random.bin", T, a.micro_batch * T)
+        trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
+        limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": bandwidth(backend)}
         found = profile(trainer, a.steps, **limits)
-    show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {dtype}, {backend.hardware}")
+    show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
-        f"a step that is not taken apart takes {1e3 * found.step_seconds:.3f} ms,"
+        f"a whole step takes {1e3 * found.step_seconds:.3f} ms,"
         f" {a.micro_batch * T / found.step_seconds:,.0f} tokens a second"
     )
     if backend.is_asynchronous:
         print(
-            "each call is started and awaited alone, which adds some microseconds to it: short calls look slower than"
-            " they are, and the sum passes the step"
+            "each call is launched and awaited alone, which adds some microseconds: short calls look slower than they"
+            " are, and the sum exceeds the step"
         )
     if a.trace:
         try:

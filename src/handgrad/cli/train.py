@@ -2,11 +2,12 @@
 
 from handgrad.cli.flags import parse
 from handgrad.train.config import Config
-from handgrad.train.run import resumed, train
+from handgrad.train.folder import saved_settings
+from handgrad.train.run import train
 
 
 def main(argv: list[str]) -> int:
     """Parses the flags, over the saved settings if a run is resumed, and trains."""
     c = parse(Config, argv, "train")
-    saved = resumed(c) if c.run.resume else None
+    saved = saved_settings(c) if c.run.resume else None
     return train(c if saved is None else parse(Config, argv, "train", saved))

@@ -1,14 +1,18 @@
-"""The one error a user sees, in the house grammar: `[where] rule, but got value. Context. Hint.`"""
+"""The one error a user sees: `[where] rule, but got value. Context. Hint.`, or `[where] what failed. Context. Hint.`"""
 
 
 class HandgradError(Exception):
     """A mistake of the user's that can be told in one line.
 
-    `where` is the op, file or stage; `rule` the sentence that must hold; `got` what was found instead.
+    where: the op, file or stage
+    rule, got: for a value, the sentence that must hold and what was found instead; for a state, what failed, alone
+
     The command line prints it and exits with 2.
 
     >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
     [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE
+    >>> print(HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint="--run.backend cpu"))
+    [cuda] no NVIDIA driver found: libcuda.so.1 is missing. hint: --run.backend cpu
     """
 
     def __init__(self, where: str, rule: str, got: object = None, *, context: str = "", hint: str = ""):

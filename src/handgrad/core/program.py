@@ -15,6 +15,8 @@ from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector,
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
 
+STATE = "state"  # in checkpoints, what precedes the name of a state; no flat vector has this name
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -269,8 +271,8 @@ class Program:
     def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
         """Declares optimizer state: a flat vector over these buckets, or all. It is zero before the first step, and
         checkpoints keep it."""
-        if name in self.vectors:
-            raise HandgradError("program", "a flat vector is declared once", f"'{name}' twice")
+        if name in self.vectors or name == STATE:
+            raise HandgradError("program", "a flat vector has a name of its own", f"'{name}' twice")
         vector = Vector(name, dtype, Role.STATE, self.buckets if buckets is None else buckets, sharded)
         self._vectors[name] = vector
         return vector

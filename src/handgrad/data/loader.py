@@ -39,6 +39,7 @@ def tokens(
     seed: int = 0,
     shuffle: bool = True,
     vocab_size: int | None = None,
+    overfit: bool = False,
 ) -> "Tokens":
     """Returns the `Tokens` of all shards that match the glob `pattern`, in the order of their names.
 
@@ -47,6 +48,7 @@ def tokens(
     seed: selects the order and the shifts
     shuffle: False reads the windows in file order
     vocab_size: if given, the ids of every batch are checked against it
+    overfit: every step reads the batch of the first
 
     Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens, or
     batch_tokens is not a multiple of seq_len.
@@ -60,7 +62,7 @@ def tokens(
     array([[1, 2, 3, 4],
            [5, 6, 7, 8]], dtype=int32)
     """
-    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size)
+    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit)
 
 
 def find_shards(pattern: str | Path) -> list[str]:
@@ -75,7 +77,7 @@ def find_shards(pattern: str | Path) -> list[str]:
 class Tokens:
     """The token windows of a data set, made by `tokens`.
 
-    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size: as given to `tokens`
+    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit: as given to `tokens`
     shards: list of Shard, in the order of their names
     folder: Path of the first shard's folder
     sequences: sequences in a step
@@ -91,6 +93,7 @@ class Tokens:
         seed: int,
         shuffle: bool,
         vocab_size: int | None,
+        overfit: bool,
     ):
         if seq_len < 1:
             raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
@@ -105,6 +108,7 @@ class Tokens:
         self.seed = seed
         self.shuffle = shuffle
         self.vocab_size = vocab_size
+        self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
         self.folder = self.shards[0].path.parent
         self.sequences = batch_tokens // seq_len
@@ -157,7 +161,8 @@ class Tokens:
         if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
             rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
-        first = self.ahead + step * self.sequences + (micro_step * world + rank) * micro_batch
+        first = 0 if self.overfit else self.ahead + step * self.sequences
+        first += (micro_step * world + rank) * micro_batch
         windows, offsets = self._order(first, micro_batch)
         return self._gather(windows, offsets, micro_batch, self._ends, names)
 

@@ -1,6 +1,6 @@
 """The settings of a run: four groups of flags, with the defaults of the Shakespeare recipe.
 
-What is 0 or empty is resolved from the rest; the resolved table is printed and saved.
+What is 0 or empty is resolved from the rest (resolve.py); the resolved table is printed and saved.
 """
 
 import math
@@ -9,11 +9,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handgrad.core.errors import HandgradError
 
+SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which GPT-2."""
+    """Which model."""
 
+    family: str = "gpt2"
+    """architecture: gpt2"""
     preset: str = "tiny"
     """tiny, gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1558m, d6 .. d84, gpt3:c384 .. gpt3:c12288"""
     depth: int = 0
@@ -54,7 +58,7 @@ class DataConfig:
     shuffle: bool = True
     """visit the sequences in random order"""
     overfit: bool = False
-    """every step takes the batch of the first: can the model learn it by heart?"""
+    """every step takes the batch of the first: can the model memorise it?"""
 
     def __post_init__(self) -> None:
         _check(self, "data", 0, "seq_len batch_tokens")
@@ -100,21 +104,21 @@ class RunConfig:
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
     dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
-    """working dtype; tf32: float32 with rounder products on a GPU; auto: bf16 where the hardware multiplies it"""
+    """working dtype; tf32: float32 with TF32 matmuls on a GPU; auto: bf16 where the hardware multiplies it"""
     master_weights: bool = True
-    """bf16 weights keep their low 16 bits beside them; without, updates are rounded at random"""
+    """bf16 weights keep the low 16 bits of their float32; without, updates are rounded stochastically"""
     grad_dtype: Literal["f32", "bf16"] = "f32"
     """of parameter gradients; bf16 needs a GPU"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: the numpy oracle, float64 and slow"""
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
     deterministic: bool = False
-    """the same bits whatever is recomputed, on a GPU at some cost; the other backends always repeat themselves"""
+    """the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits"""
     threads: int = 0
     """CPU threads; 0: physical cores"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
-    """what is computed again in backward instead of kept"""
-    head_chunks: int = 0
-    """pieces in which the head's logits are made; 0: pieces of the backend's own size"""
+    """what backward computes again instead of keeping it"""
+    head_mib: int = 0
+    """MiB of the head's logits that exist at a time; 0: the backend's own size"""
     seed: int = 1337
     """of initial weights, data order, dropout and sampling"""
     val_every: int = 250
@@ -124,7 +128,7 @@ class RunConfig:
     hellaswag: str = ""
     """HellaSwag as `handgrad data hellaswag` makes it, or .jsonl: its accuracy by llm.c's rule goes into the log"""
     eval_every: int = 250
-    """steps between evaluations on HellaSwag; 0: only after the last step"""
+    """steps between evaluations on HellaSwag, and of nothing else; 0: only after the last step"""
     sample_every: int = 0
     """steps between samples; 0: only after the last step"""
     sample_tokens: int = 256
@@ -144,7 +148,7 @@ class RunConfig:
     skip_grad_z: float = 0.0
     """the same for the gradient norm"""
     check: Literal["off", "nan"] = "off"
-    """nan: look at every output of every call and name the first that is not finite; slow"""
+    """nan: check every output of every call and name the first that is not finite; slow"""
     tensorboard: bool = False
     """also write TensorBoard event files into the run folder"""
     wandb: str = ""
@@ -154,7 +158,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, "run", 1, "micro_batch")
-        _check(self, "run", 0, "steps threads head_chunks seed val_every val_tokens sample_every sample_tokens")
+        _check(self, "run", 0, "steps threads head_mib seed val_every val_tokens sample_every sample_tokens")
         _check(self, "run", 0, "eval_every save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
         _check(self, "run", 0, "telemetry_every")
         if self.seed >= 2**63:

@@ -1,21 +1,20 @@
 """explain: all about a run before it runs: the listing, the memory map to the byte, flops, the price of remedies."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from handgrad.backends.base import Planner
+from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES
-from handgrad.core.dtypes import DTYPES
 from handgrad.core.listing import listing
 from handgrad.core.op import Call
-from handgrad.core.plan import MIB, Plan, plan
+from handgrad.core.plan import MIB, Plan
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
-from handgrad.infer.engine import record as record_engine
-from handgrad.models import GPT2
+from handgrad.models import Model
 from handgrad.optim import AdamW
-from handgrad.train.record import chunks_of, record_loss, record_train
-
-REMEDIES = tuple(POLICIES)
+from handgrad.train.execution import Execution
+from handgrad.train.record import head_rows, logits_row_bytes, record
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Explanation:
     plan: Plan
     rows: int
     remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-step
-    note: Callable[[Call], str] = lambda c: ""  # what the backend binds a call to
+    note: Callable[[Call], str]  # what the backend binds a call to
 
     @property
     def flops_per_token(self) -> float:
@@ -61,70 +60,58 @@ class Explanation:
 
 
 def explain(
-    model: GPT2,
-    micro_batch: int,
+    model: Model,
     seq_len: int,
     *,
-    dtype: str = "bf16",
-    backend: Planner | None = None,
-    recompute: str = "act",
-    head_chunks: int = 0,
+    execution: Execution,
+    precision: Precision = Precision(),
+    backend: Planner = RefBackend(),
     accumulation: int = 1,
-    grad_dtype: str = "f32",
-    master_weights: bool = True,
     optim: AdamW = AdamW(),
-    val: bool = True,
-    sample: bool = True,
     remedies: bool = True,
 ) -> Explanation:
     """What a run of these settings would record and allocate. Nothing is allocated here.
 
-    The plan is the one that Trainer makes from the same arguments: `plan.nbytes` equals its arena, to the byte.
-    `accumulation` is the number of micro-batches in a step.
-    Without a backend, kernels are taken to need no scratch.
+    The plan is the one that Trainer makes from the same objects: `plan.nbytes` equals its arena, to the byte.
+
+    backend: whose kernels' scratch is counted; the default one needs none.  accumulation: micro-batches in a step
+    remedies: whether what would save memory is priced, each by a plan of its own
 
     >>> import handgrad as hg
-    >>> page = hg.explain(hg.models.gpt2("124m"), micro_batch=16, seq_len=1024)
+    >>> page = hg.explain(hg.models.gpt2("124m"), seq_len=1024, execution=hg.Execution(micro_batch=16))
     >>> page.program.num_params
     124475904
     """
-    kind, head_rows = DTYPES["f32" if dtype == "tf32" else dtype], 512 if backend is None else backend.head_rows
 
-    def lay_out(micro_batch: int, recompute: str, head_chunks: int, steps: int) -> tuple[Program, Plan]:
-        chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)
-        train = record_train(
-            model,
-            optim,
-            micro_batch,
-            seq_len,
-            kind,
-            chunks=chunks,
-            recompute=recompute,
-            accumulates=steps > 1,
-            grad_dtype=DTYPES[grad_dtype],
-            master=master_weights,
-        )
-        others = [record_loss(model, micro_batch, seq_len, kind, chunks)] if val else []
-        others += record_engine(model, kind) if sample else ()
-        return train, (plan if backend is None else backend.plan)(train, *others)
+    def lay_out(execution: Execution, accumulation: int) -> tuple[Program, Plan]:
+        accumulates = accumulation > 1
+        programs = record(model, optim, seq_len, precision, execution, backend, accumulates=accumulates)
+        return programs.train, backend.plan(*programs)
 
-    program, layout = lay_out(micro_batch, recompute, head_chunks, accumulation)
-    chunks = chunks_of(micro_batch * seq_len, head_chunks, head_rows)
+    program, layout = lay_out(execution, accumulation)
     prices = []
-    if remedies:
-        options = [(f"recompute {r}", micro_batch, r, chunks) for r in REMEDIES if r != recompute]
-        options += [
-            (f"micro-batch {micro_batch // n}", micro_batch // n, recompute, head_chunks)
-            for n in (2, 4)
-            if micro_batch % n == 0
-        ]
-        options += [
-            (f"head chunks {n}", micro_batch, recompute, n)
-            for n in (1, 4 * chunks)
-            if n != chunks and n <= micro_batch * seq_len
-        ]
-        for name, b, r, n in options:
-            other, its = lay_out(b, r, n, accumulation * micro_batch // b)
-            prices.append((name, its.nbytes, sum(c.flops for c in other.calls) * micro_batch // b))
-    notes = (lambda c: "") if backend is None else backend.note
-    return Explanation(program, layout, micro_batch * seq_len, tuple(prices), notes)
+    for name, other in options(model, seq_len, precision, execution, backend) if remedies else ():
+        factor = execution.micro_batch // other.micro_batch
+        train, its = lay_out(other, accumulation * factor)
+        prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
+    return Explanation(program, layout, execution.micro_batch * seq_len, tuple(prices), backend.note)
+
+
+def options(
+    model: Model, seq_len: int, precision: Precision, execution: Execution, backend: Planner
+) -> Iterator[tuple[str, Execution]]:
+    """What a run could do otherwise to take less memory: (the flag, how a step is executed then)."""
+    for policy in POLICIES:
+        if policy != execution.recompute:
+            yield f"recompute {policy}", replace(execution, recompute=policy)
+    for n in (2, 4):
+        if execution.micro_batch % n == 0:
+            yield (
+                f"micro-batch {execution.micro_batch // n}",
+                replace(execution, micro_batch=execution.micro_batch // n),
+            )
+    rows = min(head_rows(model, precision, execution, backend), execution.micro_batch * seq_len)
+    for n in (2, 4):
+        mib = rows * logits_row_bytes(model, precision) // n // MIB
+        if mib:
+            yield f"head-mib {mib}", replace(execution, head_bytes=mib * MIB)

@@ -1,12 +1,8 @@
 """The log of a run: a JSON object a step in log.jsonl, llm.c's lines in main.log, a live line on a terminal."""
 
-import json
 import math
-import operator
-import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from handgrad.core.errors import HandgradError
-from handgrad.train.telemetry import in_words
+from handgrad.train.log_file import drop_after, dump, main_log
+from handgrad.train.log_text import clock, parts, plain_line
 from handgrad.train.trackers import TensorBoard, Wandb
 
-KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
 LIVE_WIDTH = 92  # columns that the live line takes in a long run, without its bar
 LIVE_SECONDS = 0.1  # between redraws of the live line: one takes 0.4 ms from the kernels
@@ -44,6 +40,7 @@ class RunLog:
     Raises HandgradError if the folder cannot be written or an existing log is damaged before its last line.
 
     >>> import tempfile
+    >>> from handgrad.train.log_file import read_log
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with RunLog(folder, total_steps=2, quiet=True) as log:
     ...         log.step(1, loss=4.2, lr=1e-3, grad_norm=float("nan"), tokens=768, step_seconds=0.01)
@@ -72,7 +69,7 @@ class RunLog:
             self._trackers.append(TensorBoard(Path(out_dir) / "tensorboard", resumed_at))
         if wandb:
             self._trackers.append(Wandb(wandb, Path(out_dir), settings or {}))
-        earlier = _drop_after(self.path, resumed_at) if resumed_at else []
+        earlier = drop_after(self.path, resumed_at) if resumed_at else []
         self._before = max((line["seconds"] for line in earlier if line.get("seconds")), default=0.0)
         vals = [line["val_loss"] for line in earlier if line.get("val_loss")]
         self._val_loss = vals[-1] if vals else None
@@ -120,7 +117,7 @@ class RunLog:
         loss, val_loss: nats a token; val_loss only where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
         hellaswag: accuracy, 0 to 1, where it was measured
-        gpu: what `Telemetry.read` returned, where it was asked
+        gpu: what `Telemetry.read` returned, where it was read
         mfu: model flops as a fraction of the hardware's peak, where that is known
         tokens, step_seconds: of this update alone, without validation, sampling and saving
 
@@ -166,7 +163,7 @@ class RunLog:
 
     def _write(self, line: dict) -> None:
         try:
-            for file, data in ((self._file, _dump(line)), (self._main, main_log(line).encode())):
+            for file, data in ((self._file, dump(line)), (self._main, main_log(line).encode())):
                 written = file.write(data)
                 if written < len(data):
                     file.write(data[written:])  # raises what stopped the first: most often a full disk
@@ -196,7 +193,7 @@ class RunLog:
 
     def _live_line(self, line: dict, now: float) -> Table:
         step, (first, began) = line["step"], self._first
-        shown = _parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
+        shown = parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
         if step >= self.total_steps:
             shown["time"] = clock(now) + " in all"
         elif step > first:
@@ -210,140 +207,3 @@ class RunLog:
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_row(*bar, Text("  ".join(shown.values()), no_wrap=True, overflow="ellipsis"))
         return table
-
-
-def read_log(path: str | Path) -> list[dict]:
-    """Returns the lines of a log.jsonl in order, as dicts; none if there is no file.
-
-    A last line that a crash tore is left out. Raises HandgradError if another line is not a JSON object with a step.
-    """
-    try:
-        rows = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise HandgradError("log", f"{path} must be readable", error.strerror) from None
-    lines = []
-    for number, row in enumerate(rows, 1):
-        line = _parse(row)
-        if line is not None:
-            lines.append(line)
-        elif row and any(rows[number:]):
-            rule = f"every line of {path} must be a JSON object with a step"
-            raise HandgradError("log", rule, f"{row[:40]!r} in line {number}", hint="repair it or move it away")
-    return lines
-
-
-def main_log(line: dict) -> str:
-    """What llm.c writes into its main.log, and its notebook reads, for a line of log.jsonl; nothing for an event.
-
-    llm.c counts updates from 0: the loss of our update k stands at k - 1, what was measured after it at k.
-
-    >>> line = {"step": 20, "loss": 4.53108, "val_loss": 4.5, "hellaswag": 0.25, "lr": 6e-4, "grad_norm": 1.347}
-    >>> print(main_log(line), end="")
-    s:19 trl:4.5311 lr:0.000600 norm:1.35
-    s:20 tel:4.5000
-    s:20 eval:0.2500
-    """
-    step, text = line["step"], ""
-    if "loss" in line:
-        loss, norm = (math.nan if line[key] is None else line[key] for key in ("loss", "grad_norm"))
-        text += f"s:{step - 1} trl:{loss:.4f} lr:{line['lr']:.6f} norm:{norm:.2f}\n"
-    for key, name in (("val_loss", "tel"), ("hellaswag", "eval")):
-        text += f"s:{step} {name}:{line[key]:.4f}\n" if line.get(key) is not None else ""
-    return text
-
-
-def plain_line(line: dict, total_steps: int, step_seconds: float) -> str:
-    """Returns a log line for people.
-
-    >>> line = {"step": 1200, "loss": 3.412, "lr": 5.9e-4, "grad_norm": 0.4123, "tokens_per_second": 171_300.0}
-    >>> plain_line(line | {"val_loss": 3.5}, 18865, 3.061)
-    'step 1200/18865 | loss 3.4120 | val 3.5000 | grad 0.41 | lr 5.9e-4 | 171k tok/s | 3.06 s'
-    """
-    took = f"{step_seconds:.2f} s" if step_seconds >= 1 else f"{1e3 * step_seconds:.1f} ms"
-    return " | ".join([*_parts(line, total_steps).values(), took])
-
-
-def short(number: float) -> str:
-    """Returns a count in three digits.
-
-    >>> short(985), short(17_130), short(124_439_808), short(999_999_999)
-    ('985', '17.1k', '124M', '1.00B')
-    """
-    if number < 999.5:
-        return f"{number:.0f}"
-    power = next((power for power in (3, 6, 9) if number < 999.5 * 10**power), 12)
-    return f"{number / 10**power:#.3g}".rstrip(".") + "kMBT"[power // 3 - 1]
-
-
-def clock(seconds: float) -> str:
-    """Returns a span of time as hours, minutes and seconds.
-
-    >>> clock(31.4), clock(3725)
-    ('0:31', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that at any moment the old or the new content is there, whole. Raises HandgradError."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name could be lost with the power
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise HandgradError("run", f"{path} must be writable", error.strerror) from None
-
-
-def _parts(line: dict, total_steps: int) -> dict[str, str]:
-    """The pieces of a line for people, in order, by key."""
-    grad_norm = line["grad_norm"]
-    parts = {"step": f"step {line['step']}/{total_steps}", "loss": f"loss {line['loss']:.4f}"}
-    if "val_loss" in line:
-        parts["val_loss"] = f"val {line['val_loss']:.4f}"
-    if "hellaswag" in line:
-        parts["hellaswag"] = f"hellaswag {100 * line['hellaswag']:.1f} %"
-    parts["grad_norm"] = f"grad {grad_norm:.2f}" if 0.1 <= grad_norm < 1000 else f"grad {grad_norm:.2g}"
-    parts["lr"] = f"lr {line['lr']:.1e}".replace("e-0", "e-").replace("e+0", "e+")
-    parts["tokens_per_second"] = f"{short(line['tokens_per_second'])} tok/s"
-    if "mfu" in line:
-        parts["mfu"] = f"mfu {100 * line['mfu']:.1f}"
-    if "gpu" in line:
-        parts["gpu"] = in_words(line["gpu"])
-    return parts
-
-
-def _dump(line: dict) -> bytes:
-    """One line of the log. JSON has no NaN and no infinity: they become null."""
-    numbers = {key: None for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-    return json.dumps(line | numbers, allow_nan=False).encode() + b"\n"
-
-
-def _parse(row: bytes) -> dict | None:
-    """The dict of one line, its measured values as floats or None; None for what is no line of a log."""
-    try:
-        line = json.loads(row)
-        line |= {key: float(line[key]) for key in KEYS if line.get(key) is not None}
-        return line if 0 <= operator.index(line["step"]) < 2**63 else None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return None
-
-
-def _drop_after(path: Path, step: int) -> list[dict]:
-    """Rewrites a log without the lines of later steps and without a torn end; returns the lines that stay."""
-    lines = [line for line in read_log(path) if line["step"] <= step]
-    replace_file(path, b"".join(map(_dump, lines)).decode())
-    return lines

@@ -2,7 +2,7 @@
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
-    """The part, 0 to 1, of `peak_flops` (FLOP/s, dense, of the element type that products are computed in).
+    """The part, 0 to 1, of `peak_flops` (FLOP/s, dense, of the element type that matmuls are computed in).
 
     flops_per_token: `Model.flops_per_token`
 

@@ -1,9 +1,23 @@
-"""The z-score of a value among the last ones: llm.c's guard against loss and gradient spikes."""
+"""Outliers among losses and gradient norms: llm.c's guard against spikes, by the z-score among the last values."""
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 WINDOW = 128  # values; until so many are known there is no score
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The z-scores above which an update is skipped; 0: never. With any, the host waits for the norm of every step."""
+
+    loss_z: float = 0.0
+    grad_z: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the host must decide on updates."""
+        return self.loss_z > 0 or self.grad_z > 0
 
 
 class Outliers:

@@ -1,10 +1,10 @@
-"""profile: where a step's time goes, call by call, beside what the bytes and flops of each call must take."""
+"""profile: the time of every call of a step, beside its lower bound: its bytes and flops at the hardware's limits."""
 
 import json
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from handgrad.core.listing import PHASE
@@ -12,12 +12,12 @@ from handgrad.core.op import Call
 from handgrad.train.trainer import Trainer
 
 GROUPS = ("op", "phase", "block", "call")
-LEARNING_RATE = 1e-4  # of random tokens nothing is learnt, and nothing may grow
+LEARNING_RATE = 1e-4  # tokens are random: there is nothing to learn, and weights must not grow
 
 
 @dataclass(frozen=True)
 class Row:
-    """Some calls together. `bound`: seconds that they take at the hardware's limits, None if those are unknown."""
+    """Some calls together. `bound`: the least seconds they can take at the hardware's limits, None if unknown."""
 
     name: str
     calls: int
@@ -29,11 +29,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """One step of a micro-batch, taken apart.
+    """One step of a micro-batch, timed call by call.
 
     seconds         of each call, median over the traces
-    step_seconds    of a whole step that runs as always, median
-    flops_limit     FLOP/s of the hardware's products, None if unknown
+    step_seconds    of a whole step, median
+    flops_limit     FLOP/s of the hardware's matmuls, None if unknown
     bytes_limit     bytes/s of its memory, None if unknown
     """
 
@@ -49,7 +49,7 @@ class Profile:
         return sum(self.seconds)
 
     def bound(self, c: Call) -> float | None:
-        """Seconds that a call takes at least: its bytes through the memory, or its flops through the multipliers."""
+        """The least seconds a call can take: its bytes at the memory's bandwidth, or its flops at the peak."""
         if self.flops_limit is None or self.bytes_limit is None:
             return None
         return max(c.op.nbytes(c) / self.bytes_limit, c.flops / self.flops_limit)
@@ -118,24 +118,22 @@ def arguments(c: Call, seconds: float) -> dict[str, str | int | float]:
 def profile(
     trainer: Trainer, steps: int = 3, *, flops_limit: float | None = None, bytes_limit: float | None = None
 ) -> Profile:
-    """Runs `steps` steps as always, then `steps` call by call. The weights of the trainer change in both.
+    """Runs `steps` whole steps, then `steps` call by call. Both change the weights of the trainer.
 
-    A step that accumulates is taken apart in its first micro-batch only: give the trainer one.
+    Of a step that accumulates, only the first micro-batch is timed call by call: give the trainer one.
 
     >>> import handgrad as hg
     >>> data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     >>> model = hg.models.GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=32)
-    >>> found = profile(hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=4), steps=1)
+    >>> found = profile(hg.Trainer(model, hg.optim.AdamW(), data, execution=hg.Execution(micro_batch=4)), steps=1)
     >>> sorted(row.name for row in found.rows("phase"))
     ['backward', 'forward', 'norm', 'recompute', 'update']
     """
     warm = 3 if trainer.backend.is_asynchronous else 1  # a device's first steps compile, capture, and start the queue
-    marks = []
-    for _ in range(warm + steps):
-        last = trainer.step(trainer.last_step + 1, LEARNING_RATE)  # waits for the one before it
-        marks.append(time.perf_counter())
-    last.loss  # noqa: B018  the queue is empty when the traces begin
-    step_seconds = statistics.median(b - a for a, b in zip(marks[warm - 1 :], marks[warm:]))
+    results = [trainer.step(trainer.last_step + 1, LEARNING_RATE) for _ in range(warm + steps)]
+    results[-1].loss  # noqa: B018  the queue is empty when the traces begin
+    marks = [result.end for result in results[warm - 1 :]]
+    step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
     calls: list[Call] = []
     traces = []
     for _ in range(steps):

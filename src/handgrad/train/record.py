@@ -1,147 +1,102 @@
-"""Recording: the programs of a training run, and the values that its parameters start from."""
+"""Recording: the programs of a training run. What they are depends on objects that `explain` and Trainer share."""
 
-import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 
-import numpy as np
-
-from handgrad.backends.arena import NUMPY
-from handgrad.backends.base import Arena
+from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
-from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.params import Param
+from handgrad.core.precision import Precision
 from handgrad.core.program import Program
-from handgrad.core.tensor import Tensor
-from handgrad.io.weights import Weights
+from handgrad.evals import record as record_scorer
+from handgrad.infer.engine import record as record_engine
 from handgrad.models import Model, forward_loss
 from handgrad.ops import add
-from handgrad.ops.adamw.reference import split_weight
-from handgrad.optim import AdamW, record_step
-from handgrad.train.llmc_init import draws
+from handgrad.optim import Optimizer, record_step
+from handgrad.train.execution import Execution
 
-AHEAD, MOST = 4, 16  # parameters a thread that may be drawn before they are written: most are vectors; threads
-Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
+
+@dataclass(frozen=True)
+class Programs:
+    """The programs that share one arena. Iterating gives them all, in the order in which they are planned."""
+
+    train: Program
+    loss: Program | None
+    engine: tuple[Program, ...]
+    scorer: tuple[Program, ...]
+
+    def __iter__(self) -> Iterator[Program]:
+        yield self.train
+        if self.loss is not None:
+            yield self.loss
+        yield from self.engine
+        yield from self.scorer
+
+
+def record(
+    model: Model,
+    optim: Optimizer,
+    seq_len: int,
+    precision: Precision,
+    execution: Execution,
+    planner: Planner,
+    *,
+    accumulates: bool,
+) -> Programs:
+    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`."""
+    chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
+    return Programs(
+        record_train(model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates),
+        record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
+        record_engine(model, precision.working) if "sample" in extra else (),
+        record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
+    )
 
 
 def record_train(
     model: Model,
-    optim: AdamW,
-    micro_batch: int,
+    optim: Optimizer,
     seq_len: int,
-    dtype: DType,
+    precision: Precision,
+    execution: Execution,
     *,
     chunks: int,
-    recompute: str = "act",
     accumulates: bool = False,
-    grad_dtype: DType = F32,
-    master: bool = True,
 ) -> Program:
     """The list of one step: forward, backward | norm | update.
 
-    chunks: pieces of the head.  accumulates: a step has several micro-batches.
+    chunks: of the head's logits.  accumulates: a step has several micro-batches.
     """
-    if recompute not in POLICIES:
-        raise HandgradError("train", f"recompute is one of {', '.join(POLICIES)}", f"'{recompute}'")
     if seq_len > model.max_seq_len:
-        raise HandgradError(
-            "train",
-            f"the model reads at most {model.max_seq_len} tokens",
-            f"seq_len {seq_len}",
-            hint="--model.max-seq-len",
-        )
-    p = Program(dtype, trains=True, accumulates=accumulates, grad_dtype=grad_dtype, master=master)
-    forward_loss(p, model, micro_batch, seq_len, chunks)
-    backward(p, add, drop=POLICIES[recompute])
+        rule = f"the model reads at most {model.max_seq_len} tokens"
+        raise HandgradError("train", rule, f"seq_len {seq_len}", hint="--model.max-seq-len")
+    types = dict(grad_dtype=precision.gradients, master=precision.master_weights)
+    p = Program(precision.working, trains=True, accumulates=accumulates, **types)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)
     return p
 
 
-def record_loss(model: Model, micro_batch: int, seq_len: int, dtype: DType, chunks: int) -> Program:
+def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch."""
-    p = Program(dtype)
-    forward_loss(p, model, micro_batch, seq_len, chunks)
+    p = Program(precision.working)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     return p
 
 
-def chunks_of(rows: int, head_chunks: int, head_rows: int) -> int:
-    """The number of pieces of the head; 0 asks for pieces of at most `head_rows` rows."""
-    if head_chunks < 0 or head_chunks > rows:
-        raise HandgradError("train", f"head_chunks lies between 1 and the {rows} rows of a micro-batch", head_chunks)
-    return head_chunks or -(-rows // head_rows)
+def head_chunks(model: Model, seq_len: int, precision: Precision, execution: Execution, planner: Planner) -> int:
+    """The number of chunks of the head's logits."""
+    return -(-execution.micro_batch * seq_len // head_rows(model, precision, execution, planner))
 
 
-def initialize(p: Program, arena: Arena, seed: int, init: str | Weights | Iterator[Parts] = "random") -> None:
-    """Writes the initial weights.
-
-    init: "random" draws them in float32, each parameter from its own stream of the seed; "llmc" as llm.c's GPU trainer
-    does, whatever the seed; Weights are those of a model on disk, which must have the same shapes; else what `drawing`
-    gave before
-    """
-    if isinstance(init, Weights):
-        copy(p, arena, init)
-        return
-    if init == "llmc":
-        for info, values in draws(p):
-            write_weight(arena, info.tensor, values)
-        return
-    if init == "random":
-        init = drawing(p, seed, "low" in arena.plan.vectors)
-    if not isinstance(init, Iterator):
-        raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(init))
-    for info, parts in zip(p.params.values(), init, strict=True):
-        for flat, values in parts.items():
-            arena.write_part(flat, info.tensor, values)
+def head_rows(model: Model, precision: Precision, execution: Execution, planner: Planner) -> int:
+    """Rows of logits that exist at a time, at least 1. `head_bytes` of the user's may allow more than the backend's."""
+    row = logits_row_bytes(model, precision)
+    rows = execution.head_bytes // row if execution.head_bytes else min(planner.head_rows, planner.head_bytes // row)
+    return max(rows, 1)
 
 
-def copy(p: Program, arena: Arena, weights: Weights) -> None:
-    """Writes the weights of a model on disk, one tensor after another."""
-    for name in sorted(p.params.keys() ^ weights.shapes.keys()):
-        raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
-    for name, shape in weights.shapes.items():
-        own, padded = p.params[name].tensor, p.params[name].init.rows is not None
-        rows = own.shape[0]
-        if own.shape != ((max(rows, shape[0]), *shape[1:]) if padded else shape):
-            raise HandgradError("train", f"the model to start from has '{name}' of {own.shape}", shape)
-        write_weight(arena, own, weights.tensor(name, "f32", rows))
-
-
-def drawing(p: Program, seed: int, halves: bool) -> Iterator[Parts]:
-    """Starts threads that draw random weights, and gives them in order; numpy leaves Python to others meanwhile."""
-    threads, todo = min(len(os.sched_getaffinity(0)), MOST), enumerate(p.params.values())
-    pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), halves)
-    begun = deque(pool.submit(work, item) for item in islice(todo, AHEAD * threads))  # not all: they are whole copies
-
-    def results() -> Iterator[Parts]:
-        while begun:
-            yield begun.popleft().result()
-            begun.extend(pool.submit(work, item) for item in islice(todo, 1))
-
-    return results()
-
-
-def draw(info: Param, seed: int, stream: int) -> np.ndarray:
-    """The initial values of one parameter, float32."""
-    values = (np.ones if info.init.kind == "ones" else np.zeros)(info.tensor.shape, np.float32)
-    if info.init.kind == "normal":
-        rows, rng = values[: info.init.rows], np.random.default_rng([seed, stream])
-        rng.standard_normal(dtype=np.float32, out=rows)
-        rows *= np.float32(info.init.std)
-    return values
-
-
-def split(values: np.ndarray, halves: bool) -> Parts:
-    """What is written of float32 values: two halves where the plan has low ones, else the nearest that it holds."""
-    if not halves:
-        return {"param": values}
-    high, low = split_weight(np.ascontiguousarray(values, np.float32))
-    return {"param": high.astype(NUMPY["bf16"]), "low": low}
-
-
-def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
-    """Sets a parameter from float32 values."""
-    for flat, part in split(values, "low" in arena.plan.vectors).items():
-        arena.write_part(flat, param, part)
+def logits_row_bytes(model: Model, precision: Precision) -> int:
+    """Bytes of the logits of one token, with those of the padded rows of the vocabulary."""
+    return model.vocab_padded * precision.working.size

@@ -1,4 +1,4 @@
-"""What the card says of itself while it trains: how busy, hot and fast it is, and what holds it back. By NVML."""
+"""What NVML reports of the GPU while it trains: load, power, temperature, clocks, and why clocks are lowered."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from handgrad.core.errors import HandgradError
 
 MIB = 1 << 20
-# bits of NVML's answer to why clocks are below their maximum; being idle or set so by the user is none
+# bits of NVML's reasons for clocks below their maximum; being idle and the user's own setting are left out
 REASONS = {
     0x04: "power",
     0x08: "hardware slowdown",
@@ -19,56 +19,56 @@ REASONS = {
 
 
 class Telemetry:
-    """Reads one card.
+    """Reads one GPU.
 
-    pci_bus: its address as the CUDA driver gives it. An index would not do: CUDA counts the visible cards by its own
-        rule, NVML all cards of the machine
+    pci_bus: its address as the CUDA driver gives it. An index would not do: CUDA numbers the visible GPUs by its own
+        rule, NVML all GPUs of the machine
 
-    Raises HandgradError if there is no card, no package nvidia-ml-py, or NVML does not answer.
+    Raises HandgradError if there is no GPU, no package nvidia-ml-py, or NVML does not answer.
     """
 
     def __init__(self, pci_bus: str):
         if not pci_bus:
-            raise HandgradError("telemetry", "--run.telemetry-every looks at a GPU", "a run without one")
+            raise HandgradError("telemetry", "--run.telemetry-every needs a GPU; this run has none")
         try:
             import pynvml
         except ImportError:
-            rule, hint = "--run.telemetry-every needs the package nvidia-ml-py", "pip install 'handgrad[cuda]'"
-            raise HandgradError("telemetry", rule, "none installed", hint=hint) from None
+            what, hint = "--run.telemetry-every needs the package nvidia-ml-py", "pip install 'handgrad[cuda]'"
+            raise HandgradError("telemetry", what, hint=hint) from None
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._card = pynvml.nvmlDeviceGetHandleByPciBusId(pci_bus)
+            self._gpu = pynvml.nvmlDeviceGetHandleByPciBusId(pci_bus)
         except pynvml.NVMLError as error:
-            raise HandgradError("telemetry", f"NVML knows the card at {pci_bus}", error) from None
+            raise HandgradError("telemetry", f"NVML cannot read the GPU at {pci_bus}: {error}") from None
 
     def read(self) -> dict[str, float | str]:
-        """What the card tells now; a figure that it does not have is left out.
+        """The figures of this moment; those that the GPU does not report are left out.
 
         load, memory_load: % of the last moments in which a kernel ran, and in which memory was at work
         power, power_limit: W;  temperature: degrees Celsius;  clock, max_clock, memory_clock: MHz
         memory: MiB in use by all processes;  fan: % of its speed
         throttled: what holds the clocks back, e.g. "power, heat"; empty for nothing
         """
-        n, card = self._nvml, self._card
+        n, gpu = self._nvml, self._gpu
         figures: dict[str, Callable[[], Any]] = {
-            "load": lambda: n.nvmlDeviceGetUtilizationRates(card).gpu,
-            "memory_load": lambda: n.nvmlDeviceGetUtilizationRates(card).memory,
-            "power": lambda: n.nvmlDeviceGetPowerUsage(card) / 1000,
-            "power_limit": lambda: n.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
-            "temperature": lambda: n.nvmlDeviceGetTemperature(card, n.NVML_TEMPERATURE_GPU),
-            "clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_SM),
-            "max_clock": lambda: n.nvmlDeviceGetMaxClockInfo(card, n.NVML_CLOCK_SM),
-            "memory_clock": lambda: n.nvmlDeviceGetClockInfo(card, n.NVML_CLOCK_MEM),
-            "memory": lambda: n.nvmlDeviceGetMemoryInfo(card).used // MIB,
-            "fan": lambda: n.nvmlDeviceGetFanSpeed(card),
-            "throttled": lambda: reasons(n.nvmlDeviceGetCurrentClocksEventReasons(card)),
+            "load": lambda: n.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "memory_load": lambda: n.nvmlDeviceGetUtilizationRates(gpu).memory,
+            "power": lambda: n.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "power_limit": lambda: n.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+            "temperature": lambda: n.nvmlDeviceGetTemperature(gpu, n.NVML_TEMPERATURE_GPU),
+            "clock": lambda: n.nvmlDeviceGetClockInfo(gpu, n.NVML_CLOCK_SM),
+            "max_clock": lambda: n.nvmlDeviceGetMaxClockInfo(gpu, n.NVML_CLOCK_SM),
+            "memory_clock": lambda: n.nvmlDeviceGetClockInfo(gpu, n.NVML_CLOCK_MEM),
+            "memory": lambda: n.nvmlDeviceGetMemoryInfo(gpu).used // MIB,
+            "fan": lambda: n.nvmlDeviceGetFanSpeed(gpu),
+            "throttled": lambda: reasons(n.nvmlDeviceGetCurrentClocksEventReasons(gpu)),
         }
         found = {}
         for name, read in figures.items():
             try:
                 found[name] = read()
-            except n.NVMLError:  # a card in a server has no fan, a part of a card no load of its own
+            except n.NVMLError:  # a GPU in a server has no fan, a MIG slice no load of its own
                 continue
         return found
 

@@ -1,4 +1,4 @@
-"""Where else a run's figures go: TensorBoard's event files, Weights & Biases. Imported where a flag asks for them."""
+"""Where else a run's figures go: TensorBoard's event files, Weights & Biases. Imported only if a flag asks for them."""
 
 import secrets
 import time
@@ -23,7 +23,7 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 class TensorBoard:
     """TensorBoard's own writer of event files.
 
-    resumed_at: it is made to forget what an attempt that died wrote about later steps
+    resumed_at: TensorBoard drops what an attempt that died wrote about later steps
     """
 
     def __init__(self, folder: Path, resumed_at: int):
@@ -71,7 +71,7 @@ class Wandb:
             )
         except wandb.Error as error:
             hint = "wandb login, or WANDB_MODE=offline"
-            raise HandgradError("log", "Weights & Biases takes the run", error, hint=hint) from None
+            raise HandgradError("log", f"Weights & Biases refuses the run: {error}", hint=hint) from None
 
     def add(self, line: dict[str, Any]) -> None:
         self._run.log(scalars(line), step=line["step"])
@@ -83,4 +83,4 @@ class Wandb:
 def missing(flag: str, package: str) -> HandgradError:
     """The error of a package that is an extra."""
     hint = f"pip install 'handgrad[{package}]'"
-    return HandgradError("log", f"{flag} needs the package {package}", "none installed", hint=hint)
+    return HandgradError("log", f"{flag} needs the package {package}", hint=hint)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,28 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends import open_backend
-from handgrad.backends.base import Executable
-from handgrad.core.dtypes import DTYPES, F32
+from handgrad.backends.base import Backend, Executable
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
-from handgrad.core.program import Segment
+from handgrad.core.precision import Precision
+from handgrad.core.program import STATE, Segment
 from handgrad.core.tensor import IGNORE_INDEX, Role
 from handgrad.data import Tokens
 from handgrad.evals import Scorer
-from handgrad.evals import record as record_scorer
 from handgrad.infer import Engine, Sampling
-from handgrad.infer.engine import record as record_engine
 from handgrad.io import checkpoint
-from handgrad.io.weights import Weights
-from handgrad.models import GPT2
-from handgrad.optim import AdamW
+from handgrad.models import Model, from_dict, to_dict
+from handgrad.optim import Optimizer
+from handgrad.train.execution import Execution
 from handgrad.train.outliers import Outliers
-from handgrad.train.record import chunks_of, drawing, initialize, record_loss, record_train, write_weight
+from handgrad.train.record import record, record_loss
+from handgrad.train.start import Start, drawing, initialize, write_weight
+
+
+def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
+    """The family and the fields of a model's dictionary side by side."""
+    return {"family": d["family"], **d["model"]}
 
 
 def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -40,7 +44,10 @@ class Step:
 
     loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
     skips: how many updates in a row have been skipped, this one included
+    end: the backend's mark after the last launch of the step
     """
+
+    end: Any
 
     def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
         self._finish, self._values = finish, None
@@ -71,24 +78,18 @@ class Trainer:
     """Trains a model. Everything is planned, allocated and bound here; a step allocates no tensor.
 
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
-    micro_batch          sequences per forward and backward pass; a step accumulates as many as it needs
-    backend              "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"
-    dtype                "f32", "tf32" (float32 whose products round their factors to 10 bits, on a GPU), or "bf16"
-    master_weights       a bf16 weight keeps the low 16 bits of its float32; without, updates are rounded at random
-    grad_dtype           of parameter gradients: "f32", or "bf16" on a GPU
-    deterministic        the same bits whatever is recomputed, on a GPU at some cost; elsewhere always
-    recompute            "none", "act", "act_norm" or "block"
-    head_chunks          pieces of the head's logits; 0 for the backend's own size of a piece
-    val, sample, score   plan for evaluate(), for generate() and for `scorer` (handgrad.evals) too
-    seed                 of the initial weights and of dropout
-    init                 the initial weights: "random", "llmc", or Weights as `infer.load.open_source` reads them
-    skip_loss_z, skip_grad_z   z-scores above which an update is skipped; 0 for never
-    overfit              every step takes the data of the first
+    execution            micro-batch, memory and backend: how a step is executed
+    precision            the element types
+    backend              an opened backend to run on; None opens the one that `execution` names
+    start                the initial weights, and the seed of dropout
+    out                  the run folder, for save and resume
+
+    Raises HandgradError where sizes do not fit together, the backend lacks the precision, or memory does not suffice.
 
     >>> import handgrad as hg
     >>> data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     >>> model = hg.models.GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=32)
-    >>> run = hg.Trainer(model, hg.optim.AdamW(), data, micro_batch=4)
+    >>> run = hg.Trainer(model, hg.optim.AdamW(), data, execution=hg.Execution(micro_batch=4))
     >>> first = run.step(1, lr=1e-3)
     >>> round(first.loss, 1)
     4.6
@@ -96,85 +97,45 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPT2,
-        optim: AdamW,
+        model: Model,
+        optim: Optimizer,
         data: Tokens,
         *,
-        micro_batch: int,
-        backend: str = "cpu",
-        dtype: str = "f32",
-        master_weights: bool = True,
-        grad_dtype: str = "f32",
-        deterministic: bool = False,
-        recompute: str = "act",
-        head_chunks: int = 0,
-        val: bool = True,
-        sample: bool = True,
-        score: bool = False,
-        seed: int = 0,
-        init: str | Weights = "random",
-        threads: int = 0,
+        execution: Execution,
+        precision: Precision = Precision(),
+        backend: Backend | None = None,
+        start: Start = Start(),
         out: str | Path | None = None,
-        skip_loss_z: float = 0.0,
-        skip_grad_z: float = 0.0,
-        check: str = "off",
-        overfit: bool = False,
     ):
-        rows = micro_batch * data.seq_len
-        if micro_batch < 1 or data.batch_tokens % rows:
-            raise HandgradError(
-                "train",
-                f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}",
-                data.batch_tokens,
-                hint="--data.batch-tokens, --run.micro-batch",
-            )
-        self._check_ids(model, data)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
-        self.micro_batch, self.accumulation, self.check = micro_batch, data.batch_tokens // rows, check
-        if init == "random":  # drawn while a GPU is opened and bound; any program of the model tells its parameters
-            halves = dtype == "bf16" and master_weights
-            init = drawing(record_loss(model, 1, 1, F32, chunks=1), seed, halves)
-        self.backend = open_backend(backend, threads, tf32=dtype == "tf32", deterministic=deterministic)
-        for name, value, known in (
-            ("dtype", dtype, self.backend.dtypes),
-            ("grad_dtype", grad_dtype, self.backend.grad_dtypes),
-        ):
-            if value not in known:
-                rule = f"{name} is {' or '.join(known)} on the {self.backend.name} backend"
-                raise HandgradError("train", rule, f"'{value}'")
-        kind = F32 if dtype == "tf32" else DTYPES[dtype]
-        chunks = chunks_of(rows, head_chunks, self.backend.head_rows)
-        self.program = train = record_train(
-            model,
-            optim,
-            micro_batch,
-            data.seq_len,
-            kind,
-            chunks=chunks,
-            recompute=recompute,
-            accumulates=self.accumulation > 1,
-            grad_dtype=DTYPES[grad_dtype],
-            master=master_weights,
-        )
-        loss = record_loss(model, micro_batch, data.seq_len, kind, chunks) if val else None
-        engine = record_engine(model, kind) if sample else ()
-        scorer = record_scorer(model, kind, rows) if score else ()
-        self.plan: Plan = self.backend.plan(*(p for p in (train, loss, *engine, *scorer) if p is not None))
+        self.execution, self.precision = execution, precision
+        self.accumulation = micro_batches(data, execution.micro_batch)
+        self._check_ids(model, data)
+        drawn = None
+        if start.init == "random":  # drawn while the backend is opened and bound; any program tells the parameters
+            one = record_loss(model, 1, precision, replace(execution, micro_batch=1), chunks=1)
+            drawn = drawing(one, start.seed, precision.splits_weights)
+        self.backend = backend or open_backend(execution.backend, execution.threads, precision)
+        check_precision(precision, self.backend)
+        accumulates = self.accumulation > 1
+        programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
+        self.program = train = programs.train
+        self.plan: Plan = self.backend.plan(*programs)
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
-        self._loss = None if loss is None else self.backend.bind(loss, self.arena)
-        self._engine = Engine(model, engine, self.arena, self.backend) if engine else None
-        self.scorer = Scorer(model, scorer, self.arena, self.backend) if scorer else None
-        self._outliers = {"loss": Outliers(skip_loss_z), "grad_norm": Outliers(skip_grad_z)}
+        self._loss = None if programs.loss is None else self.backend.bind(programs.loss, self.arena)
+        self._engine = Engine(model, programs.engine, self.arena, self.backend) if programs.engine else None
+        self.scorer = Scorer(model, programs.scorer, self.arena, self.backend) if programs.scorer else None
+        self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
-        self._skips, self._overfit = 0, overfit
+        self._skips = 0
         self.last_step = 0
-        self.arena.write_scalars(train, seed=seed)
-        initialize(train, self.arena, seed, init)
+        self.arena.write_scalars(train, seed=start.seed)
+        initialize(train, self.arena, start, drawn)
 
     @staticmethod
-    def _check_ids(model: GPT2, data: Tokens) -> None:
+    def _check_ids(model: Model, data: Tokens) -> None:
         """Has every batch checked against the vocabulary: a kernel would read past the embedding."""
         data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
@@ -182,8 +143,8 @@ class Trainer:
 
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
-        at = 0 if self._overfit else step - 1
-        batches = [self.data.batch(at, micro_batch=self.micro_batch, micro_step=k) for k in range(self.accumulation)]
+        sequences = self.execution.micro_batch
+        batches = [self.data.batch(step - 1, micro_batch=sequences, micro_step=k) for k in range(self.accumulation)]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
@@ -195,7 +156,8 @@ class Trainer:
             self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
         if not self.backend.is_asynchronous:  # a checkpoint is read where the weights lie
             self._writer.wait_until_read()
-        if any(o.limit > 0 for o in self._outliers.values()):  # the host decides on the update
+        guarded = self.execution.guard.is_on
+        if guarded:  # the host decides on the update
             self._run(self._train, segments.norm)
         else:  # the norm's kernel does: it knows what is not finite
             self._run(self._train, segments.norm_update)
@@ -209,8 +171,9 @@ class Trainer:
 
         self._pending = result = Step(finish)
         self.last_step = step
-        if any(o.limit > 0 for o in self._outliers.values()) and not result.skipped:
+        if guarded and not result.skipped:
             self._run(self._train, segments.update)
+        result.end = self.backend.mark()
         return result
 
     def _judge(self, loss: float, norm: float) -> str:
@@ -236,12 +199,12 @@ class Trainer:
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
         if self._loss is None:
-            raise HandgradError("train", "evaluation is planned when the trainer is made", "val=False")
+            raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
         self._check_ids(self.model, data)
         total, counts = 0.0, 0
-        for b in data.sweep(self.micro_batch, max_tokens):
+        for b in data.sweep(self.execution.micro_batch, max_tokens):
             self._start(self._loss, b)
             total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
@@ -252,7 +215,7 @@ class Trainer:
     ) -> Iterator[int]:
         """Yields token ids after `prompt` with the current weights. It uses the arena: finish before the next step."""
         if self._engine is None:
-            raise HandgradError("train", "generation is planned when the trainer is made", "sample=False")
+            raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
         return self._engine.generate(prompt, max_tokens, sampling, stop_id)
 
     def _start(
@@ -268,7 +231,7 @@ class Trainer:
         self._run(run, segment, micro_batch)
 
     def _run(self, run: Executable, segment: Segment | None, micro_batch: MicroBatch = ONLY) -> None:
-        if self.check == "nan":
+        if self.execution.check == "nan":
             run.run_each(self._check_finite, segment, micro_batch)
         else:
             run.run(segment, micro_batch)
@@ -291,14 +254,16 @@ class Trainer:
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, np.ndarray]:
-        """Optimizer state by name: m.<parameter>, v.<parameter>, low.<parameter>."""
-        flats = [flat for flat in self.plan.vectors if flat not in ("param", "grad")]
-        return {
-            f"{flat}.{name}": self.arena.read_part(flat, info.tensor)
-            for flat in flats
+        """What a resume needs besides weights: every vector of the optimizer as <vector>.<parameter>, such as
+        m.wte.weight, and every state of the program as state.<name>."""
+        vectors = [v for name, v in self.plan.vectors.items() if name not in ("param", "grad")]
+        found = {
+            f"{v.name}.{name}": self.arena.read_part(v.name, info.tensor)
+            for v in vectors
             for name, info in self.program.params.items()
-            if self.plan.vectors[flat].covers(info.tensor)
+            if v.covers(info.tensor)
         }
+        return found | {f"{STATE}.{name}": self.arena.read(t) for name, t in self.program.states.items()}
 
     def tokens(self, step: int) -> int:
         """Tokens that have been read when a step is done."""
@@ -335,14 +300,14 @@ class Trainer:
 
         keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
-            the weights are read where they lie, and the next update waits for that; of a card's a copy is made
+            the weights are read where they lie, and the next update waits for that; of a device's, a copy is made first
         """
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
             self._pending.loss  # noqa: B018  what it says of outliers belongs to the checkpoint
         meta = {
             "step": step,
-            "model": asdict(self.model),
+            **to_dict(self.model),
             "dtype": self.program.dtype.name,
             "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
@@ -368,15 +333,12 @@ class Trainer:
             return 0
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
-        for key, value in asdict(self.model).items():
-            if saved["model"].get(key) != value:
-                raise HandgradError(
-                    "resume",
-                    f"the checkpoint's model has {key} {saved['model'].get(key)}",
-                    value,
-                    context=str(path),
-                    hint="another --run.out, or the flags of the first run",
-                )
+        theirs, mine = (flat_fields(d) for d in (to_dict(from_dict(saved, "resume", path)), to_dict(self.model)))
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                hint = "another --run.out, or the flags of the first run"
+                rule = f"the checkpoint's model has {key} {theirs.get(key)}"
+                raise HandgradError("resume", rule, value, context=str(path), hint=hint)
         if saved["dtype"] != self.program.dtype.name:
             raise HandgradError(
                 "resume", f"the checkpoint was trained in {saved['dtype']}", self.program.dtype.name, hint="--run.dtype"
@@ -384,20 +346,38 @@ class Trainer:
         weights = checkpoint.load(path, shapes(self.params()))
         state = checkpoint.load_state(path, shapes(self._state()))
         for key, values in ({f"param.{name}": w for name, w in weights.items()} | dict(state)).items():
-            flat, _, name = key.partition(".")
-            self.arena.write_part(flat, self.program.params[name].tensor, values)
+            vector, _, name = key.partition(".")
+            if vector == STATE:
+                self.arena.write(self.program.states[name], values)
+            else:
+                self.arena.write_part(vector, self.program.params[name].tensor, values)
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))
         self._skips, self.last_step = saved["skips"], saved["step"]
         # the next step begins where the last one ended, also if steps have another size from now on
-        if not self._overfit:
+        if not self.data.overfit:
             self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences
         return self.last_step
 
     def _folder(self) -> Path:
         if self.out is None:
-            raise HandgradError(
-                "train", "a trainer that saves has a run folder", "out=None", hint="Trainer(..., out='runs/name')"
-            )
+            raise HandgradError("train", "this trainer has no run folder", hint="Trainer(..., out='runs/name')")
         return self.out
+
+
+def micro_batches(data: Tokens, micro_batch: int) -> int:
+    """How many micro-batches a step has. Raises HandgradError unless they fill it."""
+    if data.batch_tokens % (micro_batch * data.seq_len):
+        rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
+        raise HandgradError("train", rule, data.batch_tokens, hint="--data.batch-tokens, --run.micro-batch")
+    return data.batch_tokens // (micro_batch * data.seq_len)
+
+
+def check_precision(precision: Precision, backend: Backend) -> None:
+    """Raises HandgradError unless the backend computes in these element types."""
+    for name, known in (("dtype", backend.dtypes), ("grad_dtype", backend.grad_dtypes)):
+        value = getattr(precision, name)
+        if value not in known:
+            rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
+            raise HandgradError("train", rule, f"'{value}'")

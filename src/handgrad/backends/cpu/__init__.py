@@ -90,13 +90,12 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch
 class CpuBackend(Backend):
     """C kernels on `threads` threads (default: physical cores). `isa` says which instruction set was taken."""
 
-    name, head_rows = "cpu", 512
+    name, head_rows, head_bytes = "cpu", 512, 512 * 50304 * 4
 
     def __init__(self, threads: int = 0):
         self._lib = library()
         self.threads = threads or physical_threads()
         self.isa = self._lib.isa
-        self.dtype = "bf16" if self.isa == "avx512bf16" else "f32"
         self.hardware = f"{processor()}, {self.threads} thread{'s' * (self.threads != 1)}, {self.isa}"
 
     def has(self, op: Op) -> bool:

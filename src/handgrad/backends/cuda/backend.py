@@ -14,7 +14,7 @@ from handgrad.backends.cuda import hopper
 from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.card import Card
 from handgrad.backends.cuda.cublaslt import CublasLt, Product
-from handgrad.backends.cuda.driver import Device, Module, launcher, tensor_map
+from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor_map
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
@@ -94,7 +94,7 @@ class CudaBackend(Backend):
     """One card. tf32: float32 products on tensor cores, factors rounded to 10 bits. deterministic: the same bits
     whatever is recomputed, and no algorithm chosen by the clock."""
 
-    name, dtype, head_rows, runs_beside = Card.name, "bf16", Card.head_rows, Card.runs_beside
+    name, head_rows, head_bytes, runs_beside = Card.name, Card.head_rows, Card.head_bytes, Card.runs_beside
     dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
     cut = 16  # k of a tensor core's instruction
 
@@ -123,6 +123,14 @@ class CudaBackend(Backend):
 
     def note(self, call: Call) -> str:
         return self.launches(call).note
+
+    def mark(self) -> Mark:
+        mark = Mark()
+        self.device.record(mark.event)
+        return mark
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        return self.device.seconds(begin.event, end.event)
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s that the card can do in this dtype ("bf16", "tf32", "f32"): its data sheet's, or measured."""

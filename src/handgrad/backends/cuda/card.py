@@ -23,7 +23,7 @@ GPUS = {
 class Card(Planner):
     """The cuda backend as a plan sees it, for a card that may be elsewhere."""
 
-    name, head_rows, runs_beside = "cuda", 32768, True
+    name, head_rows, head_bytes, runs_beside = "cuda", 32768, 32768 * 50304 * 4, True
 
     def __init__(self, gpu: Gpu | str):
         if isinstance(gpu, str) and gpu not in GPUS:

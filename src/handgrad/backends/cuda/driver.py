@@ -17,7 +17,7 @@ MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
 try:
     from cuda.bindings import driver as cu
 except ImportError as error:
-    raise HandgradError("cuda", "the package cuda-bindings is installed", error, hint=INSTALL) from None
+    raise HandgradError("cuda", f"the package cuda-bindings does not load: {error}", hint=INSTALL) from None
 
 
 def check(result: tuple) -> Any:
@@ -37,11 +37,11 @@ def start() -> int:
         check(cu.cuInit(0))
         return check(cu.cuDriverGetVersion())
     except RuntimeError as error:  # no libcuda
-        rule, hint = "there is an NVIDIA driver", "install one (580 or newer), or --run.backend cpu"
-        raise HandgradError("cuda", rule, "no libcuda.so.1", hint=hint) from error
+        hint = "install one (580 or newer), or --run.backend cpu"
+        raise HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint=hint) from error
     except HandgradError as error:
         hint = "nvidia-smi tells what the driver sees; --run.backend cpu needs none"
-        raise HandgradError("cuda", "there is a GPU that this process may use", error.got, hint=hint) from None
+        raise HandgradError("cuda", f"no GPU that this process may use: {error.got}", hint=hint) from None
 
 
 class Device:
@@ -50,8 +50,8 @@ class Device:
     def __init__(self, index: int = 0):
         version = start()
         if version < 13000:
-            got = f"one for CUDA {version // 1000}.{version % 1000 // 10}"
-            raise HandgradError("cuda", "the driver is for CUDA 13 or newer", got, hint="driver 580 or newer")
+            rule = f"the NVIDIA driver is too old: it is for CUDA {version // 1000}.{version % 1000 // 10}, not 13"
+            raise HandgradError("cuda", rule, hint="driver 580 or newer")
         count = check(cu.cuDeviceGetCount())
         if index >= count:
             rule, hint = f"there is a GPU {index}", "nvidia-smi; CUDA_VISIBLE_DEVICES hides cards; --run.backend cpu"
@@ -162,6 +162,16 @@ class Device:
 def _normal() -> np.ndarray:
     """4 Mi normal numbers, bf16."""
     return np.random.default_rng(0).standard_normal(4 << 20, np.float32).astype(NUMPY["bf16"])
+
+
+class Mark:
+    """A timing event that is given back to the driver with this object."""
+
+    def __init__(self):
+        self.event = check(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_BLOCKING_SYNC))
+
+    def __del__(self, destroy: Callable = cu.cuEventDestroy) -> None:
+        destroy(self.event)
 
 
 class Module:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-from handgrad.train.log import replace_file
+from handgrad.train.log_file import replace_file
 from handgrad.train.report.page import comparison, single
 from handgrad.train.report.read import read_run
 

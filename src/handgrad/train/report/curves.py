@@ -51,12 +51,12 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
             _panel("Training loss, nats per token", loss, [], marks, wide=True, tail=True),
             _panel("Validation loss, nats per token", val, loss_lines, [], wide=True, tail=True),
         ]
-    asked = [s for i, run in enumerate(runs) for s in _series(_times(run.hellaswag(), 100), i, "", "dots")]
+    measured = [s for i, run in enumerate(runs) for s in _series(_times(run.hellaswag(), 100), i, "", "dots")]
     norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]
     norms = [y for one in norm for y in one["y"]]
     is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
     rest = [
-        _panel("HellaSwag accuracy, %", asked, [{"label": name, "y": 100 * share} for name, _, share in openai]),
+        _panel("HellaSwag accuracy, %", measured, [{"label": name, "y": 100 * share} for name, _, share in openai]),
         _panel("Gradient norm, before clipping", norm, log=is_wide),
         _panel("Learning rate", _each(runs, "lr"), zero=True),
         _panel("Throughput, tokens per second", _each(runs, "tokens_per_second"), zero=True),
@@ -108,7 +108,7 @@ def running_mean(points: Points) -> tuple[Points, int]:
 
 
 def thin(points: Points) -> Points:
-    """At most about 2 POINTS of a curve: the lowest and the highest of each stretch, so that no spike is lost; and both
+    """At most about 2 POINTS of a curve: the lowest and the highest of each window, so that no spike is lost; and both
     ends.
     """
     size = -(-len(points) // POINTS)
@@ -116,8 +116,8 @@ def thin(points: Points) -> Points:
         return points
     kept = {points[0], points[-1]}
     for at in range(0, len(points), size):
-        stretch = points[at : at + size]
-        kept |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        window = points[at : at + size]
+        kept |= {min(window, key=lambda p: p[1]), max(window, key=lambda p: p[1])}
     return sorted(kept)
 
 

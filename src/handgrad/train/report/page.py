@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from handgrad.train.log import clock, short
+from handgrad.train.log_text import clock, short
 from handgrad.train.report.curves import curves, running_mean
 from handgrad.train.report.read import Run
 
@@ -102,8 +102,8 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
     if vals := run.points("val_loss"):
         step, best = min(vals, key=lambda point: point[1])
         found["best val loss"] = f"{best:.4f}", f"step {step:,}"
-    if asked := run.hellaswag():
-        found["HellaSwag"] = f"{100 * asked[-1][1]:.1f} %", f"step {asked[-1][0]:,}"
+    if scores := run.hellaswag():
+        found["HellaSwag"] = f"{100 * scores[-1][1]:.1f} %", f"step {scores[-1][0]:,}"
     for key, name in {"params": "parameters", "tokens": "tokens seen"}.items():
         if isinstance(run.summary.get(key), int):
             found[name] = short(run.summary[key]), f"{run.summary[key]:,}"
@@ -112,7 +112,7 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
         found["throughput"] = short(rate), f"tokens per second{f', {100 * mfu:.1f} % MFU' if mfu else ''}, median"
     memory = [value for _, value in run.points("gpu.memory", 1 / 1024)]
     if isinstance(arena := run.summary.get("arena"), str):
-        found["memory"] = _gib(arena), f"planned; {max(memory):.1f} GiB on the card" if memory else "planned"
+        found["memory"] = _gib(arena), f"planned; {max(memory):.1f} GiB on the GPU" if memory else "planned"
     if seconds := run.points("seconds"):
         found["wall time"] = clock(seconds[-1][1]), f"to step {seconds[-1][0]:,}"
     return found

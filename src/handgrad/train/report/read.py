@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.train.log import read_log
+from handgrad.train.log_file import read_log
 
 Points = Sequence[tuple[int, float]]  # (step, value)
 

@@ -1,0 +1,51 @@
+"""Execution: how a step is executed: in which pieces, in how much memory, where, and under which checks."""
+
+from dataclasses import dataclass
+
+from handgrad.core.backward import POLICIES
+from handgrad.core.errors import HandgradError
+from handgrad.train.outliers import Guard
+
+EXTRA_PROGRAMS = ("val", "sample", "score")
+CHECKS = ("off", "nan")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is executed. Trainer, explain and profile take it whole.
+
+    micro_batch      sequences per forward and backward pass; a step accumulates as many passes as it needs
+    recompute        what backward computes again instead of keeping it: "none", "act", "act_norm" or "block"
+    head_bytes       bytes of the head's logits that exist at a time; 0: the backend's own size
+    extra_programs   what the arena is planned for besides training: "val" for Trainer.evaluate, "sample" for
+                     Trainer.generate, "score" for Trainer.scorer
+    backend          "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"
+    threads          of the cpu backend; 0: the physical cores
+    check            "nan" looks at every output of every call and names the first that is not finite; slow
+    guard            which updates are skipped as outliers
+
+    Raises HandgradError for another word or a size that cannot be.
+
+    >>> Execution(micro_batch=4, extra_programs=("val",)).recompute
+    'act'
+    """
+
+    micro_batch: int
+    recompute: str = "act"
+    head_bytes: int = 0
+    extra_programs: tuple[str, ...] = ("val", "sample")
+    backend: str = "auto"
+    threads: int = 0
+    check: str = "off"
+    guard: Guard = Guard()
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise HandgradError("execution", "micro_batch is at least 1", self.micro_batch)
+        if self.head_bytes < 0:
+            raise HandgradError("execution", "head_bytes is not negative", self.head_bytes)
+        words = [("recompute", self.recompute, tuple(POLICIES)), ("check", self.check, CHECKS)]
+        words += [("an extra program", word, EXTRA_PROGRAMS) for word in self.extra_programs]
+        for name, word, known in words:
+            if word not in known:
+                raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")

@@ -1,0 +1,144 @@
+"""The training loop: steps, and what happens between them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
+from typing import Any
+
+from handgrad import evals
+from handgrad.core.errors import HandgradError
+from handgrad.infer import Sampling
+from handgrad.train.interrupt import Interrupt
+from handgrad.train.log import RunLog
+from handgrad.train.mfu import mfu
+from handgrad.train.resolve import Run
+from handgrad.train.trainer import Step, Trainer
+
+SAMPLING = {"temperature": 0.8, "top_k": 200}
+
+
+@dataclass(frozen=True)
+class Due:
+    """What happens after a step, before the next one starts."""
+
+    val: bool
+    hellaswag: bool
+    sample: bool
+    save: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step, the backend's mark before it, and what is due after it."""
+
+    number: int
+    result: Step
+    begin: Any
+    due: Due
+
+
+def loop(run: Run, log: RunLog) -> bool:
+    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step."""
+    trainer, last, saved = run.trainer, run.config.run.steps, run.done
+    with Interrupt(log.say) as interrupt:
+        try:
+            for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
+                report(run, log, f)
+                if f.due.save:
+                    save(run, wait=f.due.stop or f.number == last)
+                    saved = f.number
+                if f.due.stop:
+                    return f.number == last
+                if f.due.sample:
+                    log.say(f"\n{sample(run)}\n")
+        except HandgradError as error:
+            if error.where == "data" and trainer.last_step > saved:  # bad tokens far into the data lose no work
+                save(run, wait=True)
+            raise
+    return True
+
+
+def steps(
+    trainer: Trainer, lr: Callable[[int], float], first: int, last: int, due: Callable[[int], Due]
+) -> Iterator[Finished]:
+    """Runs the steps `first` to `last` and yields each in order.
+
+    On an asynchronous device, a step is yielded once the next one has been started: the device works while the caller
+    writes numbers. A step after which something is due is yielded before the next one starts.
+    """
+    waiting: list[Finished] = []  # at most one
+    begin = trainer.backend.mark()
+    for number in range(first, last + 1):
+        try:
+            result = trainer.step(number, lr(number))
+        finally:  # also if it raises: the step before it is done
+            yield from waiting
+        waiting = [Finished(number, result, begin, due(number))]
+        begin = result.end
+        if trainer.backend.is_asynchronous and not any(astuple(waiting[0].due)):
+            continue
+        yield from waiting
+        waiting, begin = [], trainer.backend.mark()  # after whatever the caller did
+
+
+def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
+    """What is due after a step."""
+    r, is_last, is_stopped = run.config.run, number == run.config.run.steps, interrupt.asked
+    return Due(
+        val=run.val is not None and (is_last or every(r.val_every, number)),
+        hellaswag=bool(run.hellaswag) and (is_last or every(r.eval_every, number)),
+        sample=bool(run.prompt) and not is_last and every(r.sample_every, number),
+        save=is_last or is_stopped or every(r.save_every, number),
+        stop=is_stopped,
+    )
+
+
+def every(count: int, number: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    return count > 0 and number % count == 0
+
+
+def report(run: Run, log: RunLog, f: Finished) -> None:
+    """Waits for a step, evaluates if that is due, and writes the line of the log.
+
+    Raises HandgradError if too many updates in a row were skipped.
+    """
+    r, trainer, result, tokens = run.config.run, run.trainer, f.result, run.config.data.batch_tokens
+    seconds = trainer.backend.seconds(f.begin, result.end)
+    log.step(
+        f.number,
+        loss=result.loss,
+        val_loss=trainer.evaluate(run.val, r.val_tokens or None) if f.due.val else None,
+        lr=run.lr(f.number),
+        grad_norm=result.grad_norm,
+        tokens=tokens,
+        step_seconds=seconds,
+        mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
+        hellaswag=hellaswag(run) if f.due.hellaswag else None,
+        gpu=run.telemetry.read() if run.telemetry and every(r.telemetry_every, f.number) else None,
+    )
+    if result.skipped:
+        log.event(f.number, f"update skipped: {result.skipped}")
+    if result.skips > r.max_skipped:
+        what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
+        raise HandgradError("train", what, hint="a lower --optim.lr; --run.check nan names the call")
+
+
+def hellaswag(run: Run) -> float:
+    """The share of HellaSwag's questions that the model answers rightly, by llm.c's rule."""
+    return evals.evaluate("hellaswag", run.hellaswag, run.trainer.scorer)["acc_llmc"][0]
+
+
+def sample(run: Run) -> str:
+    """The prompt and its continuation, the same for the same weights."""
+    r = run.config.run
+    ids = run.trainer.generate(run.prompt, r.sample_tokens, Sampling(**SAMPLING, seed=r.seed))
+    return run.tokenizer.decode([*run.prompt, *ids])
+
+
+def save(run: Run, wait: bool) -> None:
+    """Writes a checkpoint of the step just done; without `wait`, while the next steps run."""
+    r = run.config.run
+    kept = dict(keep_last=r.keep_last, keep_every=r.keep_every)
+    run.trainer.save(run.trainer.last_step, asdict(run.config), **kept, wait=wait)

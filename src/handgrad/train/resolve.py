@@ -1,0 +1,228 @@
+"""From flags to objects: what the settings of a run come to. Nothing below this module reads a flag."""
+
+import glob
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import handgrad.data as hg_data
+from handgrad import evals, tokenizers
+from handgrad.backends import best_dtype, open_backend, resolve_name
+from handgrad.backends.base import Backend
+from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
+from handgrad.infer.load import check_same_tokens, open_source
+from handgrad.io import newest
+from handgrad.models import Model, family, preset
+from handgrad.optim import AdamW, schedules
+from handgrad.train.config import SIZES, Config
+from handgrad.train.execution import Execution
+from handgrad.train.explain import explain
+from handgrad.train.outliers import Guard
+from handgrad.train.start import Start
+from handgrad.train.telemetry import Telemetry
+from handgrad.train.trainer import Trainer, micro_batches
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the settings of a run come to.
+
+    config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
+    lr               learning rate of a step
+    val              validation data, or None
+    prompt           token ids that every sample begins with; none: no samples
+    hellaswag        its questions; none: it is not evaluated
+    flops_per_token  of forward and backward, by the model's own count
+    peak_flops       FLOP/s of the hardware in this precision, None if unknown
+    done             steps that are behind it
+    facts            what the settings do not say, for the summary
+    """
+
+    config: Config
+    out: Path
+    tokenizer: tokenizers.Tokenizer
+    trainer: Trainer
+    lr: Callable[[int], float]
+    val: hg_data.Tokens | None
+    prompt: list[int]
+    hellaswag: list[evals.Item]
+    telemetry: Telemetry | None
+    flops_per_token: int
+    peak_flops: float | None
+    done: int
+    facts: dict[str, Any]
+
+
+def resolve(c: Config, out: Path) -> Run:
+    """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
+    shards, val_shards, meta = find_data(c, out)
+    hg_data.find_shards(shards)
+    tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
+    c, start = find_start(c, out, tokenizer)
+    model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size)
+    data = training_data(c, shards, model)
+    c = complete(c, model, data, out)
+    r, o = c.run, c.optim
+    lr = schedules.schedule(o.schedule, o.lr, min(o.warmup, r.steps), r.steps, o.final)
+    prompt = prompt_ids(tokenizer, r.prompt) if r.sample_tokens else []
+    hellaswag = evals.read_items("hellaswag", r.hellaswag, tokenizer) if r.hellaswag else []
+    val = validation_data(val_shards, data, model) if val_shards else None
+    precision = Precision(r.dtype, r.grad_dtype, r.master_weights, r.deterministic)
+    wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
+    execution = execution_of(c, tuple(name for name, is_wanted in wanted.items() if is_wanted))
+    backend = open_backend(r.backend, r.threads, precision)
+    optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
+    built = dict(execution=execution, precision=precision, backend=backend)
+    try:
+        trainer = Trainer(model, optim, data, **built, start=start, out=out)
+    except HandgradError as error:
+        raise (priced(error, model, data, **built) if error.where == "memory" else error) from None
+    check_readable(data, val, trainer, hellaswag)
+    done = trainer.resume() if r.resume else 0
+    if done > r.steps:
+        raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {done}", r.steps)
+    num_params = trainer.program.num_params
+    facts = {"params": num_params, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"hardware": backend.hardware, "dtype": r.dtype}
+    return Run(
+        config=c,
+        out=out,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        lr=lr,
+        val=val,
+        prompt=prompt,
+        hellaswag=hellaswag,
+        telemetry=Telemetry(backend.pci_bus) if r.telemetry_every else None,
+        flops_per_token=model.flops_per_token(num_params, data.seq_len),
+        peak_flops=backend.peak_flops(r.dtype),
+        done=done,
+        facts=facts,
+    )
+
+
+def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
+    """(train glob, val glob or "", meta). Packaged text is prepared inside the run folder; a folder has its split."""
+    d = c.data
+    if d.train == "shakespeare":
+        folder = out / "data"
+        if not (folder / "meta.json").exists():
+            text = hg_data.shakespeare()
+            hg_data.prepare_text([text], folder, tokenizers.chars(hg_data.read_text([text])))
+    elif Path(d.train).is_dir():
+        folder = Path(d.train)
+    else:
+        return d.train, d.val, hg_data.read_meta(Path(d.train).parent)
+    own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
+    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own, hg_data.read_meta(folder)
+
+
+def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start]:
+    """(the settings, what the run starts from). A model on disk brings its sizes, and a checkpoint all."""
+    m, last = c.model, newest(out) if c.run.resume else None
+    if last is not None:
+        check_same_tokens(open_source(str(last)), tokenizer)
+        return c, Start(c.run.seed)
+    if m.init in ("random", "llmc"):
+        return c, Start(c.run.seed, m.init)
+    source = open_source(m.init)
+    sizes = {name: getattr(source.model, name) for name in (*SIZES, "vocab_size")}
+    for name, size in ({"depth": 0} | sizes).items():
+        if getattr(m, name) not in (0, size):
+            rule = f"--model.{name.replace('_', '-')} is left to the model that --model.init names"
+            raise HandgradError("model", rule, getattr(m, name))
+    check_same_tokens(source, tokenizer)
+    model = replace(m, **sizes, family=source.model.family, tie_embeddings=source.model.tie_embeddings)
+    return replace(c, model=model), Start(c.run.seed, source.weights)
+
+
+def find_model(c: Config, vocab_size: int) -> Model:
+    """The model that the settings ask for, on data with this vocabulary."""
+    m = c.model
+    if 0 < m.vocab_size < vocab_size:
+        raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
+    sizes = preset(f"d{m.depth}" if m.depth else m.preset)
+    sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
+    return family(m.family)(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
+
+
+def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
+    """The batches that the settings ask for."""
+    d, seq_len = c.data, c.data.seq_len or model.max_seq_len
+    batch_tokens = d.batch_tokens or c.run.micro_batch * seq_len
+    order = dict(seed=c.run.seed, shuffle=d.shuffle, overfit=d.overfit)
+    return hg_data.tokens(shards, seq_len, batch_tokens, **order, vocab_size=model.vocab_size)
+
+
+def validation_data(shards: str, data: hg_data.Tokens, model: Model) -> hg_data.Tokens:
+    """The validation set, in sequences as long as the training data's."""
+    return hg_data.tokens(shards, data.seq_len, data.seq_len, shuffle=False, vocab_size=model.vocab_size)
+
+
+def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:
+    """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
+    steps = c.run.steps or max(data.windows // data.sequences, 1)
+    final = c.optim.final
+    if final is None:
+        final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
+    backend = resolve_name(c.run.backend)
+    dtype = best_dtype(backend) if c.run.dtype == "auto" else c.run.dtype
+    return Config(
+        replace(c.model, **asdict(model)),
+        replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
+        replace(c.optim, final=final),
+        replace(c.run, out=str(out), steps=steps, dtype=dtype, backend=backend, prompt=c.run.prompt or "\n"),
+    )
+
+
+def execution_of(c: Config, extra_programs: tuple[str, ...]) -> Execution:
+    """How the steps of these settings are executed."""
+    r, guard = c.run, Guard(c.run.skip_loss_z, c.run.skip_grad_z)
+    sizes = dict(micro_batch=r.micro_batch, recompute=r.recompute, head_bytes=r.head_mib * MIB)
+    where = dict(backend=r.backend, threads=r.threads)
+    return Execution(**sizes, extra_programs=extra_programs, **where, check=r.check, guard=guard)
+
+
+def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
+    """The tokens of the prompt of samples."""
+    try:
+        return tokenizer.encode(prompt).tolist()
+    except HandgradError:
+        rule, hint = "--run.prompt is spelled with the data's characters", "another, or --run.sample-tokens 0"
+        raise HandgradError("run", rule, repr(prompt), hint=hint) from None
+
+
+def check_readable(
+    data: hg_data.Tokens, val: hg_data.Tokens | None, trainer: Trainer, hellaswag: list[evals.Item]
+) -> None:
+    """Reads the first batches and all questions. Raises HandgradError for tokens that the model does not know."""
+    data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
+    if val is not None:
+        next(val.sweep(1))
+    if hellaswag:
+        trainer.scorer.texts([pair for item in hellaswag for pair in item.pairs])
+
+
+def priced(
+    error: HandgradError,
+    model: Model,
+    data: hg_data.Tokens,
+    *,
+    execution: Execution,
+    precision: Precision,
+    backend: Backend,
+) -> HandgradError:
+    """The error of an arena that does not fit, with what each remedy would save."""
+    same = dict(execution=execution, precision=precision, backend=backend)
+    page = explain(model, data.seq_len, **same, accumulation=micro_batches(data, execution.micro_batch))
+    saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
+    prices = "; ".join(
+        f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0
+    )
+    hint = f"{error.hint}; {prices}" if prices else error.hint
+    return HandgradError(error.where, error.rule, error.got, hint=hint)

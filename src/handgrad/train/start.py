@@ -1,0 +1,113 @@
+"""Start: the values that the parameters of a run begin with."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from handgrad.backends.arena import NUMPY
+from handgrad.backends.base import Arena
+from handgrad.core.errors import HandgradError
+from handgrad.core.params import Param
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+from handgrad.io.weights import Weights
+from handgrad.ops.adamw.reference import split_weight
+from handgrad.train.llmc_init import draws
+
+PREFETCH = 4  # parameters drawn ahead, per thread: most are vectors
+MAX_THREADS = 16
+Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    seed   of random weights and of dropout
+    init   "random" draws the weights in float32, each parameter from its own stream of the seed; "llmc" draws those of
+           llm.c's GPU trainer, whatever the seed; Weights are those of a model on disk (`infer.load.open_source`)
+
+    Raises HandgradError for another word.
+    """
+
+    seed: int = 0
+    init: str | Weights = "random"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.init, Weights) and self.init not in ("random", "llmc"):
+            raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(self.init))
+
+
+def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | None = None) -> None:
+    """Writes the initial weights. `drawn`: what `drawing` of the same start has begun, if it was called before.
+
+    Raises HandgradError where a model on disk has other tensors or shapes.
+    """
+    if isinstance(start.init, Weights):
+        copy(p, arena, start.init)
+    elif start.init == "llmc":
+        for info, values in draws(p):
+            write_weight(arena, info.tensor, values)
+    else:
+        drawn = drawn or drawing(p, start.seed, "low" in arena.plan.vectors)
+        for info, parts in zip(p.params.values(), drawn, strict=True):
+            for flat, values in parts.items():
+                arena.write_part(flat, info.tensor, values)
+
+
+def copy(p: Program, arena: Arena, weights: Weights) -> None:
+    """Writes the weights of a model on disk, one tensor after another."""
+    for name in sorted(p.params.keys() ^ weights.shapes.keys()):
+        raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
+    for name, shape in weights.shapes.items():
+        own, padded = p.params[name].tensor, p.params[name].init.rows is not None
+        rows = own.shape[0]
+        if own.shape != ((max(rows, shape[0]), *shape[1:]) if padded else shape):
+            raise HandgradError("train", f"the model to start from has '{name}' of {own.shape}", shape)
+        write_weight(arena, own, weights.tensor(name, "f32", rows))
+
+
+def drawing(p: Program, seed: int, splits: bool) -> Iterator[Parts]:
+    """Starts threads that draw random weights; returns them in order. numpy lets other threads run meanwhile.
+
+    splits: give bf16 and the low 16 bits, as `Precision.splits_weights` says
+    """
+    threads, todo = min(len(os.sched_getaffinity(0)), MAX_THREADS), enumerate(p.params.values())
+    pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), splits)
+    begun = deque(pool.submit(work, item) for item in islice(todo, PREFETCH * threads))  # not all: they are copies
+
+    def results() -> Iterator[Parts]:
+        while begun:
+            yield begun.popleft().result()
+            begun.extend(pool.submit(work, item) for item in islice(todo, 1))
+
+    return results()
+
+
+def draw(info: Param, seed: int, stream: int) -> np.ndarray:
+    """The initial values of one parameter, float32."""
+    values = (np.ones if info.init.kind == "ones" else np.zeros)(info.tensor.shape, np.float32)
+    if info.init.kind == "normal":
+        rows, rng = values[: info.init.rows], np.random.default_rng([seed, stream])
+        rng.standard_normal(dtype=np.float32, out=rows)
+        rows *= np.float32(info.init.std)
+    return values
+
+
+def split(values: np.ndarray, splits: bool) -> Parts:
+    """What is written of float32 values: bf16 and its low 16 bits if it `splits`, else the nearest the plan holds."""
+    if not splits:
+        return {"param": values}
+    high, low = split_weight(np.ascontiguousarray(values, np.float32))
+    return {"param": high.astype(NUMPY["bf16"]), "low": low}
+
+
+def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
+    """Sets a parameter from float32 values."""
+    for flat, part in split(values, "low" in arena.plan.vectors).items():
+        arena.write_part(flat, param, part)
