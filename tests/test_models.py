@@ -22,6 +22,7 @@ from handgrad.ops import OPS
 from handgrad.optim import AdamW, schedules
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.execution import Execution
+from handgrad.train.record import record_loss, record_train
 from handgrad.train.start import Start, initialize
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
