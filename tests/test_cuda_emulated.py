@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,22 +13,24 @@ from handgrad import Trainer, data
 from handgrad.backends import BACKENDS
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import Case, Op
+from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
+    H100,
     INCLUDE,
-    LAST_WAY,
+    SMALL,
     EmulatedBackend,
     KernelFault,
-    cards,
+    Variant,
     is_emulated,
     launched,
     library,
     source,
+    variants,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +42,7 @@ CASES = [
         op,
         case,
         dtype,
-        gpu,
+        variant,
         id=f"{op.name}-{'-'.join(f'{k}{v}' for k, v in case.sizes.items())}-{dtype}{'-' * bool(name)}{name}",
     )
     for op in OPS.values()
@@ -47,13 +50,13 @@ CASES = [
     for case in op.cases
     if not case.real
     for dtype in (F32, BF16)
-    for name, gpu in cards(op, case, dtype).items()
+    for name, variant in variants(op, case, dtype).items()
 ]
 
 
-def sources(op, case, dtype, gpu):
+def sources(op, case, dtype, variant):
     call = case_program(op, case, dtype)[1]
-    return {source(step, call) for step in launched(call, gpu).steps if is_emulated(step)}
+    return {source(step, call) for step in launched(call, variant).steps if is_emulated(step, call)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,19 +67,19 @@ def compiled(request):
         for item in request.session.items
         if getattr(item, "callspec", None) and "case" in item.callspec.params and item.module is request.module
     ]
-    wanted = {s for p in asked for s in sources(p["op"], p["case"], p["dtype"], p["gpu"])}
+    wanted = {s for p in asked for s in sources(p["op"], p["case"], p["dtype"], p["variant"])}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(library, wanted))
 
 
-@pytest.mark.parametrize("op, case, dtype, gpu", CASES)
-def test_case(op, case, dtype, gpu):
+@pytest.mark.parametrize("op, case, dtype, variant", CASES)
+def test_case(op, case, dtype, variant):
     """Right within the derived tolerance, and the same bits whichever thread comes first."""
-    for e in check_case(op, case, EmulatedBackend(gpu), dtype):
+    for e in check_case(op, case, EmulatedBackend(variant), dtype):
         assert e.ratio <= 1, e
     p, c = case_program(op, case, dtype)
     arrays = case_arrays(op, c)
-    one, other = (run_case(p, c, arrays, EmulatedBackend(gpu, reverse)) for reverse in (False, True))
+    one, other = (run_case(p, c, arrays, EmulatedBackend(variant, reverse)) for reverse in (False, True))
     for name in one:
         assert np.array_equal(one[name], other[name]), f"{name} depends on the order of the threads"
 
@@ -85,9 +88,9 @@ def test_every_op_of_the_table_has_a_cuda_form():
     assert [op.name for op in OPS.values() if type(op).cuda is Op.cuda] == []
 
 
-def steps(shards, backend, monkeypatch, *, gpu=None, dtype="f32", hidden_size=36, **options):
+def steps(shards, backend, monkeypatch, *, variant=Variant(), dtype="f32", hidden_size=36, **options):
     """(losses, gradient norms) of three steps of two micro-batches, a validation loss, and the trainer."""
-    monkeypatch.setitem(BACKENDS, "emulated", lambda threads, tf32, deterministic: EmulatedBackend(gpu))
+    monkeypatch.setitem(BACKENDS, "emulated", lambda threads, tf32, deterministic: EmulatedBackend(variant))
     monkeypatch.setitem(BACKENDS, "rounded", lambda threads, tf32, deterministic: RefBackend(exact=False))
     tokens = data.tokens(shards, seq_len=33, batch_tokens=132)
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=hidden_size, dropout=0.1)
@@ -99,12 +102,14 @@ def steps(shards, backend, monkeypatch, *, gpu=None, dtype="f32", hidden_size=36
 TRAINING = {
     "f32": dict(),
     "f32 wide": dict(hidden_size=48),
-    "f32 small card": dict(gpu=Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False)),
+    "f32 small": dict(variant=Variant(SMALL)),
     "bf16": dict(dtype="bf16"),
     "bf16 wide": dict(dtype="bf16", hidden_size=48),
-    "bf16 wide gelu apart": dict(dtype="bf16", hidden_size=48, gpu=Gpu(LAST_WAY)),
-    "bf16 wide own attention": dict(dtype="bf16", hidden_size=48, gpu=Gpu(cudnn=False)),
-    "bf16 wide deterministic": dict(dtype="bf16", hidden_size=48, gpu=Gpu(deterministic=True)),
+    "bf16 wide gelu apart": dict(dtype="bf16", hidden_size=48, variant=Variant(alternative=-1)),
+    "bf16 wide own attention": dict(
+        dtype="bf16", hidden_size=48, variant=Variant(replace(H100, has_library_attention=False))
+    ),
+    "bf16 wide deterministic": dict(dtype="bf16", hidden_size=48, variant=Variant(replace(H100, deterministic=True))),
 }
 
 
@@ -113,7 +118,7 @@ def test_training(shards, monkeypatch, name):
     """A few whole steps, evaluation and sampling: the program as the cuda backend binds it."""
     options = TRAINING[name]
     loss, norm, val, run = steps(shards, "emulated", monkeypatch, **options)
-    exact = steps(shards, "ref", monkeypatch, **{k: v for k, v in options.items() if k not in ("dtype", "gpu")})
+    exact = steps(shards, "ref", monkeypatch, **{k: v for k, v in options.items() if k not in ("dtype", "variant")})
     rtol = 2e-5 if options.get("dtype", "f32") == "f32" else 5e-3  # a bf16 logit is off by about 2^-8, a loss is a mean
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
     np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)

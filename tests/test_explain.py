@@ -7,7 +7,7 @@ import pytest
 
 from handgrad import Trainer, data, explain
 from handgrad.backends import open_backend
-from handgrad.backends.cuda.card import GPUS, Card
+from handgrad.backends.cuda.planner import GPUS, GpuPlanner
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
 
@@ -46,18 +46,16 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
 def test_a_plan_for_a_card_that_is_elsewhere(name, micro_batch, limit):
     """Nothing recomputed, in GiB: no more than llm.c takes, and all of 1558M on one card of 80 GB."""
     page = explain(
-        gpt2(name), micro_batch, 1024, backend=Card("h100"), recompute="none", accumulation=8, remedies=False
+        gpt2(name), micro_batch, 1024, backend=GpuPlanner("h100"), recompute="none", accumulation=8, remedies=False
     )
     assert page.plan.nbytes < limit * 2**30
     lines = str(page).splitlines()
-    assert (
-        sum(line.endswith(" own, for Hopper, or cudnn") for line in lines) >= 24
-    )  # the clock that chooses is elsewhere
-    assert any(line.endswith(" gelu in the product, or apart") for line in lines)
+    assert sum(line.endswith(" wgmma, or cudnn") for line in lines) >= 24  # the clock that chooses is elsewhere
+    assert any(line.endswith(" gelu in the GEMM, or apart") for line in lines)
     page = explain(
-        gpt2(name), micro_batch, 1024, backend=Card(replace(GPUS["h100"], deterministic=True)), remedies=False
+        gpt2(name), micro_batch, 1024, backend=GpuPlanner(replace(GPUS["h100"], deterministic=True)), remedies=False
     )
-    assert sum(line.endswith(" own, for Hopper") for line in str(page).splitlines()) >= 24  # where no clock chooses
+    assert sum(line.endswith(" wgmma") for line in str(page).splitlines()) >= 24  # without autotuning
 
 
 def test_flops_are_those_of_the_products(page):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from handgrad.backends.cuda.peaks import CARDS, peaks
+from handgrad.backends.cuda.peaks import GPUS, peaks
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
 from handgrad.train.mfu import flops_per_token, mfu
@@ -64,10 +64,10 @@ def test_bandwidths_of_the_same_chip_differ():
     assert [peaks("NVIDIA " + name).gbps for name in names] == [2039, 3352, 3938, 4800]
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", GPUS)
 def test_figures_of_a_card_agree(name):
     """Tensor cores halve their rate with each doubling of the element; half the rate can be all that is left of it."""
-    p = CARDS[name]
+    p = GPUS[name]
     assert p.bf16 / p.tf32 == pytest.approx(2, rel=0.02)
     assert p.fp8 is None or p.fp8 / p.bf16 == pytest.approx(2, rel=0.02)
     assert p.f32 <= p.tf32 * 1.01

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from handgrad.core.dtypes import DTYPES, F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Launches
 from handgrad.core.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -142,8 +141,8 @@ class Op:
             total += 0 if out is None else out.nbytes * (2 if arg.inout and arg.name not in c.first else 1)
         return total
 
-    def cuda(self, c: "Call", gpu: Gpu) -> Launches:
-        """What one call launches on a GPU."""
+    def cuda(self, c: "Call", gpu: Any) -> Any:
+        """The `Launches` of one call on a `Gpu` (handgrad.launch)."""
         raise NotImplementedError
 
     def ref(self, v: Any) -> tuple:

@@ -4,9 +4,9 @@ from typing import Any
 
 from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.adamw import reference
 
 THREADS = 256  # of a block

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add import reference
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
 
 
@@ -109,16 +109,16 @@ class NormBackward(Op):
         streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
         staging, summing = 2 * streams * C * size, sums * C * 4  # bytes of a team: two rows of each stream; its sums
-        staged = d["VEC"] > 1 and C * size + staging <= gpu.shared
+        staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
         if d["TEAM"] == 32:  # one block a multiprocessor, of as many teams as its registers and shared memory hold
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # floats that a thread sums in registers
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
-            rows = max(1, min(rows, (gpu.shared - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
+            rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
             d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # registers belong to quarters of a multiprocessor
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
-        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # 1 KiB more for each block
+        held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # 1 KiB more for each block
         blocks = min(-(-N // rows), gpu.sms * held)
         d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
         args = "dx scratch dy ds s w mean rstd | N"

@@ -9,7 +9,7 @@
 //
 // Defines: CAUSAL, TOGETHER (heads whose stretches are taken side by side).
 #pragma once
-#include "hopper.cuh"
+#include "ptx_sm90a.cuh"
 #include "ptx.cuh"
 
 enum {
@@ -59,8 +59,8 @@ template <int stages> struct Ring {
 };
 // Warp groups take turns at the tensor cores: else both would ask for all their products at once, wait for all of them,
 // and leave the tensor cores idle while both compute exponentials. Both take the same number of turns.
-__device__ __forceinline__ void take_turn(int group) { sync_both(3 + group); }
-__device__ __forceinline__ void pass_turn(int group) { arrive_both(4 - group); }
+__device__ __forceinline__ void take_turn(int group) { sync_warpgroups(3 + group); }
+__device__ __forceinline__ void pass_turn(int group) { arrive_warpgroups(4 - group); }
 
 // A warp is done with a stage.
 __device__ __forceinline__ void leave(u64 *empty) {
@@ -77,12 +77,12 @@ __device__ __forceinline__ void load_left(u32 (&f)[STEPS][4], const char *box) {
 // s = a b', over D; b is described by `operand`, whose low bits count 16 bytes
 __device__ __forceinline__ void scores(float (&s)[SUMS], const u32 (&a)[STEPS][4], u64 b) {
 #pragma unroll
-  for (int k = 0; k < STEPS; k++) wgmma_held<0>(s, a[k], b + k * (32 >> 4), k > 0);
+  for (int k = 0; k < STEPS; k++) wgmma_registers<0>(s, a[k], b + k * (32 >> 4), k > 0);
 }
 // o += p b, over the rows of b
 __device__ __forceinline__ void mix(float (&o)[SUMS], const u32 (&p)[STEPS][4], u64 b) {
 #pragma unroll
-  for (int k = 0; k < STEPS; k++) wgmma_held<1>(o, p[k], b + k * (2048 >> 4), 1);
+  for (int k = 0; k < STEPS; k++) wgmma_registers<1>(o, p[k], b + k * (2048 >> 4), 1);
 }
 // Scores as the left factor of the next product: sums lie in registers just as left factors do.
 __device__ __forceinline__ void factors(u32 (&p)[STEPS][4], const float (&s)[SUMS]) {
@@ -118,14 +118,14 @@ __device__ __forceinline__ void store_tile(const TensorMap *map, int column, int
     store_matrix(box + r * 128 + ((j + lane / 16) ^ r % 8) * 16, v[0], v[1], v[2], v[3]);
   }
   fence_async();
-  sync_group(1 + threadIdx.x / 128);
+  sync_warpgroup(1 + threadIdx.x / 128);
   if (threadIdx.x % 128 == 0) {
-    box_store(map, column, row, box);
-    box_store_commit();
+    tma_store(map, column, row, box);
+    tma_store_commit();
   }
 }
 // Waits until what the warp group stored has left shared memory.
 __device__ __forceinline__ void wait_stored() {
-  if (threadIdx.x % 128 == 0) box_store_read<0>();
-  sync_group(1 + threadIdx.x / 128);
+  if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+  sync_warpgroup(1 + threadIdx.x / 128);
 }

@@ -54,33 +54,33 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dq_kernel(
 
   Place at;
   if (threadIdx.x >= 128 * GROUPS) {  // this warp group only loads
-    give_registers<40>();
+    setmaxnreg_dec<40>();
     if (threadIdx.x > 128 * GROUPS) return;
     for (int round = 0; place(at, round, levels, heads); round++) {
       int row = (levels - 1 - at.level) * ROWS, first = at.head / H * T, h = at.head % H, k = H + h / (H / K);
       u64 *full = own.fill(OWN + ROWS * 4);
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
-        box_load(room + g * BOX, &qkv, h * D, first + row + g * TILE, full);
-        box_load(room + (GROUPS + g) * BOX, &dy, h * D, first + row + g * TILE, full);
-        box_load(room + (2 * GROUPS + g) * BOX, &y, h * D, first + row + g * TILE, full);
+        tma_load(room + g * BOX, &qkv, h * D, first + row + g * TILE, full);
+        tma_load(room + (GROUPS + g) * BOX, &dy, h * D, first + row + g * TILE, full);
+        tma_load(room + (2 * GROUPS + g) * BOX, &y, h * D, first + row + g * TILE, full);
       }
-      row_load(room + STATS_AT, lse + (i64)at.head * T + row, ROWS * 4, full);
+      tma_load_bytes(room + STATS_AT, lse + (i64)at.head * T + row, ROWS * 4, full);
       own.next();
       for (int j = 0; j < (CAUSAL ? row + ROWS : T); j += TILE, ring.next()) {
         full = ring.fill(STAGE);
         char *to = room + STAGES_AT + ring.stage * STAGE;
-        box_load(to, &qkv, k * D, first + j, full);
-        box_load(to + BOX, &qkv, (k + K) * D, first + j, full);
+        tma_load(to, &qkv, k * D, first + j, full);
+        tma_load(to + BOX, &qkv, (k + K) * D, first + j, full);
       }
     }
     return;
   }
-  take_registers<232>();
+  setmaxnreg_inc<232>();
   const int group = warp_group(), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   char *out = room + OUT_AT + group * BOX;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  const u64 stages = operand(room + STAGES_AT, BOX);
+  const u64 stages = wgmma_operand(room + STAGES_AT, BOX);
   if (group) pass_turn(group);
   for (int round = 0; place(at, round, levels, heads); round++) {
     const int row = (levels - 1 - at.level) * ROWS + group * TILE, h = at.head % H;
@@ -160,7 +160,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dq_kernel(
     wait_stored();
     store_tile(&dqkv, h * D, at.head / H * T + row, out, dq, scale, scale);
   }
-  if (threadIdx.x % 128 == 0) box_store_done();
+  if (threadIdx.x % 128 == 0) tma_store_wait();
 }
 
 KERNEL __launch_bounds__(THREADS, 1) attention_backward_dkdv_kernel(
@@ -184,33 +184,33 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dkdv_kernel(
 
   Place at;
   if (threadIdx.x >= 128 * GROUPS) {  // this warp group only loads
-    give_registers<40>();
+    setmaxnreg_dec<40>();
     if (threadIdx.x > 128 * GROUPS) return;
     for (int round = 0; place(at, round, levels, heads); round++) {
       int row = at.level * ROWS, first = at.head / K * T, k = at.head % K;
       u64 *full = own.fill(STAGE * GROUPS);
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
-        box_load(room + g * BOX, &qkv, (H + k) * D, first + row + g * TILE, full);
-        box_load(room + (GROUPS + g) * BOX, &qkv, (H + K + k) * D, first + row + g * TILE, full);
+        tma_load(room + g * BOX, &qkv, (H + k) * D, first + row + g * TILE, full);
+        tma_load(room + (GROUPS + g) * BOX, &qkv, (H + K + k) * D, first + row + g * TILE, full);
       }
       own.next();
       for (int h = k * share; h < (k + 1) * share; h++)
         for (int j = CAUSAL ? row : 0; j < T; j += TILE, ring.next()) {
           full = ring.fill(STAGE + TILE * 8);
           char *to = room + STAGES_AT + ring.stage * STAGE;
-          box_load(to, &qkv, h * D, first + j, full);
-          box_load(to + BOX, &dy, h * D, first + j, full);
-          row_load(room + STATS_AT + ring.stage * TILE * 8, stats + (i64)(at.head / K * H + h) * T + j, TILE * 8, full);
+          tma_load(to, &qkv, h * D, first + j, full);
+          tma_load(to + BOX, &dy, h * D, first + j, full);
+          tma_load_bytes(room + STATS_AT + ring.stage * TILE * 8, stats + (i64)(at.head / K * H + h) * T + j, TILE * 8, full);
         }
     }
     return;
   }
-  take_registers<232>();
+  setmaxnreg_inc<232>();
   const int group = warp_group(), lane = threadIdx.x % 32;
   char *out = room + OUT_AT + 2 * group * BOX;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  const u64 stages = operand(room + STAGES_AT, BOX);
+  const u64 stages = wgmma_operand(room + STAGES_AT, BOX);
   if (group) pass_turn(group);
   for (int round = 0; place(at, round, levels, heads); round++) {
     const int row = at.level * ROWS + group * TILE, k = at.head % K;
@@ -294,5 +294,5 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dkdv_kernel(
     store_tile(&dqkv, (H + k) * D, at.head / K * T + row, out, dk, scale, scale);
     store_tile(&dqkv, (H + K + k) * D, at.head / K * T + row, out + BOX, dv, 1.0f, 1.0f);
   }
-  if (threadIdx.x % 128 == 0) box_store_done();
+  if (threadIdx.x % 128 == 0) tma_store_wait();
 }

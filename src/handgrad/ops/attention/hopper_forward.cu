@@ -36,31 +36,31 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
 
   Place at;
   if (threadIdx.x >= 128 * GROUPS) {  // this warp group only loads
-    give_registers<40>();
+    setmaxnreg_dec<40>();
     if (threadIdx.x > 128 * GROUPS) return;
     for (int round = 0; place(at, round, levels, heads); round++) {
       int row = (levels - 1 - at.level) * ROWS, first = at.head / H * T, h = at.head % H, k = H + h / (H / K);
       u64 *full = own.fill(GROUPS * BOX);
 #pragma unroll
-      for (int g = 0; g < GROUPS; g++) box_load(room + g * BOX, &qkv, h * D, first + row + g * TILE, full);
+      for (int g = 0; g < GROUPS; g++) tma_load(room + g * BOX, &qkv, h * D, first + row + g * TILE, full);
       own.next();
       for (int j = 0; j < (CAUSAL ? row + ROWS : T); j += 2 * TILE, ring.next()) {
         full = ring.fill(STAGE);
         char *to = room + STAGES_AT + ring.stage * STAGE;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          box_load(to + i * BOX, &qkv, k * D, first + j + i * TILE, full);
-          box_load(to + (2 + i) * BOX, &qkv, (k + K) * D, first + j + i * TILE, full);
+          tma_load(to + i * BOX, &qkv, k * D, first + j + i * TILE, full);
+          tma_load(to + (2 + i) * BOX, &qkv, (k + K) * D, first + j + i * TILE, full);
         }
       }
     }
     return;
   }
-  take_registers<232>();
+  setmaxnreg_inc<232>();
   const int group = warp_group(), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   char *out = room + OUT_AT + group * BOX;
   const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
-  const u64 stages = operand(room + STAGES_AT, BOX);
+  const u64 stages = wgmma_operand(room + STAGES_AT, BOX);
   if (group) pass_turn(group);
   for (int round = 0; place(at, round, levels, heads); round++) {
     const int row = (levels - 1 - at.level) * ROWS + group * TILE, h = at.head % H;
@@ -176,5 +176,5 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_kernel(
     wait_stored();
     store_tile(&y, h * D, at.head / H * T + row, out, o, 1.0f / sum[0], 1.0f / sum[1]);
   }
-  if (threadIdx.x % 128 == 0) box_store_done();
+  if (threadIdx.x % 128 == 0) tma_store_wait();
 }

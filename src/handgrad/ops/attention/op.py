@@ -4,17 +4,16 @@ from typing import Any
 
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches, Sdpa
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches, Sdpa
 from handgrad.ops.attention import reference
 
 TILE, GROUPS, THREADS = 64, 2, 384  # mirrors groups.cuh
 BOX = TILE * TILE * 2  # bytes of a tile
 FORWARD, BACKWARD = (4, 4), (6, 2)  # stages, and tiles in each; mirrors hopper_forward.cu, hopper_backward.cu
 L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
-L2_HOPPER = 36 << 20  # the same on an H100 or H200, whose second cache has 50 MiB
 
 
 def _derive(d: dict[str, int]) -> None:
@@ -38,7 +37,7 @@ def _flops(c: Call, products: int) -> int:
 def _library(c: Call, gpu: Gpu) -> bool:
     """Whether cuDNN does this call; its dropout would draw other bits than ours."""
     D = c.sizes["D"]
-    return gpu.cudnn and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
+    return gpu.has_library_attention and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
 
 
 def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
@@ -49,7 +48,14 @@ def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
 def _fits_hopper(c: Call, gpu: Gpu) -> bool:
     """Whether our kernels for Hopper do this call."""
     T, D = c.sizes["T"], c.sizes["D"]
-    return gpu.is_hopper and c.dtype is BF16 and c.attrs["p"] == 0 and D == TILE and T % (GROUPS * TILE) == 0
+    return (
+        gpu.has_wgmma
+        and gpu.has_tma
+        and c.dtype is BF16
+        and c.attrs["p"] == 0
+        and D == TILE
+        and T % (GROUPS * TILE) == 0
+    )
 
 
 def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
@@ -60,7 +66,7 @@ def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
     stages, tiles = FORWARD if forward else BACKWARD
     shared = (GROUPS * (owned + outs) + stages * tiles) * BOX + (0 if forward else stages * TILE * 8)
     shared += 16 * (stages + 1) + 1024  # barriers; 1024 to align
-    parts = -(-gpu.sms * 4 * T * TILE // L2_HOPPER)
+    parts = -(-gpu.sms * 4 * T * TILE // (gpu.l2_bytes * 18 // 25))
     defines = {"CAUSAL": int(c.attrs["causal"]), "TOGETHER": max(1, gpu.sms // parts)}  # so that a round is of equals
     file = "hopper_forward.cu" if forward else "hopper_backward.cu"
     blocks = min(gpu.sms, T // (GROUPS * TILE) * B * heads)
@@ -84,7 +90,7 @@ def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) ->
     def shared(warps: int) -> int:
         return warps * ((owned * 16 * tall + 2 * 2 * 16) * row + 2 * 16 * 8)
 
-    warps = 4 if 2 * shared(4) <= gpu.shared else 2
+    warps = 4 if 2 * shared(4) <= gpu.shared_bytes else 2
     together = max(1, L2_SHARE // (4 * T * D))
     defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together}
     file = "forward.cu" if owned == 1 else "backward.cu"
@@ -133,9 +139,9 @@ class Attention(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         library = _sdpa(c, gpu, "forward") if _library(c, gpu) else None
         if _fits_hopper(c, gpu):
-            args = "boxes.y boxes.qkv lse"
+            args = "tma.y tma.qkv lse"
             kernel = _on_hopper(c, gpu, "attention_forward_kernel", args, c.sizes["H"])
-            return Launches((kernel,), note="own, for Hopper", instead=library)
+            return Launches((kernel,), note="wgmma", alternative=library)
         kernel = _launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1)
         return library or Launches((kernel,), note="own")
 
@@ -181,10 +187,10 @@ class AttentionBackward(Op):
         library = _sdpa(c, gpu, "backward") if _library(c, gpu) else None
         stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
         if _fits_hopper(c, gpu):
-            args = "boxes.dqkv boxes.dy boxes.qkv", "boxes.y scratch lse", "scratch"
+            args = "tma.dqkv tma.dy tma.qkv", "tma.y scratch lse", "scratch"
             dq = _on_hopper(c, gpu, "attention_backward_dq_kernel", f"{args[0]} {args[1]}", c.sizes["H"])
             dkdv = _on_hopper(c, gpu, "attention_backward_dkdv_kernel", f"{args[0]} {args[2]}", c.sizes["K"])
-            return Launches((dq, dkdv), scratch=stats, note="own, for Hopper", instead=library)
+            return Launches((dq, dkdv), scratch=stats, note="wgmma", alternative=library)
         if library is not None:
             return library
         dq = _launch(c, gpu, "attention_backward_dq_kernel", "dqkv scratch dy qkv y lse", c.sizes["H"], 2)

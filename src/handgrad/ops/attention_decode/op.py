@@ -3,9 +3,9 @@
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.attention_decode import reference
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.dropout import reference
 
 

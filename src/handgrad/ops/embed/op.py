@@ -4,10 +4,10 @@ from typing import Any
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.embed import reference
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call
 from handgrad.core.scalars import STEP_SCALARS_BYTES
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.global_norm import reference
 
 

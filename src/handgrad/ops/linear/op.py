@@ -4,14 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 from handgrad.core.dtypes import BF16, DType
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches
+from handgrad.ops import wgmma_gemm
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
-OWN_ROWS = 8192  # from here on our own product, with the bias gradient in it, may beat the library's and a pass over dy
+WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
+MIN_ROWS = 8192  # from here on our GEMM with the bias gradient may beat the library's GEMM and a pass over dy
 
 
 class Linear(Op):
@@ -70,7 +72,7 @@ class Linear(Op):
         apart = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
             fused = (replace(product, epilogue="gelu", bias="b", aux="pre"),)
-            return Launches(fused, note="gelu in the product", instead=apart)
+            return Launches(fused, note="gelu in the GEMM", alternative=apart)
         return apart
 
     def recompute(self, g: Program, c: Call, want: set[str]) -> dict[str, Tensor]:
@@ -158,8 +160,8 @@ class LinearBackwardW(Op):
             ),
             scratch=4 * parts * M,
         )
-        if N >= OWN_ROWS and gpu.multiplies_on_hopper(c.dtype, M, K):
-            return Launches((replace(product, sums="db"),), note="db in our own product", instead=apart)
+        if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
+            return replace(weight_gradient(M, K, gpu), alternative=apart)
         return apart
 
     def flops(self, c: Call) -> int:
@@ -195,10 +197,36 @@ class LinearBackwardX(Op):
         if not _fuses_gelu(c):
             return apart
         fused = replace(product, epilogue="dgelu", aux="pre")
-        return Launches((fused,), note="gelu' in the product", instead=apart)
+        return Launches((fused,), note="gelu' in the GEMM", alternative=apart)
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
+
+
+def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:
+    """dw and db by our GEMM. A cluster computes a tile; tiles that would not fill a round are split along N and reduced."""
+    rows, columns, clusters = -(-M // wgmma_gemm.CLUSTER_M), -(-K // wgmma_gemm.TILE_N), wgmma_gemm.clusters(gpu)
+    split = rows * columns % clusters
+    if 20 * split > 17 * clusters:  # they nearly fill a round of all clusters
+        split = 0
+    partials = (clusters + split) * wgmma_gemm.CLUSTER_M * wgmma_gemm.TILE_N
+    row_sums = (rows * columns + clusters) * wgmma_gemm.CLUSTER_M
+    gemm = wgmma_gemm.launch(
+        "linear_weight_gradient_kernel",
+        f"tma.dy tma.x dw scratch scalars | M K N {split} acc.dw",
+        gpu,
+        "weight_gradient.cu",
+        **WEIGHT_GRADIENT,
+    )
+    reduction = Kernel(
+        "linear_weight_gradient_reduce_kernel",
+        f"dw db scratch scalars | M K N {clusters} {split} acc.dw acc.db",
+        (4 * (split + rows), wgmma_gemm.TILE_N // 32, 1),
+        WEIGHT_GRADIENT["REDUCE_THREADS"],
+        defines=gemm.defines,
+        file=gemm.file,
+    )
+    return Launches((gemm, reduction), scratch=4 * (partials + row_sums), note="db in our own GEMM")
 
 
 def _vec(dtype: DType, *sizes: int) -> int:

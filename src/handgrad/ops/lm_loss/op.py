@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Op, case
 from handgrad.core.program import Call, Program
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches
+from handgrad.ops import wgmma_gemm
 from handgrad.ops.lm_loss import reference
 
-OWN_DEPTH, OWN_TILE = 512, 256  # what our own product needs of C; columns of its tiles
+MIN_C = wgmma_gemm.TILE_N // 32 * wgmma_gemm.TILE_K  # exp_gemm.cu writes 32 columns of a tile in each step of the next
 
 
 class LmLoss(Op):
@@ -89,7 +90,7 @@ class LmLossForwardBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         C, Vp = c.sizes["C"], c.sizes["Vp"]
-        if C >= OWN_DEPTH and gpu.multiplies_on_hopper(c.dtype, C, Vp):
+        if C >= MIN_C and wgmma_gemm.supports(gpu, c.dtype, C, Vp):
             return _exponentials(c, gpu)
         steps: list[Gemm | Kernel] = []
         for first, rows in _chunks(c):
@@ -122,8 +123,8 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
     vec = 16 // c.dtype.size if Vp % (16 // c.dtype.size) == 0 else 1
     threads = min(1024, -(-Vp // (32 * vec)) * 32)
     shared = 2 * Vp * c.dtype.size  # a row and the next one
-    ahead = vec > 1 and shared + 1024 <= gpu.shared
-    blocks = gpu.sms * min(1024 // threads, gpu.shared // (shared + 1024) if ahead else 32)
+    ahead = vec > 1 and shared + 1024 <= gpu.shared_bytes
+    blocks = gpu.sms * min(1024 // threads, gpu.shared_bytes // (shared + 1024) if ahead else 32)
     return (
         Gemm("logits", f"x@{first * C * c.dtype.size}", "w", rows, Vp, C, tb=True),
         Kernel(
@@ -139,9 +140,9 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
 
 
 def _exponentials(c: Call, gpu: Gpu) -> Launches:
-    """Losses and gradients without a pass over the logits: the product that makes them stores e^(logit - target's)."""
+    """Losses and gradients without a pass over the logits: the GEMM that makes them stores e^(logit - target's)."""
     C, V, Vp, rows, bf16 = c.sizes["C"], c.attrs["V"], c.sizes["Vp"], c.sizes["rows"], c.dtype.size
-    tiles = -(-Vp // OWN_TILE)
+    tiles = -(-Vp // wgmma_gemm.TILE_N)
     shift, factor, sums = "scratch", f"scratch@{4 * rows}", f"scratch@{8 * rows}"
     scaled = f"scratch@{-(-(8 * rows + 4 * rows * tiles) // 128) * 128}"
     steps: list[Gemm | Kernel] = []
@@ -151,7 +152,14 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
         blocks, defines = -(-n // 8), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
         steps += [
             _rows("lm_loss_shift_kernel", f"{shift} {x} w {targets} | ignore_index", blocks, defines),
-            Gemm("logits", x, "w", n, Vp, C, tb=True, epilogue="exp", bias=shift, sums=sums, width=V),
+            wgmma_gemm.launch(
+                "lm_loss_exp_gemm_kernel",
+                f"tma.{x}:{n}x{C} tma.w tma.logits:{n}x{Vp} {shift} {sums} | {n} Vp C V",
+                gpu,
+                "exp_gemm.cu",
+                A_MN=0,
+                B_MN=0,
+            ),
             _rows(
                 "lm_loss_scale_kernel",
                 f"{losses} logits {scaled} {factor} {sums} {shift} {x} w {targets} scalars | ignore_index",
@@ -163,7 +171,7 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
             _rows("lm_loss_dx_kernel", f"{dx} {factor}", blocks, defines),
         ]
     scratch = int(scaled.split("@")[1]) + rows * C * bf16
-    return Launches(tuple(steps), scratch, note="softmax in the product")
+    return Launches(tuple(steps), scratch, note="softmax in the GEMM")
 
 
 def _rows(entry: str, args: str, blocks: int, defines: dict[str, int | float]) -> Kernel:

@@ -12,7 +12,7 @@
 __device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Describes an operand that starts at p; `next` bytes from one box of 64 rows or columns to the next (mn forms only).
-__device__ __forceinline__ u64 operand(const void *p, u32 next) {
+__device__ __forceinline__ u64 wgmma_operand(const void *p, u32 next) {
   return (u64)(shared_address(p) >> 4 & 0x3fff) | (u64)(next >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -54,7 +54,7 @@ template <> struct Wgmma<256> {
 };
 
 // The same with n = 64 and each warp's 16 x 16 part of a in registers, as mma_bf16 of ptx.cuh has it.
-template <int b_mn> __device__ __forceinline__ void wgmma_held(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
+template <int b_mn> __device__ __forceinline__ void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
@@ -97,29 +97,29 @@ struct alignas(64) TensorMap { char opaque[128]; };
 
 // The box at (x, y) of a map, x along its rows; it arrives as bytes of the barrier. In several blocks of the cluster at
 // once with `blocks`, a bit each, at the same place and barrier of all of them.
-__device__ __forceinline__ void box_load(void *to, const TensorMap *map, int x, int y, u64 *barrier) {
+__device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, int y, u64 *barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void box_load(void *to, const TensorMap *map, int x, int y, u64 *barrier, u16 blocks) {
+__device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, int y, u64 *barrier, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                " [%0], [%1, {%2, %3}], [%4], %5;"
                :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
 // `size` bytes in a row, a multiple of 16.
-__device__ __forceinline__ void row_load(void *to, const void *from, int size, u64 *barrier) {
+__device__ __forceinline__ void tma_load_bytes(void *to, const void *from, int size, u64 *barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(shared_address(to)), "l"(from), "r"(size), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void box_store(const TensorMap *map, int x, int y, const void *from) {
+__device__ __forceinline__ void tma_store(const TensorMap *map, int x, int y, const void *from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                :: "l"(map), "r"(x), "r"(y), "r"(shared_address(from)) : "memory");
 }
-__device__ __forceinline__ void box_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int pending> __device__ __forceinline__ void box_store_read() {  // all but `pending` have left shared memory
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int pending> __device__ __forceinline__ void tma_store_wait_read() {  // all but `pending` have left shared memory
   asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(pending) : "memory");
 }
-__device__ __forceinline__ void box_store_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Ordinary stores to shared memory before it are seen by the copy engine and the tensor cores after it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -132,13 +132,13 @@ __device__ __forceinline__ void store_matrix(void *row, u32 a, u32 b, u32 c, u32
 __device__ __forceinline__ void add_pair(float *p, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
 }
-__device__ __forceinline__ void sync_group(int name) {  // 128 threads
+__device__ __forceinline__ void sync_warpgroup(int name) {  // 128 threads
   asm volatile("bar.sync %0, 128;" :: "r"(name) : "memory");
 }
-__device__ __forceinline__ void sync_both(int name) {  // 256 threads, of which some only arrive
+__device__ __forceinline__ void sync_warpgroups(int name) {  // 256 threads, of which some only arrive
   asm volatile("bar.sync %0, 256;" :: "r"(name) : "memory");
 }
-__device__ __forceinline__ void arrive_both(int name) { asm volatile("bar.arrive %0, 256;" :: "r"(name) : "memory"); }
+__device__ __forceinline__ void arrive_warpgroups(int name) { asm volatile("bar.arrive %0, 256;" :: "r"(name) : "memory"); }
 __device__ __forceinline__ int cluster_rank() {
   u32 r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -147,9 +147,9 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <int registers> __device__ __forceinline__ void give_registers() {
+template <int registers> __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(registers));
 }
-template <int registers> __device__ __forceinline__ void take_registers() {
+template <int registers> __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(registers));
 }
