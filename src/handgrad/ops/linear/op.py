@@ -204,7 +204,7 @@ class LinearBackwardX(Op):
 
 
 def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:
-    """dw and db by our GEMM. A cluster computes a tile; tiles that would not fill a round are split along N and reduced."""
+    """dw and db by our GEMM. A cluster computes a tile; tiles that would not fill a round are split along N."""
     rows, columns, clusters = -(-M // wgmma_gemm.CLUSTER_M), -(-K // wgmma_gemm.TILE_N), wgmma_gemm.clusters(gpu)
     split = rows * columns % clusters
     if 20 * split > 17 * clusters:  # they nearly fill a round of all clusters
