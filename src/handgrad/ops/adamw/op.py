@@ -66,7 +66,7 @@ class AdamW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         vec = 4 if c.sizes["n"] % 4 == 0 else 1
-        held = 5 if vec == 4 else 4  # blocks that the registers of a multiprocessor are enough for
+        held = 5 if vec == 4 else 4  # blocks per SM that its registers allow
         defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": held}
         defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
         grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * held)

@@ -8,6 +8,8 @@ from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
 
+SUM_THREADS = 1024  # of a CUDA block that adds up partial sums
+
 
 class AddNorm(Op):
     """s = x + h + hb;  y = (s - mean) * rstd * w + b.  hb is the bias of the linear that ends the branch h."""
@@ -110,23 +112,24 @@ class NormBackward(Op):
         d = _layout(c, packs=7)
         staging, summing = 2 * streams * C * size, sums * C * 4  # bytes of a team: two rows of each stream; its sums
         staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
-        if d["TEAM"] == 32:  # one block a multiprocessor, of as many teams as its registers and shared memory hold
+        if d["TEAM"] == 32:  # one block per SM, of as many teams as registers and shared memory hold
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # floats that a thread sums in registers
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
             rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
-            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # registers belong to quarters of a multiprocessor
+            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # each quarter of an SM has its own registers
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
         held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # 1 KiB more for each block
         blocks = min(-(-N // rows), gpu.sms * held)
         d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
+        d["SUM_THREADS"] = SUM_THREADS
         args = "dx scratch dy ds s w mean rstd | N"
         add = "dw db dhb scratch scalars | acc.dw acc.db acc.dhb"
         return Launches(
             (
                 Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),
-                Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), 1024, 0, d),
+                Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), SUM_THREADS, 0, d),
             ),
             scratch=blocks * summing,
         )

@@ -20,17 +20,6 @@
 
 struct alignas(8) Stat { float lse, delta; };  // of a query row: lse in base 2, rowsum of dy y
 
-__device__ __forceinline__ float row_delta(const bf16 *dy, const bf16 *y) {
-  float delta = 0.0f;
-#pragma unroll
-  for (int c = 0; c < DP; c += 8) {
-    Pack<bf16, 8> a = load<bf16, 8>(dy + c), b = load<bf16, 8>(y + c);
-#pragma unroll
-    for (int e = 0; e < 8; e++) delta += a.at(e) * b.at(e);
-  }
-  return delta;
-}
-
 KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_mma_kernel(
     bf16 *dqkv,         // (N, H + 2 K, D): the first H
     Stat *stats,        // (B, H, T up to whole blocks)
@@ -60,8 +49,14 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_mma_kerne
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
+  Stat stat = {0.0f, 0.0f};  // of row own + lane
   const int mine = (warp * OWN + lane % OWN) * LD;
-  Stat stat = {0.0f, row_delta(dy_tile + mine, y_tile + mine)};  // of row own + lane
+#pragma unroll
+  for (int c = 0; c < DP; c += 8) {
+    Pack<bf16, 8> a = load<bf16, 8>(dy_tile + mine + c), b = load<bf16, 8>(y_tile + mine + c);
+#pragma unroll
+    for (int e = 0; e < 8; e++) stat.delta += a.at(e) * b.at(e);
+  }
   if (lane < OWN && own + lane < T) stat.lse = lse[(i64)at.head * T + own + lane] * LOG2E;
   if (lane < OWN) stats[(i64)at.head * blocks * ROWS + own + lane] = stat;
   float base[TALL][2], delta[TALL][2];
@@ -112,10 +107,7 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_mma_kerne
       pv_gemm<TALL, SPAN_DQ / 8>(dq, f, k_tile + part * LD);
     }
   }
-  float scales[TALL][2];
-#pragma unroll
-  for (int i = 0; i < 2 * TALL; i++) scales[i / 2][i % 2] = scale;
-  store_rows(dqkv + start, stride, own, T, q_tile + warp * OWN * LD, dq, scales);
+  store_rows(dqkv + start, stride, own, T, q_tile + warp * OWN * LD, dq, scale);
 }
 
 KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_mma_kernel(
@@ -201,12 +193,6 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_mma_ker
       pv_gemm<TALL, SPAN_DKDV / 8>(dk, f, q_tile + part * LD);
     }
   }
-  float scales[TALL][2], scales_v[TALL][2];
-#pragma unroll
-  for (int i = 0; i < 2 * TALL; i++) {
-    scales[i / 2][i % 2] = scale;
-    scales_v[i / 2][i % 2] = rule.scale;
-  }
-  store_rows(dqkv + start, stride, own, T, k_tile + warp * OWN * LD, dk, scales);
-  store_rows(dqkv + start + K * D, stride, own, T, v_tile + warp * OWN * LD, dv, scales_v);
+  store_rows(dqkv + start, stride, own, T, k_tile + warp * OWN * LD, dk, scale);
+  store_rows(dqkv + start + K * D, stride, own, T, v_tile + warp * OWN * LD, dv, rule.scale);
 }

@@ -84,6 +84,15 @@ __device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int e
   }
 }
 
+template <int M>
+__device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int end, bf16 *tile,
+                                           const float (&o)[M][DP / 8][4], float scale) {
+  float scales[M][2];
+#pragma unroll
+  for (int i = 0; i < 2 * M; i++) scales[i / 2][i % 2] = scale;
+  store_rows(y, stride, first, end, tile, o, scales);
+}
+
 // Where a lane finds its part of a 16 x 16 tile: as A operand or, transposed, as B operand; and as B operand.
 __device__ __forceinline__ int a_lane() { return threadIdx.x % 16 * LD + threadIdx.x % 32 / 16 * 8; }
 __device__ __forceinline__ int b_lane() {

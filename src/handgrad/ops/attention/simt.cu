@@ -79,7 +79,7 @@ __device__ __forceinline__ float factor(const DropoutRule &rule, i64 element) {
 
 // Blocks of one head are neighbours, so that what they stream stays in L2.
 #define PLACE(heads)                                                                                          \
-  HG_SHARED(float, room);                                                                                     \
+  HG_SHARED(float, shared);                                                                                     \
   const int T = (int)T_, blocks = (T + ROWS - 1) / ROWS, head = blockIdx.x / blocks, lane = threadIdx.x % 32; \
   const int own_tile = threadIdx.x / 32 * OWN, row0 = blockIdx.x % blocks * ROWS, own = row0 + own_tile;      \
   const int b = head / (int)heads;                                                                            \
@@ -93,7 +93,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_forward_simt_kernel(
     const float *qkv,   // (N, H + 2 K, D)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
-  float *q_tile = room, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
+  float *q_tile = shared, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
   const float *q = qkv + b * T * stride + h * D, *k = q + (H - h + h / (H / K)) * D, *v = k + K * D;
   float o[OWN][PER], top[OWN], sum[OWN];
@@ -145,7 +145,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_backward_dq_simt_kernel(
     const float *lse,   // (B, H, T)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
-  float *q_tile = room, *dy_tile = q_tile + ROWS * LD, *k_tile = dy_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
+  float *q_tile = shared, *dy_tile = q_tile + ROWS * LD, *k_tile = dy_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
   const i64 start = b * T * stride + h * D, start_y = (b * T * H + h) * D;
   const float *k = qkv + start + (H - h + h / (H / K)) * D, *v = k + K * D;
@@ -191,7 +191,7 @@ KERNEL __launch_bounds__(THREADS, 2) attention_backward_dkdv_simt_kernel(
     const float *qkv,    // (N, H + 2 K, D)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(K);
-  float *k_tile = room, *v_tile = k_tile + ROWS * LD, *q_tile = v_tile + ROWS * LD, *dy_tile = q_tile + ROWS * LD;
+  float *k_tile = shared, *v_tile = k_tile + ROWS * LD, *q_tile = v_tile + ROWS * LD, *dy_tile = q_tile + ROWS * LD;
   const int group = (int)(H / K), head0 = head % (int)K * group;
   const i64 start = b * T * stride + (H + head % K) * D;
   float dk[OWN][PER], dv[OWN][PER];

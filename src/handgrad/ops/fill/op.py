@@ -7,6 +7,8 @@ from handgrad.core.program import Call
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.fill import reference
 
+THREADS = 256  # of a CUDA block
+
 
 class Fill(Op):
     """x = value, and += where x already holds a value of this step."""
@@ -28,8 +30,8 @@ class Fill(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["n"], 16 // c.x.dtype.size
         vec = vec if n % vec == 0 else 1
-        grid = min(-(-n // (256 * vec)), 8 * gpu.sms)
-        return Launches((Kernel("fill_kernel", "x scalars | n value acc.x", grid, 256, 0, {"VEC": vec}),))
+        grid, defines = min(-(-n // (THREADS * vec)), 8 * gpu.sms), {"VEC": vec, "THREADS": THREADS}
+        return Launches((Kernel("fill_kernel", "x scalars | n value acc.x", grid, THREADS, 0, defines),))
 
 
 fill = Fill()

@@ -12,6 +12,9 @@ from handgrad.ops import wgmma_gemm
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
+THREADS, SUM_THREADS = 256, 1024  # of a CUDA block, and of one that adds up partial sums of db
+GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses of a thread in gelu and in its gradient
+DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS, "GELU_PACKS": GELU_PACKS, "SLOPE_PACKS": SLOPE_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
 MIN_ROWS = 8192  # from here on our GEMM with the bias gradient may beat the library's GEMM and a pass over dy
 
@@ -66,9 +69,9 @@ class Linear(Op):
         if c.b is not None and wide:
             steps = [replace(product, out=to, epilogue="bias", bias="b")]
         elif c.b is not None:
-            steps.append(Kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms), 256))
+            steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
         if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
-            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=4))
+            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
         apart = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
             fused = (replace(product, epilogue="gelu", bias="b", aux="pre"),)
@@ -100,7 +103,7 @@ class LinearGelu(Op):
         return (reference.gelu(v.pre),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=4),))
+        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=GELU_PACKS),))
 
 
 class LinearGeluBackward(Op):
@@ -116,7 +119,9 @@ class LinearGeluBackward(Op):
         return (reference.gelu_backward(v.dy, v.pre),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=2),))
+        return Launches(
+            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=SLOPE_PACKS),)
+        )
 
 
 class LinearBackwardW(Op):
@@ -149,17 +154,10 @@ class LinearBackwardW(Op):
             return Launches((product,))
         vec = _vec(c.dtype, M)
         tiles = -(-M // (32 * vec))
-        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit a multiprocessor; a row for each warp
-        apart = Launches(
-            (
-                product,
-                Kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), 256, defines={"VEC": vec}),
-                Kernel(
-                    "linear_db_kernel", "db scratch scalars | M acc.db", -(-M // 32), 1024, defines={"PARTS": parts}
-                ),
-            ),
-            scratch=4 * parts * M,
-        )
+        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit an SM; at least a row for each warp
+        partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
+        db = _kernel("linear_db_kernel", "db scratch scalars | M acc.db", -(-M // 32), SUM_THREADS, parts=parts)
+        apart = Launches((product, partial, db), scratch=4 * parts * M)
         if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
             return replace(weight_gradient(M, K, gpu), alternative=apart)
         return apart
@@ -193,7 +191,9 @@ class LinearBackwardX(Op):
         product = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
             return Launches((product,))
-        apart = Launches((product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=2)))
+        apart = Launches(
+            (product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
+        )
         if not _fuses_gelu(c):
             return apart
         fused = replace(product, epilogue="dgelu", aux="pre")
@@ -240,10 +240,17 @@ def _fuses_gelu(c: Call) -> bool:
     return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
 
 
+def _kernel(
+    entry: str, args: str, grid: int | tuple[int, int, int], block: int = THREADS, vec: int = 1, parts: int = 1
+) -> Kernel:
+    """A launch of cuda.cu."""
+    return Kernel(entry, args, grid, block, defines=DEFINES | {"VEC": vec, "PARTS": parts})
+
+
 def _elementwise(entry: str, args: str, c: Call, n: int, packs: int) -> Kernel:
     """One launch over n contiguous elements, `packs` accesses a thread."""
     vec = _vec(c.dtype, n)
-    return Kernel(entry, args, -(-n // (256 * packs * vec)), 256, defines={"VEC": vec})
+    return _kernel(entry, args, -(-n // (THREADS * packs * vec)), vec=vec)
 
 
 linear, linear_gelu, linear_gelu_backward = Linear(), LinearGelu(), LinearGeluBackward()

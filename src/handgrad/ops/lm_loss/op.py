@@ -9,6 +9,7 @@ from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
 from handgrad.ops.lm_loss import reference
 
+WARPS = 8  # of a block of exponentials.cu, a row each
 MIN_C = wgmma_gemm.TILE_N // 32 * wgmma_gemm.TILE_K  # exp_gemm.cu writes 32 columns of a tile in each step of the next
 
 
@@ -149,7 +150,7 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
     for first, n in _chunks(c):
         x, dx = f"x@{first * C * bf16}", f"dx@{first * C * bf16}"
         losses, targets = f"losses@{4 * first}", f"targets@{4 * first}"
-        blocks, defines = -(-n // 8), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
+        blocks, defines = -(-n // WARPS), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
         steps += [
             _rows("lm_loss_shift_kernel", f"{shift} {x} w {targets} | ignore_index", blocks, defines),
             wgmma_gemm.launch(
@@ -176,7 +177,7 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
 
 def _rows(entry: str, args: str, blocks: int, defines: dict[str, int | float]) -> Kernel:
     """A launch of exponentials.cu."""
-    return Kernel(entry, args, blocks, 256, defines=defines, file="exponentials.cu")
+    return Kernel(entry, args, blocks, 32 * WARPS, defines=defines | {"WARPS": WARPS}, file="exponentials.cu")
 
 
 lm_loss, lm_loss_forward_backward = LmLoss(), LmLossForwardBackward()

@@ -56,7 +56,10 @@ struct Pipeline {
     cluster_sync();
   }
   __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (++stage == STAGES) {
+      stage = 0;
+      phase ^= 1;
+    }
   }
   __device__ __forceinline__ void wait_full() const { barrier_wait(full + stage, phase); }
   __device__ __forceinline__ void release(int s) const {  // by CLUSTER threads of a warpgroup, one for each block
