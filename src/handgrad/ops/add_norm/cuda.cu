@@ -123,14 +123,18 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
 // -DHELD      blocks per SM, which bounds registers
 // -DBLOCKS    blocks of the grid
 // -DSUM_THREADS  of a block of norm_backward_sum_kernel: 32 x 32
-#if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(HELD) || !defined(BLOCKS) || !defined(SUM_THREADS)
+#if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(HELD) || !defined(BLOCKS)
 #error "add_norm/op.py defines these"
+#endif
+#ifndef SUM_THREADS
+#error "add_norm/op.py defines SUM_THREADS"
 #endif
 
 typedef Pack<float, VEC> ColumnSums[SUMS][PACKS];  // of a thread's columns
 
 // Adds up the column sums of the teams of a block, through shared memory, into block (SUMS, C).
-__device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int team, int lane) {
+__device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int team,
+                                                  int lane) {
   float *const own = ROWS == 1 ? block : shared + team * SUMS * C;
   __syncthreads();  // all teams have read their rows
 #pragma unroll
@@ -152,8 +156,8 @@ __device__ __forceinline__ void store_column_sums(float *block, const ColumnSums
 KERNEL __launch_bounds__(TEAM * ROWS, HELD)
 norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
                      float *__restrict__ partial,                                     // (BLOCKS, SUMS, C): dw, db, dhb
-                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C), last readers; ds or NULL
-                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C), last reader; (C)
+                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
+                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C); (C)
                      const float *__restrict__ mean, const float *__restrict__ rstd,  // (N)
                      i64 N) {
   __shared__ float buffer[32];

@@ -1,9 +1,10 @@
-// attention_backward: dq, dk and dv from dy; probabilities are recomputed from lse                math: README.md §3, §7
+// attention_backward: dq, dk and dv from dy; probabilities are recomputed from lse               math: README.md §3, §7
 // backward  writes =  dqkv: (N, (H + 2 K) D) bf16, in two launches: dq and statistics of the rows, then dk and dv
-// numerics  f32 softmax and sums; probabilities and their gradients are rounded to bf16 for the matmuls with q, k and dy;
-//           exponentials in base 2 to 2 ULP (ex2.approx), an error that this rounding hides
-// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy of
-//           all query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores stay in registers
+// numerics  f32 softmax and sums; probabilities and their gradients are rounded to bf16 for the matmuls with q, k and
+//           dy; exponentials in base 2 to 2 ULP (ex2.approx), an error that this rounding hides
+// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy
+//           of all query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores stay in
+//           registers
 // determinism  fixed order, no atomics: always the same bits
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, in two passes

@@ -1,14 +1,15 @@
-// attention: dqkv from dy and what the forward saved, on Hopper (sm_90a)                            math: README.md §3, §7
+// attention: dqkv from dy and what the forward saved, on Hopper (sm_90a)                         math: README.md §3, §7
 // dq        writes =  dqkv: (N, (H + 2 K) D) bf16, its first H heads;  stats: lse and delta of every row, for dk, dv
 // dkdv      writes =  dqkv: its other 2 K heads
 // needs     D = 64, T % 128 == 0, no dropout
 // numerics  scores and their gradients in f32, rounded to bf16 for the matmul that follows; sums in f32
-// layout    dq: a warpgroup owns 64 queries; dk and dv: 64 keys, with scores transposed. A operands stay in registers, so
-//           that a matmul reads only B from shared memory; scores never leave registers
+// layout    dq: a warpgroup owns 64 queries; dk and dv: 64 keys, with scores transposed. A operands stay in registers,
+//           so that a matmul reads only B from shared memory; scores never leave registers
 // determinism  fixed order, no atomics: always the same bits
 // speed     H100 80GB, B=64 T=1024 H=12 causal, 2026-11-25: both together 0.746 to 0.785 ms, 329 to 346 TFLOP/s of 5
 //           matmuls; cuDNN 9.20 in the same run 1.13 to 1.19 ms
-// source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, in two passes; Shah et al. 2024 (FlashAttention-3)
+// source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, in two passes; Shah et al. 2024
+//           (FlashAttention-3)
 #include "wgmma.cuh"
 
 struct alignas(8) Stat { float lse, delta; };  // of a query row: lse in base 2, rowsum of dy y
@@ -40,11 +41,12 @@ __device__ __forceinline__ void issue_scores(float (&s)[SUMS], float (&ds)[SUMS]
 // dq -----------------------------------------------------------------------------------------------------------------
 
 // The thread that loads: q, dy, y and lse of every row block, then its keys and values.
-__device__ __forceinline__ void load_query_blocks(Shared &shared, const TensorMap *dy, const TensorMap *qkv, const TensorMap *y,
-                                                  const float *lse, const Sizes &n) {
+__device__ __forceinline__ void load_query_blocks(Shared &shared, const TensorMap *dy, const TensorMap *qkv,
+                                                  const TensorMap *y, const float *lse, const Sizes &n) {
   RowBlock at;
   for (int round = 0; row_block(at, round, n.levels, n.heads); round++) {
-    int row = (n.levels - 1 - at.level) * ROWS, first = at.head / n.H * n.T, h = at.head % n.H, k = n.H + h / (n.H / n.K);
+    int row = (n.levels - 1 - at.level) * ROWS, first = at.head / n.H * n.T;
+    int h = at.head % n.H, k = n.H + h / (n.H / n.K);
     u64 *full = shared.own.fill(OWN_BYTES + ROWS * 4);
 #pragma unroll
     for (int g = 0; g < WARPGROUPS; g++) {
@@ -81,9 +83,9 @@ __device__ __forceinline__ void row_deltas(float (&delta)[2], const u32 (&dy)[ST
 }
 
 // dq of a warpgroup's 64 queries, over `tiles` tiles of keys and values. f: a buffer for A operands.
-__device__ __forceinline__ void sum_dq(float (&dq)[SUMS], Shared &shared, const u32 (&q)[STEPS][4], const u32 (&dys)[STEPS][4],
-                                       u32 (&f)[STEPS][4], const float (&base)[2], const float (&delta)[2], int tiles, int group,
-                                       u64 stages, float scale2) {
+__device__ __forceinline__ void sum_dq(float (&dq)[SUMS], Shared &shared, const u32 (&q)[STEPS][4],
+                                       const u32 (&dys)[STEPS][4], u32 (&f)[STEPS][4], const float (&base)[2],
+                                       const float (&delta)[2], int tiles, int group, u64 stages, float scale2) {
   Ring<STAGES> &ring = shared.ring;
   float s[SUMS], ds[SUMS];
   clear(dq);
@@ -190,8 +192,8 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dq_wgmma_kernel(
 // dk, dv -------------------------------------------------------------------------------------------------------------
 
 // The thread that loads: k and v of every row block, then q, dy and statistics of all queries that see it.
-__device__ __forceinline__ void load_key_blocks(Shared &shared, const TensorMap *dy, const TensorMap *qkv, const Stat *stats,
-                                                const Sizes &n) {
+__device__ __forceinline__ void load_key_blocks(Shared &shared, const TensorMap *dy, const TensorMap *qkv,
+                                                const Stat *stats, const Sizes &n) {
   const int T = n.T, H = n.H, K = n.K, share = H / K;
   RowBlock at;
   for (int round = 0; row_block(at, round, n.levels, n.heads); round++) {
@@ -248,9 +250,9 @@ __device__ __forceinline__ void skip_tile(Ring<STAGES> &ring, int group) {
 }
 
 // dk and dv of a warpgroup's 64 keys, over the query tiles first .. last of `share` heads.
-__device__ __forceinline__ void sum_dkdv(float (&dk)[SUMS], float (&dv)[SUMS], Shared &shared, const u32 (&ks)[STEPS][4],
-                                         const u32 (&vs)[STEPS][4], int first, int last, int share, int group, u64 stages,
-                                         float scale2) {
+__device__ __forceinline__ void sum_dkdv(float (&dk)[SUMS], float (&dv)[SUMS], Shared &shared,
+                                         const u32 (&ks)[STEPS][4], const u32 (&vs)[STEPS][4], int first, int last,
+                                         int share, int group, u64 stages, float scale2) {
   Ring<STAGES> &ring = shared.ring;
   float s[SUMS], ds[SUMS];
   u32 p[STEPS][4], f[STEPS][4];

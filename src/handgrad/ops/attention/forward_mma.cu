@@ -1,9 +1,9 @@
 // attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities     math: README.md §2, §7
 // forward   writes =  y: (N, H D) bf16;  lse: (B, H, T) f32
-// numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2 ULP
-//           (ex2.approx), an error that this rounding hides
-// layout    a warp owns 32 queries (wide heads, dropout: 16), in registers, and streams tiles of keys and values, two in
-//           flight; scores never leave registers
+// numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2
+//           ULP (ex2.approx), an error that this rounding hides
+// layout    a warp owns 32 queries (wide heads, dropout: 16), in registers, and streams tiles of keys and values, two
+//           in flight; scores never leave registers
 // determinism  fixed order, no atomics
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 1

@@ -1,10 +1,10 @@
-// attention: y = softmax(q k' / sqrt(D), causal or not) v, on Hopper (sm_90a)                       math: README.md §2, §7
+// attention: y = softmax(q k' / sqrt(D), causal or not) v, on Hopper (sm_90a)                    math: README.md §2, §7
 // forward   writes =  y: (N, H D) bf16;  lse: (B, H, T) f32
 // needs     D = 64, T % 128 == 0, no dropout
-// numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2 ULP
-//           (ex2.approx), an error that this rounding hides
-// layout    a warpgroup owns 64 queries, in registers, and streams 128 keys and values at a time, as two tiles. While it
-//           turns their scores into probabilities, the tensor cores multiply the previous probabilities and values
+// numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2
+//           ULP (ex2.approx), an error that this rounding hides
+// layout    a warpgroup owns 64 queries, in registers, and streams 128 keys and values at a time, as two tiles. While
+//           it turns their scores into probabilities, the tensor cores multiply the previous probabilities and values
 // determinism  fixed order, no atomics
 // speed     H100 80GB, B=64 T=1024 H=12 causal, 2026-11-25: 0.325 ms, 317 TFLOP/s; cuDNN 9.20 in the same run 0.295 to
 //           0.298 ms
@@ -25,10 +25,12 @@ struct Sizes { int T, H, K, levels, heads; };
 __device__ __forceinline__ void load_row_blocks(Shared &shared, const TensorMap *qkv, const Sizes &n) {
   RowBlock at;
   for (int round = 0; row_block(at, round, n.levels, n.heads); round++) {
-    int row = (n.levels - 1 - at.level) * ROWS, first = at.head / n.H * n.T, h = at.head % n.H, k = n.H + h / (n.H / n.K);
+    int row = (n.levels - 1 - at.level) * ROWS, first = at.head / n.H * n.T;
+    int h = at.head % n.H, k = n.H + h / (n.H / n.K);
     u64 *full = shared.own.fill(WARPGROUPS * TILE_BYTES);
 #pragma unroll
-    for (int g = 0; g < WARPGROUPS; g++) tma_load(shared.base + g * TILE_BYTES, qkv, h * D, first + row + g * TILE, full);
+    for (int g = 0; g < WARPGROUPS; g++)
+      tma_load(shared.base + g * TILE_BYTES, qkv, h * D, first + row + g * TILE, full);
     shared.own.next();
     for (int j = 0; j < (CAUSAL ? row + ROWS : n.T); j += 2 * TILE, shared.ring.next()) {
       full = shared.ring.fill(STAGE_BYTES);
@@ -68,7 +70,8 @@ struct Softmax {
   __device__ __forceinline__ void exponentiate(float (&s)[2][SUMS], float scale2) {
     float highest[2];
     row_maxima(highest, s);
-    grows = __any_sync(0xffffffffu, highest[0] * scale2 > top[0] * scale2 + 8.0f || highest[1] * scale2 > top[1] * scale2 + 8.0f);
+    bool mine = highest[0] * scale2 > top[0] * scale2 + 8.0f || highest[1] * scale2 > top[1] * scale2 + 8.0f;
+    grows = __any_sync(0xffffffffu, mine);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float higher = grows ? fmaxf(top[r], highest[r]) : top[r];
@@ -87,8 +90,8 @@ struct Softmax {
   }
 };
 
-// The last two tiles of a row block lie on its diagonal: the first warpgroup sees half of the first one and nothing of the
-// second, the other warpgroup all of the first and half of the second.
+// The last two tiles of a row block lie on its diagonal: the first warpgroup sees half of the first one and nothing of
+// the second, the other warpgroup all of the first and half of the second.
 __device__ __forceinline__ void mask_diagonal(float (&s)[2][SUMS], int group) {
   if (group == 0) {
     causal_mask<false>(s[0]);
@@ -114,8 +117,8 @@ __device__ __forceinline__ void issue_outputs(float (&o)[SUMS], const u32 (&p)[2
 }
 
 // o (not yet divided by the sums) and the softmax of a warpgroup's 64 queries, over `turns` pairs of tiles.
-__device__ __forceinline__ void attend(float (&o)[SUMS], Softmax &softmax, Shared &shared, const u32 (&q)[STEPS][4], int turns,
-                                       int group, u64 stages, float scale2) {
+__device__ __forceinline__ void attend(float (&o)[SUMS], Softmax &softmax, Shared &shared, const u32 (&q)[STEPS][4],
+                                       int turns, int group, u64 stages, float scale2) {
   Ring<STAGES> &ring = shared.ring;
   float s[2][SUMS];
   u32 p[2][STEPS][4];

@@ -5,9 +5,9 @@
 // numerics  bf16 operands, float accumulators
 // source    own work, after Dao 2023 (FlashAttention-2)
 //
-// Defines (op.py): D, WARPS, TALL (16-row tiles that a warp owns), LD (elements of a row in shared memory: an odd number
-// of 16-byte words, so that 8 rows lie in 8 x 4 banks), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads whose
-// blocks run side by side).
+// Defines (op.py): D, WARPS, TALL (16-row tiles that a warp owns), LD (elements of a row in shared memory: an odd
+// number of 16-byte words, so that 8 rows lie in 8 x 4 banks), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads
+// whose blocks run side by side).
 #pragma once
 #include "ptx.cuh"
 #if !defined(D) || !defined(WARPS) || !defined(TALL) || !defined(LD) || !defined(QUADS) || !defined(TOGETHER)
@@ -187,7 +187,8 @@ template <int M> __device__ __forceinline__ void clear(float (&o)[M][DP / 8][4])
 }
 
 // Scores become -inf where their column comes after their row; x: the lane's first column minus its first row. Without
-// `rows`: where it comes after a limit that is the same for all rows; `transposed`: where the row comes after the column.
+// `rows`: where it comes after a limit that is the same for all rows; `transposed`: where the row comes after the
+// column.
 template <bool rows, bool transposed = false, int M, int N>
 __device__ __forceinline__ void causal_mask(float (&s)[M][N][4], int x) {
 #pragma unroll

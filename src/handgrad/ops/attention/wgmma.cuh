@@ -1,9 +1,9 @@
-// Attention on Hopper (sm_90a): which rows a block computes when, tiles that stream through shared memory, matmuls whose
-// A operand stays in registers. forward_wgmma.cu and backward_wgmma.cu build on it.             math: README.md §2, §3, §7
+// Attention on Hopper (sm_90a): which rows a block computes when, tiles that stream through shared memory, matmuls
+// whose A operand stays in registers. forward_wgmma.cu and backward_wgmma.cu build on it.    math: README.md §2, §3, §7
 //
 // needs     D = TMA_TILE, T a multiple of ROWS, no dropout
-// layout    in each block WARPGROUPS warpgroups multiply, TILE rows each, and one thread loads. Blocks are persistent: they
-//           take one block of ROWS rows after another, and TMA loads the next one while this one is computed
+// layout    in each block WARPGROUPS warpgroups multiply, TILE rows each, and one thread loads. Blocks are persistent:
+//           they take one block of ROWS rows after another, and TMA loads the next one while this one is computed
 // numerics  bf16 operands, float accumulators
 // source    own work, after Dao 2023 (FlashAttention-2) and Shah et al. 2024 (FlashAttention-3)
 //
@@ -30,15 +30,16 @@ enum {
 static_assert(THREADS == 128 * (WARPGROUPS + 1), "one more warpgroup loads");
 #define LOG2E 1.4426950408889634f
 
-// The number of a thread's warpgroup; the shuffle tells the compiler that it is uniform in a warp, so that branches on it
-// do not diverge.
+// The number of a thread's warpgroup; the shuffle tells the compiler that it is uniform in a warp, so that branches on
+// it do not diverge.
 __device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
 
 // A row block of a head. Level 0 has the most tiles.
 struct RowBlock { int level, head; };
 
-// The row block that this block takes in a round; false if none is left. TOGETHER heads at a time, so that what they stream
-// stays in L2; among them the longest row blocks first. Every other round runs backwards: no block gets the longest twice.
+// The row block that this block takes in a round; false if none is left. TOGETHER heads at a time, so that what they
+// stream stays in L2; among them the longest row blocks first. Every other round runs backwards: no block gets the
+// longest twice.
 __device__ __forceinline__ bool row_block(RowBlock &at, int round, int levels, int heads) {
   int i = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   int first = i / (TOGETHER * levels) * TOGETHER, within = i % (TOGETHER * levels);
@@ -96,8 +97,8 @@ struct Shared {
   }
 };
 
-// Ping-pong between warpgroups: they issue matmuls in turn. Otherwise both would issue all their matmuls, wait for all of
-// them, and leave the tensor cores idle while both compute exponentials. Both take the same number of turns.
+// Ping-pong between warpgroups: they issue matmuls in turn. Otherwise both would issue all their matmuls, wait for all
+// of them, and leave the tensor cores idle while both compute exponentials. Both take the same number of turns.
 __device__ __forceinline__ void ping_pong_wait(int group) { sync_warpgroups(3 + group); }
 __device__ __forceinline__ void ping_pong_arrive(int group) { arrive_warpgroups(4 - group); }
 
@@ -144,8 +145,8 @@ template <bool transposed> __device__ __forceinline__ void causal_mask(float (&s
   }
 }
 // A tile of outputs, scaled, to (column, row) of a map, through shared memory that the warpgroup owns.
-__device__ __forceinline__ void store_tile(const TensorMap *map, int column, int row, char *tile, const float (&o)[SUMS],
-                                           float scale0, float scale1) {
+__device__ __forceinline__ void store_tile(const TensorMap *map, int column, int row, char *tile,
+                                           const float (&o)[SUMS], float scale0, float scale1) {
   int lane = threadIdx.x % 32, r = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
   for (int j = 0; j < SUMS / 4; j += 2) {

@@ -1,8 +1,8 @@
 // attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2, §7
 // forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  scores, softmax and sums in f32
-// layout    a block computes one query head of one token over one chunk of the keys that it sees. LANES lanes share a key
-//           and read it in 16-byte words, so a warp has 32 / LANES keys at a time, four steps in flight; then lane
+// layout    a block computes one query head of one token over one chunk of the keys that it sees. LANES lanes share a
+//           key and read it in 16-byte words, so a warp has 32 / LANES keys at a time, four steps in flight; then lane
 //           groups, warps and chunks are merged
 // determinism  the chunks depend on the number of keys alone; everything is merged in order
 // speed     H100 80GB, bf16, bench/gpu_ops.py, 2026-11-24: 64 full caches 2.38 TB/s (80 % of the copy rate),
@@ -23,7 +23,8 @@
 // The weight of a sum with maximum m, once the maximum is top; 0 for an empty sum.
 __device__ __forceinline__ float weight(float m, float top) { return m == -HG_INF ? 0.0f : expf(m - top); }
 
-// Online softmax of a lane group: the weighted sum of values, of the lane's elements, with its maximum and total weight.
+// Online softmax of a lane group: the weighted sum of values, of the lane's elements, with its maximum and total
+// weight.
 struct LaneSum {
   float o[PER][VEC], top, total;
 

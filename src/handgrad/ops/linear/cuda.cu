@@ -16,7 +16,10 @@
 // -DPARTS    ranges of rows of which db is the sum
 // -DTHREADS  of a block; -DSUM_THREADS: of a block of linear_db_kernel
 // -DGELU_PACKS, -DSLOPE_PACKS  accesses of a thread in gelu and gelu_backward; pack i is THREADS after pack i - 1
-#if !defined(VEC) || !defined(PARTS) || !defined(THREADS) || !defined(SUM_THREADS) || !defined(GELU_PACKS) || !defined(SLOPE_PACKS)
+#if !defined(VEC) || !defined(PARTS) || !defined(THREADS) || !defined(SUM_THREADS)
+#error "linear/op.py defines these"
+#endif
+#if !defined(GELU_PACKS) || !defined(SLOPE_PACKS)
 #error "linear/op.py defines these"
 #endif
 

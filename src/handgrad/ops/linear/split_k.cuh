@@ -1,5 +1,5 @@
-// Which tiles of the weight gradient a cluster computes, and which steps of K of them. Plain C++: a test runs it for every
-// cluster of a GPU.
+// Which tiles of the weight gradient a cluster computes, and which steps of K of them. Plain C++: a test runs it for
+// every cluster of a GPU.
 //
 // Defines (ops/wgmma_gemm.py): TILE_M, TILE_N, TILE_K, CLUSTER, WARPGROUPS.
 #pragma once
@@ -14,8 +14,8 @@ enum {
 struct TileSteps { int tile, k0, k1, partial; };
 
 // The last `split` tiles would not fill a round of all clusters. They are split along K, so that all clusters finish
-// together: each split tile has `heads` clusters that compute equal first shares of K, side by side because they read the
-// same rows at the same time. The other clusters, the helpers, share the tails that are left.
+// together: each split tile has `heads` clusters that compute equal first shares of K, side by side because they read
+// the same rows at the same time. The other clusters, the helpers, share the tails that are left.
 struct SplitK {
   int tiles_m, tiles_n, steps, clusters;
   int whole, split;              // tiles of one cluster each; tiles that are split
@@ -79,7 +79,8 @@ struct SplitK {
     int t = begin / tail + i;
     int from = t * tail > begin ? t * tail : begin, to = (t + 1) * tail < end ? (t + 1) * tail : end;
     if (from >= to) return false;
-    at = {whole + t, heads * head_steps + from - t * tail, heads * head_steps + to - t * tail, heads * split + helper + t};
+    int k = heads * head_steps - t * tail;
+    at = {whole + t, k + from, k + to, heads * split + helper + t};
     return true;
   }
 };

@@ -1,13 +1,13 @@
 // linear: the weight gradient with the bias gradient on Hopper (sm_90a), split along K            math: README.md §3
-// gemm      writes = or +=    dw: (M, N) grad_t = dy' x          whole tiles; + when the flag or scalars->micro_step says so
+// gemm      writes = or +=    dw: (M, N) grad_t = dy' x    whole tiles; + if the flag or scalars->micro_step is not 0
 //           writes =          partials: sums of split tiles over a range of K; row sums of dy' (split_k.cuh)
 // reduce    writes = or +=    dw: (M, N) grad_t                  split tiles
 //           writes = or +=    db: (M) grad_t                     row sums of dy'
 // numerics  float accumulators in the tensor cores' order; partials are added in order
 // layout    see wgmma_gemm.cuh; dy (K, M) and x (K, N); rows are multiples of 16 bytes; past an edge TMA reads zeros
 // determinism  fixed order; tiles and partials depend on the sizes and the number of SMs alone
-// speed     H100 80GB, 2026-11-26, at the power limit, TFLOP/s (in brackets cuBLASLt 13.1 and a pass over dy, same run):
-//           3072 x 1024, K=32768 620 (553), 4096 x 1024 675 (560), 4800 x 1600, K=8192 569 (561)
+// speed     H100 80GB, 2026-11-26, at the power limit, TFLOP/s (in brackets cuBLASLt 13.1 and a pass over dy, same
+//           run): 3072 x 1024, K=32768 620 (553), 4096 x 1024 675 (560), 4800 x 1600, K=8192 569 (561)
 // source    own work; the scheme (one warp loads, two warpgroups multiply, blocks are persistent) is CUTLASS's
 #include "kernel.cuh"
 #include "split_k.cuh"
@@ -123,8 +123,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 }
 
 // Adds up partials: a block has 16 accumulators of every thread of one warpgroup of a split tile.
-__device__ __forceinline__ void reduce_tile(grad_t *dw, const float *partials, const SplitK &work, int t, int part, i64 M, i64 N,
-                                            bool adds) {
+__device__ __forceinline__ void reduce_tile(grad_t *dw, const float *partials, const SplitK &work, int t, int part,
+                                            i64 M, i64 N, bool adds) {
   int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, m, n;
   const float *from = partials + part * (64 * TILE_N) + thread * 4 + (i64)blockIdx.y * 4 * 512;
   float4 sum[4] = {};
@@ -149,8 +149,8 @@ __device__ __forceinline__ void reduce_tile(grad_t *dw, const float *partials, c
 }
 
 // db of 64 rows: their row sums over all tiles of a row m, whole ones and partials.
-__device__ __forceinline__ void reduce_rows(grad_t *db, const float *partials, const SplitK &work, int m, int part, i64 M,
-                                            bool adds) {
+__device__ __forceinline__ void reduce_rows(grad_t *db, const float *partials, const SplitK &work, int m, int part,
+                                            i64 M, bool adds) {
   i64 row = (i64)m * CLUSTER_M + part * 64 + threadIdx.x;
   if (blockIdx.y > 0 || threadIdx.x >= 64 || row >= M) return;
   int at = part * 64 + threadIdx.x;

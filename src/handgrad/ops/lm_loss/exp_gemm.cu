@@ -54,8 +54,8 @@ __device__ __forceinline__ void store_sums(const PendingTile &tile, float *sums,
 
 // Half a TMA tile (64 rows, 32 columns); the second half of each goes out by TMA.
 template <int half>
-__device__ __forceinline__ void write_half(PendingTile &tile, char *buffer, const TensorMap *p, float *sums, int barrier,
-                                           i64 M, i64 N) {
+__device__ __forceinline__ void write_half(PendingTile &tile, char *buffer, const TensorMap *p, float *sums,
+                                           int barrier, i64 M, i64 N) {
   int thread = threadIdx.x % 128, column = tile.column + half / 2 * 64;
   char *to = buffer + half / 2 % 2 * TMA_TILE_BYTES;
   if (half % 2 == 0) {
@@ -74,8 +74,8 @@ __device__ __forceinline__ void write_half(PendingTile &tile, char *buffer, cons
   if (half == HALVES - 1) store_sums(tile, sums, M);
 }
 
-__device__ __forceinline__ void write_next(PendingTile &tile, char *buffer, const TensorMap *p, float *sums, int barrier,
-                                           i64 M, i64 N) {
+__device__ __forceinline__ void write_next(PendingTile &tile, char *buffer, const TensorMap *p, float *sums,
+                                           int barrier, i64 M, i64 N) {
   static_assert(HALVES == 8, "a case for each half");
   switch (tile.half++) {
     case 0: return write_half<0>(tile, buffer, p, sums, barrier, M, N);
@@ -137,11 +137,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int tile = cluster; tile < tiles.tiles; tile += tiles.clusters) {
       m = next_m;
       n = next_n;
-      const int first = (m * CLUSTER + rank) * TILE_M + group * 64, column = n * TILE_N, row = first + warp * 16 + lane / 4;
+      const int first = (m * CLUSTER + rank) * TILE_M + group * 64, column = n * TILE_N;
+      const int row = first + warp * 16 + lane / 4;
       const float shift0 = row < M ? shift[row] : 0.0f, shift1 = row + 8 < M ? shift[row + 8] : 0.0f;
-      bool located = false;
+      bool located = false;  // the next tile: here, because between tiles the tensor cores would idle
       multiply(acc, pipe, group, tiles.steps, [&](const char *) {
-        if (!located) tiles.coordinates(tile + tiles.clusters, next_m, next_n);  // between tiles the tensor cores would idle
+        if (!located) tiles.coordinates(tile + tiles.clusters, next_m, next_n);
         located = true;
         if (pending.half < HALVES) write_next(pending, buffer, &p, sums, 1 + group, M, N);
       });

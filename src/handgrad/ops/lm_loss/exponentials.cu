@@ -5,8 +5,8 @@
 //           writes +=         p: (ROWS, VP) bf16                 p[target] -= sum of the row
 // dx        writes =          dx: (ROWS, C) bf16                 dx *= factor
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
-// numerics  float inside. A row whose sum exceeds LIMIT (a loss above 69 nats) is recomputed from x and w with its maximum
-//           subtracted: slow but right. A NaN logit gives a NaN loss
+// numerics  float inside. A row whose sum exceeds LIMIT (a loss above 69 nats) is recomputed from x and w with its
+//           maximum subtracted: slow but right. A NaN logit gives a NaN loss
 // layout    a warp per row, 16-byte accesses; scale: a block has 32 rows, whose sums it reads together
 // determinism  fixed order
 // speed     bound by x, scaled and dx: 5 passes over 2 C bytes a row, and 4 TILES bytes of sums

@@ -84,7 +84,7 @@ template <class Op> __device__ __forceinline__ float warp_reduce(float x, Op op)
   return x;
 }
 
-// The same value in all threads of a block of `threads` (a multiple of 32). buffer: threads / 32 floats in shared memory.
+// The same value in all threads of a block of `threads` (a multiple of 32). buffer: threads / 32 shared floats.
 template <int threads, class Op>
 __device__ __forceinline__ float block_reduce(float x, Op op, float identity, float *buffer) {
   x = warp_reduce(x, op);

@@ -53,7 +53,8 @@ template <> struct Wgmma<256> {
 };
 
 // The same with n = 64 and a in registers: each warp's 16 x 16 part, laid out as for mma_bf16 (ptx.cuh).
-template <int b_mn> __device__ __forceinline__ void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
+template <int b_mn>
+__device__ __forceinline__ void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
@@ -77,7 +78,8 @@ __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_expect(u64 *b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(shared_address(b)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(u64 *b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
@@ -105,7 +107,8 @@ __device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, 
 __device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, int y, u64 *barrier, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                " [%0], [%1, {%2, %3}], [%4], %5;"
-               :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+               :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks)
+               : "memory");
 }
 // Loads `size` contiguous bytes, a multiple of 16.
 __device__ __forceinline__ void tma_load_bytes(void *to, const void *from, int size, u64 *barrier) {

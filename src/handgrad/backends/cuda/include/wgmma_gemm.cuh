@@ -31,7 +31,7 @@ enum {
   ACCUMULATORS = TILE_N / 2  // of a thread
 };
 static_assert(BARRIERS_AT + 2 * STAGES * 8 + 1024 <= SHARED_BYTES, "shared memory holds the pipeline");
-static_assert(THREADS == 128 * (WARPGROUPS + 1) && TILE_M == 64 * WARPGROUPS && TILE_K == TMA_TILE, "sizes fit together");
+static_assert(THREADS == 128 * (WARPGROUPS + 1) && TILE_M == 64 * WARPGROUPS && TILE_K == TMA_TILE, "sizes agree");
 
 // The stages of a block: `full` completes when a stage's bytes have arrived, `empty` when all warpgroups of the cluster
 // have read it.
@@ -66,7 +66,8 @@ struct Pipeline {
     if (threadIdx.x % 128 < CLUSTER) barrier_arrive(empty + s, threadIdx.x % 128);
   }
   // Waits until the stage is free, announces its bytes, and loads step k of the tile at (row, column).
-  __device__ __forceinline__ void load(const TensorMap *a, const TensorMap *b, int row, int column, int k, int rank) const {
+  __device__ __forceinline__ void load(const TensorMap *a, const TensorMap *b, int row, int column, int k,
+                                       int rank) const {
     barrier_wait(empty + stage, phase ^ 1);
     barrier_expect(full + stage, STAGE_BYTES);
     char *to = stages + stage * STAGE_BYTES;
@@ -86,7 +87,8 @@ struct Pipeline {
 
 // The thread that loads: every step of every tile of its cluster.
 template <class Tiles>
-__device__ __forceinline__ void load_tiles(Pipeline &pipe, const Tiles &tiles, const TensorMap *a, const TensorMap *b, int rank) {
+__device__ __forceinline__ void load_tiles(Pipeline &pipe, const Tiles &tiles, const TensorMap *a, const TensorMap *b,
+                                           int rank) {
   TileSteps at;
   int m, n;
   for (int i = 0; tiles.get(i, blockIdx.x / CLUSTER, at); i++) {
