@@ -1,13 +1,13 @@
-"""Kernels alone on one GPU, at GPT-2 124M's sizes (B=64, T=1024): how close to the memory's rate does each one come?
+"""Single kernels on one GPU, at GPT-2 124M's sizes (B=64, T=1024): how close does each come to memory bandwidth?
 
     python bench/gpu_ops.py                              all rows; about half a minute
     python bench/gpu_ops.py --ops add_norm norm_backward
     python bench/gpu_ops.py --smoke                      toy sizes on the CPU: does this script work?
 
-A row is one CUDA graph of at least 16 calls, which take turns on buffers that are larger together than the second
-cache, replayed until a tenth of a second is full; the time of a call, the gaps between kernels included, is the median
-of nine such samples. GB/s counts every byte that a call must move once. `copy` is cudaMemcpy on the card, reads and
-writes counted. What a call finds in the cache because the call before it left it there only a whole step shows.
+A row is one CUDA graph of at least 16 calls, which rotate over buffers that exceed L2 together, replayed for a tenth of
+a second; the time of a call, gaps between kernels included, is the median of nine such samples. GB/s counts every byte
+that a call must move once. `copy` is cudaMemcpy on the device, reads and writes counted. What a call finds in L2 because
+the previous call left it there shows in whole steps only.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import OPS
 from handgrad.testing import set_scalars
 
-CALLS = 16  # in a graph, at least: the gap between two graphs is some microseconds
-CACHE_BYTES = 4 * 50_000_000  # that the calls of a row move before a buffer comes again: four second caches of an H100
+CALLS = 16  # in a graph, at least: the gap between two graphs is a few microseconds
+CACHE_BYTES = 4 * 50_000_000  # that the calls of a row move before a buffer is used again: four times the L2 of an H100
 ADAM = dict(start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 HEADS = dict(T=1, H=12, K=12)
 
@@ -59,7 +59,7 @@ def rows(smoke: bool) -> list[tuple[str, str, Case]]:
 
 
 def record(name: str, case: Case, dtype: DType, cache_bytes: int) -> Program:
-    """A program of an op's calls, which take turns on sets of tensors that move `cache_bytes` together."""
+    """A program of an op's calls, which rotate over sets of tensors that move `cache_bytes` together."""
     op, p = OPS[name], Program(dtype, mode="train")
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int)}
     op.derive(sizes)
@@ -89,7 +89,7 @@ def record(name: str, case: Case, dtype: DType, cache_bytes: int) -> Program:
 
 
 def moved(c: Call) -> int:
-    """Bytes that a call must move: a cache is read, not written but for a few rows."""
+    """Bytes that a call must move: a cache is read; only a few of its rows are written."""
     return c.op.nbytes(c) - (c.cache.nbytes if c.op.name == "attention_decode" else 0)
 
 
@@ -122,7 +122,7 @@ def seconds(run: Any, wait: Any, sample: float) -> float:
 
 
 def copy(backend: Any, nbytes: int, sample: float) -> float:
-    """GB/s of a copy on the card between buffers larger than its second cache."""
+    """GB/s of a device copy between buffers larger than L2."""
     device = backend.device
     a, b = device.alloc(nbytes), device.alloc(nbytes)
     graph = backend.graphs.capture(lambda: [device.within(b, a, nbytes) for _ in range(CALLS)])

@@ -183,8 +183,8 @@ def test_kernels_fit_their_registers_and_their_launches(wanted, compiled, name):
     assert not bad, "\n" + "\n".join(bad)
 
 
-def test_an_empty_report_leaves_python_whole(monkeypatch, tmp_path):
-    """A compiler that has nothing to say writes one byte, 0: never into the b" " that all of Python shares."""
+def test_an_empty_report_does_not_corrupt_python(monkeypatch, tmp_path):
+    """A compiler without a report writes one zero byte: never into the b" " object that Python shares."""
     from handgrad.backends.cuda import nvrtc as module
 
     class Silent:
@@ -204,8 +204,8 @@ def test_an_empty_report_leaves_python_whole(monkeypatch, tmp_path):
     assert report == "" and cubin.startswith(b"\x7fELF") and bytes([32])[0] == 32
 
 
-def test_a_spill_would_be_seen(tmp_path):
-    """The same reading of a kernel that cannot but spill, and of one that indexes a local array."""
+def test_spills_are_detected(tmp_path):
+    """For a kernel that must spill, and for one that indexes a local array."""
     sums = " ".join(f"float a{i} = x[{i} * n];" for i in range(80))
     uses = " ".join(f"y[{i} * n] = a{i} * f + a{(i + 1) % 80};" for i in range(80))
     (tmp_path / "cuda.cu").write_text(

@@ -1,4 +1,4 @@
-"""Every CUDA kernel on the CPU (tests/emulator): ops against the oracle, whole training steps, and what must be caught."""
+"""CUDA kernels on the CPU (tests/emulator), all but wgmma: ops against the oracle, training steps, faults and races."""
 
 import os
 import platform
@@ -61,7 +61,7 @@ def sources(op, case, dtype, variant):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
-    """All kernels of the tests that were asked for, compiled side by side."""
+    """Compiles the kernels of all selected tests in parallel."""
     asked = [
         item.callspec.params
         for item in request.session.items
@@ -74,7 +74,7 @@ def compiled(request):
 
 @pytest.mark.parametrize("op, case, dtype, variant", CASES)
 def test_case(op, case, dtype, variant):
-    """Right within the derived tolerance, and the same bits whichever thread comes first."""
+    """Right within the derived tolerance, and the same bits in both thread orders."""
     for e in check_case(op, case, EmulatedBackend(variant), dtype):
         assert e.ratio <= 1, e
     p, c = case_program(op, case, dtype)
@@ -182,7 +182,7 @@ def test_a_right_kernel(tmp_path, name, reverse):
     assert np.array_equal(probe(tmp_path, GOOD[name], 256 * (name == "dynamic"), reverse), np.arange(64))
 
 
-def test_a_product_on_tensor_cores(tmp_path):
+def test_an_mma_on_tensor_cores(tmp_path):
     """d = a b by load_matrix and mma_bf16 with the fragments of PTX; a (16, 16) and b (16, 8) hold small whole numbers."""
     body = """
   __shared__ __align__(16) bf16 a[16][16], b[16][8];
@@ -261,8 +261,8 @@ RACES = {
     "no barrier between a warp's writes": "__shared__ float s[64]; s[t] = x[t]; y[t ^ 1] = s[t ^ 1];",
     "no wait for a copy": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); __syncthreads(); y[t] = s[t];",
     "a wait that leaves its own group out": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_wait<1>(); __syncthreads(); y[t] = s[t];",
-    "a room used again too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
-    "shared memory that nobody wrote": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
+    "a buffer reused too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
+    "uninitialised shared memory": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
 }
 
 
@@ -273,7 +273,7 @@ def test_a_race_shows_in_one_of_the_orders(tmp_path, name):
 
 
 @pytest.mark.parametrize("barrier", range(2))
-def test_a_barrier_that_is_taken_out_of_a_reduction_is_missed(tmp_path, monkeypatch, barrier):
+def test_removing_a_barrier_from_a_reduction_is_caught(tmp_path, monkeypatch, barrier):
     """The op's own kernel with a barrier less in block_reduce gives wrong values or faults."""
     op, case = OPS["norm"], Case({"N": 5, "C": 2072, "eps": 1e-5})
     for file in (*INCLUDE.glob("*.cuh"), *op.folder.glob("*.cu*")):

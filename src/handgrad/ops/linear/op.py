@@ -23,7 +23,7 @@ class Linear(Op):
     """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward.
 
     `pre_x`, where it is given, says that x is gelu(pre_x): backward then gives the gradient of pre_x and none of x, and
-    GELU's derivative is part of the product that makes it.
+    GELU's derivative is part of the gemm that makes it.
     """
 
     name = "linear"
@@ -63,18 +63,18 @@ class Linear(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
         gelu, wide = c.attrs["gelu"], _vec(c.dtype, M, K) > 1
-        product = Gemm("y", "x", "w", N, M, K, tb=True)
+        gemm = Gemm("y", "x", "w", N, M, K, tb=True)
         to = "y" if c.pre is None else "pre"
-        steps: list[Gemm | Kernel] = [replace(product, out=to)]
+        steps: list[Gemm | Kernel] = [replace(gemm, out=to)]
         if c.b is not None and wide:
-            steps = [replace(product, out=to, epilogue="bias", bias="b")]
+            steps = [replace(gemm, out=to, epilogue="bias", bias="b")]
         elif c.b is not None:
             steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
         if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
             steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
         apart = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
-            fused = (replace(product, epilogue="gelu", bias="b", aux="pre"),)
+            fused = (replace(gemm, epilogue="gelu", bias="b", aux="pre"),)
             return Launches(fused, note="gelu in the GEMM", alternative=apart)
         return apart
 
@@ -128,7 +128,7 @@ class LinearBackwardW(Op):
     """dw += dy^T x;  db += sum of dy over rows."""
 
     name = "linear_backward_w"
-    beside = True  # its few tiles leave parts of a GPU idle, which the product for dx fills
+    beside = True  # its few tiles leave parts of a GPU idle, which the gemm for dx fills
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
     cpu = C(
@@ -149,15 +149,15 @@ class LinearBackwardW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        product = Gemm("dw", "dy", "x", M, K, N, ta=True, adds="dw")
+        gemm = Gemm("dw", "dy", "x", M, K, N, ta=True, adds="dw")
         if c.db is None:
-            return Launches((product,))
+            return Launches((gemm,))
         vec = _vec(c.dtype, M)
         tiles = -(-M // (32 * vec))
         parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit an SM; at least a row for each warp
         partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
         db = _kernel("linear_db_kernel", "db scratch scalars | M acc.db", -(-M // 32), SUM_THREADS, parts=parts)
-        apart = Launches((product, partial, db), scratch=4 * parts * M)
+        apart = Launches((gemm, partial, db), scratch=4 * parts * M)
         if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
             return replace(weight_gradient(M, K, gpu), alternative=apart)
         return apart
@@ -188,15 +188,15 @@ class LinearBackwardX(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        product = Gemm("dx", "dy", "w", N, K, M)
+        gemm = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
-            return Launches((product,))
+            return Launches((gemm,))
         apart = Launches(
-            (product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
+            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
         )
         if not _fuses_gelu(c):
             return apart
-        fused = replace(product, epilogue="dgelu", aux="pre")
+        fused = replace(gemm, epilogue="dgelu", aux="pre")
         return Launches((fused,), note="gelu' in the GEMM", alternative=apart)
 
     def flops(self, c: Call) -> int:
@@ -236,7 +236,7 @@ def _vec(dtype: DType, *sizes: int) -> int:
 
 
 def _fuses_gelu(c: Call) -> bool:
-    """Whether the library's product has an epilogue with GELU for this call."""
+    """Whether the library's gemm has an epilogue with GELU for this call."""
     return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
 
 

@@ -3,9 +3,9 @@
 // Fragments, with g = lane / 4, t = lane % 4; a register holds two bf16, the first in its low half:
 //   load_matrix             lanes 8 i .. 8 i + 7 give the rows of tile i; r[i] = its elements (g, 2 t), (g, 2 t + 1)
 //   load_matrix_transposed  the same with r[i] = elements (2 t, g), (2 t + 1, g)
-//   mma_bf16                a[0..3] = (g, 2 t) (g + 8, 2 t) (g, 2 t + 8) (g + 8, 2 t + 8) of a, with the next column
-//                           each; b0, b1 = (2 t, g) (2 t + 8, g) of b and the next row of each; d = (g, 2 t) (g, 2 t + 1)
-//                           (g + 8, 2 t) (g + 8, 2 t + 1)
+//   mma_bf16                a[0..3] = (g, 2 t) (g + 8, 2 t) (g, 2 t + 8) (g + 8, 2 t + 8) of a, and the next column
+//                           of each; b0, b1 = (2 t, g) (2 t + 8, g) of b, and the next row of each;
+//                           d = (g, 2 t) (g, 2 t + 1) (g + 8, 2 t) (g + 8, 2 t + 1)
 // The host version (HG_HOST, tests/emulator) defines every function of this file. All 32 lanes of a warp call a
 // collective; asynchronous copies may complete at once.
 #pragma once

@@ -120,7 +120,7 @@ def gemms() -> list[tuple[int, int, int, int]]:
     ]
 
 
-def test_every_step_of_every_tile_once(tmp_path):
+def test_split_k_covers_every_step_of_every_tile_once(tmp_path):
     for gemm, lines in zip(gemms(), gives(tmp_path, SPLIT_K, gemms()), strict=True):
         judge(gemm, lines)
 
@@ -142,7 +142,7 @@ def test_exp_gemm_never_splits_tiles(tmp_path):
         ("t * tail > begin ? t * tail : begin", "begin"),
     ],
 )
-def test_mutations_are_seen(tmp_path, right, wrong):
+def test_mutations_of_split_k_are_caught(tmp_path, right, wrong):
     assert SPLIT_K.count(right) == 1
     with pytest.raises((AssertionError, ValueError, subprocess.SubprocessError)):
         for gemm, lines in zip(gemms(), gives(tmp_path, SPLIT_K.replace(right, wrong), gemms()), strict=True):
