@@ -59,7 +59,7 @@ def rows(smoke: bool) -> list[tuple[str, str, Case]]:
 
 
 def record(name: str, case: Case, dtype: DType, cache_bytes: int) -> Program:
-    """A program of an op's calls, which take turns on sets of tensors that move `cache_bytes` together."""
+    """A program of an op's calls, which rotate over sets of tensors that move `cache_bytes` together."""
     op, p = OPS[name], Program(dtype, trains=True)
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int)}
     op.derive(sizes)

@@ -1,7 +1,7 @@
-"""Every CUDA kernel compiled for four generations of cards, without one: no spills, no local memory, and launches that fit.
+"""Compiles every CUDA kernel for four GPU generations, without a GPU: no spills, no local memory, launches that fit.
 
-What is compiled: the kernels of GPT-2 124M's training, evaluation, prefill and decode for every card, and those of all op
-cases for Hopper, each as its op launches it. `pytest -rP tests/test_cuda_compile.py` prints the registers.
+It compiles the kernels of GPT-2 124M's training, evaluation, prefill and decode for every generation, and those of all
+op cases for Hopper, each as its op launches it. `pytest -rP tests/test_cuda_compile.py` prints the registers.
 """
 
 import ctypes
@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.launch import Kernel, pointers
 from handgrad.core.precision import Precision
 from handgrad.infer import engine
+from handgrad.launch import Kernel, tensor_map_shape
 from handgrad.models import GPT2
-from handgrad.ops import OPS
+from handgrad.ops import OPS, wgmma_gemm
+from handgrad.ops.linear.op import WEIGHT_GRADIENT
 from handgrad.optim import AdamW
 from handgrad.testing import case_program
 from handgrad.train.execution import Execution
@@ -30,17 +31,16 @@ from tests.emulator import CACHE
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="the kernels' compiler comes with handgrad[cuda]")
 
-from handgrad.backends.cuda import hopper  # noqa: E402
 from handgrad.backends.cuda.backend import source  # noqa: E402
-from handgrad.backends.cuda.card import GPUS  # noqa: E402
 from handgrad.backends.cuda.nvrtc import Source, compile_one  # noqa: E402
+from handgrad.backends.cuda.planner import GPUS  # noqa: E402
 
-CARDS = ("a100", "4090", "h100", "b200")  # sm_80, sm_89, sm_90a, sm_100a
-REGISTERS = 65536  # of a multiprocessor; a warp takes 256 at a time, a thread no more than 255
+NAMES = ("a100", "4090", "h100", "b200")  # sm_80, sm_89, sm_90a, sm_100a
+REGISTERS = 65536  # of an SM; a warp takes 256 at a time, a thread no more than 255
 
 
 def programs():
-    """What a run on GPT-2 124M records, at four sequences of 1024."""
+    """The programs of a GPT-2 124M run, at four sequences of 1024."""
     model, execution = GPT2(), Execution(micro_batch=4)
     for precision in (Precision("bf16"), Precision("bf16", grad_dtype="bf16"), Precision("f32")):
         yield record_train(model, AdamW(), 1024, precision, execution, chunks=1)
@@ -49,25 +49,24 @@ def programs():
             yield from engine.record(model, precision.working)
 
 
-def launches(calls, card):
-    """{(source, kernel's name): launches of it} with the libraries and without."""
-    found = {}
-    for gpu in (GPUS[card], replace(GPUS[card], cudnn=False), replace(GPUS[card], deterministic=True)):
+def launches(calls, name):
+    """{(source, kernel's name): launches of it} with the libraries and without, in every alternative."""
+    found, features = {}, GPUS[name]
+    for gpu in (features, replace(features, has_library_attention=False), replace(features, deterministic=True)):
         for c in calls:
-            for step in (step for way in c.op.cuda(c, gpu).ways() for step in way.steps):
+            for step in (step for launches in c.op.cuda(c, gpu).alternatives() for step in launches.steps):
                 if isinstance(step, Kernel):
-                    found.setdefault((source(step, c, gpu), step.entry), {})[
-                        step.block, step.shared, arguments(step, c)
-                    ] = gpu.shared
+                    launch = step.block, step.shared, arguments(step, c)
+                    found.setdefault((source(step, c, gpu), step.entry), {})[launch] = gpu.shared_bytes
     return found
 
 
 def arguments(k: Kernel, c) -> tuple[int, ...]:
     """Bytes of each argument that a launch passes."""
-    numbers = k.args.partition("|")[2]
+    pointers, _, scalars = k.args.partition("|")
     return (
-        *[128 if boxes else 8 for _, boxes in pointers(k)],
-        *[4 if c.op.attrs.get(word) is float else 8 for word in numbers.split()],
+        *[128 if tensor_map_shape(word, c) else 8 for word in pointers.split()],
+        *[4 if c.op.attrs.get(word) is float else 8 for word in scalars.split()],
     )
 
 
@@ -75,7 +74,7 @@ def arguments(k: Kernel, c) -> tuple[int, ...]:
 def wanted():
     """By name of a test: what it compiles and launches."""
     recorded = list(programs())
-    result = {card: launches([c for p in recorded for c in p.calls], card) for card in CARDS}
+    result = {name: launches([c for p in recorded for c in p.calls], name) for name in NAMES}
     result["cases"] = launches(
         [
             case_program(op, case, dtype)[1]
@@ -91,7 +90,7 @@ def wanted():
 
 @pytest.fixture(scope="module")
 def compiled(wanted):
-    """{source: {kernel's name: what the compiler says of it}}, from a cache where neither text nor compiler has changed."""
+    """{source: {kernel's name: what the compiler reports}}, cached while neither text nor compiler changes."""
     CACHE.mkdir(parents=True, exist_ok=True)
     sources = sorted({s for found in wanted.values() for s, _ in found}, key=lambda s: (s.path, s.arch, s.defines))
     files = {s: CACHE / f"{s.key}.json" for s in sources}
@@ -142,21 +141,24 @@ def attributes(cubin: bytes, name: str) -> dict:
     return {"threads": threads, "arguments": arguments}
 
 
-@pytest.mark.parametrize("exponentials, grad_bf16", [(1, 0), (0, 0), (0, 1)])
-def test_our_own_product_fits(exponentials, grad_bf16):
-    """Accumulators, and with `exponentials` a tile on its way out, fill the registers that a warp group can have."""
-    layout = {"A_MN": 1 - exponentials, "B_MN": 1 - exponentials, "EXPONENTIALS": exponentials}
-    defines = {"HG_BF16": 1, "HG_GRAD_BF16": grad_bf16} | layout
-    cubin, report = compile_one(
-        Source(str(Path(hopper.__file__).with_suffix(".cu")), "sm_90a", tuple(sorted(defines.items())))
-    )
-    k = kernels(cubin, report)["product_kernel"]
+@pytest.mark.parametrize("name, grad_bf16", [("lm_loss", 0), ("linear", 0), ("linear", 1)])
+def test_our_gemms_fit(name, grad_bf16):
+    """Accumulators, and in the exp GEMM a tile on its way out, fill the registers that a warpgroup can have."""
+    file, entry, defines = {
+        "lm_loss": ("exp_gemm.cu", "lm_loss_exp_gemm_kernel", {"A_MN": 0, "B_MN": 0}),
+        "linear": ("weight_gradient.cu", "linear_weight_gradient_kernel", WEIGHT_GRADIENT),
+    }[name]
+    defines = {"HG_BF16": 1, "HG_GRAD_BF16": grad_bf16} | wgmma_gemm.DEFINES | defines
+    s = Source(str(OPS[name].folder / file), "sm_90a", tuple(sorted(defines.items())))
+    cubin, report = compile_one(s)
+    k = kernels(cubin, report)[entry]
     assert k["stack"] == k["spilled"] == 0
-    assert "serialized" not in report, "the tensor cores would wait for each product"
-    assert k["threads"] == hopper.THREADS and hopper.SHARED + k["shared"] <= GPUS["h100"].shared
+    assert "serialized" not in report, "the tensor cores would wait for each matmul"
+    assert k["threads"] == wgmma_gemm.THREADS
+    assert wgmma_gemm.SHARED_BYTES + k["shared"] <= GPUS["h100"].shared_bytes
 
 
-@pytest.mark.parametrize("name", [*CARDS, "cases"])
+@pytest.mark.parametrize("name", [*NAMES, "cases"])
 def test_kernels_fit_their_registers_and_their_launches(wanted, compiled, name):
     bad, lines = [], []
     for (s, entry), found in wanted[name].items():
@@ -183,8 +185,8 @@ def test_kernels_fit_their_registers_and_their_launches(wanted, compiled, name):
     assert not bad, "\n" + "\n".join(bad)
 
 
-def test_an_empty_report_leaves_python_whole(monkeypatch, tmp_path):
-    """A compiler that has nothing to say writes one byte, 0: never into the b" " that all of Python shares."""
+def test_an_empty_report_does_not_corrupt_python(monkeypatch, tmp_path):
+    """A compiler without a report writes one zero byte: never into the b" " object that Python shares."""
     from handgrad.backends.cuda import nvrtc as module
 
     class Silent:
@@ -204,8 +206,8 @@ def test_an_empty_report_leaves_python_whole(monkeypatch, tmp_path):
     assert report == "" and cubin.startswith(b"\x7fELF") and bytes([32])[0] == 32
 
 
-def test_a_spill_would_be_seen(tmp_path):
-    """The same reading of a kernel that cannot but spill, and of one that indexes a local array."""
+def test_spills_are_detected(tmp_path):
+    """For a kernel that must spill, and for one that indexes a local array."""
     sums = " ".join(f"float a{i} = x[{i} * n];" for i in range(80))
     uses = " ".join(f"y[{i} * n] = a{i} * f + a{(i + 1) % 80};" for i in range(80))
     (tmp_path / "cuda.cu").write_text(
@@ -219,8 +221,8 @@ def test_a_spill_would_be_seen(tmp_path):
     assert seen["local_kernel"]["stack"] >= 160
 
 
-def test_the_four_generations_are_compiled_for(wanted):
-    assert sorted({s.arch for card in CARDS for s, _ in wanted[card]}) == ["sm_100a", "sm_80", "sm_89", "sm_90a"]
-    for card in CARDS:
-        assert {dict(s.defines)["HG_BF16"] for s, _ in wanted[card]} == {0, 1}
+def test_all_four_generations_are_compiled(wanted):
+    assert sorted({s.arch for name in NAMES for s, _ in wanted[name]}) == ["sm_100a", "sm_80", "sm_89", "sm_90a"]
+    for name in NAMES:
+        assert {dict(s.defines)["HG_BF16"] for s, _ in wanted[name]} == {0, 1}
     print({name: len({s for s, _ in found}) for name, found in wanted.items()})

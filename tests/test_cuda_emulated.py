@@ -1,9 +1,10 @@
-"""Every CUDA kernel on the CPU (tests/emulator): ops against the oracle, whole training steps, and what must be caught."""
+"""CUDA kernels on the CPU (tests/emulator), all but wgmma: ops against the oracle, training steps, faults and races."""
 
 import os
 import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,22 +12,24 @@ import pytest
 from handgrad import Execution, Precision, Trainer, data
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import Case, Op
+from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
+    H100,
     INCLUDE,
-    LAST_WAY,
+    SMALL,
     EmulatedBackend,
     KernelFault,
-    cards,
+    Variant,
     is_emulated,
     launched,
     library,
     source,
+    variants,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +41,7 @@ CASES = [
         op,
         case,
         dtype,
-        gpu,
+        variant,
         id=f"{op.name}-{'-'.join(f'{k}{v}' for k, v in case.sizes.items())}-{dtype}{'-' * bool(name)}{name}",
     )
     for op in OPS.values()
@@ -46,36 +49,36 @@ CASES = [
     for case in op.cases
     if not case.real
     for dtype in (F32, BF16)
-    for name, gpu in cards(op, case, dtype).items()
+    for name, variant in variants(op, case, dtype).items()
 ]
 
 
-def sources(op, case, dtype, gpu):
+def sources(op, case, dtype, variant):
     call = case_program(op, case, dtype)[1]
-    return {source(step, call) for step in launched(call, gpu).steps if is_emulated(step)}
+    return {source(step, call) for step in launched(call, variant).steps if is_emulated(step, call)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
-    """All kernels of the tests that were asked for, compiled side by side."""
+    """Compiles the kernels of all selected tests in parallel."""
     asked = [
         item.callspec.params
         for item in request.session.items
         if getattr(item, "callspec", None) and "case" in item.callspec.params and item.module is request.module
     ]
-    wanted = {s for p in asked for s in sources(p["op"], p["case"], p["dtype"], p["gpu"])}
+    wanted = {s for p in asked for s in sources(p["op"], p["case"], p["dtype"], p["variant"])}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(library, wanted))
 
 
-@pytest.mark.parametrize("op, case, dtype, gpu", CASES)
-def test_case(op, case, dtype, gpu):
-    """Right within the derived tolerance, and the same bits whichever thread comes first."""
-    for e in check_case(op, case, EmulatedBackend(gpu), dtype):
+@pytest.mark.parametrize("op, case, dtype, variant", CASES)
+def test_case(op, case, dtype, variant):
+    """Right within the derived tolerance, and the same bits in both thread orders."""
+    for e in check_case(op, case, EmulatedBackend(variant), dtype):
         assert e.ratio <= 1, e
     p, c = case_program(op, case, dtype)
     arrays = case_arrays(op, c)
-    one, other = (run_case(p, c, arrays, EmulatedBackend(gpu, reverse)) for reverse in (False, True))
+    one, other = (run_case(p, c, arrays, EmulatedBackend(variant, reverse)) for reverse in (False, True))
     for name in one:
         assert np.array_equal(one[name], other[name]), f"{name} depends on the order of the threads"
 
@@ -96,12 +99,14 @@ def steps(shards, backend, *, dtype="f32", hidden_size=36):
 TRAINING = {
     "f32": dict(),
     "f32 wide": dict(hidden_size=48),
-    "f32 small card": dict(gpu=Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False)),
+    "f32 small": dict(variant=Variant(SMALL)),
     "bf16": dict(dtype="bf16"),
     "bf16 wide": dict(dtype="bf16", hidden_size=48),
-    "bf16 wide gelu apart": dict(dtype="bf16", hidden_size=48, gpu=Gpu(LAST_WAY)),
-    "bf16 wide own attention": dict(dtype="bf16", hidden_size=48, gpu=Gpu(cudnn=False)),
-    "bf16 wide deterministic": dict(dtype="bf16", hidden_size=48, gpu=Gpu(deterministic=True)),
+    "bf16 wide gelu apart": dict(dtype="bf16", hidden_size=48, variant=Variant(alternative=-1)),
+    "bf16 wide own attention": dict(
+        dtype="bf16", hidden_size=48, variant=Variant(replace(H100, has_library_attention=False))
+    ),
+    "bf16 wide deterministic": dict(dtype="bf16", hidden_size=48, variant=Variant(replace(H100, deterministic=True))),
 }
 
 
@@ -109,7 +114,7 @@ TRAINING = {
 def test_training(shards, name):
     """A few whole steps, evaluation and sampling: the program as the cuda backend binds it."""
     options = dict(TRAINING[name])
-    loss, norm, val, run = steps(shards, EmulatedBackend(options.pop("gpu", None)), **options)
+    loss, norm, val, run = steps(shards, EmulatedBackend(options.pop("variant", None)), **options)
     exact = steps(shards, RefBackend(), **{k: v for k, v in options.items() if k != "dtype"})
     rtol = 2e-5 if options.get("dtype", "f32") == "f32" else 5e-3  # a bf16 logit is off by about 2^-8, a loss is a mean
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
@@ -174,7 +179,7 @@ def test_a_right_kernel(tmp_path, name, reverse):
     assert np.array_equal(probe(tmp_path, GOOD[name], 256 * (name == "dynamic"), reverse), np.arange(64))
 
 
-def test_a_product_on_tensor_cores(tmp_path):
+def test_an_mma_on_tensor_cores(tmp_path):
     """d = a b by load_matrix and mma_bf16 with the fragments of PTX; a (16, 16) and b (16, 8) hold small whole numbers."""
     body = """
   __shared__ __align__(16) bf16 a[16][16], b[16][8];
@@ -253,8 +258,8 @@ RACES = {
     "no barrier between a warp's writes": "__shared__ float s[64]; s[t] = x[t]; y[t ^ 1] = s[t ^ 1];",
     "no wait for a copy": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); __syncthreads(); y[t] = s[t];",
     "a wait that leaves its own group out": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_wait<1>(); __syncthreads(); y[t] = s[t];",
-    "a room used again too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
-    "shared memory that nobody wrote": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
+    "a buffer reused too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
+    "uninitialised shared memory": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
 }
 
 
@@ -265,7 +270,7 @@ def test_a_race_shows_in_one_of_the_orders(tmp_path, name):
 
 
 @pytest.mark.parametrize("barrier", range(2))
-def test_a_barrier_that_is_taken_out_of_a_reduction_is_missed(tmp_path, monkeypatch, barrier):
+def test_removing_a_barrier_from_a_reduction_is_caught(tmp_path, monkeypatch, barrier):
     """The op's own kernel with a barrier less in block_reduce gives wrong values or faults."""
     op, case = OPS["norm"], Case({"N": 5, "C": 2072, "eps": 1e-5})
     for file in (*INCLUDE.glob("*.cuh"), *op.folder.glob("*.cu*")):

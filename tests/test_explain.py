@@ -7,7 +7,7 @@ import pytest
 
 from handgrad import Execution, Precision, Trainer, data, explain
 from handgrad.backends import open_backend
-from handgrad.backends.cuda.card import GPUS, Card
+from handgrad.backends.cuda.planner import GPUS, GpuPlanner
 from handgrad.backends.ref import RefBackend
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
@@ -51,16 +51,14 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
 def test_a_plan_for_a_card_that_is_elsewhere(name, micro_batch, limit):
     """Nothing recomputed, in GiB: no more than llm.c takes, and all of 1558M on one card of 80 GB."""
     same, plain = dict(precision=Precision("bf16"), remedies=False), Execution(micro_batch, recompute="none")
-    page = explain(gpt2(name), 1024, execution=plain, backend=Card("h100"), accumulation=8, **same)
+    page = explain(gpt2(name), 1024, execution=plain, backend=GpuPlanner("h100"), accumulation=8, **same)
     assert page.plan.nbytes < limit * 2**30
     lines = str(page).splitlines()
-    assert (
-        sum(line.endswith(" own, for Hopper, or cudnn") for line in lines) >= 24
-    )  # the clock that chooses is elsewhere
-    assert any(line.endswith(" gelu in the product, or apart") for line in lines)
-    steady = Card(replace(GPUS["h100"], deterministic=True))
+    assert sum(line.endswith(" wgmma, or cudnn") for line in lines) >= 24  # the clock that chooses is elsewhere
+    assert any(line.endswith(" gelu in the GEMM, or apart") for line in lines)
+    steady = GpuPlanner(replace(GPUS["h100"], deterministic=True))
     page = explain(gpt2(name), 1024, execution=Execution(micro_batch), backend=steady, **same)
-    assert sum(line.endswith(" own, for Hopper") for line in str(page).splitlines()) >= 24  # where no clock chooses
+    assert sum(line.endswith(" wgmma") for line in str(page).splitlines()) >= 24  # where no clock chooses
 
 
 def test_flops_are_those_of_the_products(page):
@@ -114,7 +112,7 @@ def test_the_largest_models_are_explained_anywhere():
     assert page.program.num_params > 174e9 and page.plan.nbytes > (2 + 2 + 8 + 4) * page.program.num_params
 
 
-@pytest.mark.parametrize("planner", [open_backend("cpu"), RefBackend(), Card("h100")], ids=lambda p: p.name)
+@pytest.mark.parametrize("planner", [open_backend("cpu"), RefBackend(), GpuPlanner("h100")], ids=lambda p: p.name)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_head_chunks_of_gpt2_are_the_backends_rows(planner, dtype):
     """Of GPT-2's vocabulary, `head_bytes` leaves as many rows as `head_rows`; of a larger one, fewer."""

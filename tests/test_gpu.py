@@ -1,4 +1,4 @@
-"""What only a card can show: every op's kernels and library calls against the oracle, whole models, graphs, memory."""
+"""What only a GPU can show: every op's kernels and library calls against the oracle, whole models, graphs, memory."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ import pytest
 
 import handgrad as hg
 from handgrad.backends import open_backend, why_no_cuda
-from handgrad.backends.cuda.card import Card
+from handgrad.backends.cuda.planner import GpuPlanner
 from handgrad.cli.__main__ import main
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Launches
 from handgrad.data import id_dtype, write_shard
+from handgrad.launch import Launches
 from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.ops.adamw.reference import join_weight
@@ -36,7 +36,7 @@ SMALL = dict(vocab_size=97, max_seq_len=64, num_layers=2, num_heads=2, hidden_si
 
 
 @pytest.fixture(scope="module")
-def card():
+def gpu():
     return open_backend("cuda")
 
 
@@ -47,9 +47,9 @@ def steady():
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", OPS)
-def test_op(card, name, dtype):
+def test_op(gpu, name, dtype):
     for case in OPS[name].cases:
-        for e in check_case(OPS[name], case, card, DTYPES[dtype]):
+        for e in check_case(OPS[name], case, gpu, DTYPES[dtype]):
             assert e.ratio <= 1, f"{case.sizes}: {e}"
 
 
@@ -65,24 +65,24 @@ def test_op_without_libraries_choice(steady, name):
 @pytest.mark.parametrize(
     "name", ["attention", "attention_backward", "linear", "linear_backward_x", "linear_backward_w"]
 )
-def test_op_in_the_last_of_its_ways(name):
-    """Whatever this card is faster at, the other way is right, too (the first one is what a steady card takes)."""
+def test_op_with_its_last_alternative(name):
+    """Whichever alternative is faster here, the last is right, too (a deterministic backend binds the first)."""
     other = CudaBackend()
-    other.launches = lambda c: c.op.cuda(c, other.gpu).ways()[-1]
+    other.launches = lambda c: c.op.cuda(c, other.gpu).alternatives()[-1]
     for case in OPS[name].cases:
         for e in check_case(OPS[name], case, other, DTYPES["bf16"]):
             assert e.ratio <= 1, f"{case.sizes}: {e}"
 
 
-def test_the_faster_way_is_bound(tmp_path, monkeypatch):
-    """A way that does its work eight times over loses, whichever comes first; another process knows it from disk."""
+def test_autotuning_binds_the_faster_alternative(tmp_path, monkeypatch):
+    """An alternative that does its work eight times loses, whichever comes first; the choice is read back from disk."""
     monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path))
     op, case = OPS["linear_backward_x"], OPS["linear_backward_x"].cases[-1]
     program, c = case_program(op, case, DTYPES["bf16"])
-    plain = op.cuda(c, CudaBackend().gpu).instead
+    plain = op.cuda(c, CudaBackend().gpu).alternative
     slow = Launches(plain.steps * 8, note="slow")
-    for first, instead in ((slow, plain), (plain, slow)):
-        monkeypatch.setattr(type(op), "cuda", lambda *_, first=first, instead=instead: replace(first, instead=instead))
+    for first, other in ((slow, plain), (plain, slow)):
+        monkeypatch.setattr(type(op), "cuda", lambda *_, first=first, other=other: replace(first, alternative=other))
         backend = CudaBackend()
         backend.alloc(backend.plan(program))
         assert backend.note(c) == CudaBackend().note(c) == plain.note != slow.note
@@ -153,31 +153,31 @@ def replayed(graph, device, at, count):
     return out.tolist()
 
 
-def test_counters_are_zeroed_once_a_replay(card):
+def test_counters_are_zeroed_once_per_replay(gpu):
     """A counter that a launch finds at zero and leaves dirty is at zero in every replay, without a node of its own."""
-    device, graphs = card.device, card.graphs
+    device, graphs = gpu.device, gpu.graphs
     at = device.alloc(4)
 
     def launches():
         for byte in (3, 7):
-            counter = graphs.room(4, 0)
+            counter = graphs.workspace(4, 0)
             device.fill(counter, 4)  # a library does this
             device.within(at, counter, 4)
             device.fill(counter, 4, byte)
         device.fill(at + 3, 1, byte)  # shows that what followed the last of them still does
 
-        assert graphs.room(512, 5) == 5  # more than a counter: the workspace
+        assert graphs.workspace(512, 5) == 5  # more than a counter: the workspace
 
     graph = graphs.capture(launches)
-    assert graph.cut == 2
+    assert graph.removed == 2
     assert [replayed(graph, device, at, 1) for _ in range(2)] == [[7 << 24]] * 2
-    assert graphs.room(4, 5) == 5  # nothing is captured
+    assert graphs.workspace(4, 5) == 5  # nothing is captured
     device.free(at)
 
 
-def test_what_forks_and_joins_still_does_without_counters(card):
+def test_forks_and_joins_survive_node_removal(gpu):
     """Nodes that are taken out before and after a fork leave its order as it was."""
-    device, graphs = card.device, card.graphs
+    device, graphs = gpu.device, gpu.graphs
     at, fork, join = device.alloc(12), device.event(), device.event()
 
     def launches():
@@ -185,16 +185,16 @@ def test_what_forks_and_joins_still_does_without_counters(card):
         device.record(fork)
         device.follow(fork, device.side)
         for i, stream in enumerate((device.stream, device.side)):
-            counter = graphs.room(4, 0)
+            counter = graphs.workspace(4, 0)
             check(cu.cuMemsetD8Async(counter, 0, 4, stream))
             check(cu.cuMemcpyDtoDAsync(at + 4 * i, counter, 4, stream))
         device.record(join, device.side)
         device.follow(join, device.stream)
-        device.fill(graphs.room(4, 0), 4)
+        device.fill(graphs.workspace(4, 0), 4)
         device.within(at + 8, at + 4, 4)
 
     graph = graphs.capture(launches)
-    assert graph.cut == 3
+    assert graph.removed == 3
     assert [replayed(graph, device, at, 3) for _ in range(100)] == [[0, 0, 0]] * 100
     device.free(at)
 
@@ -257,25 +257,25 @@ def test_check_names_the_call(text):
         run.step(1, 1e-3)
 
 
-def test_explain_on_a_laptop_equals_the_card(card):
+def test_explain_without_a_gpu_equals_explain_on_it(gpu):
     model = hg.models.gpt2("124m")
     kind = dict(execution=hg.Execution(4, extra_programs=()), precision=hg.Precision("bf16"), remedies=False)
-    page = hg.explain(model, 1024, backend=Card(card.gpu), **kind)
-    same = hg.explain(model, 1024, backend=card, **kind)
+    page = hg.explain(model, 1024, backend=GpuPlanner(gpu.gpu), **kind)
+    same = hg.explain(model, 1024, backend=gpu, **kind)
     assert page.plan.nbytes == same.plan.nbytes
-    card.alloc(page.plan)  # what libraries load when they are timed is theirs, for the life of the process
-    free = card.device.memory()[0]
-    arena = card.alloc(page.plan)
-    taken = free - card.device.memory()[0]
+    gpu.alloc(page.plan)  # what libraries load when they are timed is theirs, for the life of the process
+    free = gpu.device.memory()[0]
+    arena = gpu.alloc(page.plan)
+    taken = free - gpu.device.memory()[0]
     del arena
     assert page.plan.nbytes <= taken <= page.plan.nbytes + (4 << 20)
 
 
-def test_an_arena_that_does_not_fit_is_refused(card):
+def test_an_arena_that_does_not_fit_is_refused(gpu):
     kind = dict(execution=hg.Execution(64), precision=hg.Precision("bf16"), remedies=False)
-    page = hg.explain(hg.models.gpt2("1558m"), 1024, backend=card, **kind)
+    page = hg.explain(hg.models.gpt2("1558m"), 1024, backend=gpu, **kind)
     with pytest.raises(HandgradError, match=r"\[memory\] the arena fits in memory, \d+ MiB are free of \d+"):
-        card.alloc(page.plan)
+        gpu.alloc(page.plan)
 
 
 def test_generation_equals_the_cpu(text):
@@ -347,18 +347,18 @@ def test_twenty_steps_of_gpt2_follow_pytorch(tmp_path):
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 def test_compute_sanitizer_is_silent():
-    """Small cases of every op, all of attention's, and Hopper's product with its pieces."""
+    """Small cases of every op, all of attention's, and Hopper's weight gradient with its partials."""
     code = (
         "from handgrad.backends import open_backend; from handgrad.ops import OPS;"
         "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16;"
         "from handgrad.core.precision import Precision\n"
-        "card = open_backend('cuda', precision=Precision(deterministic=True))\n"
+        "gpu = open_backend('cuda', precision=Precision(deterministic=True))\n"
         "for op in OPS.values():\n"
         "    small = [c for c in op.cases if not c.real]\n"
         "    for case in small if op.name.startswith('attention') else small[:3]:\n"
-        "        for dtype in (F32, BF16): check_case(op, case, card, dtype)\n"
-        "product = OPS['linear_backward_w']\n"
-        "check_case(product, next(c for c in product.cases if 'on Hopper' in c.real), card, BF16)\n"
+        "        for dtype in (F32, BF16): check_case(op, case, gpu, dtype)\n"
+        "linear = OPS['linear_backward_w']\n"
+        "check_case(linear, next(c for c in linear.cases if 'on Hopper' in c.real), gpu, BF16)\n"
     )
     command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)

@@ -1,4 +1,4 @@
-"""bench/gpu_ops.py without a card: every row of it is recorded, filled and run."""
+"""bench/gpu_ops.py without a GPU: every row of it is recorded, filled and run."""
 
 import runpy
 import sys
@@ -27,7 +27,7 @@ def test_the_smoke_run_prints_every_row(bench, monkeypatch, capsys):
     assert all("GB/s" in line for line in lines)
 
 
-def test_calls_take_turns_on_buffers_larger_than_the_cache(bench):
+def test_calls_rotate_over_buffers_larger_than_l2(bench):
     """At the real sizes, recorded only: no input comes again before CACHE_BYTES have moved, and no output twice."""
     for name, what, sizes in bench["rows"](False):
         p = bench["record"](name, sizes, BF16, bench["CACHE_BYTES"])
@@ -39,7 +39,7 @@ def test_calls_take_turns_on_buffers_larger_than_the_cache(bench):
         assert len(made) == len(set(made)), (name, what)
 
 
-def test_positive_where_it_must_be(bench):
+def test_second_moments_are_positive(bench):
     name, _, sizes = next(row for row in bench["rows"](True) if row[0] == "adamw")
     p = bench["record"](name, sizes, BF16, 0)
     arena = RefBackend(exact=False).alloc(RefBackend(exact=False).plan(p))

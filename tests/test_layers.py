@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 # part: other parts of handgrad that it may import
 INSIDE = {
     "core": "",
-    "backends": "core",
-    "ops": "core",
+    "launch": "core",
+    "backends": "launch core",
+    "ops": "launch core",
     "models": "ops core",
     "optim": "ops core",
     "data": "ops core",

@@ -1,8 +1,8 @@
-"""Peaks by the names that drivers tell, and what a training speed is of them."""
+"""Peak rates by the names that drivers report, and MFU."""
 
 import pytest
 
-from handgrad.backends.cuda.peaks import CARDS, peaks
+from handgrad.backends.cuda.peaks import GPUS, peaks
 from handgrad.models import gpt2
 from handgrad.optim import AdamW
 from handgrad.train.mfu import mfu
@@ -20,14 +20,14 @@ from handgrad.train.mfu import mfu
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("A100-SXM4-40GB", 312),  # as older drivers have it
+        ("A100-SXM4-40GB", 312),  # older drivers report it without the brand
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A10", 125),
         ("NVIDIA A40", 149.7),
         ("NVIDIA L4", 121),
         ("NVIDIA L40", 181),
         ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 3090", 71),  # sums in float32: 142 is with sums in float16
+        ("NVIDIA GeForce RTX 3090", 71),  # accumulates in float32; 142 is with float16
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 5090", 209.5),
         ("NVIDIA RTX 6000 Ada Generation", 364.2),
@@ -41,11 +41,11 @@ def test_known_names(name, bf16):
 @pytest.mark.parametrize(
     "name",
     [
-        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",  # a part of a card
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",  # a slice of a GPU
         "NVIDIA H100 64GB HBM2",  # made for one customer
         "NVIDIA A100-SXM-64GB",
         "NVIDIA A10G",  # not an A10
-        "NVIDIA A100-40C",  # a virtual card
+        "NVIDIA A100-40C",  # a virtual GPU
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4080 SUPER",
@@ -55,7 +55,7 @@ def test_known_names(name, bf16):
         "",
     ],
 )
-def test_other_cards_are_measured_not_guessed(name):
+def test_unknown_names_have_no_peaks(name):
     assert peaks(name) is None
 
 
@@ -64,17 +64,17 @@ def test_bandwidths_of_the_same_chip_differ():
     assert [peaks("NVIDIA " + name).gbps for name in names] == [2039, 3352, 3938, 4800]
 
 
-@pytest.mark.parametrize("name", CARDS)
-def test_figures_of_a_card_agree(name):
-    """Tensor cores halve their rate with each doubling of the element; half the rate can be all that is left of it."""
-    p = CARDS[name]
+@pytest.mark.parametrize("name", GPUS)
+def test_rates_of_a_gpu_are_consistent(name):
+    """Tensor cores halve their rate each time the element doubles in size."""
+    p = GPUS[name]
     assert p.bf16 / p.tf32 == pytest.approx(2, rel=0.02)
     assert p.fp8 is None or p.fp8 / p.bf16 == pytest.approx(2, rel=0.02)
     assert p.f32 <= p.tf32 * 1.01
     assert 300 <= p.gbps <= 8000
 
 
-# published or measured on one H100: llm.c's table in tokens a second, and the share that it stands for
+# published or measured on one H100: llm.c's table in tokens/s, and the MFU
 @pytest.mark.parametrize(
     ("name", "speed", "percent"),
     [
@@ -84,7 +84,7 @@ def test_figures_of_a_card_agree(name):
         ("1558m", 48_190, 47.8),
     ],
 )
-def test_mfu_is_llm_c_s(name, speed, percent):
+def test_mfu_equals_llmc(name, speed, percent):
     from handgrad.core.precision import Precision
     from handgrad.train.execution import Execution
     from handgrad.train.record import record_train

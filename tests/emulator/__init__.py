@@ -5,15 +5,18 @@
     python -m tests.emulator                      all ops
     pytest tests/test_cuda_emulated.py -k norm    the same, in both orders of the threads
 
-in the repository's root. A case runs on several cards where they launch something else (`cards`): without cuDNN,
-deterministic, small.
+in the repository's root. A case runs in every variant that launches something else (`variants`): without cuDNN,
+deterministic, on a small GPU, with the last alternative of a call.
 
-Kernels are compiled by g++ as plain C++ (HG_HOST, emulator.h) and kept in a cache; each thread of a block is a fibre
-(runtime.cc, which says what is caught there). A fault raises KernelFault with the kernel's name, block, thread and
-source line. Products (Gemm) are numpy's in float32; attention by the library (Sdpa) and
-kernels for Hopper (files hopper_*.cu), whose instructions are not emulated, are the oracle's. Outputs and
-scratch are NaN before a call. With `reverse`, threads, warps and blocks run the other way round: a kernel that owes
-nothing to luck gives the same bits.
+g++ compiles kernels as plain C++ (HG_HOST, emulator.h) and keeps them in a cache; each thread of a block is a fibre
+(runtime.cc says what it catches). A fault raises KernelFault with the kernel's name, block, thread and source line.
+Outputs and scratch are NaN before a call. With `reverse`, threads, warps and blocks run in the opposite order: a kernel
+without races gives the same bits.
+
+What it cannot run: the wgmma kernels, which are written in Hopper's own instructions (attention/*_wgmma.cu,
+lm_loss/exp_gemm.cu, linear/weight_gradient.cu). For these, attention uses the oracle, and the two GEMMs have numpy
+counterparts (STAND_INS), so that the kernels around them still run. Library GEMMs are numpy's in float32, library
+attention (Sdpa) is the oracle's. Only a Hopper GPU tests the wgmma kernels (tests/test_gpu.py).
 """
 
 import ctypes
@@ -27,20 +30,24 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from handgrad import backends
 from handgrad.backends.arena import NUMPY, HostArena
 from handgrad.backends.base import Backend, Executable
+from handgrad.backends.cuda.planner import GPUS, describe
 from handgrad.backends.ref import RefBackend
-from handgrad.core.dtypes import BF16, DType
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place
-from handgrad.core.op import Call, Case, Op
-from handgrad.core.program import Program
+from handgrad.core.arguments import kernel_words
+from handgrad.core.dtypes import DType
+from handgrad.core.op import ONLY, Call, Case, MicroBatch, Op, resolve_number, resolve_pointer
+from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches, Sdpa, pointer_word, type_defines
 from handgrad.ops.linear import reference
 from handgrad.testing import case_program
 
@@ -53,9 +60,14 @@ FLAGS = (
     f"-ftrivial-auto-var-init=pattern -fsanitize={TRAPS} -fsanitize-undefined-trap-on-error -DHG_HOST=1"
 ).split()
 NAN = 0xFF  # a byte of NaN in f32 and in bf16
+H100, SMALL = GPUS["h100"], describe("sm_89", 3, 99 << 10, 8 << 20, has_library_attention=False)
 
 
-LAST_WAY = "last way"  # the name of a card that is slow at all ways but the last
+class Variant(NamedTuple):
+    """A GPU, and which of a call's alternatives is bound on it."""
+
+    gpu: Gpu = H100
+    alternative: int = 0  # -1: the last
 
 
 class KernelFault(AssertionError):
@@ -63,18 +75,18 @@ class KernelFault(AssertionError):
 
 
 class EmulatedBackend(Backend):
-    """What the cuda backend binds on `gpu`, on the host."""
+    """What the cuda backend binds in a variant, on the host."""
 
     name, hardware, head_rows, head_bytes = "emulated", "fibres", 512, 512 * 50304 * 4
 
-    def __init__(self, gpu: Gpu | None = None, reverse: bool = False):
-        self.gpu, self.reverse = gpu or Gpu(), reverse
+    def __init__(self, variant: Variant = Variant(), reverse: bool = False):
+        self.variant, self.gpu, self.reverse = variant, variant.gpu, reverse
 
     def has(self, op: Op) -> bool:
         return type(op).cuda is not Op.cuda
 
     def scratch(self, call: Call) -> int:
-        return launched(call, self.gpu).scratch
+        return launched(call, self.variant).scratch
 
     def alloc(self, plan) -> HostArena:
         return HostArena(plan)
@@ -90,50 +102,65 @@ class EmulatedExecutable(Executable):
         self.program, self.arena, self.backend = program, arena, backend
         self.scalars = arena.scalars(program)
         self.oracle = RefBackend(exact=False).bind(program, arena)
-        launches = [launched(c, backend.gpu) for c in program.calls]
+        launches = [launched(c, backend.variant) for c in program.calls]
         kernels = {
             source(step, c): None
             for c, todo in zip(program.calls, launches)
             for step in todo.steps
-            if is_emulated(step)
+            if is_emulated(step, c)
         }
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.libraries = dict(zip(kernels, pool.map(library, kernels)))
-        self.steps = [
-            [self._bind(step, c, i) for step in todo.steps] for i, (c, todo) in enumerate(zip(program.calls, launches))
-        ]
-        self.room = [todo.scratch for todo in launches]
+        self.launches = launches
+        self.steps: dict[MicroBatch, list[list[Callable[[], None]]]] = {}
+        self._bind_all(ONLY)
+        self.scratch_bytes = [todo.scratch for todo in launches]
 
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        self.run_each(lambda c, seconds: None, start, stop)
+    def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
+        self.run_each(lambda c, seconds: None, segment, micro_batch)
 
-    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
-        for i, c in list(enumerate(self.program.calls))[start:stop]:
-            begin = time.perf_counter()
-            self._poison(c, self.room[i])
-            for step in self.steps[i]:
-                step()
-            after(c, time.perf_counter() - begin)
+    def run_each(
+        self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
+    ) -> None:
+        segment = segment or Segment(0, len(self.program.calls))
+        self._bind_all(micro_batch)
+        for i in range(segment.start, segment.stop):
+            c = self.program.calls[i]
+            if micro_batch.runs(c.when):
+                begin = time.perf_counter()
+                self._poison(c, self.scratch_bytes[i])
+                for step in self.steps[micro_batch][i]:
+                    step()
+                after(c, time.perf_counter() - begin)
 
-    def _poison(self, c: Call, room: int) -> None:
+    def _bind_all(self, micro_batch: MicroBatch) -> None:
+        if micro_batch not in self.steps:
+            self.steps[micro_batch] = [
+                [self._bind(step, c, i, micro_batch) for step in todo.steps]
+                for i, (c, todo) in enumerate(zip(self.program.calls, self.launches))
+            ]
+
+    def _poison(self, c: Call, scratch: int) -> None:
         """Makes all that the call must write before it reads NaN."""
         for arg, out in zip(c.op.out_args, c.outs):
             if out is not None and not arg.inout:
                 self.arena.view(out).view(np.uint8)[...] = NAN
-        if room:
+        if scratch:
             at = self.arena.plan.scratch[c]
-            self.arena.bytes[at : at + room] = NAN
+            self.arena.bytes[at : at + scratch] = NAN
 
-    def _bind(self, step: Kernel | Gemm | Sdpa, c: Call, i: int) -> Callable[[], None]:
-        if is_emulated(step):
-            return self._kernel(step, c)
+    def _bind(self, step: Kernel | Gemm | Sdpa, c: Call, i: int, micro_batch: MicroBatch) -> Callable[[], None]:
+        if is_emulated(step, c):
+            return self._kernel(step, c, micro_batch)
         if isinstance(step, Gemm):
-            return self._gemm(step, c)
-        return lambda: self.oracle.run(i, i + 1)
+            return self._gemm(step, c, micro_batch)
+        if isinstance(step, Kernel) and step.entry in STAND_INS:
+            return lambda: STAND_INS[step.entry](self, step, c, micro_batch)
+        return lambda: self.oracle.run(Segment(i, i + 1), micro_batch)
 
     def _at(self, word: str, c: Call) -> tuple[int | None, Tensor | None]:
         """Where a pointer's word points, in bytes from the arena's start, and the tensor there; (None, None): nowhere."""
-        what, offset = place(word, c)
+        what, offset = resolve_pointer(pointer_word(word), c)
         if what is None:
             return None, None
         plan = self.arena.plan
@@ -144,23 +171,23 @@ class EmulatedExecutable(Executable):
 
     # kernels --------------------------------------------------------------------------------------------------------
 
-    def _kernel(self, k: Kernel, c: Call) -> Callable[[], None]:
+    def _kernel(self, k: Kernel, c: Call, micro_batch: MicroBatch) -> Callable[[], None]:
         gpu, grid = self.backend.gpu, (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid
         where = f"{k.entry} of {c.op.name} {c.sizes}"
-        assert 0 < k.block <= 1024 and k.shared <= gpu.shared, (
+        assert 0 < k.block <= 1024 and k.shared <= gpu.shared_bytes, (
             f"{where}: block {k.block}, {k.shared} bytes of shared memory"
         )
         assert len(grid) == 3 and all(0 < n <= most for n, most in zip(grid, (2**31 - 1, 65535, 65535))), (
             f"{where}: grid {grid}"
         )
-        pointers, _, numbers = k.args.partition("|")
+        pointers, numbers = kernel_words(k.args)
         slots, kinds = [], ""
-        for word in pointers.split():
+        for word in pointers:
             at, _ = self._at(word, c)
             slots.append(struct.pack("<Q", 0 if at is None else self.arena.address + at))
             kinds += "p"
-        for word in numbers.split():
-            value = number(word, c)
+        for word in numbers:
+            value = resolve_number(word, c, micro_batch)
             slots.append(struct.pack("<f4x", value) if isinstance(value, float) else struct.pack("<q", value))
             kinds += "f" if isinstance(value, float) else "i"
         check_signature((c.op.folder / k.file).read_text(), k.entry, kinds)
@@ -175,9 +202,9 @@ class EmulatedExecutable(Executable):
 
         return run
 
-    # products -------------------------------------------------------------------------------------------------------
+    # GEMMs ----------------------------------------------------------------------------------------------------------
 
-    def _matrix(self, word: str, c: Call, *shape: int) -> np.ndarray:
+    def matrix(self, word: str, c: Call, *shape: int) -> np.ndarray:
         """The memory that a word names, as a matrix; scratch holds the working dtype."""
         at, tensor = self._at(word, c)
         dtype = c.dtype if tensor is None else tensor.dtype
@@ -192,29 +219,22 @@ class EmulatedExecutable(Executable):
             )
         return self.arena.bytes[at : at + nbytes].view(NUMPY[dtype.name]).reshape(shape)
 
-    def _gemm(self, g: Gemm, c: Call) -> Callable[[], None]:
+    def _gemm(self, g: Gemm, c: Call, micro_batch: MicroBatch) -> Callable[[], None]:
         a, b = (
-            self._matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)),
-            self._matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n)),
+            self.matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)),
+            self.matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n)),
         )
-        out = self._matrix(g.out, c, g.m, g.n)
-        if g.epilogue == "exp":
-            return self._exponentials(g, c, a, b, out)
-        sums = self._matrix(g.sums, c, g.m) if g.sums else None
-        bias = self._matrix(g.bias, c, g.n) if g.bias and place(g.bias, c)[0] is not None else None
-        aux = self._matrix(g.aux, c, g.m, g.n) if g.aux else None
+        out = self.matrix(g.out, c, g.m, g.n)
+        bias = self.matrix(g.bias, c, g.n) if g.bias and resolve_pointer(g.bias, c)[0] is not None else None
+        aux = self.matrix(g.aux, c, g.m, g.n) if g.aux else None
         assert g.epilogue in ("", "bias", "gelu", "dgelu") and not (g.epilogue == "dgelu" and aux is None), g
 
         def run() -> None:
             y = (a.T if g.ta else a).astype(np.float32) @ (b.T if g.tb else b).astype(np.float32)
             if bias is not None:
                 y += bias.astype(np.float32)
-            adds = g.adds is True or g.adds and (g.adds not in c.first or self.scalars.micro_step > 0)
-            if adds:
+            if resolve_number(g.accumulate, c, micro_batch):
                 y += out.astype(np.float32)
-            if sums is not None:
-                rows = a.astype(np.float32).sum(0 if g.ta else 1)
-                sums[...] = rows + sums.astype(np.float32) if adds else rows
             if g.epilogue == "gelu":
                 if aux is not None:
                     aux[...] = y
@@ -225,49 +245,81 @@ class EmulatedExecutable(Executable):
 
         return run
 
-    def _exponentials(self, g: Gemm, c: Call, a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], None]:
-        def floats(word: str, *shape: int) -> np.ndarray:
-            at, _ = self._at(word, c)
-            return self.arena.bytes[at : at + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
-
-        shift, sums = floats(g.bias, g.m), floats(g.sums, -(-g.n // 256), g.m)
-
-        def run() -> None:
-            r = (a.astype(np.float32) @ b.T.astype(np.float32) - shift[:, None]).astype(out.dtype).astype(np.float32)
-            with np.errstate(over="ignore"):
-                e = np.where(np.arange(g.n) < g.width, np.exp(r), 0)
-                out[...] = e
-                sums[...] = np.add.reduceat(e, np.arange(0, g.n, 256), axis=1).T
-
-        return run
+    def floats(self, word: str, c: Call, *shape: int) -> np.ndarray:
+        """The memory that a word names, as float32."""
+        at, _ = self._at(word, c)
+        return self.arena.bytes[at : at + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
 
 
-def cards(op: Op, case: Case, dtype: DType) -> dict[str, Gpu]:
-    """The cards, by a name for what they are, on which a case launches something different."""
+def exp_gemm(run: EmulatedExecutable, k: Kernel, c: Call, micro_batch: MicroBatch) -> None:
+    """lm_loss/exp_gemm.cu: p = e^(x w' - shift), 0 from column `width` on, and row sums of each 256 columns."""
+    (x, w, p, shift, sums), (M, N, K, width) = words(k, c, micro_batch)
+    product = run.matrix(x, c, M, K).astype(np.float32) @ run.matrix(w, c, N, K).T.astype(np.float32)
+    out = run.matrix(p, c, M, N)
+    r = (product - run.floats(shift, c, M)[:, None]).astype(out.dtype).astype(np.float32)
+    with np.errstate(over="ignore"):
+        e = np.where(np.arange(N) < width, np.exp(r), 0)
+        out[...] = e
+        run.floats(sums, c, -(-N // 256), M)[...] = np.add.reduceat(e, np.arange(0, N, 256), axis=1).T
+
+
+def weight_gradient(run: EmulatedExecutable, k: Kernel, c: Call, micro_batch: MicroBatch) -> None:
+    """linear/weight_gradient.cu: dw = or += dy' x, split tiles included."""
+    (dy, x, dw, *_), (M, N, K, _, accumulate) = words(k, c, micro_batch)
+    product = run.matrix(dy, c, K, M).T.astype(np.float32) @ run.matrix(x, c, K, N).astype(np.float32)
+    add(run.matrix(dw, c, M, N), product, accumulate)
+
+
+def weight_gradient_reduce(run: EmulatedExecutable, k: Kernel, c: Call, micro_batch: MicroBatch) -> None:
+    """linear/weight_gradient.cu: db = or += the row sums of dy'."""
+    (_, db, *_), (M, _, K, _, _, _, accumulate) = words(k, c, micro_batch)
+    add(run.matrix(db, c, M), run.matrix("dy", c, K, M).astype(np.float32).sum(0), accumulate)
+
+
+STAND_INS = {
+    "lm_loss_exp_gemm_kernel": exp_gemm,
+    "linear_weight_gradient_kernel": weight_gradient,
+    "linear_weight_gradient_reduce_kernel": weight_gradient_reduce,
+}
+
+
+def words(k: Kernel, c: Call, micro_batch: MicroBatch) -> tuple[list[str], list[int]]:
+    """The pointers' words and the numbers of a launch."""
+    pointers, numbers = kernel_words(k.args)
+    return pointers, [resolve_number(word, c, micro_batch) for word in numbers]
+
+
+def add(to: np.ndarray, values: np.ndarray, accumulate: int) -> None:
+    """to = or += values."""
+    to[...] = values + to.astype(np.float32) if accumulate else values
+
+
+def variants(op: Op, case: Case, dtype: DType) -> dict[str, Variant]:
+    """By name: the variants in which a case launches something different."""
     wanted = {
-        "": Gpu(),
-        "deterministic": Gpu(deterministic=True),
-        "no cudnn": Gpu(cudnn=False),
-        "small": Gpu("small", "sm_89", sms=3, shared=99 << 10, cudnn=False),
-        LAST_WAY: Gpu(LAST_WAY),
+        "": Variant(),
+        "deterministic": Variant(replace(H100, deterministic=True)),
+        "no cudnn": Variant(replace(H100, has_library_attention=False)),
+        "small": Variant(SMALL),
+        "last alternative": Variant(alternative=-1),
     }
     seen: list[tuple] = []
-    for name, gpu in list(wanted.items()):
-        steps = launched(case_program(op, case, dtype)[1], gpu).steps
+    for name, variant in list(wanted.items()):
+        steps = launched(case_program(op, case, dtype)[1], variant).steps
         if steps in seen:
             del wanted[name]
         seen.append(steps)
     return wanted
 
 
-def is_emulated(step: Kernel | Gemm | Sdpa) -> bool:
-    """Whether a step runs as the kernel that it is."""
-    return isinstance(step, Kernel) and not step.file.startswith("hopper_")
+def is_emulated(step: Kernel | Gemm | Sdpa, c: Call) -> bool:
+    """Whether a step runs as the kernel that it is: all but library calls and wgmma kernels."""
+    return isinstance(step, Kernel) and '#include "wgmma' not in (c.op.folder / step.file).read_text()
 
 
-def launched(c: Call, gpu: Gpu) -> Launches:
-    """What runs: the first way, or the last on a card of that name."""
-    return c.op.cuda(c, gpu).ways()[-1 if gpu.name == LAST_WAY else 0]
+def launched(c: Call, variant: Variant) -> Launches:
+    """The launches that a variant binds."""
+    return c.op.cuda(c, variant.gpu).alternatives()[variant.alternative]
 
 
 # compiling ----------------------------------------------------------------------------------------------------------
@@ -275,12 +327,8 @@ def launched(c: Call, gpu: Gpu) -> Launches:
 
 def source(k: Kernel, c: Call) -> tuple[Path, tuple[str, ...]]:
     """What is compiled for a launch: the file and its defines."""
-    tensors = (*zip(c.op.in_args, c.ins), *zip(c.op.out_args, c.outs))
-    types = {
-        "HG_BF16": int(c.dtype is BF16),
-        "HG_GRAD_BF16": int(any(a.kind == "grad" and t and t.dtype is BF16 for a, t in tensors)),
-    }
-    return c.op.folder / k.file, tuple(sorted(f"-D{name}={value}" for name, value in (types | k.defines).items()))
+    defines = type_defines(c) | k.defines
+    return c.op.folder / k.file, tuple(sorted(f"-D{name}={value}" for name, value in defines.items()))
 
 
 def check_signature(text: str, entry: str, kinds: str) -> None:

@@ -6,7 +6,7 @@ import time
 from handgrad.core.dtypes import BF16, F32
 from handgrad.ops import OPS
 from handgrad.testing import check_case
-from tests.emulator import EmulatedBackend, cards
+from tests.emulator import EmulatedBackend, variants
 
 names = [word for word in sys.argv[1:] if word != "--verbose"]
 bad = 0
@@ -15,10 +15,10 @@ for op in [OPS[name] for name in names] or [op for op in OPS.values() if Emulate
         if case.real:
             continue
         for dtype in (F32, BF16):
-            for name, gpu in cards(op, case, dtype).items():
+            for name, variant in variants(op, case, dtype).items():
                 start, worst = time.perf_counter(), float("inf")
                 try:
-                    errors = check_case(op, case, EmulatedBackend(gpu), dtype)
+                    errors = check_case(op, case, EmulatedBackend(variant), dtype)
                     worst, said = (
                         max((e.ratio for e in errors), default=0.0),
                         " ".join(f"{e.out} {e.ratio:.2f}" for e in errors),

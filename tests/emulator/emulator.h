@@ -214,7 +214,7 @@ static inline void mma_bf16(float d[4], const unsigned a[4], unsigned b0, unsign
 static inline void copy_async(void *shared, const void *global, bool valid = true, HG_AT) {
   emulator::copy(shared, global, valid, file, line);
 }
-static inline void copy_async_once(void *shared, const void *global, HG_AT) {
+static inline void copy_async_streaming(void *shared, const void *global, HG_AT) {
   emulator::copy(shared, global, true, file, line);
 }
 static inline void copy_async_commit() { emulator::commit(); }

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from handgrad.backends import open_backend
-from handgrad.backends.cuda.card import GPUS, Card
+from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     execution = Execution(**sizes, extra_programs=extra, backend=a.backend, threads=a.threads)
     if a.gpu or a.backend == "cuda":
         gpu = replace(GPUS[a.gpu or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
-        backend, where = Card(gpu), f"the cuda backend on an {gpu.name}"
+        backend, where = GpuPlanner(gpu), f"the cuda backend on an {PRODUCT_NAMES[a.gpu or 'h100']}"
         saving = "copied to the host's memory first, as much of it as that"
     else:
         backend = open_backend("cpu", a.threads, precision)

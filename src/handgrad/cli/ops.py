@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from handgrad.backends import open_backend
-from handgrad.backends.cuda.card import Card
+from handgrad.backends.cuda.planner import GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
@@ -58,7 +58,7 @@ def sizes(case: Case) -> str:
 
 def support(ops: list[Op]) -> Table:
     """Op by backend."""
-    backends = open_backend("cpu"), Card("h100")
+    backends = open_backend("cpu"), GpuPlanner("h100")
     table = Table("op", "inputs", "outputs", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
     for op in ops:
         rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"

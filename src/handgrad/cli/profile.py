@@ -92,12 +92,12 @@ def main(argv: list[str]) -> int:
 
 def bandwidth(backend: Backend) -> float | None:
     """Bytes/s of the memory by the card's data sheet; None where no table knows."""
-    gpu = getattr(backend, "gpu", None)
-    if gpu is None:
+    device = getattr(backend, "device", None)
+    if device is None:
         return None
     from handgrad.backends.cuda.peaks import peaks
 
-    known = peaks(gpu.name)
+    known = peaks(device.name)
     return None if known is None else 1e9 * known.gbps
 
 

@@ -13,7 +13,7 @@ Arguments of a kernel are a line of words, pointers | numbers:
     "dx dw dy x scalars scratch | N M K eps accumulate.dw"
 
 A pointer is an input, an output, `scalars` (the step scalars) or `scratch`, with an optional `@bytes` offset. A number
-is a dimension, an attribute, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
+is a dimension, an attribute, a whole number, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
 """
 
 from dataclasses import dataclass

@@ -150,7 +150,7 @@ class Op:
         return total
 
     def cuda(self, c: "Call", gpu: Any) -> Any:
-        """What one call launches on a GPU: handgrad.launch.Launches for a handgrad.launch.Gpu."""
+        """The `Launches` of one call on a `Gpu` (handgrad.launch)."""
         raise NotImplementedError
 
     def ref(self, v: Any) -> tuple:
@@ -221,6 +221,8 @@ def resolve_pointer(word: str, c: Call) -> tuple[Tensor | str | None, int]:
 
 def resolve_number(word: str, c: Call, micro_batch: MicroBatch = ONLY) -> int | float:
     """The value of a kernel's number word: an int, or a float where the attribute is one."""
+    if word.isdigit():
+        return int(word)
     if word.startswith(ACCUMULATE):
         return int(c.accumulates(word.removeprefix(ACCUMULATE), micro_batch))
     value = c.sizes[word] if word in c.sizes else c.attrs[word]

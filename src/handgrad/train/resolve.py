@@ -201,7 +201,7 @@ def check_readable(
     data: hg_data.Tokens, val: hg_data.Tokens | None, trainer: Trainer, hellaswag: list[evals.Item]
 ) -> None:
     """Reads the first batches and all questions. Raises HandgradError for tokens that the model does not know."""
-    data.batch(0, micro_batch=1)  # tokens of another vocabulary show here, most often
+    data.batch(0, micro_batch=1, names=trainer.program.inputs)  # tokens of another vocabulary show here, most often
     if val is not None:
         next(val.sweep(1))
     if hellaswag:

@@ -144,7 +144,8 @@ class Trainer:
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
         sequences = self.execution.micro_batch
-        batches = [self.data.batch(step - 1, micro_batch=sequences, micro_step=k) for k in range(self.accumulation)]
+        wanted = dict(micro_batch=sequences, names=self.program.inputs)
+        batches = [self.data.batch(step - 1, micro_step=k, **wanted) for k in range(self.accumulation)]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
@@ -204,7 +205,7 @@ class Trainer:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
         self._check_ids(self.model, data)
         total, counts = 0.0, 0
-        for b in data.sweep(self.execution.micro_batch, max_tokens):
+        for b in data.sweep(self.execution.micro_batch, max_tokens, names=self._loss.program.inputs):
             self._start(self._loss, b)
             total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))

@@ -1,4 +1,5 @@
-"""cuda: kernels compiled at run time, cuBLASLt, cuDNN, and graphs of whole stretches. backend.py binds, card.py plans.
+"""cuda: kernels compiled at run time, cuBLASLt, cuDNN, and one CUDA graph per segment.
 
-Nothing here is imported but where it is used: a laptop without the packages can still plan for a card.
+backend.py binds calls, planner.py plans without a GPU. Modules are imported only where they are used, so a laptop
+without the CUDA packages can still plan.
 """

@@ -1,4 +1,4 @@
-"""CudaArena: the planned memory on the card, written and read through pinned memory without stopping the stream."""
+"""CudaArena: the planned memory on the GPU. Reads and writes go through pinned memory and do not stop the stream."""
 
 import ctypes
 from collections import defaultdict
@@ -16,8 +16,8 @@ from handgrad.core.program import Program
 from handgrad.core.scalars import INPUT_BYTES, OUTPUTS
 from handgrad.core.tensor import Tensor
 
-PIECE, PIECES = 1 << 18, 128  # bytes of one pinned piece, and how many take turns: enough for 42 micro-batches
-RESERVE = 512 * MIB  # left to the libraries and the driver
+CHUNK, CHUNKS = 1 << 18, 128  # bytes of a pinned staging chunk, and chunks in the ring: enough for 42 micro-batches
+RESERVE = 512 * MIB  # left for the libraries and the driver
 
 
 class CudaArena(Arena):
@@ -31,10 +31,10 @@ class CudaArena(Arena):
             raise does_not_fit(plan, max(free - RESERVE, 0), others)
         self.address = device.alloc(max(plan.nbytes, 1))
         device.fill(self.address, max(plan.nbytes, 1))
-        self._staging = device.pinned(PIECE * PIECES)
-        self._events: list[Any] = [None] * PIECES
-        self._turn = 0
-        self._room: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # pinned memory and an event, by size, unused
+        self._staging = device.pinned(CHUNK * CHUNKS)
+        self._events: list[Any] = [None] * CHUNKS
+        self._next = 0
+        self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # by size: pinned buffers with an event each
         self._written: dict[int, np.ndarray] = {}  # step scalars as the host wrote them last
 
     def __del__(self) -> None:
@@ -73,7 +73,7 @@ class CudaArena(Arena):
         self._write(self.plan.offset[program.scalars], raw if outputs else raw[:INPUT_BYTES])
 
     def fill(self, byte: int) -> None:
-        """Sets all memory to one byte, for checks of what was touched."""
+        """Sets every byte of the arena, for checks of what was written."""
         self.device.fill(self.address, self.plan.nbytes, byte)
 
     def memory(self) -> np.ndarray:
@@ -84,33 +84,33 @@ class CudaArena(Arena):
         return out
 
     def _write(self, offset: int, array: np.ndarray) -> None:
-        """Copies to a pinned piece, from which the card copies when its turn has come."""
+        """Copies into a pinned chunk, from which the device copies in stream order."""
         source, left, to = array.ctypes.data, array.nbytes, self.address + offset
         while left > 0:
-            i, size = self._turn, min(left, PIECE)
-            self._turn = (i + 1) % PIECES
+            i, size = self._next, min(left, CHUNK)
+            self._next = (i + 1) % CHUNKS
             if self._events[i] is None:
                 self._events[i] = self.device.event()
             else:
-                self.device.wait(self._events[i])  # until the card has read what lies in this piece
-            ctypes.memmove(self._staging + i * PIECE, source, size)
-            self.device.to_device(to, self._staging + i * PIECE, size)
+                self.device.wait(self._events[i])  # until the device has read this chunk
+            ctypes.memmove(self._staging + i * CHUNK, source, size)
+            self.device.to_device(to, self._staging + i * CHUNK, size)
             self.device.record(self._events[i])
             source, to, left = source + size, to + size, left - size
 
     def _fetch(self, offset: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        unused = self._room[nbytes]
-        room, event = unused.pop() if unused else (self.device.pinned(max(nbytes, 1)), self.device.event())
-        self.device.to_host(room, self.address + offset, nbytes)
+        unused = self._unused[nbytes]
+        buffer, event = unused.pop() if unused else (self.device.pinned(max(nbytes, 1)), self.device.event())
+        self.device.to_host(buffer, self.address + offset, nbytes)
         self.device.record(event)
         held: list[np.ndarray] = []
 
         def result() -> np.ndarray:
             if not held:
                 self.device.wait(event)
-                raw = (ctypes.c_char * nbytes).from_address(room) if nbytes else b""
+                raw = (ctypes.c_char * nbytes).from_address(buffer) if nbytes else b""
                 held.append(np.frombuffer(raw, dtype).reshape(shape).copy())
-                self._room[nbytes].append((room, event))
+                unused.append((buffer, event))
             return held[0]
 
         return result

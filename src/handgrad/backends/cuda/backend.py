@@ -1,4 +1,4 @@
-"""cuda: binds every call to the launches that its op declares; a stretch of the list becomes one graph."""
+"""cuda: binds every call to the launches that its op declares, and replays each segment as one CUDA graph."""
 
 import ctypes
 from collections import deque
@@ -10,44 +10,49 @@ from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cuda import cudnn as attention
-from handgrad.backends.cuda import hopper
 from handgrad.backends.cuda.arena import CudaArena
-from handgrad.backends.cuda.card import Card
-from handgrad.backends.cuda.cublaslt import CublasLt, Product
+from handgrad.backends.cuda.autotune import AddressOf, Alternatives
+from handgrad.backends.cuda.cublaslt import CublasLt, GemmProblem
 from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor_map
+from handgrad.backends.cuda.gemm_autotune import autotune
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
 from handgrad.backends.cuda.peaks import peaks
-from handgrad.backends.cuda.tune import tune
-from handgrad.backends.cuda.ways import Place, Ways
-from handgrad.core.dtypes import BF16
+from handgrad.backends.cuda.planner import GpuPlanner, describe
+from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches, Sdpa, number, place, pointers
-from handgrad.core.op import Call, Op
+from handgrad.core.op import ONLY, Call, MicroBatch, Op, When, resolve_number, resolve_pointer
 from handgrad.core.plan import Plan, aligned
-from handgrad.core.program import Program
+from handgrad.core.program import Program, Segment
+from handgrad.core.streams import joins
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches, pointer_word, tensor_map_shape, type_defines
 
-Start = Callable[[bool], None]  # begins one launch; the argument: whether this is the first micro-batch of a step
-AHEAD = 4  # replays that may wait for their turn; behind some thousand kernels the driver lets the host spin
+Start = Callable[[], None]  # starts one launch
+AHEAD = 4  # max graph launches in flight; beyond a few thousand queued kernels the driver busy-waits
 
 
 class CudaExecutable(Executable):
-    """The bound list. A stretch runs launch by launch the first time, is captured the second, and replayed since."""
+    """The bound list. Each segment runs eagerly once, is captured on its second run, and is replayed as one CUDA graph
+    afterwards: a graph for the first micro-batch of a step, one for the others."""
 
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
         self.program, self.arena, self.device, self._capture = program, arena, backend.device, backend.graphs.capture
-        ways = [(c, backend.launches(c)) for c in program.calls]
-        compiled = compile_all([s for c, way in ways for s in backend.sources(c, way)])
-        self._starts = [backend.bind_call(c, way, program, arena, compiled) for c, way in ways]
-        self._fork, self._join = self.device.event(), self.device.event()
-        self._graphs: dict[tuple[int, int, bool], Graph | None] = {}
-        self._replays = deque(self.device.event(asleep=True) for _ in range(AHEAD))
+        self._joins = joins(program)
+        chosen = [(c, backend.launches(c)) for c in program.calls]
+        compiled = compile_all([s for c, launches in chosen for s in backend.sources(c, launches)])
+        self._bind: Callable[[int, MicroBatch], list[Start]] = lambda i, micro_batch: backend.bind_call(
+            *chosen[i], program, arena, compiled, self._stream(i), micro_batch
+        )
+        self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(chosen))]}
+        self._fork = self.device.event()
+        self._done = {i: self.device.event() for i in range(len(chosen)) if self._overlaps(i)}
+        self._graphs: dict[tuple[Segment, MicroBatch], Graph | None] = {}
+        self._replays = deque(self.device.event(blocking=True) for _ in range(AHEAD))
 
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        stop = len(self._starts) if stop is None else stop
-        key = start, stop, self._is_first()
+    def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
+        key = segment or Segment(0, len(self.program.calls)), self._kind(micro_batch)
         if key not in self._graphs:
             self._launch(*key)
             self._graphs[key] = None
@@ -59,67 +64,97 @@ class CudaExecutable(Executable):
         self.device.record(self._replays[0])
         self._replays.rotate(-1)
 
-    def run_each(self, after: Callable[[Call, float], None], start: int = 0, stop: int | None = None) -> None:
-        begin, end, first = self.device.event(True), self.device.event(True), self._is_first()
-        for i in range(start, len(self._starts) if stop is None else stop):
-            self.device.record(begin)
-            self._launch(i, i + 1, first)
-            self.device.record(end)
-            after(self.program.calls[i], self.device.seconds(begin, end))
+    def run_each(
+        self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
+    ) -> None:
+        segment, kind = segment or Segment(0, len(self.program.calls)), self._kind(micro_batch)
+        begin, end = self.device.event(True), self.device.event(True)
+        for i in range(segment.start, segment.stop):
+            if kind.runs(self.program.calls[i].when):
+                self.device.record(begin)
+                self._launch(Segment(i, i + 1), kind)
+                self.device.record(end)
+                after(self.program.calls[i], self.device.seconds(begin, end))
 
-    def _is_first(self) -> bool:
-        return self.arena.written(self.program)["micro_step"][0] == 0
+    def _kind(self, micro_batch: MicroBatch) -> MicroBatch:
+        """The micro-batches that launch the same: only calls that run for the last one tell it from others."""
+        has_last = any(c.when is When.LAST for c in self.program.calls)
+        return MicroBatch(micro_batch.first, micro_batch.last if has_last else True)
 
-    def _launch(self, start: int, stop: int, first: bool) -> None:
-        beside = False  # whether the side stream is at work
-        for i in range(start, stop):
-            if self.program.calls[i].op.beside:
-                self.device.record(self._fork)
-                self.device.follow(self._fork, self.device.side)
-                for begin in self._starts[i]:
-                    begin(first)
-                self.device.record(self._join, self.device.side)
-                beside = True
-                if i + 1 < stop:
-                    continue
-            else:
-                for begin in self._starts[i]:
-                    begin(first)
-            if beside:
-                self.device.follow(self._join, self.device.stream)
-                beside = False
+    def _starts_of(self, kind: MicroBatch) -> list[list[Start]]:
+        if kind not in self._starts:  # only the first writer of a gradient is bound again
+            same = self._starts[ONLY]
+            self._starts[kind] = [self._bind(i, kind) if c.first else same[i] for i, c in enumerate(self.program.calls)]
+        return self._starts[kind]
+
+    def _overlaps(self, i: int) -> bool:
+        return self._joins[i] > i + 1
+
+    def _stream(self, i: int) -> Any:
+        return self.device.side if self._overlaps(i) else self.device.stream
+
+    def _launch(self, segment: Segment, kind: MicroBatch) -> None:
+        """Starts the calls of a segment; those that overlap others run on the side stream, from a fork to a join."""
+        device, starts = self.device, self._starts_of(kind)
+        waiting: dict[int, list[Any]] = {}  # by the call that waits: events of overlapping calls
+        for i in range(segment.start, segment.stop):
+            for event in waiting.pop(i, ()):
+                device.follow(event, device.stream)
+            if not kind.runs(self.program.calls[i].when):
+                continue
+            if self._overlaps(i):
+                device.record(self._fork)
+                device.follow(self._fork, device.side)
+            for start in starts[i]:
+                start()
+            if self._overlaps(i):
+                device.record(self._done[i], device.side)
+                waiting.setdefault(self._joins[i], []).append(self._done[i])
+        for event in (event for events in waiting.values() for event in events):
+            device.follow(event, device.stream)
 
 
 class CudaBackend(Backend):
-    """One card. tf32: float32 products on tensor cores, factors rounded to 10 bits. deterministic: the same bits
-    whatever is recomputed, and no algorithm chosen by the clock."""
+    """One GPU. tf32: float32 matmuls on tensor cores, operands rounded to TF32. deterministic: the same bits in every
+    run, whatever is recomputed; nothing is chosen by measurement."""
 
-    name, head_rows, head_bytes, runs_beside = Card.name, Card.head_rows, Card.head_bytes, Card.runs_beside
+    name, head_rows, head_bytes, is_concurrent = (
+        GpuPlanner.name,
+        GpuPlanner.head_rows,
+        GpuPlanner.head_bytes,
+        GpuPlanner.is_concurrent,
+    )
     dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
-    cut = 16  # k of a tensor core's instruction
+    truncated_terms = 16  # k of one mma instruction
 
     def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):
-        with ThreadPoolExecutor(1) as pool:  # the driver makes its context meanwhile
+        with ThreadPoolExecutor(1) as pool:  # while the driver creates its context
             pool.submit(_open_libraries)
             self.device = Device()
         self.pci_bus = self.device.pci_bus
         self.graphs = Graphs(self.device)
         self._blas = CublasLt(self.graphs, deterministic)
-        self._cudnn: attention.Cudnn | None = None  # opened where a call wants it
+        self._cudnn: attention.Cudnn | None = None  # opened by the first call that needs it
         self._modules: dict[bytes, Module] = {}
-        has_cudnn = cudnn and attention.library() is not None
-        self.gpu = self.device.describe(cudnn=has_cudnn, tf32=tf32, deterministic=deterministic)
-        self._card = Card(self.gpu)
-        self._ways = Ways(self.graphs, self._card, self._blas.version)
-        self.hardware = (
-            f"{self.gpu.name}, driver for CUDA {self.device.version // 1000}.{self.device.version % 1000 // 10}"
+        d = self.device
+        self.gpu = describe(
+            d.arch,
+            d.sms,
+            d.shared_bytes,
+            d.l2_bytes,
+            has_library_attention=cudnn and attention.library() is not None,
+            tf32=tf32,
+            deterministic=deterministic,
         )
+        self._planner = GpuPlanner(self.gpu)
+        self._alternatives = Alternatives(self.graphs, self._planner, self._blas.version)
+        self.hardware = f"{d.name}, driver for CUDA {d.version // 1000}.{d.version % 1000 // 10}"
 
     def has(self, op: Op) -> bool:
-        return self._card.has(op)
+        return self._planner.has(op)
 
     def scratch(self, call: Call) -> int:
-        return self._card.scratch(call)
+        return self._planner.scratch(call)
 
     def note(self, call: Call) -> str:
         return self.launches(call).note
@@ -133,22 +168,23 @@ class CudaBackend(Backend):
         return self.device.seconds(begin.event, end.event)
 
     def peak_flops(self, dtype: str) -> float:
-        """FLOP/s that the card can do in this dtype ("bf16", "tf32", "f32"): its data sheet's, or measured."""
-        known = peaks(self.gpu.name)
+        """Peak FLOP/s in this dtype ("bf16", "tf32", "f32"): from the data sheet, or measured for unknown devices."""
+        known = peaks(self.device.name)
         if known is not None:
             return getattr(known, dtype) * 1e12
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
 
     def alloc(self, plan: Plan) -> Arena:
         calls = [c for program in plan.programs for c in program.calls]
-        undecided = self._ways.open(calls)
-        ways = [(c, self.launches(c)) for c in calls] + [(c, way) for c in undecided.values() for way in self._all(c)]
-        with ThreadPoolExecutor(1) as pool:  # compilers are other processes, and tuning needs the card alone
-            compiling = pool.submit(compile_all, [s for c, way in ways for s in self.sources(c, way)])
-            tune(self._blas, [p for c in calls for p in self._products(c)])  # before the memory is taken
+        untimed = self._alternatives.untimed(calls)
+        needed = [(c, self.launches(c)) for c in calls]
+        needed += [(c, launches) for c in untimed.values() for launches in self._all(c)]
+        with ThreadPoolExecutor(1) as pool:  # compilers are other processes; GEMM autotuning has the GPU to itself
+            compiling = pool.submit(compile_all, [s for c, launches in needed for s in self.sources(c, launches)])
+            autotune(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
         compiled = compiling.result()
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
-        self._ways.race(undecided, bind, self.scratch)
+        self._alternatives.tune(untimed, bind, self.scratch)
         return CudaArena(self.device, plan)
 
     def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:
@@ -161,112 +197,115 @@ class CudaBackend(Backend):
     # one call -------------------------------------------------------------------------------------------------------
 
     def launches(self, c: Call) -> Launches:
-        """What is bound for a call."""
-        return self._ways.chosen(c)
+        """The launches that are bound for a call."""
+        return self._alternatives.chosen(c)
 
     def _all(self, c: Call) -> tuple[Launches, ...]:
-        return self._card.launches(c).ways()
+        return self._planner.launches(c).alternatives()
 
-    def sources(self, c: Call, way: Launches) -> list[Source]:
-        """What must be compiled for a call."""
-        return [source(s, c, self.gpu) for s in way.steps if isinstance(s, Kernel) or _is_own(s)]
+    def sources(self, c: Call, launches: Launches) -> list[Source]:
+        """The compilations that a call's launches need."""
+        return [source(s, c, self.gpu) for s in launches.steps if isinstance(s, Kernel)]
 
-    def _products(self, c: Call) -> list[Product]:
-        steps = [s for way in self._all(c) for s in way.steps if isinstance(s, Gemm) and not _is_own(s)]
-        return list(dict.fromkeys(product(s, c, self.gpu) for s in steps))
+    def _gemm_problems(self, c: Call) -> list[GemmProblem]:
+        steps = [s for launches in self._all(c) for s in launches.steps if isinstance(s, Gemm)]
+        return list(dict.fromkeys(gemm_problem(s, c, self.gpu) for s in steps))
 
     def bind_call(
-        self, c: Call, way: Launches, program: Program, arena: CudaArena, compiled: dict[Source, bytes]
+        self,
+        c: Call,
+        launches: Launches,
+        program: Program,
+        arena: CudaArena,
+        compiled: dict[Source, bytes],
+        stream: Any,
+        micro_batch: MicroBatch,
     ) -> list[Start]:
-        """What starts each launch of a call."""
+        """One function for each launch of a call, which starts it."""
         plan = arena.plan
 
         def at(tensor: Tensor | str) -> int:
-            if tensor == "scratch":
-                return arena.address + plan.scratch.get(c, 0)
-            return arena.address + plan.offset[program.scalars if tensor == "scalars" else tensor]
+            if isinstance(tensor, Tensor):
+                return arena.address + plan.offset[tensor]
+            offset = plan.scratch.get(c, 0) if tensor == "scratch" else plan.offset[program.scalars]
+            return arena.address + offset
 
-        stream = self.device.side if c.op.beside else self.device.stream
-        return self._bind(c, way, at, compiled=compiled, stream=stream)
+        return self._bind(c, launches, at, compiled=compiled, stream=stream, micro_batch=micro_batch)
 
     def _bind(
-        self, c: Call, launches: Launches, at: Place, *, compiled: dict[Source, bytes], stream: Any
+        self,
+        c: Call,
+        launches: Launches,
+        at: AddressOf,
+        *,
+        compiled: dict[Source, bytes],
+        stream: Any,
+        micro_batch: MicroBatch = ONLY,
     ) -> list[Start]:
         def address(word: str) -> int:
-            tensor, offset = place(word, c)
+            tensor, offset = resolve_pointer(pointer_word(word), c)
             return 0 if tensor is None else at(tensor) + offset
 
         workspace = at("scratch") + aligned(launches.scratch)
         starts: list[Start] = []
         for step in launches.steps:
             if isinstance(step, Kernel):
-                starts.append(self._bind_kernel(step, c, stream, address, compiled[source(step, c, self.gpu)]))
-            elif _is_own(step):
-                module = self._module(compiled[source(step, c, self.gpu)])
-                start = hopper.bind(step, c, self.gpu, module, address, workspace, stream)
-                starts.append(lambda first, start=start: start())
+                function = self._module(compiled[source(step, c, self.gpu)]).function(step.entry, step.shared)
+                starts.append(bind_kernel(step, c, function, stream, address, micro_batch))
             elif isinstance(step, Gemm):
-                starts.append(self._bind_gemm(step, c, stream, address, workspace))
+                starts.append(self._bind_gemm(step, c, stream, address, workspace, micro_batch))
             else:
                 if self._cudnn is None:
                     self._cudnn = attention.Cudnn(self.graphs)
                 names = ("qkv", "y", "lse", *(("dy", "dqkv") if step.direction == "backward" else ()))
-                start = self._cudnn.bind(step, {n: address(n) for n in names}, workspace)
-                starts.append(lambda first, start=start: start())
+                starts.append(self._cudnn.bind(step, {n: address(n) for n in names}, workspace))
         return starts
-
-    def _bind_kernel(self, k: Kernel, c: Call, stream: Any, address: Callable[[str], int], cubin: bytes) -> Start:
-        args: list[Any] = []
-        for word, boxes in pointers(k):
-            at = address(word)
-            args.append(tensor_map(at, *place(word, c)[0].shape, hopper.BOX) if boxes else ctypes.c_void_p(at))
-        for word in k.args.partition("|")[2].split():
-            value = number(word, c)
-            args.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value))
-        grid = (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid
-        function = self._module(cubin).function(k.entry, k.shared)
-        start = launcher(stream, function, grid, k.block, k.shared, args)
-        return lambda first: start()
 
     def _module(self, cubin: bytes) -> Module:
         if cubin not in self._modules:
             self._modules[cubin] = Module(cubin)
         return self._modules[cubin]
 
-    def _bind_gemm(self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int) -> Start:
+    def _bind_gemm(
+        self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int, micro_batch: MicroBatch
+    ) -> Start:
         bias, aux = (address(word) if word else 0 for word in (g.bias, g.aux))
         addresses = address(g.a), address(g.b), address(g.out), bias, aux, workspace
-        start = self._blas.bind(product(g, c, self.gpu), *addresses, stream)
-        always = g.adds is True or (isinstance(g.adds, str) and g.adds not in c.first)
-        sometimes = isinstance(g.adds, str)
-        return lambda first: start(always or (sometimes and not first))
+        start = self._blas.bind(gemm_problem(g, c, self.gpu), *addresses, stream)
+        return partial(start, bool(resolve_number(g.accumulate, c, micro_batch)))
+
+
+def bind_kernel(
+    k: Kernel, c: Call, function: Any, stream: Any, address: Callable[[str], int], micro_batch: MicroBatch
+) -> Start:
+    """A function that launches a kernel on these addresses."""
+    args: list[Any] = []
+    pointers, numbers = kernel_words(k.args)
+    for word in pointers:
+        shape = tensor_map_shape(word, c)
+        args.append(tensor_map(address(word), *shape) if shape else ctypes.c_void_p(address(word)))
+    for word in numbers:
+        value = resolve_number(word, c, micro_batch)
+        args.append(ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(value))
+    grid = (k.grid, 1, 1) if isinstance(k.grid, int) else k.grid
+    return launcher(stream, function, grid, k.block, k.shared, args)
 
 
 def _open_libraries() -> None:
-    """Opens what takes long to open; who wants it finds it, or says what is missing."""
+    """Opens the libraries that take long to open. Whoever needs a missing one reports it."""
     with suppress(HandgradError):
         load("cublasLt", "nvidia-cublas")
         compiler()
     attention.library()
 
 
-def _is_own(step: Kernel | Gemm | Sdpa) -> bool:
-    """Whether a step is a product that our own kernel computes."""
-    return isinstance(step, Gemm) and step.own
+def source(k: Kernel, c: Call, gpu: Gpu) -> Source:
+    """The compilation that a launch needs."""
+    return Source(str(c.op.folder / k.file), gpu.arch, tuple(sorted((type_defines(c) | k.defines).items())))
 
 
-def source(k: Kernel | Gemm, c: Call, gpu: Gpu) -> Source:
-    """What must be compiled for a launch."""
-    if isinstance(k, Gemm):
-        return hopper.source(k, c, gpu)
-    args = (*zip(c.op.in_args, c.ins), *zip(c.op.out_args, c.outs))
-    grads = {t.dtype for arg, t in args if arg.kind == "grad" and t is not None}
-    types = {"HG_BF16": int(c.dtype is BF16), "HG_GRAD_BF16": int(BF16 in grads)}
-    return Source(str(c.op.folder / k.file), gpu.arch, tuple(sorted((types | k.defines).items())))
-
-
-def product(g: Gemm, c: Call, gpu: Gpu) -> Product:
-    """What the choice of a product's algorithm depends on."""
-    tensors = [place(word, c)[0] for word in (g.a, g.b, g.out)]
+def gemm_problem(g: Gemm, c: Call, gpu: Gpu) -> GemmProblem:
+    """All that the choice of a GEMM algorithm depends on."""
+    tensors = [resolve_pointer(word, c)[0] for word in (g.a, g.b, g.out)]
     a, b, out = ((c if t == "scratch" else t).dtype.name for t in tensors)  # scratch holds the working dtype
-    return Product(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.adds is not False, gpu.tf32)
+    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.accumulate != "0", gpu.tf32)

@@ -1,4 +1,4 @@
-"""The folder of what is worth keeping between runs: compiled kernels, chosen algorithms, attention plans."""
+"""The cache on disk: compiled kernels, chosen algorithms, attention plans."""
 
 import hashlib
 import os
@@ -7,19 +7,19 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """HANDGRAD_CACHE, or handgrad/ in the user's cache folder."""
+    """HANDGRAD_CACHE if it is set, else handgrad/ in the user's cache folder."""
     chosen = os.environ.get("HANDGRAD_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(base) / "handgrad"
 
 
 def key(*parts: object) -> str:
-    """A file name for all that a result depends on."""
+    """A file name made from everything that a result depends on."""
     return hashlib.sha256("\0".join(str(p) for p in parts).encode()).hexdigest()[:40]
 
 
 def load(name: str) -> bytes | None:
-    """What was stored under this name, if anything."""
+    """What was stored under this name, or None."""
     try:
         return (folder() / name).read_bytes()
     except OSError:
@@ -27,7 +27,7 @@ def load(name: str) -> bytes | None:
 
 
 def store(name: str, content: bytes) -> None:
-    """Keeps content under a name. A cache that cannot be written is no error: the next run works again."""
+    """Stores content under a name. If the cache cannot be written, nothing is stored and no error is raised."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder())

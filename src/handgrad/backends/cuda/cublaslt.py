@@ -1,4 +1,4 @@
-"""cuBLASLt by ctypes: the few calls that products need, and the algorithms that were chosen (tune.py), kept on disk.
+"""cuBLASLt by ctypes: the few calls that GEMMs need, and the algorithms that gemm_autotune.py chose, kept on disk.
 
 The library is column-major; our row-major out (m, n) = a b is its (n, m) = b' a'. Values are those of cublasLt.h 13.
 """
@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from handgrad.backends.cuda import cache
-from handgrad.backends.cuda.card import GEMM_WORKSPACE
 from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.libraries import load
+from handgrad.backends.cuda.planner import GEMM_WORKSPACE
 from handgrad.core.errors import HandgradError
 
 TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
@@ -22,7 +22,7 @@ COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
 TRANS_A, TRANS_B, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
 MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
-NOT_SUPPORTED = (7, 15)  # INVALID_VALUE is also how an unsupported combination is refused
+NOT_SUPPORTED = (7, 15)  # the library also answers INVALID_VALUE to unsupported combinations
 
 CALLS = {  # name: argument types; all return a status
     "cublasLtCreate": [c_void_p],
@@ -57,7 +57,7 @@ class Heuristic(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Product:
+class GemmProblem:
     """All that the choice of an algorithm depends on: row-major sizes, element types, epilogue."""
 
     m: int
@@ -78,7 +78,7 @@ class Product:
 
 
 class CublasLt:
-    """The library on one card. deterministic: the first algorithm that it proposes, never the fastest by the clock."""
+    """The library on one GPU. deterministic: binds the first algorithm that it proposes, not the fastest."""
 
     def __init__(self, graphs: Graphs, deterministic: bool = False):
         self.dll = load("cublasLt", "nvidia-cublas")
@@ -91,7 +91,7 @@ class CublasLt:
         self._call("cublasLtCreate", byref(self.handle))
         self._file = cache.key("chosen algorithms", self.version, self.device.name) + ".json"
         self._known: dict[str, str] = {} if deterministic else json.loads(cache.load(self._file) or b"{}")
-        self._chosen: dict[Product, Heuristic] = {}
+        self._chosen: dict[GemmProblem, Heuristic] = {}
 
     def _call(self, name: str, *args: Any) -> None:
         status = getattr(self.dll, name)(*args)
@@ -102,12 +102,12 @@ class CublasLt:
         self._call(call, target, attribute, byref(value), sizeof(value))
 
     def _layout(self, dtype: str, rows: int, columns: int) -> c_void_p:
-        """Of a row-major (rows, columns) matrix."""
+        """The layout of a row-major (rows, columns) matrix."""
         layout = c_void_p()
         self._call("cublasLtMatrixLayoutCreate", byref(layout), TYPES[dtype], columns, rows, columns)
         return layout
 
-    def describe(self, p: Product, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
+    def describe(self, p: GemmProblem, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
         """The descriptor, and the layouts of the library's A (our b), B (our a) and out."""
         description = c_void_p()
         self._call("cublasLtMatmulDescCreate", byref(description), *self.types(p)[:2])
@@ -121,8 +121,8 @@ class CublasLt:
         b = self._layout(p.b, *((p.n, p.k) if p.tb else (p.k, p.n)))
         return description, (b, a, self._layout(p.out, p.m, p.n))
 
-    def types(self, p: Product) -> tuple[int, ...]:
-        """What is computed with, scaled with, and the types of the library's A, B, C and D."""
+    def types(self, p: GemmProblem) -> tuple[int, ...]:
+        """The compute type, the scale type, and the types of the library's A, B, C and D."""
         compute = COMPUTE_TF32 if p.tf32 and p.a == "f32" else COMPUTE_F32
         return compute, TYPES["f32"], TYPES[p.b], TYPES[p.a], TYPES[p.out], TYPES[p.out]
 
@@ -141,9 +141,9 @@ class CublasLt:
         return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
 
     def bind(
-        self, p: Product, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
+        self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
-        """A function that starts the product on these addresses; its argument: whether to add to out."""
+        """A function that starts the GEMM on these addresses; its argument: whether to add to out."""
         description, layouts = self.describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
         return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
@@ -162,21 +162,21 @@ class CublasLt:
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
-        call, handle, chosen, find_room = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.room
+        call, handle, chosen, find = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.workspace
         on, size = int(stream), algorithm.workspace
 
         def start(adds: bool) -> None:
             beta = one if adds and scalars else zero
-            room = find_room(size, workspace)
-            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, room, size, on)
+            at = find(size, workspace)
+            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, at, size, on)
             if status:
-                raise HandgradError("cublaslt", "a product runs", f"status {status}")
+                raise HandgradError("cublaslt", "cublasLtMatmul starts", f"status {status}")
 
         return start
 
     # the choice -----------------------------------------------------------------------------------------------------
 
-    def _algorithm(self, p: Product, description: c_void_p, layouts: tuple[c_void_p, ...]) -> Heuristic:
+    def _algorithm(self, p: GemmProblem, description: c_void_p, layouts: tuple[c_void_p, ...]) -> Heuristic:
         if p not in self._chosen:
             known = self._known.get(repr(astuple(p)))
             if known is not None:
@@ -184,29 +184,29 @@ class CublasLt:
             else:
                 found = self.proposals(description, layouts, 1)
                 if not found:
-                    raise HandgradError("cublaslt", "the library multiplies this shape", p)
+                    raise HandgradError("cublaslt", "the library supports this GEMM", p)
                 self._chosen[p] = found[0]
         return self._chosen[p]
 
-    def lacks(self, p: Product) -> bool:
-        """Whether an algorithm is still to be chosen by the clock."""
+    def untimed(self, p: GemmProblem) -> bool:
+        """Whether autotuning has not chosen an algorithm yet."""
         return not self.deterministic and repr(astuple(p)) not in self._known
 
-    def learn(self, chosen: dict[Product, Heuristic]) -> None:
-        """Keeps algorithms, on disk too."""
+    def learn(self, chosen: dict[GemmProblem, Heuristic]) -> None:
+        """Keeps chosen algorithms, in memory and on disk."""
         self._known |= {repr(astuple(p)): bytes(h).hex() for p, h in chosen.items()}
         cache.store(self._file, json.dumps(self._known).encode())
 
     def peak(self, dtype: str, tf32: bool) -> float:
-        """FLOP/s of a large product, measured: what stands for the peak of a card that no table knows."""
-        p, device = Product(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32), self.device
+        """Measured FLOP/s of a large GEMM: stands for the peak of a GPU that is in no table."""
+        p, device = GemmProblem(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32), self.device
         *at, workspace = [device.alloc(size) for size in [8192 * 8192 * 4] * 3 + [GEMM_WORKSPACE]]
         for address in at[:2]:
             device.randomise(address, 8192 * 8192 * 4)
         description, layouts = self.describe(p, 0, 0)
         found = self.proposals(description, layouts, 4)
         starts = [self.starter(description, layouts, h, *at, workspace, device.stream) for h in found]
-        best = min(self.graphs.race([(partial(start, False), 1) for start in starts]))
+        best = min(self.graphs.measure([(partial(start, False), 1) for start in starts]))
         for address in (*at, workspace):
             device.free(address)
         return p.flops / best

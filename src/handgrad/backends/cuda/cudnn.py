@@ -1,35 +1,35 @@
-"""cuDNN's attention through its Python front end, on plain addresses; built plans are kept on disk."""
+"""cuDNN's attention through its Python front end, on plain addresses. Built plans are kept on disk."""
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import astuple
 
 from handgrad.backends.cuda import cache
-from handgrad.backends.cuda.card import attention_workspace
 from handgrad.backends.cuda.graph import Graphs
 from handgrad.backends.cuda.libraries import load, path_of
+from handgrad.backends.cuda.planner import attention_workspace
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Sdpa
+from handgrad.launch import Sdpa
 
-Q, K, V, Y, LSE, DY, DQ, DK, DV = range(1, 10)  # names of a graph's tensors
+Q, K, V, Y, LSE, DY, DQ, DK, DV = range(1, 10)  # ids of a graph's tensors
 
 
 def library() -> object | None:
-    """The front end's module with its library in reach, or None where either is not installed."""
+    """The front end's module, with its library loadable; None if either is not installed."""
     try:
-        load("nvrtc", "nvidia-cuda-nvrtc")  # cuDNN compiles with it, and looks it and its other half up by name
+        load("nvrtc", "nvidia-cuda-nvrtc")  # cuDNN compiles with NVRTC and finds it and its builtins by name
         for builtins in sorted(path_of("nvrtc").parent.glob("libnvrtc-builtins.so.*")):
             ctypes.CDLL(str(builtins))
         import cudnn
 
         cudnn.backend_version()
         return cudnn
-    except Exception:  # no package, no library beside it, or one that does not load: own attention runs instead
+    except Exception:  # package or library missing, or it does not load: our own attention runs
         return None
 
 
 class Cudnn:
-    """The library on one card and stream."""
+    """The library on one GPU and stream."""
 
     def __init__(self, graphs: Graphs):
         self._cudnn, self.graphs, self.device = library(), graphs, graphs.device
@@ -52,7 +52,7 @@ class Cudnn:
             pack |= dict(zip((DQ, DK, DV), (addresses["dqkv"] + at for at in (0, k, v))))
 
         def start() -> None:
-            graph.execute(pack, self.graphs.room(size, scratch), handle=self._handle)
+            graph.execute(pack, self.graphs.workspace(size, scratch), handle=self._handle)
 
         return start
 
@@ -75,7 +75,7 @@ class Cudnn:
 
 
 def empty(cudnn: object, s: Sdpa, **options: object) -> object:
-    """A graph with nothing in it: bf16 tensors, float32 arithmetic."""
+    """An empty graph: bf16 tensors, float32 arithmetic."""
     f32 = cudnn.data_type.FLOAT
     return cudnn.pygraph(
         name=s.direction,
@@ -87,7 +87,7 @@ def empty(cudnn: object, s: Sdpa, **options: object) -> object:
 
 
 def build(cudnn: object, s: Sdpa, **options: object) -> object:
-    """A planned graph of one direction: q, k, v packed by row, y by row, lse (B, H, T, 1) in natural logarithms."""
+    """A built graph of one direction: q, k, v packed in rows, y in rows, lse (B, H, T, 1) as natural logarithms."""
     bf16, f32 = cudnn.data_type.BFLOAT16, cudnn.data_type.FLOAT
     graph, wide = empty(cudnn, s, **options), (s.H + 2 * s.K) * s.D
 

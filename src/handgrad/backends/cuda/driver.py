@@ -1,4 +1,4 @@
-"""The CUDA driver: cards, memory, streams, events and modules, as thin functions over cuda-bindings."""
+"""The CUDA driver: devices, memory, streams, events and modules, as thin functions over cuda-bindings."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from handgrad.backends.arena import NUMPY
 from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu
+from handgrad.launch import TMA_TILE
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
 
@@ -26,7 +26,7 @@ def check(result: tuple) -> Any:
     if status != cu.CUresult.CUDA_SUCCESS:
         hint = ""
         if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            hint = "another process may hold the card: nvidia-smi; or a smaller --run.micro-batch"
+            hint = "another process may use the GPU (see nvidia-smi); else lower --run.micro-batch"
         raise HandgradError("cuda", "driver calls succeed", status.name, hint=hint)
     return values[0] if len(values) == 1 else tuple(values)
 
@@ -45,7 +45,7 @@ def start() -> int:
 
 
 class Device:
-    """One card with its primary context and one stream, on which everything runs in order."""
+    """One GPU: its primary context, a main stream, and a side stream for calls that overlap the next one."""
 
     def __init__(self, index: int = 0):
         version = start()
@@ -54,26 +54,24 @@ class Device:
             raise HandgradError("cuda", rule, hint="driver 580 or newer")
         count = check(cu.cuDeviceGetCount())
         if index >= count:
-            rule, hint = f"there is a GPU {index}", "nvidia-smi; CUDA_VISIBLE_DEVICES hides cards; --run.backend cpu"
-            raise HandgradError("cuda", rule, f"{count} GPUs", hint=hint)
+            hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; --run.backend cpu needs none"
+            raise HandgradError("cuda", f"GPU {index} exists", f"{count} GPUs", hint=hint)
         self.handle = check(cu.cuDeviceGet(index))
         self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()
         self.version = version
         self.capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
-        self.sms, self.shared = (
-            self._attribute("MULTIPROCESSOR_COUNT"),
-            self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        )
+        self.sms = self._attribute("MULTIPROCESSOR_COUNT")
+        self.shared_bytes = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.l2_bytes = self._attribute("L2_CACHE_SIZE")
         if self.capability < MIN_CAPABILITY:
-            raise HandgradError(
-                "cuda", "the card has compute capability 8.0 or newer", f"{self.name}, {self.capability}"
-            )
+            got = f"{self.name} with {self.capability[0]}.{self.capability[1]}"
+            raise HandgradError("cuda", "the GPU has compute capability 8.0 or newer", got)
         self.context = check(cu.cuDevicePrimaryCtxRetain(self.handle))
         check(cu.cuCtxSetCurrent(self.context))
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = check(cu.cuStreamCreate(flags))
         _, first = check(cu.cuCtxGetStreamPriorityRange())
-        self.side = check(cu.cuStreamCreateWithPriority(flags, first))  # for what runs beside the next call
+        self.side = check(cu.cuStreamCreateWithPriority(flags, first))  # high priority
 
     def _attribute(self, name: str) -> int:
         kind = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -81,21 +79,17 @@ class Device:
 
     @property
     def pci_bus(self) -> str:
-        """The card's address, e.g. "0000:3b:00.0": the name that other libraries know it by, whatever CUDA counts."""
+        """The device's PCI address, e.g. "0000:3b:00.0", by which NVML finds it whatever CUDA's numbering."""
         return check(cu.cuDeviceGetPCIBusId(13, self.handle)).split(b"\0")[0].decode()
 
     @property
     def arch(self) -> str:
-        """The target that kernels are compiled for: with the architecture's own instructions where it has some."""
+        """What kernels are compiled for; from 9.0 on "a", the target with the architecture-specific instructions."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
-    def describe(self, *, cudnn: bool, tf32: bool, deterministic: bool) -> Gpu:
-        """What ops may know of the card."""
-        return Gpu(self.name, self.arch, self.sms, self.shared, cudnn, tf32, deterministic)
-
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the card."""
+        """(free, total) bytes of device memory."""
         return check(cu.cuMemGetInfo())
 
     def alloc(self, nbytes: int) -> int:
@@ -106,7 +100,7 @@ class Device:
         check(cu.cuMemFree(address))
 
     def pinned(self, nbytes: int) -> int:
-        """The address of host memory that the card copies from and to by itself."""
+        """The address of page-locked host memory, which the device copies asynchronously."""
         return int(check(cu.cuMemAllocHost(nbytes)))
 
     def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
@@ -122,33 +116,33 @@ class Device:
         check(cu.cuMemcpyDtoDAsync(to, source, nbytes, self.stream))
 
     def sync(self) -> None:
-        """Waits for all that was started."""
+        """Waits until the main stream is idle."""
         check(cu.cuStreamSynchronize(self.stream))
 
-    def event(self, timing: bool = False, asleep: bool = False) -> Any:
-        """A mark in a stream. timing: it knows its time; asleep: who waits for it gives the processor to others."""
+    def event(self, timing: bool = False, blocking: bool = False) -> Any:
+        """A CUDA event. timing: it records its time; blocking: a host thread that waits for it sleeps, not spins."""
         kinds = cu.CUevent_flags
         flags = kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING
-        return check(cu.cuEventCreate(flags | kinds.CU_EVENT_BLOCKING_SYNC * asleep))
+        return check(cu.cuEventCreate(flags | kinds.CU_EVENT_BLOCKING_SYNC * blocking))
 
     def record(self, event: Any, stream: Any = None) -> None:
         check(cu.cuEventRecord(event, stream or self.stream))
 
     def follow(self, event: Any, stream: Any) -> None:
-        """Has a stream wait for an event."""
+        """Makes a stream wait for an event."""
         check(cu.cuStreamWaitEvent(stream, event, 0))
 
     def wait(self, event: Any) -> None:
-        """Waits, on the host, until the event's turn has come."""
+        """Waits, on the host, until the event has completed."""
         check(cu.cuEventSynchronize(event))
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two timing events, the later of which is awaited."""
+        """Time between two timing events; waits for the later one."""
         self.wait(end)
         return check(cu.cuEventElapsedTime(begin, end)) * 1e-3
 
     def randomise(self, address: int, nbytes: int) -> None:
-        """Fills memory with normal numbers, bf16, a pattern of up to 4 Mi of them repeated."""
+        """Fills memory with normal bf16 numbers: up to 4 Mi of them, repeated."""
         done = min(nbytes, 8 << 20) // 2 * 2
         self.to_device(address, _normal().ctypes.data, done)
         while 0 < done < nbytes:
@@ -203,9 +197,9 @@ def launcher(
     return launch
 
 
-def tensor_map(address: int, rows: int, columns: int, box: int) -> ctypes.Array:
-    """A kernel's argument that describes a row-major bf16 matrix to Hopper's copy engine, in boxes of `box` x `box`
-    elements with 128-byte rows, swizzled. Rows are a multiple of 16 bytes long."""
+def tensor_map(address: int, rows: int, columns: int) -> ctypes.Array:
+    """The kernel argument with which TMA moves a row-major bf16 matrix in tiles of TMA_TILE x TMA_TILE, swizzled over
+    128 bytes. Rows are a multiple of 16 bytes long."""
     interleave = cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
     tensor = cu.cuTensorMapEncodeTiled(
         cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -213,7 +207,7 @@ def tensor_map(address: int, rows: int, columns: int, box: int) -> ctypes.Array:
         address,
         [cu.cuuint64_t(columns), cu.cuuint64_t(rows)],
         [cu.cuuint64_t(columns * 2)],
-        [cu.cuuint32_t(box)] * 2,
+        [cu.cuuint32_t(TMA_TILE)] * 2,
         [cu.cuuint32_t(1)] * 2,
         interleave,
         cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -224,7 +218,7 @@ def tensor_map(address: int, rows: int, columns: int, box: int) -> ctypes.Array:
 
 
 def find_gpus() -> list[tuple[str, tuple[int, int], int]]:
-    """(name, compute capability, bytes of memory) of every card; raises HandgradError where there is no driver."""
+    """(name, compute capability, bytes of memory) of every GPU; raises HandgradError if there is no driver."""
     start()
     found = []
     for i in range(check(cu.cuDeviceGetCount())):

@@ -1,8 +1,8 @@
-"""Graphs: what is started on a stream, captured once and replayed as one; and races, which time replays.
+"""CUDA graphs: captures the work of a stream once, replays it as one launch, and times replays for autotuning.
 
-A library's kernel that hands out its tiles by a counter has that counter zeroed by a node of its own before it, and the
-card stands still for it: 2 % of a training step. Here every launch of a graph has a counter of its own; all are zeroed
-at once as the graph starts, and the nodes between are cut out.
+Kernels with a dynamic tile scheduler need their counter zeroed. cuBLASLt and cuDNN add a memset node before each such
+kernel, and the GPU idles there: 2 % of a training step. Here every captured launch gets its own counter; one memset
+zeroes all of them as the graph starts, and capture removes the library's nodes.
 """
 
 import statistics
@@ -12,73 +12,73 @@ from typing import Any
 
 from handgrad.backends.cuda.driver import Device, check, cu
 
-COUNTER, COUNTERS = 256, 4096  # bytes of workspace that pass for a counter, and how many launches of a graph have one
-TURNS = 3  # times that a work is timed
+COUNTER_BYTES, COUNTERS = 256, 4096  # a workspace of at most this size is a counter; counters per graph
+SAMPLES = 3  # timed runs of each candidate
 
 
 class Graphs:
-    """Captures what is started on a card's stream, which replays share, and with it the room for counters."""
+    """Captures graphs on a device's stream. All graphs share one array of counters."""
 
     def __init__(self, device: Device):
-        self.device, self._counters = device, device.alloc(COUNTER * COUNTERS)
-        self._taken = COUNTERS  # all, but while something is captured
+        self.device, self._counters = device, device.alloc(COUNTER_BYTES * COUNTERS)
+        self._taken = COUNTERS  # none is free unless a capture is in progress
 
-    def room(self, nbytes: int, workspace: int) -> int:
-        """Where the next launch has nbytes of workspace: a counter of its own if it is captured and that will do."""
-        if nbytes > COUNTER or self._taken == COUNTERS:
-            return workspace
+    def workspace(self, nbytes: int, address: int) -> int:
+        """The workspace of the next launch: its own counter if it is captured and nbytes fit in one, else `address`."""
+        if nbytes > COUNTER_BYTES or self._taken == COUNTERS:
+            return address
         self._taken += 1
-        return self._counters + (self._taken - 1) * COUNTER
+        return self._counters + (self._taken - 1) * COUNTER_BYTES
 
     def capture(self, work: Callable[[], None]) -> "Graph":
-        """What `work` starts; nothing runs yet."""
+        """The graph of what `work` launches; nothing runs yet."""
         self._taken, stream = 0, self.device.stream
         check(cu.cuStreamBeginCapture(stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
-            self.device.fill(self._counters, COUNTER * COUNTERS)
+            self.device.fill(self._counters, COUNTER_BYTES * COUNTERS)
             work()
         finally:
             self._taken, captured = COUNTERS, cu.cuStreamEndCapture(stream)
         return Graph(check(captured), stream, self._zeroes_counter)
 
     def _zeroes_counter(self, node: Any) -> bool:
-        """Whether a node does nothing but zero one counter."""
+        """Whether a node only zeroes one counter."""
         if check(cu.cuGraphNodeGetType(node)) != cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET:
             return False
         p = check(cu.cuGraphMemsetNodeGetParams(node))
         at, nbytes = int(p.dst) - self._counters, p.elementSize * p.width * p.height
-        return p.value == 0 and nbytes <= COUNTER and 0 <= at < COUNTER * COUNTERS
+        return p.value == 0 and nbytes <= COUNTER_BYTES and 0 <= at < COUNTER_BYTES * COUNTERS
 
-    def race(self, starts: Sequence[tuple[Callable[[], None], int]]) -> list[float]:
-        """Seconds that each of some works takes, begun so many times in a row; the median of a few turns.
+    def measure(self, starts: Sequence[tuple[Callable[[], None], int]]) -> list[float]:
+        """Seconds of each candidate, from (what starts it, how many runs a sample has); the median of SAMPLES.
 
-        A step heats the card until its clocks fall, so they are compared hot: warmed up, and in turn.
+        Training heats the GPU until its clocks drop, so candidates are compared hot: warmed up and interleaved.
         """
         device, times = self.device, [[] for _ in starts]
         begin, end = device.event(True), device.event(True)
-        for start, _ in starts:  # once as it comes: then a library loads its kernel
+        for start, _ in starts:  # eagerly once, so that libraries load their kernels before capture
             start()
         graphs = [self.capture(lambda start=start, n=n: [start() for _ in range(n)]) for start, n in starts]
-        for turn in range(TURNS + 1):
+        for sample in range(SAMPLES + 1):
             for mine, graph, (_, repeats) in zip(times, graphs, starts):
                 device.record(begin)
                 graph.replay()
                 device.record(end)
-                if turn:  # the first only warms up
+                if sample:  # the first only warms up
                     mine.append(device.seconds(begin, end) / repeats)
         return [statistics.median(t) for t in times]
 
 
 class Graph:
-    """A captured graph, ready to run. `cut`: how many nodes were left out, each of which `unwanted` accepted."""
+    """A captured graph, ready to run. removed: how many nodes `unwanted` rejected."""
 
     def __init__(self, captured: Any, stream: Any, unwanted: Callable[[Any], bool]):
-        self._stream, self._executable, self.cut = stream, None, 0
+        self._stream, self._executable, self.removed = stream, None, 0
         _, count = check(cu.cuGraphGetNodes(captured))
         for node in check(cu.cuGraphGetNodes(captured, count))[0]:
             if unwanted(node):
-                _take_out(captured, node)
-                self.cut += 1
+                _remove(captured, node)
+                self.removed += 1
         self._executable = check(cu.cuGraphInstantiate(captured, 0))
         check(cu.cuGraphDestroy(captured))
         check(cu.cuGraphUpload(self._executable, stream))
@@ -91,8 +91,8 @@ class Graph:
             cu.cuGraphExecDestroy(self._executable)
 
 
-def _take_out(graph: Any, node: Any) -> None:
-    """Removes a node; what came after it comes after what came before it."""
+def _remove(graph: Any, node: Any) -> None:
+    """Removes a node and makes its successors depend on its predecessors."""
     before, after = _all(cu.cuGraphNodeGetDependencies, node), _all(cu.cuGraphNodeGetDependentNodes, node)
     check(cu.cuGraphDestroyNode(node))
     for late in after:
@@ -102,6 +102,6 @@ def _take_out(graph: Any, node: Any) -> None:
 
 
 def _all(query: Callable[..., tuple], node: Any) -> list[Any]:
-    """The nodes that a query answers."""
+    """The nodes that a query returns."""
     *_, count = check(query(node))
     return check(query(node, count))[0] if count else []

@@ -1,4 +1,4 @@
-"""Where the CUDA libraries are: the packages of pip first, then the system's places, as cuda.pathfinder knows them."""
+"""Finds the CUDA libraries with cuda.pathfinder: pip packages first, then the system's folders."""
 
 import ctypes
 import importlib.util
@@ -11,24 +11,24 @@ INSTALL = "pip install 'handgrad[cuda]'"
 
 
 def load(name: str, package: str) -> ctypes.CDLL:
-    """A library such as "cublasLt", opened. Raises HandgradError, with what the finder says, if there is none."""
+    """Opens a library such as "cublasLt". Raises HandgradError with the finder's message if there is none."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
         return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
-    except Exception as error:  # the finder has several of its own
+    except Exception as error:  # the finder raises several types of its own
         reason = str(error).strip().split("\n")[0]
         raise HandgradError("cuda", f"the package {package} is installed", reason, hint=INSTALL) from None
 
 
 def path_of(name: str) -> Path:
-    """The file of a library that this process has opened."""
+    """The path of a library that this process has opened."""
     mapped = re.findall(rf"\S*/lib{name}\.so\S*", Path("/proc/self/maps").read_text())
     return Path(mapped[0]) if mapped else Path(name)
 
 
 def folder_of(module: str) -> Path:
-    """The folder that a Python module would be imported from. Raises ImportError if there is none."""
+    """The folder that a Python module is imported from. Raises ImportError if there is none."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ImportError(f"no module {module}")

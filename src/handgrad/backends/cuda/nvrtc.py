@@ -1,6 +1,6 @@
-"""Compiles kernels at run time, always to machine code for one card, with a cache on disk.
+"""NVRTC: compiles kernels at run time, always to machine code for one architecture, with a cache on disk.
 
-NVRTC does not use several cores of one process, so many kernels are compiled by several processes.
+NVRTC compiles on one core of a process at a time, so several processes compile many kernels.
 """
 
 import json
@@ -23,7 +23,7 @@ OPTIONS = ("-std=c++17",)
 
 @dataclass(frozen=True)
 class Source:
-    """One compilation: a file for a card, with definitions."""
+    """One compilation: a file, an architecture and -D definitions."""
 
     path: str
     arch: str
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Names the cubin by all that it depends on."""
+        """Names the cubin by everything it depends on."""
         headers = [p.read_text() for p in sorted(INCLUDE.glob("*.cuh"))]
         own = [p.read_text() for p in sorted(Path(self.path).parent.glob("*.cuh"))]
         return cache.key("cubin", compiler(), self.arch, self.defines, Path(self.path).read_text(), *headers, *own)
@@ -39,7 +39,7 @@ class Source:
 
 @once
 def compiler() -> str:
-    """The compiler's version, to the build where a package tells it."""
+    """The compiler's version, with the build number if a package tells it."""
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     try:
@@ -49,13 +49,13 @@ def compiler() -> str:
 
 
 def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
-    """The cubin of every source, from the cache or compiled now, on as many cores as there are."""
+    """The cubin of every source, from the cache or compiled now on all cores."""
     names = {s: s.key for s in dict.fromkeys(sources)}
     found = {s: cache.load(name) for s, name in names.items()}
     missing = [s for s, cubin in found.items() if cubin is None]
     workers = min(len(missing) // 2, len(os.sched_getaffinity(0)))
     if workers > 1:
-        _headers()  # unpacked once, before several processes want them
+        _headers()  # unpacked once, before several processes need them
         environment = os.environ | {"HANDGRAD_CACHE": str(cache.folder())}
         processes = []
         for i in range(workers):
@@ -72,14 +72,16 @@ def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
             process.wait()
         found |= {s: cache.load(names[s]) for s in missing}
     for s in missing:
-        if found[s] is None:  # few, or a process failed, or the cache is read-only: here, where errors are seen
+        if (
+            found[s] is None
+        ):  # few, or a process failed, or the cache is read-only: compile here, where errors are reported
             found[s] = compile_one(s)[0]
             cache.store(names[s], found[s])
     return found
 
 
 def compile_one(source: Source) -> tuple[bytes, str]:
-    """(cubin, the assembler's report of registers and spills). Raises HandgradError with the compiler's own words."""
+    """(cubin, the assembler's report of registers and spills). Raises HandgradError with the compiler's log."""
     nvrtc = _nvrtc()
     text = Path(source.path).read_text()
     options = [f"--gpu-architecture={source.arch}", *OPTIONS, f"-I{INCLUDE}", f"-I{Path(source.path).parent}"]
@@ -89,7 +91,7 @@ def compile_one(source: Source) -> tuple[bytes, str]:
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), source.path.encode(), 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(size + 1)  # written to: one byte alone would be the one that all of Python shares
+    log = bytes(size + 1)  # NVRTC writes into it; a single byte would be the object that Python shares
     nvrtc.nvrtcGetProgramLog(program, log)
     report = log.decode(errors="replace").rstrip("\0 \n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -103,7 +105,7 @@ def compile_one(source: Source) -> tuple[bytes, str]:
 
 @once
 def _nvrtc():
-    """cuda.bindings.nvrtc, with the library in reach."""
+    """cuda.bindings.nvrtc, with its library loaded."""
     try:
         from cuda.bindings import nvrtc
 
@@ -117,7 +119,7 @@ def _nvrtc():
 
 @once
 def _headers() -> tuple[str, ...]:
-    """Folders of cuda_bf16.h: unpacked from NVRTC itself where it carries them (13.3 and later), else installed."""
+    """Folders with cuda_bf16.h: unpacked from NVRTC, which has it from 13.3 on, else those that are installed."""
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     if (major, minor) >= (13, 3):
@@ -134,13 +136,13 @@ def _headers() -> tuple[str, ...]:
     ]
     found = [p for p in places if p and os.path.exists(os.path.join(p, "cuda_bf16.h"))]
     if not found:
-        hint = "pip install 'nvidia-cuda-nvrtc>=13.3', which carries it"
+        hint = "pip install 'nvidia-cuda-nvrtc>=13.3', which has it"
         raise HandgradError("nvrtc", "cuda_bf16.h is installed", f"none in {places}", hint=hint)
     return tuple(found[:1])
 
 
 def work() -> None:
-    """A compiler process: reads jobs as JSON, leaves cubins in the cache."""
+    """The compiler process: reads jobs as JSON from stdin and stores cubins in the cache."""
     for job in json.loads(sys.stdin.read()):
         job = Source(job["path"], job["arch"], tuple((n, v) for n, v in job["defines"]))
         cache.store(job.key, compile_one(job)[0])

@@ -1,26 +1,26 @@
-"""What a card can do at most, by the name that its driver tells: dense products and memory, from NVIDIA's sheets."""
+"""Peak rates of GPUs by product name, from NVIDIA's data sheets: dense matmuls and device memory."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """TFLOP/s of products by element type, sums in float32, no sparsity; and GB/s of device memory."""
+    """Dense TFLOP/s by element type with float32 accumulation, and GB/s of device memory."""
 
     bf16: float
     tf32: float
     f32: float  # without tensor cores
-    fp8: float | None  # None: the card has no fp8
+    fp8: float | None  # None: no fp8
     gbps: float
 
 
-# Data sheets and white papers of the cards: "NVIDIA A100 Tensor Core GPU", "NVIDIA Ampere GA102 GPU Architecture",
+# Data sheets and white papers: "NVIDIA A100 Tensor Core GPU", "NVIDIA Ampere GA102 GPU Architecture",
 # "NVIDIA ADA GPU Architecture", "NVIDIA H100 Tensor Core GPU Architecture", "NVIDIA H200", "GH200 Grace Hopper",
 # "NVIDIA Blackwell Architecture Technical Brief", "NVIDIA RTX Blackwell GPU Architecture", "HGX B300", "RTX PRO 6000".
-# The sheets of Hopper and later print figures with sparsity, twice these. GeForce cards sum in float32 at half the
-# printed rate. A card that is sold under one name with several speeds is left out: it is measured.
+# The sheets of Hopper and later print figures with sparsity, twice these. GeForce GPUs accumulate in float32 at half
+# the printed rate. Products that are sold under one name at several speeds are left out: they are measured.
 # fmt: off
-CARDS = {
+GPUS = {
     #                                             bf16    tf32    f32     fp8     GB/s
     "A30":                                  Peaks(165.0,   82.0,  10.3,   None,    933),
     "A100-PCIE-40GB":                       Peaks(312.0,  156.0,  19.5,   None,   1555),
@@ -62,12 +62,12 @@ CARDS = {
 
 
 def peaks(name: str) -> Peaks | None:
-    """The peaks of a card by its driver's name for it; None for any name that is not exactly known.
+    """The peaks of a GPU by the name that its driver reports; None for every other name.
 
-    A part of a card (MIG), a laptop's or a cut-down one has a longer name and is another card.
+    A MIG slice, a laptop GPU or a cut-down product has a longer name and other peaks.
 
     >>> h100 = "NVIDIA H100 80GB HBM3"
     >>> peaks(h100).bf16, peaks("NVIDIA GeForce RTX 4090").gbps, peaks(h100 + " MIG 1g.10gb")
     (989.4, 1008, None)
     """
-    return CARDS.get(name.removeprefix("NVIDIA ").removeprefix("GeForce "))
+    return GPUS.get(name.removeprefix("NVIDIA ").removeprefix("GeForce "))

@@ -4,8 +4,8 @@ from typing import Any
 
 from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.adamw import reference
 
 THREADS = 256  # of a block
@@ -65,7 +65,7 @@ class AdamW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         vec = 4 if c.sizes["n"] % 4 == 0 else 1
-        held = 5 if vec == 4 else 4  # blocks that the registers of a multiprocessor are enough for
+        held = 5 if vec == 4 else 4  # blocks per SM that its registers allow
         defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": held}
         defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
         grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * held)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add import reference
+
+THREADS = 256  # of a CUDA block
 
 
 class Add(Op):
@@ -21,9 +23,9 @@ class Add(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
-        defines = {"VEC": vec if n % vec == 0 else 1, "MANY": 4}
-        grid = -(-n // (256 * defines["VEC"] * defines["MANY"]))
-        return Launches((Kernel("add_kernel", "y a b | N C", grid, 256, 0, defines),))
+        defines = {"VEC": vec if n % vec == 0 else 1, "MANY": 4, "THREADS": THREADS}
+        grid = -(-n // (THREADS * defines["VEC"] * defines["MANY"]))
+        return Launches((Kernel("add_kernel", "y a b | N C", grid, THREADS, 0, defines),))
 
 
 add = Add()

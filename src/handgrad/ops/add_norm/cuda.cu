@@ -2,8 +2,8 @@
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) grad_t   dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
-// layout    a row lies in the registers of its team: a warp, or where it is long a block; C is known when compiling
-//           backward: a grid that fills the card walks the rows; a thread sums dw, db, dhb of its columns in registers
+// layout    a row is in the registers of its TEAM threads: a warp, or a block if the row is long; C is a constant
+//           backward: a grid that fills the GPU walks over rows; a thread sums dw, db, dhb of its columns in registers
 // determinism  fixed order: rows of a team, teams of a block, then blocks (norm_backward_sum); no atomics
 // speed     H100 80GB, N=65536 C=768 bf16, in a traced step, 2026-11-24: add_norm 2.72 TB/s (91 % of the copy rate),
 //           norm_backward 2.49 TB/s (83 %)
@@ -12,36 +12,39 @@
 
 // -DCOLUMNS   C
 // -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
-// -DTEAM      threads that share a row: 32, or all of a block
+// -DTEAM      threads per row: 32, or all of a block
 // -DROWS      rows that a block holds at a time
 // -DBIAS      1: add_norm is given hb
-//
-// Rows are taken from the last to the first: the product before wrote the last ones last, the product after reads the
-// first ones first, so that of each a stretch as long as the second cache is still there.
+#if !defined(COLUMNS) || !defined(VEC) || !defined(TEAM) || !defined(ROWS) || !defined(FORWARD)
+#error "add_norm/op.py defines these"
+#endif
+
+// Rows are processed from the last to the first: the GEMM before wrote the last ones last, and the GEMM after reads the
+// first ones first, so that part of each input is still in L2.
 constexpr int C = COLUMNS, PACKS = (C + TEAM * VEC - 1) / (TEAM * VEC);
 typedef Pack<real, VEC> Pk;
 
-// First column of a thread's pack k, and whether it is inside the row: known when compiling for all but the last pack.
+// First column of a thread's pack k, and whether it is inside the row: a constant for all but the last pack.
 __device__ __forceinline__ int column(int k, int lane) { return (k * TEAM + lane) * VEC; }
 __device__ __forceinline__ bool inside(int k, int lane) { return (k + 1) * TEAM * VEC <= C || column(k, lane) < C; }
 
 // The sum over a team, in all its threads.
-__device__ __forceinline__ float team_sum(float x, float *room) {
+__device__ __forceinline__ float team_sum(float x, float *buffer) {
   if constexpr (TEAM == 32) return warp_reduce(x, Sum());
-  else return block_reduce<TEAM>(x, Sum(), 0.0f, room);
+  else return block_reduce<TEAM>(x, Sum(), 0.0f, buffer);
 }
 
 #if FORWARD
-// y and the statistics of row n, which the team holds. Rounding leaves a rest in the mean; the second sum takes it out.
+// y and the statistics of row n, which the team holds. The second sum corrects the rounding error of the mean.
 __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, const Pk s[PACKS], const real *w,
-                                         const real *b, i64 n, int lane, float eps, float *room) {
+                                         const real *b, i64 n, int lane, float eps, float *buffer) {
   float sum = 0.0f, rest = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane))
 #pragma unroll
       for (int i = 0; i < VEC; i++) sum += s[k].at(i);
-  float m = team_sum(sum, room) / C;
+  float m = team_sum(sum, buffer) / C;
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane))
@@ -51,8 +54,8 @@ __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, cons
         rest += centred;
         squares += centred * centred;
       }
-  m += team_sum(rest, room) / C;
-  float r = 1.0f / sqrtf(team_sum(squares, room) / C + eps);
+  m += team_sum(rest, buffer) / C;
+  float r = 1.0f / sqrtf(team_sum(squares, buffer) / C + eps);
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane)) {
@@ -74,7 +77,7 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
                         const real *__restrict__ w, const real *__restrict__ b,  // (C)
                         const real *__restrict__ hb,                             // (C) or NULL
                         i64 N, float eps) {
-  __shared__ float room[32];
+  __shared__ float buffer[32];
   int lane = threadIdx.x % TEAM;
   i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
   if (n < 0) return;  // a whole warp
@@ -82,8 +85,8 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane)) {
-      row[k] = load_once<real, VEC>(x + n * C + column(k, lane));
-      branch[k] = load_once<real, VEC>(h + n * C + column(k, lane));
+      row[k] = load_streaming<real, VEC>(x + n * C + column(k, lane));
+      branch[k] = load_streaming<real, VEC>(h + n * C + column(k, lane));
     }
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
@@ -92,9 +95,9 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
       if constexpr (BIAS) bias = load<real, VEC>(hb + column(k, lane));
 #pragma unroll
       for (int i = 0; i < VEC; i++) row[k].set(i, row[k].at(i) + (branch[k].at(i) + bias.at(i)));
-      store_once(s + n * C + column(k, lane), row[k]);
+      store_streaming(s + n * C + column(k, lane), row[k]);
     }
-  norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
+  norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 
 KERNEL __launch_bounds__(TEAM * ROWS)
@@ -103,30 +106,61 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
                     const real *__restrict__ x,                              // (N, C)
                     const real *__restrict__ w, const real *__restrict__ b,  // (C)
                     i64 N, float eps) {
-  __shared__ float room[32];
+  __shared__ float buffer[32];
   int lane = threadIdx.x % TEAM;
   i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
   if (n < 0) return;  // a whole warp
   Pk row[PACKS];
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
-    if (inside(k, lane)) row[k] = load_once<real, VEC>(x + n * C + column(k, lane));
-  norm_row(y, mean, rstd, row, w, b, n, lane, eps, room);
+    if (inside(k, lane)) row[k] = load_streaming<real, VEC>(x + n * C + column(k, lane));
+  norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 #else
 // -DSUMS      column sums: dw, db; 3: and dhb
 // -DSTREAMS   3; 2 where ds is not given
-// -DSTAGED    1: rows come through shared memory, the next while this one is summed; 0: C is odd, or too long for it
-// -DHELD      blocks that a multiprocessor holds at a time: what bounds the registers
-// -DBLOCKS    blocks in all
+// -DSTAGED    1: rows are prefetched into shared memory; 0: C is odd, or too long for it
+// -DHELD      blocks per SM, which bounds registers
+// -DBLOCKS    blocks of the grid
+// -DSUM_THREADS  of a block of norm_backward_sum_kernel: 32 x 32
+#if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(HELD) || !defined(BLOCKS)
+#error "add_norm/op.py defines these"
+#endif
+#ifndef SUM_THREADS
+#error "add_norm/op.py defines SUM_THREADS"
+#endif
+
+typedef Pack<float, VEC> ColumnSums[SUMS][PACKS];  // of a thread's columns
+
+// Adds up the column sums of the teams of a block, through shared memory, into block (SUMS, C).
+__device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int team,
+                                                  int lane) {
+  float *const own = ROWS == 1 ? block : shared + team * SUMS * C;
+  __syncthreads();  // all teams have read their rows
+#pragma unroll
+  for (int j = 0; j < SUMS; j++)
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+      if (inside(k, lane)) store(own + j * C + column(k, lane), sums[j][k]);
+  if constexpr (ROWS > 1) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < SUMS * C; i += TEAM * ROWS) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < ROWS; j++) sum += shared[j * SUMS * C + i];
+      block[i] = sum;
+    }
+  }
+}
+
 KERNEL __launch_bounds__(TEAM * ROWS, HELD)
 norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
                      float *__restrict__ partial,                                     // (BLOCKS, SUMS, C): dw, db, dhb
-                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C), last readers; ds or NULL
-                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C), last reader; (C)
+                     const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
+                     const real *__restrict__ s, const real *__restrict__ w,          // (N, C); (C)
                      const float *__restrict__ mean, const float *__restrict__ rstd,  // (N)
                      i64 N) {
-  __shared__ float room[32];
+  __shared__ float buffer[32];
   HG_SHARED(real, shared);  // (ROWS, 2, STREAMS, C) rows of dy, s, ds; (C) w;  in the end (ROWS, SUMS, C) float
   const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
   const i64 step = (i64)BLOCKS * ROWS;
@@ -142,7 +176,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           for (int k = 0; k < PACKS; k++)
             if (inside(k, lane)) {
               int c = column(k, lane);
-              copy_async_once(rows + (stage * STREAMS + j) * C + c, streams[j] + n * C + c);
+              copy_async_streaming(rows + (stage * STREAMS + j) * C + c, streams[j] + n * C + c);
             }
       copy_async_commit();
     }
@@ -154,7 +188,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
     for (int c = threadIdx.x * VEC; c < C; c += TEAM * ROWS * VEC) store(weight + c, load<real, VEC>(w + c));
     __syncthreads();
   }
-  Pack<float, VEC> sums[SUMS][PACKS] = {};  // of the thread's columns
+  ColumnSums sums = {};
   for (int stage = 0; n >= 0; n -= step, stage ^= 1) {
     float m = next_mean, r = next_rstd, sum = 0.0f, dot = 0.0f;
     fetch(n - step, stage ^ 1);
@@ -183,9 +217,9 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           sums[1][k].v[i] += g.at(i);
         }
       }
-    sum = team_sum(sum, room) / C;
-    dot = team_sum(dot, room) / C;
-    __syncwarp();  // so that the compiler reads the row again instead of keeping all of it in registers
+    sum = team_sum(sum, buffer) / C;
+    dot = team_sum(dot, buffer) / C;
+    __syncwarp();  // makes the compiler read the row again instead of keeping all of it in registers
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
       if (inside(k, lane)) {
@@ -202,46 +236,30 @@ norm_backward_kernel(real *__restrict__ dx,                                     
         store(dx + n * C + c, to);
       }
   }
-  float *const block = partial + (i64)blockIdx.x * SUMS * C;
-  float *const own = ROWS == 1 ? block : (float *)shared + team * SUMS * C;
-  __syncthreads();  // all teams have read their rows
-#pragma unroll
-  for (int j = 0; j < SUMS; j++)
-#pragma unroll
-    for (int k = 0; k < PACKS; k++)
-      if (inside(k, lane)) store(own + j * C + column(k, lane), sums[j][k]);
-  if constexpr (ROWS > 1) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < SUMS * C; i += TEAM * ROWS) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < ROWS; j++) sum += ((float *)shared)[j * SUMS * C + i];
-      block[i] = sum;
-    }
-  }
+  store_column_sums(partial + (i64)blockIdx.x * SUMS * C, sums, (float *)shared, team, lane);
 }
 
-// dw, db, dhb = or += the sum of all blocks' rows of partial. 32 x 32 threads: x is a column of (SUMS, C), y shares the
-// blocks.
-KERNEL __launch_bounds__(1024)
+// dw, db, dhb = or += the sums of all blocks' rows of partial. Of 32 x 32 threads, x is a column of (SUMS, C), and y
+// takes every 32nd block.
+KERNEL __launch_bounds__(SUM_THREADS)
 norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C)
                          grad_t *__restrict__ dhb,                          // (C) or NULL
                          const float *__restrict__ partial,                 // (BLOCKS, SUMS, C)
-                         const StepScalars *scalars, i64 acc_w, i64 acc_b, i64 acc_hb) {
-  __shared__ float room[32][33];
+                         i64 accumulate_dw, i64 accumulate_db, i64 accumulate_dhb) {
+  __shared__ float buffer[32][33];
   int x = threadIdx.x % 32, y = threadIdx.x / 32, c = blockIdx.x * 32 + x;
   float sum = 0.0f;
   if (c < SUMS * C)
 #pragma unroll 8
     for (i64 k = y; k < BLOCKS; k += 32) sum += partial[k * SUMS * C + c];
-  room[y][x] = sum;
+  buffer[y][x] = sum;
   __syncthreads();
-  sum = warp_reduce(room[x][y], Sum());  // now a warp a column
+  sum = warp_reduce(buffer[x][y], Sum());  // now a warp a column
   c = blockIdx.x * 32 + y;
   if (x == 0 && c < SUMS * C) {
     grad_t *to = c < C ? dw + c : c < 2 * C ? db + (c - C) : dhb + (c - 2 * C);
-    bool add = (c < C ? acc_w : c < 2 * C ? acc_b : acc_hb) || scalars->micro_step > 0;
-    *to = from_float<grad_t>(add ? to_float(*to) + sum : sum);
+    const i64 accumulate = c < C ? accumulate_dw : c < 2 * C ? accumulate_db : accumulate_dhb;
+    *to = from_float<grad_t>(accumulate ? to_float(*to) + sum : sum);
   }
 }
 #endif

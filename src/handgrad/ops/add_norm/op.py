@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
+
+SUM_THREADS = 1024  # of a CUDA block that adds up partial sums
 
 
 class AddNorm(Op):
@@ -117,24 +119,25 @@ class NormBackward(Op):
         streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
         staging, summing = 2 * streams * C * size, sums * C * 4  # bytes of a team: two rows of each stream; its sums
-        staged = d["VEC"] > 1 and C * size + staging <= gpu.shared
-        if d["TEAM"] == 32:  # one block a multiprocessor, of as many teams as its registers and shared memory hold
+        staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
+        if d["TEAM"] == 32:  # one block per SM, of as many teams as registers and shared memory hold
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # floats that a thread sums in registers
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
-            rows = max(1, min(rows, (gpu.shared - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
-            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # registers belong to quarters of a multiprocessor
+            rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
+            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # each quarter of an SM has its own registers
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
-        held = max(1, min(held, (gpu.shared + 1024) // (shared + 1024)))  # 1 KiB more for each block
+        held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # 1 KiB more for each block
         blocks = min(-(-N // rows), gpu.sms * held)
         d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
+        d["SUM_THREADS"] = SUM_THREADS
         args = "dx scratch dy ds s w mean rstd | N"
-        add = "dw db dhb scratch scalars | acc.dw acc.db acc.dhb"
+        add = "dw db dhb scratch | accumulate.dw accumulate.db accumulate.dhb"
         return Launches(
             (
                 Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),
-                Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), 1024, 0, d),
+                Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), SUM_THREADS, 0, d),
             ),
             scratch=blocks * summing,
         )

@@ -4,16 +4,14 @@ from typing import Any
 
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches, Sdpa
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
+from handgrad.launch import TMA_TILE, Gpu, Kernel, Launches, Sdpa
 from handgrad.ops.attention import reference
 
-TILE, GROUPS, THREADS = 64, 2, 384  # mirrors groups.cuh
-BOX = TILE * TILE * 2  # bytes of a tile
-FORWARD, BACKWARD = (4, 4), (6, 2)  # stages, and tiles in each; mirrors hopper_forward.cu, hopper_backward.cu
-L2_SHARE = 16 << 20  # bytes of keys and values that blocks which run at the same time may stream
-L2_HOPPER = 36 << 20  # the same on an H100 or H200, whose second cache has 50 MiB
+WARPGROUPS = 2  # of a wgmma kernel that multiply, TMA_TILE rows each; one more loads
+FORWARD_STAGES, BACKWARD_STAGES = 4, 6
+L2_SHARE = 16 << 20  # bytes of keys and values that concurrent blocks of an mma kernel may stream
 
 
 def _derive(d: dict[str, int]) -> None:
@@ -35,9 +33,9 @@ def _flops(c: Call, products: int) -> int:
 
 
 def _library(c: Call, gpu: Gpu) -> bool:
-    """Whether cuDNN does this call; its dropout would draw other bits than ours."""
+    """Whether the library does this call. Its dropout would draw other bits than ours."""
     D = c.sizes["D"]
-    return gpu.cudnn and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
+    return gpu.has_library_attention and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
 
 
 def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
@@ -45,49 +43,68 @@ def _sdpa(c: Call, gpu: Gpu, direction: str) -> Launches:
     return Launches((Sdpa(direction, B, T, H, K, D, c.attrs["causal"], gpu.deterministic),), note="cudnn")
 
 
-def _fits_hopper(c: Call, gpu: Gpu) -> bool:
-    """Whether our kernels for Hopper do this call."""
+def _fits_wgmma(c: Call, gpu: Gpu) -> bool:
+    """Whether the wgmma kernels support this call."""
     T, D = c.sizes["T"], c.sizes["D"]
-    return gpu.is_hopper and c.dtype is BF16 and c.attrs["p"] == 0 and D == TILE and T % (GROUPS * TILE) == 0
+    fits = c.dtype is BF16 and c.attrs["p"] == 0 and D == TMA_TILE and T % (WARPGROUPS * TMA_TILE) == 0
+    return gpu.has_wgmma and gpu.has_tma and fits
 
 
-def _on_hopper(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
-    """A launch whose blocks stay; a warp group owns rows of one of `heads` heads a sequence at a time."""
+def _shared_bytes(stages: int, tiles: int, own: int, stats: int) -> int:
+    """Shared memory of a wgmma kernel: `tiles` TMA tiles and `stats` rows of statistics in each stage, `own` tiles of
+    each warpgroup, barriers, and 1024 bytes for alignment."""
+    data = (WARPGROUPS * own + stages * tiles) * TMA_TILE * TMA_TILE * 2 + stages * stats * 8
+    return data + 16 * (stages + 1) + 1024
+
+
+def _wgmma(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
+    """A launch of persistent blocks; a warpgroup owns rows of one of `heads` heads a sequence at a time."""
     B, T = c.sizes["B"], c.sizes["T"]
-    forward = entry == "attention_forward_kernel"
-    owned, outs = (1, 1) if forward else (3, 2)  # tiles of a warp group that stay, and that leave
-    stages, tiles = FORWARD if forward else BACKWARD
-    shared = (GROUPS * (owned + outs) + stages * tiles) * BOX + (0 if forward else stages * TILE * 8)
-    shared += 16 * (stages + 1) + 1024  # barriers; 1024 to align
-    parts = -(-gpu.sms * 4 * T * TILE // L2_HOPPER)
-    defines = {"CAUSAL": int(c.attrs["causal"]), "TOGETHER": max(1, gpu.sms // parts)}  # so that a round is of equals
-    file = "hopper_forward.cu" if forward else "hopper_backward.cu"
-    blocks = min(gpu.sms, T // (GROUPS * TILE) * B * heads)
-    return Kernel(entry, f"{args} | N T H K", blocks, THREADS, shared, defines, file)
+    if entry == "attention_forward_wgmma_kernel":  # a stage: two tiles of k and of v; own: q and y
+        file, stages, shared = "forward_wgmma.cu", FORWARD_STAGES, _shared_bytes(FORWARD_STAGES, 4, 2, 0)
+    else:  # a stage: k and v, or q, dy and their statistics; own: q, dy and y, or k and v, and two outputs
+        file, stages, shared = "backward_wgmma.cu", BACKWARD_STAGES, _shared_bytes(BACKWARD_STAGES, 2, 5, TMA_TILE)
+    streamed = gpu.sms * 4 * T * TMA_TILE  # bytes of keys and values of as many heads as SMs
+    parts = -(-streamed // (gpu.l2_bytes * 18 // 25))  # 72 % of L2: 36 MiB on an H100
+    threads = 128 * (WARPGROUPS + 1)
+    defines = {
+        "TMA_TILE": TMA_TILE,
+        "WARPGROUPS": WARPGROUPS,
+        "THREADS": threads,
+        "STAGES": stages,
+        "SHARED_BYTES": shared,
+        "CAUSAL": int(c.attrs["causal"]),
+        "TOGETHER": max(1, gpu.sms // parts),  # so that the blocks of a round have equal work
+    }
+    blocks = min(gpu.sms, T // (WARPGROUPS * TMA_TILE) * B * heads)
+    return Kernel(entry, f"{args} | N T H K", blocks, threads, shared, defines, file)
 
 
 def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) -> Kernel:
-    """A launch whose blocks own rows of one of `heads` heads a sequence, of `owned` tensors, and stream tiles of two
-    others, two at a time."""
+    """A launch of the simt kernel (float32) or the mma kernel (bf16) `entry`, which has `{}` where their names differ.
+    Blocks own rows of one of `heads` heads a sequence, of `owned` tensors, and stream tiles of two others."""
     B, T, D, p = c.sizes["B"], c.sizes["T"], c.sizes["D"], c.attrs["p"]
     if D > 128:
         raise HandgradError("attention", "the cuda kernels hold heads of at most 128 elements", D)
     defines = {"D": D, "CAUSAL": int(c.attrs["causal"]), "DROPOUT": int(p > 0)}
     args += " scalars | N T H K p stream"
     if c.dtype is not BF16:
-        shared = (owned + 2) * 32 * (D | 1) * 4
-        return Kernel(entry, args, -(-T // 32) * B * heads, 128, shared, defines, "float32.cu")
+        rows, threads, row = 32, 128, D | 1
+        shared = (owned + 2) * rows * row * 4
+        defines |= {"ROWS": rows, "THREADS": threads, "LD": row}
+        return Kernel(entry.format("simt"), args, -(-T // rows) * B * heads, threads, shared, defines, "simt.cu")
     tall = 2 if D <= 64 and p == 0 else 1  # 16-row tiles of a warp; more would not fit in registers
-    row = (-(-D // 16) * 16 + 8) * 2  # bytes
+    row = -(-D // 16) * 16 + 8  # elements of a row in shared memory
 
-    def shared(warps: int) -> int:
-        return warps * ((owned * 16 * tall + 2 * 2 * 16) * row + 2 * 16 * 8)
+    def shared_bytes(warps: int) -> int:
+        return warps * ((owned * 16 * tall + 2 * 2 * 16) * 2 * row + 2 * 16 * 8)
 
-    warps = 4 if 2 * shared(4) <= gpu.shared else 2
+    warps = 4 if 2 * shared_bytes(4) <= gpu.shared_bytes else 2
     together = max(1, L2_SHARE // (4 * T * D))
-    defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together}
-    file = "forward.cu" if owned == 1 else "backward.cu"
-    return Kernel(entry, args, -(-T // (16 * tall * warps)) * B * heads, 32 * warps, shared(warps), defines, file)
+    defines |= {"WARPS": warps, "TALL": tall, "QUADS": int(T % 4 == 0), "TOGETHER": together, "LD": row}
+    blocks, shared = -(-T // (16 * tall * warps)) * B * heads, shared_bytes(warps)
+    file = "forward_mma.cu" if owned == 1 else "backward_mma.cu"
+    return Kernel(entry.format("mma"), args, blocks, 32 * warps, shared, defines, file)
 
 
 class Attention(Op):
@@ -132,11 +149,10 @@ class Attention(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         library = _sdpa(c, gpu, "forward") if _library(c, gpu) else None
-        if _fits_hopper(c, gpu):
-            args = "boxes.y boxes.qkv lse"
-            kernel = _on_hopper(c, gpu, "attention_forward_kernel", args, c.sizes["H"])
-            return Launches((kernel,), note="own, for Hopper", instead=library)
-        kernel = _launch(c, gpu, "attention_forward_kernel", "y lse qkv", c.sizes["H"], 1)
+        if _fits_wgmma(c, gpu):
+            kernel = _wgmma(c, gpu, "attention_forward_wgmma_kernel", "tma.y tma.qkv lse", c.sizes["H"])
+            return Launches((kernel,), note="wgmma", alternative=library)
+        kernel = _launch(c, gpu, "attention_forward_{}_kernel", "y lse qkv", c.sizes["H"], 1)
         return library or Launches((kernel,), note="own")
 
 
@@ -180,15 +196,15 @@ class AttentionBackward(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         library = _sdpa(c, gpu, "backward") if _library(c, gpu) else None
         stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
-        if _fits_hopper(c, gpu):
-            args = "boxes.dqkv boxes.dy boxes.qkv", "boxes.y scratch lse", "scratch"
-            dq = _on_hopper(c, gpu, "attention_backward_dq_kernel", f"{args[0]} {args[1]}", c.sizes["H"])
-            dkdv = _on_hopper(c, gpu, "attention_backward_dkdv_kernel", f"{args[0]} {args[2]}", c.sizes["K"])
-            return Launches((dq, dkdv), scratch=stats, note="own, for Hopper", instead=library)
+        if _fits_wgmma(c, gpu):
+            args = "tma.dqkv tma.dy tma.qkv", "tma.y scratch lse", "scratch"
+            dq = _wgmma(c, gpu, "attention_backward_dq_wgmma_kernel", f"{args[0]} {args[1]}", c.sizes["H"])
+            dkdv = _wgmma(c, gpu, "attention_backward_dkdv_wgmma_kernel", f"{args[0]} {args[2]}", c.sizes["K"])
+            return Launches((dq, dkdv), scratch=stats, note="wgmma", alternative=library)
         if library is not None:
             return library
-        dq = _launch(c, gpu, "attention_backward_dq_kernel", "dqkv scratch dy qkv y lse", c.sizes["H"], 2)
-        dkdv = _launch(c, gpu, "attention_backward_dkdv_kernel", "dqkv scratch dy qkv", c.sizes["K"], 2)
+        dq = _launch(c, gpu, "attention_backward_dq_{}_kernel", "dqkv scratch dy qkv y lse", c.sizes["H"], 2)
+        dkdv = _launch(c, gpu, "attention_backward_dkdv_{}_kernel", "dqkv scratch dy qkv", c.sizes["K"], 2)
         return Launches((dq, dkdv), scratch=stats, note="own")
 
 

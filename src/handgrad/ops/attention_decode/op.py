@@ -3,9 +3,11 @@
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.attention_decode import reference
+
+THREADS = 128  # of a CUDA block
 
 
 class AttentionDecode(Op):
@@ -41,11 +43,11 @@ class AttentionDecode(Op):
         S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
         vec = 16 // c.dtype.size if D % (16 // c.dtype.size) == 0 else 1
         lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
-        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks a multiprocessor, of 128 keys at least
-        defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts}
+        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks per SM, of at least 128 keys
+        defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts, "THREADS": THREADS}
         args = "y scratch cache qkv scalars | T S H K"
-        attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), 128, defines=defines)
-        merge = Kernel("attention_decode_merge_kernel", "y scratch", queries, 128, defines=defines)
+        attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), THREADS, defines=defines)
+        merge = Kernel("attention_decode_merge_kernel", "y scratch", queries, THREADS, defines=defines)
         return Launches((attend, merge) if parts > 1 else (attend,), scratch=4 * queries * parts * (D + 2))
 
 

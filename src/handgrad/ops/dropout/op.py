@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.dropout import reference
+
+THREADS = 256  # of a CUDA block
 
 
 class Dropout(Op):
@@ -29,8 +31,10 @@ class Dropout(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
         vec = vec if n % vec == 0 else 1
-        grid = min(-(-n // (256 * max(vec, 4))), 8 * gpu.sms)
-        return Launches((Kernel("dropout_forward_kernel", "y x scalars | N C p stream", grid, 256, 0, {"VEC": vec}),))
+        width = max(vec, 4)  # elements that a thread takes at a time: one call of the generator gives four
+        grid = min(-(-n // (THREADS * width)), 8 * gpu.sms)
+        defines, args = {"VEC": vec, "WIDTH": width, "THREADS": THREADS}, "y x scalars | N C p stream"
+        return Launches((Kernel("dropout_forward_kernel", args, grid, THREADS, 0, defines),))
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask

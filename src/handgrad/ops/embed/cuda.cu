@@ -2,8 +2,8 @@
 // forward   writes =  y: (N, C) dtype
 // backward  writes = or += dwte: (V, C) grad_t, dwpe: (Tmax, C) grad_t; what no row reaches is zero when =
 // numerics  one rounding forward; gradients summed in f32 in row order, and rounded once
-// layout    forward: a thread makes one access of 16 bytes. backward: rows are sorted by token, then shared out evenly,
-//           SEGMENT to a block, whatever the counts; tokens that lie across blocks are put together at the end
+// layout    forward: a thread makes one 16-byte access. backward: rows are sorted by token; a block sums SEGMENT sorted
+//           rows, however many a token has; tokens that span blocks are merged at the end
 // determinism  fixed order; no atomics
 // speed     H100 80GB, GPT-2 124M, N=65536 C=768 bf16, in a traced step, 2026-11-24: forward 0.08 ms, backward 0.22 ms
 // source    own work
@@ -11,17 +11,21 @@
 
 // -DCOLUMNS   C
 // -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
+// -DTHREADS   of a block
+#if !defined(COLUMNS) || !defined(VEC) || !defined(THREADS) || !defined(FORWARD)
+#error "embed/op.py defines these"
+#endif
 constexpr int C = COLUMNS;
 typedef Pack<real, VEC> Pk;
 
 #if FORWARD
-KERNEL __launch_bounds__(256)
+KERNEL __launch_bounds__(THREADS)
 embed_forward_kernel(real *__restrict__ y,          // (N, C)
                      const int *__restrict__ ids,   // (N), each < V
                      const real *__restrict__ wte,  // (V, C)
                      const real *__restrict__ wpe,  // (Tmax, C) or NULL
                      const StepScalars *scalars, i64 N, i64 T, i64 decode) {
-  i64 at = (i64)blockIdx.x * 256 + threadIdx.x, n = at / (C / VEC);
+  i64 at = (i64)blockIdx.x * THREADS + threadIdx.x, n = at / (C / VEC);
   if (n >= N) return;
   int c = (int)(at % (C / VEC)) * VEC;
   Pk x = load<real, VEC>(wte + (i64)ids[n] * C + c);
@@ -34,28 +38,31 @@ embed_forward_kernel(real *__restrict__ y,          // (N, C)
   store(y + n * C + c, x);
 }
 #else
-// -DROWS      N
-// -DTHREADS   of a block that sums, at least 64; each has one access of a row
-// -DCHUNK     keys that a block sorts, two a thread: a power of two
-// -DSEGMENT   sorted rows that a block sums
+// -DROWS         N
+// -DSUM_THREADS  of a block that sums, at least 64; each makes one access to a row
+// -DCHUNK        keys that a block sorts, two a thread: a power of two
+// -DSEGMENT      sorted rows that a block sums
+#if !defined(ROWS) || !defined(SUM_THREADS) || !defined(CHUNK) || !defined(SEGMENT)
+#error "embed/op.py defines these"
+#endif
 constexpr i64 N = ROWS, CHUNKS = (N + CHUNK - 1) / CHUNK;
 constexpr int AHEAD = 8;  // rows that a thread reads before it adds them
 
-// A key is a token and its row, all different, so that their order is one order and no tie has to be broken.
+// A key is a token and its row. Keys are unique, so their order is too.
 __device__ __forceinline__ i64 token_of(u64 key) { return (i64)(key >> 32); }
 __device__ __forceinline__ i64 row_of(u64 key) { return (i64)(u32)key; }
 
-// dwte = 0 in the first micro-step
+// dwte = 0, in the first micro-batch of a step
 KERNEL embed_zero_kernel(grad_t *__restrict__ dwte,  // (V, C)
-                         const StepScalars *scalars, i64 V) {
-  if (scalars->micro_step > 0) return;
+                         i64 V, i64 accumulate) {
+  if (accumulate) return;
   constexpr int n = VEC == 1 ? 1 : 16 / sizeof(grad_t);
   const Pack<grad_t, n> zero = {};
   for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * n; i < V * C; i += (i64)gridDim.x * blockDim.x * n)
     store(dwte + i, zero);
 }
 
-// Sorts each chunk of rows by key; the last one is filled up with the largest key. Bitonic.
+// Bitonic sort of each chunk of rows by key; the last chunk is padded with the largest key.
 KERNEL __launch_bounds__(CHUNK / 2)
 embed_sort_kernel(u64 *__restrict__ chunks,      // (CHUNKS, CHUNK)
                   const int *__restrict__ ids) {  // (N)
@@ -77,7 +84,7 @@ embed_sort_kernel(u64 *__restrict__ chunks,      // (CHUNKS, CHUNK)
   for (int i = threadIdx.x; i < CHUNK; i += CHUNK / 2) chunks[first + i] = keys[i];
 }
 
-// A key's place among all: in each chunk the number of smaller ones, by binary search.
+// Merges the chunks: the rank of a key is the number of smaller keys in each chunk, found by binary search.
 KERNEL embed_merge_kernel(u64 *__restrict__ sorted,          // (N)
                           const u64 *__restrict__ chunks) {  // (CHUNKS, CHUNK)
   u64 key = chunks[(i64)blockIdx.x * blockDim.x + threadIdx.x];
@@ -90,7 +97,7 @@ KERNEL embed_merge_kernel(u64 *__restrict__ sorted,          // (N)
     for (int half = CHUNK / 2; half; half /= 2) below += chunk[below + half - 1] < key ? half : 0;
     place += below + (chunk[below] < key);
   }
-  if (place < N) sorted[place] = key;  // the others fill up the last chunk
+  if (place < N) sorted[place] = key;  // the others pad the last chunk
 }
 
 // to = or += sum
@@ -102,31 +109,31 @@ __device__ __forceinline__ void put(grad_t *to, const Pack<float, VEC> &sum, boo
   store(to, x);
 }
 
-// One segment of the sorted rows. A token whose rows all lie inside is written; what belongs to one that began earlier,
-// and to one that goes on, is kept: partial (segments, 2, C), head and tail. A segment of one such token is all head.
-KERNEL __launch_bounds__(THREADS)
+// One segment of the sorted rows. Tokens whose rows all lie inside are written. The sums of a token that began earlier
+// (head) and of one that goes on (tail) go to partial (segments, 2, C). A segment of one such token is all head.
+KERNEL __launch_bounds__(SUM_THREADS)
 embed_backward_kernel(grad_t *__restrict__ dwte,         // (V, C)
                       float *__restrict__ partial,       // (segments, 2, C)
                       const real *__restrict__ dy,       // (N, C)
                       const u64 *__restrict__ sorted,    // (N)
-                      const StepScalars *scalars, i64 acc_te) {
+                      i64 accumulate) {
   __shared__ u64 keys[SEGMENT + 2];  // and the neighbours: no token where there is none
   i64 first = (i64)blockIdx.x * SEGMENT;
-  int rows = N - first < SEGMENT ? (int)(N - first) : SEGMENT, c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  int rows = N - first < SEGMENT ? (int)(N - first) : SEGMENT, c = (blockIdx.y * SUM_THREADS + threadIdx.x) * VEC;
   if (threadIdx.x < SEGMENT + 2) {
     i64 at = first + threadIdx.x - 1;
     keys[threadIdx.x] = at >= 0 && at < N ? sorted[at] : ~0ull;
   }
   __syncthreads();
   if (c >= C) return;
-  bool add = acc_te || scalars->micro_step > 0;
+  const bool add = accumulate;
   const u64 *own = keys + 1;
   Pack<float, VEC> sum = {};
   for (int base = 0; base < rows; base += AHEAD) {
     Pk g[AHEAD];
 #pragma unroll
     for (int j = 0; j < AHEAD; j++)
-      if (base + j < rows) g[j] = load_once<real, VEC>(dy + row_of(own[base + j]) * C + c);
+      if (base + j < rows) g[j] = load_streaming<real, VEC>(dy + row_of(own[base + j]) * C + c);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) {
       int k = base + j;
@@ -145,13 +152,13 @@ embed_backward_kernel(grad_t *__restrict__ dwte,         // (V, C)
 }
 
 // A token that begins in this block's segment and goes on: its tail, then the heads of the segments after it.
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(SUM_THREADS)
 embed_across_kernel(grad_t *__restrict__ dwte,          // (V, C)
                     const float *__restrict__ partial,  // (segments, 2, C)
                     const u64 *__restrict__ sorted,     // (N)
-                    const StepScalars *scalars, i64 acc_te) {
+                    i64 accumulate) {
   i64 segment = blockIdx.x, after = (segment + 1) * SEGMENT;
-  int c = (blockIdx.y * THREADS + threadIdx.x) * VEC;
+  int c = (blockIdx.y * SUM_THREADS + threadIdx.x) * VEC;
   if (after >= N || c >= C) return;
   i64 token = token_of(sorted[after]);
   if (token_of(sorted[after - 1]) != token) return;  // the last token ends here
@@ -174,16 +181,16 @@ embed_across_kernel(grad_t *__restrict__ dwte,          // (V, C)
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum.v[i] += head[j].v[i];
   }
-  put(dwte + token * C + c, sum, acc_te || scalars->micro_step > 0);
+  put(dwte + token * C + c, sum, accumulate);
 }
 
 // dwpe: the sum over the sequences, for each position; positions past T get none.
-KERNEL __launch_bounds__(256)
+KERNEL __launch_bounds__(THREADS)
 embed_position_kernel(grad_t *__restrict__ dwpe,    // (Tmax, C)
                       const real *__restrict__ dy,  // (N, C)
-                      const StepScalars *scalars, i64 T, i64 Tmax, i64 acc_pe) {
-  i64 at = (i64)blockIdx.x * 256 + threadIdx.x, t = at / (C / VEC);
-  bool add = acc_pe || scalars->micro_step > 0;
+                      i64 T, i64 Tmax, i64 accumulate) {
+  i64 at = (i64)blockIdx.x * THREADS + threadIdx.x, t = at / (C / VEC);
+  const bool add = accumulate;
   if (t >= (add ? T : Tmax)) return;
   int c = (int)(at % (C / VEC)) * VEC;
   Pack<float, VEC> sum = {};

@@ -4,9 +4,9 @@ from typing import Any
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.embed import reference
 
 
@@ -40,8 +40,10 @@ class Embed(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         defines = _layout(c) | {"FORWARD": 1}
-        grid = -(-c.sizes["N"] * (c.sizes["C"] // defines["VEC"]) // 256)
-        return Launches((Kernel("embed_forward_kernel", "y ids wte wpe scalars | N T decode", grid, 256, 0, defines),))
+        grid = -(-c.sizes["N"] * (c.sizes["C"] // defines["VEC"]) // THREADS)
+        return Launches(
+            (Kernel("embed_forward_kernel", "y ids wte wpe scalars | N T decode", grid, THREADS, 0, defines),)
+        )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
@@ -92,38 +94,39 @@ class EmbedBackward(Op):
         N, C = c.sizes["N"], c.sizes["C"]
         d = _layout(c)
         accesses, chunks, segments = C // d["VEC"], -(-N // CHUNK), -(-N // SEGMENT)
-        threads = min(256, max(64, -(-accesses // 32) * 32))
-        d |= {"FORWARD": 0, "ROWS": N, "THREADS": threads, "CHUNK": CHUNK, "SEGMENT": SEGMENT}
-        columns = -(-accesses // threads)
+        sum_threads = min(256, max(64, -(-accesses // 32) * 32))
+        d |= {"FORWARD": 0, "ROWS": N, "SUM_THREADS": sum_threads, "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+        columns = -(-accesses // sum_threads)
         sorted_, partial = chunks * CHUNK * 8, (2 * chunks * CHUNK) * 8  # bytes in scratch before them
         steps = []
         if c.dwpe is not None:
-            grid = -(-c.sizes["Tmax"] * accesses // 256)
-            steps.append(Kernel("embed_position_kernel", "dwpe dy scalars | T Tmax acc.dwpe", grid, 256, 0, d))
+            grid = -(-c.sizes["Tmax"] * accesses // THREADS)
+            steps.append(Kernel("embed_position_kernel", "dwpe dy | T Tmax accumulate.dwpe", grid, THREADS, 0, d))
         if "dwte" in c.first:
-            steps.append(Kernel("embed_zero_kernel", "dwte scalars | V", 8 * gpu.sms, 256, 0, d))
+            steps.append(Kernel("embed_zero_kernel", "dwte | V accumulate.dwte", 8 * gpu.sms, THREADS, 0, d))
         steps += [
             Kernel("embed_sort_kernel", "scratch ids", chunks, CHUNK // 2, 0, d),
-            Kernel("embed_merge_kernel", f"scratch@{sorted_} scratch", chunks * CHUNK // 256, 256, 0, d),
+            Kernel("embed_merge_kernel", f"scratch@{sorted_} scratch", chunks * CHUNK // THREADS, THREADS, 0, d),
         ]
         for entry, args in (
-            ("embed_backward_kernel", f"dwte scratch@{partial} dy scratch@{sorted_} scalars | acc.dwte"),
-            ("embed_across_kernel", f"dwte scratch@{partial} scratch@{sorted_} scalars | acc.dwte"),
+            ("embed_backward_kernel", f"dwte scratch@{partial} dy scratch@{sorted_} | accumulate.dwte"),
+            ("embed_across_kernel", f"dwte scratch@{partial} scratch@{sorted_} | accumulate.dwte"),
         ):
-            steps.append(Kernel(entry, args, (segments, columns, 1), threads, 0, d))
+            steps.append(Kernel(entry, args, (segments, columns, 1), sum_threads, 0, d))
         return Launches(tuple(steps), scratch=partial + segments * 2 * C * 4)
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _ids(rng, shape, v) if arg.name == "ids" else None
 
 
+THREADS = 256  # of a CUDA block
 CHUNK = 2048  # keys that a block sorts: two a thread
 SEGMENT = 32  # sorted rows that a block sums
 
 
 def _layout(c: Call) -> dict[str, int]:
     vec = 16 // c.dtype.size
-    return {"COLUMNS": c.sizes["C"], "VEC": vec if c.sizes["C"] % vec == 0 else 1}
+    return {"THREADS": THREADS, "COLUMNS": c.sizes["C"], "VEC": vec if c.sizes["C"] % vec == 0 else 1}
 
 
 def _ids(rng: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.fill import reference
+
+THREADS = 256  # of a CUDA block
 
 
 class Fill(Op):
@@ -27,8 +29,8 @@ class Fill(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["n"], 16 // c.x.dtype.size
         vec = vec if n % vec == 0 else 1
-        grid = min(-(-n // (256 * vec)), 8 * gpu.sms)
-        return Launches((Kernel("fill_kernel", "x scalars | n value acc.x", grid, 256, 0, {"VEC": vec}),))
+        grid, defines = min(-(-n // (THREADS * vec)), 8 * gpu.sms), {"VEC": vec, "THREADS": THREADS}
+        return Launches((Kernel("fill_kernel", "x | n value accumulate.x", grid, THREADS, 0, defines),))
 
 
 fill = Fill()

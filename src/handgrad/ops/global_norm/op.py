@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.global_norm import reference
+
+THREADS, SUM_THREADS = 256, 1024  # of a CUDA block, and of the one that adds up all blocks
 
 
 class GlobalNorm(Op):
@@ -34,12 +36,12 @@ class GlobalNorm(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["n"], 16 // c.grad.dtype.size
         vec = vec if n % vec == 0 else 1
-        blocks = min(-(-n // (256 * vec)), 8 * gpu.sms)
-        defines = {"VEC": vec, "BLOCKS": blocks}
+        blocks = min(-(-n // (THREADS * vec)), 8 * gpu.sms)
+        defines = {"VEC": vec, "BLOCKS": blocks, "THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
         return Launches(
             (
-                Kernel("global_norm_kernel", "scratch grad | n", blocks, 256, 0, defines),
-                Kernel("global_norm_sum_kernel", "scalars scratch | clip", 1, 1024, 0, defines),
+                Kernel("global_norm_kernel", "scratch grad | n", blocks, THREADS, 0, defines),
+                Kernel("global_norm_sum_kernel", "scalars scratch | clip", 1, SUM_THREADS, 0, defines),
             ),
             scratch=8 * blocks,
         )

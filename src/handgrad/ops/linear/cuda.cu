@@ -1,24 +1,29 @@
-// linear: what surrounds the products, which are the library's                                math: README.md §2, §3
-// bias          writes +=         y: (N, M) dtype                y += b; only where rows are no multiple of 16 bytes
+// linear: the kernels around the library's GEMMs                                              math: README.md §2, §3
+// bias          writes +=         y: (N, M) dtype                y += b; only if rows are not a multiple of 16 bytes
 // gelu          writes =          y: (N, M) dtype                y = gelu(pre), may be pre itself
 // gelu_backward writes =          dpre: (N, M) dtype             dpre = dy gelu'(pre), may be dy itself
-// db_partial    writes =          partial: (parts, M) float      sums of dy over stretches of rows
-// db            writes = or +=    db: (M) grad_t                 + when the flag or scalars->micro_step is not 0
-// numerics  float inside, rounded once; GELU as x sigmoid(2u), in bf16 by the hardware's e^x and division
+// db_partial    writes =          partial: (parts, M) float      sums of dy over ranges of rows
+// db            writes = or +=    db: (M) grad_t                 + where accumulate says so
+// numerics  float inside, rounded once; GELU as x sigmoid(2u), in bf16 with the hardware's e^x and division
 // layout    16-byte accesses (-DVEC elements); 2 to 8 of them in flight per thread
-// determinism  fixed order: rows of a stretch by 8 warps, warps in order, then stretches (-DPARTS of them)
-// speed     H100 80GB, in a traced step, 2026-11-24: dw and db together 384 to 605 TFLOP/s at K=768 (N=65536); the kernels
-//           here are not measured alone yet
+// determinism  fixed order: rows of a range by 8 warps, warps in order, then ranges (-DPARTS of them)
+// speed     H100 80GB, in a traced step, 2026-11-24: dw and db together 384 to 605 TFLOP/s at K=768 (N=65536); these
+//           kernels alone are not measured yet
 // source    own work
 #include "ptx.cuh"
-#ifndef VEC
-#define VEC 1
+
+// -DVEC      elements of one access
+// -DPARTS    ranges of rows of which db is the sum
+// -DTHREADS  of a block; -DSUM_THREADS: of a block of linear_db_kernel
+// -DGELU_PACKS, -DSLOPE_PACKS  accesses of a thread in gelu and gelu_backward; pack i is THREADS after pack i - 1
+#if !defined(VEC) || !defined(PARTS) || !defined(THREADS) || !defined(SUM_THREADS)
+#error "linear/op.py defines these"
 #endif
-#ifndef PARTS
-#define PARTS 1
+#if !defined(GELU_PACKS) || !defined(SLOPE_PACKS)
+#error "linear/op.py defines these"
 #endif
 
-enum { THREADS = 256, WARPS = THREADS / 32 };
+enum { WARPS = THREADS / 32 };
 
 // With 1/2 (1 + tanh(u)) = sigmoid(2u), GELU costs one exponential and one division. For bf16 both come from the
 // hardware, 2^-20 off at most. The bound keeps the exponential finite; a NaN comes back through x.
@@ -46,9 +51,6 @@ KERNEL __launch_bounds__(THREADS) linear_bias_kernel(
   }
 }
 
-// Packs that a thread of the elementwise kernels takes: pack i is THREADS after pack i - 1.
-enum { GELU_PACKS = 4, SLOPE_PACKS = 2 };
-
 KERNEL __launch_bounds__(THREADS) linear_gelu_kernel(
     real *y,          // (N, M)
     const real *pre,  // (N, M)
@@ -57,7 +59,7 @@ KERNEL __launch_bounds__(THREADS) linear_gelu_kernel(
   Pack<real, VEC> x[GELU_PACKS];
 #pragma unroll
   for (int i = 0; i < GELU_PACKS; i++)
-    if (first + i * THREADS < packs) x[i] = load_once<real, VEC>(pre + (first + i * THREADS) * VEC);
+    if (first + i * THREADS < packs) x[i] = load_streaming<real, VEC>(pre + (first + i * THREADS) * VEC);
 #pragma unroll
   for (int i = 0; i < GELU_PACKS; i++) {
     if (first + i * THREADS >= packs) break;
@@ -77,8 +79,8 @@ KERNEL __launch_bounds__(THREADS) linear_gelu_backward_kernel(
 #pragma unroll
   for (int i = 0; i < SLOPE_PACKS; i++) {
     if (first + i * THREADS >= packs) break;
-    d[i] = load_once<real, VEC>(dy + (first + i * THREADS) * VEC);
-    x[i] = load_once<real, VEC>(pre + (first + i * THREADS) * VEC);
+    d[i] = load_streaming<real, VEC>(dy + (first + i * THREADS) * VEC);
+    x[i] = load_streaming<real, VEC>(pre + (first + i * THREADS) * VEC);
   }
 #pragma unroll
   for (int i = 0; i < SLOPE_PACKS; i++) {
@@ -89,14 +91,14 @@ KERNEL __launch_bounds__(THREADS) linear_gelu_backward_kernel(
   }
 }
 
-// One stretch of rows (blockIdx.y of gridDim.y) of 32 packs of columns. A warp reads a pack per lane, 512 bytes of a
-// row; rows go round the 8 warps, and each has 8 rows on their way.
+// One range of rows (blockIdx.y of gridDim.y) of 32 packs of columns. A warp reads a pack per lane, 512 bytes of a row.
+// The 8 warps take rows in turn, and each has 8 rows in flight.
 KERNEL __launch_bounds__(THREADS, 4) linear_db_partial_kernel(
     float *partial,  // (parts, M)
     const real *dy,  // (N, M)
     i64 N, i64 M) {
   enum { FLIGHT = 8, ROW = VEC * 33 };
-  __shared__ float room[WARPS * ROW];  // warp, element of a pack, lane; 33 keeps both sides off each other's banks
+  __shared__ float sums[WARPS * ROW];  // (warp, element of a pack, lane); 33 avoids bank conflicts on both sides
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   i64 column = ((i64)blockIdx.x * 32 + lane) * VEC;
   i64 rows = (N + gridDim.y - 1) / gridDim.y, end = (blockIdx.y + 1) * rows < N ? (blockIdx.y + 1) * rows : N;
@@ -114,36 +116,35 @@ KERNEL __launch_bounds__(THREADS, 4) linear_db_partial_kernel(
     }
   }
 #pragma unroll
-  for (int q = 0; q < VEC; q++) room[warp * ROW + q * 33 + lane] = sum[q];
+  for (int q = 0; q < VEC; q++) sums[warp * ROW + q * 33 + lane] = sum[q];
   __syncthreads();
   int c = threadIdx.x;  // a column of the 32 packs
   if (c < 32 * VEC && (i64)blockIdx.x * (32 * VEC) + c < M) {
     float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) total += room[w * ROW + c % VEC * 33 + c / VEC];
+    for (int w = 0; w < WARPS; w++) total += sums[w * ROW + c % VEC * 33 + c / VEC];
     partial[blockIdx.y * M + (i64)blockIdx.x * (32 * VEC) + c] = total;
   }
 }
 
-// 32 columns; the partial sums go round 32 warps, all of a warp's on their way at once.
-KERNEL __launch_bounds__(1024) linear_db_kernel(
+// 32 columns. The 32 warps take partial sums in turn, and each has all of its own in flight.
+KERNEL __launch_bounds__(SUM_THREADS) linear_db_kernel(
     grad_t *db,            // (M)
     const float *partial,  // (PARTS, M)
-    const StepScalars *scalars,
     i64 M, i64 accumulate) {
-  __shared__ float room[32 * 32];  // warp, column
+  __shared__ float sums[SUM_THREADS];  // (warp, column)
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   i64 column = (i64)blockIdx.x * 32 + lane;
   float sum = 0.0f;
 #pragma unroll 8
-  for (int p = warp; p < PARTS; p += 32)
+  for (int p = warp; p < PARTS; p += SUM_THREADS / 32)
     if (column < M) sum += partial[p * M + column];
-  room[warp * 32 + lane] = sum;
+  sums[warp * 32 + lane] = sum;
   __syncthreads();
   if (warp > 0 || column >= M) return;
   float total = 0.0f;
 #pragma unroll
-  for (int w = 0; w < 32; w++) total += room[w * 32 + lane];
-  if (accumulate || scalars->micro_step) total += to_float(db[column]);
+  for (int w = 0; w < SUM_THREADS / 32; w++) total += sums[w * 32 + lane];
+  if (accumulate) total += to_float(db[column]);
   db[column] = from_float<grad_t>(total);
 }

@@ -4,20 +4,25 @@ from dataclasses import replace
 from typing import Any
 
 from handgrad.core.dtypes import BF16, DType
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches
+from handgrad.ops import wgmma_gemm
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
-OWN_ROWS = 8192  # from here on our own product, with the bias gradient in it, may beat the library's and a pass over dy
+THREADS, SUM_THREADS = 256, 1024  # of a CUDA block, and of one that adds up partial sums of db
+GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses of a thread in gelu and in its gradient
+DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS, "GELU_PACKS": GELU_PACKS, "SLOPE_PACKS": SLOPE_PACKS}
+WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
+MIN_ROWS = 8192  # from here on our GEMM with the bias gradient may beat the library's GEMM and a pass over dy
 
 
 class Linear(Op):
     """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward.
 
     `pre_x`, where it is given, says that x is gelu(pre_x): backward then gives the gradient of pre_x and none of x, and
-    GELU's derivative is part of the product that makes it.
+    GELU's derivative is part of the gemm that makes it.
     """
 
     name = "linear"
@@ -58,19 +63,19 @@ class Linear(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
         gelu, wide = c.attrs["gelu"], _vec(c.dtype, M, K) > 1
-        product = Gemm("y", "x", "w", N, M, K, tb=True)
+        gemm = Gemm("y", "x", "w", N, M, K, tb=True)
         to = "y" if c.pre is None else "pre"
-        steps: list[Gemm | Kernel] = [replace(product, out=to)]
+        steps: list[Gemm | Kernel] = [replace(gemm, out=to)]
         if c.b is not None and wide:
-            steps = [replace(product, out=to, epilogue="bias", bias="b")]
+            steps = [replace(gemm, out=to, epilogue="bias", bias="b")]
         elif c.b is not None:
-            steps.append(Kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms), 256))
+            steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
         if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
-            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=4))
+            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
         apart = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
-            fused = (replace(product, epilogue="gelu", bias="b", aux="pre"),)
-            return Launches(fused, note="gelu in the product", instead=apart)
+            fused = (replace(gemm, epilogue="gelu", bias="b", aux="pre"),)
+            return Launches(fused, note="gelu in the GEMM", alternative=apart)
         return apart
 
     def cheap(self, c: Call) -> dict[str, str]:
@@ -101,7 +106,7 @@ class LinearGelu(Op):
         return (reference.gelu(v.pre),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=4),))
+        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=GELU_PACKS),))
 
 
 class LinearGeluBackward(Op):
@@ -117,7 +122,9 @@ class LinearGeluBackward(Op):
         return (reference.gelu_backward(v.dy, v.pre),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=2),))
+        return Launches(
+            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=SLOPE_PACKS),)
+        )
 
 
 class LinearBackwardW(Op):
@@ -147,24 +154,17 @@ class LinearBackwardW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        product = Gemm("dw", "dy", "x", M, K, N, ta=True, adds="dw")
+        gemm = Gemm("dw", "dy", "x", M, K, N, ta=True, accumulate="accumulate.dw")
         if c.db is None:
-            return Launches((product,))
+            return Launches((gemm,))
         vec = _vec(c.dtype, M)
         tiles = -(-M // (32 * vec))
-        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit a multiprocessor; a row for each warp
-        apart = Launches(
-            (
-                product,
-                Kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), 256, defines={"VEC": vec}),
-                Kernel(
-                    "linear_db_kernel", "db scratch scalars | M acc.db", -(-M // 32), 1024, defines={"PARTS": parts}
-                ),
-            ),
-            scratch=4 * parts * M,
-        )
-        if N >= OWN_ROWS and gpu.multiplies_on_hopper(c.dtype, M, K):
-            return Launches((replace(product, sums="db"),), note="db in our own product", instead=apart)
+        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit an SM; at least a row for each warp
+        partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
+        db = _kernel("linear_db_kernel", "db scratch | M accumulate.db", -(-M // 32), SUM_THREADS, parts=parts)
+        apart = Launches((gemm, partial, db), scratch=4 * parts * M)
+        if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
+            return replace(weight_gradient(M, K, gpu), alternative=apart)
         return apart
 
     def flops(self, c: Call) -> int:
@@ -193,17 +193,45 @@ class LinearBackwardX(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        product = Gemm("dx", "dy", "w", N, K, M)
+        gemm = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
-            return Launches((product,))
-        apart = Launches((product, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=2)))
+            return Launches((gemm,))
+        apart = Launches(
+            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
+        )
         if not _fuses_gelu(c):
             return apart
-        fused = replace(product, epilogue="dgelu", aux="pre")
-        return Launches((fused,), note="gelu' in the product", instead=apart)
+        fused = replace(gemm, epilogue="dgelu", aux="pre")
+        return Launches((fused,), note="gelu' in the GEMM", alternative=apart)
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
+
+
+def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:
+    """dw and db by our GEMM. A cluster computes a tile; tiles that would not fill a round are split along N."""
+    rows, columns, clusters = -(-M // wgmma_gemm.CLUSTER_M), -(-K // wgmma_gemm.TILE_N), wgmma_gemm.clusters(gpu)
+    split = rows * columns % clusters
+    if 20 * split > 17 * clusters:  # they nearly fill a round of all clusters
+        split = 0
+    partials = (clusters + split) * wgmma_gemm.CLUSTER_M * wgmma_gemm.TILE_N
+    row_sums = (rows * columns + clusters) * wgmma_gemm.CLUSTER_M
+    gemm = wgmma_gemm.launch(
+        "linear_weight_gradient_kernel",
+        f"tma.dy tma.x dw scratch | M K N {split} accumulate.dw",
+        gpu,
+        "weight_gradient.cu",
+        **WEIGHT_GRADIENT,
+    )
+    reduction = Kernel(
+        "linear_weight_gradient_reduce_kernel",
+        f"dw db scratch | M K N {clusters} {split} accumulate.dw accumulate.db",
+        (4 * (split + rows), wgmma_gemm.TILE_N // 32, 1),
+        WEIGHT_GRADIENT["REDUCE_THREADS"],
+        defines=gemm.defines,
+        file=gemm.file,
+    )
+    return Launches((gemm, reduction), scratch=4 * (partials + row_sums), note="db in our own GEMM")
 
 
 def _vec(dtype: DType, *sizes: int) -> int:
@@ -213,14 +241,21 @@ def _vec(dtype: DType, *sizes: int) -> int:
 
 
 def _fuses_gelu(c: Call) -> bool:
-    """Whether the library's product has an epilogue with GELU for this call."""
+    """Whether the library's gemm has an epilogue with GELU for this call."""
     return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
+
+
+def _kernel(
+    entry: str, args: str, grid: int | tuple[int, int, int], block: int = THREADS, vec: int = 1, parts: int = 1
+) -> Kernel:
+    """A launch of cuda.cu."""
+    return Kernel(entry, args, grid, block, defines=DEFINES | {"VEC": vec, "PARTS": parts})
 
 
 def _elementwise(entry: str, args: str, c: Call, n: int, packs: int) -> Kernel:
     """One launch over n contiguous elements, `packs` accesses a thread."""
     vec = _vec(c.dtype, n)
-    return Kernel(entry, args, -(-n // (256 * packs * vec)), 256, defines={"VEC": vec})
+    return _kernel(entry, args, -(-n // (THREADS * packs * vec)), vec=vec)
 
 
 linear, linear_gelu, linear_gelu_backward = Linear(), LinearGelu(), LinearGeluBackward()

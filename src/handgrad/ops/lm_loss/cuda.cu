@@ -1,19 +1,26 @@
-// lm_loss: losses and, in place, gradients of a chunk of logits; products are the library's    math: README.md §2
+// lm_loss: losses and, in place, gradients of a chunk of logits; the library computes GEMMs    math: README.md §2
 // rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype become their gradients, if GRADIENT
 //           gradients carry scalars->loss_scale, losses do not
 // columns   V..VP are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
 // numerics  the maximum is subtracted; 2^x to 2 units in the last place; sums in float; a NaN logit gives a NaN loss
 // layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient.
-//           With AHEAD the row lies in shared memory and the next one is on its way there, so that logits are read
-//           once and written once; without (a row is too long) the second and third reading come from L2
+//           With AHEAD the row is in shared memory and the next one is being copied there, so that logits are read
+//           once and written once; without (the row is too long) the second and third read come from L2
 // determinism  fixed order: a thread's columns, then the block's threads
-// speed     H100 80GB, N=65536 C=768 Vp=50304 bf16, in a traced step, 2026-11-24: 641 TFLOP/s for the whole op, products
-//           and classifier (65 % of the peak); the classifier alone is not measured yet
+// speed     H100 80GB, N=65536 C=768 Vp=50304 bf16, in a traced step, 2026-11-24: 641 TFLOP/s for the whole op (65 % of
+//           the peak); this kernel alone is not measured yet
 // source    own work
 #include "ptx.cuh"
 
-// -DV columns that count, -DVP all columns, -DROWS of this chunk, -DTHREADS of a block, -DVEC elements of an access
+// -DV columns that count, -DVP all columns, -DROWS of this chunk, -DTHREADS of a block, -DVEC elements of an access,
+// -DAHEAD 1: rows are prefetched into shared memory, -DGRADIENT 1: logits become their gradients
+#if !defined(V) || !defined(VP) || !defined(ROWS) || !defined(THREADS) || !defined(VEC) || !defined(AHEAD)
+#error "lm_loss/op.py defines these"
+#endif
+#if !defined(GRADIENT)
+#error "lm_loss/op.py defines GRADIENT"
+#endif
 enum { PACKS = VP / VEC, STEPS = (PACKS + THREADS - 1) / THREADS, UNROLL = AHEAD ? STEPS : 4 };
 #define LOG2E 1.4426950408889634f
 
@@ -21,7 +28,7 @@ enum { PACKS = VP / VEC, STEPS = (PACKS + THREADS - 1) / THREADS, UNROLL = AHEAD
 __device__ __forceinline__ int first_column(int step) { return (step * THREADS + (int)threadIdx.x) * VEC; }
 __device__ __forceinline__ bool exists(int step) { return (step + 1) * THREADS <= PACKS || first_column(step) < VP; }
 
-// Its logits. Padding, and what is past the end of the row, looks like -inf.
+// Its logits. Padding, and columns past the end of the row, are -inf.
 __device__ __forceinline__ Pack<real, VEC> columns(const real *row, int step) {
   Pack<real, VEC> x = {};
   if (exists(step)) x = load<real, VEC>(row + first_column(step));
@@ -33,7 +40,7 @@ __device__ __forceinline__ Pack<real, VEC> columns(const real *row, int step) {
   return x;
 }
 
-// Starts to copy a row. A thread copies just what it will read, so it has nobody else to wait for.
+// Starts to copy a row. A thread copies only what it will read, so it needs no barrier.
 __device__ __forceinline__ void fetch(real *to, const real *row) {
 #if AHEAD
 #pragma unroll
@@ -48,7 +55,7 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
     const int *targets,  // (ROWS)
     const StepScalars *scalars,
     i64 ignore_index) {
-  __shared__ float room[THREADS / 32];
+  __shared__ float buffer[THREADS / 32];
 #if AHEAD
   HG_SHARED(real, rows);  // (2, VP): this row and the next
   fetch(rows, logits + (i64)blockIdx.x * VP);
@@ -85,14 +92,14 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
 #pragma unroll
         for (int q = 0; q < VEC; q++) top = fmaxf(top, x.at(q));
       }
-      top = LOG2E * block_reduce<THREADS>(top, Max(), -HG_INF, room);  // e^(x - max) as 2^(x log2(e) - top)
+      top = LOG2E * block_reduce<THREADS>(top, Max(), -HG_INF, buffer);  // e^(x - max) as 2^(x log2(e) - top)
 #pragma unroll UNROLL
       for (int s = 0; s < STEPS; s++) {
         Pack<real, VEC> x = columns(from, s);
 #pragma unroll
         for (int q = 0; q < VEC; q++) sum += exp2_fast(fmaf(x.at(q), LOG2E, -top));
       }
-      sum = block_reduce<THREADS>(sum, Sum(), 0.0f, room);
+      sum = block_reduce<THREADS>(sum, Sum(), 0.0f, buffer);
       if (mine) losses[row] = (top + log2f(sum)) * 0.6931471805599453f - picked;
 
 #if GRADIENT

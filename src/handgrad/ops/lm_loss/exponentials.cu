@@ -1,19 +1,23 @@
-// lm_loss: what surrounds products that store exponentials of logits                             math: README.md §8
+// lm_loss: the kernels around the exp GEMM (exp_gemm.cu)                                         math: README.md §8
 // shift     writes =          shift: (ROWS) float                the target's logit; of target 0 in ignored rows
 // scale     writes =          losses: (ROWS) float, nats;  factor: (ROWS) float = loss_scale / sum, 0 in ignored rows
 //                             scaled: (ROWS, C) bf16 = factor x
 //           writes +=         p: (ROWS, VP) bf16                 p[target] -= sum of the row
 // dx        writes =          dx: (ROWS, C) bf16                 dx *= factor
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
-// numerics  float inside. A row whose sum passes LIMIT (a loss above 69 nats) is made again from x and w, its maximum taken
-//           out: slow and right. A NaN logit gives a NaN loss
-// layout    a warp a row, 16-byte accesses; scale: a block has 32 rows, whose sums it reads together
+// numerics  float inside. A row whose sum exceeds LIMIT (a loss above 69 nats) is recomputed from x and w with its
+//           maximum subtracted: slow but right. A NaN logit gives a NaN loss
+// layout    a warp per row, 16-byte accesses; scale: a block has 32 rows, whose sums it reads together
 // determinism  fixed order
 // speed     bound by x, scaled and dx: 5 passes over 2 C bytes a row, and 4 TILES bytes of sums
 // source    own work
 #include "ptx.cuh"
 
-enum { WARPS = 8, VEC = 8 };
+// -DROWS of this chunk, -DC, -DV columns that count, -DVP all columns, -DTILES of columns in sums, -DWARPS of a block
+#if !defined(ROWS) || !defined(C) || !defined(V) || !defined(VP) || !defined(TILES) || !defined(WARPS)
+#error "lm_loss/op.py defines these"
+#endif
+enum { VEC = 8 };
 #define LOG2E 1.4426950408889634f
 #define LIMIT 1e30f
 
@@ -40,8 +44,8 @@ KERNEL __launch_bounds__(32 * WARPS) lm_loss_shift_kernel(
   if (threadIdx.x % 32 == 0) shift[row] = z;
 }
 
-// A row from the start, with its maximum as the shift; returns that and the sum.
-__device__ __noinline__ float2 again(real *p, const real *x, const real *w) {
+// Recomputes a row with its maximum as the shift; returns the maximum and the sum.
+__device__ __noinline__ float2 recompute(real *p, const real *x, const real *w) {
   int lane = threadIdx.x % 32;
   float sum = 0.0f, top = -HG_INF;
   for (int v = 0; v < V; v++) {
@@ -72,22 +76,22 @@ KERNEL __launch_bounds__(32 * WARPS) lm_loss_scale_kernel(
     const int *targets,  // (ROWS)
     const StepScalars *scalars,
     i64 ignore_index) {
-  __shared__ float room[WARPS * 32];  // warp, row
+  __shared__ float parts[WARPS * 32];  // (warp, row)
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   i64 first = (i64)blockIdx.x * 32;
   float part = 0.0f;
   for (int i = warp; i < TILES; i += WARPS)
     if (first + lane < ROWS) part += sums[(i64)i * ROWS + first + lane];
-  room[threadIdx.x] = part;
+  parts[threadIdx.x] = part;
   __syncthreads();
   for (int r = warp; r < 32 && first + r < ROWS; r += WARPS) {
     i64 row = first + r;
     bool counts = targets[row] != ignore_index;
     float sum = 0.0f, top = 0.0f;  // of the exponents: the target's logit is the shift
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) sum += room[i * 32 + r];
+    for (int i = 0; i < WARPS; i++) sum += parts[i * 32 + r];
     if (!(sum < LIMIT)) {
-      float2 made = again(p + row * VP, x + row * C, w);
+      float2 made = recompute(p + row * VP, x + row * C, w);
       top = made.x - shift[row];
       sum = made.y;
     }

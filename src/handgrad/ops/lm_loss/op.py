@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, Recorder, case
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
+from handgrad.launch import Gemm, Gpu, Kernel, Launches
+from handgrad.ops import wgmma_gemm
 from handgrad.ops.lm_loss import reference
 
-OWN_DEPTH, OWN_TILE = 512, 256  # what our own product needs of C; columns of its tiles
+WARPS = 8  # of a block of exponentials.cu, a row each
+MIN_C = wgmma_gemm.TILE_N // 32 * wgmma_gemm.TILE_K  # exp_gemm.cu writes 32 columns of a tile in each step of the next
 
 
 class LmLoss(Op):
@@ -92,13 +94,15 @@ class LmLossForwardBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         C, Vp = c.sizes["C"], c.sizes["Vp"]
-        if C >= OWN_DEPTH and gpu.multiplies_on_hopper(c.dtype, C, Vp):
+        if C >= MIN_C and wgmma_gemm.supports(gpu, c.dtype, C, Vp):
             return _exponentials(c, gpu)
         steps: list[Gemm | Kernel] = []
         for first, rows in _chunks(c):
             steps += _losses(c, gpu, first, rows, gradient=True)
             at = first * C * c.dtype.size
-            steps.append(Gemm("dw", "logits", f"x@{at}", Vp, C, rows, ta=True, adds="dw" if first == 0 else True))
+            steps.append(
+                Gemm("dw", "logits", f"x@{at}", Vp, C, rows, ta=True, accumulate="1" if first else "accumulate.dw")
+            )
             steps.append(Gemm(f"dx@{at}", "logits", "w", rows, C, Vp))
         return Launches(tuple(steps))
 
@@ -125,8 +129,8 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
     vec = 16 // c.dtype.size if Vp % (16 // c.dtype.size) == 0 else 1
     threads = min(1024, -(-Vp // (32 * vec)) * 32)
     shared = 2 * Vp * c.dtype.size  # a row and the next one
-    ahead = vec > 1 and shared + 1024 <= gpu.shared
-    blocks = gpu.sms * min(1024 // threads, gpu.shared // (shared + 1024) if ahead else 32)
+    ahead = vec > 1 and shared + 1024 <= gpu.shared_bytes
+    blocks = gpu.sms * min(1024 // threads, gpu.shared_bytes // (shared + 1024) if ahead else 32)
     return (
         Gemm("logits", f"x@{first * C * c.dtype.size}", "w", rows, Vp, C, tb=True),
         Kernel(
@@ -142,36 +146,43 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
 
 
 def _exponentials(c: Call, gpu: Gpu) -> Launches:
-    """Losses and gradients without a pass over the logits: the product that makes them stores e^(logit - target's)."""
+    """Losses and gradients without a pass over the logits: the GEMM that makes them stores e^(logit - target's)."""
     C, V, Vp, rows, bf16 = c.sizes["C"], c.attrs["V"], c.sizes["Vp"], c.sizes["rows"], c.dtype.size
-    tiles = -(-Vp // OWN_TILE)
+    tiles = -(-Vp // wgmma_gemm.TILE_N)
     shift, factor, sums = "scratch", f"scratch@{4 * rows}", f"scratch@{8 * rows}"
     scaled = f"scratch@{-(-(8 * rows + 4 * rows * tiles) // 128) * 128}"
     steps: list[Gemm | Kernel] = []
     for first, n in _chunks(c):
         x, dx = f"x@{first * C * bf16}", f"dx@{first * C * bf16}"
         losses, targets = f"losses@{4 * first}", f"targets@{4 * first}"
-        blocks, defines = -(-n // 8), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
+        blocks, defines = -(-n // WARPS), {"ROWS": n, "C": C, "V": V, "VP": Vp, "TILES": tiles}  # a warp for each row
         steps += [
             _rows("lm_loss_shift_kernel", f"{shift} {x} w {targets} | ignore_index", blocks, defines),
-            Gemm("logits", x, "w", n, Vp, C, tb=True, epilogue="exp", bias=shift, sums=sums, width=V),
+            wgmma_gemm.launch(
+                "lm_loss_exp_gemm_kernel",
+                f"tma.{x}:{n}x{C} tma.w tma.logits:{n}x{Vp} {shift} {sums} | {n} Vp C V",
+                gpu,
+                "exp_gemm.cu",
+                A_MN=0,
+                B_MN=0,
+            ),
             _rows(
                 "lm_loss_scale_kernel",
                 f"{losses} logits {scaled} {factor} {sums} {shift} {x} w {targets} scalars | ignore_index",
                 -(-n // 32),
                 defines,
             ),
-            Gemm("dw", "logits", scaled, Vp, C, n, ta=True, adds="dw" if first == 0 else True),
+            Gemm("dw", "logits", scaled, Vp, C, n, ta=True, accumulate="1" if first else "accumulate.dw"),
             Gemm(dx, "logits", "w", n, C, Vp),
             _rows("lm_loss_dx_kernel", f"{dx} {factor}", blocks, defines),
         ]
     scratch = int(scaled.split("@")[1]) + rows * C * bf16
-    return Launches(tuple(steps), scratch, note="softmax in the product")
+    return Launches(tuple(steps), scratch, note="softmax in the GEMM")
 
 
 def _rows(entry: str, args: str, blocks: int, defines: dict[str, int | float]) -> Kernel:
     """A launch of exponentials.cu."""
-    return Kernel(entry, args, blocks, 256, defines=defines, file="exponentials.cu")
+    return Kernel(entry, args, blocks, 32 * WARPS, defines=defines | {"WARPS": WARPS}, file="exponentials.cu")
 
 
 lm_loss, lm_loss_forward_backward = LmLoss(), LmLossForwardBackward()

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from handgrad.core.launch import Gpu, Kernel, Launches
 from handgrad.core.op import C, Call, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
+from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.loss_sum import reference
 
 

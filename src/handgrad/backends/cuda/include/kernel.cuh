@@ -1,17 +1,22 @@
-// What every cuda.cu includes first: element types, 16-byte accesses, reductions, StepScalars, the random generator.
+// Every kernel file includes this: element types, 16-byte accesses, reductions, StepScalars, the random generator.
 //
-// A file is compiled at run time for one card, one element type and one set of sizes:
+// A file is compiled at run time for one architecture, one element type and one set of sizes:
 //   -DHG_BF16=0|1       `real` is the type of activations and parameters; sums and statistics are always float
 //   -DHG_GRAD_BF16=0|1  `grad_t` is the type of parameter gradients
 //   -DNAME=value        what the op declares in `defines`
-// Inline PTX lives in ptx.cuh alone, so that a test without a card can compile the same kernels for the host
+// Inline PTX is in ptx.cuh and ptx_sm90a.cuh alone, so that tests can compile kernels without the latter for the host
 // (HG_HOST, tests/emulator).
 #pragma once
+#if !defined(HG_BF16) || !defined(HG_GRAD_BF16)
+#error "launch.py defines HG_BF16 and HG_GRAD_BF16"
+#endif
 #ifdef HG_HOST
 #include "emulator.h"
 #else
 #include <cuda_bf16.h>
-#define HG_SHARED(type, name) extern __shared__ __align__(128) unsigned char name##_raw[]; type *name = (type *)name##_raw
+#define HG_SHARED(type, name)                                 \
+  extern __shared__ __align__(128) unsigned char name##_raw[]; \
+  type *name = (type *)name##_raw
 #endif
 #define KERNEL extern "C" __global__ void
 
@@ -27,7 +32,9 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
 template <class T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return __float2bfloat16(v); }  // to nearest even
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {  // to nearest, ties to even
+  return __float2bfloat16(v);
+}
 
 #if HG_BF16
 typedef bf16 real;
@@ -40,7 +47,7 @@ typedef bf16 grad_t;
 typedef float grad_t;
 #endif
 
-// n values of T that move as one access of up to 16 bytes; addresses are multiples of the size.
+// n values of T, accessed at once, 16 bytes at most; addresses are multiples of the size.
 template <class T, int n> struct alignas(sizeof(T) * n) Pack {
   T v[n];
   __device__ __forceinline__ float at(int i) const { return to_float(v[i]); }
@@ -48,21 +55,21 @@ template <class T, int n> struct alignas(sizeof(T) * n) Pack {
 };
 template <class T, int n> __device__ __forceinline__ Pack<T, n> load(const T *p) { return *(const Pack<T, n> *)p; }
 template <class T, int n> __device__ __forceinline__ void store(T *p, const Pack<T, n> &x) {
-  if constexpr (sizeof(x) % 16 == 0) {  // spelled out: a plain copy is split into smaller ones at times
+  if constexpr (sizeof(x) % 16 == 0) {  // explicit: the compiler sometimes splits a plain copy into smaller ones
 #pragma unroll
     for (int i = 0; i < (int)sizeof(x) / 16; i++) ((int4 *)p)[i] = ((const int4 *)&x)[i];
   } else {
     *(Pack<T, n> *)p = x;
   }
 }
-// The same for data that nothing reads again soon: it leaves the caches first.
-template <class T, int n> __device__ __forceinline__ Pack<T, n> load_once(const T *p) {
+// The same for data that no kernel reads again soon: caches evict it first.
+template <class T, int n> __device__ __forceinline__ Pack<T, n> load_streaming(const T *p) {
   Pack<T, n> x;
   if constexpr (sizeof(x) == 16) *(int4 *)&x = __ldcs((const int4 *)p);
   else x = *(const Pack<T, n> *)p;
   return x;
 }
-template <class T, int n> __device__ __forceinline__ void store_once(T *p, const Pack<T, n> &x) {
+template <class T, int n> __device__ __forceinline__ void store_streaming(T *p, const Pack<T, n> &x) {
   if constexpr (sizeof(x) == 16) __stcs((int4 *)p, *(const int4 *)&x);
   else *(Pack<T, n> *)p = x;
 }
@@ -70,24 +77,25 @@ template <class T, int n> __device__ __forceinline__ void store_once(T *p, const
 struct Sum { __device__ __forceinline__ float operator()(float a, float b) const { return a + b; } };
 struct Max { __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); } };
 
-// The same value in all 32 lanes; the order of the sum is fixed.
+// The same value in all 32 lanes, reduced in a fixed order.
 template <class Op> __device__ __forceinline__ float warp_reduce(float x, Op op) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1) x = op(x, __shfl_xor_sync(0xffffffffu, x, lanes));
   return x;
 }
 
-// The same value in all threads of a block of `threads` (a multiple of 32); `room` holds threads / 32 floats.
-template <int threads, class Op> __device__ __forceinline__ float block_reduce(float x, Op op, float identity, float *room) {
+// The same value in all threads of a block of `threads` (a multiple of 32). buffer: threads / 32 shared floats.
+template <int threads, class Op>
+__device__ __forceinline__ float block_reduce(float x, Op op, float identity, float *buffer) {
   x = warp_reduce(x, op);
-  __syncthreads();  // room may still be read by the reduction before this one
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+  __syncthreads();  // the previous reduction may still read the buffer
+  if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = x;
   __syncthreads();
-  x = threadIdx.x % 32 < threads / 32 ? room[threadIdx.x % 32] : identity;
+  x = threadIdx.x % 32 < threads / 32 ? buffer[threadIdx.x % 32] : identity;
   return warp_reduce(x, op);
 }
 
-// The scalars that change from step to step; mirrors core/scalars.py, and a test compares the two layouts.
+// The scalars that change from step to step, with the layout of core/scalars.py; a test compares the two.
 struct StepScalars {
   u64 seed;            // of dropout and of stochastic rounding
   i64 step;            // optimizer step, counted from 1
@@ -102,7 +110,8 @@ struct StepScalars {
 
 // Philox4x32-10 (Salmon et al., SC 2011): the same bits for the same counter on every backend.
 __device__ __forceinline__ uint4 philox(u64 low, u64 high, u64 key) {
-  u32 c0 = (u32)low, c1 = (u32)(low >> 32), c2 = (u32)high, c3 = (u32)(high >> 32), k0 = (u32)key, k1 = (u32)(key >> 32);
+  u32 c0 = (u32)low, c1 = (u32)(low >> 32), c2 = (u32)high, c3 = (u32)(high >> 32);
+  u32 k0 = (u32)key, k1 = (u32)(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     u32 h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0, h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
@@ -116,7 +125,7 @@ __device__ __forceinline__ uint4 philox(u64 low, u64 high, u64 key) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Dropout's rule: element i of random call `stream` is kept when its 32 bits are >= threshold, and scaled then.
+// Dropout: element i of random call `stream` is kept and scaled if its 32 random bits are >= threshold.
 // Key: the seed. Counter: (i / 4, stream, micro_step, step). Lane: i % 4.
 struct DropoutRule {
   u64 key, stream;
@@ -125,6 +134,7 @@ struct DropoutRule {
   __device__ __forceinline__ DropoutRule(const StepScalars *scalars, float p, i64 call)
       : key(scalars->seed), stream((u64)call << 48 ^ (u64)scalars->micro_step << 32 ^ (u64)scalars->step),
         threshold((u32)((double)p * 4294967296.0)), scale(1.0f / (1.0f - p)) {}
-  __device__ __forceinline__ uint4 bits(i64 quad) const { return philox((u64)quad, stream, key); }  // elements 4 quad ...
+  // Of elements 4 quad .. 4 quad + 3.
+  __device__ __forceinline__ uint4 bits(i64 quad) const { return philox((u64)quad, stream, key); }
   __device__ __forceinline__ float factor(u32 bits) const { return bits >= threshold ? scale : 0.0f; }
 };

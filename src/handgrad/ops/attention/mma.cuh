@@ -1,22 +1,28 @@
-// The engine of attention in bf16: which rows a block owns, tiles in shared memory, products of fragments, dropout.
-// forward.cu and backward.cu are written with it.                                            math: README.md §2, §3, §7
+// Attention in bf16 with mma: which rows a block owns, tiles in shared memory, matmuls of fragments, dropout.
+// forward_mma.cu and backward_mma.cu build on it.                                            math: README.md §2, §3, §7
 //
-// layout    a warp owns OWN = 16 TALL rows; tiles of TILE rows stream through shared memory; every product is m16n8k16
-// numerics  bf16 factors, f32 sums
+// layout    a warp owns OWN = 16 TALL rows; tiles of TILE rows stream through shared memory; every matmul is m16n8k16
+// numerics  bf16 operands, float accumulators
 // source    own work, after Dao 2023 (FlashAttention-2)
 //
-// Defines: D, WARPS, TALL (16-row tiles that a warp owns), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads whose
-// blocks run side by side).
+// Defines (op.py): D, WARPS, TALL (16-row tiles that a warp owns), LD (elements of a row in shared memory: an odd
+// number of 16-byte words, so that 8 rows lie in 8 x 4 banks), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads
+// whose blocks run side by side).
 #pragma once
 #include "ptx.cuh"
+#if !defined(D) || !defined(WARPS) || !defined(TALL) || !defined(LD) || !defined(QUADS) || !defined(TOGETHER)
+#error "attention/op.py defines the sizes"
+#endif
+#if !defined(CAUSAL) || !defined(DROPOUT)
+#error "attention/op.py defines CAUSAL and DROPOUT"
+#endif
 
-#define DP ((D + 15) / 16 * 16)          // D in whole products; the rest is zero
-#define LD (DP + 8)                      // a row in shared memory: odd in 16-byte words, so 8 rows lie in 8 x 4 banks
+#define DP ((D + 15) / 16 * 16)          // D padded to whole mma steps; the rest is zero
 #define THREADS (32 * WARPS)
 #define OWN (16 * TALL)                  // rows of a warp
 #define ROWS (OWN * WARPS)               // rows of a block
 #define TILE (16 * WARPS)                // rows of a streamed tile
-#define STEPS (DP / 16)                  // of a product over D
+#define STEPS (DP / 16)                  // of a matmul over D
 #define VEC (D % 8 == 0 ? 8 : 1)         // elements of a global access
 #define LOG2E 1.4426950408889634f
 #define FULL 0xffffffffu
@@ -78,18 +84,27 @@ __device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int e
   }
 }
 
-// Where a lane looks for its part of a 16 x 16 tile: as left factor or, transposed, as right one; and as right factor.
-__device__ __forceinline__ int left_lane() { return threadIdx.x % 16 * LD + threadIdx.x % 32 / 16 * 8; }
-__device__ __forceinline__ int right_lane() {
+template <int M>
+__device__ __forceinline__ void store_rows(bf16 *y, i64 stride, int first, int end, bf16 *tile,
+                                           const float (&o)[M][DP / 8][4], float scale) {
+  float scales[M][2];
+#pragma unroll
+  for (int i = 0; i < 2 * M; i++) scales[i / 2][i % 2] = scale;
+  store_rows(y, stride, first, end, tile, o, scales);
+}
+
+// Where a lane finds its part of a 16 x 16 tile: as A operand or, transposed, as B operand; and as B operand.
+__device__ __forceinline__ int a_lane() { return threadIdx.x % 16 * LD + threadIdx.x % 32 / 16 * 8; }
+__device__ __forceinline__ int b_lane() {
   int lane = threadIdx.x % 32;
   return (lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8;
 }
 
-// The left factor (16 M, D): its first `held` steps stay in registers, the others are read from shared memory each time.
-template <int M, int held> struct Left {
+// The A operand (16 M, D): its first `held` steps stay in registers, the others are read from shared memory each time.
+template <int M, int held> struct OperandA {
   u32 f[M][held ? held : 1][4];
   const bf16 *at;
-  __device__ __forceinline__ Left(const bf16 *rows) : at(rows + left_lane()) {
+  __device__ __forceinline__ OperandA(const bf16 *rows) : at(rows + a_lane()) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -104,8 +119,8 @@ template <int M, int held> struct Left {
 
 // s (16 M, 8 N) = a (16 M, D) b' with b (8 N, D)
 template <int M, int N, int held>
-__device__ __forceinline__ void scores(float (&s)[M][N][4], const Left<M, held> &a, const bf16 *b) {
-  b += right_lane();
+__device__ __forceinline__ void scores(float (&s)[M][N][4], const OperandA<M, held> &a, const bf16 *b) {
+  b += b_lane();
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -130,9 +145,9 @@ __device__ __forceinline__ void scores(float (&s)[M][N][4], const Left<M, held> 
   }
 }
 
-// Scores as the left factor of the next product: sums lie in registers just as left factors do.
+// Scores as the A operand of the next matmul: accumulators and A operands have the same layout in registers.
 template <int M, int N>
-__device__ __forceinline__ void factors(u32 (&p)[M][N / 2][4], const float (&s)[M][N][4]) {
+__device__ __forceinline__ void to_operand_a(u32 (&p)[M][N / 2][4], const float (&s)[M][N][4]) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -146,8 +161,8 @@ __device__ __forceinline__ void factors(u32 (&p)[M][N / 2][4], const float (&s)[
 
 // o (16 M, D) += p (16 M, 8 N) b with b (8 N, D)
 template <int M, int N>
-__device__ __forceinline__ void mix(float (&o)[M][DP / 8][4], const u32 (&p)[M][N / 2][4], const bf16 *b) {
-  b += left_lane();
+__device__ __forceinline__ void pv_gemm(float (&o)[M][DP / 8][4], const u32 (&p)[M][N / 2][4], const bf16 *b) {
+  b += a_lane();
 #pragma unroll
   for (int k = 0; k < N / 2; k++)
 #pragma unroll
@@ -171,10 +186,11 @@ template <int M> __device__ __forceinline__ void clear(float (&o)[M][DP / 8][4])
       for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
 }
 
-// Scores become -inf where their column lies after their row; x is how far the lane's first does. Without `rows`, where
-// it lies after a limit that is the same for all rows; with `turned`, where the row lies after the column.
-template <bool rows, bool turned = false, int M, int N>
-__device__ __forceinline__ void hide(float (&s)[M][N][4], int x) {
+// Scores become -inf where their column comes after their row; x: the lane's first column minus its first row. Without
+// `rows`: where it comes after a limit that is the same for all rows; `transposed`: where the row comes after the
+// column.
+template <bool rows, bool transposed = false, int M, int N>
+__device__ __forceinline__ void causal_mask(float (&s)[M][N][4], int x) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -182,7 +198,7 @@ __device__ __forceinline__ void hide(float (&s)[M][N][4], int x) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = rows ? m * 16 + e / 2 * 8 : 0, column = n * 8 + e % 2;
-        if (x > (turned ? column - row : row - column)) s[m][n][e] = -HG_INF;
+        if (x > (transposed ? column - row : row - column)) s[m][n][e] = -HG_INF;
       }
 }
 
@@ -197,11 +213,12 @@ __device__ __forceinline__ u32 kept_one(const DropoutRule &rule, i64 element) {
 }
 
 // Of a lane's four scores of a 16 x 8 tile, bit e says whether the e-th is kept. `element` is the index of the tile's
-// first. Where quads of the generator do not cross rows, each lane draws one and passes on what is not its own.
+// first. Where quads of the generator do not cross rows, each lane draws one quad and shuffles bits to other lanes.
 __device__ __forceinline__ u32 kept(const DropoutRule &rule, i64 element, i64 T) {  // rows are queries
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if constexpr (QUADS) {
-    u32 mine = kept_quad(rule, (element + (g + t % 2 * 8) * T) / 4 + t / 2), other = __shfl_xor_sync(FULL, mine, 1);
+    u32 mine = kept_quad(rule, (element + (g + t % 2 * 8) * T) / 4 + t / 2);
+    u32 other = __shfl_xor_sync(FULL, mine, 1);
     u32 top = t % 2 ? other : mine, low = t % 2 ? mine : other;
     return (top >> t % 2 * 2 & 3) | (low >> t % 2 * 2 & 3) << 2;
   } else {

@@ -1,16 +1,17 @@
-// attention_backward: dq, dk and dv from dy, with the probabilities made again from lse          math: README.md §3, §7
+// attention_backward: dq, dk and dv from dy; probabilities are recomputed from lse               math: README.md §3, §7
 // backward  writes =  dqkv: (N, (H + 2 K) D) bf16, in two launches: dq and statistics of the rows, then dk and dv
-// numerics  f32 softmax and sums; probabilities and their gradients are rounded to bf16 before they meet q, k and dy;
-//           exponentials in base 2 to 2 ULP (ex2.approx), of which that rounding leaves nothing
-// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy, of
-//           all query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores stay in registers
+// numerics  f32 softmax and sums; probabilities and their gradients are rounded to bf16 for the matmuls with q, k and
+//           dy; exponentials in base 2 to 2 ULP (ex2.approx), an error that this rounding hides
+// layout    dq: a warp owns 32 queries and streams keys and values. dk, dv: it owns 32 keys and streams queries and dy
+//           of all query heads that read them, with scores transposed. Wide heads, dropout: 16. Scores stay in
+//           registers
 // determinism  fixed order, no atomics: always the same bits
 // speed     not measured yet
-// source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, cut in two
-#include "tiles.cuh"
+// source    own work, after Dao 2023 (FlashAttention-2), algorithm 2, in two passes
+#include "mma.cuh"
 
-// Steps of the left factors that stay in registers, and columns of scores that exist at a time: as many as 255
-// registers hold without spills.
+// Steps of the A operands that stay in registers, and columns of scores at a time: as many as 255 registers hold
+// without spills.
 #define LARGE (TALL * DP > 96)
 #define HELD_DY (DP > 96 ? 0 : LARGE ? STEPS / 2 : STEPS)
 #define HELD_K (DP > 96 ? STEPS / 2 : STEPS)
@@ -20,7 +21,7 @@
 
 struct alignas(8) Stat { float lse, delta; };  // of a query row: lse in base 2, rowsum of dy y
 
-KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
+KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_mma_kernel(
     bf16 *dqkv,         // (N, H + 2 K, D): the first H
     Stat *stats,        // (B, H, T up to whole blocks)
     const bf16 *dy,     // (N, H D)
@@ -65,8 +66,8 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
     base[i / 2][i % 2] = __shfl_sync(FULL, stat.lse, i * 8 + g);
     delta[i / 2][i % 2] = __shfl_sync(FULL, stat.delta, i * 8 + g);
   }
-  Left<TALL, STEPS> left(q_tile + warp * OWN * LD);
-  Left<TALL, HELD_DY> left_dy(dy_tile + warp * OWN * LD);
+  OperandA<TALL, STEPS> q_operand(q_tile + warp * OWN * LD);
+  OperandA<TALL, HELD_DY> dy_operand(dy_tile + warp * OWN * LD);
   float dq[TALL][DP / 8][4];
   clear(dq);
 
@@ -85,10 +86,10 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
       const int key0 = j * TILE + part;
       if (CAUSAL && key0 > own + OWN - 1) break;
       float s[TALL][SPAN_DQ / 8][4], ds[TALL][SPAN_DQ / 8][4];
-      scores(s, left, k_tile + part * LD);
-      scores(ds, left_dy, v_tile + part * LD);
+      scores(s, q_operand, k_tile + part * LD);
+      scores(ds, dy_operand, v_tile + part * LD);
       if (CAUSAL ? key0 + SPAN_DQ - 1 > own : key0 + SPAN_DQ > T)
-        hide<CAUSAL>(s, key0 + t * 2 - (CAUSAL ? own + g : T - 1));
+        causal_mask<CAUSAL>(s, key0 + t * 2 - (CAUSAL ? own + g : T - 1));
 #pragma unroll
       for (int m = 0; m < TALL; m++)
 #pragma unroll
@@ -103,17 +104,14 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dq_kernel(
           }
         }
       u32 f[TALL][SPAN_DQ / 16][4];
-      factors(f, ds);
-      mix<TALL, SPAN_DQ / 8>(dq, f, k_tile + part * LD);
+      to_operand_a(f, ds);
+      pv_gemm<TALL, SPAN_DQ / 8>(dq, f, k_tile + part * LD);
     }
   }
-  float scales[TALL][2];
-#pragma unroll
-  for (int i = 0; i < 2 * TALL; i++) scales[i / 2][i % 2] = scale;
-  store_rows(dqkv + start, stride, own, T, q_tile + warp * OWN * LD, dq, scales);
+  store_rows(dqkv + start, stride, own, T, q_tile + warp * OWN * LD, dq, scale);
 }
 
-KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
+KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_mma_kernel(
     bf16 *dqkv,         // (N, H + 2 K, D): the last 2 K
     const Stat *stats,  // (B, H, T up to whole blocks)
     const bf16 *dy,     // (N, H D)
@@ -149,8 +147,8 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
   fetch(0, 0, first);
   copy_async_wait<0>();
   __syncthreads();
-  const Left<TALL, HELD_K> left(k_tile + warp * OWN * LD);
-  const Left<TALL, HELD_V> left_v(v_tile + warp * OWN * LD);
+  const OperandA<TALL, HELD_K> k_operand(k_tile + warp * OWN * LD);
+  const OperandA<TALL, HELD_V> v_operand(v_tile + warp * OWN * LD);
   float dk[TALL][DP / 8][4], dv[TALL][DP / 8][4];
   clear(dk);
   clear(dv);
@@ -170,9 +168,9 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
       const int query0 = here + part;
       if (CAUSAL && query0 + SPAN_DKDV - 1 < own) continue;  // no query sees a key of this warp
       float s[TALL][SPAN_DKDV / 8][4], ds[TALL][SPAN_DKDV / 8][4];
-      scores(s, left, q_tile + part * LD);
-      scores(ds, left_v, dy_tile + part * LD);
-      if (CAUSAL && query0 < own + OWN - 1) hide<true, true>(s, own + g - query0 - t * 2);
+      scores(s, k_operand, q_tile + part * LD);
+      scores(ds, v_operand, dy_tile + part * LD);
+      if (CAUSAL && query0 < own + OWN - 1) causal_mask<true, true>(s, own + g - query0 - t * 2);
 #pragma unroll
       for (int n = 0; n < SPAN_DKDV / 8; n++) {
         Pack<float, 4> row = load<float, 4>((const float *)(stat + part + n * 8));  // lse, delta of two queries
@@ -190,15 +188,12 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_backward_dkdv_kernel(
         }
       }
       u32 f[TALL][SPAN_DKDV / 16][4];
-      factors(f, s);
-      mix<TALL, SPAN_DKDV / 8>(dv, f, dy_tile + part * LD);
-      factors(f, ds);
-      mix<TALL, SPAN_DKDV / 8>(dk, f, q_tile + part * LD);
+      to_operand_a(f, s);
+      pv_gemm<TALL, SPAN_DKDV / 8>(dv, f, dy_tile + part * LD);
+      to_operand_a(f, ds);
+      pv_gemm<TALL, SPAN_DKDV / 8>(dk, f, q_tile + part * LD);
     }
   }
-  float scales[TALL][2], scales_v[TALL][2];
-#pragma unroll
-  for (int i = 0; i < 2 * TALL; i++) scales[i / 2][i % 2] = scale, scales_v[i / 2][i % 2] = rule.scale;
-  store_rows(dqkv + start, stride, own, T, k_tile + warp * OWN * LD, dk, scales);
-  store_rows(dqkv + start + K * D, stride, own, T, v_tile + warp * OWN * LD, dv, scales_v);
+  store_rows(dqkv + start, stride, own, T, k_tile + warp * OWN * LD, dk, scale);
+  store_rows(dqkv + start + K * D, stride, own, T, v_tile + warp * OWN * LD, dv, rule.scale);
 }

@@ -2,24 +2,26 @@
 // forward   writes =  y: (N, H D) f32;  lse: (B, H, T) f32
 // backward  writes =  dqkv: (N, (H + 2 K) D) f32, in two launches: dq and rowsums of dy y, then dk and dv
 // numerics  everything in f32
-// layout    a block owns 32 rows, a warp 8 of them, and streams tiles of 32 rows; in a product over D a lane is a
-//           streamed row, in a product over rows it is every 32nd element of D
+// layout    a block owns 32 rows, a warp 8 of them, and streams tiles of 32 rows. In a matmul over D each lane computes
+//           one streamed row, in a matmul over rows every 32nd element of D
 // determinism  fixed order, no atomics: always the same bits
-// speed     not measured yet; it is for checking, and for cards and models that ask for float32
+// speed     not measured yet; meant for checks and for training in float32
 // source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2
 //
-// Defines: D, CAUSAL, DROPOUT.
+// Defines (op.py): D, CAUSAL, DROPOUT, THREADS, ROWS (of a block, and of a streamed tile: 32, one for each lane),
+// LD (elements of a row in shared memory: odd, so that 32 rows lie in 32 banks).
 #include "kernel.cuh"
+#if !defined(D) || !defined(CAUSAL) || !defined(DROPOUT) || !defined(THREADS) || !defined(ROWS) || !defined(LD)
+#error "attention/op.py defines these"
+#endif
 
-#define LD (D | 1)            // a row in shared memory: odd, so that 32 rows lie in 32 banks
-#define OWN 8                 // rows of a warp
-#define ROWS 32               // rows of a block of 4 warps, and of a streamed tile
-#define PER ((D + 31) / 32)   // elements of D that a lane holds
+#define OWN (ROWS * 32 / THREADS)  // rows of a warp
+#define PER ((D + 31) / 32)        // elements of D that a lane holds
 #define FULL 0xffffffffu
 
 // tile (ROWS, LD) = rows first .. of x (.., D), zeros past the end
 __device__ __forceinline__ void load_tile(float *tile, const float *x, i64 stride, int first, int end) {
-  for (int i = threadIdx.x; i < ROWS * D; i += 128) {
+  for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
     int r = i / D, c = i % D;
     tile[r * LD + c] = first + r < end ? x[(first + r) * stride + c] : 0.0f;
   }
@@ -36,7 +38,7 @@ __device__ __forceinline__ void scores(float (&s)[OWN], const float *a, const fl
 }
 
 // o (OWN, D) += s (OWN, ROWS) b (ROWS, D)
-__device__ __forceinline__ void mix(float (&o)[OWN][PER], const float (&s)[OWN], const float *b) {
+__device__ __forceinline__ void pv_gemm(float (&o)[OWN][PER], const float (&s)[OWN], const float *b) {
   int lane = threadIdx.x % 32;
   for (int j = 0; j < ROWS; j++, b += LD) {
     float p[OWN];
@@ -67,7 +69,7 @@ __device__ __forceinline__ void store_rows(float *y, i64 stride, int first, int 
       if (first + r < end && i * 32 + lane < D) y[(first + r) * stride + i * 32 + lane] = o[r][i] * scale[r];
 }
 
-// What becomes of a probability: 0 or the scale.
+// The factor of a probability: 0 or the scale.
 __device__ __forceinline__ float factor(const DropoutRule &rule, i64 element) {
   if constexpr (!DROPOUT) return 1.0f;
   uint4 r = rule.bits(element / 4);
@@ -77,7 +79,7 @@ __device__ __forceinline__ float factor(const DropoutRule &rule, i64 element) {
 
 // Blocks of one head are neighbours, so that what they stream stays in L2.
 #define PLACE(heads)                                                                                          \
-  HG_SHARED(float, room);                                                                                     \
+  HG_SHARED(float, shared);                                                                                     \
   const int T = (int)T_, blocks = (T + ROWS - 1) / ROWS, head = blockIdx.x / blocks, lane = threadIdx.x % 32; \
   const int own_tile = threadIdx.x / 32 * OWN, row0 = blockIdx.x % blocks * ROWS, own = row0 + own_tile;      \
   const int b = head / (int)heads;                                                                            \
@@ -85,19 +87,22 @@ __device__ __forceinline__ float factor(const DropoutRule &rule, i64 element) {
   const float scale = rsqrtf((float)D);                                                                       \
   const DropoutRule rule(scalars, p, stream)
 
-KERNEL __launch_bounds__(128, 2) attention_forward_kernel(
+KERNEL __launch_bounds__(THREADS, 2) attention_forward_simt_kernel(
     float *y,           // (N, H D)
     float *lse,         // (B, H, T)
     const float *qkv,   // (N, H + 2 K, D)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
-  float *q_tile = room, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
+  float *q_tile = shared, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
   const float *q = qkv + b * T * stride + h * D, *k = q + (H - h + h / (H / K)) * D, *v = k + K * D;
   float o[OWN][PER], top[OWN], sum[OWN];
   clear(o);
 #pragma unroll
-  for (int r = 0; r < OWN; r++) top[r] = -HG_INF, sum[r] = 0.0f;
+  for (int r = 0; r < OWN; r++) {
+    top[r] = -HG_INF;
+    sum[r] = 0.0f;
+  }
   load_tile(q_tile, q, stride, row0, T);
   for (int key0 = 0; key0 < end; key0 += ROWS) {
     __syncthreads();
@@ -118,7 +123,7 @@ KERNEL __launch_bounds__(128, 2) attention_forward_kernel(
 #pragma unroll
       for (int i = 0; i < PER; i++) o[r][i] *= shrink;
     }
-    mix(o, s, v_tile);
+    pv_gemm(o, s, v_tile);
   }
 #pragma unroll
   for (int r = 0; r < OWN; r++) {
@@ -131,7 +136,7 @@ KERNEL __launch_bounds__(128, 2) attention_forward_kernel(
 
 struct Stat { float lse, delta; };  // of a query row; delta: rowsum of dy y
 
-KERNEL __launch_bounds__(128, 2) attention_backward_dq_kernel(
+KERNEL __launch_bounds__(THREADS, 2) attention_backward_dq_simt_kernel(
     float *dqkv,        // (N, H + 2 K, D): the first H
     Stat *stats,        // (B, H, T)
     const float *dy,    // (N, H D)
@@ -140,7 +145,7 @@ KERNEL __launch_bounds__(128, 2) attention_backward_dq_kernel(
     const float *lse,   // (B, H, T)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(H);
-  float *q_tile = room, *dy_tile = q_tile + ROWS * LD, *k_tile = dy_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
+  float *q_tile = shared, *dy_tile = q_tile + ROWS * LD, *k_tile = dy_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD;
   const int h = head % (int)H, end = CAUSAL ? min(T, row0 + ROWS) : T;
   const i64 start = b * T * stride + h * D, start_y = (b * T * H + h) * D;
   const float *k = qkv + start + (H - h + h / (H / K)) * D, *v = k + K * D;
@@ -172,21 +177,21 @@ KERNEL __launch_bounds__(128, 2) attention_backward_dq_kernel(
       float prob = key < T && (!CAUSAL || key <= own + r) ? expf(s[r] * scale - base[r]) : 0.0f;
       ds[r] = prob * (ds[r] * factor(rule, ((i64)head * T + own + r) * T + key) - mean[r]);
     }
-    mix(dq, ds, k_tile);
+    pv_gemm(dq, ds, k_tile);
   }
 #pragma unroll
   for (int r = 0; r < OWN; r++) mean[r] = scale;
   store_rows(dqkv + start, stride, own, T, dq, mean);
 }
 
-KERNEL __launch_bounds__(128, 2) attention_backward_dkdv_kernel(
+KERNEL __launch_bounds__(THREADS, 2) attention_backward_dkdv_simt_kernel(
     float *dqkv,         // (N, H + 2 K, D): the last 2 K
     const Stat *stats,   // (B, H, T)
     const float *dy,     // (N, H D)
     const float *qkv,    // (N, H + 2 K, D)
     const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
   PLACE(K);
-  float *k_tile = room, *v_tile = k_tile + ROWS * LD, *q_tile = v_tile + ROWS * LD, *dy_tile = q_tile + ROWS * LD;
+  float *k_tile = shared, *v_tile = k_tile + ROWS * LD, *q_tile = v_tile + ROWS * LD, *dy_tile = q_tile + ROWS * LD;
   const int group = (int)(H / K), head0 = head % (int)K * group;
   const i64 start = b * T * stride + (H + head % K) * D;
   float dk[OWN][PER], dv[OWN][PER];
@@ -212,8 +217,8 @@ KERNEL __launch_bounds__(128, 2) attention_backward_dkdv_kernel(
         ds[r] = prob * (ds[r] * kept - stat.delta);
         s[r] = prob * kept;
       }
-      mix(dv, s, dy_tile);
-      mix(dk, ds, q_tile);
+      pv_gemm(dv, s, dy_tile);
+      pv_gemm(dk, ds, q_tile);
     }
   float scales[OWN];
 #pragma unroll

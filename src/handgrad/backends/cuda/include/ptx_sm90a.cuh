@@ -1,9 +1,8 @@
-// Hopper's own instructions (sm_90a), one function each: tensor cores that read shared memory (wgmma), the copy engine
-// (TMA), barriers that count bytes, clusters of blocks. Our own product and attention use them.
+// Inline PTX for sm_90a (Hopper), one function per instruction: wgmma, TMA, mbarriers, clusters, setmaxnreg.
 //
-// wgmma, as a warp group (128 threads, four warps w) sees it: d (64 x n, f32) += a (64 x 16) b (16 x n), bf16. With
+// wgmma: a warpgroup (128 threads, four warps w) computes d (64 x n, f32) += a (64 x 16) b (16 x n), bf16. With
 // g = lane / 4, t = lane % 4, register d[4 j + e] is element (16 w + g + 8 (e / 2), 8 j + 2 t + e % 2).
-// Operands lie in boxes of 64 rows of 128 bytes, 16-byte pieces of row r at piece ^ (r % 8) ("128B swizzle"):
+// Operands are TMA tiles of 64 rows of 128 bytes, with 16-byte word i of row r at i ^ (r % 8) ("128B swizzle"):
 //   a_mn = 0: a row is one of a's 64 rows, 64 values of k          1: a row is one k, 64 of a's rows in it
 //   b_mn = 0: a row is one column of b, 64 values of k             1: a row is one k, 64 columns of b in it
 #pragma once
@@ -11,8 +10,8 @@
 
 __device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Describes an operand that starts at p; `next` bytes from one box of 64 rows or columns to the next (mn forms only).
-__device__ __forceinline__ u64 operand(const void *p, u32 next) {
+// The descriptor of an operand that starts at p; `next`: bytes between TMA tiles of 64 rows or columns (mn forms only).
+__device__ __forceinline__ u64 wgmma_operand(const void *p, u32 next) {
   return (u64)(shared_address(p) >> 4 & 0x3fff) | (u64)(next >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -53,8 +52,9 @@ template <> struct Wgmma<256> {
   }
 };
 
-// The same with n = 64 and each warp's 16 x 16 part of a in registers, as mma_bf16 of ptx.cuh has it.
-template <int b_mn> __device__ __forceinline__ void wgmma_held(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
+// The same with n = 64 and a in registers: each warp's 16 x 16 part, laid out as for mma_bf16 (ptx.cuh).
+template <int b_mn>
+__device__ __forceinline__ void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int adds) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
@@ -64,24 +64,27 @@ template <int b_mn> __device__ __forceinline__ void wgmma_held(float (&d)[32], c
       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(b_mn));
 }
-// Sums that a wait has made complete: nothing reads them before it.
+// Keeps the compiler from reading accumulators before the wait that completes them.
 template <int n> __device__ __forceinline__ void wgmma_settle(float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Barriers of 8 bytes in shared memory: a phase ends when all arrivals and all announced bytes have come.
+// mbarriers, 8 bytes in shared memory: a phase completes when all arrivals and all announced bytes have come.
 __device__ __forceinline__ void barrier_init(u64 *b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_expect(u64 *b, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(shared_address(b)), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(u64 *b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
-// Arrives at the same barrier of block `rank` of the cluster.
+// Arrives at the barrier at the same address in block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive(u64 *b, int rank) {
   asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];}" :: "r"(shared_address(b)), "r"(rank) : "memory");
@@ -92,53 +95,57 @@ __device__ __forceinline__ void barrier_wait(u64 *b, int parity) {
                "@done bra READY;\nbra AGAIN;\nREADY:}" :: "r"(shared_address(b)), "r"(parity) : "memory");
 }
 
-// A tensor map: made by the driver, 128 bytes, passed as a __grid_constant__ argument.
+// A tensor map: encoded by the driver, passed as a __grid_constant__ argument.
 struct alignas(64) TensorMap { char opaque[128]; };
 
-// The box at (x, y) of a map, x along its rows; it arrives as bytes of the barrier. In several blocks of the cluster at
-// once with `blocks`, a bit each, at the same place and barrier of all of them.
-__device__ __forceinline__ void box_load(void *to, const TensorMap *map, int x, int y, u64 *barrier) {
+// Loads the TMA tile at column x, row y of a map; its bytes complete the barrier. `blocks`: a bit for each block of the
+// cluster that receives the tile, at the same address and barrier.
+__device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, int y, u64 *barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void box_load(void *to, const TensorMap *map, int x, int y, u64 *barrier, u16 blocks) {
+__device__ __forceinline__ void tma_load(void *to, const TensorMap *map, int x, int y, u64 *barrier, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
                " [%0], [%1, {%2, %3}], [%4], %5;"
-               :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+               :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks)
+               : "memory");
 }
-// `size` bytes in a row, a multiple of 16.
-__device__ __forceinline__ void row_load(void *to, const void *from, int size, u64 *barrier) {
+// Loads `size` contiguous bytes, a multiple of 16.
+__device__ __forceinline__ void tma_load_bytes(void *to, const void *from, int size, u64 *barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(shared_address(to)), "l"(from), "r"(size), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void box_store(const TensorMap *map, int x, int y, const void *from) {
+__device__ __forceinline__ void tma_store(const TensorMap *map, int x, int y, const void *from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                :: "l"(map), "r"(x), "r"(y), "r"(shared_address(from)) : "memory");
 }
-__device__ __forceinline__ void box_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int pending> __device__ __forceinline__ void box_store_read() {  // all but `pending` have left shared memory
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until all but `pending` stores have read shared memory.
+template <int pending> __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(pending) : "memory");
 }
-__device__ __forceinline__ void box_store_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Ordinary stores to shared memory before it are seen by the copy engine and the tensor cores after it.
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Makes earlier stores to shared memory visible to TMA and wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four 8x8 tiles of 16-bit elements to shared memory: ldmatrix backwards.
+// Stores four 8x8 tiles of 16-bit elements to shared memory: the inverse of ldmatrix.
 __device__ __forceinline__ void store_matrix(void *row, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                :: "r"(shared_address(row)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-// p[0] += a, p[1] += b, in the second cache: nobody waits for what was there.
+// p[0] += a, p[1] += b, added in L2: the thread does not wait for the old values.
 __device__ __forceinline__ void add_pair(float *p, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(p), "f"(a), "f"(b) : "memory");
 }
-__device__ __forceinline__ void sync_group(int name) {  // 128 threads
+__device__ __forceinline__ void sync_warpgroup(int name) {  // 128 threads
   asm volatile("bar.sync %0, 128;" :: "r"(name) : "memory");
 }
-__device__ __forceinline__ void sync_both(int name) {  // 256 threads, of which some only arrive
+__device__ __forceinline__ void sync_warpgroups(int name) {  // 256 threads, of which some only arrive
   asm volatile("bar.sync %0, 256;" :: "r"(name) : "memory");
 }
-__device__ __forceinline__ void arrive_both(int name) { asm volatile("bar.arrive %0, 256;" :: "r"(name) : "memory"); }
+__device__ __forceinline__ void arrive_warpgroups(int name) {
+  asm volatile("bar.arrive %0, 256;" :: "r"(name) : "memory");
+}
 __device__ __forceinline__ int cluster_rank() {
   u32 r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -147,9 +154,9 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <int registers> __device__ __forceinline__ void give_registers() {
+template <int registers> __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(registers));
 }
-template <int registers> __device__ __forceinline__ void take_registers() {
+template <int registers> __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(registers));
 }

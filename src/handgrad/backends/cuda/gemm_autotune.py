@@ -1,8 +1,8 @@
-"""Which of cuBLASLt's algorithms multiplies a product fastest, by the card's clock.
+"""GEMM autotuning: finds cuBLASLt's fastest algorithm for each GEMM by measurement.
 
-Timed are what its heuristic proposes and what it does not: other tiles and clusters for the same kernels, and kernels
-for Hopper that it leaves out. The last word has a race over milliseconds: a card at its power limit lowers its clock
-for what needs more energy, which a short run does not show. Values are those of cublasLt.h 13.
+We time the heuristic's proposals plus configurations it does not propose: other tiles and clusters of the same kernels,
+and Hopper kernels that it leaves out. Finalists run for about 15 ms each: at the power limit, kernels that draw more
+power lower the clock, which short runs do not show. Enum values are those of cublasLt.h 13.
 """
 
 import math
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends.arena import NUMPY
-from handgrad.backends.cuda.card import GEMM_WORKSPACE, WORTH_TUNING
-from handgrad.backends.cuda.cublaslt import CublasLt, Heuristic, Product
+from handgrad.backends.cuda.cublaslt import CublasLt, GemmProblem, Heuristic
+from handgrad.backends.cuda.planner import GEMM_WORKSPACE, WORTH_TUNING
 from handgrad.core.errors import HandgradError
 
-CANDIDATES = 16  # what the heuristic is asked for; it gives at most 8
-WORTH_SEARCHING = 5e10  # FLOP: a tenth of a millisecond
-TURN_FLOPS, LONG_TURN_FLOPS = 5e11, 1e13  # about what is done each time that something is timed: 1 ms, 15 ms
-RUN = 64  # variants that are run twice: those with the least work by tiles and rounds
-FINALISTS, LAST = 6, 3  # of them that go on, and that are in the last race
+CANDIDATES = 16  # proposals that we request; the heuristic returns at most 8
+WORTH_SEARCHING = 5e10  # FLOP: 0.1 ms; smaller GEMMs choose among the proposals alone
+SAMPLE_FLOPS, LONG_SAMPLE_FLOPS = 5e11, 1e13  # of one timed sample: about 1 ms, 15 ms
+VARIANTS = 64  # configurations that are run twice: those that compute least, padding of tiles and waves included
+FINALISTS, LONG_FINALISTS = 6, 3  # of the variants that are measured; of all algorithms that are measured for 15 ms
 # fmt: off
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     64: {192: 116, 256: 19, 320: 117},
@@ -48,11 +48,11 @@ TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     320: {64: 247, 128: 248},
 }
 # fmt: on
-CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1, 2 along one side, 2 along the other
-LARGER = (4, 6, 7, 8)  # of 4 and 8
-AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many as fit, of 64 values of k; so it is with kernels for Hopper
+CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1x1, 2x1, 1x2
+LARGER = (4, 6, 7, 8)  # of 4 and 8 blocks
+AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many stages of k = 64 as fit, the only value of Hopper kernels
 STAGES_IDS = 13  # cublasLtMatmulAlgoCapAttributes_t
-CUSTOMS = 8  # custom options that kernels for Hopper have
+CUSTOMS = 8  # custom options of Hopper kernels
 CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
     "id": (0, c_int32),
     "tile": (1, c_uint32),
@@ -64,9 +64,9 @@ CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
 Start = Callable[[], None]
 
 
-def tune(blas: CublasLt, products: Sequence[Product]) -> None:
-    """Chooses algorithms for products that have none yet, on memory that is given back."""
-    todo = [p for p in dict.fromkeys(products) if p.flops >= WORTH_TUNING and blas.lacks(p)]
+def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
+    """Chooses algorithms for GEMMs that have none yet, in memory that it frees again."""
+    todo = [p for p in dict.fromkeys(problems) if p.flops >= WORTH_TUNING and blas.untimed(p)]
     if not todo:
         return
     device = blas.device
@@ -80,30 +80,33 @@ def tune(blas: CublasLt, products: Sequence[Product]) -> None:
     }
     at = {name: device.alloc(max(size, 256)) for name, size in sizes.items()}
     workspace = device.alloc(GEMM_WORKSPACE)
-    finalists: list[tuple[Product, Heuristic, Start]] = []
+    candidates: list[tuple[GemmProblem, Heuristic, Start]] = []
     try:
-        for name in at:  # random values: a product of zeros runs faster than a real one
+        for name in at:  # random values: a GEMM of zeros draws less power and runs faster
             device.randomise(at[name], sizes[name])
         for p in todo:
             bias = at["bias"] if p.epilogue in ("bias", "gelu") else 0
             aux = at["aux"] if p.epilogue in ("gelu", "dgelu") else 0
             description, layouts = blas.describe(p, bias, aux)
 
-            def starter(h: Heuristic, p: Product = p, description: Any = description, layouts: Any = layouts) -> Start:
+            def starter(
+                h: Heuristic, p: GemmProblem = p, description: Any = description, layouts: Any = layouts
+            ) -> Start:
                 addresses = at["a"], at["b"], at["out"], workspace
                 return partial(blas.starter(description, layouts, h, *addresses, device.stream), p.adds)
 
             found = blas.proposals(description, layouts, CANDIDATES)
             if not found:
-                raise HandgradError("cublaslt", "the library multiplies this shape", p)
+                raise HandgradError("cublaslt", "the library supports this GEMM", p)
             if p.flops >= WORTH_SEARCHING:
                 found += _fastest(blas, variants(blas, p, description, layouts, found), starter)
-            finalists += [(p, h, starter(h)) for h in found]
+            candidates += [(p, h, starter(h)) for h in found]
         for long in (False, True):
-            taken = blas.graphs.race([(start, repeats(p.flops, long)) for p, _, start in finalists])
-            ranked = {p: sorted((t, i) for i, t in enumerate(taken) if finalists[i][0] == p) for p in todo}
-            finalists = [finalists[i] for found in ranked.values() for _, i in found[: 1 if long else LAST]]
-        blas.learn({p: h for p, h, _ in finalists})
+            taken = blas.graphs.measure([(start, repeats(p.flops, long)) for p, _, start in candidates])
+            ranked = {p: sorted((t, i) for i, t in enumerate(taken) if candidates[i][0] == p) for p in todo}
+            kept = 1 if long else LONG_FINALISTS
+            candidates = [candidates[i] for found in ranked.values() for _, i in found[:kept]]
+        blas.learn({p: h for p, h, _ in candidates})
     finally:
         device.sync()
         for address in (*at.values(), workspace):
@@ -111,20 +114,20 @@ def tune(blas: CublasLt, products: Sequence[Product]) -> None:
 
 
 def repeats(flops: float, long: bool = True) -> int:
-    """How often something that does so much is begun each time that it is timed; long: where it is worth it."""
-    turn = LONG_TURN_FLOPS if long and flops >= WORTH_SEARCHING else TURN_FLOPS
-    return 1 + int(turn / max(flops, WORTH_TUNING))
+    """Runs in one timed sample of something that does `flops`; long: samples of 15 ms where that is worth it."""
+    sample = LONG_SAMPLE_FLOPS if long and flops >= WORTH_SEARCHING else SAMPLE_FLOPS
+    return 1 + int(sample / max(flops, WORTH_TUNING))
 
 
 def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Start]) -> list[Heuristic]:
-    """The FINALISTS that took least the second time that they ran."""
+    """The FINALISTS whose second run was fastest."""
     begin, end = blas.device.event(True), blas.device.event(True)
     times = []
     for i, h in enumerate(found):
         start = starter(h)
         try:
             start()
-        except HandgradError:  # that the library can do it was a promise, which nobody else has tried
+        except HandgradError:  # the library's check passed, the launch did not
             continue
         blas.device.record(begin)
         start()
@@ -134,11 +137,11 @@ def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heur
 
 
 def variants(
-    blas: CublasLt, p: Product, description: Any, layouts: Sequence[Any], proposed: Sequence[Heuristic]
+    blas: CublasLt, p: GemmProblem, description: Any, layouts: Sequence[Any], proposed: Sequence[Heuristic]
 ) -> list[Heuristic]:
-    """RUN algorithms, or fewer, that can do a product and were not proposed for it.
+    """At most VARIANTS configurations that support a GEMM and were not proposed for it.
 
-    With GELU it is small tiles in large clusters that are fast, which no rule foretells: all few hundred are run.
+    With a GELU epilogue small tiles in large clusters win, and no rule predicts which: all few hundred are returned.
     """
     gelu, seen = p.epilogue == "gelu", {_config(blas, h) for h in proposed}
     found: list[tuple[float, int, Heuristic]] = []
@@ -154,18 +157,18 @@ def variants(
                     if h is not None and _config(blas, h) not in seen:
                         seen.add(_config(blas, h))
                         found.append((math.ceil(h.waves) * area, len(found), h))
-    return [h for *_, h in sorted(found)[: None if gelu else RUN]]
+    return [h for *_, h in sorted(found)[: None if gelu else VARIANTS]]
 
 
-def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list[tuple[Heuristic, set[tuple]]]:
-    """An algorithm of each family worth a look, and what (stages, custom option, inner shape) to try with it."""
+def _families(blas: CublasLt, p: GemmProblem, proposed: Sequence[Heuristic]) -> list[tuple[Heuristic, set[tuple]]]:
+    """An algorithm of each family worth trying, and the (stages, custom option, inner shape) to try with it."""
     known: dict[int, tuple[Heuristic, set[tuple]]] = {}
     for h in proposed:
         number, _, custom, stages, inner, _ = _config(blas, h)
         known.setdefault(number, (h, set()))[1].add((stages, custom, inner))
     ids, count, types = (c_int * 100)(), c_int(0), blas.types(p)
     if any(s == AUTOMATIC_64 for _, settings in known.values() for s, *_ in settings):
-        return list(known.values())  # kernels for Hopper were proposed, then the best of them are among their family
+        return list(known.values())  # Hopper kernels were proposed, and the best ones belong to their family
     if blas.dll.cublasLtMatmulAlgoGetIds(blas.handle, *types, len(ids), ids, byref(count)):
         return list(known.values())
     for number in ids[: count.value]:
@@ -180,7 +183,7 @@ def _families(blas: CublasLt, p: Product, proposed: Sequence[Heuristic]) -> list
 def _checked(
     blas: CublasLt, base: Heuristic, choice: dict[str, int], description: Any, layouts: Sequence[Any]
 ) -> Heuristic | None:
-    """An algorithm with another configuration, or None where the library does not multiply so."""
+    """An algorithm with another configuration, or None if the library does not support it."""
     h, (b, a, out) = Heuristic.from_buffer_copy(base), layouts
     for name, value in choice.items():
         number, kind = CONFIG[name]
@@ -194,7 +197,7 @@ def _checked(
 
 
 def _config(blas: CublasLt, h: Heuristic) -> tuple[int, ...]:
-    """An algorithm's values of CONFIG."""
+    """The CONFIG values of an algorithm."""
     found, written = [], c_size_t()
     for number, kind in CONFIG.values():
         value = kind()
@@ -205,7 +208,7 @@ def _config(blas: CublasLt, h: Heuristic) -> tuple[int, ...]:
 
 
 def _stages(blas: CublasLt, h: Heuristic) -> list[int]:
-    """How an algorithm can be staged, of cublasLtMatmulStages_t; none where it cannot choose."""
+    """The cublasLtMatmulStages_t values that an algorithm supports; empty if it has no choice."""
     values, written = (c_uint32 * 1024)(), c_size_t()
     if blas.dll.cublasLtMatmulAlgoCapGetAttribute(byref(h), STAGES_IDS, values, sizeof(values), byref(written)):
         return []

@@ -1,0 +1,86 @@
+"""GpuPlanner: plans a run for a GPU that need not be in this machine: scratch, workspaces, implementations."""
+
+from weakref import WeakKeyDictionary
+
+from handgrad.backends.base import Planner
+from handgrad.core.errors import HandgradError
+from handgrad.core.op import Call, Op
+from handgrad.core.plan import aligned
+from handgrad.launch import Gemm, Gpu, Kernel, Launches, Sdpa
+
+GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
+WORTH_TUNING = 1e9  # FLOP: calls with less run what the library proposes first, or the first alternative
+
+
+def describe(arch: str, sms: int, shared_bytes: int, l2_bytes: int, **choices: bool) -> Gpu:
+    """A Gpu with the features that follow from its architecture."""
+    features = {"has_wgmma": arch == "sm_90a", "has_tma": int(arch.removeprefix("sm_").rstrip("a")) >= 90}
+    return Gpu(arch, sms, shared_bytes, l2_bytes, **features, **choices)
+
+
+GPUS = {
+    "a100": describe("sm_80", 108, 163 << 10, 40 << 20),
+    "4090": describe("sm_89", 128, 99 << 10, 72 << 20),
+    "h100": describe("sm_90a", 132, 227 << 10, 50 << 20),
+    "h200": describe("sm_90a", 132, 227 << 10, 60 << 20),
+    "b200": describe("sm_100a", 148, 227 << 10, 126 << 20),
+}
+PRODUCT_NAMES = {  # as the driver reports them
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "4090": "NVIDIA GeForce RTX 4090",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+class GpuPlanner(Planner):
+    """What planning asks of the cuda backend. gpu: a key of GPUS, or the features of any GPU."""
+
+    name, is_concurrent = "cuda", True
+    head_rows = 32768
+    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
+
+    def __init__(self, gpu: Gpu | str):
+        if isinstance(gpu, str) and gpu not in GPUS:
+            raise HandgradError("cuda", f"a GPU to plan for is one of {', '.join(GPUS)}", f"'{gpu}'")
+        self.gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+        self._launches: WeakKeyDictionary[Call, Launches] = WeakKeyDictionary()
+
+    def has(self, op: Op) -> bool:
+        return type(op).cuda is not Op.cuda
+
+    def launches(self, call: Call) -> Launches:
+        """What the op declares for this call. Planning, autotuning and binding share one answer."""
+        if call not in self._launches:
+            self._launches[call] = call.op.cuda(call, self.gpu)
+        return self._launches[call]
+
+    def scratch(self, call: Call) -> int:
+        """Bytes of the op's own scratch and of the library workspace behind it, enough for every alternative."""
+        return max(_scratch(a) for a in self.launches(call).alternatives())
+
+    def note(self, call: Call) -> str:
+        """The bound implementation; where autotuning will choose, every one that it may choose."""
+        alternatives = self.launches(call).alternatives()
+        timed = call.op.flops(call) >= WORTH_TUNING and not self.gpu.deterministic
+        if len(alternatives) > 1 and timed:
+            return ", or ".join(a.note or "apart" for a in alternatives)
+        return alternatives[0].note
+
+
+def _scratch(launches: Launches) -> int:
+    library = [s for s in launches.steps if not isinstance(s, Kernel)]
+    workspaces = [GEMM_WORKSPACE if isinstance(s, Gemm) else attention_workspace(s) for s in library]
+    return aligned(launches.scratch) + max(workspaces, default=0)
+
+
+def attention_workspace(s: Sdpa) -> int:
+    """An upper bound of the bytes that cuDNN requests: dq and row sums in float32, eight times dq where the order of
+    sums is fixed, and a copy of dk and dv for each query head where heads share keys. Binding raises if it requests
+    more."""
+    if s.direction == "forward":
+        return 1 << 20
+    rows = s.B * s.H * s.T
+    shared = 2 * rows * s.D * 2 if s.H != s.K else 0
+    return rows * s.D * 4 * (8 if s.deterministic else 1) + rows * 4 + shared + (1 << 20)
