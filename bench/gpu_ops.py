@@ -4,10 +4,10 @@
     python bench/gpu_ops.py --ops add_norm norm_backward
     python bench/gpu_ops.py --smoke                      toy sizes on the CPU: does this script work?
 
-A row is one CUDA graph of at least 16 calls, which rotate over buffers that exceed L2 together, replayed for a tenth of
-a second; the time of a call, gaps between kernels included, is the median of nine such samples. GB/s counts every byte
-that a call must move once. `copy` is cudaMemcpy on the device, reads and writes counted. What a call finds in L2 because
-the previous call left it there shows in whole steps only.
+A row is one CUDA graph of at least 16 calls, which rotate over buffers that together exceed L2. It is replayed for a
+tenth of a second; the time of a call, gaps between kernels included, is the median of nine such samples. GB/s counts
+every byte that a call must move once. `copy` is cudaMemcpy on the device, reads and writes counted. What a call finds
+in L2 because the previous call left it there shows in whole steps only.
 """
 
 import argparse
