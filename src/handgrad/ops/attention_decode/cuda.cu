@@ -23,16 +23,104 @@
 // The weight of a sum with maximum m, once the maximum is top; 0 for an empty sum.
 __device__ __forceinline__ float weight(float m, float top) { return m == -HG_INF ? 0.0f : expf(m - top); }
 
-// Online softmax of a lane group: the weighted sum of values, of the lane's elements, with its maximum and total
-// weight.
-struct LaneSum {
-  float o[PER][VEC], top, total;
+// Merges a block's lane groups, then its warps: y (D), or where PARTS > 1 the chunk's sum, maximum and total weight.
+// o, top, total: the lane's elements of its group's weighted sum of values, the maximum score, the sum of weights.
+__device__ __forceinline__ void merge_block(real *y, float *part, float (&o)[PER][VEC], float top, float total) {
+  __shared__ float tops[WARPS], totals[WARPS], sums[WARPS][D];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
+  const float warp_top = warp_reduce(top, Max()), mine = weight(top, warp_top);
+  total *= mine;
+#pragma unroll
+  for (int lanes = LANES; lanes < 32; lanes *= 2) total += __shfl_xor_sync(FULL, total, lanes);
+#pragma unroll
+  for (int i = 0; i < PER; i++)
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+      o[i][e] *= mine;
+#pragma unroll
+      for (int lanes = LANES; lanes < 32; lanes *= 2) o[i][e] += __shfl_xor_sync(FULL, o[i][e], lanes);
+      int d = i * LANES * VEC + own + e;
+      if (lane < LANES && d < D) sums[warp][d] = o[i][e];
+    }
+  if (lane == 0) {
+    tops[warp] = warp_top;
+    totals[warp] = total;
+  }
+  __syncthreads();
+  float block_top = tops[0], block_total = 0.0f, weights[WARPS];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) block_top = fmaxf(block_top, tops[w]);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    weights[w] = weight(tops[w], block_top);
+    block_total += weights[w] * totals[w];
+  }
+  for (int d = threadIdx.x; d < D; d += THREADS) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += weights[w] * sums[w][d];
+    if (PARTS == 1) y[d] = from_float<real>(sum / block_total);
+    else part[d] = sum;
+  }
+  if (PARTS > 1 && threadIdx.x == 0) {
+    part[D] = block_top;
+    part[D + 1] = block_total;
+  }
+}
 
-  // Adds AHEAD keys and values, of which this lane group has s0 + lane / LANES, then every step-th; none from last on.
-  __device__ __forceinline__ void add(const float (&q)[PER][VEC], const Pack<real, VEC> (&k)[AHEAD][PER],
-                                      const Pack<real, VEC> (&v)[AHEAD][PER], i64 s0, i64 last, int step) {
-    const int lane = threadIdx.x % 32, own = lane % LANES * VEC;
-    float z[AHEAD], higher = top;
+KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
+    real *y,            // (N, H D), where PARTS is 1
+    float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
+    real *cache,        // (B, S, 2, K, D), in and out
+    const real *qkv,    // (N, H + 2 K, D)
+    const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
+  const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
+  const i64 position = scalars->position, row = (H + 2 * K) * D, end = position + t + 1;
+  const i64 first = end * blockIdx.y / PARTS, last = end * (blockIdx.y + 1) / PARTS;
+  const real *fresh = qkv + (b * T - position) * row + (H + kv) * D;  // key s of position and later, s rows from here
+  real *cached = cache + b * S * 2 * K * D + kv * D;
+  const float scale = rsqrtf((float)D);
+
+  if (blockIdx.y == 0 && h % (H / K) == 0)  // this block appends its key and value; no block reads them from the cache
+    for (int d = threadIdx.x; d < D; d += THREADS) {
+      real *to = cached + (position + t) * 2 * K * D + d;
+      const real *from = fresh + (position + t) * row + d;
+      to[0] = from[0];
+      to[K * D] = from[K * D];
+    }
+
+  float q[PER][VEC], o[PER][VEC], top = -HG_INF, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PER; i++) {
+    int d = i * LANES * VEC + own;
+    Pack<real, VEC> x;
+    if (d < D) x = load<real, VEC>(qkv + n * row + h * D + d);
+#pragma unroll
+    for (int e = 0; e < VEC; e++) {
+      q[i][e] = d < D ? x.at(e) * scale : 0.0f;
+      o[i][e] = 0.0f;
+    }
+  }
+
+  constexpr int step = THREADS / LANES;  // keys that the block's lane groups take at a time
+  for (i64 s0 = first + warp * (32 / LANES); s0 < last; s0 += step * AHEAD) {
+    Pack<real, VEC> k[AHEAD][PER], v[AHEAD][PER];
+    float z[AHEAD];
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      i64 s = min(s0 + a * step + lane / LANES, last - 1);
+      const real *at = s < position ? cached + s * 2 * K * D : fresh + s * row;
+#pragma unroll
+      for (int i = 0; i < PER; i++) {
+        int d = i * LANES * VEC + own;
+        if (d < D) {
+          k[a][i] = load<real, VEC>(at + d);
+          v[a][i] = load<real, VEC>(at + K * D + d);
+        }
+      }
+    }
+    float higher = top;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
       z[a] = 0.0f;
@@ -64,112 +152,8 @@ struct LaneSum {
           if (i * LANES * VEC + own < D) o[i][e] += p * v[a][i].at(e);
     }
   }
-
-  // Merges the lane groups of a warp; its sum goes to `to` (D), its maximum and total weight stay in all lanes.
-  __device__ __forceinline__ void merge_warp(float *to) {
-    const int lane = threadIdx.x % 32, own = lane % LANES * VEC;
-    const float warp_top = warp_reduce(top, Max()), mine = weight(top, warp_top);
-    top = warp_top;
-    total *= mine;
-#pragma unroll
-    for (int lanes = LANES; lanes < 32; lanes *= 2) total += __shfl_xor_sync(FULL, total, lanes);
-#pragma unroll
-    for (int i = 0; i < PER; i++)
-#pragma unroll
-      for (int e = 0; e < VEC; e++) {
-        o[i][e] *= mine;
-#pragma unroll
-        for (int lanes = LANES; lanes < 32; lanes *= 2) o[i][e] += __shfl_xor_sync(FULL, o[i][e], lanes);
-        int d = i * LANES * VEC + own + e;
-        if (lane < LANES && d < D) to[d] = o[i][e];
-      }
-  }
-};
-
-KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
-    real *y,            // (N, H D), where PARTS is 1
-    float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
-    real *cache,        // (B, S, 2, K, D), in and out
-    const real *qkv,    // (N, H + 2 K, D)
-    const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K) {
-  __shared__ float tops[WARPS], totals[WARPS], sums[WARPS][D];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
-  const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
-  const i64 position = scalars->position, row = (H + 2 * K) * D, end = position + t + 1;
-  const i64 first = end * blockIdx.y / PARTS, last = end * (blockIdx.y + 1) / PARTS;
-  const real *fresh = qkv + (b * T - position) * row + (H + kv) * D;  // key s of position and later, s rows from here
-  real *cached = cache + b * S * 2 * K * D + kv * D;
-  const float scale = rsqrtf((float)D);
-
-  if (blockIdx.y == 0 && h % (H / K) == 0)  // this block appends its key and value; no block reads them from the cache
-    for (int d = threadIdx.x; d < D; d += THREADS) {
-      real *to = cached + (position + t) * 2 * K * D + d;
-      const real *from = fresh + (position + t) * row + d;
-      to[0] = from[0];
-      to[K * D] = from[K * D];
-    }
-
-  float q[PER][VEC];
-  LaneSum sum;
-  sum.top = -HG_INF;
-  sum.total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < PER; i++) {
-    int d = i * LANES * VEC + own;
-    Pack<real, VEC> x;
-    if (d < D) x = load<real, VEC>(qkv + n * row + h * D + d);
-#pragma unroll
-    for (int e = 0; e < VEC; e++) {
-      q[i][e] = d < D ? x.at(e) * scale : 0.0f;
-      sum.o[i][e] = 0.0f;
-    }
-  }
-
-  constexpr int step = THREADS / LANES;  // keys that the block's lane groups take at a time
-  for (i64 s0 = first + warp * (32 / LANES); s0 < last; s0 += step * AHEAD) {
-    Pack<real, VEC> k[AHEAD][PER], v[AHEAD][PER];
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++) {
-      i64 s = min(s0 + a * step + lane / LANES, last - 1);
-      const real *at = s < position ? cached + s * 2 * K * D : fresh + s * row;
-#pragma unroll
-      for (int i = 0; i < PER; i++) {
-        int d = i * LANES * VEC + own;
-        if (d < D) {
-          k[a][i] = load<real, VEC>(at + d);
-          v[a][i] = load<real, VEC>(at + K * D + d);
-        }
-      }
-    }
-    sum.add(q, k, v, s0, last, step);
-  }
-
-  sum.merge_warp(sums[warp]);
-  if (lane == 0) {
-    tops[warp] = sum.top;
-    totals[warp] = sum.total;
-  }
-  __syncthreads();
-  float block_top = tops[0], block_total = 0.0f, weights[WARPS];
-#pragma unroll
-  for (int w = 1; w < WARPS; w++) block_top = fmaxf(block_top, tops[w]);
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-    weights[w] = weight(tops[w], block_top);
-    block_total += weights[w] * totals[w];
-  }
   float *part = parts + ((i64)blockIdx.x * PARTS + blockIdx.y) * (D + 2);
-  for (int d = threadIdx.x; d < D; d += THREADS) {
-    float merged = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) merged += weights[w] * sums[w][d];
-    if (PARTS == 1) y[(n * H + h) * D + d] = from_float<real>(merged / block_total);
-    else part[d] = merged;
-  }
-  if (PARTS > 1 && threadIdx.x == 0) {
-    part[D] = block_top;
-    part[D + 1] = block_total;
-  }
+  merge_block(y + (n * H + h) * D, part, o, top, total);
 }
 
 KERNEL __launch_bounds__(THREADS) attention_decode_merge_kernel(
