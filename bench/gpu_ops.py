@@ -4,17 +4,10 @@
     python bench/gpu_ops.py --ops add_norm norm_backward
     python bench/gpu_ops.py --smoke                      tiny sizes on the CPU, to test this script
 
-<<<<<<< HEAD
 A row is one CUDA graph of at least 16 calls, which cycle through buffers that together exceed L2. A sample replays the
 graph for a tenth of a second; the time of a call is the median of nine samples and includes the gaps between kernels.
 GB/s counts every byte that a call must move once. `copy` is a device-to-device cudaMemcpy, reads and writes counted.
 Only a whole step (gpu_step.py) shows what a call gains from data that the previous call left in L2.
-=======
-A row is one CUDA graph of at least 16 calls, which rotate over buffers that together exceed L2. It is replayed for a
-tenth of a second; the time of a call, gaps between kernels included, is the median of nine such samples. GB/s counts
-every byte that a call must move once. `copy` is cudaMemcpy on the device, reads and writes counted. What a call finds
-in L2 because the previous call left it there shows in whole steps only.
->>>>>>> cuda
 """
 
 import argparse

@@ -9,6 +9,7 @@ from handgrad import Trainer, backends
 from handgrad.backends.cpu import CpuBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import ONLY
 from handgrad.data import id_dtype, write_shard
 from handgrad.train.log import RunLog
 from handgrad.train.loop import Due, steps
@@ -79,9 +80,9 @@ class ClockedBackend(CpuBackend):
         bound = super().bind(program, arena)
         start_calls = bound.run
 
-        def run(start=0, stop=None):
-            self.now += len(program.calls[start:stop])
-            start_calls(start, stop)
+        def run(segment=None, micro_batch=ONLY):
+            self.now += len(program.part(segment))
+            start_calls(segment, micro_batch)
 
         bound.run = run
         return bound

@@ -11,6 +11,7 @@ import pytest
 
 import handgrad
 from handgrad.backends.arena import STEP_SCALARS_DTYPE
+from handgrad.backends.cpu import arguments
 from handgrad.ops.dropout.reference import keep_mask, philox4x32
 
 INCLUDE = Path(handgrad.__file__).parent / "backends" / "cpu" / "include"
@@ -44,7 +45,17 @@ def lib(request, tmp_path_factory):
     (folder / "headers.c").write_text(SOURCE)
     flags = "-std=gnu11 -O3 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
     target = str(folder / "headers.so")
-    names = [f"-I{INCLUDE}", "-DHG_DTYPE=f32", "-DHG_ISA=test", str(folder / "headers.c"), "-lm", "-o", target]
+    (folder / "arguments.h").write_text(arguments.header(INCLUDE.parents[2]))
+    names = [
+        f"-I{INCLUDE}",
+        f"-I{folder}",
+        "-DHG_DTYPE=f32",
+        "-DHG_ISA=test",
+        str(folder / "headers.c"),
+        "-lm",
+        "-o",
+        target,
+    ]
     subprocess.run([os.environ.get("CC", "cc"), *flags, *request.param, *names], check=True)
     return ctypes.CDLL(target)
 

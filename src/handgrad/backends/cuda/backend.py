@@ -190,8 +190,8 @@ class CudaBackend(Backend):
     def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:
         for c in program.calls:
             if not self.has(c.op):
-                rule, context = "every op has a cuda form", f"called at {c.where}"
-                raise HandgradError("bind", rule, f"none for '{c.op.name}'", context=context, hint="handgrad ops")
+                rule = f"op '{c.op.name}' has no cuda kernel"
+                raise HandgradError("bind", rule, context=f"called at {c.where}", hint="handgrad ops lists them")
         return CudaExecutable(program, arena, self)
 
     # one call -------------------------------------------------------------------------------------------------------
