@@ -17,6 +17,7 @@ from handgrad.train.config import SIZES, Config, ModelConfig
 
 SETTINGS = "config.json"
 UNRECORDED = {("run", name) for name in ("out", "resume", "steps", "threads")}  # changes of them change no result
+RETIRED = {("run", "head_chunks"): 0}  # settings that only earlier versions had, with their defaults
 
 
 def run_folder(c: Config) -> Path:
@@ -94,7 +95,8 @@ def saved_settings(c: Config) -> Config | None:
         return None
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
-        saved = Config(**{f.name: f.default_factory(**groups[f.name]) for f in fields(Config)})
+        kept = {f.name: current(f.name, groups[f.name]) for f in fields(Config)}
+        saved = Config(**{f.name: f.default_factory(**kept[f.name]) for f in fields(Config)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
     m = saved.model
@@ -102,6 +104,11 @@ def saved_settings(c: Config) -> Config | None:
     other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
     sizes = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
     return replace(saved, model=replace(m, **sizes), run=replace(saved.run, out=str(out)))
+
+
+def current(group: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The saved settings of a group without those that only earlier versions had."""
+    return {name: value for name, value in values.items() if (group, name) not in RETIRED}
 
 
 def changes(out: Path, c: Config) -> str:
@@ -116,4 +123,8 @@ def changes(out: Path, c: Config) -> str:
             was = before.get(group, {}).get(name, value)
             if was != value and (group, name) not in UNRECORDED:
                 found.append(f"{group}.{name.replace('_', '-')} is {value!r}, not {was!r}")
+    for (group, name), default in RETIRED.items():
+        was = before.get(group, {}).get(name, default)
+        if was != default:
+            found.append(f"{group}.{name.replace('_', '-')} {was!r} of an earlier version has no effect")
     return ", ".join(found)
