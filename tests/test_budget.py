@@ -9,13 +9,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 450
 BUDGETS = {  # folders that share a budget: lines
-    "core": 900,
-    "backends": 3460,
-    "train optim": 2100,
-    "data tokenizers": 1700,
-    "io": 700,
+    "core": 1000,
+    "backends": 3300,
+    "train": 2300,
+    "optim": 350,
+    "data tokenizers": 1750,
+    "io": 750,
     "evals": 500,
-    "cli infer": 1300,
+    "infer": 500,
+    "cli": 1050,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 QUIET = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

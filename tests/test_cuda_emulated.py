@@ -114,7 +114,7 @@ TRAINING = {
 def test_training(shards, name):
     """A few whole steps, evaluation and sampling: the program as the cuda backend binds it."""
     options = dict(TRAINING[name])
-    loss, norm, val, run = steps(shards, EmulatedBackend(options.pop("variant", None)), **options)
+    loss, norm, val, run = steps(shards, EmulatedBackend(options.pop("variant", Variant())), **options)
     exact = steps(shards, RefBackend(), **{k: v for k, v in options.items() if k != "dtype"})
     rtol = 2e-5 if options.get("dtype", "f32") == "f32" else 5e-3  # a bf16 logit is off by about 2^-8, a loss is a mean
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)

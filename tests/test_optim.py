@@ -10,7 +10,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import ONES, normal
 from handgrad.core.program import Program
 from handgrad.ops.adamw.reference import join_weight, split_weight
-from handgrad.optim import AdamW, schedules
+from handgrad.optim import AdamW, record_step, schedules
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def ours(optim, starts, grads, dtype, backend):
     """Weights after one update for each of `grads`, and the gradient norms that were measured."""
     p = Program(DTYPES[dtype], trains=True)
     for name, shape in SHAPES.items():
-        p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0), decay=len(shape) == 2))
-    optim.record(p)
+        p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0)))
+    record_step(p, optim)
     backend = open_backend(backend)
     arena = backend.alloc(backend.plan(p))
     for name, w in starts.items():
