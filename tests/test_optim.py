@@ -82,7 +82,7 @@ def ours(optim, starts, grads, dtype, backend):
         scalars.lr = 1e-2 / scalars.step
         for name, g in step.items():
             arena.part("grad", p.params[name].tensor)[...] = g
-        run.run(next(i for i, c in enumerate(p.calls) if c.phase == "norm"))
+        run.run(p.segments.norm_update)
         norms.append(float(scalars.grad_norm))
     working = {name: np.array(arena.part("param", info.tensor), np.float32) for name, info in p.params.items()}
     if dtype == "f32":
