@@ -30,7 +30,7 @@ class Executable(ABC):
     def run_each(
         self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
     ) -> None:
-        """Runs call by call and calls `after(call, seconds)` when the outputs of a call are ready. For traces and checks."""
+        """Runs call by call, with `after(call, seconds)` when a call has finished. For traces and checks."""
 
 
 class Arena(ABC):
@@ -48,7 +48,7 @@ class Arena(ABC):
 
     @abstractmethod
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
-        """A parameter's slice of a flat vector ("param", "grad", "m", ...) in the parameter's shape; on the host a view."""
+        """A parameter's slice of a flat vector ("param", "grad", "m", ...), in its shape. On the host it is a view."""
 
     @abstractmethod
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:

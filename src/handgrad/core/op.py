@@ -130,7 +130,7 @@ class Op:
         return True
 
     def cheap(self, c: "Call") -> dict[str, str]:
-        """Outputs that are cheap to recompute from what backward keeps in any case, with their kind: "act" or "norm"."""
+        """Outputs that are cheap to recompute from what backward keeps anyway, with their kind: "act" or "norm"."""
         return {}
 
     def recompute(self, g: Recorder, c: "Call", want: set[str]) -> dict[str, Tensor]:
@@ -214,7 +214,7 @@ RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not 
 
 
 def resolve_pointer(word: str, c: Call) -> tuple[Tensor | str | None, int]:
-    """What a pointer word names: a tensor, "scalars", "scratch", or None if the tensor is absent; and an offset in bytes."""
+    """What a pointer word names (a tensor, "scalars", "scratch", or None if absent), and an offset in bytes."""
     name, _, offset = word.partition("@")
     return (name if name in ("scalars", "scratch") else getattr(c, name)), int(offset or 0)
 

@@ -43,8 +43,8 @@ class Param:
 
 @dataclass(frozen=True)
 class Groups:
-    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function that gives the
-    group of a parameter by its name and shape."""
+    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from the
+    name and shape of a parameter to its group."""
 
     names: tuple[str, ...]
     group_of: Callable[[str, tuple[int, ...]], str]

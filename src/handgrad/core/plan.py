@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def bound(self) -> int:
-        """Lower bound of the activations' bytes (with gradients that share their memory): the most that are live at once."""
+        """Lower bound of the bytes of activations (and gradients that share their memory): the most live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
     @property
@@ -152,7 +152,7 @@ def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[
 
 
 def gradient_spans(primary: Program, p: Program) -> list[Fixed]:
-    """When the bytes of the flat gradients are in use, seen by p's activations: from the first write to the end of the list.
+    """When bytes of the flat gradients are in use: from the first write to the end of p's list.
 
     The alignment padding between gradients is never reused: it must stay zero, because norm and update read it.
     """

@@ -48,14 +48,18 @@ class Program:
     trains: bool = False  # backward will follow: dropout is active and pre-activations are kept
     accumulates: bool = True  # micro-batches accumulate gradients, so gradients do not share memory with activations
     grad_dtype: DType = F32  # of parameter gradients
-    master: bool = True  # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
+    master: bool = (
+        True  # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
+    )
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
-    slots: dict[Tensor, Tensor] = field(default_factory=dict)  # while backward is recorded: activation to its gradient so far
+    slots: dict[Tensor, Tensor] = field(
+        default_factory=dict
+    )  # while backward is recorded: activation to its gradient so far
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: str = "forward"
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -223,7 +227,9 @@ class Program:
             if not arg.optional:
                 raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
             return
-        found = (target.size,) if len(arg.dims) == 1 else target.shape  # one letter: the kernel takes any shape, flattened
+        found = (
+            (target.size,) if len(arg.dims) == 1 else target.shape
+        )  # one letter: the kernel takes any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
@@ -264,8 +270,8 @@ class Program:
         return self._vectors
 
     def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
-        """Declares optimizer state: a flat vector over these buckets, by default all. It starts as zeros and checkpoints
-        save it."""
+        """Declares optimizer state: a flat vector over these buckets, by default all. It starts as zeros;
+        checkpoints save it."""
         if name in self.vectors or name == STATE:
             raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
         vector = Vector(name, dtype, Role.STATE, self.buckets if buckets is None else buckets, sharded)

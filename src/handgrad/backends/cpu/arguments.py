@@ -47,9 +47,9 @@ def kernels(source: str) -> list[tuple[str, str, set[str]]]:
         if "cpu" in fields:
             entry, args = (ast.literal_eval(arg) for arg in fields["cpu"].args[:2])
             attrs = fields.get("attrs", ast.Dict([], []))
-            while isinstance(attrs, ast.Attribute):  # `attrs = Attention.attrs`
+            while isinstance(attrs, ast.Attribute) and isinstance(attrs.value, ast.Name):  # `attrs = Attention.attrs`
                 attrs = classes[attrs.value.id]["attrs"]
-            floats = {ast.literal_eval(k) for k, v in zip(attrs.keys, attrs.values) if ast.unparse(v) == "float"}
+            floats = {ast.literal_eval(k) for k, v in zip(attrs.keys, attrs.values) if k and ast.unparse(v) == "float"}
             found.append((entry, args, floats))
     return found
 

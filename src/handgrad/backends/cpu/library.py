@@ -35,7 +35,7 @@ def processor() -> str:
 
 
 class Library:
-    """libhandgrad_cpu.so, opened once per process. `isa`: HANDGRAD_ISA if it is set, else the widest of this machine."""
+    """libhandgrad_cpu.so, opened once per process. `isa`: HANDGRAD_ISA if set, else the widest of this machine."""
 
     def __init__(self) -> None:
         if not PATH.exists():
