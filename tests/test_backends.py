@@ -1,4 +1,4 @@
-"""What the kernels and Python must agree on, and what a backend refuses."""
+"""Layouts and arguments that kernels share with Python, and the errors of backends."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ INCLUDE = Path(__file__).parents[1] / "src" / "handgrad" / "backends" / "cpu" / 
 
 
 def test_step_scalars_have_the_same_layout_in_c(tmp_path):
-    """A compiled probe prints where C keeps each field."""
+    """A compiled probe prints the offset and size of each field in C."""
     compiler = next(
         (found for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (found := shutil.which(name))), None
     )
@@ -90,7 +90,7 @@ def program(tiny):
 @pytest.mark.parametrize(
     "backend", [open_backend("cpu"), open_backend("ref"), RefBackend(exact=False)], ids=["cpu", "ref", "rounded"]
 )
-def test_run_each_does_what_run_does(program, backend):
+def test_run_each_matches_run(program, backend):
     arena = backend.alloc(backend.plan(program))
     initialize(program, arena, Start(seed=1))
     run, losses, seen = backend.bind(program, arena), arena.view(program.outputs["losses"]), []
@@ -105,14 +105,14 @@ def test_run_each_does_what_run_does(program, backend):
     assert seen == program.calls[2:5]
 
 
-def test_poison_shows_a_call_that_reads_what_nobody_wrote():
-    """y = x + y, where y itself is the output: an input that the plan has put under the output reads NaN."""
+def test_poison_exposes_an_input_that_overlaps_the_output():
+    """y = x + y with y also the output: an input at the same offset as the output reads NaN."""
     p = Program(F32)
     a, b = (p.input(name, (4, 4), F32) for name in "ab")
     first = p.emit(add, a, b)
     p.output("second", p.emit(add, first, a))
     layout = plan(p)
-    layout.offset[p.outputs["second"]] = layout.offset[first]  # what a broken planner does
+    layout.offset[p.outputs["second"]] = layout.offset[first]  # as a broken planner would
     results = []
     for poison in (False, True):
         backend = RefBackend(exact=False, poison=poison)
@@ -123,7 +123,7 @@ def test_poison_shows_a_call_that_reads_what_nobody_wrote():
     assert (results[0] == 4).all() and np.isnan(results[1]).all()
 
 
-def test_the_arena_is_one_zeroed_block_of_the_planned_size(program):
+def test_arena_is_one_zeroed_allocation_of_the_planned_size(program):
     layout = plan(program)
     arena = open_backend("cpu").alloc(layout)
     assert arena.bytes.nbytes == layout.nbytes and not arena.bytes.any() and arena.address % 4096 == 0
@@ -131,7 +131,7 @@ def test_the_arena_is_one_zeroed_block_of_the_planned_size(program):
     assert view.base is not None and np.shares_memory(view, arena.bytes)
 
 
-def test_an_arena_that_does_not_fit_is_refused_with_its_regions():
+def test_arena_larger_than_memory_is_rejected_with_its_regions():
     p = Program(F32)
     p.emit(add, *(p.input(name, (1 << 20, available_bytes() >> 20), F32) for name in "ab"))
     with pytest.raises(
@@ -154,7 +154,7 @@ class Lost(Op):
 
 
 @pytest.mark.parametrize("op", [Twice(), Lost()], ids=repr)
-def test_an_op_without_a_kernel_is_refused_before_anything_runs(op):
+def test_op_without_a_kernel_is_rejected_before_anything_runs(op):
     p = Program(BF16)
     p.emit(op, p.input("x", (2, 3), BF16))
     backend = open_backend("cpu")
@@ -165,7 +165,7 @@ def test_an_op_without_a_kernel_is_refused_before_anything_runs(op):
         backend.bind(p, backend.alloc(plan(p)))
 
 
-def test_shapes_that_disagree_are_refused_while_recording():
+def test_mismatched_shapes_are_rejected_while_recording():
     p = Program(F32)
     x, w = p.input("x", (8, 768), F32), p.input("w", (3072, 1024), F32)
     with pytest.raises(
@@ -175,20 +175,20 @@ def test_shapes_that_disagree_are_refused_while_recording():
         p.emit(linear, x, w, None, None, gelu=False, keep_pre=False)
 
 
-def test_an_unknown_backend_is_refused():
+def test_unknown_backend_is_rejected():
     with pytest.raises(HandgradError, match=r"\[backend\] the backend is one of auto, ref, cpu, cuda, but got 'gpu'"):
         open_backend("gpu")
 
 
 def opened_with(isa):
-    """What a fresh process says when it opens the library under this HANDGRAD_ISA."""
+    """Runs a new process that opens the library with this HANDGRAD_ISA and prints the set it uses."""
     code = "from handgrad.backends import open_backend; print(open_backend('cpu').isa)"
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"HANDGRAD_ISA": isa}, capture_output=True, text=True
     )
 
 
-def test_an_unknown_instruction_set_is_refused():
+def test_unknown_instruction_set_is_rejected():
     done = opened_with("sse9")
     assert (
         done.returncode
@@ -196,9 +196,9 @@ def test_an_unknown_instruction_set_is_refused():
     )
 
 
-def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
+def test_unsupported_instruction_set_is_rejected(monkeypatch):
     widest = library.ISAS[library.library()._dll.hg_isa()]
-    if widest == library.ISAS[-1]:  # this one lacks none: pretend
+    if widest == library.ISAS[-1]:  # this processor supports all: simulate one that does not
         monkeypatch.setattr(
             library.ctypes,
             "CDLL",
@@ -211,9 +211,9 @@ def test_an_instruction_set_that_this_processor_lacks_is_refused(monkeypatch):
         assert f"this processor runs up to {widest}" in opened_with(library.ISAS[-1]).stderr
 
 
-def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_library_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "PATH", tmp_path / "libhandgrad_cpu.so")
     with pytest.raises(
-        HandgradError, match=r"\[cpu\] the kernels are compiled when handgrad is installed.*needs a C compiler"
+        HandgradError, match=r"\[cpu\] the compiled kernels are missing: .*libhandgrad_cpu.so.*needs a C compiler"
     ):
         library.Library()

@@ -63,5 +63,5 @@ def test_ops_and_training_steps_match_oracle(shards, oracle, isa):
     )
     assert got["worst"][worst] <= 1, worst
     np.testing.assert_allclose(got["f32"], oracle["f32"], rtol=2e-5)
-    # bf16 rounds weights and activations to 8 bits, so logits are off by about 2^-8; the loss is a mean over rows of them
+    # bf16 has 8 bits, so logits have relative errors of about 2^-8, and the loss is their mean over rows
     np.testing.assert_allclose(got["bf16"], oracle["f32"], rtol=5e-3)

@@ -1,4 +1,4 @@
-"""The planner: live tensors never overlap, and the arena is close to its lower bound. The tests catch broken planners."""
+"""The planner: live tensors never overlap, and the arena is near its lower bound. Broken planners are caught."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def lay_out(model, micro_batch, seq_len, dtype, policy, accumulates=True):
 
 
 def spans(layout, index):
-    """(start, end, first call, last call, name) of all activation memory of one program, recomputed from the list."""
+    """(start, end, first call, last call, name) of all activation memory of one program, derived from the list."""
     p, used, found = layout.programs[index], {}, []
     for i, c in enumerate(p.calls):
         for t in (*c.ins, *c.outs):
@@ -87,7 +87,7 @@ def test_live_tensors_never_overlap_and_arena_is_near_lower_bound(shape, policy,
     padding = 0 if accumulates else 2 * ALIGN * len(layout.programs[0].params)
     assert peak <= layout.bound <= peak + padding
     print(f"activations {size:,} B, lower bound {peak:,} B: {100 * (size / peak - 1):.3f} % more")
-    # Gradients cannot move, so placing activations around them wastes a little.
+    # gradients have fixed offsets, and placing activations around them wastes some memory
     assert peak <= size <= (1.02 if accumulates else 1.04) * peak
 
 
@@ -98,14 +98,14 @@ def test_regions_and_flat_vectors_are_disjoint_and_aligned():
         assert start == at and size % ALIGN == 0
         at += size
     assert at == layout.nbytes
-    p, segments = layout.programs[0], []
+    p, parts = layout.programs[0], []
     for flat in ("param", "grad", "m", "v", "low"):
         for info in p.params.values():
             start, dtype = layout.part(flat, info.tensor)
-            segments.append((start, start + info.tensor.size * dtype.size))
-    segments.sort()
-    assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(segments, segments[1:]))
-    assert segments[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
+            parts.append((start, start + info.tensor.size * dtype.size))
+    parts.sort()
+    assert all(end <= start and start % ALIGN == 0 for (_, end), (start, _) in zip(parts, parts[1:]))
+    assert parts[-1][1] <= sum(layout.region[name][1] for name in ("params", "grads", "state"))
     for other in layout.programs[1:]:  # evaluation and generation read the trained weights themselves
         assert all(
             layout.offset[info.tensor] == layout.offset[p.params[name].tensor] for name, info in other.params.items()
@@ -113,7 +113,7 @@ def test_regions_and_flat_vectors_are_disjoint_and_aligned():
 
 
 def test_place_fills_gaps():
-    """The largest go first; a small later one takes memory of a large one that is dead by then."""
+    """The planner places large spans first; a small one reuses the memory of a large one that is no longer live."""
     a, b, c = (
         Lifetime(Call(None, (), (), {}, "", "", "", {}, F32), n * ALIGN, first, last)
         for n, first, last in ((4, 0, 1), (2, 1, 2), (4, 2, 3))
@@ -122,17 +122,17 @@ def test_place_fills_gaps():
     assert top == 6 * ALIGN and offsets[a.owner] == offsets[c.owner] == 0 and offsets[b.owner] == 4 * ALIGN
 
 
-# a planner that frees one call early, and one that never frees ---------------------------------------------------------
+# planners that free one call early, or never ---------------------------------------------------------------------------
 
 LIFETIMES = planner.lifetimes
 
 
-def too_short(p, scratch, beside):
-    return [Lifetime(s.owner, s.nbytes, s.first, max(s.first, s.last - 1)) for s in LIFETIMES(p, scratch, beside)]
+def freed_early(p, scratch, concurrent):
+    return [Lifetime(s.owner, s.nbytes, s.first, max(s.first, s.last - 1)) for s in LIFETIMES(p, scratch, concurrent)]
 
 
-def unending(p, scratch, beside):
-    return [Lifetime(s.owner, s.nbytes, 0, len(p.calls)) for s in LIFETIMES(p, scratch, beside)]
+def never_freed(p, scratch, concurrent):
+    return [Lifetime(s.owner, s.nbytes, 0, len(p.calls)) for s in LIFETIMES(p, scratch, concurrent)]
 
 
 def same(a, b):
@@ -147,14 +147,14 @@ def test_shared_arena_matches_separate_buffers(one_pass, tiny, monkeypatch, back
     model = tiny(dropout=dropout)
     got = one_pass(model, backend, dtype=dtype, policy=policy)
     assert all(np.isfinite(g.astype(np.float32)).all() for g in got[1].values())
-    monkeypatch.setattr(planner, "lifetimes", unending)
+    monkeypatch.setattr(planner, "lifetimes", never_freed)
     assert same(got, one_pass(model, "rounded" if backend == "poisoned" else backend, dtype=dtype, policy=policy))
-    monkeypatch.setattr(planner, "lifetimes", too_short)  # negative control
+    monkeypatch.setattr(planner, "lifetimes", freed_early)  # negative control
     assert not same(one_pass(model, backend, dtype=dtype, policy=policy), got)
 
 
-def unborn(head, p):
-    """Gradient spans that start one call too late."""
+def late_gradients(head, p):
+    """Gradient spans that start one call late."""
     return [(a, b, first + 1 if first else 0, last) for a, b, first, last in SPANS(head, p)]
 
 
@@ -172,10 +172,10 @@ def test_activations_in_gradient_memory_change_no_result(one_pass, tiny, monkeyp
         one_pass(model, "rounded", dtype=dtype, policy=policy, accumulates=True),
         one_pass(model, "poisoned", dtype=dtype, policy=policy, accumulates=False),
     )
-    monkeypatch.setattr(planner, "gradient_spans", unborn)
+    monkeypatch.setattr(planner, "gradient_spans", late_gradients)
     assert overlap(spans(lay_out(model, 4, 16, F32, policy, False), 0)) is not None
 
 
 def test_overlap_check_catches_early_free(monkeypatch):
-    monkeypatch.setattr(planner, "lifetimes", too_short)
+    monkeypatch.setattr(planner, "lifetimes", freed_early)
     assert overlap(spans(lay_out(gpt2("d6"), 4, 64, F32, "none"), 0)) is not None

@@ -1,4 +1,4 @@
-"""Recomputation changes how much memory a step needs, but no bit of its losses and gradients."""
+"""Recomputation changes the memory of a step but no bit of its losses and gradients."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_recompute_is_bit_exact_on_all_threads(one_pass, tiny):
 
 
 def test_different_dropout_mask_in_recompute_is_caught(one_pass, tiny, kept, monkeypatch):
-    """Negative control: a dropout that recomputes its mask from another stream."""
+    """Negative control: dropout recomputes its mask with another `stream`."""
     again = Op.recompute
     dropout = type(OPS["dropout"])
 
@@ -78,7 +78,7 @@ def test_each_policy_needs_less_memory_than_the_previous():
 
 
 def test_policy_may_be_any_function(tiny):
-    """Dropping only attention's output makes attention run again, in its own block."""
+    """Dropping only the output of attention recomputes attention, in its own block."""
     p = Program(trains=True)
     forward_loss(p, tiny(), 2, 16)
     backward(p, add, drop=lambda p, c: {"y"} if c.op.name == "attention" else set())

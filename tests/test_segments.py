@@ -1,4 +1,4 @@
-"""Segments, micro-batches, and the contract of accumulation: a kernel is told whether its output already holds a value."""
+"""Segments and micro-batches; accumulation: the first writer of a gradient overwrites it, all others add."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def gradient_program(calls):
 
 
 def run_step(backend, p, grad, micro_batches):
-    """The gradient after the program ran for these micro-batches, in an arena that holds other values before."""
+    """The gradient after the program ran for these micro-batches; it was 100 before."""
     arena = backend.alloc(backend.plan(p))
     arena.write(grad, 100.0)
     bound = backend.bind(p, arena)
@@ -45,7 +45,7 @@ def test_first_writer_writes_and_all_others_add(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__ + str(getattr(b, "exact", "")))
-def test_calls_run_for_the_micro_batches_that_they_name(backend):
+def test_calls_run_for_their_micro_batches_only(backend):
     p, grad = gradient_program([(1.0, When.ALWAYS), (10.0, When.FIRST), (100.0, When.LAST)])
     assert (run_step(backend, p, grad, [ONLY]) == 111).all()
     assert (run_step(backend, p, grad, [FIRST, MIDDLE, LAST]) == 113).all()
@@ -72,24 +72,24 @@ def test_segments_are_consecutive_and_cover_the_list():
 
 
 @pytest.mark.parametrize("name", ["first", "block", "op", "phase", "when", "flops", "scratch"])
-def test_argument_names_that_call_uses_are_refused(name):
+def test_reserved_argument_names_are_rejected(name):
     with pytest.raises(HandgradError, match=name):
         type("Wrong", (Op,), {"name": "wrong", "ins": f"{name}:N", "outs": "y:N"})
 
 
-def test_two_arguments_of_one_name_are_refused():
+def test_duplicate_argument_names_are_rejected():
     with pytest.raises(HandgradError, match="'x'"):
         type("Wrong", (Op,), {"name": "wrong", "ins": "x:N", "outs": "x:N"})
 
 
-def test_kernels_of_other_declarations_are_refused():
+def test_kernels_compiled_from_another_declaration_are_rejected():
     library = open_backend("cpu")._lib
     library.check_arguments("fill", fill.cpu.args)
     with pytest.raises(HandgradError, match="compiled for the arguments"):
         library.check_arguments("add", "y a | N C")
 
 
-def test_gradients_of_two_calls_add_within_a_micro_batch():
+def test_second_call_adds_to_the_gradient_within_a_micro_batch():
     p = Program(F32)
     w = p.param("w", (2, 3), ONES)
     x, dy = (Tensor(name, (4, n), F32, Role.INPUT) for name, n in (("x", 3), ("dy", 2)))

@@ -1,4 +1,4 @@
-"""Which calls overlap later ones, and which call waits for each: never past one that touches the same memory."""
+"""Which calls overlap later ones, and which call waits for each: the first one that uses the same memory."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from handgrad.train.record import record_train
 
 
 def program():
-    """A program that computes a weight gradient and then what `then` emits."""
+    """A program that computes a weight gradient, and the inputs of that call."""
     p = Program(F32)
     w = p.param("w", (2, 2), ONES)
     x, dy = (Tensor(name, (2, 2), F32, Role.ACT) for name in ("x", "dy"))
@@ -32,20 +32,20 @@ def test_weight_gradient_overlaps_one_call():
     assert joins(p) == [2, 2, 3, 4]
 
 
-def test_a_reader_of_the_gradient_waits_for_it():
-    """A reduction or norm placed right behind the last writer must not start early, under whatever handle."""
+def test_reader_of_a_gradient_waits_for_its_writer():
+    """A reduction or norm right after the last writer must wait for it, whichever handle it reads."""
     p, _, _ = program()
     p.emit(global_norm, p.whole("grad"), into={"scalars": p.scalars}, clip=0.0)
     assert joins(p)[0] == 1
 
 
-def test_a_second_writer_of_the_gradient_waits_for_the_first():
+def test_second_writer_of_a_gradient_waits_for_the_first():
     p, _, _ = program()
     p.emit(fill, into={"x": p.grads["w"]}, n=4, value=1.0)
     assert joins(p)[0] == 1
 
 
-def test_a_writer_of_what_is_read_waits():
+def test_writer_of_an_input_waits_for_its_reader():
     p = Program(F32)
     w = p.param("w", (2, 2), ONES)
     x, dy = p.grad(p.param("a", (2, 2), ONES)), Tensor("dy", (2, 2), F32, Role.ACT)
@@ -54,7 +54,7 @@ def test_a_writer_of_what_is_read_waits():
     assert joins(p)[0] == 1
 
 
-def test_conflicts_by_other_slices_of_the_same_vector_do_not_wait():
+def test_disjoint_slices_of_a_vector_do_not_conflict():
     p = Program(F32)
     a, b = (p.param(name, (2, 2), ONES) for name in "ab")
     x, dy = (Tensor(name, (2, 2), F32, Role.ACT) for name in ("x", "dy"))
@@ -72,4 +72,4 @@ def test_every_weight_gradient_of_gpt2_overlaps_the_call_after_it():
 def test_mutation_without_conflicts_is_caught(monkeypatch):
     monkeypatch.setattr(streams, "_conflict", lambda p, early, late: False)
     with pytest.raises(AssertionError):
-        test_a_reader_of_the_gradient_waits_for_it()
+        test_reader_of_a_gradient_waits_for_its_writer()

@@ -1,4 +1,4 @@
-"""No result depends on the number of threads: every op, every case and the initial weights, bit for bit."""
+"""Results are bit-identical for any number of threads: every op, every case and the initial weights."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Flat vectors: declared by the optimizer for the buckets that use them, planned to the byte, kept by checkpoints."""
+"""Flat vectors: buckets, offsets and memory of the vectors that optimizers declare."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from handgrad.core.program import Program
 
 
 def two_groups():
-    """A program of two blocks with a matrix and a vector each, matrices in a group of their own."""
+    """A program of two blocks with a matrix and a vector each; matrices are one group, vectors another."""
     p = Program(F32)
     for block in ("a", "b"):
         with p.block(block):
@@ -33,7 +33,7 @@ def test_buckets_follow_blocks_and_groups():
     ]
 
 
-def test_a_vector_takes_memory_for_its_own_buckets_alone():
+def test_vector_has_memory_for_its_own_buckets_only():
     p = two_groups()
     wide = [b for b in p.buckets if b.group == "wide"]
     momentum = p.flat("momentum", F32, wide)
@@ -61,7 +61,7 @@ def test_slices_and_parameters_share_memory(backend):
     assert (arena.read_part("momentum", p.params["a.matrix"].tensor) == 0).all()
 
 
-def test_a_group_nobody_declared_is_refused():
+def test_undeclared_group_is_rejected():
     p = Program(F32)
     p.param("w", (2,), ONES)
     p.group_by(Groups(("one",), lambda name, shape: "other"))
@@ -69,23 +69,23 @@ def test_a_group_nobody_declared_is_refused():
         assert p.buckets
 
 
-def test_groups_set_after_the_flat_order_was_read_are_refused():
+def test_groups_after_the_flat_order_is_read_are_rejected():
     p = two_groups()
     assert p.buckets
     with pytest.raises(HandgradError, match="before the flat order is read"):
         p.group_by(Groups(("one",), lambda name, shape: "one"))
 
 
-def test_a_vector_declared_twice_is_refused():
+def test_duplicate_vector_is_rejected():
     p = two_groups()
     p.flat("m", F32)
     for name in ("m", "param", "state"):
-        with pytest.raises(HandgradError, match="has a name of its own"):
+        with pytest.raises(HandgradError, match="names of flat vectors are unique"):
             p.flat(name, F32)
 
 
-def test_programs_that_disagree_on_a_state_are_refused():
-    """Once the larger cache was given the smaller one's region."""
+def test_programs_with_different_shapes_of_a_state_are_rejected():
+    """Otherwise the larger cache would get the region of the smaller one."""
     small, large = Program(F32), Program(F32)
     small.state("cache", (4, 8), F32)
     large.state("cache", (16, 8), F32)

@@ -40,7 +40,7 @@ KNOWN = (  # counter (lo, hi), key, answer: test vectors published with Random12
 
 @pytest.fixture(scope="module", params=[[], ["-march=native"]], ids=["baseline", "native"])
 def lib(request, tmp_path_factory):
-    """The headers, compiled like the kernels."""
+    """The headers, compiled with the flags of the kernels."""
     folder = tmp_path_factory.mktemp("headers")
     (folder / "headers.c").write_text(SOURCE)
     flags = "-std=gnu11 -O3 -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()

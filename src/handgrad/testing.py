@@ -1,19 +1,21 @@
-"""How ops and models are judged: checks against the float64 oracle, finite differences, derived tolerances, timing.
+"""Checks of ops and models: against the float64 oracle, against finite differences, by derived tolerances; and timing.
 
-Used by the tests and by `handgrad ops`.
+The tests and `handgrad ops` use it.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from handgrad.backends.arena import HostMemory
 from handgrad.backends.base import Arena, Backend
 from handgrad.backends.ref import RefBackend
+from handgrad.core.arguments import Arg
 from handgrad.core.backward import Policy, backward, keep_all
 from handgrad.core.dtypes import BF16, F32, DType
 from handgrad.core.op import ONLY, Call, Case, MicroBatch, Op
@@ -23,6 +25,15 @@ from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Role, Tensor
 
 SENTINEL = 0xA5
+
+
+@runtime_checkable
+class Bytes(Protocol):
+    """An arena whose bytes can be set and compared: every one but that of the exact oracle."""
+
+    def fill(self, byte: int) -> None: ...
+
+    def memory(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -40,36 +51,42 @@ class Error:
 
 
 def tolerance(
-    exact: np.ndarray, rounded: np.ndarray, dtype: DType, terms: int = 1, cut: int = 0, moved: float = 0.0
+    exact: np.ndarray, rounded: np.ndarray, dtype: DType, terms: int = 1, truncated: int = 0, moved: float = 0.0
 ) -> float:
-    """Twice the error that the oracle itself makes when computed in the working dtype, plus one ULP at the top value.
+    """The largest error that correct kernels make: twice that of the oracle computed in the working dtype, plus one ULP
+    at the largest value, plus what the order of sums adds.
 
-    A sum of `terms` products in float32 may be ordered otherwise than numpy does it: independent roundings walk
-    sqrt(terms) units away, which matters where outputs are float32. Tensor cores add `cut` products at a time and cut
-    off what lies below the last bit of the sum so far, always towards zero: one unit on average, terms / cut times in
-    the same direction, of sums that are half the last one on average; twice that in the worst case.
+    A kernel may add the `terms` products of a float32 sum in another order than numpy. Independent roundings then
+    differ by a random walk of sqrt(terms) units, which matters if outputs are float32. Tensor cores add `truncated`
+    products at a time and truncate the sum towards zero: by one unit on average, terms / truncated times in the same
+    direction, of sums that are half the last one on average; by twice that in the worst case.
 
-    ULP and walk measure sums by the output. Inside an `ill_conditioned` op are sums s far above it, which cancel or
-    are exponentiated: one rounding of s moves the output by |s| units times what s does to it. One row then holds
-    nearly all of the error, so that the oracle's is a single draw, by the order in which the machine's BLAS adds, and
-    may be lucky.
-    But a rounded sum is the exact sum of inputs with other last bits: twice `moved`, the furthest that the exact
-    output goes to a neighbour's, stands for ULP and walk where it is longer.
+    ULP and walk are relative to the output. An `ill_conditioned` op has intermediate sums s far larger than its output,
+    which cancel or are exponentiated: rounding s once moves the output by |s| units times the derivative by s. Nearly
+    all of the error is then in one row. So the oracle's error is a single sample, which depends on the order of sums in
+    the machine's BLAS and may happen to be small. But a rounded sum is the exact sum of inputs with other last bits:
+    twice `moved`, the largest change of the exact output between neighbouring inputs, replaces ULP and walk if it is
+    larger.
     """
     top = float(np.max(np.abs(exact), initial=0.0))
     ulp = 2.0 ** (np.floor(np.log2(top)) if top > 0 else 0.0) * 2 * dtype.unit
     emulated = float(np.max(np.abs(rounded.astype(np.float64) - exact), initial=0.0))
-    walk = max(np.sqrt(terms), terms / cut if cut else 0) * F32.unit * top
+    walk = max(np.sqrt(terms), terms / truncated if truncated else 0) * F32.unit * top
     return 2 * emulated + max(ulp + walk, 2 * moved)
 
 
-def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) -> tuple[Program, Call]:
-    """A program of one call: every input is an input, every inout output a tensor of its own."""
-    p = Program(dtype, trains=True)
+def case_sizes(op: Op, case: Case) -> dict[str, int]:
+    """The size of every letter of a case, and its integer attributes."""
     sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
     op.derive(sizes)
+    return sizes
 
-    def shape(arg: Any) -> tuple[int, ...]:
+
+def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) -> tuple[Program, Call]:
+    """A program of one call, and that call. Its inputs are the program's; each inout output is a tensor of its own."""
+    p, sizes = Program(dtype, trains=True), case_sizes(op, case)
+
+    def shape(arg: Arg) -> tuple[int, ...]:
         return tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
 
     ins = tuple(None if a.name in case.without else p.input(a.name, shape(a), a.dtype(dtype)) for a in op.in_args)
@@ -87,9 +104,9 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
 
 
 def case_arrays(op: Op, c: Call, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random values for inputs and inout outputs, already rounded to their dtypes.
+    """Random values for inputs and inout outputs, rounded to their dtypes.
 
-    The first rows of matrices are unkind: one of zeros, two alike, one with a large mean.
+    The first rows of matrices are hard cases: one of zeros, two equal ones, one with a large mean.
     """
     rng = np.random.default_rng(seed)
     arrays: dict[str, Any] = dict(c.sizes) | c.attrs
@@ -108,36 +125,37 @@ def case_arrays(op: Op, c: Call, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def round_to(value: np.ndarray, dtype: DType) -> np.ndarray:
-    """The nearest values that the dtype holds, as float64 (integers untouched)."""
+    """Values rounded to the dtype, as float64; integers unchanged."""
     if dtype.unit == 0.0:
         return value
     return value.astype(ml_dtypes.bfloat16 if dtype is BF16 else np.float32).astype(np.float64)
 
 
 def neighbours(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Float32 inputs twice, each array as a whole a last bit larger or smaller: single elements would average out.
+    """Two sets of float32 inputs that differ in the last bit. Each array as a whole is scaled up or down, because
+    changes of single elements would average out.
 
-    Any two of four arrays part in one of the two, so that a difference of their sums is not spared.
+    Any two of four arrays move in opposite directions in one of the sets, so that differences of their sums change.
     """
-    ways = ((1, -1, 1, -1), (1, 1, -1, -1))
-    return [{k: round_to(x * (1 + w * F32.unit), F32) for w, (k, x) in zip(way, arrays.items())} for way in ways]
+    signs = ((1, -1, 1, -1), (1, 1, -1, -1))
+    return [{k: round_to(x * (1 + s * F32.unit), F32) for s, (k, x) in zip(row, arrays.items())} for row in signs]
 
 
 def run_case(
     p: Program, c: Call, arrays: dict[str, np.ndarray], backend: Backend, micro_batch: MicroBatch = ONLY
 ) -> dict[str, np.ndarray]:
-    """The outputs of one call on a backend, float64; also checks that nothing else in the arena was touched."""
+    """The outputs of one call on a backend, as float64. Also checks that the call wrote nothing else in the arena."""
     layout = backend.plan(p)
     arena = backend.alloc(layout)
-    memory = getattr(arena, "memory", None)  # what lies in the arena, byte by byte, where it has bytes
-    if memory is not None:
-        arena.fill(SENTINEL)
+    planned = arena if isinstance(arena, Bytes) else None
+    if planned is not None:
+        planned.fill(SENTINEL)
     for args, tensors in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)):
         for arg, t in zip(args, tensors):
             if t is not None and arg.name in arrays:
                 arena.write(t, arrays[arg.name])
     set_scalars(p, arena)
-    before = None if memory is None else memory()
+    before = None if planned is None else planned.memory()
     backend.bind(p, arena).run(micro_batch=micro_batch)
     outs = {
         name: np.array(arena.read(t), np.float64)
@@ -147,8 +165,8 @@ def run_case(
     scalars = arena.fetch_scalars(p)()
     if any(t is p.scalars for t in c.outs):
         outs["scalars"] = np.array([scalars.loss_sum, scalars.grad_norm, scalars.grad_scale])
-    if memory is not None:
-        after, spans = memory(), [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
+    if planned is not None and before is not None:
+        after, spans = planned.memory(), [(layout.offset[t], t.nbytes) for t in c.outs if t is not None]
         if c in layout.scratch:
             spans.append((layout.scratch[c], backend.scratch(c)))
         for start, size in spans:
@@ -158,7 +176,7 @@ def run_case(
 
 
 def set_scalars(p: Program, arena: Arena) -> None:
-    """The step scalars of every check: step 3, learning rate 1e-3, and so on."""
+    """Writes the step scalars of every check: step 3, learning rate 1e-3, and so on."""
     counters = {"seed": 7, "step": 3, "micro_step": 0, "position": 0}
     arena.write_scalars(p, **counters, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
@@ -166,8 +184,8 @@ def set_scalars(p: Program, arena: Arena) -> None:
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
     """Errors of every output of a case against the oracle.
 
-    Gradients are written, added to by a second call of the list, and added to in a later micro-batch; at real shapes
-    they are only written.
+    Small cases with inout outputs run three times: as the first writer of the gradients, as a second call of the list
+    that adds to them, and in a later micro-batch. Real shapes run once, as the first writer.
     """
     errors = []
     modes = [(False, ONLY), (True, ONLY), (False, MicroBatch(first=False))]
@@ -176,16 +194,19 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
         arrays = case_arrays(op, c, seed)
         runs = [run_case(p, c, arrays, b, micro_batch) for b in (RefBackend(), RefBackend(exact=False), backend)]
         near = []
-        if op.ill_conditioned and dtype is F32:  # bf16 rounds every element, which takes no luck to find
+        if (
+            op.ill_conditioned and dtype is F32
+        ):  # in bf16 every element is rounded, so the oracle's error is no single sample
             near = [run_case(p, c, a, RefBackend(), micro_batch) for a in neighbours(arrays)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
             kind = F32 if arg.name == "scalars" else arg.dtype(dtype)
             if arg.name not in runs[0] or not kind.unit:
-                continue  # bits, which the op's own test puts together again
+                continue  # an integer half of a weight: the op's own test joins and checks it
             exact, rounded, got = (r[arg.name] for r in runs)
             moved = max((float(np.max(np.abs(n[arg.name] - exact))) for n in near), default=0.0)
-            limit = tolerance(exact, rounded, kind, terms, backend.truncated_terms if dtype is BF16 else 0, moved)
+            truncated = backend.truncated_terms if dtype is BF16 else 0
+            limit = tolerance(exact, rounded, kind, terms, truncated, moved)
             error = float(np.max(np.abs(got - exact), initial=0.0))
             if not np.isfinite(got).all():
                 error = np.inf
@@ -196,7 +217,7 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
 
 
 def check_op(op: Op, backends: list[Backend], dtypes: tuple[DType, ...] = (F32, BF16)) -> None:
-    """Asserts every case of an op on every backend, and its gradient rule where it has one."""
+    """Asserts every case of an op on every backend, and its gradient rule if it has one."""
     for case in op.cases:
         for backend in backends:
             for dtype in dtypes:
@@ -211,10 +232,9 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     """The largest relative error of an op's gradient rule against central differences of its oracle, in float64."""
     from handgrad.ops import add
 
-    p = Program(F32, trains=True)
-    sizes = {k: v for k, v in case.sizes.items() if isinstance(v, int) and not isinstance(v, bool)}
-    op.derive(sizes)
-    ins, into = [], {}
+    p, sizes = Program(F32, trains=True), case_sizes(op, case)
+    ins: list[Tensor | None] = []
+    into: dict[str, Tensor | None] = {}
     for a in op.in_args:
         shape = tuple(sizes[d] if d in sizes else int(d) for d in a.dims)
         if a.name in case.without:
@@ -263,7 +283,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
 def difference_error(
     loss: Callable[[], float], x: np.ndarray, gradient: np.ndarray, samples: int, rng: Any, step: float = 1e-5
 ) -> float:
-    """The largest |numeric - gradient| / (largest |gradient|) over a few random elements of x, which is restored."""
+    """The largest |numeric - gradient| / (largest |gradient|) over a few random elements of x. Restores x."""
     worst, scale = 0.0, float(np.max(np.abs(gradient))) + 1e-12
     for _ in range(samples):
         at = tuple(rng.integers(0, n) for n in x.shape)
@@ -278,7 +298,10 @@ def difference_error(
 
 
 def gradcheck(
-    record: Callable[[Program], None], fill: Callable[[Program, Arena], None], drop: Policy = keep_all, samples: int = 3
+    record: Callable[[Program], None],
+    fill: Callable[[Program, HostMemory], None],
+    drop: Policy = keep_all,
+    samples: int = 3,
 ) -> float:
     """The largest relative gradient error of a model in float64. `record` appends the forward, `fill` writes inputs."""
     from handgrad.ops import add
@@ -306,7 +329,7 @@ def gradcheck(
 
 @dataclass(frozen=True)
 class Timing:
-    """One case on one backend: median seconds, and what that is in GB/s (1e9) and GFLOP/s."""
+    """One case on one backend: median seconds, and the GB/s (1e9) and GFLOP/s of that time."""
 
     seconds: float
     gbps: float
@@ -314,7 +337,7 @@ class Timing:
 
 
 def bench_case(op: Op, case: Case, backend: Backend, dtype: DType, seconds: float = 0.3) -> Timing:
-    """Times a case: median of as many runs as fit in `seconds`, at least five, after one to warm up."""
+    """Times a case: the median of as many runs as fit in `seconds`, at least five, after a warm-up run."""
     p, c = case_program(op, case, dtype)
     arena = backend.alloc(backend.plan(p))
     for arg, t in zip(op.in_args, c.ins):

@@ -1,4 +1,4 @@
-"""Backends turn a list of calls into running code. `BACKENDS` is the table; the rest of handgrad asks nothing else."""
+"""Backends turn a list of calls into running code. `BACKENDS` is the table of all."""
 
 from handgrad.backends.base import Backend
 from handgrad.backends.ref import RefBackend
@@ -22,20 +22,20 @@ BACKENDS = {"ref": lambda threads, precision: RefBackend(), "cpu": _cpu, "cuda":
 
 
 def open_backend(name: str, threads: int = 0, precision: Precision = Precision()) -> Backend:
-    """A backend by name; "auto" is cuda where there is a GPU and the packages for it, else cpu.
+    """A backend by name; "auto" is cuda if there is a GPU and the packages for it, else cpu.
 
-    threads: of the cpu backend, 0 for the physical cores
-    precision: what will be computed on it; the cuda backend chooses its kernels by `tf32` and `deterministic`
+    threads: of the cpu backend; 0: one per physical core
+    precision: of the run; the cuda backend chooses its kernels by `tf32` and `deterministic`
 
-    Raises HandgradError for another name, and where the hardware or a package is missing.
+    Raises HandgradError for any other name, and if the hardware or a package is missing.
     """
     if threads < 0:
-        raise HandgradError("backend", "threads is at least 1, or 0 for the physical cores", threads)
+        raise HandgradError("backend", "threads is at least 1, or 0 for one per physical core", threads)
     return BACKENDS[resolve_name(name)](threads, precision)
 
 
 def resolve_name(name: str) -> str:
-    """The backend that a name stands for: itself, or what "auto" is on this machine."""
+    """The name itself; for "auto" the backend that it means on this machine."""
     if name == "auto":
         return "cuda" if why_no_cuda() == "" else "cpu"
     if name not in BACKENDS:
@@ -44,7 +44,7 @@ def resolve_name(name: str) -> str:
 
 
 def best_dtype(name: str) -> str:
-    """The fastest working dtype of a backend, known before it is opened: bf16 where the hardware multiplies it."""
+    """The fastest working dtype of a backend, without opening it: bf16 if the hardware multiplies bf16, else f32."""
     if resolve_name(name) == "cpu":
         from handgrad.backends.cpu.library import library
 
@@ -53,7 +53,7 @@ def best_dtype(name: str) -> str:
 
 
 def why_no_cuda() -> str:
-    """What is missing for the cuda backend; empty where it works."""
+    """What the cuda backend lacks on this machine; empty if it works."""
     try:
         from handgrad.backends.cuda.driver import find_gpus
 

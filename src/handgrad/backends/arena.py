@@ -1,4 +1,4 @@
-"""Memory on the host: what is common to its arenas, and HostArena, the planned one of the ref and cpu backends."""
+"""Arenas in host memory: what they share, and HostArena, the planned arena of the ref and cpu backends."""
 
 import mmap
 from abc import abstractmethod
@@ -23,7 +23,7 @@ STEP_SCALARS_DTYPE = np.dtype(
 
 
 class HostMemory(Arena):
-    """An arena whose tensors are numpy arrays: reading is looking, and nothing is ever awaited."""
+    """An arena whose tensors are numpy arrays: reads return views or copies and never wait."""
 
     @abstractmethod
     def view(self, tensor: Tensor) -> np.ndarray:
@@ -60,24 +60,24 @@ class HostMemory(Arena):
 
 
 class HostArena(HostMemory):
-    """Zeroed, page-aligned host memory, in huge pages where the kernel gives them (GEMM walks many pages at once)."""
+    """Zeroed, page-aligned host memory, in huge pages if Linux has them, since GEMMs touch many pages at a time."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
         size = max(plan.nbytes, 1)
         free = available_bytes()
         if size > free:
-            raise does_not_fit(plan, free, "")
-        # private: shared anonymous memory gets no huge pages
+            raise does_not_fit(plan, free)
+        # private, because Linux does not back shared anonymous memory with huge pages
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
+            with suppress(OSError):  # Linux without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8)
         self.address = self.bytes.ctypes.data
 
     def fill(self, byte: int) -> None:
-        """Sets all memory to one byte, for checks of what was touched."""
+        """Sets every byte, for checks of what kernels write."""
         self.bytes[:] = byte
 
     def memory(self) -> np.ndarray:
@@ -96,20 +96,20 @@ class HostArena(HostMemory):
         return self.view(program.scalars).view(STEP_SCALARS_DTYPE)[0:1].view(np.recarray)[0]
 
 
-def does_not_fit(plan: Plan, free: int, others: str) -> HandgradError:
-    """The error of an arena that is larger than the memory that is free, bytes."""
+def does_not_fit(plan: Plan, free: int, others: str = "") -> HandgradError:
+    """The error for an arena larger than the free memory (bytes); `others`: remarks on the free memory."""
     parts = " | ".join(f"{name} {plan.region[name][1] / MIB:.0f}" for name in REGIONS)
     return HandgradError(
         "memory",
         f"the arena fits in memory, {free / MIB:.0f} MiB are free{others}",
         f"{plan.nbytes / MIB:.0f} MiB ({parts})",
         hint="a smaller --run.micro-batch, --run.recompute act or block, a smaller --run.head-mib; "
-        "handgrad explain prices each",
+        "handgrad explain shows what each saves",
     )
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping, bytes."""
+    """Memory that can be allocated without swapping, bytes."""
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":") for line in f)
     return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,6 +1,6 @@
-"""What a backend is: it allocates the arena of a plan and turns a list of calls into running code.
+"""The interface of a backend: it allocates the arena of a plan and turns a list of calls into running code.
 
-Nothing else in handgrad asks which backend is running. A new one implements these classes and a line in `BACKENDS`.
+No other code depends on which backend runs. A new backend implements these classes and adds a line to `BACKENDS`.
 """
 
 import time
@@ -23,18 +23,18 @@ class Executable(ABC):
 
     @abstractmethod
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
-        """Starts a segment of the list (all of it if None) for a micro-batch of the step, after everything that was
+        """Starts a segment of the list (None: all of it) for a micro-batch of the step. It executes after everything
         started before. A device may still be executing it when this returns."""
 
     @abstractmethod
     def run_each(
         self, after: Callable[[Call, float], None], segment: Segment | None = None, micro_batch: MicroBatch = ONLY
     ) -> None:
-        """Runs call by call; `after(call, seconds)` sees each one when its outputs are ready. For traces and checks."""
+        """Runs call by call, with `after(call, seconds)` when a call has finished. For traces and checks."""
 
 
 class Arena(ABC):
-    """One allocation of `plan.nbytes` bytes, zeroed. Reads and writes take their turn among the runs."""
+    """One zeroed allocation of `plan.nbytes` bytes. Reads and writes execute in order with the runs."""
 
     plan: Plan
 
@@ -48,7 +48,7 @@ class Arena(ABC):
 
     @abstractmethod
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
-        """A parameter's slice of a flat vector ("param", "grad", "m", ...) in its shape; on the host, a view."""
+        """A parameter's slice of a flat vector ("param", "grad", "m", ...), in its shape. On the host it is a view."""
 
     @abstractmethod
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
@@ -63,16 +63,16 @@ class Arena(ABC):
         """Sets some of a program's StepScalars."""
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The values of a tensor, when all that was started is done."""
+        """The values of a tensor after everything started so far has finished."""
         return self.fetch(tensor)()
 
 
 class Planner(ABC):
-    """What planning and explaining a run needs of a backend; no hardware."""
+    """The part of a backend that plans and explains a run, without its hardware."""
 
     name: str
-    head_rows: int  # rows of logits that exist at a time, unless Execution.head_bytes is set
-    head_bytes: int  # of those logits at most: a large vocabulary gets fewer rows
+    head_rows: int  # rows of a chunk of logits, unless Execution.head_bytes is set
+    head_bytes: int  # most bytes of such a chunk: a larger vocabulary gets fewer rows
     is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
 
     @abstractmethod
@@ -88,36 +88,37 @@ class Planner(ABC):
         return plan(*programs, scratch=self.scratch, concurrent=self.is_concurrent)
 
     def note(self, call: Call) -> str:
-        """Which implementation a call is bound to, where there is a choice."""
+        """The implementation of a call, if the backend has several."""
         return ""
 
 
 class Backend(Planner):
     """A planner with its hardware: `alloc` and `bind`."""
 
-    hardware: str  # what it runs on, for people
+    hardware: str  # a description for the log
     dtypes: tuple[str, ...] = ("f32", "bf16")
     grad_dtypes: tuple[str, ...] = ("f32",)
-    is_asynchronous: bool = False  # runs are started, not awaited
-    truncated_terms: int = 0  # bf16 products added at a time, the sum being truncated; 0: rounded after each
-    pci_bus: str = ""  # address of the card, by which its telemetry is found; empty: no card
+    is_asynchronous: bool = False  # `run` returns before the device has finished
+    truncated_terms: int = 0  # bf16 products that are summed and truncated together; 0: every addition rounds
+    pci_bus: str = ""  # PCI address of the GPU, which identifies it for telemetry; empty: no GPU
 
     def mark(self) -> Any:
-        """This point in the queue of what was started. Taking it waits for nothing."""
+        """Marks this point in the queue of started work, without waiting."""
         return time.perf_counter()
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """The time from one mark to another; waits until the device has reached the later one."""
+        """Seconds from one mark to another. Waits until the device has reached the later one."""
         return end - begin
 
     def peak_flops(self, dtype: str) -> float | None:
-        """FLOP/s that the hardware can do in this dtype, if that is known."""
+        """Peak FLOP/s of the hardware in this dtype; None if unknown."""
         return None
 
     @abstractmethod
     def alloc(self, plan: Plan) -> Arena:
-        """Takes the memory. The only allocation of a run."""
+        """Allocates the arena: the only allocation of a run."""
 
     @abstractmethod
     def bind(self, program: Program, arena: Arena) -> Executable:
-        """Callables for every call; raises before anything runs if an op has no kernel here."""
+        """Binds a program to an arena that this backend allocated. Raises HandgradError, before anything runs, if an op
+        has no kernel here."""

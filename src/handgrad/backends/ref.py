@@ -1,9 +1,9 @@
-"""ref: the numpy executor. The oracle of every op and of whole models.
+"""ref: executes programs in numpy. The oracle of every op and of whole models.
 
-exact    every tensor is float64 in a dictionary; there is no arena. Truth.
-rounded  every tensor lies in the planned arena in its declared dtype and is rounded when written; ops compute in
-         float32. With `poison`, outputs become NaN before inputs are read, as a kernel that writes first would do: a
-         planner that lets two live tensors overlap cannot hide.
+exact    every tensor is a float64 array of its own, without a planned arena
+rounded  every tensor is in the planned arena in its declared dtype and is rounded when written; ops compute in
+         float32. `poison` sets outputs to NaN before inputs are read, like a kernel that writes first, so that a plan
+         in which two live tensors overlap gives NaN.
 """
 
 import time
@@ -22,7 +22,7 @@ from handgrad.core.tensor import Role, Tensor
 
 
 class ExactArena(HostMemory):
-    """float64 arrays by tensor, made when first asked for. Slices of a flat vector share its memory."""
+    """float64 arrays by tensor, allocated at first use. Slices of a flat vector share its memory."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -90,18 +90,19 @@ class RefExecutable(Executable):
         ):
             for arg, view in zip(args, views):
                 if args is c.op.out_args and (not arg.inout or arg.name == "scalars"):
-                    continue  # made here, or already the record
-                is_float = view is not None and view.dtype.kind != "i"
-                setattr(v, arg.name, view.astype(np.float64 if exact else np.float32) if is_float else view)
+                    continue  # computed by this call; or set above
+                if view is not None and view.dtype.kind != "i":
+                    view = view.astype(np.float64 if exact else np.float32)
+                setattr(v, arg.name, view)
         for arg, tensor, out, value in zip(c.op.out_args, c.outs, outs, c.op.ref(v)):
-            if out is None or value is None:
+            if tensor is None or out is None or value is None:
                 continue
             adds = tensor.role is Role.GRAD and c.accumulates(arg.name, micro_batch)
             out[...] = np.reshape(out + value if adds else value, out.shape)
 
 
 class RefBackend(Backend):
-    """`exact=True`: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
+    """exact: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
 
     name, hardware, head_rows, head_bytes = "ref", "numpy", 512, 512 * 50304 * 4
 
@@ -114,8 +115,9 @@ class RefBackend(Backend):
     def scratch(self, call: Call) -> int:
         return 0
 
-    def alloc(self, plan: Plan) -> Arena:
+    def alloc(self, plan: Plan) -> HostMemory:
         return ExactArena(plan) if self.exact else HostArena(plan)
 
-    def bind(self, program: Program, arena: HostMemory) -> RefExecutable:
+    def bind(self, program: Program, arena: Arena) -> RefExecutable:
+        assert isinstance(arena, HostMemory)
         return RefExecutable(program, arena, self.poison)

@@ -1,19 +1,19 @@
-"""Arguments: how an op declares its inputs and outputs, and the words that name the arguments of its kernels.
+"""Arguments: how an op declares its inputs and outputs, and the arguments of its kernels.
 
 Inputs and outputs are lines of words `name:DIMS[:dtype][?]`:
 
-    ins  = "x:N,C h:N,C w:C b:C?"           letters are unified over all inputs; `?` may be absent
+    ins  = "x:N,C h:N,C w:C b:C?"           a letter is one size in all inputs; `?` marks optional ones
     outs = "s:N,C y:N,C mean:N:f32 +dw:C:grad"
 
-The dtype is the program's working dtype unless one is stated; `grad` is that of its parameter gradients. An output
-with `+` is inout: it is made elsewhere, passed to the call (`into=`), and may be read as well as written.
+Without a dtype a tensor has the program's working dtype; `grad` is the dtype of parameter gradients. `+` marks an inout
+output: the caller passes an existing tensor (`into=`), which the kernel may read and write.
 
-Arguments of a kernel are a line of words, pointers | numbers:
+The arguments of a kernel are a line of words, pointers | numbers:
 
     "dx dw dy x scalars scratch | N M K eps accumulate.dw"
 
 A pointer is an input, an output, `scalars` (the step scalars) or `scratch`, with an optional `@bytes` offset. A number
-is a dimension, an attribute, a whole number, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
+is a dimension, an attribute, an integer, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""backward: walks the recorded forward in reverse and lets every op append its own gradient calls to the same list."""
+"""backward: walks the recorded forward in reverse; every op appends its own gradient calls to the same list."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,7 @@ from handgrad.core.op import Call, Op, is_activation
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
-Policy = Callable[[Program, Call], set[str]]  # names of the outputs of a call that are not kept for backward
+Policy = Callable[[Program, Call], set[str]]  # which outputs of a call are recomputed in backward, by name
 
 
 def keep_all(p: Program, c: Call) -> set[str]:
@@ -26,8 +26,8 @@ def drop_act_norm(p: Program, c: Call) -> set[str]:
 
 
 def drop_block(p: Program, c: Call) -> set[str]:
-    """Recompute a block from its input: keeps what enters it (less what is cheap), what ops say is too dear to
-    recompute, and what the loss made."""
+    """Recompute a block from its input. Keeps the input (except cheap outputs), what ops declare as `kept`, and the
+    gradient that the loss computed."""
     if c.op.starts_gradient:
         return set()
     entering = [t for t in c.ins if t is not None and is_activation(t)]
@@ -42,10 +42,10 @@ POLICIES: dict[str, Policy] = {"none": keep_all, "act": drop_act, "act_norm": dr
 def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor, Tensor] | None = None) -> None:
     """Appends the gradient of everything recorded so far.
 
-    The chain starts at the ops that make a gradient themselves (lm_loss) and at `seeds`, gradients that are given for
-    outputs. A second contribution to an activation is summed by the op `add` (core knows no ops by name), unless the
-    rule took the first one into its kernel. Outputs named by `drop` are recomputed at their first use, once per block
-    and never across blocks.
+    Gradients start at ops that compute their own (lm_loss) and at `seeds`, which maps outputs to their gradients. If
+    two rules contribute to the gradient of one activation, the op `add` sums them (core knows no op by name), unless
+    the later rule passes the earlier gradient to its kernel. Outputs that `drop` names are recomputed at their first
+    use, once per block and never across blocks.
     """
     forward, block = list(p.calls), None
     dropped: dict[Tensor, Call] = {}
@@ -57,7 +57,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
     p.slots.update(seeds or {})
 
     def live(t: Tensor | None) -> Tensor | None:
-        """The tensor itself, or its recomputation in this block."""
+        """The tensor itself, or what recomputes it in this block."""
         if t is None or t not in dropped or dropped[t].block != block:
             return t
         if t not in recomputed:

@@ -2,12 +2,12 @@
 
 
 class HandgradError(Exception):
-    """A mistake of the user's that can be told in one line.
+    """A mistake that the user can correct, as a one-line message.
 
     where: the op, file or stage
-    rule, got: for a value, the sentence that must hold and what was found instead; for a state, what failed, alone
+    rule, got: for a value, what must hold and what was found instead; for a state, what failed, without `got`
 
-    The command line prints it and exits with 2.
+    The command line prints it and exits with status 2.
 
     >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
     [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE

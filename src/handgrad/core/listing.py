@@ -38,8 +38,9 @@ def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
 
 
 def listing(p: Program, plan: Plan | None = None, note: Callable[[Call], str] = lambda c: "") -> str:
-    """All calls, a line each. Without a plan no offsets: the form that golden files keep.
+    """All calls, one line each. Without a plan the lines have no offsets, as in the golden files.
 
-    `@` is the offset in the arena in MiB; `+=` marks outputs that are added to; `note` adds a backend's word on it.
+    `@` is the offset in the arena in MiB; `+=` marks outputs that the call adds to or updates; `note` appends a
+    backend's remark.
     """
     return "\n".join(line(c, plan, note(c)) for c in p.calls)

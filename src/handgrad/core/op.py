@@ -1,6 +1,6 @@
-"""Op: a kernel someone wrote on purpose, declared with shapes, gradient rule, implementations and cases. Call: one use.
+"""Op: a hand-written kernel, declared with its shapes, gradient rule, implementations and cases. Call: one use of it.
 
-How arguments are declared is in arguments.py.
+arguments.py explains how arguments are declared.
 """
 
 import sys
@@ -20,8 +20,8 @@ from handgrad.core.tensor import Role, Tensor
 class C:
     """A CPU kernel: its entry point and its arguments, outputs first, as pointers | numbers (arguments.py).
 
-    `threads` is a number, too. `scratch` names the library's function that returns the bytes of scratch, and that
-    function's arguments.
+    The number `threads` is the backend's number of threads. `scratch` names the C function that returns the bytes of
+    scratch, followed by that function's arguments.
     """
 
     entry: str
@@ -31,9 +31,9 @@ class C:
 
 @dataclass(frozen=True)
 class Case:
-    """One set of sizes and attributes. Every case serves four modes: check, grad, bench, support.
+    """Sizes and attributes of a call, for checks against the oracle, gradient checks and timing.
 
-    `real` names the model whose shape it is; only such cases are timed, and they are left out of gradient checks.
+    `real` names the model whose shape it is. Only such cases are timed; gradient checks skip them.
     """
 
     sizes: dict[str, Any]
@@ -56,13 +56,13 @@ class When(Enum):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Which micro-batch of a step a segment runs for: the first one writes gradients, later ones add to them."""
+    """The position of a micro-batch in its step: the first one writes gradients, later ones add to them."""
 
     first: bool = True
     last: bool = True
 
     def runs(self, when: When) -> bool:
-        """Whether a call of this `when` runs for it."""
+        """Whether a call with this `when` runs in it."""
         return when is When.ALWAYS or (self.first if when is When.FIRST else self.last)
 
 
@@ -70,7 +70,7 @@ ONLY = MicroBatch()  # the micro-batch of a step that does not accumulate
 
 
 class Recorder(Protocol):
-    """What a gradient rule may ask of the program that it records on."""
+    """The part of `Program` that gradient rules use."""
 
     def emit(self, op: "Op", *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
         """Appends a call and returns its outputs."""
@@ -86,19 +86,19 @@ class Recorder(Protocol):
 
 
 class Op:
-    """Base of every op; subclasses are final and hold no state. One instance per op, in `handgrad.ops`."""
+    """Base of every op. Subclasses are final and stateless; `handgrad.ops` has one instance of each."""
 
     name: str = ""
     ins: str = ""
     outs: str = ""
     attrs: dict[str, type] = {}
     params: str = ""  # names of the inputs that are parameters
-    saved: str = ""  # names of inputs and outputs that the gradient rule reads; all else is free after the call
+    saved: str = ""  # names of inputs and outputs that the gradient rule reads
     differentiated: str = "y"  # names of the outputs that gradients flow into
-    undefined: str = ""  # names of outputs whose values mean nothing after the call: buffers for a part of a result
-    kept: str = ""  # names of outputs that even the policy "block" keeps, because they are dear to recompute
-    starts_gradient: bool = False  # it makes the gradient of its inputs itself, in the forward phase (lm_loss)
-    overlap: int = 0  # so many of the calls after it may run while it does, unless they touch what it writes
+    undefined: str = ""  # names of outputs that are only workspaces: their values after the call have no meaning
+    kept: str = ""  # names of outputs that even the policy "block" keeps, because recomputing them is expensive
+    starts_gradient: bool = False  # computes the gradient of its inputs itself, in the forward phase (lm_loss)
+    overlap: int = 0  # how many calls after it may run concurrently, unless they use what it writes
     ill_conditioned: bool = False  # large intermediates cancel or are exponentiated: one ulp of an input moves outputs
     cpu: C | None = None
     cases: tuple[Case, ...] = ()
@@ -109,37 +109,37 @@ class Op:
         names = [arg.name for arg in (*cls.in_args, *cls.out_args)]
         for name in names:
             if name in RESERVED or names.count(name) > 1:
-                raise HandgradError(cls.name, "an argument has a name of its own that Call does not use", f"'{name}'")
+                raise HandgradError(cls.name, "argument names are unique and not attributes of Call", f"'{name}'")
 
     in_args: tuple[Arg, ...]
     out_args: tuple[Arg, ...]
 
     def derive(self, d: dict[str, int]) -> None:
-        """Adds dimensions that follow from others, and checks what letters alone cannot say."""
+        """Adds dimensions that follow from others, and checks sizes beyond what letters express."""
 
     def backward(self, g: Recorder, c: "Call", d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """Appends gradient calls; returns the gradients of the activation inputs by input name.
 
-        `d` holds the gradient of each output (None where nothing reads it). `g.take(c.x)` removes and returns a
-        gradient that input x already has from a later reader, for rules whose kernel can add to it.
+        `d` holds the gradient of each output, None if nothing reads the output. A rule whose kernel can add to an
+        existing gradient of input x takes it by `g.take(c.x)`.
         """
-        raise HandgradError(self.name, "this op has no gradient", hint="it belongs after backward or in inference")
+        raise HandgradError(self.name, "this op has no gradient", hint="use it after backward or in inference")
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         """Whether an optional output exists under these attributes and working dtype."""
         return True
 
     def cheap(self, c: "Call") -> dict[str, str]:
-        """Outputs that are cheap to recompute from what backward keeps anyway, each with its kind: "act" or "norm"."""
+        """Outputs that are cheap to recompute from what backward keeps anyway, with their kind: "act" or "norm"."""
         return {}
 
     def recompute(self, g: Recorder, c: "Call", want: set[str]) -> dict[str, Tensor]:
-        """Emits the recomputation of the dropped outputs `want`; by default the whole call again."""
+        """Emits calls that recompute the outputs `want`; by default the whole call."""
         outs = g.emit_call(self, c.ins, c.attrs)
         return {arg.name: out for arg, out in zip(self.out_args, outs) if out is not None}
 
     def flops(self, c: "Call") -> int:
-        """Multiply and add count of one call, for MFU and `handgrad ops bench`; 0 for ops bound by memory."""
+        """FLOP of one call, a multiply-add counted as 2, for MFU and `handgrad ops bench`; 0 for memory-bound ops."""
         return 0
 
     def nbytes(self, c: "Call") -> int:
@@ -154,19 +154,19 @@ class Op:
         raise NotImplementedError
 
     def ref(self, v: Any) -> tuple:
-        """The oracle: outputs in order from a namespace of inputs, inout outputs, sizes and attributes (numpy).
+        """The oracle, in numpy: returns all outputs in order. `v` holds inputs, inout outputs, sizes and attributes.
 
-        `v.round(x)` is x as the working dtype stores it, for values that are kept and read again by the same call.
+        `v.round(x)` is x rounded to the working dtype, for values that the call stores and then reads again.
         """
         raise NotImplementedError
 
     def sample(self, rng: Any, arg: Arg, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        """A random array for an input of a case, or None for the default (standard normal)."""
+        """A random array for an input of a case; None means the default, a standard normal."""
         return None
 
     @property
     def folder(self) -> Path:
-        """Where the op's files lie."""
+        """The folder of the op's files."""
         return Path(str(sys.modules[type(self).__module__].__file__)).parent
 
     def __repr__(self) -> str:
@@ -175,7 +175,7 @@ class Op:
 
 @dataclass(eq=False)
 class Call:
-    """One entry of a program's list. An input or output is an attribute by its declared name: `c.dw`."""
+    """One entry of a program's list. Inputs and outputs are attributes by their declared names: `c.dw`."""
 
     op: Op
     outs: tuple[Tensor | None, ...]
@@ -183,13 +183,13 @@ class Call:
     attrs: dict[str, Any]
     phase: str  # forward, recompute, backward, norm, update
     block: str
-    where: str  # file:line of the model code that asked for it
+    where: str  # file:line of the model code that recorded it
     sizes: dict[str, int]
     dtype: DType  # the program's working dtype
     first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
     when: When = When.ALWAYS
 
-    def __getattr__(self, name: str) -> Any:  # an input or output, a Tensor or None
+    def __getattr__(self, name: str) -> Any:  # a Tensor, or None if it is absent
         for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
             for arg, tensor in zip(args, tensors):
                 if arg.name == name:
@@ -214,13 +214,13 @@ RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not 
 
 
 def resolve_pointer(word: str, c: Call) -> tuple[Tensor | str | None, int]:
-    """What a kernel's pointer word names: (a tensor, "scalars", "scratch", or None where absent; offset in bytes)."""
+    """What a pointer word names (a tensor, "scalars", "scratch", or None if absent), and an offset in bytes."""
     name, _, offset = word.partition("@")
     return (name if name in ("scalars", "scratch") else getattr(c, name)), int(offset or 0)
 
 
 def resolve_number(word: str, c: Call, micro_batch: MicroBatch = ONLY) -> int | float:
-    """The value of a kernel's number word: an int, or a float where the attribute is one."""
+    """The value of a number word: a float if the attribute is one, else an int."""
     if word.isdigit():
         return int(word)
     if word.startswith(ACCUMULATE):
@@ -230,7 +230,7 @@ def resolve_number(word: str, c: Call, micro_batch: MicroBatch = ONLY) -> int | 
 
 
 def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], where: str) -> dict[str, int]:
-    """The size of every letter of a call; raises with the names of the two tensors that disagree."""
+    """The size of every letter of a call. Raises HandgradError, naming both tensors, if two disagree."""
     sizes: dict[str, int] = {}
     owner: dict[str, Tensor] = {}
     context = f"recorded at {where}"
@@ -263,7 +263,7 @@ def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], whe
 
 
 def is_activation(t: Tensor | None) -> bool:
-    """Whether a tensor exists and lives from its first to its last use in the list."""
+    """Whether this is an activation: live only from its first to its last use in the list."""
     return t is not None and t.role is Role.ACT
 
 

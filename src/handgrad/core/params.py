@@ -2,7 +2,7 @@
 
 Parameters, gradients and optimizer state are flat vectors in one order: block by block, and within a block group by
 group, each parameter aligned to FLAT_ALIGN elements. A bucket (one block, one group of the optimizer) is a contiguous
-slice of every vector that covers it; the optimizer, the global norm and a future shard work on slices.
+slice of every vector that covers it. The optimizer and the global norm work on slices, and so would shards.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so that a parameter is aligned 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: "normal" with a standard deviation, "ones" or "zeros"; rows past `rows` are zero."""
+    """Initial values: "normal" with a standard deviation, "ones" or "zeros"; rows from `rows` on are zero."""
 
     kind: str
     std: float = 0.0
@@ -34,7 +34,7 @@ ZEROS, ONES = Init("zeros"), Init("ones")
 
 @dataclass(frozen=True)
 class Param:
-    """What is known of a parameter where it is used first: its handle, start and block."""
+    """A parameter: its handle, initial values, and the block that uses it first."""
 
     tensor: Tensor
     init: Init
@@ -43,8 +43,8 @@ class Param:
 
 @dataclass(frozen=True)
 class Groups:
-    """The optimizer's groups: their names, in the order in which a block's parameters are laid out, and which of them a
-    parameter belongs to, by its name and shape."""
+    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from the
+    name and shape of a parameter to its group."""
 
     names: tuple[str, ...]
     group_of: Callable[[str, tuple[int, ...]], str]
@@ -90,14 +90,14 @@ def lay_out(params: Sequence[Param], groups: Groups) -> tuple[Bucket, ...]:
 
 
 def padded_size(param: Tensor) -> int:
-    """Elements that a parameter takes in a flat vector."""
+    """Elements of a parameter in a flat vector, padding included."""
     return -(-param.size // FLAT_ALIGN) * FLAT_ALIGN
 
 
 class Vector:
     """A flat vector over some buckets, in their order and without gaps between them.
 
-    sharded: with many ranks each holds its share of it; else all hold the whole.
+    sharded: each rank holds a shard; otherwise every rank holds the whole vector.
     """
 
     def __init__(self, name: str, dtype: DType, role: Role, buckets: Sequence[Bucket], sharded: bool):

@@ -1,7 +1,7 @@
-"""plan: lifetimes to byte offsets. One allocation: params | state | grads | activations | io.
+"""plan: turns lifetimes into byte offsets. One allocation: params | state | grads | activations | io.
 
-A gradient is born in backward. Unless several micro-batches add to it, its memory holds activations until then: the
-last blocks' gradients are written when the first blocks' activations still live, and the other way round.
+Backward writes a gradient late in the step. Unless micro-batches accumulate, its memory holds activations until then:
+while the first blocks' activations are live, the last blocks' gradients are written, and the other way round.
 """
 
 from bisect import insort
@@ -29,7 +29,7 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Lifetime:
-    """Bytes that are taken from call `first` to call `last` of one list, both included."""
+    """Bytes that are in use from call `first` to call `last` of one list, both included."""
 
     owner: Tensor | Call  # a Call owns scratch
     nbytes: int
@@ -39,7 +39,7 @@ class Lifetime:
 
 @dataclass
 class Plan:
-    """Where everything lies. `offset` and `scratch` are bytes from the start of the arena."""
+    """The layout of an arena. `offset` and `scratch` are in bytes from its start."""
 
     programs: tuple[Program, ...]
     offset: dict[Tensor, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def bound(self) -> int:
-        """The least that activations (and gradients that share their memory) could take: the most that live at once."""
+        """Lower bound of the bytes of activations (and gradients that share their memory): the most live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
     @property
@@ -81,24 +81,24 @@ class Plan:
         return "\n".join(lines)
 
     def by_block(self) -> list[tuple[str, int, int, int]]:
-        """Per block: bytes of parameters, of gradients and optimizer state, of activations that backward reads."""
+        """Per block: bytes of parameters, of gradients and optimizer state, and of activations that backward reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         state = [v for name, v in self.vectors.items() if name != "param"]
         for info in p.params.values():
             rows[info.block][0] += info.tensor.nbytes
             rows[info.block][1] += sum(info.tensor.size * v.dtype.size for v in state if v.covers(info.tensor))
-        crosses = {t for c in p.calls if c.phase != "forward" for t in c.ins if is_activation(t)}
+        read_later = {t for c in p.calls if c.phase != "forward" for t in c.ins if is_activation(t)}
         for t, c in p.producer.items():
-            if c.phase == "forward" and t in crosses:
+            if c.phase == "forward" and t in read_later:
                 rows[c.block][2] += t.nbytes
-        return [(block, *row) for block, row in rows.items()]
+        return [(block, params, state_and_grads, kept) for block, (params, state_and_grads, kept) in rows.items()]
 
 
 def lifetimes(p: Program, scratch: Scratch, concurrent: bool = False) -> list[Lifetime]:
-    """First and last use of every activation in list order; scratch lives for its own call; outputs to the end.
+    """First and last use of every activation; scratch is live during its own call, outputs to the end of the list.
 
-    concurrent: a call that overlaps the calls after it keeps its tensors until the call that waits for it (streams.py).
+    concurrent: the tensors of a call that overlaps later calls are live until the call that waits for it (streams.py).
     """
     first: dict[Tensor, int] = {}
     last: dict[Tensor, int] = {}
@@ -118,18 +118,18 @@ def lifetimes(p: Program, scratch: Scratch, concurrent: bool = False) -> list[Li
     return spans + [Lifetime(t, aligned(t.nbytes), first[t], last[t]) for t in first]
 
 
-Fixed = tuple[int, int, int, int]  # offset, end, first, last: bytes that are taken already, from call to call
+Fixed = tuple[int, int, int, int]  # offset, end, first call, last call: bytes that are in use already
 
 
 def place(spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[dict[Tensor | Call, int], int]:
-    """Offsets and total bytes, each span at the lowest gap that no overlapping lifetime occupies.
+    """Offsets and total bytes: each span goes to the lowest gap between the spans that are live at the same time.
 
-    The better of two orders: biggest first suits activations by themselves, longest-lived first suits them among
-    gradients, whose places are fixed.
+    Tries two orders and keeps the better: largest first suits activations alone, longest-lived first suits activations
+    among gradients, whose offsets are fixed.
     """
-    biggest = sorted(spans, key=lambda s: (-s.nbytes, s.first))
+    largest = sorted(spans, key=lambda s: (-s.nbytes, s.first))
     longest = sorted(spans, key=lambda s: (s.first - s.last, -s.nbytes))
-    return min((_first_fit(order, fixed) for order in (biggest, longest)), key=lambda placed: placed[1])
+    return min((_first_fit(order, fixed) for order in (largest, longest)), key=lambda placed: placed[1])
 
 
 def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[Tensor | Call, int], int]:
@@ -152,9 +152,9 @@ def _first_fit(spans: Sequence[Lifetime], fixed: Sequence[Fixed]) -> tuple[dict[
 
 
 def gradient_spans(primary: Program, p: Program) -> list[Fixed]:
-    """When the bytes of the flat gradients are taken, for p's activations: from the first writing to the list's end.
+    """When bytes of the flat gradients are in use: from the first write to the end of p's list.
 
-    The alignment padding between them stays zero for ever, since norm and update run over it.
+    The alignment padding between gradients is never reused: it must stay zero, because norm and update read it.
     """
     vector, end = primary.vectors["grad"], len(p.calls)
     size = vector.dtype.size
@@ -173,7 +173,7 @@ def gradient_spans(primary: Program, p: Program) -> list[Fixed]:
 
 
 def peak_of(p: Program, spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) -> tuple[int, Call | None]:
-    """The most bytes alive at one call, and that call."""
+    """The most bytes that are live at one call, and that call."""
     change = [0] * (len(p.calls) + 2)
     for nbytes, first, last in [(s.nbytes, s.first, s.last) for s in spans] + [(b - a, i, j) for a, b, i, j in fixed]:
         change[first] += nbytes
@@ -189,10 +189,11 @@ def peak_of(p: Program, spans: Sequence[Lifetime], fixed: Sequence[Fixed] = ()) 
 def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = False) -> Plan:
     """The layout of one arena for programs that share parameters and never run at the same time.
 
-    scratch: bytes that a call needs for itself.  concurrent: some calls overlap the calls after them.
+    scratch: bytes of scratch of a call
+    concurrent: calls whose op allows it overlap the calls after them
 
-    The first program is the primary one: it lays out parameters and what follows their flat order (gradients, optimizer
-    state); the others find theirs by name. Activations of the programs overlay each other; inputs and caches do not.
+    The first program is the primary one: its flat order lays out parameters, gradients and optimizer state; the other
+    programs find theirs by name. Activations of different programs share memory; inputs and caches do not.
     """
     primary, result = programs[0], Plan(programs)
     vectors = primary.vectors
@@ -232,8 +233,8 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = 
 
 
 def _place_states(result: Plan, at: int) -> int:
-    """Offsets of states from byte `at` on; returns the byte after them. Programs share a state by its name: prefill and
-    decode have one cache."""
+    """Places states from byte `at` on; returns the byte after them. Programs share a state by its name: prefill and
+    decode use one cache."""
     known: dict[str, Tensor] = {}
     for t in (t for p in result.programs for t in p.states.values()):
         other = known.setdefault(t.name, t)
@@ -249,14 +250,14 @@ def _place_states(result: Plan, at: int) -> int:
 
 
 def _place_slices(result: Plan) -> None:
-    """Offsets of parameters, gradients and slices of vectors, in all programs by the primary one's order."""
+    """Places parameters, gradients and slices of vectors of all programs, in the flat order of the primary one."""
     primary = result.programs[0]
     for p in result.programs:
         for name, info in p.params.items():
             known = primary.params.get(name)
             if known is None or known.tensor.shape != info.tensor.shape or p.dtype is not primary.dtype:
-                rule = "programs that share an arena share their parameters"
-                raise HandgradError("plan", rule, f"'{name}' in one only")
+                rule = "programs that share an arena declare the same parameters"
+                raise HandgradError("plan", rule, f"'{name}' in only one of them")
             result.offset[info.tensor] = result.part("param", known.tensor)[0]
             if name in p.grads:
                 result.offset[p.grads[name]] = result.part("grad", known.tensor)[0]

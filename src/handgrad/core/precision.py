@@ -1,4 +1,4 @@
-"""Precision: the element types that a model is computed, differentiated and kept in."""
+"""Precision: the element types of weights, activations and gradients."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ GRAD_WORDS = ("f32", "bf16")
 
 @dataclass(frozen=True)
 class Precision:
-    """One choice of number formats. Recording, opening a backend, training, explaining and profiling take it whole.
+    """The number formats of a run, for recording, backends, training, explaining and profiling.
 
-    dtype            "f32", "bf16", or "tf32": float32 whose matmuls round their operands to 10 bits, on a GPU
+    dtype            "f32", "bf16", or "tf32": float32 whose matmuls round operands to 10 mantissa bits, on a GPU
     grad_dtype       of parameter gradients: "f32", or "bf16" on a GPU
-    master_weights   a bf16 weight keeps the low 16 bits of its float32; without, updates are rounded stochastically
-    deterministic    the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits
+    master_weights   bf16 weights also keep the low 16 bits of their float32; without, updates round stochastically
+    deterministic    bit-identical runs, for every recompute policy; slower on a GPU, always so on other backends
 
-    Raises HandgradError for another word.
+    Raises HandgradError for any other name.
 
     >>> Precision("tf32").working is F32, Precision("bf16").splits_weights
     (True, True)

@@ -1,4 +1,4 @@
-"""Program: the flat list of calls that is planned, printed, tested and executed. Model code appends to it."""
+"""Program: the flat list of calls. Models append to it; the planner, backends, listings and tests read it."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector,
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
 
-STATE = "state"  # in checkpoints, what precedes the name of a state; no flat vector has this name
+STATE = "state"  # prefix of state names in checkpoints; no flat vector has this name
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive calls of a list, [start, stop), which run in one go."""
+    """Consecutive calls [start, stop) of a list, which run together."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """What a step runs: forward and backward once per micro-batch, then the norm, then the update."""
+    """The segments of a step: forward and backward once per micro-batch, then the norm, then the update."""
 
     forward_backward: Segment
     norm: Segment
@@ -36,7 +36,7 @@ class Segments:
 
     @property
     def norm_update(self) -> Segment:
-        """Norm and update in one go, for a host that does not decide between them."""
+        """Norm and update as one segment, for steps in which the host does not decide between them."""
         return Segment(self.norm.start, self.update.stop)
 
 
@@ -45,24 +45,24 @@ class Program:
     """A list of calls under one working dtype."""
 
     dtype: DType = F32
-    trains: bool = False  # gradients will be appended: dropout is active, and pre-activations are kept
-    accumulates: bool = True  # several passes add to the gradients before an update, so they keep their memory
+    trains: bool = False  # backward will follow: dropout is active and pre-activations are kept
+    accumulates: bool = True  # micro-batches accumulate gradients, so gradients do not share memory with activations
     grad_dtype: DType = F32  # of parameter gradients
     master: bool = (
-        True  # a bf16 weight keeps, in "low", the 16 bits that make it a float32; else it is rounded at random
+        True  # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
     )
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
+    slots: dict[Tensor, Tensor] = field(
         default_factory=dict
-    )  # read by the host after a run: alive to the end of the list
-    slots: dict[Tensor, Tensor] = field(default_factory=dict)  # while recording backward: gradients collected so far
-    starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice's handle in its flat vector
+    )  # while backward is recorded: activation to its gradient so far
+    starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: str = "forward"
-    when: When = When.ALWAYS  # of the calls that are recorded now
+    when: When = When.ALWAYS  # of calls recorded from now on
 
     def __post_init__(self) -> None:
         self.scalars = Tensor("scalars", (STEP_SCALARS_BYTES,), BYTE, Role.SCALARS)
@@ -97,19 +97,18 @@ class Program:
         return self.inputs.setdefault(name, Tensor(name, shape, dtype, Role.INPUT))
 
     def state(self, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
-        """A tensor that keeps its value from run to run, outside the flat vectors (the KV cache)."""
+        """A tensor outside the flat vectors that keeps its value from run to run (the KV cache)."""
         name = ".".join([*self._scope, name])
         return self.states.setdefault(name, Tensor(name, shape, dtype, Role.STATE))
 
     def param(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
-        """The parameter `name` inside the current scope, declared where it is used; twice the same name is tied."""
+        """Declares or finds the parameter `name` of the current scope; using the same name twice ties the weights."""
         name = ".".join([*self._scope, name])
         known = self.params.get(name)
         if known is None:
             if self._buckets is not None:
-                raise HandgradError(
-                    "program", "parameters are declared before the update is recorded", f"'{name}' after it"
-                )
+                rule = "parameters are declared before the update is recorded"
+                raise HandgradError("program", rule, f"'{name}' after it")
             known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, self._block)
             self.params[name] = known
         if known.tensor.shape != shape:
@@ -117,24 +116,24 @@ class Program:
         return known.tensor
 
     def output(self, name: str, tensor: Tensor) -> Tensor:
-        """Marks a tensor that the host reads after a run."""
+        """Marks a tensor that the host reads after a run. Returns it."""
         self.outputs[name] = tensor
         return tensor
 
     def grad(self, param: Tensor) -> Tensor:
-        """The gradient of a parameter: grad_dtype, same shape, one per parameter however often it is used."""
+        """The gradient of a parameter, in grad_dtype: one per parameter, however often the parameter is used."""
         if param.name not in self.grads:
             grad = Tensor("d " + param.name, param.shape, self.grad_dtype, Role.GRAD, "grad")
             self.grads[param.name], self._param_of[grad] = grad, param
         return self.grads[param.name]
 
     def next_stream(self) -> int:
-        """A number for one random call, the same however the program is recomputed or planned."""
+        """The number of the next random call, the same for every recompute policy and plan."""
         self._streams += 1
         return self._streams
 
     def is_written(self, grad: Tensor) -> bool:
-        """Whether an earlier call of the list writes this parameter gradient."""
+        """Whether a call recorded so far writes this parameter gradient."""
         return grad in self._written
 
     def take(self, tensor: Tensor) -> Tensor | None:
@@ -150,7 +149,7 @@ class Program:
 
     @contextmanager
     def block(self, name: str, *, prefix: bool = True) -> Iterator[None]:
-        """A named stretch of the list: the unit of recompute, of communication and of profiling. Not nested."""
+        """A named group of calls: the unit of recomputation, communication and profiling. Blocks do not nest."""
         outer, self._block = self._block, name
         if prefix:
             self._scope.append(name)
@@ -161,14 +160,14 @@ class Program:
 
     @contextmanager
     def at(self, call: Call, phase: str) -> Iterator[None]:
-        """Records on behalf of another call: its block and source line, in the given phase."""
+        """Records calls on behalf of another one: with its block and source line, in the given phase."""
         outer = self.phase, self._block, self._where
         self.phase, self._block, self._where = phase, call.block, call.where
         yield
         self.phase, self._block, self._where = outer
 
     def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
-        """Appends a call and returns its output handle, or a tuple of them; inout outputs (`into`) are not returned."""
+        """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`)."""
         outs = self.emit_call(op, ins, attrs, into or {})
         made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.inout)
         return made[0] if len(made) == 1 else made
@@ -193,12 +192,8 @@ class Program:
         for arg in op.out_args:
             if arg.inout:
                 target = (into or {}).get(arg.name)
+                self._check_inout(op, arg, target, sizes, where)
                 outs.append(target)
-                if target is None:
-                    if not arg.optional:
-                        raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
-                else:
-                    self._check_inout(op, arg, target, sizes, where)
                 if target is not None and target.role in (Role.GRAD, Role.SCALARS) and target not in self._written:
                     self._written.add(target)
                     first.add(arg.name)
@@ -226,9 +221,15 @@ class Program:
                 self.producer[t] = call
         return call.outs
 
-    def _check_inout(self, op: Op, arg: Arg, target: Tensor, sizes: dict[str, int], where: str) -> None:
-        """Raises unless a inout output has the shape and dtype that its kernel will write."""
-        found = (target.size,) if len(arg.dims) == 1 else target.shape  # a kernel of one letter takes any shape flat
+    def _check_inout(self, op: Op, arg: Arg, target: Tensor | None, sizes: dict[str, int], where: str) -> None:
+        """Raises unless an inout output has the shape and dtype that its kernel writes, or is optional and absent."""
+        if target is None:
+            if not arg.optional:
+                raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
+            return
+        found = (
+            (target.size,) if len(arg.dims) == 1 else target.shape
+        )  # one letter: the kernel takes any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
@@ -247,21 +248,21 @@ class Program:
     # the flat vectors -----------------------------------------------------------------------------------------------
 
     def group_by(self, groups: Groups) -> None:
-        """Sets the optimizer's groups, before anything reads the flat order."""
+        """Sets the optimizer's groups. Raises HandgradError if the flat order has been read already."""
         if self._buckets is not None:
             raise HandgradError("program", "groups are set before the flat order is read", groups.names)
         self._groups = groups
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The flat order of all parameters. Fixed at the first reading."""
+        """The flat order of all parameters. The first read fixes it."""
         if self._buckets is None:
             self._buckets = lay_out(tuple(self.params.values()), self._groups)
         return self._buckets
 
     @property
     def vectors(self) -> dict[str, Vector]:
-        """The flat vectors: "param" and, if there are gradients, "grad", over all buckets; and the optimizer's own."""
+        """The flat vectors: "param" and, if there are gradients, "grad", both over all buckets; and optimizer state."""
         if self.params and "param" not in self._vectors:
             self._vectors["param"] = Vector("param", self.dtype, Role.PARAM, self.buckets, sharded=False)
         if self.grads and "grad" not in self._vectors:
@@ -269,10 +270,10 @@ class Program:
         return self._vectors
 
     def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
-        """Declares optimizer state: a flat vector over these buckets, or all. It is zero before the first step, and
-        checkpoints keep it."""
+        """Declares optimizer state: a flat vector over these buckets, by default all. It starts as zeros;
+        checkpoints save it."""
         if name in self.vectors or name == STATE:
-            raise HandgradError("program", "a flat vector has a name of its own", f"'{name}' twice")
+            raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
         vector = Vector(name, dtype, Role.STATE, self.buckets if buckets is None else buckets, sharded)
         self._vectors[name] = vector
         return vector
@@ -298,12 +299,12 @@ class Program:
 
     @property
     def flat_size(self) -> int:
-        """Elements of a flat vector over all buckets, alignment included."""
+        """Elements of a flat vector over all buckets, padding included."""
         return sum(bucket.size for bucket in self.buckets)
 
     @property
     def num_params(self) -> int:
-        """Parameters without alignment padding."""
+        """Number of parameters, without padding."""
         return sum(p.tensor.size for p in self.params.values())
 
 

@@ -1,7 +1,7 @@
-"""The step scalars: what changes from step to step. They live in the arena, so that a bound program (or a captured
+"""The step scalars: values that change from step to step. They are in the arena, so that a bound program (or a captured
 graph) never changes.
 
-The C mirror is backends/cpu/include/scalars.h; tests/test_backends.py compares the two layouts.
+backends/cpu/include/scalars.h is the same struct in C; tests/test_backends.py compares the two layouts.
 """
 
 # name, type, meaning

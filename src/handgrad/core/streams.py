@@ -1,14 +1,14 @@
-"""Streams: which calls run while later ones do, and the call that waits for each.
+"""Streams: which calls overlap later ones, and the call that waits for each.
 
-A call whose op has an `overlap` of n may run on a second stream while the n calls after it run, but never beyond the
-first one that touches what it writes, or writes what it reads.
+A call whose op has an `overlap` of n may run on a second stream while the n calls after it run. The first of them that
+reads or writes what it writes, or writes what it reads, waits for it.
 """
 
 from handgrad.core.op import Call
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
-Span = tuple[object, int, int]  # what memory it is: a tensor or the name of a flat vector; first element; the end
+Span = tuple[object, int, int]  # a tensor or the name of a flat vector; first element; end
 
 
 def joins(p: Program) -> list[int]:
@@ -23,14 +23,14 @@ def _join(p: Program, i: int) -> int:
 
 
 def _conflict(p: Program, early: Call, late: Call) -> bool:
-    """Whether one of two calls writes what the other one touches."""
+    """Whether one of two calls writes what the other one reads or writes."""
     reads, writes = _spans(p, early.ins), _spans(p, early.outs)
     late_reads, late_writes = _spans(p, late.ins), _spans(p, late.outs)
-    return _meet(writes, late_reads + late_writes) or _meet(reads, late_writes)
+    return _intersect(writes, late_reads + late_writes) or _intersect(reads, late_writes)
 
 
 def _spans(p: Program, tensors: tuple[Tensor | None, ...]) -> list[Span]:
-    """Where tensors lie. Slices of a flat vector meet under different handles."""
+    """The memory of tensors. Slices of one flat vector may overlap under different handles."""
     spans: list[Span] = []
     for t in tensors:
         if t is not None and t.flat:
@@ -41,5 +41,5 @@ def _spans(p: Program, tensors: tuple[Tensor | None, ...]) -> list[Span]:
     return spans
 
 
-def _meet(some: list[Span], others: list[Span]) -> bool:
+def _intersect(some: list[Span], others: list[Span]) -> bool:
     return any(a == b and i < k and j < end for a, i, end in some for b, j, k in others)

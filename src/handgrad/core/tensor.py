@@ -1,4 +1,4 @@
-"""Tensor: a named shape. It holds no data and has no operators, so nobody can write fine-grained math by accident."""
+"""Tensor: a named shape. It holds no data and has no operators, so models cannot compute element by element."""
 
 import math
 from dataclasses import dataclass
@@ -6,23 +6,23 @@ from enum import Enum
 
 from handgrad.core.dtypes import DType
 
-IGNORE_INDEX = -1  # a target that does not count in a loss
+IGNORE_INDEX = -1  # a target that the loss ignores
 
 
 class Role(Enum):
-    """Decides the region of the arena that a tensor lives in."""
+    """Determines the region of the arena."""
 
     INPUT = "input"  # written by the host before a step
     PARAM = "param"
     GRAD = "grad"  # of a parameter
-    STATE = "state"  # survives a step: AdamW's moments, low halves of weights, the KV cache
-    ACT = "act"  # lives from its first to its last use in the list
-    SCALARS = "step scalar"  # the per-step scalars
+    STATE = "state"  # kept from step to step: AdamW's moments, low halves of weights, the KV cache
+    ACT = "act"  # live from its first to its last use in the list
+    SCALARS = "step scalar"
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A handle. `flat` names the flat vector it is a slice of (parameters, their gradients and optimizer state)."""
+    """A handle. `flat` names the flat vector that it is a slice of (parameters, gradients and optimizer state)."""
 
     name: str
     shape: tuple[int, ...]

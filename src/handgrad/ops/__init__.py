@@ -1,4 +1,4 @@
-"""The ops: one folder each, with math, oracle, C kernel, gradient rule and cases. `OPS` is the table of all."""
+"""The ops: one folder each, with math, oracle, kernels, gradient rule and cases. `OPS` is the table of all."""
 
 from handgrad.ops.adamw.op import adamw
 from handgrad.ops.add.op import add

@@ -18,10 +18,10 @@ def decays(name: str, shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyperparameters. The learning rate is a step scalar: it changes from step to step.
+    """AdamW's hyperparameters; the learning rate is a step scalar.
 
-    Matrices and embeddings decay; biases and norms do not. `clip` is the largest allowed global L2 norm of the
-    gradients, 0 for no clipping.
+    Matrices and embeddings decay; biases and norms do not. `clip` is the largest global L2 norm of the gradients that
+    is not scaled down, 0 for no clipping.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -31,18 +31,18 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise HandgradError("optim", "both betas lie in [0, 1)", self.betas)
+            raise HandgradError("optim", "betas are in [0, 1)", self.betas)
         for name in ("eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0.0:
                 raise HandgradError("optim", f"{name} is not negative", getattr(self, name))
 
     @property
     def groups(self) -> Groups:
-        """Decayed parameters first in every block."""
+        """The groups of parameters that decay and that do not, in this order in every block."""
         return Groups((DECAY, PLAIN), decays)
 
     def declare(self, g: Program) -> None:
-        """The moments m and v in float32; for bf16 weights with masters the 16 bits that they lack of a float32."""
+        """Declares the moments m and v in float32 and, for bf16 weights with master weights, the low halves."""
         g.flat("m", F32)
         g.flat("v", F32)
         if g.dtype is not F32 and g.master:

@@ -1,4 +1,4 @@
-"""Records what follows backward in a step: the norm of all gradients with the clip factor, and the update."""
+"""Records the norm and update segments of a step, which follow backward."""
 
 from typing import Protocol
 
@@ -8,9 +8,9 @@ from handgrad.ops import fill, global_norm
 
 
 class Optimizer(Protocol):
-    """What a training program asks of an optimizer.
+    """The interface of an optimizer.
 
-    clip    the largest allowed global L2 norm of the gradients, 0 for no clipping
+    clip    the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     groups  which parameters share their settings
     """
 
@@ -30,12 +30,12 @@ class Optimizer(Protocol):
 def record_step(g: Program, optim: Optimizer) -> None:
     """Appends the norm of all gradients, then one update per bucket, to a program that has its backward.
 
-    Between the two segments the host may decide to skip the update.
+    Between the two segments the host can decide to skip the update.
     """
     g.group_by(optim.groups)
     g.phase = "backward"
     for info in g.params.values():
-        if not g.is_written(g.grad(info.tensor)):  # nothing reads this parameter: its gradient is zero
+        if not g.is_written(g.grad(info.tensor)):  # no call uses this parameter: its gradient is zero
             g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
     g.phase = "norm"
     g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)

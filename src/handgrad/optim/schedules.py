@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step (counted from 1), so a resumed run needs no state."""
+"""Learning-rate schedules: pure functions of the step (counted from 1), so resuming a run needs no state."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Schedule = Callable[[int], float]
 
 
 def cosine(peak: float, warmup: int, steps: int, final: float = 0.1) -> Schedule:
-    """Half a cosine from the peak at the end of warm-up to final * peak at the last step.
+    """Half a cosine, from the peak at the end of warm-up to final * peak at the last step.
 
     >>> lr = cosine(1.0, warmup=10, steps=110, final=0.1)
     >>> lr(1), lr(10), round(lr(60), 6), round(lr(110), 6)
@@ -24,14 +24,14 @@ def linear(peak: float, warmup: int, steps: int, final: float = 0.0) -> Schedule
 
 
 def constant(peak: float, warmup: int = 0, steps: int = 0, final: float = 1.0) -> Schedule:
-    """The peak, after warm-up; `steps` and `final` have no meaning here and must be left alone or 1."""
+    """The peak after warm-up. `steps` is ignored; `final` must be 1."""
     if final != 1.0:
         raise HandgradError("schedule", "a constant schedule ends at its peak (final 1.0)", final)
     return _warm(peak, warmup, lambda r: 1.0, steps)
 
 
 def wsd(peak: float, warmup: int, steps: int, final: float = 0.0, cooldown: float = 0.2) -> Schedule:
-    """Warm-up, stable, decay: flat until the last `cooldown` part of all steps, then 1 - sqrt to final * peak.
+    """Warm-up, stable, decay: constant until the last fraction `cooldown` of all steps, then 1 - sqrt to final * peak.
 
     The shape of Hägele et al. 2024.
     """
@@ -50,16 +50,16 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": ws
 
 
 def schedule(kind: str, peak: float, warmup: int, steps: int, final: float | None = None) -> Schedule:
-    """A schedule by name; `final` None takes the kind's own default."""
+    """A schedule by name; `final` None: the default of that schedule."""
     if kind not in SCHEDULES:
         raise HandgradError("schedule", f"the kind is one of {', '.join(SCHEDULES)}", f"'{kind}'")
     if warmup < 0 or warmup > steps:
-        raise HandgradError("schedule", f"warm-up lies between 0 and the {steps} steps of the run", warmup)
+        raise HandgradError("schedule", f"warm-up is between 0 and the {steps} steps of the run", warmup)
     return SCHEDULES[kind](peak, warmup, steps, **({} if final is None else {"final": final}))
 
 
 def _warm(peak: float, warmup: int, shape: Callable[[float], float], steps: int) -> Schedule:
-    """step / warmup up to the peak, then `shape` of the remaining fraction, held past the last step."""
+    """Linear warm-up to the peak, then peak * shape(r) while r goes from 0 to 1; constant after the last step."""
 
     def lr(step: int) -> float:
         if step <= warmup:

@@ -1,4 +1,4 @@
-"""cpu: binds every call to a C kernel with one packed block of arguments; a step is one call into the library."""
+"""cpu: binds every call to a C kernel and its packed arguments; a segment is one call into the library."""
 
 import struct
 from collections.abc import Callable
@@ -19,16 +19,18 @@ ENTRY_BYTES = 16  # Entry of kernel.h: function, arguments
 
 
 class CpuExecutable(Executable):
-    """The bound list: for each kind of micro-batch the entries that hg_run walks, packed at its first use."""
+    """The bound list: for each kind of micro-batch the entries that hg_run executes, packed at their first use."""
 
     def __init__(self, program: Program, arena: HostArena, threads: int):
         self.program, self.arena, self.threads, self._lib = program, arena, threads, library()
         self._bound: dict[MicroBatch, tuple[np.ndarray, np.ndarray]] = {}
-        self._entries(ONLY)  # what cannot be bound is refused now
+        self._entries(ONLY)  # so that errors are raised now, before anything runs
 
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
         segment = segment or Segment(0, len(self.program.calls))
-        self._lib.set_threads(self.threads)  # scratch was planned for as many, whatever other backends are open
+        self._lib.set_threads(
+            self.threads
+        )  # scratch was planned for them; other open backends may have set another number
         address = self._entries(micro_batch).ctypes.data
         self._lib.run(address + ENTRY_BYTES * segment.start, segment.stop - segment.start)
 
@@ -53,20 +55,22 @@ class CpuExecutable(Executable):
             at = args.ctypes.data
             for i, (c, block) in enumerate(zip(calls, blocks)):
                 runs = micro_batch.runs(c.when)
-                entries[i] = self._lib.entry(_kernel(c).entry, c.dtype.name) if runs else self._lib.skip, at
+                function = self._lib.entry(_kernel(c).entry, c.dtype.name) if runs else self._lib.skip
+                assert function is not None, c.op
+                entries[i] = function, at
                 at += 8 * len(block)
             self._bound[micro_batch] = entries, args
         return self._bound[micro_batch][0]
 
 
 def _kernel(c: Call) -> C:
-    """The declaration of a call's kernel, which `CpuBackend.bind` has checked."""
+    """The declaration of a call's kernel; `CpuBackend.bind` has checked that there is one."""
     assert c.op.cpu is not None, c.op
     return c.op.cpu
 
 
 def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch: MicroBatch) -> list[int]:
-    """The 8-byte slots of a call's arguments, in the order of their declaration (the struct in arguments.h)."""
+    """The arguments of a call as 8-byte integers in declaration order: the struct in arguments.h."""
     plan, slots = arena.plan, []
     pointers, numbers = kernel_words(_kernel(c).args)
     for word in pointers:
@@ -86,7 +90,7 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch
 
 
 class CpuBackend(Backend):
-    """C kernels on `threads` threads (default: physical cores). `isa` says which instruction set was taken."""
+    """C kernels on `threads` threads (0: one per physical core). `isa` is the instruction set that they use."""
 
     name, head_rows, head_bytes = "cpu", 512, 512 * 50304 * 4
 
@@ -104,13 +108,14 @@ class CpuBackend(Backend):
         if not spec:
             return 0
         name, *words = spec.split()
-        sizes = [self.threads if w == "threads" else call.sizes.get(w, call.attrs.get(w)) for w in words]
+        sizes = [self.threads if word == "threads" else int(resolve_number(word, call)) for word in words]
         return self._lib.scratch(name, call.dtype.name, sizes)
 
-    def alloc(self, plan: Plan) -> Arena:
+    def alloc(self, plan: Plan) -> HostArena:
         return HostArena(plan)
 
-    def bind(self, program: Program, arena: HostArena) -> CpuExecutable:
+    def bind(self, program: Program, arena: Arena) -> CpuExecutable:
+        assert isinstance(arena, HostArena)
         for c in program.calls:
             kernel = c.op.cpu
             if kernel is None or self._lib.entry(kernel.entry, program.dtype.name) is None:

@@ -1,7 +1,7 @@
-"""Generates arguments.h: a struct for the arguments of every CPU kernel, from the declarations of the ops.
+"""Generates arguments.h from the declarations of the ops: a struct for the arguments of every CPU kernel.
 
-setup.py runs this file by itself when it compiles the kernels, so it reads declarations as syntax trees and imports
-nothing but the standard library.
+setup.py runs this file alone when it compiles the kernels. So the file parses declarations as syntax trees and imports
+only the standard library.
 """
 
 import ast
@@ -11,7 +11,7 @@ HEAD = """// Generated from the declarations `cpu = C(entry, args)` of the ops.
 #pragma once
 #include <stdint.h>
 """
-LINES = """#ifdef HG_ARGUMENT_LINES  // Python compares these with the declarations it binds
+LINES = """#ifdef HG_ARGUMENT_LINES  // Python compares these with the declarations that it binds
 #define EXPORT __attribute__((visibility("default")))
 %s
 #undef EXPORT
@@ -20,7 +20,7 @@ LINES = """#ifdef HG_ARGUMENT_LINES  // Python compares these with the declarati
 
 
 def header(package: Path) -> str:
-    """The text of arguments.h for the ops in a package's folder `ops`."""
+    """The text of arguments.h for the ops of a package: the files ops/*/op.py."""
     structs, lines = [], []
     for path in sorted(package.glob("ops/*/op.py")):
         for entry, args, floats in kernels(path.read_text()):
@@ -47,9 +47,9 @@ def kernels(source: str) -> list[tuple[str, str, set[str]]]:
         if "cpu" in fields:
             entry, args = (ast.literal_eval(arg) for arg in fields["cpu"].args[:2])
             attrs = fields.get("attrs", ast.Dict([], []))
-            while isinstance(attrs, ast.Attribute):  # `attrs = Attention.attrs`
+            while isinstance(attrs, ast.Attribute) and isinstance(attrs.value, ast.Name):  # `attrs = Attention.attrs`
                 attrs = classes[attrs.value.id]["attrs"]
-            floats = {key.value for key, kind in zip(attrs.keys, attrs.values) if kind.id == "float"}
+            floats = {ast.literal_eval(k) for k, v in zip(attrs.keys, attrs.values) if k and ast.unparse(v) == "float"}
             found.append((entry, args, floats))
     return found
 

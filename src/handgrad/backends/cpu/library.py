@@ -1,10 +1,11 @@
-"""The compiled kernels: finds the library, picks the instruction set, looks up entry points."""
+"""The compiled kernels: opens the library, chooses the instruction set, looks up entry points."""
 
 import ctypes
 import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 from handgrad.core.errors import HandgradError
 
@@ -13,7 +14,7 @@ PATH = Path(__file__).parent / "libhandgrad_cpu.so"
 
 
 def physical_threads() -> int:
-    """Cores this process may use, hyper-threads counted once."""
+    """Physical cores that this process may use."""
     allowed = os.sched_getaffinity(0)
     cores = set()
     for cpu in allowed:
@@ -25,7 +26,7 @@ def physical_threads() -> int:
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """The processor's name, as Linux reports it."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -34,23 +35,19 @@ def processor() -> str:
 
 
 class Library:
-    """libhandgrad_cpu.so, opened once a process. `isa` is the widest set of this machine, or HANDGRAD_ISA if set."""
+    """libhandgrad_cpu.so, opened once per process. `isa`: HANDGRAD_ISA if set, else the widest of this machine."""
 
     def __init__(self) -> None:
         if not PATH.exists():
-            raise HandgradError(
-                "cpu",
-                f"the kernels are compiled when handgrad is installed, {PATH.name} beside {__name__}",
-                "no such file",
-                hint="pip install . needs a C compiler (gcc 11 or newer)",
-            )
-        # Threads that wait for each other spin only this long (some microseconds), then sleep. libgomp's own default of
-        # milliseconds makes a step many times slower as soon as another program wants a core.
+            hint = "pip install . compiles them; it needs a C compiler (gcc 11 or newer)"
+            raise HandgradError("cpu", f"the compiled kernels are missing: there is no {PATH}", hint=hint)
+        # Waiting threads spin for some microseconds, then sleep. With libgomp's default, milliseconds, a step is many
+        # times slower as soon as another program needs a core.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         self._dll = ctypes.CDLL(str(PATH))
         widest = self._dll.hg_isa()
         while widest and getattr(self._dll, f"add_bf16_{ISAS[widest]}", None) is None:
-            widest -= 1  # the compiler that built the library did not know it
+            widest -= 1  # the compiler that built the library did not support it
         wanted = os.environ.get("HANDGRAD_ISA", ISAS[widest])
         if wanted not in ISAS:
             raise HandgradError("cpu", f"HANDGRAD_ISA is one of {', '.join(ISAS)}", f"'{wanted}'")
@@ -67,7 +64,7 @@ class Library:
         self.run_timed.restype = None
 
     def set_threads(self, threads: int) -> None:
-        """Threads of every later kernel of this process."""
+        """Sets the number of threads of all later kernels of this process."""
         self._dll.hg_set_threads(threads)
 
     def normal(self, out: int, words: int, blocks: int, std: float) -> None:
@@ -75,12 +72,12 @@ class Library:
         sizes = ctypes.c_int64(blocks), ctypes.c_float(std)
         self._dll.hg_normal(ctypes.c_void_p(out), ctypes.c_void_p(words), *sizes)
 
-    def _symbol(self, name: str, dtype: str):
+    def _symbol(self, name: str, dtype: str) -> Any:
         isa = "avx512" if self.isa == "avx512bf16" and dtype == "f32" else self.isa
         return getattr(self._dll, f"{name}_{dtype}_{isa}", None)
 
     def entry(self, name: str, dtype: str) -> int | None:
-        """The address of a kernel for this instruction set, or None if the library has none."""
+        """The address of a kernel for this instruction set; None if the library has no such kernel."""
         symbol = self._symbol(name, dtype)
         return None if symbol is None else ctypes.cast(symbol, ctypes.c_void_p).value
 
@@ -91,16 +88,15 @@ class Library:
             compiled = ctypes.string_at(ctypes.addressof(symbol)).decode()
             if compiled != args:
                 rule = f"kernel {name} was compiled for the arguments '{compiled}'"
-                raise HandgradError("cpu", rule, f"'{args}'", hint="compile the kernels again: pip install -e .")
+                raise HandgradError("cpu", rule, f"'{args}'", hint="recompile the kernels: pip install -e .")
             self._checked.add(name)
 
     def scratch(self, name: str, dtype: str, sizes: list[int]) -> int:
-        """Bytes of scratch that a kernel asks for at these sizes."""
+        """Bytes of scratch of a kernel at these sizes."""
         symbol = self._symbol(name, dtype)
         if symbol is None:
-            raise HandgradError(
-                "cpu", "every kernel that declares scratch exports its size", f"no {name}_{dtype}_{self.isa}"
-            )
+            rule = "every kernel that declares scratch exports a function of its size"
+            raise HandgradError("cpu", rule, f"no {name}_{dtype}_{self.isa}")
         symbol.restype = ctypes.c_int64
         return symbol(*[ctypes.c_int64(size) for size in sizes])
 
@@ -109,7 +105,7 @@ _OPEN: list[Library] = []
 
 
 def library() -> Library:
-    """The process's library, opened at first use."""
+    """The library, opened at first use."""
     if not _OPEN:
         _OPEN.append(Library())
     return _OPEN[0]

@@ -1,12 +1,13 @@
-// normal: normal numbers from random words, as torch's scalar code on a CPU makes them, and llm.c after it.
-// Compiled once, without vector instructions: the C library's float functions decide the last bits.
+// normal: normal numbers from random words, by the formulas of torch's scalar CPU code, which llm.c follows.
+// Compiled once, without vector instructions: the last bits depend on the C library's float functions.
 #include <math.h>
 #include <stdint.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
-// out (16 n) = std times normal numbers, from words (16 n); both in blocks of 16: eight cosines, then their eight sines.
-// A word's low 24 bits over 2^24 are a uniform number; llm.c adds 1e-12 below the logarithm, torch nothing.
+// out (16 n) = std times normal numbers, from words (16 n); both in blocks of 16: eight cosines, then their eight
+// sines. The low 24 bits of a word, over 2^24, are a uniform number. llm.c adds 1e-12 inside the logarithm, torch does
+// not.
 EXPORT void hg_normal(float *out, const uint32_t *words, int64_t n, float std) {
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < 16 * n; i += 16)

@@ -5,7 +5,7 @@
 #include "kernel.h"
 #include <time.h>
 
-// What stands in for a call that does not run in this micro-batch.
+// Replaces a call that does not run in this micro-batch.
 EXPORT void hg_skip(const void *args) { (void)args; }
 
 EXPORT void hg_run(const Entry *list, int64_t n) {
@@ -18,7 +18,7 @@ static double now(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// The same, adding each call's seconds to seconds[i].
+// hg_run that adds the seconds of call i to seconds[i].
 EXPORT void hg_run_timed(const Entry *list, int64_t n, double *seconds) {
   for (int64_t i = 0; i < n; i++) {
     double begin = now();
@@ -27,7 +27,7 @@ EXPORT void hg_run_timed(const Entry *list, int64_t n, double *seconds) {
   }
 }
 
-// The widest instruction set that this processor and operating system offer: 3 avx512bf16, 2 avx512, 1 avx2, 0 none.
+// The widest instruction set of this processor and operating system: 3 avx512bf16, 2 avx512, 1 avx2, 0 portable.
 EXPORT int hg_isa(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();

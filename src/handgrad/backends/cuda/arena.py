@@ -1,4 +1,4 @@
-"""CudaArena: the planned memory on the GPU. Reads and writes go through pinned memory and do not stop the stream."""
+"""CudaArena: the planned memory on the GPU. Reads and writes go through pinned memory and do not stall the stream."""
 
 import ctypes
 from collections import defaultdict
@@ -16,8 +16,8 @@ from handgrad.core.program import Program
 from handgrad.core.scalars import INPUT_BYTES, OUTPUTS
 from handgrad.core.tensor import Tensor
 
-CHUNK, CHUNKS = 1 << 18, 128  # bytes of a pinned staging chunk, and chunks in the ring: enough for 42 micro-batches
-RESERVE = 512 * MIB  # left for the libraries and the driver
+CHUNK, CHUNKS = 1 << 18, 128  # bytes of a pinned staging chunk; chunks in the ring, enough for 42 micro-batches
+RESERVE = 512 * MIB  # for the libraries and the driver
 
 
 class CudaArena(Arena):
@@ -27,14 +27,16 @@ class CudaArena(Arena):
         self.plan, self.device, self.address = plan, device, 0
         free, total = device.memory()
         if plan.nbytes + RESERVE > free:
-            others = f" of {total / MIB:.0f} (some for libraries, or held by other processes: nvidia-smi)"
+            others = f" of {total / MIB:.0f} (libraries and other processes use some: nvidia-smi)"
             raise does_not_fit(plan, max(free - RESERVE, 0), others)
         self.address = device.alloc(max(plan.nbytes, 1))
         device.fill(self.address, max(plan.nbytes, 1))
         self._staging = device.pinned(CHUNK * CHUNKS)
         self._events: list[Any] = [None] * CHUNKS
         self._next = 0
-        self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # by size: pinned buffers with an event each
+        self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(
+            list
+        )  # by size: unused pinned buffers, with an event each
         self._written: dict[int, np.ndarray] = {}  # step scalars as the host wrote them last
 
     def __del__(self) -> None:
@@ -68,12 +70,12 @@ class CudaArena(Arena):
         record = self._written.setdefault(id(program), np.zeros(1, STEP_SCALARS_DTYPE))
         for name, value in values.items():
             record[name] = value
-        outputs = any(name in values for name, *_ in OUTPUTS)  # else kernels' values stay as they are
+        outputs = any(name in values for name, *_ in OUTPUTS)  # else keep what kernels wrote
         raw = record.view(np.uint8)
         self._write(self.plan.offset[program.scalars], raw if outputs else raw[:INPUT_BYTES])
 
     def fill(self, byte: int) -> None:
-        """Sets every byte of the arena, for checks of what was written."""
+        """Sets every byte, for checks of what kernels write."""
         self.device.fill(self.address, self.plan.nbytes, byte)
 
     def memory(self) -> np.ndarray:
@@ -84,7 +86,7 @@ class CudaArena(Arena):
         return out
 
     def _write(self, offset: int, array: np.ndarray) -> None:
-        """Copies into a pinned chunk, from which the device copies in stream order."""
+        """Copies into pinned chunks, which the device copies in stream order."""
         source, left, to = array.ctypes.data, array.nbytes, self.address + offset
         while left > 0:
             i, size = self._next, min(left, CHUNK)
@@ -108,7 +110,7 @@ class CudaArena(Arena):
         def result() -> np.ndarray:
             if not held:
                 self.device.wait(event)
-                raw = (ctypes.c_char * nbytes).from_address(buffer) if nbytes else b""
+                raw = memoryview((ctypes.c_char * nbytes).from_address(buffer))
                 held.append(np.frombuffer(raw, dtype).reshape(shape).copy())
                 unused.append((buffer, event))
             return held[0]

@@ -15,8 +15,8 @@ from handgrad.core.tensor import Tensor
 from handgrad.launch import Launches
 
 PACKAGE = Path(__file__).parents[2]
-AddressOf = Callable[["Tensor | str"], int]  # the address of a tensor, of "scalars" and of "scratch"
-Bind = Callable[[Call, Launches, AddressOf], list[Callable[[], None]]]  # what starts each launch
+AddressOf = Callable[["Tensor | str"], int]  # the address of a tensor, of "scalars" or of "scratch"
+Bind = Callable[[Call, Launches, AddressOf], list[Callable[[], None]]]  # functions that start each launch
 
 
 class Alternatives:
@@ -24,18 +24,19 @@ class Alternatives:
 
     def __init__(self, graphs: Graphs, planner: GpuPlanner, version: int):
         self._graphs, self._planner = graphs, planner
-        attention = planner.gpu.has_library_attention and cudnn.library().backend_version()
-        kernels = [path.read_text() for path in sorted(PACKAGE.rglob("*.cu*"))]  # changed kernels are timed again
+        library = cudnn.library() if planner.gpu.has_library_attention else None
+        attention = None if library is None else library.backend_version()
+        kernels = [path.read_text() for path in sorted(PACKAGE.rglob("*.cu*"))]  # changed kernels are autotuned again
         self._file = cache.key("alternatives", version, attention, graphs.device.name, *kernels) + ".json"
         self._known: dict[str, int] = {} if planner.gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
 
     def chosen(self, c: Call) -> Launches:
-        """The fastest alternative, or the first where nothing was timed."""
+        """The fastest alternative; the first one if none was timed."""
         first = self._planner.launches(c)
         return first if first.alternative is None else first.alternatives()[self._known.get(key(c, first), 0)]
 
     def untimed(self, calls: list[Call]) -> dict[str, Call]:
-        """By key: one call of each kind whose alternatives are worth timing and were never timed."""
+        """By key: one call of each kind whose alternatives are worth timing and have not been timed."""
         if self._planner.gpu.deterministic:
             return {}
         found = {}
@@ -46,11 +47,11 @@ class Alternatives:
         return found
 
     def tune(self, calls: dict[str, Call], bind: Bind, scratch: Callable[[Call], int]) -> None:
-        """Times the alternatives of `untimed` calls, in memory that it frees again."""
+        """Times the alternatives of `untimed` calls, in temporary device memory."""
         device = self._graphs.device
         for name, c in calls.items():
-            nbytes = {t: t.nbytes for t in (*c.ins, *c.outs) if t is not None}
-            nbytes |= {"scratch": scratch(c), "scalars": STEP_SCALARS_BYTES}
+            nbytes: dict[Tensor | str, int] = {"scratch": scratch(c), "scalars": STEP_SCALARS_BYTES}
+            nbytes |= {t: t.nbytes for t in (*c.ins, *c.outs) if t is not None}
             at = {t: device.alloc(max(n, 256)) for t, n in nbytes.items()}
             try:
                 for t, n in nbytes.items():
@@ -69,7 +70,7 @@ class Alternatives:
 
 
 def key(c: Call, first: Launches) -> str:
-    """Names what the choice depends on: all alternatives, written out, and the element types."""
+    """A name for all that the choice depends on: the alternatives, written out, and the element types."""
     return cache.key(first, [None if t is None else t.dtype.name for t in (*c.ins, *c.outs)])
 
 

@@ -35,7 +35,7 @@ AHEAD = 4  # max graph launches in flight; beyond a few thousand queued kernels 
 
 class CudaExecutable(Executable):
     """The bound list. Each segment runs eagerly once, is captured on its second run, and is replayed as one CUDA graph
-    afterwards: a graph for the first micro-batch of a step, one for the others."""
+    afterwards. The first micro-batch of a step has a graph of its own."""
 
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
         self.program, self.arena, self.device, self._capture = program, arena, backend.device, backend.graphs.capture
@@ -77,12 +77,12 @@ class CudaExecutable(Executable):
                 after(self.program.calls[i], self.device.seconds(begin, end))
 
     def _kind(self, micro_batch: MicroBatch) -> MicroBatch:
-        """The micro-batches that launch the same: only calls that run for the last one tell it from others."""
+        """The micro-batch, with `last` dropped unless a call runs for the last one only: others launch the same."""
         has_last = any(c.when is When.LAST for c in self.program.calls)
         return MicroBatch(micro_batch.first, micro_batch.last if has_last else True)
 
     def _starts_of(self, kind: MicroBatch) -> list[list[Start]]:
-        if kind not in self._starts:  # only the first writer of a gradient is bound again
+        if kind not in self._starts:  # only first writers of gradients differ
             same = self._starts[ONLY]
             self._starts[kind] = [self._bind(i, kind) if c.first else same[i] for i, c in enumerate(self.program.calls)]
         return self._starts[kind]
@@ -94,7 +94,7 @@ class CudaExecutable(Executable):
         return self.device.side if self._overlaps(i) else self.device.stream
 
     def _launch(self, segment: Segment, kind: MicroBatch) -> None:
-        """Starts the calls of a segment; those that overlap others run on the side stream, from a fork to a join."""
+        """Starts the calls of a segment. Calls that overlap others run on the side stream, from a fork to a join."""
         device, starts = self.device, self._starts_of(kind)
         waiting: dict[int, list[Any]] = {}  # by the call that waits: events of overlapping calls
         for i in range(segment.start, segment.stop):
@@ -115,8 +115,12 @@ class CudaExecutable(Executable):
 
 
 class CudaBackend(Backend):
-    """One GPU. tf32: float32 matmuls on tensor cores, operands rounded to TF32. deterministic: the same bits in every
-    run, whatever is recomputed; nothing is chosen by measurement."""
+    """One GPU.
+
+    tf32: float32 matmuls run on tensor cores, with operands rounded to TF32
+    deterministic: runs are bit-identical for every recompute policy; no autotuning
+    cudnn: use cuDNN's attention if it is installed
+    """
 
     name, head_rows, head_bytes, is_concurrent = (
         GpuPlanner.name,
@@ -134,7 +138,7 @@ class CudaBackend(Backend):
         self.pci_bus = self.device.pci_bus
         self.graphs = Graphs(self.device)
         self._blas = CublasLt(self.graphs, deterministic)
-        self._cudnn: attention.Cudnn | None = None  # opened by the first call that needs it
+        self._cudnn: attention.Cudnn | None = None  # opened when the first call needs it
         self._modules: dict[bytes, Module] = {}
         d = self.device
         self.gpu = describe(
@@ -174,12 +178,12 @@ class CudaBackend(Backend):
             return getattr(known, dtype) * 1e12
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
 
-    def alloc(self, plan: Plan) -> Arena:
+    def alloc(self, plan: Plan) -> CudaArena:
         calls = [c for program in plan.programs for c in program.calls]
         untimed = self._alternatives.untimed(calls)
         needed = [(c, self.launches(c)) for c in calls]
         needed += [(c, launches) for c in untimed.values() for launches in self._all(c)]
-        with ThreadPoolExecutor(1) as pool:  # compilers are other processes; GEMM autotuning has the GPU to itself
+        with ThreadPoolExecutor(1) as pool:  # compilers run in other processes; GEMM autotuning has the GPU to itself
             compiling = pool.submit(compile_all, [s for c, launches in needed for s in self.sources(c, launches)])
             autotune(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
         compiled = compiling.result()
@@ -187,7 +191,8 @@ class CudaBackend(Backend):
         self._alternatives.tune(untimed, bind, self.scratch)
         return CudaArena(self.device, plan)
 
-    def bind(self, program: Program, arena: CudaArena) -> CudaExecutable:
+    def bind(self, program: Program, arena: Arena) -> CudaExecutable:
+        assert isinstance(arena, CudaArena)
         for c in program.calls:
             if not self.has(c.op):
                 rule = f"op '{c.op.name}' has no cuda kernel"
@@ -221,7 +226,7 @@ class CudaBackend(Backend):
         stream: Any,
         micro_batch: MicroBatch,
     ) -> list[Start]:
-        """One function for each launch of a call, which starts it."""
+        """Functions that start the launches of a call, one each."""
         plan = arena.plan
 
         def at(tensor: Tensor | str) -> int:
@@ -292,7 +297,7 @@ def bind_kernel(
 
 
 def _open_libraries() -> None:
-    """Opens the libraries that take long to open. Whoever needs a missing one reports it."""
+    """Opens the libraries that are slow to open. A missing one is reported later, where it is needed."""
     with suppress(HandgradError):
         load("cublasLt", "nvidia-cublas")
         compiler()
@@ -301,11 +306,16 @@ def _open_libraries() -> None:
 
 def source(k: Kernel, c: Call, gpu: Gpu) -> Source:
     """The compilation that a launch needs."""
-    return Source(str(c.op.folder / k.file), gpu.arch, tuple(sorted((type_defines(c) | k.defines).items())))
+    defines = {**type_defines(c), **k.defines}
+    return Source(str(c.op.folder / k.file), gpu.arch, tuple(sorted(defines.items())))
 
 
 def gemm_problem(g: Gemm, c: Call, gpu: Gpu) -> GemmProblem:
     """All that the choice of a GEMM algorithm depends on."""
-    tensors = [resolve_pointer(word, c)[0] for word in (g.a, g.b, g.out)]
-    a, b, out = ((c if t == "scratch" else t).dtype.name for t in tensors)  # scratch holds the working dtype
+
+    def dtype(word: str) -> str:
+        tensor, _ = resolve_pointer(word, c)
+        return tensor.dtype.name if isinstance(tensor, Tensor) else c.dtype.name  # scratch holds the working dtype
+
+    a, b, out = dtype(g.a), dtype(g.b), dtype(g.out)
     return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.accumulate != "0", gpu.tf32)

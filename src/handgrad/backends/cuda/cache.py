@@ -14,7 +14,7 @@ def folder() -> Path:
 
 
 def key(*parts: object) -> str:
-    """A file name made from everything that a result depends on."""
+    """A file name: the hash of everything that a result depends on."""
     return hashlib.sha256("\0".join(str(p) for p in parts).encode()).hexdigest()[:40]
 
 
@@ -27,7 +27,7 @@ def load(name: str) -> bytes | None:
 
 
 def store(name: str, content: bytes) -> None:
-    """Stores content under a name. If the cache cannot be written, nothing is stored and no error is raised."""
+    """Stores content under a name. Does nothing if the cache cannot be written."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder())

@@ -1,4 +1,4 @@
-"""cuBLASLt by ctypes: the few calls that GEMMs need, and the algorithms that gemm_autotune.py chose, kept on disk.
+"""cuBLASLt by ctypes: the calls that GEMMs need. The cache on disk keeps the algorithms that gemm_autotune.py chose.
 
 The library is column-major; our row-major out (m, n) = a b is its (n, m) = b' a'. Values are those of cublasLt.h 13.
 """
@@ -22,7 +22,7 @@ COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
 TRANS_A, TRANS_B, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
 MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
-NOT_SUPPORTED = (7, 15)  # the library also answers INVALID_VALUE to unsupported combinations
+NOT_SUPPORTED = (7, 15)  # the library also returns INVALID_VALUE for unsupported combinations
 
 CALLS = {  # name: argument types; all return a status
     "cublasLtCreate": [c_void_p],
@@ -78,7 +78,7 @@ class GemmProblem:
 
 
 class CublasLt:
-    """The library on one GPU. deterministic: binds the first algorithm that it proposes, not the fastest."""
+    """The library on one GPU. deterministic: binds the heuristic's first proposal, without autotuning."""
 
     def __init__(self, graphs: Graphs, deterministic: bool = False):
         self.dll = load("cublasLt", "nvidia-cublas")
@@ -96,7 +96,7 @@ class CublasLt:
     def _call(self, name: str, *args: Any) -> None:
         status = getattr(self.dll, name)(*args)
         if status:
-            raise HandgradError("cublaslt", f"{name} succeeds", f"status {status}")
+            raise HandgradError("cublaslt", f"{name} failed with status {status}")
 
     def _set(self, call: str, target: c_void_p, attribute: int, value: Any) -> None:
         self._call(call, target, attribute, byref(value), sizeof(value))
@@ -108,11 +108,15 @@ class CublasLt:
         return layout
 
     def describe(self, p: GemmProblem, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
-        """The descriptor, and the layouts of the library's A (our b), B (our a) and out."""
+        """The matmul descriptor, and the layouts of the library's A (our b), B (our a) and out."""
         description = c_void_p()
         self._call("cublasLtMatmulDescCreate", byref(description), *self.types(p)[:2])
         name = "gelu without bias" if p.epilogue == "gelu" and not bias else p.epilogue
-        values = [(TRANS_A, c_int32(p.tb)), (TRANS_B, c_int32(p.ta)), (EPILOGUE, c_uint32(EPILOGUES[name]))]
+        values: list[tuple[int, Any]] = [
+            (TRANS_A, c_int32(p.tb)),
+            (TRANS_B, c_int32(p.ta)),
+            (EPILOGUE, c_uint32(EPILOGUES[name])),
+        ]
         values += [(BIAS, c_void_p(bias))] * bool(bias)
         values += [(AUX, c_void_p(aux)), (AUX_LD, c_int64(p.n))] * bool(aux)
         for attribute, value in values:
@@ -127,6 +131,7 @@ class CublasLt:
         return compute, TYPES["f32"], TYPES[p.b], TYPES[p.a], TYPES[p.out], TYPES[p.out]
 
     def proposals(self, description: c_void_p, layouts: tuple[c_void_p, ...], count: int) -> list[Heuristic]:
+        """At most `count` algorithms that the heuristic proposes, best first; none if it does not support the GEMM."""
         preference = c_void_p()
         self._call("cublasLtMatmulPreferenceCreate", byref(preference))
         self._set("cublasLtMatmulPreferenceSetAttribute", preference, MAX_WORKSPACE, c_uint64(GEMM_WORKSPACE))
@@ -137,13 +142,13 @@ class CublasLt:
         )
         self._call("cublasLtMatmulPreferenceDestroy", preference)
         if status and status not in NOT_SUPPORTED:
-            raise HandgradError("cublaslt", "the heuristic answers", f"status {status}")
+            raise HandgradError("cublaslt", f"cublasLtMatmulAlgoGetHeuristic failed with status {status}")
         return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
 
     def bind(
         self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
-        """A function that starts the GEMM on these addresses; its argument: whether to add to out."""
+        """A function that starts the GEMM on these addresses; its argument says whether to add to out."""
         description, layouts = self.describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
         return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
@@ -159,6 +164,7 @@ class CublasLt:
         workspace: int,
         stream: Any,
     ) -> Callable[[bool], None]:
+        """`bind` with a given algorithm."""
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
@@ -166,11 +172,11 @@ class CublasLt:
         on, size = int(stream), algorithm.workspace
 
         def start(adds: bool) -> None:
-            beta = one if adds and scalars else zero
+            beta = one if adds and scalars else zero  # `scalars` stays referenced here
             at = find(size, workspace)
             status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, at, size, on)
             if status:
-                raise HandgradError("cublaslt", "cublasLtMatmul starts", f"status {status}")
+                raise HandgradError("cublaslt", f"cublasLtMatmul failed with status {status}")
 
         return start
 
@@ -184,7 +190,7 @@ class CublasLt:
             else:
                 found = self.proposals(description, layouts, 1)
                 if not found:
-                    raise HandgradError("cublaslt", "the library supports this GEMM", p)
+                    raise HandgradError("cublaslt", f"cuBLASLt has no algorithm for {p}")
                 self._chosen[p] = found[0]
         return self._chosen[p]
 
@@ -198,15 +204,16 @@ class CublasLt:
         cache.store(self._file, json.dumps(self._known).encode())
 
     def peak(self, dtype: str, tf32: bool) -> float:
-        """Measured FLOP/s of a large GEMM: stands for the peak of a GPU that is in no table."""
+        """Measured FLOP/s of a large GEMM, in place of the peak of a GPU that is not in the table."""
         p, device = GemmProblem(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32), self.device
-        *at, workspace = [device.alloc(size) for size in [8192 * 8192 * 4] * 3 + [GEMM_WORKSPACE]]
-        for address in at[:2]:
-            device.randomise(address, 8192 * 8192 * 4)
+        nbytes = 8192 * 8192 * 4
+        a, b, out, workspace = (device.alloc(size) for size in (nbytes, nbytes, nbytes, GEMM_WORKSPACE))
+        for address in (a, b):
+            device.randomise(address, nbytes)
         description, layouts = self.describe(p, 0, 0)
         found = self.proposals(description, layouts, 4)
-        starts = [self.starter(description, layouts, h, *at, workspace, device.stream) for h in found]
+        starts = [self.starter(description, layouts, h, a, b, out, workspace, device.stream) for h in found]
         best = min(self.graphs.measure([(partial(start, False), 1) for start in starts]))
-        for address in (*at, workspace):
+        for address in (a, b, out, workspace):
             device.free(address)
         return p.flops / best

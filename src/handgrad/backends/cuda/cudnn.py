@@ -1,8 +1,10 @@
-"""cuDNN's attention through its Python front end, on plain addresses. Built plans are kept on disk."""
+"""cuDNN's attention by its Python frontend, on plain addresses. The cache on disk keeps built plans."""
 
 import ctypes
 from collections.abc import Callable
 from dataclasses import astuple
+from types import ModuleType
+from typing import Any
 
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.graph import Graphs
@@ -14,36 +16,38 @@ from handgrad.launch import Sdpa
 Q, K, V, Y, LSE, DY, DQ, DK, DV = range(1, 10)  # ids of a graph's tensors
 
 
-def library() -> object | None:
-    """The front end's module, with its library loadable; None if either is not installed."""
+def library() -> ModuleType | None:
+    """The frontend's module; None unless both it and cuDNN are installed and load."""
     try:
-        load("nvrtc", "nvidia-cuda-nvrtc")  # cuDNN compiles with NVRTC and finds it and its builtins by name
+        load("nvrtc", "nvidia-cuda-nvrtc")  # cuDNN finds NVRTC and its builtins by name
         for builtins in sorted(path_of("nvrtc").parent.glob("libnvrtc-builtins.so.*")):
             ctypes.CDLL(str(builtins))
         import cudnn
 
         cudnn.backend_version()
         return cudnn
-    except Exception:  # package or library missing, or it does not load: our own attention runs
+    except Exception:  # package or library missing or broken: our own attention runs
         return None
 
 
 class Cudnn:
-    """The library on one GPU and stream."""
+    """cuDNN on one GPU and stream."""
 
     def __init__(self, graphs: Graphs):
-        self._cudnn, self.graphs, self.device = library(), graphs, graphs.device
+        cudnn = library()
+        assert cudnn is not None  # Gpu.has_library_attention says so
+        self._cudnn, self.graphs, self.device = cudnn, graphs, graphs.device
         self._handle = self._cudnn.create_handle()
         self._cudnn.set_stream(handle=self._handle, stream=int(self.device.stream))
         self.version = self._cudnn.backend_version_string()
-        self._graphs: dict[Sdpa, object] = {}
+        self._graphs: dict[Sdpa, Any] = {}
 
     def bind(self, s: Sdpa, addresses: dict[str, int], scratch: int) -> Callable[[], None]:
         """A function that starts the attention. Addresses by name: qkv, y, lse, and in backward dy and dqkv."""
         graph = self._graph(s)
         size = graph.get_workspace_size()
         if size > attention_workspace(s):
-            raise HandgradError("cudnn", f"attention needs {attention_workspace(s)} bytes", size)
+            raise HandgradError("cudnn", f"attention needs at most {attention_workspace(s)} bytes of workspace", size)
         k, v = s.H * s.D * 2, (s.H + s.K) * s.D * 2  # bytes from q to k and v in a row
         pack = {Y: addresses["y"], LSE: addresses["lse"]}
         pack |= dict(zip((Q, K, V), (addresses["qkv"] + at for at in (0, k, v))))
@@ -56,7 +60,7 @@ class Cudnn:
 
         return start
 
-    def _graph(self, s: Sdpa) -> object:
+    def _graph(self, s: Sdpa) -> Any:
         if s not in self._graphs:
             cudnn, d = self._cudnn, self.device
             parts = (cudnn.__version__, self.version, d.name, d.sms, astuple(s))
@@ -74,7 +78,7 @@ class Cudnn:
         return self._graphs[s]
 
 
-def empty(cudnn: object, s: Sdpa, **options: object) -> object:
+def empty(cudnn: ModuleType, s: Sdpa, **options: Any) -> Any:
     """An empty graph: bf16 tensors, float32 arithmetic."""
     f32 = cudnn.data_type.FLOAT
     return cudnn.pygraph(
@@ -86,12 +90,12 @@ def empty(cudnn: object, s: Sdpa, **options: object) -> object:
     )
 
 
-def build(cudnn: object, s: Sdpa, **options: object) -> object:
-    """A built graph of one direction: q, k, v packed in rows, y in rows, lse (B, H, T, 1) as natural logarithms."""
+def build(cudnn: ModuleType, s: Sdpa, **options: Any) -> Any:
+    """The built graph of one direction: q, k, v packed in rows, y in rows, lse (B, H, T, 1) as natural logarithms."""
     bf16, f32 = cudnn.data_type.BFLOAT16, cudnn.data_type.FLOAT
     graph, wide = empty(cudnn, s, **options), (s.H + 2 * s.K) * s.D
 
-    def tensor(uid: int, heads: int, row: int) -> object:
+    def tensor(uid: int, heads: int, row: int) -> Any:
         strides = [s.T * row, s.D, row, 1]
         return graph.tensor(dim=[s.B, heads, s.T, s.D], stride=strides, data_type=bf16, uid=uid, name=f"t{uid}")
 

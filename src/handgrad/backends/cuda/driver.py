@@ -21,40 +21,40 @@ except ImportError as error:
 
 
 def check(result: tuple) -> Any:
-    """The values of a driver call, or HandgradError with the driver's name for what went wrong."""
+    """The values of a driver call. Raises HandgradError with the driver's name of the error."""
     status, *values = result
     if status != cu.CUresult.CUDA_SUCCESS:
         hint = ""
         if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            hint = "another process may use the GPU (see nvidia-smi); else lower --run.micro-batch"
-        raise HandgradError("cuda", "driver calls succeed", status.name, hint=hint)
+            hint = "another process may use the GPU (see nvidia-smi); otherwise lower --run.micro-batch"
+        raise HandgradError("cuda", f"a driver call failed: {status.name}", hint=hint)
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def start() -> int:
     """Initialises the driver; returns its CUDA version, e.g. 13000."""
     try:
-        check(cu.cuInit(0))
-        return check(cu.cuDriverGetVersion())
+        (status,) = cu.cuInit(0)
     except RuntimeError as error:  # no libcuda
         hint = "install one (580 or newer), or --run.backend cpu"
         raise HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint=hint) from error
-    except HandgradError as error:
-        hint = "nvidia-smi tells what the driver sees; --run.backend cpu needs none"
-        raise HandgradError("cuda", f"no GPU that this process may use: {error.got}", hint=hint) from None
+    if status != cu.CUresult.CUDA_SUCCESS:
+        hint = "nvidia-smi shows what the driver finds; --run.backend cpu needs no GPU"
+        raise HandgradError("cuda", f"this process has no GPU: {status.name}", hint=hint)
+    return check(cu.cuDriverGetVersion())
 
 
 class Device:
-    """One GPU: its primary context, a main stream, and a side stream for calls that overlap the next one."""
+    """One GPU: its primary context, a main stream, and a side stream for calls that overlap later ones."""
 
     def __init__(self, index: int = 0):
         version = start()
         if version < 13000:
-            rule = f"the NVIDIA driver is too old: it is for CUDA {version // 1000}.{version % 1000 // 10}, not 13"
-            raise HandgradError("cuda", rule, hint="driver 580 or newer")
+            rule = f"the NVIDIA driver is too old: it supports CUDA {version // 1000}.{version % 1000 // 10}, not 13"
+            raise HandgradError("cuda", rule, hint="install driver 580 or newer")
         count = check(cu.cuDeviceGetCount())
         if index >= count:
-            hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; --run.backend cpu needs none"
+            hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; --run.backend cpu needs no GPU"
             raise HandgradError("cuda", f"GPU {index} exists", f"{count} GPUs", hint=hint)
         self.handle = check(cu.cuDeviceGet(index))
         self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()
@@ -79,12 +79,12 @@ class Device:
 
     @property
     def pci_bus(self) -> str:
-        """The device's PCI address, e.g. "0000:3b:00.0", by which NVML finds it whatever CUDA's numbering."""
+        """The PCI address, e.g. "0000:3b:00.0". NVML finds the device by it, for any CUDA numbering."""
         return check(cu.cuDeviceGetPCIBusId(13, self.handle)).split(b"\0")[0].decode()
 
     @property
     def arch(self) -> str:
-        """What kernels are compiled for; from 9.0 on "a", the target with the architecture-specific instructions."""
+        """The target of kernels, e.g. "sm_90a": from 9.0 on "a" enables architecture-specific instructions."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
@@ -93,14 +93,14 @@ class Device:
         return check(cu.cuMemGetInfo())
 
     def alloc(self, nbytes: int) -> int:
-        """The address of fresh device memory."""
+        """The address of newly allocated device memory."""
         return int(check(cu.cuMemAlloc(nbytes)))
 
     def free(self, address: int) -> None:
         check(cu.cuMemFree(address))
 
     def pinned(self, nbytes: int) -> int:
-        """The address of page-locked host memory, which the device copies asynchronously."""
+        """The address of page-locked host memory, for asynchronous copies."""
         return int(check(cu.cuMemAllocHost(nbytes)))
 
     def fill(self, address: int, nbytes: int, byte: int = 0) -> None:
@@ -120,7 +120,7 @@ class Device:
         check(cu.cuStreamSynchronize(self.stream))
 
     def event(self, timing: bool = False, blocking: bool = False) -> Any:
-        """A CUDA event. timing: it records its time; blocking: a host thread that waits for it sleeps, not spins."""
+        """A CUDA event. timing: it records its time; blocking: the host sleeps while it waits, instead of spinning."""
         kinds = cu.CUevent_flags
         flags = kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING
         return check(cu.cuEventCreate(flags | kinds.CU_EVENT_BLOCKING_SYNC * blocking))
@@ -133,16 +133,16 @@ class Device:
         check(cu.cuStreamWaitEvent(stream, event, 0))
 
     def wait(self, event: Any) -> None:
-        """Waits, on the host, until the event has completed."""
+        """Blocks the host until the event has completed."""
         check(cu.cuEventSynchronize(event))
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Time between two timing events; waits for the later one."""
+        """Seconds between two timing events. Waits for the later one."""
         self.wait(end)
         return check(cu.cuEventElapsedTime(begin, end)) * 1e-3
 
     def randomise(self, address: int, nbytes: int) -> None:
-        """Fills memory with normal bf16 numbers: up to 4 Mi of them, repeated."""
+        """Fills memory with normal bf16 numbers: 4 Mi of them, repeated."""
         done = min(nbytes, 8 << 20) // 2 * 2
         self.to_device(address, _normal().ctypes.data, done)
         while 0 < done < nbytes:
@@ -159,7 +159,7 @@ def _normal() -> np.ndarray:
 
 
 class Mark:
-    """A timing event that is given back to the driver with this object."""
+    """A timing event, destroyed with this object."""
 
     def __init__(self):
         self.event = check(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_BLOCKING_SYNC))
@@ -175,7 +175,7 @@ class Module:
         self._module = check(cu.cuModuleLoadData(cubin))
 
     def function(self, name: str, shared: int) -> Any:
-        """A kernel by name, allowed this much dynamic shared memory, bytes."""
+        """A kernel by name, with its limit of dynamic shared memory set to `shared` bytes."""
         function = check(cu.cuModuleGetFunction(self._module, name.encode()))
         if shared > 48 * 1024:
             kind = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -198,8 +198,8 @@ def launcher(
 
 
 def tensor_map(address: int, rows: int, columns: int) -> ctypes.Array:
-    """The kernel argument with which TMA moves a row-major bf16 matrix in tiles of TMA_TILE x TMA_TILE, swizzled over
-    128 bytes. Rows are a multiple of 16 bytes long."""
+    """A kernel argument: the tensor map by which TMA copies a row-major bf16 matrix in tiles of TMA_TILE x TMA_TILE,
+    with the 128-byte swizzle. Rows must be a multiple of 16 bytes."""
     interleave = cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
     tensor = cu.cuTensorMapEncodeTiled(
         cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -218,7 +218,7 @@ def tensor_map(address: int, rows: int, columns: int) -> ctypes.Array:
 
 
 def find_gpus() -> list[tuple[str, tuple[int, int], int]]:
-    """(name, compute capability, bytes of memory) of every GPU; raises HandgradError if there is no driver."""
+    """(name, compute capability, bytes of memory) of every GPU. Raises HandgradError if there is no driver."""
     start()
     found = []
     for i in range(check(cu.cuDeviceGetCount())):

@@ -20,9 +20,9 @@ from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # proposals that we request; the heuristic returns at most 8
 WORTH_SEARCHING = 5e10  # FLOP: 0.1 ms; smaller GEMMs choose among the proposals alone
-SAMPLE_FLOPS, LONG_SAMPLE_FLOPS = 5e11, 1e13  # of one timed sample: about 1 ms, 15 ms
-VARIANTS = 64  # configurations that are run twice: those that compute least, padding of tiles and waves included
-FINALISTS, LONG_FINALISTS = 6, 3  # of the variants that are measured; of all algorithms that are measured for 15 ms
+SAMPLE_FLOPS, LONG_SAMPLE_FLOPS = 5e11, 1e13  # of a timed sample: about 1 ms and 15 ms on an H100
+VARIANTS = 64  # configurations that run twice: those with the least work, including padding of tiles and waves
+FINALISTS, LONG_FINALISTS = 6, 3  # variants that get a timed sample; algorithms that get a long one
 # fmt: off
 TILES = {  # rows: {columns: cublasLtMatmulTile_t}
     64: {192: 116, 256: 19, 320: 117},
@@ -49,7 +49,7 @@ TILES = {  # rows: {columns: cublasLtMatmulTile_t}
 }
 # fmt: on
 CLUSTERS = (2, 3, 5)  # cublasLtClusterShape_t: 1x1, 2x1, 1x2
-LARGER = (4, 6, 7, 8)  # of 4 and 8 blocks
+LARGER = (4, 6, 7, 8)  # clusters of 4 and 8 blocks
 AUTOMATIC_64 = 35  # cublasLtMatmulStages_t: as many stages of k = 64 as fit, the only value of Hopper kernels
 STAGES_IDS = 13  # cublasLtMatmulAlgoCapAttributes_t
 CUSTOMS = 8  # custom options of Hopper kernels
@@ -65,7 +65,7 @@ Start = Callable[[], None]
 
 
 def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
-    """Chooses algorithms for GEMMs that have none yet, in memory that it frees again."""
+    """Chooses algorithms for GEMMs that have none yet, in temporary device memory."""
     todo = [p for p in dict.fromkeys(problems) if p.flops >= WORTH_TUNING and blas.untimed(p)]
     if not todo:
         return
@@ -97,7 +97,7 @@ def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
 
             found = blas.proposals(description, layouts, CANDIDATES)
             if not found:
-                raise HandgradError("cublaslt", "the library supports this GEMM", p)
+                raise HandgradError("cublaslt", f"cuBLASLt has no algorithm for {p}")
             if p.flops >= WORTH_SEARCHING:
                 found += _fastest(blas, variants(blas, p, description, layouts, found), starter)
             candidates += [(p, h, starter(h)) for h in found]
@@ -114,20 +114,20 @@ def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
 
 
 def repeats(flops: float, long: bool = True) -> int:
-    """Runs in one timed sample of something that does `flops`; long: samples of 15 ms where that is worth it."""
+    """Runs in a timed sample of work that takes `flops` FLOP; long: samples of about 15 ms for large GEMMs."""
     sample = LONG_SAMPLE_FLOPS if long and flops >= WORTH_SEARCHING else SAMPLE_FLOPS
     return 1 + int(sample / max(flops, WORTH_TUNING))
 
 
 def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Start]) -> list[Heuristic]:
-    """The FINALISTS whose second run was fastest."""
+    """The FINALISTS algorithms whose second run was fastest."""
     begin, end = blas.device.event(True), blas.device.event(True)
     times = []
     for i, h in enumerate(found):
         start = starter(h)
         try:
             start()
-        except HandgradError:  # the library's check passed, the launch did not
+        except HandgradError:  # the library's check accepted it, the launch failed
             continue
         blas.device.record(begin)
         start()
@@ -141,7 +141,8 @@ def variants(
 ) -> list[Heuristic]:
     """At most VARIANTS configurations that support a GEMM and were not proposed for it.
 
-    With a GELU epilogue small tiles in large clusters win, and no rule predicts which: all few hundred are returned.
+    With a GELU epilogue small tiles in large clusters win, and the work does not predict which: all of them, a few
+    hundred, are returned.
     """
     gelu, seen = p.epilogue == "gelu", {_config(blas, h) for h in proposed}
     found: list[tuple[float, int, Heuristic]] = []
@@ -168,7 +169,7 @@ def _families(blas: CublasLt, p: GemmProblem, proposed: Sequence[Heuristic]) -> 
         known.setdefault(number, (h, set()))[1].add((stages, custom, inner))
     ids, count, types = (c_int * 100)(), c_int(0), blas.types(p)
     if any(s == AUTOMATIC_64 for _, settings in known.values() for s, *_ in settings):
-        return list(known.values())  # Hopper kernels were proposed, and the best ones belong to their family
+        return list(known.values())  # Hopper kernels were proposed; the best algorithms are of their family
     if blas.dll.cublasLtMatmulAlgoGetIds(blas.handle, *types, len(ids), ids, byref(count)):
         return list(known.values())
     for number in ids[: count.value]:

@@ -1,4 +1,4 @@
-"""CUDA graphs: captures the work of a stream once, replays it as one launch, and times replays for autotuning.
+"""CUDA graphs: captures the work of a stream, replays it as one launch, and times replays for autotuning.
 
 Kernels with a dynamic tile scheduler need their counter zeroed. cuBLASLt and cuDNN add a memset node before each such
 kernel, and the GPU idles there: 2 % of a training step. Here every captured launch gets its own counter; one memset
@@ -8,6 +8,7 @@ zeroes all of them as the graph starts, and capture removes the library's nodes.
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from handgrad.backends.cuda.driver import Device, check, cu
@@ -21,7 +22,7 @@ class Graphs:
 
     def __init__(self, device: Device):
         self.device, self._counters = device, device.alloc(COUNTER_BYTES * COUNTERS)
-        self._taken = COUNTERS  # none is free unless a capture is in progress
+        self._taken = COUNTERS  # counters are free only during a capture
 
     def workspace(self, nbytes: int, address: int) -> int:
         """The workspace of the next launch: its own counter if it is captured and nbytes fit in one, else `address`."""
@@ -31,7 +32,7 @@ class Graphs:
         return self._counters + (self._taken - 1) * COUNTER_BYTES
 
     def capture(self, work: Callable[[], None]) -> "Graph":
-        """The graph of what `work` launches; nothing runs yet."""
+        """The graph of what `work` launches. Nothing runs yet."""
         self._taken, stream = 0, self.device.stream
         check(cu.cuStreamBeginCapture(stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
@@ -50,15 +51,16 @@ class Graphs:
         return p.value == 0 and nbytes <= COUNTER_BYTES and 0 <= at < COUNTER_BYTES * COUNTERS
 
     def measure(self, starts: Sequence[tuple[Callable[[], None], int]]) -> list[float]:
-        """Seconds of each candidate, from (what starts it, how many runs a sample has); the median of SAMPLES.
+        """Seconds of each candidate (a function that starts it, runs per sample): the median of SAMPLES samples.
 
         Training heats the GPU until its clocks drop, so candidates are compared hot: warmed up and interleaved.
         """
-        device, times = self.device, [[] for _ in starts]
+        device = self.device
+        times: list[list[float]] = [[] for _ in starts]
         begin, end = device.event(True), device.event(True)
-        for start, _ in starts:  # eagerly once, so that libraries load their kernels before capture
+        for start, _ in starts:  # once eagerly, because libraries may load kernels, which capture forbids
             start()
-        graphs = [self.capture(lambda start=start, n=n: [start() for _ in range(n)]) for start, n in starts]
+        graphs = [self.capture(partial(_repeat, start, n)) for start, n in starts]
         for sample in range(SAMPLES + 1):
             for mine, graph, (_, repeats) in zip(times, graphs, starts):
                 device.record(begin)
@@ -70,7 +72,7 @@ class Graphs:
 
 
 class Graph:
-    """A captured graph, ready to run. removed: how many nodes `unwanted` rejected."""
+    """A captured graph, instantiated without its `unwanted` nodes. removed: the number of these."""
 
     def __init__(self, captured: Any, stream: Any, unwanted: Callable[[Any], bool]):
         self._stream, self._executable, self.removed = stream, None, 0
@@ -89,6 +91,11 @@ class Graph:
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone at the end of the process
             cu.cuGraphExecDestroy(self._executable)
+
+
+def _repeat(start: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        start()
 
 
 def _remove(graph: Any, node: Any) -> None:

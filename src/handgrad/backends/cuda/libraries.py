@@ -11,24 +11,24 @@ INSTALL = "pip install 'handgrad[cuda]'"
 
 
 def load(name: str, package: str) -> ctypes.CDLL:
-    """Opens a library such as "cublasLt". Raises HandgradError with the finder's message if there is none."""
+    """Opens a library such as "cublasLt". Raises HandgradError if pathfinder does not find it or it does not load."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
         return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
-    except Exception as error:  # the finder raises several types of its own
+    except Exception as error:  # pathfinder raises exceptions of its own types
         reason = str(error).strip().split("\n")[0]
-        raise HandgradError("cuda", f"the package {package} is installed", reason, hint=INSTALL) from None
+        raise HandgradError("cuda", f"the package {package} does not load: {reason}", hint=INSTALL) from None
 
 
 def path_of(name: str) -> Path:
-    """The path of a library that this process has opened."""
+    """The path of a library that this process has loaded; the bare name if it has not."""
     mapped = re.findall(rf"\S*/lib{name}\.so\S*", Path("/proc/self/maps").read_text())
     return Path(mapped[0]) if mapped else Path(name)
 
 
 def folder_of(module: str) -> Path:
-    """The folder that a Python module is imported from. Raises ImportError if there is none."""
+    """The folder of a Python module, without importing it. Raises ImportError if there is no such module."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ImportError(f"no module {module}")

@@ -1,6 +1,6 @@
 """NVRTC: compiles kernels at run time, always to machine code for one architecture, with a cache on disk.
 
-NVRTC compiles on one core of a process at a time, so several processes compile many kernels.
+NVRTC compiles on one core per process, so several processes compile many kernels.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache as once
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.libraries import INSTALL
@@ -27,11 +28,11 @@ class Source:
 
     path: str
     arch: str
-    defines: tuple[tuple[str, int], ...]
+    defines: tuple[tuple[str, int | float], ...]
 
     @property
     def key(self) -> str:
-        """Names the cubin by everything it depends on."""
+        """The cache's name of the cubin: a hash of everything it depends on."""
         headers = [p.read_text() for p in sorted(INCLUDE.glob("*.cuh"))]
         own = [p.read_text() for p in sorted(Path(self.path).parent.glob("*.cuh"))]
         return cache.key("cubin", compiler(), self.arch, self.defines, Path(self.path).read_text(), *headers, *own)
@@ -39,7 +40,7 @@ class Source:
 
 @once
 def compiler() -> str:
-    """The compiler's version, with the build number if a package tells it."""
+    """The compiler's version: that of its package, with the build number, if it is installed as one."""
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     try:
@@ -50,34 +51,37 @@ def compiler() -> str:
 
 def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
     """The cubin of every source, from the cache or compiled now on all cores."""
-    names = {s: s.key for s in dict.fromkeys(sources)}
-    found = {s: cache.load(name) for s, name in names.items()}
-    missing = [s for s, cubin in found.items() if cubin is None]
+    found = _cached(sources)
+    missing = [s for s in dict.fromkeys(sources) if s not in found]
     workers = min(len(missing) // 2, len(os.sched_getaffinity(0)))
     if workers > 1:
-        _headers()  # unpacked once, before several processes need them
-        environment = os.environ | {"HANDGRAD_CACHE": str(cache.folder())}
-        processes = []
-        for i in range(workers):
-            process = subprocess.Popen(
-                [sys.executable, "-c", f"import {__name__} as nvrtc; nvrtc.work()"],
-                stdin=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            process.stdin.write(json.dumps([asdict(s) for s in missing[i::workers]]))
-            process.stdin.close()
-            processes.append(process)
+        _headers()  # unpacks them before several processes need them
+        processes = [_start_compiler(missing[i::workers]) for i in range(workers)]
         for process in processes:
             process.wait()
-        found |= {s: cache.load(names[s]) for s in missing}
+        found |= _cached(missing)
     for s in missing:
-        if (
-            found[s] is None
-        ):  # few, or a process failed, or the cache is read-only: compile here, where errors are reported
-            found[s] = compile_one(s)[0]
-            cache.store(names[s], found[s])
+        if s not in found:  # few are missing, or a process failed, or the cache is read-only; errors are raised here
+            found[s], _ = compile_one(s)
+            cache.store(s.key, found[s])
     return found
+
+
+def _cached(sources: Sequence[Source]) -> dict[Source, bytes]:
+    """The cubins that the cache has."""
+    cubins = {s: cache.load(s.key) for s in dict.fromkeys(sources)}
+    return {s: cubin for s, cubin in cubins.items() if cubin is not None}
+
+
+def _start_compiler(sources: Sequence[Source]) -> subprocess.Popen[str]:
+    """A process that compiles these sources and stores the cubins in the cache."""
+    command = [sys.executable, "-c", f"import {__name__} as nvrtc; nvrtc.work()"]
+    environment = os.environ | {"HANDGRAD_CACHE": str(cache.folder())}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([asdict(s) for s in sources]))
+    process.stdin.close()
+    return process
 
 
 def compile_one(source: Source) -> tuple[bytes, str]:
@@ -91,11 +95,11 @@ def compile_one(source: Source) -> tuple[bytes, str]:
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), source.path.encode(), 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(size + 1)  # NVRTC writes into it; a single byte would be the object that Python shares
+    log = bytes(size + 1)  # NVRTC writes into it; Python shares single-byte objects, so at least two bytes
     nvrtc.nvrtcGetProgramLog(program, log)
     report = log.decode(errors="replace").rstrip("\0 \n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise HandgradError("nvrtc", f"{source.path} compiles for {source.arch}", f"{status.name}\n{report}")
+        raise HandgradError("nvrtc", f"{source.path} does not compile for {source.arch}: {status.name}\n{report}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     cubin = bytes(size)
     nvrtc.nvrtcGetCUBIN(program, cubin)
@@ -104,7 +108,7 @@ def compile_one(source: Source) -> tuple[bytes, str]:
 
 
 @once
-def _nvrtc():
+def _nvrtc() -> ModuleType:
     """cuda.bindings.nvrtc, with its library loaded."""
     try:
         from cuda.bindings import nvrtc
@@ -112,14 +116,12 @@ def _nvrtc():
         nvrtc.nvrtcVersion()
         return nvrtc
     except (ImportError, RuntimeError) as error:
-        raise HandgradError(
-            "nvrtc", "the compiler's package nvidia-cuda-nvrtc is installed", error, hint=INSTALL
-        ) from None
+        raise HandgradError("nvrtc", f"the package nvidia-cuda-nvrtc does not load: {error}", hint=INSTALL) from None
 
 
 @once
 def _headers() -> tuple[str, ...]:
-    """Folders with cuda_bf16.h: unpacked from NVRTC, which has it from 13.3 on, else those that are installed."""
+    """The folder of cuda_bf16.h: unpacked from NVRTC, which includes it from 13.3 on, else where it is installed."""
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     if (major, minor) >= (13, 3):
@@ -136,8 +138,8 @@ def _headers() -> tuple[str, ...]:
     ]
     found = [p for p in places if p and os.path.exists(os.path.join(p, "cuda_bf16.h"))]
     if not found:
-        hint = "pip install 'nvidia-cuda-nvrtc>=13.3', which has it"
-        raise HandgradError("nvrtc", "cuda_bf16.h is installed", f"none in {places}", hint=hint)
+        hint = "pip install 'nvidia-cuda-nvrtc>=13.3', which includes it"
+        raise HandgradError("nvrtc", f"cuda_bf16.h is missing: it is in none of {places}", hint=hint)
     return tuple(found[:1])
 
 

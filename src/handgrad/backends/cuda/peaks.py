@@ -18,7 +18,7 @@ class Peaks:
 # "NVIDIA ADA GPU Architecture", "NVIDIA H100 Tensor Core GPU Architecture", "NVIDIA H200", "GH200 Grace Hopper",
 # "NVIDIA Blackwell Architecture Technical Brief", "NVIDIA RTX Blackwell GPU Architecture", "HGX B300", "RTX PRO 6000".
 # The sheets of Hopper and later print figures with sparsity, twice these. GeForce GPUs accumulate in float32 at half
-# the printed rate. Products that are sold under one name at several speeds are left out: they are measured.
+# the printed rate. Names that stand for products of several speeds are left out; handgrad measures their peak.
 # fmt: off
 GPUS = {
     #                                             bf16    tf32    f32     fp8     GB/s
@@ -62,9 +62,9 @@ GPUS = {
 
 
 def peaks(name: str) -> Peaks | None:
-    """The peaks of a GPU by the name that its driver reports; None for every other name.
+    """The peaks of a GPU by the name that its driver reports; None for unknown names.
 
-    A MIG slice, a laptop GPU or a cut-down product has a longer name and other peaks.
+    MIG slices, laptop GPUs and reduced products have longer names and other peaks.
 
     >>> h100 = "NVIDIA H100 80GB HBM3"
     >>> peaks(h100).bf16, peaks("NVIDIA GeForce RTX 4090").gbps, peaks(h100 + " MIG 1g.10gb")

@@ -1,4 +1,4 @@
-"""GpuPlanner: plans a run for a GPU that need not be in this machine: scratch, workspaces, implementations."""
+"""GpuPlanner: plans scratch, workspaces and implementations for a GPU that need not be in this machine."""
 
 from weakref import WeakKeyDictionary
 
@@ -8,8 +8,8 @@ from handgrad.core.op import Call, Op
 from handgrad.core.plan import aligned
 from handgrad.launch import Gemm, Gpu, Kernel, Launches, Sdpa
 
-GEMM_WORKSPACE = 32 << 20  # bytes: what NVIDIA advises for Hopper
-WORTH_TUNING = 1e9  # FLOP: calls with less run what the library proposes first, or the first alternative
+GEMM_WORKSPACE = 32 << 20  # bytes: NVIDIA's recommendation for Hopper
+WORTH_TUNING = 1e9  # FLOP: smaller calls run the library's first proposal and the first alternative
 
 
 def describe(arch: str, sms: int, shared_bytes: int, l2_bytes: int, **choices: bool) -> Gpu:
@@ -35,7 +35,7 @@ PRODUCT_NAMES = {  # as the driver reports them
 
 
 class GpuPlanner(Planner):
-    """What planning asks of the cuda backend. gpu: a key of GPUS, or the features of any GPU."""
+    """The planning part of the cuda backend. gpu: a key of GPUS, or the features of any GPU."""
 
     name, is_concurrent = "cuda", True
     head_rows = 32768
@@ -51,17 +51,17 @@ class GpuPlanner(Planner):
         return type(op).cuda is not Op.cuda
 
     def launches(self, call: Call) -> Launches:
-        """What the op declares for this call. Planning, autotuning and binding share one answer."""
+        """The launches that the op declares for a call, computed once for planning, autotuning and binding."""
         if call not in self._launches:
             self._launches[call] = call.op.cuda(call, self.gpu)
         return self._launches[call]
 
     def scratch(self, call: Call) -> int:
-        """Bytes of the op's own scratch and of the library workspace behind it, enough for every alternative."""
+        """Bytes of the op's scratch and the library workspace after it, enough for every alternative."""
         return max(_scratch(a) for a in self.launches(call).alternatives())
 
     def note(self, call: Call) -> str:
-        """The bound implementation; where autotuning will choose, every one that it may choose."""
+        """The bound implementation; if autotuning will choose, all that it may choose."""
         alternatives = self.launches(call).alternatives()
         timed = call.op.flops(call) >= WORTH_TUNING and not self.gpu.deterministic
         if len(alternatives) > 1 and timed:
@@ -76,9 +76,8 @@ def _scratch(launches: Launches) -> int:
 
 
 def attention_workspace(s: Sdpa) -> int:
-    """An upper bound of the bytes that cuDNN requests: dq and row sums in float32, eight times dq where the order of
-    sums is fixed, and a copy of dk and dv for each query head where heads share keys. Binding raises if it requests
-    more."""
+    """An upper bound of the bytes that cuDNN requests: dq and row sums in float32 (eight times dq if deterministic),
+    and dk and dv of each query head if query heads share keys. Binding raises HandgradError if cuDNN requests more."""
     if s.direction == "forward":
         return 1 << 20
     rows = s.B * s.H * s.T

@@ -1,4 +1,4 @@
-"""adamw: one step of AdamW over a flat stretch of parameters. See README.md."""
+"""adamw: one step of AdamW over a slice of the flat parameters. See README.md."""
 
 from typing import Any
 
@@ -12,11 +12,12 @@ THREADS = 256  # of a block
 
 
 class AdamW(Op):
-    """Updates p, m, v and low, the 16 bits of the float32 weight that a bf16 p lacks; without it p rounds at random.
+    """Updates p, m, v, and low: the 16 bits of the float32 weight that a bf16 p lacks. Without low, p rounds
+    stochastically.
 
-    `start` is the stretch's first element in the flat vectors, a multiple of 4.
+    `start` is the first element of the slice in the flat vectors, a multiple of 4.
 
-    Reads lr, step, seed and grad_scale from scalars; where grad_scale is 0 it changes nothing.
+    Reads lr, step, seed and grad_scale from the step scalars. Changes nothing if grad_scale is 0.
     """
 
     name = "adamw"
@@ -36,10 +37,10 @@ class AdamW(Op):
 
     def derive(self, d: dict[str, int]) -> None:
         if d["start"] % 4:
-            raise HandgradError("adamw", "a stretch starts at a multiple of 4 elements", d["start"])
+            raise HandgradError("adamw", "a slice starts at a multiple of 4 elements", d["start"])
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
-        return dtype is not F32 and attrs.get("low", True)  # in f32 p is the whole weight
+        return dtype is not F32 and attrs.get("low", True)  # an f32 p is the whole weight
 
     def ref(self, v: Any) -> tuple:
         k = v.scalars
@@ -65,9 +66,9 @@ class AdamW(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         vec = 4 if c.sizes["n"] % 4 == 0 else 1
-        held = 5 if vec == 4 else 4  # blocks per SM that its registers allow
+        held = 5 if vec == 4 else 4  # blocks per SM, limited by registers
         defines = {"VEC": vec, "LOW": int(c.low is not None), "THREADS": THREADS, "HELD": held}
-        defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles: an argument would be a float
+        defines |= {"BETA1": c.attrs["beta1"], "BETA2": c.attrs["beta2"]}  # as doubles; kernel arguments are floats
         grid = min(-(-c.sizes["n"] // (4 * THREADS)), gpu.sms * held)
         args = "p m v low grad scalars | n start eps weight_decay"
         return Launches((Kernel("adamw_kernel", args, grid, THREADS, 0, defines),))

@@ -1,14 +1,14 @@
-// add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: the same of x alone      math: README.md §2, §3
+// add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: y of s = x      math: README.md §2, §3
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) f32      dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
-// layout    rows are shared among threads; dw, db, dhb: sums over chunks of rows, then over chunks, column by column
-// determinism  chunks depend on N alone and are added in order, whatever the number of threads
+// layout    threads divide rows; dw, db, dhb: each chunk of rows is summed, then threads divide columns to add chunks
+// determinism  chunks depend on N alone and are added in order, for any number of threads
 // source    own work
 #include "kernel.h"
 
-// One row's statistics and y. Three passes over a row that stays in the first cache. The second pass also sums what the
-// rounding of the first left in the mean: with a mean far from zero that error would reach every y.
+// Statistics and y of one row, in three passes; the row stays in L1. The second pass also sums the rounding error of
+// the mean, which would reach every y where the mean is far from zero.
 static inline void norm_row(real *restrict y, float *mean, float *rstd, const real *restrict s, const real *restrict w,
                             const real *restrict b, int64_t C, float eps) {
   float sum = 0.0f, rest = 0.0f, squares = 0.0f;
@@ -63,7 +63,7 @@ ENTRY(norm_forward) {
   for (int64_t n = 0; n < N; n++) norm_row(y + n * C, mean + n, rstd + n, x + n * C, w, b, C, eps);
 }
 
-// Rows of one chunk: at most 128 chunks, so that their partial sums stay small, of at least 16 rows.
+// Rows of one chunk: at least 16, and at most 128 chunks, so that partial sums stay small.
 static int64_t chunk_rows(int64_t N) {
   int64_t rows = (N + 127) / 128;
   return rows > 16 ? rows : 16;
@@ -112,7 +112,7 @@ static inline void sum_chunks(float *restrict d, int add, const float *restrict 
 ENTRY(norm_backward) {
   real *dx = a->dx;                                // (N, C)
   float *dw = a->dw, *db = a->db, *dhb = a->dhb;   // (C); dhb or NULL
-  const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds is what reaches s from the residual stream, or NULL
+  const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds is the gradient of s from the residual stream, or NULL
   const real *w = a->w;                            // (C)
   const float *mean = a->mean, *rstd = a->rstd;    // (N)
   int64_t N = a->N, C = a->C;
@@ -128,7 +128,7 @@ ENTRY(norm_backward) {
         norm_row_backward(dx + n * C, to, to + C, to_hb, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n],
                           rstd[n], C);
     }
-    int64_t from = C * hg_thread() / hg_team(), to = C * (hg_thread() + 1) / hg_team();
+    int64_t from = C * hg_thread() / hg_num_threads(), to = C * (hg_thread() + 1) / hg_num_threads();
     sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, C, from, to);
     sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, C, from, to);
     if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + 2 * C, chunks, C, from, to);

@@ -1,4 +1,4 @@
-"""add_norm: the pending residual add and the layer norm after it; norm: the same without an add. See README.md."""
+"""add_norm: the pending residual add and the layer norm after it; norm: the layer norm alone. See README.md."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
 
-SUM_THREADS = 1024  # of a CUDA block that adds up partial sums
+SUM_THREADS = 1024  # of a CUDA block that adds partial sums
 
 
 class AddNorm(Op):
-    """s = x + h + hb;  y = (s - mean) * rstd * w + b.  hb is the bias of the linear that ends the branch h."""
+    """s = x + h + hb;  y = (s - mean) * rstd * w + b.  hb is the bias of the linear at the end of branch h."""
 
     name = "add_norm"
     ins = "x:N,C h:N,C w:C b:C hb:C?"
     outs = "s:N,C y:N,C mean:N:f32 rstd:N:f32"
     attrs = {"eps": float}
     params = "w b hb"
-    saved = "s w mean rstd"  # x and h are free after this call
+    saved = "s w mean rstd"  # not x and h: backward needs only their sum
     differentiated = "s y"
     cpu = C("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
     cases = (
@@ -35,7 +35,7 @@ class AddNorm(Op):
 
     def ref(self, v: Any) -> tuple:
         h = v.h if v.hb is None else v.h + v.hb
-        s = v.round(v.x + h)  # the norm reads what is kept: made again from it, y is the same
+        s = v.round(v.x + h)  # the norm reads the stored value, so recomputing y from it gives the same bits
         return s, *reference.norm_forward(s, v.w, v.b, v.eps)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -51,7 +51,7 @@ class AddNorm(Op):
     def recompute(self, g: Recorder, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "s" in want:
             return super().recompute(g, c, want)
-        y, mean, rstd = g.emit(norm, c.s, c.w, c.b, **c.attrs)  # the add is not needed again
+        y, mean, rstd = g.emit(norm, c.s, c.w, c.b, **c.attrs)  # s is kept, so only the norm runs again
         return {"y": y, "mean": mean, "rstd": rstd}
 
 
@@ -82,7 +82,7 @@ class Norm(Op):
         return {"y": "norm"}
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = g.take(c.x)  # x also feeds the residual: its gradient joins in
+        ds = g.take(c.x)  # x also feeds the residual: its gradient so far is added
         return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
 
 
@@ -118,17 +118,19 @@ class NormBackward(Op):
         N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
         streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
-        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes of a team: two rows of each stream; its sums
+        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per row in work: two rows of each stream; sums
         staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
-        if d["TEAM"] == 32:  # one block per SM, of as many teams as registers and shared memory hold
-            held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # floats that a thread sums in registers
+        if d["TEAM"] == 32:  # one block per SM, of as many warps as registers and shared memory allow
+            held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
             rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
-            d["ROWS"] = rows = rows if rows < 4 else rows // 4 * 4  # each quarter of an SM has its own registers
+            d["ROWS"] = rows = (
+                rows if rows < 4 else rows // 4 * 4
+            )  # each of the four partitions of an SM has its own registers
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
-        held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # 1 KiB more for each block
+        held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # the hardware reserves 1 KiB per block
         blocks = min(-(-N // rows), gpu.sms * held)
         d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
         d["SUM_THREADS"] = SUM_THREADS
@@ -143,14 +145,17 @@ class NormBackward(Op):
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name in ("mean", "rstd"):  # those of s; eps 1, lest a single column amplify its roundings
+        if arg.name in (
+            "mean",
+            "rstd",
+        ):  # the statistics of s, with eps 1, so that a single column does not amplify rounding
             mean = v["s"].mean(-1)
             return mean if arg.name == "mean" else 1 / (((v["s"] - mean[:, None]) ** 2).mean(-1) + 1.0) ** 0.5
         return None
 
 
 def _layout(c: Call, packs: int) -> dict[str, int]:
-    """How rows are shared out: a warp takes one of up to `packs` accesses a thread, a block a longer one."""
+    """How threads divide rows: a warp per row if a thread then has at most `packs` accesses, else a block per row."""
     vec = 16 // c.dtype.size
     vec = vec if c.sizes["C"] % vec == 0 else 1
     accesses = -(-c.sizes["C"] // vec)
@@ -164,7 +169,8 @@ def _forward(c: Call, entry: str, args: str) -> Launches:
     return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["TEAM"] * rows, 0, defines),))
 
 
-def _norm_backward(g: Recorder, c: Call, dy: Tensor, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
+def _norm_backward(g: Recorder, c: Call, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
+    """Appends the gradient of the norm of s. ds: the gradient that reaches s past the norm; hb: a bias added into s."""
     into = {"dw": g.grad(c.w), "db": g.grad(c.b), "dhb": None if hb is None else g.grad(hb)}
     return g.emit(norm_backward, dy, ds, s, c.w, c.mean, c.rstd, into=into)
 

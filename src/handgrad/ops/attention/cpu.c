@@ -1,10 +1,10 @@
 // attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities   math: README.md §2, §3
 // forward   writes =  y: (N, H D) dtype;  lse: (B, H, T) f32
 // backward  writes =  dqkv: (N, (H + 2 K) D) dtype
-// numerics  f32 softmax and sums; the probabilities are made again from lse; with AVX512-BF16 they are rounded to bf16
-// layout    forward: threads share (head, row block) items; backward: a key/value head is one thread's, with the query
-//           heads that read it one after another, key blocks outside
-// determinism  fixed order for any number of threads; a call's dropout depends on scalars and element index alone
+// numerics  f32 softmax and sums; probabilities are recomputed from lse; with AVX512-BF16 they are rounded to bf16
+// layout    forward: threads divide (head, row block) items; backward: threads divide key/value heads, each with all
+//           query heads that read it, one after another; the outer loop runs over key blocks
+// determinism  fixed order for any number of threads; dropout depends on the step scalars, call and element index alone
 // source    own work, after Dao 2023 (FlashAttention-2), algorithms 1 and 2
 #include "flash.h"
 
@@ -21,22 +21,20 @@ ENTRY(attention_forward) {
   attend(y, lse, &x, scratch);
 }
 
-// bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_forward_scratch)(int64_t T, int64_t D,
-                                                                                 int64_t threads) {
+SCRATCH(attention_forward)(int64_t T, int64_t D, int64_t threads) {
   return attend_scratch(T, D, threads);
 }
 
-// Of one head. Tp is T rounded up to whole blocks. Without vdpbf16ps pairs and rows are the same buffers.
+// Buffers of one head. Tp is T rounded up to whole blocks. Without vdpbf16ps pairs and rows are the same buffers.
 typedef struct {
   elem *q_rows, *dy_rows;              // (Tp, Dp)
   unit *q_pairs, *dy_pairs, *k_pairs;  // (Tp / PAIR, Dp)
   unit *k, *v;                         // transposed panels
-  elem *rows;                          // (BC, Dp) being packed
-  float *dq, *dk, *dv;                 // (Tp, Dp); those of k, v: (BC, Dp), or of a group of query heads (Tp, Dp)
+  elem *rows;                          // (BC, Dp), a buffer for packing
+  float *dq, *dk, *dv;                 // (Tp, Dp); dk, dv: (BC, Dp), or (Tp, Dp) if several query heads add to them
   float *delta;                        // (T) rowsum of dy y
   float *s, *ds;                       // (BR, BC) scores, then dropped probabilities; gradients of the scores
-  elem *ds_rows;                       // the same as factors
+  elem *ds_rows;                       // the same as operands of GEMMs
   unit *p_pairs, *ds_pairs;
 } BackwardScratch;
 
@@ -84,9 +82,9 @@ static void as_pairs(unit *pairs, const float *s, int n) {
 #endif
 }
 
-// dx (n keys, Dp) = or += p' (keys, queries) dy (queries, Dp), of p only what is seen
-static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int queries, int64_t shift, int64_t Dp,
-                           int add) {
+// dx (n keys, Dp) = or += p' (keys, queries) dy (queries, Dp), over queries that see the key only
+static void block_ptdy_gemm(float *dx, const unit *p, const unit *dy, int n, int queries, int64_t shift, int64_t Dp,
+                            int add) {
   int end = (queries + PAIR - 1) / PAIR;
   for (int c = 0; c < Dp; c += NR)
     for (int r = 0; r < n; r += MR) {
@@ -95,7 +93,7 @@ static void block_mix_back(float *dx, const unit *p, const unit *dy, int n, int 
     }
 }
 
-// s becomes the dropped probabilities, ds the gradient of q k'; only the first `keys` columns are keys
+// In place: s becomes the probabilities after dropout, ds the gradient of q k'. The first `keys` columns are keys.
 static void block_softmax_back(float *s, float *ds, const float *lse, const float *delta, int n, int keys,
                                int64_t shift, float scale, DropoutRule drop, int64_t element, int64_t T) {
   float factor[BC];
@@ -121,13 +119,13 @@ static void write_rows(real *y, int64_t y_row, const float *x, int n, int64_t D)
     for (int64_t d = 0; d < D; d++) y[d] = store(x[d]);
 }
 
-// Query head h of one sequence; its dk and dv are added to those of the group's heads before it.
+// The gradients of query head h of one sequence; dk and dv add to those of earlier heads of the group.
 static void backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const float *lse, int64_t T,
                           int64_t H, int64_t K, int64_t D, int causal, int64_t h, DropoutRule drop, int64_t element,
                           const BackwardScratch *w) {
   int64_t Dp = padded(D), C = H * D, row = (H + 2 * K) * D, group = H / K;
-  int64_t q = h * D, k = (H + h / group) * D, v = k + K * D;  // where they start in a row
-  int before = h % group > 0;
+  int64_t q = h * D, k = (H + h / group) * D, v = k + K * D;  // offsets in a row
+  int adds = h % group > 0;  // an earlier head of the group wrote dk and dv
   float scale = 1.0f / sqrtf((float)D);
   for (int64_t t = 0; t < T; t += BC) {
     int n = smaller(BC, T - t);
@@ -150,16 +148,17 @@ static void backward_head(real *dqkv, const real *dy, const real *qkv, const rea
     float *dk = w->dk + (group > 1 ? key * Dp : 0), *dv = w->dv + (group > 1 ? key * Dp : 0);
     int64_t start = causal ? key : 0;
     for (int64_t t = start; t < T; t += BR) {
-      int n = smaller(BR, T - t), add = before || t > start;
+      int n = smaller(BR, T - t), add = adds || t > start;
       int64_t shift = causal ? t - key : BC;
       block_scores(w->s, w->q_rows + t * Dp, w->k + key * Dp / PAIR, n, shift, D);
       block_scores(w->ds, w->dy_rows + t * Dp, w->v + key * Dp / PAIR, n, shift, D);
       block_softmax_back(w->s, w->ds, lse + t, w->delta + t, n, keys, shift, scale, drop, element + t * T + key, T);
       as_pairs(w->p_pairs, w->s, n);
       as_pairs(w->ds_pairs, w->ds, n);
-      block_mix_back(dv, w->p_pairs, w->dy_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
-      block_mix_back(dk, w->ds_pairs, w->q_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
-      block_mix(w->dq + t * Dp, as_rows(w->ds_rows, w->ds, n), w->k_pairs + key / PAIR * Dp, n, shift, Dp, key > 0);
+      block_ptdy_gemm(dv, w->p_pairs, w->dy_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
+      block_ptdy_gemm(dk, w->ds_pairs, w->q_pairs + t / PAIR * Dp, keys, n, shift, Dp, add);
+      const elem *ds = as_rows(w->ds_rows, w->ds, n);
+      block_pv_gemm(w->dq + t * Dp, ds, w->k_pairs + key / PAIR * Dp, n, shift, Dp, key > 0);
     }
     if (h % group == group - 1) {
       write_rows(dqkv + key * row + k, row, dk, keys, D);
@@ -195,9 +194,7 @@ ENTRY(attention_backward) {
   }
 }
 
-// bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_backward_scratch)(int64_t T, int64_t H, int64_t K,
-                                                                                  int64_t D, int64_t threads) {
+SCRATCH(attention_backward)(int64_t T, int64_t H, int64_t K, int64_t D, int64_t threads) {
   BackwardScratch w;
   return threads * (int64_t)backward_layout(&w, 0, T, D, H / K);
 }

@@ -1,8 +1,8 @@
-// The engine of attention: register tiles, packing, and the forward pass over blocks of queries and keys with a running
-// softmax. attention/cpu.c trains with it, attention_decode/cpu.c prefills with it.      math: README.md §2
+// flash: register tiles, packing, and the forward pass over blocks of queries and keys with an online
+// softmax. attention/cpu.c and the prefill of attention_decode/cpu.c use it.      math: README.md §2
 //
-// layout    blocks of BR queries by BC keys; a block product is cut into MR x NR tiles that live in registers
-// numerics  sums and softmax in f32; with AVX512-BF16 the factors of a product are bf16, else everything is f32
+// layout    blocks of BR queries by BC keys; the GEMM of a block is split into MR x NR register tiles
+// numerics  sums and softmax in f32; with AVX512-BF16 the operands of GEMMs are bf16, else everything is f32
 // source    own work, after Dao et al. 2022 (FlashAttention), algorithm 1, and Rabe & Staats 2021
 #pragma once
 #include "kernel.h"
@@ -25,12 +25,12 @@
 #define LANES {0, 1, 2, 3}
 #define MR 4
 #endif
-#define NR (2 * VL)  // MR x NR: 16 (8 without AVX-512) accumulators, enough to hide the latency of a multiply-add
-#define BR 64        // with BC = 64 and D = 64 all that one block pair touches stays in the first two caches
+#define NR (2 * VL)  // MR x NR: 16 (8 without AVX-512) accumulators hide the latency of FMA
+#define BR 64        // with BC = 64 and D = 64 all data of a pair of blocks stays in L1 and L2
 #define BC 64
-#define SLACK 8.0f   // the running maximum moves only when it grows by more: e^8 harms no sum, and rescaling gets rare
+#define SLACK 8.0f   // the running maximum moves only if it grows by more: sums can hold e^8, and few blocks rescale
 
-// A unit is what one lane multiplies: a float or, for vdpbf16ps, two bf16 that are neighbours along the summed axis.
+// A lane multiplies units: a float or, for vdpbf16ps, two bf16 neighbours along the summed axis.
 #if HG_BF16 && defined(__AVX512BF16__)
 #define PAIR 2
 typedef bf16 elem;
@@ -53,11 +53,11 @@ typedef vfloat vunit;
 #define MAC(c, a, b) ((c) + (a) * (b))
 #endif
 
-#define INLINE static inline __attribute__((always_inline))  // vectors must not cross a call
+#define INLINE static inline __attribute__((always_inline))  // no call may pass vectors
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int smaller(int64_t x, int64_t y) { return (int)(x < y ? x : y); }
 static inline int larger(int64_t x, int64_t y) { return (int)(x > y ? x : y); }
-static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp: columns of every packed buffer
+static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp, the columns of every packed buffer
 
 INLINE vfloat vector_max(vfloat x, vfloat y) {
 #if VL == 16
@@ -107,7 +107,7 @@ static inline float dot(const real *x, const real *y, int64_t n) {
   return total;
 }
 
-// c (MR, NR) = or += a (MR, k) b (k, NR); k counts units. The strides let a be read along rows or along columns.
+// c (MR, NR) = or += a (MR, k) b (k, NR); k counts units. a is read by the strides a_row and a_k, in either order.
 INLINE void tile(float *c, int64_t c_row, const unit *a, int64_t a_row, int64_t a_k, const unit *b, int64_t b_k, int k,
                  int add) {
   vfloat x[MR], y[MR];
@@ -131,8 +131,7 @@ INLINE void tile(float *c, int64_t c_row, const unit *a, int64_t a_row, int64_t 
   }
 }
 
-// s (n, BC) = a (n, D) t (D, keys): row r of a is a query that sees the keys <= r + shift of the block; tiles that no
-// query sees are not written.
+// s (n, BC) = a (n, D) t (D, keys). Query r sees keys <= r + shift of the block; tiles that no query sees are skipped.
 static void block_scores(float *s, const elem *a, const unit *t, int n, int64_t shift, int64_t D) {
   int64_t Dp = padded(D);
   int k = (int)((D + PAIR - 1) / PAIR);
@@ -141,8 +140,8 @@ static void block_scores(float *s, const elem *a, const unit *t, int n, int64_t 
       tile(s + r * BC + c, BC, (const unit *)(a + r * Dp), Dp / PAIR, 1, t, NR, k, 0);
 }
 
-// o (n, Dp) = or += p (n, BC) v (BC, Dp), of p only what is seen
-static void block_mix(float *o, const elem *p, const unit *v, int n, int64_t shift, int64_t Dp, int add) {
+// o (n, Dp) = or += p (n, BC) v (BC, Dp), over visible keys only
+static void block_pv_gemm(float *o, const elem *p, const unit *v, int n, int64_t shift, int64_t Dp, int add) {
   for (int c = 0; c < Dp; c += NR)
     for (int r = 0; r < n; r += MR) {
       int k = smaller(BC, r + MR + shift);
@@ -151,23 +150,23 @@ static void block_mix(float *o, const elem *p, const unit *v, int n, int64_t shi
     }
 }
 
-// asks for n elements that are read soon and that the hardware does not foresee, past the end of an array too
+// Prefetches n elements that the hardware prefetcher does not predict; past the end of an array this is harmless.
 static inline void prefetch(const real *next, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(real)) __builtin_prefetch(next + i, 0, 2);
 }
 
-// rows (padded_n, Dp) = src (n, D), zeros around it
+// rows (padded_n, Dp) = src (n, D), padded with zeros
 static void pack_rows(elem *rows, const real *src, int64_t src_row, int n, int padded_n, int64_t D) {
   int64_t Dp = padded(D);
   for (int r = 0; r < padded_n; r++, rows += Dp, src += src_row) {
     int64_t filled = r < n ? D : 0;
-    prefetch(src + D, filled);  // the next head: it lies beside this one, but rows are far apart
+    prefetch(src + D, filled);  // the next head is contiguous with this one, but rows are far apart
     for (int64_t d = 0; d < filled; d++) rows[d] = ELEM(src[d]);
     for (int64_t d = filled; d < Dp; d++) rows[d] = 0;
   }
 }
 
-// pairs (n / PAIR, Dp) units = rows (n, Dp): neighbouring rows share a unit, as the right factor of a product over rows
+// pairs (n / PAIR, Dp) units = rows (n, Dp): neighbouring rows share a unit, for the B operand of a GEMM over rows.
 static void pack_pairs(unit *pairs, const elem *rows, int n, int64_t Dp) {
 #if PAIR == 2
   for (int r = 0; r < n; r += 2, rows += 2 * Dp, pairs += Dp)
@@ -178,7 +177,7 @@ static void pack_pairs(unit *pairs, const elem *rows, int n, int64_t Dp) {
 #endif
 }
 
-// A (VL, VL) transpose of units: step s swaps the two off-diagonal s x s corners of every 2s x 2s square.
+// Transposes (VL, VL) units: step s swaps the two off-diagonal s x s quadrants of every 2s x 2s square.
 static inline void transpose(unit *to, const unit *from, int64_t from_row) {
   vbits v[VL], lane = LANES;
 #pragma GCC unroll 16
@@ -198,7 +197,7 @@ static inline void transpose(unit *to, const unit *from, int64_t from_row) {
   for (int i = 0; i < VL; i++) *(vbits *)(to + i * NR) = v[i];
 }
 
-// panels (BC / NR) of (Dp / PAIR, NR) units = rows (BC, Dp) transposed: the right factor of a product over D
+// panels (BC / NR) of (Dp / PAIR, NR) units = rows (BC, Dp) transposed, for the B operand of a GEMM over D.
 static void pack_transposed(unit *panels, const elem *rows, int64_t Dp) {
   for (int c = 0; c < BC; c += VL)
     for (int64_t u = 0; u < Dp / PAIR; u += VL)
@@ -206,7 +205,7 @@ static void pack_transposed(unit *panels, const elem *rows, int64_t Dp) {
                 Dp / PAIR);
 }
 
-// The same (BR, BC) block of floats as factors: by rows, or as pairs of rows. Without vdpbf16ps both are the block.
+// s (n, BC), a block of floats, as the A operand of a GEMM: converted into `rows` for vdpbf16ps, else s itself.
 static inline const elem *as_rows(elem *rows, const float *s, int n) {
 #if PAIR == 2
   for (int i = 0; i < n * BC; i += 32)
@@ -218,21 +217,21 @@ static inline const elem *as_rows(elem *rows, const float *s, int n) {
 #endif
 }
 
-// Where a forward pass finds its operands: T queries of each sequence from `position` on, and all keys up to the last.
-// Query head h reads key/value head h / (H / K).
+// Operands of a forward pass: T queries of each sequence from `position` on, and all keys up to the last query. Query
+// head h reads key/value head h / (H / K).
 typedef struct {
   const real *q, *k, *v;
-  int64_t q_row, kv_row;  // elements from one token to the next; a token holds its heads one after another
+  int64_t q_row, kv_row;  // elements from one token to the next; the heads of a token are contiguous
   int64_t q_seq, kv_seq;  // elements from one sequence to the next
   int64_t B, T, position, H, K, D;
   int causal;             // 0: every query sees all keys
-  DropoutRule drop;  // threshold 0: none
+  DropoutRule drop;       // threshold 0: none
 } Attend;
 
 typedef struct {
-  elem *q, *p, *rows;  // (BR, Dp); (BR, BC); (BC, Dp) being packed
+  elem *q, *p, *rows;  // (BR, Dp); (BR, BC); (BC, Dp), a buffer for packing
   unit *k, *v;         // transposed panels; pairs: all keys of one head
-  float *s, *o;        // (BR, BC) scores, then probabilities; (BR, Dp) not yet normalised
+  float *s, *o;        // (BR, BC) scores, then probabilities; (BR, Dp) before normalisation
 } AttendScratch;
 
 static inline void *take(uintptr_t *at, int64_t bytes) {
@@ -241,7 +240,7 @@ static inline void *take(uintptr_t *at, int64_t bytes) {
   return p;
 }
 
-// Places the buffers from address `at`; returns the address behind them, which from 0 is their size.
+// Places the buffers from address `at` on; returns the address after them: their size, if `at` is 0.
 static inline uintptr_t attend_layout(AttendScratch *w, uintptr_t at, int64_t keys, int64_t D) {
   int64_t Dp = padded(D), item = (int64_t)sizeof(elem);
   w->q = take(&at, BR * Dp * item);
@@ -259,7 +258,7 @@ static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
   return threads * (int64_t)attend_layout(&w, 0, keys, D);
 }
 
-// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees keys 0 .. first + r, if there are as many.
+// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees the existing keys among 0 .. first + r.
 static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n,
                         int64_t first, int64_t element) {
   int64_t D = x->D, Dp = padded(D), keys = x->position + x->T;
@@ -291,7 +290,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
     for (int r = 0; r < n; r++) {
       float *s = w->s + r * BC, base = max[r];
       for (int c = 0; c < width[r]; c += VL) {
-#pragma GCC unroll 1  // left as a loop, it becomes one vector
+#pragma GCC unroll 1  // not unrolled, it compiles to one vector
         for (int l = c; l < c + VL; l++) s[l] = vexp(s[l] * scale - base);
         sum[r] += *(vfloat *)(s + c);
       }
@@ -301,7 +300,7 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
         dropout_factors(factor, element + r * x->T + key, width[r], x->drop);
         for (int c = 0; c < width[r]; c++) w->s[r * BC + c] *= factor[c];
       }
-    block_mix(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
+    block_pv_gemm(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
   }
   for (int r = 0; r < n; r++) {
     float total = sum_of_lanes(sum[r]);
@@ -310,8 +309,8 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
   }
 }
 
-// y (B T, H D); lse (B, H, T) or NULL. Each thread takes a run of (head, row block) items of equal cost and packs the
-// keys of its heads as far as its queries see; an item's arithmetic does not depend on who does it.
+// y (B T, H D); lse (B, H, T) or NULL. Each thread computes consecutive (head, row block) items of equal total cost and
+// packs the keys that its queries see. The arithmetic of an item does not depend on the thread.
 static void attend(real *y, float *lse, const Attend *x, char *scratch) {
   int64_t T = x->T, blocks = (T + BR - 1) / BR, keys = x->position + T, D = x->D, Dp = padded(D);
   int64_t cost = 0;
@@ -319,7 +318,7 @@ static void attend(real *y, float *lse, const Attend *x, char *scratch) {
   int64_t total = cost * x->B * x->H;
 #pragma omp parallel
   {
-    int64_t from = total * hg_thread() / hg_team(), to = total * (hg_thread() + 1) / hg_team(), at = 0;
+    int64_t from = total * hg_thread() / hg_num_threads(), to = total * (hg_thread() + 1) / hg_num_threads(), at = 0;
     AttendScratch w;
     attend_layout(&w, (uintptr_t)scratch + (uintptr_t)(hg_thread() * attend_scratch(keys, D, 1)), keys, D);
     for (int64_t head = 0; head < x->B * x->H; head++) {

@@ -1,4 +1,4 @@
-"""attention: self-attention over packed q, k, v that never materialises T x T. See README.md."""
+"""attention: self-attention over packed q, k, v without materialising T x T matrices. See README.md."""
 
 from typing import Any
 
@@ -9,31 +9,31 @@ from handgrad.core.tensor import Tensor
 from handgrad.launch import TMA_TILE, Gpu, Kernel, Launches, Sdpa
 from handgrad.ops.attention import reference
 
-WARPGROUPS = 2  # of a wgmma kernel that multiply, TMA_TILE rows each; one more loads
+WARPGROUPS = 2  # that compute in a wgmma kernel, TMA_TILE rows each; one more warpgroup loads
 FORWARD_STAGES, BACKWARD_STAGES = 4, 6
-L2_SHARE = 16 << 20  # bytes of keys and values that concurrent blocks of an mma kernel may stream
+L2_SHARE = 16 << 20  # bytes of keys and values that concurrent blocks of an mma kernel stream from L2
 
 
 def _derive(d: dict[str, int]) -> None:
     H, K = d["H"], d["K"]
     if H % K:
-        raise HandgradError("attention", f"key/value heads share {H} query heads evenly", f"{K} of them")
+        raise HandgradError("attention", f"the number of key/value heads divides the {H} query heads", K)
     if d["Q"] % (H + 2 * K):
-        raise HandgradError("attention", f"qkv is {H} + 2 x {K} heads wide", d["Q"])
+        raise HandgradError("attention", f"the width of qkv is a multiple of {H} + 2 x {K} heads", d["Q"])
     if d["N"] % d["T"]:
-        raise HandgradError("attention", f"rows are whole sequences of {d['T']} tokens", d["N"])
+        raise HandgradError("attention", f"the number of rows is a multiple of T = {d['T']}", d["N"])
     d["D"], d["B"] = d["Q"] // (H + 2 * K), d["N"] // d["T"]
     d["C"] = H * d["D"]
 
 
 def _flops(c: Call, products: int) -> int:
-    """Of so many products over D, one for every query and every key that it sees."""
+    """FLOP of `products` dot products over D for each query and each key that it sees."""
     N, T, C = (c.sizes[letter] for letter in "NTC")
     return products * N * (T + 1 if c.attrs["causal"] else 2 * T) * C
 
 
 def _library(c: Call, gpu: Gpu) -> bool:
-    """Whether the library does this call. Its dropout would draw other bits than ours."""
+    """Whether cuDNN computes this call. Its dropout has other random bits than ours, so only p = 0."""
     D = c.sizes["D"]
     return gpu.has_library_attention and c.dtype is BF16 and c.attrs["p"] == 0 and D % 8 == 0 and D <= 128
 
@@ -51,20 +51,20 @@ def _fits_wgmma(c: Call, gpu: Gpu) -> bool:
 
 
 def _shared_bytes(stages: int, tiles: int, own: int, stats: int) -> int:
-    """Shared memory of a wgmma kernel: `tiles` TMA tiles and `stats` rows of statistics in each stage, `own` tiles of
-    each warpgroup, barriers, and 1024 bytes for alignment."""
+    """Bytes of shared memory of a wgmma kernel: `tiles` TMA tiles and `stats` rows of statistics per stage, `own` tiles
+    per warpgroup, barriers, and 1024 bytes for alignment."""
     data = (WARPGROUPS * own + stages * tiles) * TMA_TILE * TMA_TILE * 2 + stages * stats * 8
     return data + 16 * (stages + 1) + 1024
 
 
 def _wgmma(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
-    """A launch of persistent blocks; a warpgroup owns rows of one of `heads` heads a sequence at a time."""
+    """A launch of persistent blocks. A warpgroup computes tiles of rows, each of one of `heads` heads of a sequence."""
     B, T = c.sizes["B"], c.sizes["T"]
     if entry == "attention_forward_wgmma_kernel":  # a stage: two tiles of k and of v; own: q and y
         file, stages, shared = "forward_wgmma.cu", FORWARD_STAGES, _shared_bytes(FORWARD_STAGES, 4, 2, 0)
     else:  # a stage: k and v, or q, dy and their statistics; own: q, dy and y, or k and v, and two outputs
         file, stages, shared = "backward_wgmma.cu", BACKWARD_STAGES, _shared_bytes(BACKWARD_STAGES, 2, 5, TMA_TILE)
-    streamed = gpu.sms * 4 * T * TMA_TILE  # bytes of keys and values of as many heads as SMs
+    streamed = gpu.sms * 4 * T * TMA_TILE  # bytes of keys and values, if every SM streams another head
     parts = -(-streamed // (gpu.l2_bytes * 18 // 25))  # 72 % of L2: 36 MiB on an H100
     threads = 128 * (WARPGROUPS + 1)
     defines = {
@@ -74,18 +74,18 @@ def _wgmma(c: Call, gpu: Gpu, entry: str, args: str, heads: int) -> Kernel:
         "STAGES": stages,
         "SHARED_BYTES": shared,
         "CAUSAL": int(c.attrs["causal"]),
-        "TOGETHER": max(1, gpu.sms // parts),  # so that the blocks of a round have equal work
+        "TOGETHER": max(1, gpu.sms // parts),  # heads at a time: the blocks of a round have equal work
     }
     blocks = min(gpu.sms, T // (WARPGROUPS * TMA_TILE) * B * heads)
     return Kernel(entry, f"{args} | N T H K", blocks, threads, shared, defines, file)
 
 
 def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) -> Kernel:
-    """A launch of the simt kernel (float32) or the mma kernel (bf16) `entry`, which has `{}` where their names differ.
-    Blocks own rows of one of `heads` heads a sequence, of `owned` tensors, and stream tiles of two others."""
+    """A launch of the simt (float32) or mma (bf16) kernel `entry`, in whose name `{}` stands for simt or mma. A block
+    keeps rows of `owned` tensors of one of `heads` heads of a sequence, and streams tiles of two other tensors."""
     B, T, D, p = c.sizes["B"], c.sizes["T"], c.sizes["D"], c.attrs["p"]
     if D > 128:
-        raise HandgradError("attention", "the cuda kernels hold heads of at most 128 elements", D)
+        raise HandgradError("attention", "cuda kernels take heads of at most 128 elements", D)
     defines = {"D": D, "CAUSAL": int(c.attrs["causal"]), "DROPOUT": int(p > 0)}
     args += " scalars | N T H K p stream"
     if c.dtype is not BF16:
@@ -93,7 +93,7 @@ def _launch(c: Call, gpu: Gpu, entry: str, args: str, heads: int, owned: int) ->
         shared = (owned + 2) * rows * row * 4
         defines |= {"ROWS": rows, "THREADS": threads, "LD": row}
         return Kernel(entry.format("simt"), args, -(-T // rows) * B * heads, threads, shared, defines, "simt.cu")
-    tall = 2 if D <= 64 and p == 0 else 1  # 16-row tiles of a warp; more would not fit in registers
+    tall = 2 if D <= 64 and p == 0 else 1  # 16-row tiles of a warp, limited by registers
     row = -(-D // 16) * 16 + 8  # elements of a row in shared memory
 
     def shared_bytes(warps: int) -> int:
@@ -157,13 +157,13 @@ class Attention(Op):
 
 
 class AttentionBackward(Op):
-    """dqkv from dy, with the probabilities computed again from lse."""
+    """dqkv from dy; recomputes the probabilities from lse."""
 
     name = "attention_backward"
     ins = "dy:N,C qkv:N,Q y:N,C lse:B,H,T:f32"
     outs = "dqkv:N,Q"
     attrs = Attention.attrs
-    ill_conditioned = True  # exp(q k' - lse), dy v' less delta
+    ill_conditioned = True  # exp(q k' - lse) and dy v' - delta
     cpu = C(
         "attention_backward",
         "dqkv dy qkv y lse scalars scratch | N T H K D causal p stream",
@@ -183,7 +183,7 @@ class AttentionBackward(Op):
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name in ("y", "lse"):  # what the forward leaves for this qkv, under the scalars of every check
+        if arg.name in ("y", "lse"):  # the forward's outputs for this qkv, with the step scalars of every check
             y, lse = reference.attention_forward(
                 v["qkv"], v["T"], v["H"], v["K"], v["causal"], v["p"], v["stream"], 7, 3, 0
             )
@@ -195,7 +195,9 @@ class AttentionBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         library = _sdpa(c, gpu, "backward") if _library(c, gpu) else None
-        stats = 8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128  # two floats a row, whole blocks
+        stats = (
+            8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128
+        )  # two floats per row, rounded up to whole blocks
         if _fits_wgmma(c, gpu):
             args = "tma.dqkv tma.dy tma.qkv", "tma.y scratch lse", "scratch"
             dq = _wgmma(c, gpu, "attention_backward_dq_wgmma_kernel", f"{args[0]} {args[1]}", c.sizes["H"])

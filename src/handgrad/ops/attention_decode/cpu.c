@@ -1,19 +1,19 @@
-// attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2
+// attention_decode: appends new keys and values to the cache, then attends to all of it        math: README.md §2
 // forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  f32 softmax and sums
-// layout    T = 1: threads share (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
-//           so memory is streamed; then runs are merged.  T > 1: blocks of queries, as in training
+// layout    T = 1: threads divide (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
+//           so they stream memory; then they merge the runs.  T > 1: blocks of queries, as in training
 // determinism  runs are fixed and merged in order, for any number of threads
-// source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
+// source    own work; splits over positions like Flash-Decoding (Dao et al. 2023)
 #include "../attention/flash.h"
 
-#define RUN 64  // positions of one item: small enough that short caches feed all threads, large enough to merge seldom
-#define AHEAD 6  // cache rows to fetch in advance: doubles the bandwidth that one core draws
+#define RUN 64  // positions of one item: short caches still give all threads work, and merging stays cheap
+#define AHEAD 6  // cache rows to prefetch: doubles the bandwidth of one core
 
-// (B, runs) items of: max (H), sum (H), out (H, D)
+// Floats of one run: max (H), sum (H), out (H, D).
 static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H * (D + 2), 16); }
 
-// one run of one sequence: the softmax over its n positions alone, not normalised
+// One run of one sequence: the softmax over its n positions alone, before normalisation.
 static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H,
                        int64_t K, int64_t D) {
   float *max = partial, *sum = partial + H, *out = partial + 2 * H, scale = 1.0f / sqrtf((float)D);
@@ -56,6 +56,7 @@ static void decode_run(float *partial, float *score, const real *q, const real *
   }
 }
 
+// y (D) of head h: its runs, rescaled to their common maximum and normalised.
 static void decode_merge(real *y, const float *partial, int64_t runs, int64_t h, int64_t H, int64_t D, float *out) {
   int64_t step = partial_floats(H, D);
   float top = -INFINITY, total = 0.0f;
@@ -104,9 +105,7 @@ ENTRY(attention_decode) {
   }
 }
 
-// bytes of scratch
-__attribute__((visibility("default"))) int64_t KERNEL(attention_decode_scratch)(int64_t N, int64_t T, int64_t S,
-                                                                                int64_t H, int64_t D, int64_t threads) {
+SCRATCH(attention_decode)(int64_t N, int64_t T, int64_t S, int64_t H, int64_t D, int64_t threads) {
   if (T > 1) return attend_scratch(S, D, threads);
   return 4 * (N * (S / RUN + 1) * partial_floats(H, D) + threads * (H * RUN + D));
 }

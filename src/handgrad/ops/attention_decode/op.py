@@ -1,4 +1,4 @@
-"""attention_decode: attention of new tokens over a cache of keys and values, which it appends to. See README.md."""
+"""attention_decode: appends new keys and values to the cache and attends to all of it. See README.md."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ THREADS = 128  # of a CUDA block
 
 
 class AttentionDecode(Op):
-    """Appends k, v of T new tokens at scalars.position;  y = softmax(q k' / sqrt(D)) v over all up to each token."""
+    """Appends k, v of T new tokens at scalars.position;  y = softmax(q k' / sqrt(D)) v over keys up to each token."""
 
     name = "attention_decode"
     ins = "qkv:N,Q"
@@ -30,9 +30,9 @@ class AttentionDecode(Op):
     def derive(self, d: dict[str, int]) -> None:
         H, K = d["H"], d["K"]
         if H % K:
-            raise HandgradError("attention_decode", f"key/value heads share {H} query heads evenly", f"{K} of them")
+            raise HandgradError("attention_decode", f"the number of key/value heads divides the {H} query heads", K)
         if d["Q"] % (H + 2 * K):
-            raise HandgradError("attention_decode", f"qkv is {H} + 2 x {K} heads wide", d["Q"])
+            raise HandgradError("attention_decode", f"the width of qkv is a multiple of {H} + 2 x {K} heads", d["Q"])
         d["D"], d["B"] = d["Q"] // (H + 2 * K), d["N"] // d["T"]
         d["C"] = H * d["D"]
 
@@ -43,7 +43,7 @@ class AttentionDecode(Op):
         S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
         vec = 16 // c.dtype.size if D % (16 // c.dtype.size) == 0 else 1
         lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
-        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks per SM, of at least 128 keys
+        parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks per SM, at least 128 keys each
         defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts, "THREADS": THREADS}
         args = "y scratch cache qkv scalars | T S H K"
         attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), THREADS, defines=defines)

@@ -1,8 +1,8 @@
 // dropout: y = x * (kept ? 1 / (1 - p) : 0); its own gradient, applied to dy                     math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
 // numerics  one multiplication in f32, one rounding
-// layout    blocks of elements; four elements share one call of the generator
-// determinism  an element's bits depend on scalars, call and its index alone (philox.h)
+// layout    threads divide blocks of elements; one call of the generator gives four elements
+// determinism  an element's bits depend on the step scalars, call and index alone (philox.h)
 // source    own work
 #include "philox.h"
 

@@ -1,4 +1,4 @@
-"""dropout: zeroes a fraction p of all elements and scales the rest up. See README.md."""
+"""dropout: zeroes a random fraction p of the elements and scales the rest up. See README.md."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ THREADS = 256  # of a CUDA block
 
 
 class Dropout(Op):
-    """y = x / (1 - p) where kept, else 0. What is kept depends on scalars, `stream` and the element's index alone."""
+    """y = x / (1 - p) where kept, else 0. The mask depends on step scalars, `stream` and the element's index alone."""
 
     name = "dropout"
     ins = "x:N,C"
@@ -31,13 +31,15 @@ class Dropout(Op):
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
         vec = vec if n % vec == 0 else 1
-        width = max(vec, 4)  # elements that a thread takes at a time: one call of the generator gives four
+        width = max(vec, 4)  # elements of a thread at a time; one call of the generator gives four
         grid = min(-(-n // (THREADS * width)), 8 * gpu.sms)
         defines, args = {"VEC": vec, "WIDTH": width, "THREADS": THREADS}, "y x scalars | N C p stream"
         return Launches((Kernel("dropout_forward_kernel", args, grid, THREADS, 0, defines),))
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: its own gradient, by the same mask
+        return {
+            "x": g.emit(dropout, d["y"], **c.attrs)
+        }  # linear and diagonal: the gradient is the same op, with the same mask
 
 
 dropout = Dropout()

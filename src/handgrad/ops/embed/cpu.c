@@ -1,9 +1,9 @@
 // embed: y = wte[id] + wpe[position]                                                             math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
-// backward  writes = or += dwte: (V, C) f32, dwpe: (Tmax, C) f32; what no row reaches is zero when =
+// backward  writes = or += dwte: (V, C) f32, dwpe: (Tmax, C) f32; rows that no token reaches are set to zero when =
 // numerics  one rounding forward; gradients summed in f32 in row order
-// layout    forward: rows are shared among threads; backward: columns are, so no two threads meet in a row of dwte
-// determinism  every element sums its rows in order, whatever the number of threads
+// layout    forward: threads divide rows; backward: columns, so that no two threads write the same element of dwte
+// determinism  every element sums its rows in order, for any number of threads
 // source    own work
 #include "scalars.h"
 
@@ -13,20 +13,20 @@ ENTRY(embed_forward) {
   const real *restrict wte = a->wte;  // (V, C)
   const real *restrict wpe = a->wpe;  // (Tmax, C) or NULL
   int64_t N = a->N, C = a->C, T = a->T;
-  int decode = a->decode != 0;        // rows continue the sequences in the cache
+  int decode = a->decode != 0;        // rows continue the cached sequences
   const StepScalars *scalars = a->scalars;
   int64_t position = decode ? scalars->position : 0;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
     real *to = y + n * C;
-    const real *token = wte + ids[n] * C;
+    const real *wte_row = wte + ids[n] * C;
     if (!wpe) {
-      memcpy(to, token, (size_t)C * sizeof(real));
+      memcpy(to, wte_row, (size_t)C * sizeof(real));
       continue;
     }
-    const real *place = wpe + (position + n % T) * C;
+    const real *wpe_row = wpe + (position + n % T) * C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) to[c] = store(load(token[c]) + load(place[c]));
+    for (int64_t c = 0; c < C; c++) to[c] = store(load(wte_row[c]) + load(wpe_row[c]));
   }
 }
 
@@ -41,7 +41,8 @@ ENTRY(embed_backward) {
   int64_t stripes = (C + STRIPE - 1) / STRIPE;
 #pragma omp parallel
   {
-    int64_t from = stripes * hg_thread() / hg_team() * STRIPE, to = stripes * (hg_thread() + 1) / hg_team() * STRIPE;
+    int64_t from = stripes * hg_thread() / hg_num_threads() * STRIPE;
+    int64_t to = stripes * (hg_thread() + 1) / hg_num_threads() * STRIPE;
     to = to < C ? to : C;
     size_t width = from < to ? (size_t)(to - from) * sizeof(float) : 0;
     if (!a->accumulate_dwte)
@@ -50,13 +51,13 @@ ENTRY(embed_backward) {
       for (int64_t t = 0; t < Tmax; t++) memset(dwpe + t * C + from, 0, width);
     for (int64_t n = 0; n < N; n++) {
       const real *g = dy + n * C;
-      float *token = dwte + ids[n] * C;
+      float *dwte_row = dwte + ids[n] * C;
 #pragma omp simd
-      for (int64_t c = from; c < to; c++) token[c] += load(g[c]);
+      for (int64_t c = from; c < to; c++) dwte_row[c] += load(g[c]);
       if (!dwpe) continue;
-      float *place = dwpe + n % T * C;
+      float *dwpe_row = dwpe + n % T * C;
 #pragma omp simd
-      for (int64_t c = from; c < to; c++) place[c] += load(g[c]);
+      for (int64_t c = from; c < to; c++) dwpe_row[c] += load(g[c]);
     }
   }
 }

@@ -11,7 +11,7 @@ from handgrad.ops.embed import reference
 
 
 class Embed(Op):
-    """y = wte[ids] + wpe[n % T], in decode wpe[scalars.position + n % T]; without wpe only the first."""
+    """y = wte[ids] + wpe[n % T], in decode wpe[scalars.position + n % T]; without wpe only wte[ids]."""
 
     name = "embed"
     ins = "ids:N:i32 wte:V,C wpe:Tmax,C?"
@@ -31,9 +31,9 @@ class Embed(Op):
 
     def derive(self, d: dict[str, int]) -> None:
         if d["N"] % d["T"]:
-            raise HandgradError("embed", f"rows are whole sequences of {d['T']} tokens", d["N"])
+            raise HandgradError("embed", f"the number of rows is a multiple of T = {d['T']}", d["N"])
         if d["T"] > d.get("Tmax", d["T"]):
-            raise HandgradError("embed", f"wpe has a row for each of {d['T']} positions", d["Tmax"])
+            raise HandgradError("embed", f"wpe has at least {d['T']} rows, one per position", d["Tmax"])
 
     def ref(self, v: Any) -> tuple:
         return (reference.embed_forward(v.ids, v.wte, v.wpe, v.T, int(v.scalars.position) if v.decode else 0),)
@@ -49,7 +49,7 @@ class Embed(Op):
         return _ids(rng, shape, v) if arg.name == "ids" else None
 
     def nbytes(self, c: Call) -> int:
-        """A row of wte for each token, not the table; the positions of one sequence."""
+        """Counts one row of wte per token, not the table, and the positions of one sequence."""
         positions = 0 if c.wpe is None else c.attrs["T"] * c.sizes["C"] * c.wpe.dtype.size
         return c.ids.nbytes + 2 * c.y.nbytes + positions
 
@@ -85,7 +85,7 @@ class EmbedBackward(Op):
         return reference.embed_backward(v.dy, v.ids, v.V, v.Tmax, v.T)
 
     def nbytes(self, c: Call) -> int:
-        """Of dwte the rows of the tokens, read and written, and all of it where it is set to 0 first."""
+        """Counts the rows of dwte that tokens read and write, and all of dwte if it is set to zero first."""
         rows = 2 * min(c.sizes["N"], c.sizes["V"]) * c.sizes["C"] * c.dwte.dtype.size
         table = c.dwte.nbytes if "dwte" in c.first else 0
         return c.ids.nbytes + c.dy.nbytes + rows + table + (0 if c.dwpe is None else 2 * c.dwpe.nbytes)
@@ -97,7 +97,7 @@ class EmbedBackward(Op):
         sum_threads = min(256, max(64, -(-accesses // 32) * 32))
         d |= {"FORWARD": 0, "ROWS": N, "SUM_THREADS": sum_threads, "CHUNK": CHUNK, "SEGMENT": SEGMENT}
         columns = -(-accesses // sum_threads)
-        sorted_, partial = chunks * CHUNK * 8, (2 * chunks * CHUNK) * 8  # bytes in scratch before them
+        sorted_, partial = chunks * CHUNK * 8, (2 * chunks * CHUNK) * 8  # their offsets in scratch, bytes
         steps = []
         if c.dwpe is not None:
             grid = -(-c.sizes["Tmax"] * accesses // THREADS)
@@ -120,7 +120,7 @@ class EmbedBackward(Op):
 
 
 THREADS = 256  # of a CUDA block
-CHUNK = 2048  # keys that a block sorts: two a thread
+CHUNK = 2048  # keys that a block sorts, two per thread
 SEGMENT = 32  # sorted rows that a block sums
 
 

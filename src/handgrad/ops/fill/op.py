@@ -1,4 +1,4 @@
-"""fill: a gradient that is the same everywhere. See README.md."""
+"""fill: a gradient with one value everywhere. See README.md."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ THREADS = 256  # of a CUDA block
 
 
 class Fill(Op):
-    """x = value, and += where x already holds a value of this step."""
+    """x = value; x += value if x already holds a value of this step."""
 
     name = "fill"
     outs = "+x:n:grad"

@@ -1,8 +1,8 @@
 // global_norm: the L2 norm of all gradients and the factor that clips it                           math: README.md §2
 // writes =  scalars.grad_norm, scalars.grad_scale
-// numerics  squares and sums in double: no overflow below 1e38, and the order hardly matters
-// layout    chunks of elements shared among threads, one partial sum each
-// determinism  chunks are fixed and added in order, whatever the number of threads; NaN and inf reach grad_norm
+// numerics  squares and sums in double: squares of finite gradients do not overflow, and order hardly matters
+// layout    threads divide chunks of elements; one partial sum a chunk
+// determinism  chunks are fixed and added in order, for any number of threads; NaN and inf reach grad_norm
 // source    own work; clipping as torch.nn.utils.clip_grad_norm_
 #include "scalars.h"
 
@@ -14,7 +14,7 @@ ENTRY(global_norm) {
   StepScalars *scalars = a->scalars;
   const float *grad = a->grad;   // (n)
   int64_t n = a->n, chunks = (n + CHUNK - 1) / CHUNK;
-  float clip = a->clip;          // largest norm that passes, 0: no clipping
+  float clip = a->clip;          // largest norm that is not scaled down; 0: no clipping
   double *partial = a->scratch;  // (chunks)
 #pragma omp parallel for schedule(static)
   for (int64_t k = 0; k < chunks; k++) {

@@ -1,4 +1,4 @@
-"""global_norm: the L2 norm of all gradients and the factor that clips it. See README.md."""
+"""global_norm: the L2 norm of all gradients and the clip factor. See README.md."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.global_norm import reference
 
-THREADS, SUM_THREADS = 256, 1024  # of a CUDA block, and of the one that adds up all blocks
+THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of the one that adds all partial sums
 
 
 class GlobalNorm(Op):
-    """scalars.grad_norm = |grad|;  scalars.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 where clip is 0.
+    """scalars.grad_norm = |grad|;  scalars.grad_scale = min(1, clip / (|grad| + 1e-6)), 1 if clip is 0.
 
-    Where the norm is not finite the scale is 0, which is no update.
+    If the norm is not finite the scale is 0: no update.
     """
 
     name = "global_norm"

@@ -1,18 +1,17 @@
-// linear: y = x w^T + b, then GELU if asked                      math: README.md §2
+// linear: y = x w^T + b, with optional GELU                     math: README.md §2
 // forward     writes =        y, pre: (N, M) dtype                pre = y before GELU, kept for the backward
-// gelu        writes =        y: (N, M)                           brings y back from pre
-// backward_w  writes = or +=  dw: (M, K), db: (M) float           + where accumulate says so
+// gelu        writes =        y: (N, M)                           recomputes y from pre
+// backward_w  writes = or +=  dw: (M, K), db: (M) float           += where accumulate_dw, accumulate_db
 // backward_x  writes =        dx: (N, K) dtype                    with pre, where x was gelu(pre): the gradient at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
-// determinism  fixed order of sums at any number of threads
+// determinism  fixed order of sums for any number of threads
 // source    own work
 #include "gemm.h"
 #include "scalars.h"
 #include "vmath.h"
 
-// Bytes of scratch for any of the three products at these sizes.
-__attribute__((visibility("default"))) int64_t KERNEL(linear_scratch)(int64_t N, int64_t M, int64_t K,
-                                                                      int64_t threads) {
+// Enough for any of the three GEMMs at these sizes.
+SCRATCH(linear)(int64_t N, int64_t M, int64_t K, int64_t threads) {
   int64_t y = gemm_scratch(N, M, K, 0, threads), dw = gemm_scratch(M, K, N, 1, threads);
   int64_t dx = gemm_scratch(N, K, M, 0, threads), most = y > dw ? y : dw;
   return most > dx ? most : dx;
@@ -50,7 +49,7 @@ ENTRY(linear_gelu_backward) {
   gelu_backward(dpre, dy, pre, a->N * a->M);
 }
 
-// db = or += the sum of dy over rows. Threads share out columns; a thread reads lines of 128 columns.
+// db = or += the sum of dy over rows. Threads divide blocks of COLS columns.
 static void sum_rows(float *db, const real *dy, int64_t N, int64_t M, int accumulate) {
   enum { COLS = 128, ROWS = 64 };
 #pragma omp parallel for schedule(static) if (N * M > 16384)
@@ -59,11 +58,11 @@ static void sum_rows(float *db, const real *dy, int64_t N, int64_t M, int accumu
     float total[COLS] = {0};
     for (int64_t i = 0; i < N; i += ROWS) {
       int64_t end = N - i < ROWS ? N : i + ROWS;
-      float part[COLS] = {0};
+      float partial[COLS] = {0};
       for (int64_t r = i; r < end; r++) {
-        for (int64_t q = 0; q < cols; q++) part[q] += load(dy[r * M + j + q]);
+        for (int64_t q = 0; q < cols; q++) partial[q] += load(dy[r * M + j + q]);
       }
-      for (int64_t q = 0; q < cols; q++) total[q] += part[q];
+      for (int64_t q = 0; q < cols; q++) total[q] += partial[q];
     }
     for (int64_t q = 0; q < cols; q++) db[j + q] = total[q] + (accumulate ? db[j + q] : 0.0f);
   }

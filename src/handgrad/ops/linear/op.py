@@ -1,4 +1,4 @@
-"""linear: y = x w^T + b, with GELU if asked, and its three gradient calls. See README.md."""
+"""linear: y = x w^T + b, with optional GELU, and its gradient calls. See README.md."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,18 +11,18 @@ from handgrad.ops import wgmma_gemm
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
-THREADS, SUM_THREADS = 256, 1024  # of a CUDA block, and of one that adds up partial sums of db
-GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses of a thread in gelu and in its gradient
+THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of one that adds partial sums of db
+GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
 DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS, "GELU_PACKS": GELU_PACKS, "SLOPE_PACKS": SLOPE_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
-MIN_ROWS = 8192  # from here on our GEMM with the bias gradient may beat the library's GEMM and a pass over dy
+MIN_ROWS = 8192  # from here on our GEMM with bias gradient can be faster than the library's GEMM and a pass over dy
 
 
 class Linear(Op):
     """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward.
 
-    `pre_x`, where it is given, says that x is gelu(pre_x): backward then gives the gradient of pre_x and none of x, and
-    GELU's derivative is part of the gemm that makes it.
+    If `pre_x` is given, x is gelu(pre_x): backward then returns the gradient of pre_x instead of x, with the derivative
+    of GELU fused into the GEMM.
     """
 
     name = "linear"
@@ -47,17 +47,19 @@ class Linear(Op):
         return attrs["keep_pre"]
 
     def ref(self, v: Any) -> tuple:
-        pre = v.round(reference.linear_forward(v.x, v.w, v.b))  # gelu reads what is kept: made again, it is the same
+        pre = v.round(
+            reference.linear_forward(v.x, v.w, v.b)
+        )  # gelu reads the stored value, so recomputing it gives the same bits
         return (reference.gelu(pre) if v.gelu else pre), pre
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        dy, dpre = d["y"], d.get("pre")  # the reader of y gives dpre where it was told of pre
+        dy, dpre = d["y"], d.get("pre")  # a reader of y that was given pre returns dpre
         if dy is not None and c.attrs["gelu"]:
             dy = g.emit(linear_gelu_backward, dy, c.pre)
         if dpre is not None:
             dy = dpre if dy is None else g.emit(add, dy, dpre)
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
-        g.emit(linear_backward_w, dy, c.x, into=into)  # before dx: communication of dw can start early
+        g.emit(linear_backward_w, dy, c.x, into=into)  # before dx, so that communication of dw can start early
         return {"x" if c.pre_x is None else "pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x)}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -70,7 +72,7 @@ class Linear(Op):
             steps = [replace(gemm, out=to, epilogue="bias", bias="b")]
         elif c.b is not None:
             steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
-        if gelu:  # of the rounded value, so that GELU of a kept `pre` gives the same bits later
+        if gelu:  # of the rounded value, so that recomputing GELU from a kept `pre` gives the same bits
             steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
         apart = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
@@ -84,17 +86,17 @@ class Linear(Op):
     def recompute(self, g: Recorder, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
             return super().recompute(g, c, want)
-        return {"y": g.emit(linear_gelu, c.pre)}  # only the activation function again
+        return {"y": g.emit(linear_gelu, c.pre)}  # only the activation function runs again
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
 
     def nbytes(self, c: Call) -> int:
-        return super().nbytes(c) - (0 if c.pre_x is None else c.pre_x.nbytes)  # backward alone reads it
+        return super().nbytes(c) - (0 if c.pre_x is None else c.pre_x.nbytes)  # only backward reads it
 
 
 class LinearGelu(Op):
-    """y = gelu(pre): recomputation of what a linear with gelu=True dropped."""
+    """y = gelu(pre): recomputes y of a linear with gelu=True."""
 
     name = "linear_gelu"
     ins = "pre:N,M"
@@ -131,7 +133,7 @@ class LinearBackwardW(Op):
     """dw += dy^T x;  db += sum of dy over rows."""
 
     name = "linear_backward_w"
-    overlap = 1  # its few tiles leave parts of a GPU idle, which the GEMM for dx fills
+    overlap = 1  # it has few tiles and leaves SMs idle, which the GEMM for dx uses
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
     cpu = C(
@@ -145,7 +147,7 @@ class LinearBackwardW(Op):
         case(N=130, K=65, M=96),
         case(N=1100, K=16, M=264),
         case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
-        case(N=8192, K=768, M=2304, real="gpt2-124m, B=8 T=1024: tiles cut along N on Hopper"),
+        case(N=8192, K=768, M=2304, real="gpt2-124m, B=8 T=1024: tiles split along N on Hopper"),
         case(N=8200, K=1288, M=3848, real="more tiles than clusters, none of them full"),
     )
 
@@ -159,7 +161,7 @@ class LinearBackwardW(Op):
             return Launches((gemm,))
         vec = _vec(c.dtype, M)
         tiles = -(-M // (32 * vec))
-        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks fit an SM; at least a row for each warp
+        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks per SM; at least a row per warp
         partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
         db = _kernel("linear_db_kernel", "db scratch | M accumulate.db", -(-M // 32), SUM_THREADS, parts=parts)
         apart = Launches((gemm, partial, db), scratch=4 * parts * M)
@@ -172,7 +174,7 @@ class LinearBackwardW(Op):
 
 
 class LinearBackwardX(Op):
-    """dx = dy w; with pre, where x was gelu(pre), dx is the gradient at pre: (dy w) * gelu'(pre)."""
+    """dx = dy w; with pre (x was gelu(pre)) the gradient of pre: dx = (dy w) * gelu'(pre)."""
 
     name = "linear_backward_x"
     ins = "dy:N,M w:M,K pre:N,K?"
@@ -209,10 +211,10 @@ class LinearBackwardX(Op):
 
 
 def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:
-    """dw and db by our GEMM. A cluster computes a tile; tiles that would not fill a round are split along N."""
+    """dw and db by our GEMM. A cluster computes a tile; tiles of a last round that is not full are split along N."""
     rows, columns, clusters = -(-M // wgmma_gemm.CLUSTER_M), -(-K // wgmma_gemm.TILE_N), wgmma_gemm.clusters(gpu)
     split = rows * columns % clusters
-    if 20 * split > 17 * clusters:  # they nearly fill a round of all clusters
+    if 20 * split > 17 * clusters:  # they nearly fill the round
         split = 0
     partials = (clusters + split) * wgmma_gemm.CLUSTER_M * wgmma_gemm.TILE_N
     row_sums = (rows * columns + clusters) * wgmma_gemm.CLUSTER_M
@@ -235,13 +237,13 @@ def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:
 
 
 def _vec(dtype: DType, *sizes: int) -> int:
-    """Elements of a 16-byte access where it divides every size, else 1."""
+    """Elements of a 16-byte access if that divides every size, else 1."""
     most = 16 // dtype.size
     return 1 if any(size % most for size in sizes) else most
 
 
 def _fuses_gelu(c: Call) -> bool:
-    """Whether the library's gemm has an epilogue with GELU for this call."""
+    """Whether cuBLASLt has an epilogue with GELU for this call."""
     return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
 
 
@@ -253,7 +255,7 @@ def _kernel(
 
 
 def _elementwise(entry: str, args: str, c: Call, n: int, packs: int) -> Kernel:
-    """One launch over n contiguous elements, `packs` accesses a thread."""
+    """A launch of cuda.cu over n contiguous elements, `packs` accesses per thread."""
     vec = _vec(c.dtype, n)
     return _kernel(entry, args, -(-n // (THREADS * packs * vec)), vec=vec)
 

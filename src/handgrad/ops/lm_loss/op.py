@@ -1,4 +1,4 @@
-"""lm_loss: the head and its cross entropy, chunk by chunk, so that all logits never exist at once. See README.md."""
+"""lm_loss: the head and its cross entropy, one chunk of rows at a time: full logits never exist. See README.md."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
 from handgrad.ops.lm_loss import reference
 
-WARPS = 8  # of a block of exponentials.cu, a row each
+WARPS = 8  # of a block of exponentials.cu, one row each
 MIN_C = wgmma_gemm.TILE_N // 32 * wgmma_gemm.TILE_K  # exp_gemm.cu writes 32 columns of a tile in each step of the next
 
 
 class LmLoss(Op):
-    """losses = logsumexp(x w^T) - (x w^T)[target], nats per row. Only evaluation needs it alone.
+    """losses = logsumexp(x w^T) - (x w^T)[target], nats per row: for evaluation.
 
-    `logits` is room for one chunk; what it holds afterwards means nothing.
+    `logits` is the workspace of one chunk.
     """
 
     name = "lm_loss"
@@ -45,7 +45,9 @@ class LmLoss(Op):
         return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index, v.round), None
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name == "w" and v["C"] > 64:  # else logits are large, and what their rounding does to e^z hides all else
+        if (
+            arg.name == "w" and v["C"] > 64
+        ):  # keeps logits small: the rounding of large ones dominates all other errors in e^z
             return rng.standard_normal(shape) * 0.25
         return _targets(rng, shape, v) if arg.name == "targets" else None
 
@@ -58,10 +60,10 @@ class LmLoss(Op):
 
 
 class LmLossForwardBackward(Op):
-    """The loss and its own gradient in one pass over the chunks: losses, dx, and dw += ...
+    """The loss and its gradient in one pass over the chunks: losses, dx, and dw += ...
 
-    Nothing follows the loss, so its gradient can be made while a chunk of logits is at hand: no logits are kept and
-    none is computed twice. Gradients are of scalars.loss_scale * sum(losses).
+    Nothing follows the loss, so its gradient is computed while a chunk of logits exists: no logits are kept or computed
+    twice. Gradients are those of scalars.loss_scale * sum(losses).
     """
 
     name = "lm_loss_forward_backward"
@@ -124,7 +126,7 @@ def _chunks(c: Call) -> list[tuple[int, int]]:
 
 
 def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tuple[Gemm, Kernel]:
-    """The logits of a chunk, then its losses and, if asked, the logits' gradient in their place."""
+    """Launches for a chunk: its logits, then its losses; gradient: also overwrites the logits with their gradient."""
     V, Vp, C = (c.sizes[d] for d in ("V", "Vp", "C"))
     vec = 16 // c.dtype.size if Vp % (16 // c.dtype.size) == 0 else 1
     threads = min(1024, -(-Vp // (32 * vec)) * 32)
@@ -146,7 +148,7 @@ def _losses(c: Call, gpu: Gpu, first: int, rows: int, *, gradient: bool) -> tupl
 
 
 def _exponentials(c: Call, gpu: Gpu) -> Launches:
-    """Losses and gradients without a pass over the logits: the GEMM that makes them stores e^(logit - target's)."""
+    """Losses and gradients without a pass over logits: the GEMM stores e^(logit - target's logit) in their place."""
     C, V, Vp, rows, bf16 = c.sizes["C"], c.attrs["V"], c.sizes["Vp"], c.sizes["rows"], c.dtype.size
     tiles = -(-Vp // wgmma_gemm.TILE_N)
     shift, factor, sums = "scratch", f"scratch@{4 * rows}", f"scratch@{8 * rows}"
@@ -180,7 +182,7 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
     return Launches(tuple(steps), scratch, note="softmax in the GEMM")
 
 
-def _rows(entry: str, args: str, blocks: int, defines: dict[str, int | float]) -> Kernel:
+def _rows(entry: str, args: str, blocks: int, defines: dict[str, int]) -> Kernel:
     """A launch of exponentials.cu."""
     return Kernel(entry, args, blocks, 32 * WARPS, defines=defines | {"WARPS": WARPS}, file="exponentials.cu")
 

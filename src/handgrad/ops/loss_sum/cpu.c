@@ -1,6 +1,6 @@
 // loss_sum: scalars.loss_sum = or += sum of losses                                                  math: README.md §2
 // writes = or +=  scalars.loss_sum
-// numerics  the sum is a double
+// numerics  sums in double
 // determinism  one thread adds in order
 // source    own work
 #include "scalars.h"

@@ -9,7 +9,7 @@ from handgrad.ops.loss_sum import reference
 
 
 class LossSum(Op):
-    """scalars.loss_sum = sum(losses), or += in a step that has summed before."""
+    """scalars.loss_sum = sum(losses); += if an earlier call of the step has written it."""
 
     name = "loss_sum"
     ins = "losses:N:f32"

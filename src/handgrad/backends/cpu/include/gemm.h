@@ -1,8 +1,8 @@
-// The matrix product that linear and lm_loss are made of; gemm.c explains how it works.
+// The GEMM of linear and lm_loss; gemm.c explains how it works.
 //
 //   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float, whatever the element type
 //
-// The result goes either to `sum` as float (parameter gradients; may be added to), or to `y` as real after
+// The result goes either to `sum` as float (parameter gradients, which may accumulate), or to `y` as real, after
 // pre = C + bias;  y = gelu ? gelu(pre) : pre.
 #pragma once
 #include "kernel.h"
@@ -20,13 +20,13 @@ typedef struct {
   const real *bias;  // (n) or NULL
   int gelu;
   void *scratch;     // gemm_scratch bytes for at least this many threads, 64-byte aligned
-  int64_t threads;   // the number that scratch was sized for; no more take part
+  int64_t threads;   // at most this many threads run; scratch was sized for them
 } Gemm;
 
-// The result does not depend on the number of threads, bit for bit: k is never shared out.
+// The result is bit-identical for any number of threads: they never split k.
 #define gemm KERNEL(gemm)
 void gemm(const Gemm *g);
 
-// Bytes of scratch for one product; `as_sum` tells that the result goes to `sum`.
+// Bytes of scratch of one GEMM; to_sum: the result goes to `sum`.
 #define gemm_scratch KERNEL(gemm_scratch)
-int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int as_sum, int64_t threads);
+int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int to_sum, int64_t threads);

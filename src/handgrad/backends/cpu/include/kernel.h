@@ -1,13 +1,13 @@
-// What every cpu.c includes first: the element type, the instruction set, and how a kernel is called.
+// Every cpu.c includes this first: the element type, the instruction set, and how a kernel is called.
 //
 // A file is compiled once per element type and instruction set:
 //   -DHG_DTYPE=f32|bf16     `real` is the type of activations and parameters; sums, statistics and gradients of
 //                           parameters are always float
-//   -DHG_ISA=portable|avx2|avx512|avx512bf16    only a name here; the compiler gets the matching -m flags
-// so plain loops over `load` and `store` become the right vector code and no kernel mentions a dtype.
+//   -DHG_ISA=portable|avx2|avx512|avx512bf16    only a name here; setup.py passes the matching -m flags
+// So plain loops over `load` and `store` compile to vector code, and no kernel mentions a dtype.
 //
-// A kernel is called through ENTRY(name) with a pointer `a` to its arguments: the struct name_args of arguments.h, which
-// setup.py generates from the op's declaration. All members are 8 bytes; an optional tensor that is absent is NULL.
+// A kernel is called through ENTRY(name) with a pointer `a` to its arguments: the struct name_args of arguments.h,
+// which setup.py generates from the op's declaration. All members are 8 bytes; an absent optional tensor is NULL.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -16,12 +16,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 static inline int hg_thread(void) { return omp_get_thread_num(); }
-static inline int hg_team(void) { return omp_get_num_threads(); }     // inside a parallel region
-static inline int hg_threads(void) { return omp_get_max_threads(); }  // what the next region will use
+static inline int hg_num_threads(void) { return omp_get_num_threads(); }  // of this parallel region
+static inline int hg_max_threads(void) { return omp_get_max_threads(); }  // of the next parallel region
 #else
 static inline int hg_thread(void) { return 0; }
-static inline int hg_team(void) { return 1; }
-static inline int hg_threads(void) { return 1; }
+static inline int hg_num_threads(void) { return 1; }
+static inline int hg_max_threads(void) { return 1; }
 #endif
 
 #include "arguments.h"
@@ -33,7 +33,7 @@ typedef struct { void (*fn)(const void *); const void *args; } Entry;
 #define KERNEL(name) HG_NAME(name, HG_DTYPE, HG_ISA)  // linear_forward -> linear_forward_bf16_avx512
 #define EXPORT __attribute__((visibility("default")))
 #define ENTRY(name) EXPORT void KERNEL(name)(const name##_args *a)
-#define SCRATCH(name) EXPORT int64_t KERNEL(name##_scratch)  // bytes that entry `name` needs, a function of the sizes
+#define SCRATCH(name) EXPORT int64_t KERNEL(name##_scratch)  // bytes of scratch that entry `name` needs
 
 #define HG_IS_f32 0
 #define HG_IS_bf16 1
@@ -46,19 +46,19 @@ static inline float bf16_to_float(bf16 v) {
   union { uint32_t u; float f; } x = {.u = (uint32_t)v << 16};
   return x.f;
 }
-// Round to nearest even; NaN stays NaN. Branch-free so that loops over it vectorise.
+// Rounds to nearest even; NaN stays NaN. Branch-free, so that loops over it vectorise.
 static inline bf16 float_to_bf16(float f) {
   union { float f; uint32_t u; } x = {.f = f};
   uint32_t rounded = (x.u + 0x7fffu + ((x.u >> 16) & 1u)) >> 16;
   return (bf16)(f == f ? rounded : 0x7fc0u);
 }
 
-// A float32 weight in two halves: its nearest bf16, which the model reads, and a signed 16-bit rest, which only the update
-// reads. Together they are the float32, bit for bit. Ties go away from zero, so that the rest fits 16 bits.
+// Splits a float32 weight: its nearest bf16, which the model reads, and a signed 16-bit remainder, which only the
+// update reads. join_weight restores every bit. Ties round away from zero, so that the remainder fits 16 bits.
 static inline bf16 split_weight(float f, int16_t *low) {
   union { float f; uint32_t u; } x = {.f = f};
   uint32_t high = (x.u + 0x8000u) >> 16;
-  *low = (int16_t)(uint16_t)x.u;  // the low half, which is negative just where rounding went up
+  *low = (int16_t)(uint16_t)x.u;  // the low half; negative exactly where the high half was rounded up
   return (bf16)high;
 }
 static inline float join_weight(bf16 high, int16_t low) {

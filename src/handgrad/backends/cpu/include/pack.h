@@ -1,7 +1,7 @@
-// Packing for gemm.c: vectors of the instruction set, the packed element, and how an operand becomes a panel of them.
+// Packing for gemm.c: vector types of the instruction set, packed elements, and how operands are packed into panels.
 //
-// A packed element is a `unit` of 4 bytes: one float, or with vdpbf16ps two bf16 neighbours in k, which one instruction
-// multiplies and adds. Without that instruction bf16 becomes float while it is packed.
+// A packed element is a `unit` of 4 bytes: one float, or with vdpbf16ps two bf16 neighbours in k, which that
+// instruction multiplies and adds at once. Without vdpbf16ps packing converts bf16 to float.
 #pragma once
 #include "kernel.h"
 #if defined(__AVX2__)
@@ -47,9 +47,9 @@ static inline units four_units(const char *p, int64_t ld) {
 #endif
 }
 
-// dst[u * stride + i] = unit u of row i, for a block of LANES x LANES units; rows are `ld` bytes apart. Loading by
-// quarters puts every unit into its lane group at once (as fast as a copy), so only the 4 x 4 transposes inside the
-// groups are left: two rounds of unpack.
+// dst[u * stride + i] = unit u of row i, of a block of LANES x LANES units; rows are `ld` bytes apart. Loading by
+// quarters puts every unit into its lane group (as fast as a copy). That leaves the 4 x 4 transposes inside the groups:
+// two rounds of unpack.
 static inline void transpose(int32_t *dst, int stride, const void *src, int64_t ld) {
 #if __has_builtin(__builtin_shuffle)
   units low1, high1, low2, high2;
@@ -79,7 +79,7 @@ static inline void transpose(int32_t *dst, int stride, const void *src, int64_t 
 #endif
 }
 
-// One unit of each of LANES neighbours that lie side by side in memory; the next element of k is at p + ld.
+// One unit of each of LANES neighbours that are contiguous in memory; the next element of k is at p + ld.
 static inline units load_across(const real *p, int64_t ld, int64_t left) {
 #if HG_BF16
   halves h;
@@ -97,7 +97,7 @@ static inline units load_across(const real *p, int64_t ld, int64_t left) {
 #endif
 }
 
-// LANES units that lie side by side in k; `left` elements exist, the rest is zero.
+// LANES units that are contiguous in k; `left` elements exist, the rest is zero.
 static inline units load_along_k(const real *p, int64_t left) {
   real edge[LANES * KPU] = {0};
   if (left < LANES * KPU) p = memcpy(edge, p, sizeof(real) * (size_t)left);
@@ -112,12 +112,12 @@ static inline units load_along_k(const real *p, int64_t left) {
 #endif
 }
 
-// Packs LANES neighbours (rows of A or columns of B): unit u of neighbour i goes to dst[u * stride + i]. `along_k`: a
-// neighbour's elements lie side by side and neighbours are ld apart; otherwise the other way round. Only `room`
-// neighbours exist; the lanes of others hold anything, their sums are never kept. An odd last pair of k is filled
-// with 0.
-static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t room, int64_t k) {
-  int64_t n_units = ceil_div(k, KPU), count = least(room, LANES);
+// Packs LANES neighbours (rows of A or columns of B): unit u of neighbour i goes to dst[u * stride + i]. `along_k`:
+// each neighbour is contiguous in k and neighbours are ld apart; otherwise neighbours are contiguous and elements of k
+// are ld apart. Only `exist` neighbours exist; other lanes hold anything, since their sums are discarded. An odd last
+// pair of k is filled with 0.
+static void pack_lanes(int32_t *dst, int stride, const real *src, int64_t ld, int along_k, int64_t exist, int64_t k) {
+  int64_t n_units = ceil_div(k, KPU), count = least(exist, LANES);
   if (along_k) {
     for (int64_t u = 0; u < n_units; u += LANES) {
       const real *p = src + u * KPU;

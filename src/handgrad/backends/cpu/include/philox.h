@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter-based generator.
-// The same (seed, step, micro_step, call, element) always gives the same bits, on any backend and thread count, which
-// is why a recomputed dropout equals the first one.
+// The same (seed, step, micro_step, call, element) gives the same bits on any backend and number of threads, so a
+// recomputed dropout mask equals the original.
 #pragma once
 #include "scalars.h"
 
@@ -24,7 +24,7 @@ static inline philox4 philox(uint64_t counter_lo, uint64_t counter_hi, uint64_t 
   return (philox4){{c0, c1, c2, c3}};
 }
 
-// Dropout's rule, shared by every op that drops: element i of call `call` is kept when its 32 bits are >= threshold.
+// Dropout, for every op that has it: element i of call `call` is kept where its 32 bits are >= threshold.
 // Key: the seed. Counter: (i / 4, stream). Lane: i % 4. A kept element is scaled by 1 / (1 - p); p < 1.
 typedef struct {
   uint64_t key, stream;
@@ -37,7 +37,7 @@ static inline DropoutRule dropout_rule(const StepScalars *scalars, float p, int6
   return (DropoutRule){scalars->seed, stream, (uint32_t)((double)p * 4294967296.0), 1.0f / (1.0f - p)};
 }
 
-#define DROPOUT_BLOCK 512  // elements at a time: their bits stay in the first cache
+#define DROPOUT_BLOCK 512  // elements at a time: their bits stay in L1
 
 // factor[k] = scale where element first + k is kept, 0 where it is dropped, for k < n <= DROPOUT_BLOCK
 static inline void dropout_factors(float *factor, int64_t first, int64_t n, DropoutRule rule) {

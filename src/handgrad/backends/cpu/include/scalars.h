@@ -1,11 +1,10 @@
-// The scalars that change from step to step. They live in the arena, are written by the host before a step and read by
-// kernels, so that the bound argument blocks (and a captured graph) never change. Mirrors core/scalars.py; a test
-// compares the two layouts.
+// The step scalars: the host writes them into the arena before a step and kernels read them, so the bound arguments
+// (and captured graphs) never change. Same layout as core/scalars.py; a test compares the two.
 #pragma once
 #include "kernel.h"
 
 typedef struct {
-  uint64_t seed;       // of dropout
+  uint64_t seed;       // of dropout and of stochastic rounding
   int64_t step;        // optimizer step, counted from 1 (AdamW's bias correction)
   int64_t micro_step;  // index of the micro-batch in its step: a counter of dropout
   int64_t position;    // decode: tokens already in the cache
@@ -13,5 +12,5 @@ typedef struct {
   float loss_scale;    // 1 / (targets that count in the whole step)
   double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
-  float grad_scale;    // out: clip factor that AdamW applies
+  float grad_scale;    // out: clip factor that the optimizer applies; 0: no update
 } StepScalars;

@@ -1,6 +1,6 @@
-// exp and GELU as straight-line float code, so that `omp simd` loops over them vectorise; libm calls do not.
-// a * b + c is left to the compiler, which fuses it where the instruction set can. Errors against float64 are those
-// that tests/test_vmath.py measures.
+// exp and GELU as straight-line float code, so that `omp simd` loops over them vectorise; loops over libm calls do not.
+// The compiler fuses a * b + c where the instruction set has FMA. tests/test_vmath.py measures the errors stated here,
+// against float64.
 #pragma once
 #include "kernel.h"
 
@@ -17,7 +17,7 @@ static inline float vexp(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   union { float f; uint32_t u; } scale = {.f = shifted}, y = {.f = p};
-  y.u += scale.u << 23;  // times 2^n, on the exponent field
+  y.u += scale.u << 23;  // times 2^n, by adding to the exponent
   y.f = x < -87.33654f ? 0.0f : y.f;
   return x <= 88.72283f ? y.f : x + INFINITY;  // the sum keeps a NaN
 }
@@ -26,7 +26,7 @@ static inline float vexp(float x) {
 #define GELU_C 0.044715f
 
 // GPT-2's GELU, x (1 + tanh(u)) / 2 with u = K (x + C x^3) (Hendrycks & Gimpel 2016), written x / (1 + e^-2u): the same
-// function without the cancellation in 1 + tanh. Error at most 1.5e-7 of max(1, |gelu|); 0 for large negative x.
+// function without the cancellation of 1 + tanh. Error at most 1.5e-7 of max(1, |gelu|); 0 for large negative x.
 static inline float vgelu(float x) {
   return x / (1.0f + vexp(-2.0f * GELU_K * x * (GELU_C * x * x + 1.0f)));
 }
