@@ -1,6 +1,7 @@
 """handgrad: a verb, then its flags. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
 
 import difflib
+import io
 import os
 import sys
 from importlib import import_module
@@ -45,12 +46,13 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (told in one line), 130 when interrupted."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         try:
             code = run(sys.argv[1:] if argv is None else argv)
-        except SystemExit as end:  # --help
-            code = end.code or 0
+        except SystemExit:  # --help
+            code = 0
         sys.stdout.flush()  # a reader that has left, as in `handgrad explain | head`, is noticed here
         return code
     except HandgradError as error:

@@ -50,7 +50,8 @@ class Step:
     end: Any
 
     def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
-        self._finish, self._values = finish, None
+        self._finish = finish
+        self._values: tuple[float, float, str, int] | None = None
 
     def _wait(self) -> tuple[float, float, str, int]:
         if self._values is None:
@@ -143,9 +144,11 @@ class Trainer:
 
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
-        sequences = self.execution.micro_batch
-        wanted = dict(micro_batch=sequences, names=self.program.inputs)
-        batches = [self.data.batch(step - 1, micro_step=k, **wanted) for k in range(self.accumulation)]
+        sequences, names = self.execution.micro_batch, self.program.inputs
+        batches = [
+            self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
+            for k in range(self.accumulation)
+        ]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
