@@ -23,10 +23,10 @@ class Explain:
 
     model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
     """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
-    micro_batch: int = 16
-    """sequences in one forward and backward pass"""
     family: str = "gpt2"
     """architecture, by the name that handgrad.models registers: gpt2"""
+    micro_batch: int = 16
+    """sequences in one forward and backward pass"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest"""
     vocab_size: int = 0

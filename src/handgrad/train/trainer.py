@@ -337,7 +337,8 @@ class Trainer:
             return 0
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
-        theirs, mine = (flat_fields(d) for d in (to_dict(from_dict(saved, "resume", path)), to_dict(self.model)))
+        theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
+        mine = flat_fields(to_dict(self.model))
         for key, value in mine.items():
             if theirs.get(key) != value:
                 hint = "another --run.out, or the flags of the first run"
