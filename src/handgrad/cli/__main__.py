@@ -10,7 +10,7 @@ from importlib.metadata import version
 from handgrad.core.errors import HandgradError
 
 VERBS = {
-    "train": "train a GPT-2; without flags, a small one on Shakespeare",
+    "train": "train a model; without flags, a small GPT-2 on Shakespeare",
     "generate": "continue a prompt with a trained model",
     "eval": "validation loss and benchmark tasks of a trained model",
     "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
