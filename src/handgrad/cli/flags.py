@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -24,10 +25,10 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
 
 def parse(kind: type[Settings], argv: list[str], verb: str, default: Settings | None = None) -> Settings:
     """The settings of a command line, over `default`. Raises HandgradError for unknown flags and bad values."""
-    over = tyro.MISSING_NONPROP if default is None else default
+    read = partial(tyro.cli, kind, args=argv, prog=f"handgrad {verb}", description=" ")
     try:
         with redirect_stderr(io.StringIO()):  # tyro explains in a box of ten lines
-            return tyro.cli(kind, args=argv, prog=f"handgrad {verb}", description=" ", default=over)
+            return read() if default is None else read(default=default)
     except SystemExit as end:
         if not end.code:  # --help
             raise

@@ -29,7 +29,10 @@ def family(name: object) -> type[Model]:
 
 
 def make(name: object, values: Mapping[str, Any]) -> Model:
-    """The model of this family with these fields. Raises HandgradError for a field that the family lacks."""
+    """The model of this family with these fields.
+
+    Raises HandgradError for an unknown family, a field that it lacks, and a value out of range.
+    """
     cls = family(name)
     known = [f.name for f in fields(cls)]
     for field in values:
