@@ -72,9 +72,7 @@ class Run:
     def openai(self) -> tuple[str, float, float] | None:
         """OpenAI's model of the very same sizes: its name, loss and HellaSwag accuracy."""
         model = self.config.get("model")
-        if not isinstance(model, Mapping) or model.get("family", "gpt2") != "gpt2":
-            return None
-        return OPENAI.get(tuple(model.get(name) for name in SIZES))
+        return OPENAI.get(tuple(model.get(name) for name in SIZES)) if isinstance(model, Mapping) else None
 
     def batch_tokens(self) -> int | None:
         """Tokens in a step."""
