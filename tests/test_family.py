@@ -1,18 +1,21 @@
 """A new family is one dataclass: a GPT-2 without positions, through every part that must not know GPT-2 by name."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+import handgrad as hg
 from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.cli.__main__ import main
 from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
+from handgrad.data import id_dtype, write_shard
 from handgrad.evals import Scorer
 from handgrad.evals import record as record_scorer
 from handgrad.infer import Sampling
@@ -31,7 +34,7 @@ from handgrad.models import (
     shapes,
     to_dict,
 )
-from handgrad.ops import embed
+from handgrad.ops import attention_decode, embed
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.llmc_init import draws
 
@@ -45,11 +48,48 @@ class NoPositions(GPT2):
         return g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=False)
 
 
+@dataclass(frozen=True)
+class Remembering(NoPositions):
+    """Has a state: parts of the embeddings of the last micro-batch, as an attention's keys and values."""
+
+    family: ClassVar[str] = "gpt2_with_a_state"
+    hugging_face: ClassVar = {}
+
+    def embedding(self, g, data):
+        x = super().embedding(g, data)
+        if g.trains:
+            B, T, D = data.batch_size, data.seq_len, self.hidden_size // 3
+            g.emit(attention_decode, x, into={"cache": g.state("seen", (B, T, 2, 1, D), g.dtype)}, T=T, S=T, H=1, K=1)
+        return x
+
+
+@dataclass(frozen=True)
+class Untied:
+    """A family with fewer fields than GPT-2, of which it has the methods."""
+
+    vocab_size: int = 97
+    max_seq_len: int = 20
+    num_layers: int = 2
+    num_heads: int = 3
+    hidden_size: int = 36
+
+    family: ClassVar[str] = "untied"
+    hugging_face: ClassVar = {}
+
+    @property
+    def _gpt2(self):
+        return NoPositions(**asdict(self), tie_embeddings=False)
+
+    def __getattr__(self, name):
+        return getattr(self._gpt2, name)
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """Registered in these tests alone."""
     monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
-    register(NoPositions)
+    for cls in (NoPositions, Remembering, Untied):
+        register(cls)
 
 
 SIZES = dict(vocab_size=97, max_seq_len=20, num_layers=2, num_heads=3, hidden_size=36)
@@ -202,3 +242,195 @@ def test_a_checkpoint_of_another_family_is_refused(run):
     path.write_text(json.dumps(saved))
     with pytest.raises(HandgradError, match="must hold the tensor 'wpe.weight', but got no such"):
         open_source(run[0])
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def trainer(model, shards, out=None, backend="cpu"):
+    """A trainer with two micro-batches a step, planned for validation."""
+    data = hg.data.tokens(shards, seq_len=10, batch_tokens=80, seed=5)
+    execution = hg.Execution(micro_batch=4, extra_programs=("val",), backend=backend, threads=1)
+    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, start=hg.Start(seed=2), out=out)
+
+
+def arrays(trainer):
+    """All that a checkpoint holds, as bytes."""
+    return {name: values.tobytes() for name, values in (trainer.params() | trainer._state()).items()}
+
+
+def test_resume_is_bit_exact(model, shards, tmp_path):
+    whole, first = trainer(model, shards), trainer(model, shards, tmp_path)
+    losses = [whole.step(step, 1e-2).loss for step in range(1, 7)]
+    assert [first.step(step, 1e-2).loss for step in (1, 2, 3)] == losses[:3]
+    first.save(3)
+    again = trainer(model, shards, tmp_path)
+    assert again.resume() == 3 and arrays(again) == arrays(first) != arrays(whole)
+    assert [again.step(step, 1e-2).loss for step in (4, 5, 6)] == losses[3:]
+    assert arrays(again) == arrays(whole)
+
+
+def test_validation_equals_the_float64_oracle(model, shards):
+    run, oracle = trainer(model, shards), trainer(model, shards, backend="ref")
+    run.step(1, 1e-2)
+    oracle.load_params({name: np.array(values) for name, values in run.params().items()})
+    val = hg.data.tokens(shards, seq_len=10, batch_tokens=10, shuffle=False)
+    assert run.evaluate(val, 200) == pytest.approx(oracle.evaluate(val, 200), rel=1e-6)
+
+
+def test_resume_with_another_family_is_refused(model, shards, tmp_path):
+    trainer(model, shards, tmp_path).save(0)
+    gpt2 = GPT2(**SIZES, tie_embeddings=model.tie_embeddings)
+    rule = r"\[resume\] the checkpoint's model has family gpt2_without_positions, but got gpt2"
+    with pytest.raises(HandgradError, match=rule):
+        trainer(gpt2, shards, tmp_path).resume()
+
+
+def test_explain_plans_the_arena_of_the_trainer(model, shards, capsys):
+    run = trainer(model, shards)
+    page = hg.explain(model, 10, execution=run.execution, backend=run.backend, accumulation=2)
+    assert page.plan.nbytes == run.plan.nbytes == run.arena.bytes.nbytes
+    assert page.plan.region == run.plan.region
+    text = {}
+    for name in ("gpt2", "gpt2_without_positions"):
+        assert main(["explain", "tiny", "--family", name, "--threads", "1"]) == 0
+        text[name] = capsys.readouterr().out
+    assert "wpe.weight" in text["gpt2"] and "wpe.weight" not in text["gpt2_without_positions"]
+
+
+def test_profile_of_a_family(capsys):
+    flags = "d1 --family gpt2_without_positions --backend cpu --threads 1 --micro-batch 1 --seq-len 16 --steps 1"
+    assert main(["profile", *flags.split()]) == 0
+    assert "embed" in capsys.readouterr().out
+    assert main(["profile", "d1", "--family", "gpt9"]) == 2
+    assert "[model] a family is one of gpt2, gpt2_without_positions, " in capsys.readouterr().err
+
+
+def test_a_state_is_saved_and_restored(shards, tmp_path):
+    model = Remembering(**SIZES)
+    whole, first = trainer(model, shards), trainer(model, shards, tmp_path)
+    for run in (whole, first):
+        for step in (1, 2):
+            before = run.params()["wte.weight"].copy()
+            run.step(step, 1e-2)
+    ids = first.data.batch(1, micro_batch=4, micro_step=1)["ids"]
+    seen = first._state()["state.seen"]
+    assert np.array_equal(seen[:, :, :, 0], before[ids][:, :, 12:].reshape(4, 10, 2, 12)) and seen.any()
+    first.save(2)
+    again = trainer(model, shards, tmp_path)
+    assert not again._state()["state.seen"].any()
+    assert again.resume() == 2 and arrays(again) == arrays(first)
+    assert again.step(3, 1e-2).loss == whole.step(3, 1e-2).loss and arrays(again) == arrays(whole)
+
+
+def test_a_checkpoint_without_the_state_is_refused(shards, tmp_path):
+    run = trainer(Remembering(**SIZES), shards, tmp_path)
+    state = {name: values for name, values in run._state().items() if name != "state.seen"}
+    meta = to_dict(run.model) | {"dtype": "f32", "tokens": 0, "outliers": {}, "skips": 0}
+    checkpoint.save(tmp_path, 0, run.params(), state, meta)
+    with pytest.raises(HandgradError, match="must hold the tensor 'state.seen', but got no such"):
+        run.resume()
+
+
+# the command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder of shards with a tokenizer: a letter for each of 97 tokens."""
+    folder, rng = tmp_path / "words", np.random.default_rng(0)
+    folder.mkdir()
+    write_shard(folder / "train_0.bin", [np.cumsum(rng.integers(0, 3, 5000)) % 97], id_dtype(97))
+    write_shard(folder / "val_0.bin", [np.cumsum(rng.integers(0, 3, 300)) % 97], id_dtype(97))
+    meta = {"tokenizer": {"kind": "chars", "characters": TEXT}, "vocab_size": 97, "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"train": {}, "val": {}}))
+    return str(folder)
+
+
+def train(words, out, flags, sizes="--model.num-layers 2 --model.num-heads 3 --model.hidden-size 36"):
+    """The exit code of a run of eight steps with a checkpoint after the fourth, and with these flags."""
+    rest = "--data.batch-tokens 80 --data.seq-len 10 --run.micro-batch 4 --run.backend cpu --run.dtype f32"
+    rest += " --run.steps 8 --run.save-every 4 --run.val-every 4 --run.sample-tokens 0 --run.threads 1"
+    return main(["train", "--data.train", words, "--run.out", str(out), *sizes.split(), *rest.split(), *flags.split()])
+
+
+FAMILY = "--model.family gpt2_without_positions --model.max-seq-len 20"
+
+
+def test_train_resume_generate_and_export_by_command(words, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(words, whole, FAMILY) == 0
+    assert json.loads((whole / "config.json").read_text())["model"]["family"] == "gpt2_without_positions"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "step_000008")
+    capsys.readouterr()
+    assert main(["train", "--run.resume", str(out)]) == 0
+    assert "'gpt2_without_" in capsys.readouterr().out  # the table folds it
+    for name in ("model.safetensors", "state.rank00.safetensors"):
+        assert (out / "step_000008" / name).read_bytes() == (whole / "step_000008" / name).read_bytes()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))  # and no line about settings that have changed
+    assert "val_loss" in lines[-1]
+
+    capsys.readouterr()
+    said = ["generate", str(out), "--prompt", TEXT[:5], "--max-tokens", "30", "--temperature", "0", "--threads", "1"]
+    assert main(said) == 0
+    text = capsys.readouterr().out
+    engine, tokenizer = load_run(out, threads=1)
+    ids = list(engine.generate(tokenizer.encode(TEXT[:5]).tolist(), 30, Sampling(temperature=0.0)))
+    assert text == TEXT[:5] + tokenizer.decode(ids) + "\n"
+
+    assert main(["convert", str(out), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    ours, theirs = open_source(out), open_source(tmp_path / "hf")
+    assert theirs.model == ours.model == NoPositions(**SIZES)
+    for name in ours.weights.shapes:
+        assert np.array_equal(theirs.weights.tensor(name), ours.weights.tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--model.family gpt2", "[resume] the checkpoint's model has family gpt2_without_positions, but got gpt2."),
+        ("--model.family gpt9", "[model] a family is one of gpt2, gpt2_without_positions, gpt2_with_a_state, untied, "),
+    ],
+)
+def test_resume_by_command_with_another_family_is_refused(words, tmp_path, capsys, flags, line):
+    out = tmp_path / "out"
+    assert train(words, out, FAMILY) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["train", "--run.resume", str(out), *flags.split()]) == 2
+    assert capsys.readouterr().err.startswith(line)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_init_takes_the_family_of_the_model_on_disk(words, run, model, tmp_path):
+    """A learning rate of 0 leaves the weights as they are."""
+    assert train(words, tmp_path / "out", f"--model.init {run[0]} --optim.lr 0", sizes="") == 0
+    source = open_source(tmp_path / "out")
+    assert source.model == model
+    for name, values in run[1].items():
+        assert np.array_equal(source.weights.tensor(name, rows=len(values)), values)
+    assert main(["train", "--run.resume", str(tmp_path / "out"), "--run.steps", "9"]) == 0
+
+
+def test_init_of_another_family_is_refused(words, tmp_path, capsys):
+    gpt2 = GPT2(**SIZES)
+    save(gpt2, tmp_path / "gpt2", weights(gpt2))
+    assert train(words, tmp_path / "out", f"{FAMILY} --model.init {tmp_path / 'gpt2'}", sizes="") == 2
+    rule = "[model] --model.family is left to the model that --model.init names, but got gpt2_without_positions."
+    assert capsys.readouterr().err == rule + "\n" and not (tmp_path / "out").exists()
+
+
+def test_settings_that_a_family_lacks_are_refused(words, tmp_path, capsys):
+    """Left alone, they do not matter."""
+    flags = "--model.family untied --model.max-seq-len 20"
+    assert train(words, tmp_path / "out", flags) == 0
+    assert open_source(tmp_path / "out").model == Untied(**SIZES)
+    capsys.readouterr()
+    for more, field in (("--model.dropout 0.1", "dropout"), ("--model.no-tie-embeddings", "tie_embeddings")):
+        assert train(words, tmp_path / "other", f"{flags} {more}") == 2
+        rule = "[model] a model of the family untied has vocab_size, max_seq_len, num_layers, num_heads, hidden_size"
+        assert capsys.readouterr().err == f"{rule}, but got '{field}'.\n"
+    assert main(["explain", "tiny", "--family", "untied", "--dropout", "0.1"]) == 2
+    assert capsys.readouterr().err.startswith("[model] a model of the family untied has ")

@@ -173,7 +173,7 @@ def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
         ("--run.master-weights=1", "takes nothing"),
         ("--run.recompute 1", "one of none, act, act_norm, block"),
         ("-y 1", "after the verb come flags"),
-        ("--run.telemetry-every 5 --run.backend cpu", "a run without one"),
+        ("--run.telemetry-every 5 --run.backend cpu", "this run has none"),
     ],
 )
 def test_p4_every_flag_is_validated(tmp_path, monkeypatch, capsys, words, part):

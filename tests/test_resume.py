@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import handgrad as hg
 from handgrad.cli.__main__ import main
@@ -365,6 +366,7 @@ def everything(folder):
     ("words_", "part"),
     [
         ("--model.hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
+        ("--model.family gpt9", "[model] a family is one of gpt2, but got 'gpt9'."),
         ("--model.depth 3", "[resume] the checkpoint's model has "),
         ("--model.preset gpt2-124m", "[resume] the checkpoint's model has "),
         ("--model.dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
@@ -550,3 +552,101 @@ def test_a_live_terminal_is_left_as_it_was(words, tmp_path):
     shown = text.decode()
     assert "left" in shown and "tok/s" in shown and "report.html, log.jsonl, step_000060" in shown
     assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l")
+
+
+# runs of earlier versions ---------------------------------------------------------------------------------------------
+
+EARLIER = Path(__file__).parent / "data" / "checkpoint_0.1.0"  # step 3 of the run in `earlier`
+EARLIER_LOSSES = [4.123879358172417, 4.10906258225441]  # what version 0.1.0 computed in steps 4 and 5
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A trainer on a copy of the run folder of version 0.1.0, not yet resumed."""
+    shutil.copytree(EARLIER, tmp_path / "run")
+    write_shard(tmp_path / "train_0.bin", [np.random.default_rng(0).integers(0, 61, 3000)], id_dtype(61))
+    data = hg.data.tokens(str(tmp_path / "train_0.bin"), seq_len=8, batch_tokens=64)
+    model = hg.models.GPT2(vocab_size=61, max_seq_len=8, num_layers=1, num_heads=2, hidden_size=8)
+    execution, precision = hg.Execution(micro_batch=4, backend="cpu"), hg.Precision("bf16")
+    start = hg.Start(seed=5)
+    return hg.Trainer(
+        model, hg.optim.AdamW(), data, execution=execution, precision=precision, start=start, out=tmp_path / "run"
+    )
+
+
+def rounding(trainer):
+    """How far the mean loss of 64 tokens may lie from that of another instruction set.
+
+    Sums of float32 are ordered by instruction set and differ by about 2^-22 of their value, for sums of some ten terms.
+    Where such a sum is rounded to bf16, units of 2^-8 apart, the rounded value changes in one case of 2^14. A step has
+    64 tokens of fewer than 512 rounded values, 2^15 values in all: two change. A changed value moves the logits of a
+    token by at most a unit of the largest one, |z| <= |x| |w|, and its loss by at most twice that, a 64th of which
+    reaches the mean. The bound is that of 16 changes in the same direction: 8 times what is expected.
+    """
+    params = {name: w.astype(np.float64) for name, w in trainer.params().items()}
+    x = np.sqrt(8) * np.abs(params["ln_f.weight"]).max() + np.linalg.norm(params["ln_f.bias"])
+    z = x * np.linalg.norm(params["wte.weight"], axis=1).max()
+    return 16 * 2 * 2**-8 * z / 64
+
+
+def test_a_checkpoint_of_version_0_1_0_resumes(earlier):
+    folder = earlier.out / "step_000003"
+    assert "family" not in json.loads((folder / "run.json").read_text())  # of a model that could be a GPT-2 alone
+    assert earlier.resume() == 3
+    assert earlier.tokens(3) == 192 and list(earlier._outliers["loss"].window)[-1] == 4.125424399971962
+    files = (("model.safetensors", earlier.params()), ("state.rank00.safetensors", earlier._state()))
+    for name, arrays in files:
+        with safe_open(folder / name, "np") as file:
+            assert set(file.keys()) == set(arrays)
+            for key, values in arrays.items():
+                assert file.get_tensor(key).tobytes() == values.tobytes(), key
+    limit = rounding(earlier)
+    assert limit < 1e-3
+    assert [earlier.step(step, 1e-2).loss for step in (4, 5)] == pytest.approx(EARLIER_LOSSES, rel=0, abs=limit)
+
+
+def test_the_tolerance_above_tells_a_resumption_without_the_moments(earlier):
+    earlier.resume()
+    limit = rounding(earlier)
+    for vector in ("m", "v"):
+        for info in earlier.program.params.values():
+            earlier.arena.write_part(vector, info.tensor, np.zeros(info.tensor.shape, np.float32))
+    first, second = (earlier.step(step, 1e-2).loss for step in (4, 5))
+    assert abs(first - EARLIER_LOSSES[0]) <= limit and abs(second - EARLIER_LOSSES[1]) > 3 * limit
+
+
+def test_a_checkpoint_of_an_unknown_family_is_refused(earlier):
+    path = earlier.out / "step_000003" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"family": "gpt9"}))
+    with pytest.raises(hg.HandgradError, match=r"run.json gives a family, one of gpt2, but got 'gpt9'"):
+        earlier.resume()
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_settings_of_earlier_versions_do_not_stop_a_resume(words, whole, tmp_path, chunks):
+    """run.head_chunks had a value, which has no effect any more: the log says so, and the weights are the same."""
+    out = tmp_path / "run"
+    shutil.copytree(whole("f32"), out)
+    forget(out, 8)
+    saved = json.loads((out / "config.json").read_text())
+    del saved["model"]["family"], saved["run"]["head_mib"]
+    saved["run"]["head_chunks"] = chunks
+    (out / "config.json").write_text(json.dumps(saved))
+    assert main(["train", "--run.resume", str(out)]) == 0
+    assert weights(out) == weights(whole("f32"))
+    lines = log(out)
+    events = [line for line in lines if "event" in line]
+    text = "from here on run.head-chunks 3 of an earlier version has no effect"
+    assert events == ([{"step": 8, "event": text}] if chunks else [])
+    assert [line for line in lines if "event" not in line] == log(whole("f32"))
+    assert "head_chunks" not in json.loads((out / "config.json").read_text())["run"]
+
+
+def test_a_setting_of_no_version_stops_a_resume(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole("f32"), out)
+    saved = json.loads((out / "config.json").read_text())
+    saved["run"]["chunks_of_the_head"] = 3
+    (out / "config.json").write_text(json.dumps(saved))
+    assert main(["train", "--run.resume", str(out)]) == 2
+    assert "chunks_of_the_head" in capsys.readouterr().err

@@ -4,8 +4,10 @@ import pytest
 
 from handgrad import Execution, Guard, HandgradError, Precision, Start
 from handgrad.backends import best_dtype, open_backend, resolve_name
+from handgrad.cli.__main__ import main
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import BF16, F32
+from handgrad.models import GPT2, registry
 from handgrad.train.config import Config
 from handgrad.train.resolve import resolve
 
@@ -71,3 +73,19 @@ def test_what_auto_stands_for_is_known_before_a_backend_is_opened():
     assert resolve_name("auto") == open_backend("auto").name
     assert best_dtype("ref") == "f32" and best_dtype("cuda") == "bf16"
     assert best_dtype("cpu") == ("bf16" if open_backend("cpu").isa == "avx512bf16" else "f32")
+
+
+def test_the_family_is_a_setting_with_gpt2_as_its_default(tmp_path, capsys):
+    flags = "--run.backend cpu --run.threads 1 --run.sample-tokens 0 --run.micro-batch 1 --model.num-layers 1".split()
+    run = resolve(parse(Config, flags, "train"), tmp_path)
+    assert type(run.trainer.model) is GPT2 and run.config.model.family == "gpt2"
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.family STR architecture, by the name that handgrad.models registers: gpt2" in text
+    assert list(registry.FAMILIES) == ["gpt2"]  # the help text names them all
+
+
+def test_an_unknown_family_is_refused_before_the_run_folder_is_made(tmp_path, capsys):
+    assert main(["train", "--model.family", "gpt9", "--run.out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "[model] a family is one of gpt2, but got 'gpt9'.\n"
+    assert not (tmp_path / "run").exists()

@@ -115,6 +115,7 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
     table = capsys.readouterr().out
     saved = json.loads(Path("run/config.json").read_text())
     assert saved["model"] == {
+        "family": "gpt2",
         "preset": "tiny",
         "depth": 0,
         "num_layers": 2,

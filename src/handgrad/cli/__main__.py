@@ -1,6 +1,7 @@
 """handgrad: a verb, then its flags. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
 
 import difflib
+import io
 import os
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from handgrad.core.errors import HandgradError
 
 VERBS = {
-    "train": "train a GPT-2; without flags, a small one on Shakespeare",
+    "train": "train a model; without flags, a small GPT-2 on Shakespeare",
     "generate": "continue a prompt with a trained model",
     "eval": "validation loss and benchmark tasks of a trained model",
     "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
@@ -45,12 +46,13 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (told in one line), 130 when interrupted."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         try:
             code = run(sys.argv[1:] if argv is None else argv)
-        except SystemExit as end:  # --help
-            code = end.code or 0
+        except SystemExit:  # --help
+            code = 0
         sys.stdout.flush()  # a reader that has left, as in `handgrad explain | head`, is noticed here
         return code
     except HandgradError as error:

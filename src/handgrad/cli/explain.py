@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 import tyro
 
 from handgrad.backends import open_backend
+from handgrad.backends.base import Planner
 from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import GPT2, preset
+from handgrad.models import make, preset
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 
@@ -22,6 +23,8 @@ class Explain:
 
     model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
     """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    family: str = "gpt2"
+    """architecture, by the name that handgrad.models registers: gpt2"""
     micro_batch: int = 16
     """sequences in one forward and backward pass"""
     seq_len: int = 0
@@ -63,24 +66,39 @@ def main(argv: list[str]) -> int:
         if getattr(a, name) < least:
             raise HandgradError("explain", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     sizes = preset(a.model)
-    if a.vocab_size:
-        sizes["vocab_size"] = a.vocab_size
-    model = GPT2(**sizes, dropout=a.dropout)
+    sizes |= {"vocab_size": a.vocab_size} if a.vocab_size else {}
+    model = make(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
     precision = Precision(a.dtype, a.grad_dtype, a.master_weights, a.deterministic)
     extra = tuple(name for name in ("val", "sample") if getattr(a, name))
-    sizes = dict(micro_batch=a.micro_batch, recompute=a.recompute, head_bytes=a.head_mib * MIB)
-    execution = Execution(**sizes, extra_programs=extra, backend=a.backend, threads=a.threads)
-    if a.gpu or a.backend == "cuda":
-        gpu = replace(GPUS[a.gpu or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
-        backend, where = GpuPlanner(gpu), f"the cuda backend on an {PRODUCT_NAMES[a.gpu or 'h100']}"
-        saving = "copied to the host's memory first, as much of it as that"
-    else:
-        backend = open_backend("cpu", a.threads, precision)
-        where, saving = f"the cpu backend, {backend.hardware}", "written from where it lies, without a copy"
-    same = dict(execution=execution, precision=precision, backend=backend)
-    page = explain(model, a.seq_len or model.max_seq_len, **same, accumulation=a.accumulation)
+    execution = Execution(
+        micro_batch=a.micro_batch,
+        recompute=a.recompute,
+        head_bytes=a.head_mib * MIB,
+        extra_programs=extra,
+        backend=a.backend,
+        threads=a.threads,
+    )
+    backend, where, saving = planner(a, precision)
+    page = explain(
+        model,
+        a.seq_len or model.max_seq_len,
+        execution=execution,
+        precision=precision,
+        backend=backend,
+        accumulation=a.accumulation,
+    )
     print(page)
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
     print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
     return 0
+
+
+def planner(a: Explain, precision: Precision) -> tuple[Planner, str, str]:
+    """(what plans the run, its name, how a checkpoint of its arena is written)."""
+    if a.gpu or a.backend == "cuda":
+        gpu = replace(GPUS[a.gpu or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
+        saving = "copied to the host's memory first, as much of it as that"
+        return GpuPlanner(gpu), f"the cuda backend on an {PRODUCT_NAMES[a.gpu or 'h100']}", saving
+    backend = open_backend("cpu", a.threads, precision)
+    return backend, f"the cpu backend, {backend.hardware}", "written from where it lies, without a copy"

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -24,10 +25,10 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
 
 def parse(kind: type[Settings], argv: list[str], verb: str, default: Settings | None = None) -> Settings:
     """The settings of a command line, over `default`. Raises HandgradError for unknown flags and bad values."""
-    defaults = {} if default is None else {"default": default}
+    read = partial(tyro.cli, kind, args=argv, prog=f"handgrad {verb}", description=" ")
     try:
         with redirect_stderr(io.StringIO()):  # tyro explains in a box of ten lines
-            return tyro.cli(kind, args=argv, prog=f"handgrad {verb}", description=" ", **defaults)
+            return read() if default is None else read(default=default)
     except SystemExit as end:
         if not end.code:  # --help
             raise
@@ -80,9 +81,7 @@ def _fields(kind: type) -> Iterator[tuple[str, Any]]:
     """(name, type) of the fields of a dataclass; the names of positional words are in capitals."""
     hints = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
-        hint, extras = hints[f.name], ()
-        if get_origin(hint) is Annotated:
-            hint, *extras = get_args(hint)
+        hint, *extras = get_args(hints[f.name]) if get_origin(hints[f.name]) is Annotated else (hints[f.name],)
         yield f.name.upper() if tyro.conf.Positional in extras else f.name.replace("_", "-"), hint
 
 
@@ -90,7 +89,7 @@ def _flags(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
     """(flag, type) of every flag of a dataclass and of those inside it."""
     yield "--help", bool
     for name, hint in _fields(kind):
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _flags(hint, f"{prefix}{name}.")
         elif not name.isupper():
             yield prefix + name, hint

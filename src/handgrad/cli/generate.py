@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     if not prompt:
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
     engine, tokenizer = load_run(a.run, a.dtype, a.backend, a.threads)
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt).tolist()
     print(prompt, end="", flush=True)
     for piece in tokenizer.stream(engine.generate(ids, a.max_tokens, sampling, tokenizer.eot)):
         print(stop.feed(piece), end="", flush=True)

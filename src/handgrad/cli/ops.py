@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     unknown = [n for n in a.names if n not in OPS]
     if unknown:
         raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
-    chosen = [OPS[n] for n in a.names or OPS]
+    chosen: list[Op] = [OPS[n] for n in a.names or OPS]
     if a.mode == "support":
         table, failed = support(chosen), False
     else:

@@ -16,7 +16,7 @@ from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import GPT2, preset
+from handgrad.models import make, preset
 from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
 from handgrad.train.profile import Profile, Row, profile
@@ -29,6 +29,8 @@ class Settings:
 
     model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
     """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    family: str = "gpt2"
+    """architecture, by the name that handgrad.models registers: gpt2"""
     micro_batch: int = 4
     """sequences in the step"""
     seq_len: int = 0
@@ -59,10 +61,16 @@ def main(argv: list[str]) -> int:
             raise HandgradError("profile", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = GPT2(**preset(a.model))
+    model = make(a.family, preset(a.model))
     precision = Precision(best_dtype(a.backend) if a.dtype == "auto" else a.dtype)
-    sizes = dict(micro_batch=a.micro_batch, recompute=a.recompute, head_bytes=a.head_mib * MIB)
-    execution = Execution(**sizes, extra_programs=(), backend=a.backend, threads=a.threads)
+    execution = Execution(
+        micro_batch=a.micro_batch,
+        recompute=a.recompute,
+        head_bytes=a.head_mib * MIB,
+        extra_programs=(),
+        backend=a.backend,
+        threads=a.threads,
+    )
     backend = open_backend(execution.backend, execution.threads, precision)
     T = a.seq_len or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
@@ -103,31 +111,32 @@ def bandwidth(backend: Backend) -> float | None:
 
 def show(found: Profile, by: str, headline: str) -> None:
     """Prints the table, and what its last column means."""
-    has_bound = found.flops_limit is not None and found.bytes_limit is not None
+    rows = found.rows(by)
+    bounds = [row.bound for row in rows if row.bound is not None]
+    has_bound = len(bounds) == len(rows)
     columns = [by, "calls", "ms", "share", "MB", "GFLOP", "GB/s", "TFLOP/s", *(["of bound"] if has_bound else [])]
     table = Table(*columns, box=None)
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    rows = found.rows(by)
     for row in rows:
-        table.add_row(*cells(row, found.total, has_bound))
+        table.add_row(*cells(row, found.total))
     total = Row(
         "sum",
         len(found.calls),
         found.total,
         sum(r.nbytes for r in rows),
         sum(r.flops for r in rows),
-        sum(r.bound for r in rows) if has_bound else None,
+        sum(bounds) if has_bound else None,
     )
     table.add_row()
-    table.add_row(*cells(total, found.total, has_bound))
+    table.add_row(*cells(total, found.total))
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 150)  # a row is one line, whatever the terminal folds
     console.print(headline + "\n", soft_wrap=True)
     console.print(table)
     note = "no bound: the limits of this hardware are not known"
-    if has_bound:
+    if found.flops_limit is not None and found.bytes_limit is not None:
         note = (
             f"bound: the longer of a call's bytes at {found.bytes_limit / 1e9:,.0f} GB/s and its flops at"
             f" {found.flops_limit / 1e12:,.1f} TFLOP/s; data that lie in a cache already can beat it"
@@ -135,8 +144,8 @@ def show(found: Profile, by: str, headline: str) -> None:
     console.print("\n" + note, soft_wrap=True)
 
 
-def cells(row: Row, total: float, has_bound: bool) -> list[str]:
-    """A row of the table."""
+def cells(row: Row, total: float) -> list[str]:
+    """A row of the table; the last cell only where a bound is known."""
     seconds = max(row.seconds, 1e-9)
     line = [
         row.name,
@@ -148,4 +157,4 @@ def cells(row: Row, total: float, has_bound: bool) -> list[str]:
         f"{row.nbytes / seconds / 1e9:,.1f}",
         f"{row.flops / seconds / 1e12:.3g}" if row.flops else "-",
     ]
-    return [*line, f"{100 * row.bound / seconds:.0f} %"] if has_bound else line
+    return line if row.bound is None else [*line, f"{100 * row.bound / seconds:.0f} %"]

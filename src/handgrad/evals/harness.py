@@ -10,6 +10,7 @@ from typing import Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.evals.load import load_scorer
+from handgrad.infer.engine import Engine
 from handgrad.infer.load import load_run
 from handgrad.infer.sampling import Sampling, StopStrings
 
@@ -34,7 +35,7 @@ def register() -> type:
             super().__init__()
             self._from = run, dtype, backend, threads
             self._model = load_scorer(*self._from)
-            self._engine = None
+            self._engine: Engine | None = None
 
         @property
         def eot_token_id(self) -> int:
@@ -48,7 +49,7 @@ def register() -> type:
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             scores = self._model.scorer.score([pair for _, *pair in requests], greedy=True)
-            return [(-float(s.losses.sum(dtype="float64")), s.greedy) for s in scores]
+            return [(-float(s.losses.sum(dtype="float64")), bool(s.greedy)) for s in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             T, totals = self._model.source.model.max_seq_len, []

@@ -30,13 +30,14 @@ def choices(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, np.ndar
     acc: least sum of losses;  acc_norm: least sum divided by the characters of the answer (both: lm-evaluation-harness)
     acc_llmc: least mean loss per token (llm.c)
     """
-    rest, rows = iter(scores), {"acc": [], "acc_norm": [], "acc_llmc": []}
+    rows: dict[str, list[int]] = {"acc": [], "acc_norm": [], "acc_llmc": []}
+    rest = iter(scores)
     for item in items:
         losses = [next(rest).losses for _ in item.pairs]
         sums = np.array([nats.sum(dtype=np.float64) for nats in losses])
-        rows["acc"].append(sums.argmin())
-        rows["acc_norm"].append((sums / item.characters).argmin())
-        rows["acc_llmc"].append((sums / [len(nats) for nats in losses]).argmin())
+        rows["acc"].append(int(sums.argmin()))
+        rows["acc_norm"].append(int((sums / item.characters).argmin()))
+        rows["acc_llmc"].append(int((sums / [len(nats) for nats in losses]).argmin()))
     return {rule: np.array(chosen) for rule, chosen in rows.items()}
 
 
@@ -49,7 +50,7 @@ def choice_metrics(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, 
 def word_metrics(scores: Sequence[Score]) -> dict[str, Metric]:
     """acc: the share of words that greedy decoding writes;  perplexity: per word, however many tokens it has."""
     loss, error = mean([score.losses.sum(dtype=np.float64) for score in scores])
-    return {"acc": mean([score.greedy for score in scores]), "perplexity": _perplexity(loss, error)}
+    return {"acc": mean([bool(score.greedy) for score in scores]), "perplexity": _perplexity(loss, error)}
 
 
 def val_metrics(
@@ -77,9 +78,9 @@ def mean(values: Sequence[float]) -> Metric:
     >>> mean([1.0, 2.0, 3.0])
     (2.0, 0.5773502691896258)
     """
-    values = np.asarray(values, np.float64)
-    spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(spread)
+    sample = np.asarray(values, np.float64)
+    spread = sample.std(ddof=1) / math.sqrt(len(sample)) if len(sample) > 1 else math.nan
+    return float(sample.mean()), float(spread)
 
 
 def _perplexity(loss: float, error: float) -> Metric:

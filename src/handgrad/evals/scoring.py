@@ -22,7 +22,8 @@ LENGTHS = tuple(n << k for k in range(3, 20) for n in (2, 3))  # 16 24 32 48 64 
 LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
 HEAD_ROWS = 512  # 100 MB of logits at GPT-2's vocabulary in float32
 
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids: context, continuation
+Ids = Sequence[int] | np.ndarray  # token ids
+Pair = tuple[Ids, Ids]  # context, continuation
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ class Scorer:
             hits.append(hit)
             count += len(targets)
             done(int(np.searchsorted(ends, count, "right")))
-        scores: list[Score | None] = [None] * len(texts)
+        scores: dict[int, Score] = {}
         if texts:
             parts = (np.split(np.concatenate(found), ends[:-1]) for found in (losses, hits))
             for i, nats, hit in zip(order, *parts, strict=True):
                 scores[i] = Score(nats, bool(hit.all()) if greedy else None)
-        return scores
+        return [scores[i] for i in range(len(texts))]
 
     def texts(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(the tokens that the model reads, the targets of the last of them), both int32, of every pair.
@@ -101,7 +102,7 @@ class Scorer:
         """
         return [self._text(*pair) for pair in pairs]
 
-    def _text(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _text(self, context: Ids, continuation: Ids) -> tuple[np.ndarray, np.ndarray]:
         T = self.model.max_seq_len
         if len(context) == 0 or len(continuation) == 0:
             raise HandgradError("eval", "a context and a continuation hold at least one token", "an empty one")

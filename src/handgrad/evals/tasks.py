@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import read_choices
@@ -90,7 +90,8 @@ def _piqa(row: dict[str, Any]) -> Question:
 
 
 def _arc(row: dict[str, Any]) -> Question:
-    stem, choices = row["question"], row.get("choices")
+    stem: Any = row["question"]
+    choices: Any = row.get("choices")
     if isinstance(stem, dict):  # the official nesting; the hub's tables have another
         stem, choices = stem["stem"], {key: [c[key] for c in stem["choices"]] for key in ("text", "label")}
     return _choice(f"Question: {stem}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
@@ -234,7 +235,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of a file; PIQA has its labels in a file beside it."""
     labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
     answers = iter(labels.read_text().split()) if labels.exists() else None
-    with {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+    opens: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
+    with opens.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"line {number}", json.loads(line) | ({} if answers is None else {"label": next(answers, None)})

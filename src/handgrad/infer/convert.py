@@ -23,7 +23,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         family = source.model.family
         raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
     form = hf.Format(**source.model.hugging_face)
-    hf.write(folder, form, source.weights, dtype, tokenizer and tokenizer.eot)
+    hf.write(folder, form, source.weights, dtype, None if tokenizer is None else tokenizer.eot)
     if tokenizer is not None:
         tokenizers.to_folder(tokenizer, folder)
 

@@ -82,8 +82,8 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
     for id in range(min(own.vocab_size, tokenizer.vocab_size)):
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
-            rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine}"
-            raise HandgradError("model", rule, f"{theirs} of {tokenizer.name}")
+            rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
+            raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
 
 
 # handgrad's own -------------------------------------------------------------------------------------------------------

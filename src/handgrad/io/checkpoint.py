@@ -26,12 +26,14 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from handgrad.core.errors import HandgradError
@@ -41,6 +43,7 @@ STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
 OLDER = "delete this folder (or its DONE file) to resume from the previous checkpoint"
+Expected = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name: shape, dtype
 _STEP = re.compile(r"step_(\d{6,})(\.old)?")
 _DTYPES = {  # safetensors' name: numpy's
     "F64": "float64",
@@ -126,13 +129,13 @@ class Writer:
     It copies nothing: it reads the arrays in place, and they may change again once `wait_until_read` has returned.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._read = threading.Event()
         self._read.set()
         self._saving: Future[Path] | None = None
 
-    def save(self, *args, **kwargs) -> None:
+    def save(self, *args: Any, **kwargs: Any) -> None:
         """Waits for the previous checkpoint, then starts `save` with these arguments and returns."""
         self.wait()
         self._read.clear()
@@ -150,14 +153,14 @@ class Writer:
         if saving is not None:
             saving.result()
 
-    def _save(self, *args, **kwargs) -> Path:
+    def _save(self, *args: Any, **kwargs: Any) -> Path:
         try:
             return save(*args, **kwargs, when_read=self._read.set)
         finally:
             self._read.set()
 
 
-def load(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
+def load(path: str | Path, expected: Expected) -> "Tensors":
     """Returns the model's tensors in checkpoint `path`: name -> array, each read from disk at every access.
 
     expected: name -> (shape, dtype), dtype as numpy takes it or "bfloat16"
@@ -168,7 +171,7 @@ def load(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]
     return Tensors(_complete(path) / MODEL, expected)
 
 
-def load_state(path: str | Path, expected: Mapping[str, tuple[tuple[int, ...], object]]) -> "Tensors":
+def load_state(path: str | Path, expected: Expected) -> "Tensors":
     """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`."""
     return Tensors(_complete(path) / STATE, expected)
 
@@ -216,7 +219,7 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, but: int 
 class Tensors(Mapping):
     """The tensors of one safetensors file: name -> array, a fresh copy read from disk at each access."""
 
-    def __init__(self, path: Path, expected: Mapping[str, tuple[tuple[int, ...], object]]):
+    def __init__(self, path: Path, expected: Expected):
         self._path = path
         # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
         self._file = _readable(path, safe_open, path, "np", backend="pread")
@@ -247,7 +250,7 @@ class Tensors(Mapping):
         return len(self._names)
 
 
-def _readable(path: Path, read, *args, **kwargs):
+def _readable(path: Path, read: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
@@ -255,7 +258,7 @@ def _readable(path: Path, read, *args, **kwargs):
         raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason, hint=OLDER) from None
 
 
-def _spec(shape, dtype: str) -> str:
+def _spec(shape: Sequence[int], dtype: str) -> str:
     return f"{dtype} ({', '.join(str(size) for size in shape)})"
 
 

@@ -142,7 +142,8 @@ def write(path: Path, form: Format, weights: Weights, dtype: str | None = None, 
         "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype],
     }
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name, shape in weights.shapes.items():
         size = int(np.prod(shape)) * {"f32": 4, "bf16": 2}[dtype]
         header[form.name(name)] = {
@@ -158,12 +159,12 @@ def write(path: Path, form: Format, weights: Weights, dtype: str | None = None, 
         for name in weights.shapes:
             values = weights.tensor(name, dtype)
             values = values.T if form.is_transposed(name) else values
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def _tensors(path: Path) -> dict[str, tuple[Path, Any]]:
     """Every tensor of a folder: (the file that it lies in, open)."""
-    found = {}
+    found: dict[str, tuple[Path, Any]] = {}
     for file in _files(path):
         handle = _readable(file, safe_open, file, "np", backend="pread")
         found |= {name: (file, handle) for name in _readable(file, handle.keys)}

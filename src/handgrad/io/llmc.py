@@ -14,7 +14,7 @@ The reader compares every file's size with its header before it reads anything e
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def write_model(path: str | Path, weights: Weights, dtype: str | None = None) ->
         file.write(_words(MODEL, {value: key for key, value in DTYPES.items()}[dtype], words))
         for name in layout.names():
             rows = layout.rows if name == "wte.weight" else None
-            file.write(np.ascontiguousarray(weights.tensor(name, dtype, rows)).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(weights.tensor(name, dtype, rows)).reshape(-1).view(np.uint8).data)
 
 
 def padded(vocab_size: int) -> int:
@@ -226,17 +226,15 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
     if not 1 <= processes <= 1 << 20 or header[10] < 0:
         raise HandgradError("llmc", f"{path} gives processes and step", f"{processes} and {header[10]}")
     size = path.stat().st_size
-    numbers = {
-        name: int(header[at : at + 2].view("<u8")[0])
-        for name, at in dict(rng=20, rng_before_update=22, shard=30, sample=32).items()
-    }
+    rng, rng_before, shard, sample = (int(header[at : at + 2].view("<u8")[0]) for at in (20, 22, 30, 32))
+    loader = Loader(rng, rng_before, shard, sample)
     for parts in dict.fromkeys((processes, 1)):  # ZeRO-1 divides the vectors; only the file's size tells
         if any(n % parts for _, n in layout.places.values()):
             continue
         at = HEADER + 4 * (3 if master else 2) * (layout.count // parts)
         if not shuffled and at == size:
-            return header, Loader(**numbers), parts
-        orders = []
+            return header, loader, parts
+        orders: list[tuple[int, int]] = []
         while shuffled and len(orders) < 2 and at + 8 <= size:
             count = int(_read(path, np.dtype("<u8"), at, 1)[0])
             if at + 8 + 4 * count > size:
@@ -245,16 +243,8 @@ def _rank(path: Path, layout: Layout) -> tuple[np.ndarray, Loader, int]:
             at += 8 + 4 * count
         if len(orders) == 2 and at + TWISTER == size:
             shards, samples = (_read(path, np.dtype("<i4"), *order) for order in orders)
-            return (
-                header,
-                Loader(
-                    **numbers,
-                    shard_order=shards,
-                    sample_order=samples,
-                    twister=_read(path, np.dtype("<u4"), at + 8, 628),
-                ),
-                parts,
-            )
+            twister = _read(path, np.dtype("<u4"), at + 8, 628)
+            return header, replace(loader, shard_order=shards, sample_order=samples, twister=twister), parts
     rule = f"{path} holds the state of a model of {layout.count} numbers, on {processes} processes"
     raise HandgradError("llmc", rule, f"{size} bytes", hint="it is cut off, or another model's")
 
@@ -270,7 +260,8 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
     size = path.stat().st_size
     if not 1 <= count <= (size - HEADER) // 2 or not 0 <= eot < count:
         raise HandgradError("llmc", f"{path} gives tokens, and one of them as an end", f"{count} and {eot}")
-    raw, tokens, at = _bytes(path, size), [], HEADER
+    raw, at = _bytes(path, size), HEADER
+    tokens: list[bytes] = []
     while len(tokens) < count and at < size:
         length = raw[at]
         tokens.append(raw[at + 1 : at + 1 + length])

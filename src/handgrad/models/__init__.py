@@ -3,7 +3,7 @@
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.presets import gpt2, names, preset
-from handgrad.models.registry import build, family, from_dict, of_model_type, register, to_dict
+from handgrad.models.registry import build, family, from_dict, make, of_model_type, register, to_dict
 
 __all__ = [
     "GPT2",
@@ -16,6 +16,7 @@ __all__ = [
     "forward_loss",
     "from_dict",
     "gpt2",
+    "make",
     "names",
     "of_model_type",
     "preset",

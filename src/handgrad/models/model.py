@@ -1,7 +1,7 @@
 """Model and Batch: what every family offers, what its body reads, and functions that record or list a whole model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from handgrad.core.dtypes import F32, I32, DType
@@ -34,6 +34,7 @@ class Model(Protocol):
     no such family
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # what makes a class a dataclass to `fields` and `asdict`
     family: ClassVar[str]
     hugging_face: ClassVar[Mapping[str, Any]]
 

@@ -1,5 +1,7 @@
 """Named sizes: GPT-2's four, every llm.c descriptor, and `d<layers>` for any depth."""
 
+from typing import Any
+
 from handgrad.core.errors import HandgradError
 from handgrad.models.gpt2 import GPT2
 
@@ -50,7 +52,7 @@ def names() -> list[str]:
     )
 
 
-def preset(name: str) -> dict[str, int]:
+def preset(name: str) -> dict[str, Any]:
     """The sizes of a preset, as GPT2's fields: num_layers, num_heads, hidden_size, max_seq_len, vocab_size.
 
     A depth that is not in the table gets 64 columns per layer and heads of 64: the table's own rule at d6 and d12.
@@ -75,7 +77,7 @@ def preset(name: str) -> dict[str, int]:
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)
 
 
-def gpt2(name: str = "124m", **changes: object) -> GPT2:
+def gpt2(name: str = "124m", **changes: Any) -> GPT2:
     """A GPT2 by preset name ("124m" is "gpt2-124m"), with fields changed.
 
     >>> gpt2("124m", dropout=0.1).num_layers

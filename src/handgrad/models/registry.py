@@ -10,7 +10,7 @@ from handgrad.models.model import Model
 FAMILIES: dict[str, type[Model]] = {}
 UNNAMED = "gpt2"  # the family of checkpoints that name none
 
-Family = TypeVar("Family", bound=type)
+Family = TypeVar("Family", bound=type[Model])
 
 
 def register(cls: Family) -> Family:
@@ -26,6 +26,19 @@ def family(name: object) -> type[Model]:
     if not isinstance(name, str) or name not in FAMILIES:
         raise HandgradError("model", f"a family is one of {', '.join(FAMILIES)}", repr(name))
     return FAMILIES[name]
+
+
+def make(name: object, values: Mapping[str, Any]) -> Model:
+    """The model of this family with these fields.
+
+    Raises HandgradError for an unknown family, a field that it lacks, and a value out of range.
+    """
+    cls = family(name)
+    known = [f.name for f in fields(cls)]
+    for field in values:
+        if field not in known:
+            raise HandgradError("model", f"a model of the family {name} has {', '.join(known)}", f"'{field}'")
+    return cls(**values)
 
 
 def of_model_type(model_type: object, source: object) -> type[Model]:

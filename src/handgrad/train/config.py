@@ -17,7 +17,7 @@ class ModelConfig:
     """Which model."""
 
     family: str = "gpt2"
-    """architecture: gpt2"""
+    """architecture, by the name that handgrad.models registers: gpt2"""
     preset: str = "tiny"
     """tiny, gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1558m, d6 .. d84, gpt3:c384 .. gpt3:c12288"""
     depth: int = 0

@@ -12,7 +12,7 @@ from handgrad.core.plan import MIB, Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.models import Model
-from handgrad.optim import AdamW
+from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
 from handgrad.train.record import head_rows, logits_row_bytes, record
 
@@ -67,7 +67,7 @@ def explain(
     precision: Precision = Precision(),
     backend: Planner = RefBackend(),
     accumulation: int = 1,
-    optim: AdamW = AdamW(),
+    optim: Optimizer = AdamW(),
     remedies: bool = True,
 ) -> Explanation:
     """What a run of these settings would record and allocate. Nothing is allocated here.

@@ -14,7 +14,7 @@ from typing import Any
 from handgrad.core.errors import HandgradError
 from handgrad.io import newest
 from handgrad.models import preset
-from handgrad.train.config import SIZES, Config, ModelConfig
+from handgrad.train.config import SIZES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 
 SETTINGS = "config.json"
 UNRECORDED = {("run", name) for name in ("out", "resume", "steps", "threads")}  # changes of them change no result
@@ -97,13 +97,18 @@ def saved_settings(c: Config) -> Config | None:
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
         kept = {f.name: current(f.name, groups[f.name]) for f in fields(Config)}
-        saved = Config(**{f.name: f.default_factory(**kept[f.name]) for f in fields(Config)})
+        saved = Config(
+            ModelConfig(**kept["model"]),
+            DataConfig(**kept["data"]),
+            OptimConfig(**kept["optim"]),
+            RunConfig(**kept["run"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
     m = saved.model
     own = preset(f"d{m.depth}" if m.depth else m.preset)
     other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
-    sizes = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
+    sizes: dict[str, Any] = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
     return replace(saved, model=replace(m, **sizes), run=replace(saved.run, out=str(out)))
 
 

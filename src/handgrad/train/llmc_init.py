@@ -75,5 +75,5 @@ def _draws(p: Program, layers: int) -> Iterator[tuple[Param, np.ndarray]]:
         if info.init.kind == "normal":
             rows = values[: info.init.rows]
             own = projected if name.endswith("c_proj.weight") else std
-            rows[...] = twister.normal(rows.size, own).reshape(rows.shape)
+            rows[...] = twister.normal(rows.size, float(own)).reshape(rows.shape)
         yield info, values

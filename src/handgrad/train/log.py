@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -79,7 +79,7 @@ class RunLog:
             self._main.write("".join(map(main_log, earlier)).encode())
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
-        self._console = None if quiet else Console()
+        self._console = Console(quiet=quiet)
         self._is_live = not quiet and sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
         self._start = time.perf_counter()
@@ -126,7 +126,7 @@ class RunLog:
         self._measure(tokens, step_seconds)
         now = self.seconds
         self._first = self._first or (step, now)
-        line = {"step": step, "loss": float(loss)}
+        line: dict[str, Any] = {"step": step, "loss": float(loss)}
         if val_loss is not None:
             self._val_loss = line["val_loss"] = float(val_loss)
         line |= {} if hellaswag is None else {"hellaswag": float(hellaswag)}
@@ -138,7 +138,7 @@ class RunLog:
         self._write(line)
         for tracker in self._trackers:
             tracker.add(line)
-        if self._console is not None:
+        if not self._console.quiet:
             self._show(line, step_seconds, now)
 
     def event(self, step: int, text: str) -> None:
@@ -148,8 +148,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Shows text, above the live line if there is one. It does not enter the log."""
-        if self._console is not None:
-            self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Ends the live line and closes the files. Twice is harmless."""
@@ -170,7 +169,7 @@ class RunLog:
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
 
-    def _measure(self, tokens: int, step_seconds: float) -> None:
+    def _measure(self, tokens: float, step_seconds: float) -> None:
         if self._first is not None:  # the first step warms up caches and is left out of the mean
             self._tokens = tokens = RATE_DECAY * self._tokens + tokens
             self._busy = step_seconds = RATE_DECAY * self._busy + step_seconds
@@ -180,8 +179,9 @@ class RunLog:
         wait = LIVE_SECONDS if self._is_live else PLAIN_SECONDS
         is_due = now - self._shown >= wait or line["step"] >= self.total_steps
         if "val_loss" in line or "gpu" in line or (is_due and not self._is_live):
-            text, overflow = plain_line(line, self.total_steps, step_seconds), "ellipsis" if self._is_live else "ignore"
-            self._console.print(Text(text), no_wrap=True, overflow=overflow, crop=self._is_live)
+            text = Text(plain_line(line, self.total_steps, step_seconds))
+            overflow: OverflowMethod = "ellipsis" if self._is_live else "ignore"
+            self._console.print(text, no_wrap=True, overflow=overflow, crop=self._is_live)
         if is_due:
             self._shown = now
         if is_due and self._is_live:
@@ -192,6 +192,7 @@ class RunLog:
             self._live.update(self._live_line(line, now), refresh=True)
 
     def _live_line(self, line: dict, now: float) -> Table:
+        assert self._first is not None  # `step` sets it before it shows a line
         step, (first, began) = line["step"], self._first
         shown = parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
         if step >= self.total_steps:

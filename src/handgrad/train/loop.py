@@ -1,7 +1,7 @@
 """The training loop: steps, and what happens between them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from handgrad.train.mfu import mfu
 from handgrad.train.resolve import Run
 from handgrad.train.trainer import Step, Trainer
 
-SAMPLING = {"temperature": 0.8, "top_k": 200}
+SAMPLING = Sampling(temperature=0.8, top_k=200)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ def report(run: Run, log: RunLog, f: Finished) -> None:
     """
     r, trainer, result, tokens = run.config.run, run.trainer, f.result, run.config.data.batch_tokens
     seconds = trainer.backend.seconds(f.begin, result.end)
+    val = run.val if f.due.val else None
     log.step(
         f.number,
         loss=result.loss,
-        val_loss=trainer.evaluate(run.val, r.val_tokens or None) if f.due.val else None,
+        val_loss=None if val is None else trainer.evaluate(val, r.val_tokens or None),
         lr=run.lr(f.number),
         grad_norm=result.grad_norm,
         tokens=tokens,
@@ -127,18 +128,19 @@ def report(run: Run, log: RunLog, f: Finished) -> None:
 
 def hellaswag(run: Run) -> float:
     """The share of HellaSwag's questions that the model answers rightly, by llm.c's rule."""
+    assert run.trainer.scorer is not None  # planned where there are questions
     return evals.evaluate("hellaswag", run.hellaswag, run.trainer.scorer)["acc_llmc"][0]
 
 
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights."""
     r = run.config.run
-    ids = run.trainer.generate(run.prompt, r.sample_tokens, Sampling(**SAMPLING, seed=r.seed))
+    ids = run.trainer.generate(run.prompt, r.sample_tokens, replace(SAMPLING, seed=r.seed))
     return run.tokenizer.decode([*run.prompt, *ids])
 
 
 def save(run: Run, wait: bool) -> None:
     """Writes a checkpoint of the step just done; without `wait`, while the next steps run."""
     r = run.config.run
-    kept = dict(keep_last=r.keep_last, keep_every=r.keep_every)
-    run.trainer.save(run.trainer.last_step, asdict(run.config), **kept, wait=wait)
+    trainer, config = run.trainer, asdict(run.config)
+    trainer.save(trainer.last_step, config, keep_last=r.keep_last, keep_every=r.keep_every, wait=wait)

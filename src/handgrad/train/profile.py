@@ -65,14 +65,14 @@ class Profile:
 
     def _row(self, name: str, indices: Iterable[int]) -> Row:
         calls = [self.calls[i] for i in indices]
-        bounds = [self.bound(c) for c in calls]
+        bounds = [bound for c in calls if (bound := self.bound(c)) is not None]
         return Row(
             name,
             len(calls),
             sum(self.seconds[i] for i in indices),
             sum(c.op.nbytes(c) for c in calls),
             sum(c.flops for c in calls),
-            None if None in bounds else sum(bounds),
+            sum(bounds) if len(bounds) == len(calls) else None,
         )
 
     def write_trace(self, path: str | Path) -> None:
@@ -134,11 +134,14 @@ def profile(
     results[-1].loss  # noqa: B018  the queue is empty when the traces begin
     marks = [result.end for result in results[warm - 1 :]]
     step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
-    calls: list[Call] = []
-    traces = []
-    for _ in range(steps):
-        calls, seconds = [], []
-        trainer.trace(lambda c, s, calls=calls, seconds=seconds: (calls.append(c), seconds.append(s)))
-        traces.append(seconds)
-    medians = tuple(statistics.median(times) for times in zip(*traces))
-    return Profile(tuple(calls), medians, step_seconds, flops_limit, bytes_limit)
+    traces = [trace(trainer) for _ in range(steps)]
+    calls = tuple(c for c, _ in traces[0])
+    medians = tuple(statistics.median(seconds for _, seconds in same) for same in zip(*traces))
+    return Profile(calls, medians, step_seconds, flops_limit, bytes_limit)
+
+
+def trace(trainer: Trainer) -> list[tuple[Call, float]]:
+    """Runs a step call by call; returns the calls and their seconds."""
+    found: list[tuple[Call, float]] = []
+    trainer.trace(lambda c, seconds: found.append((c, seconds)))
+    return found

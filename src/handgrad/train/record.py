@@ -22,14 +22,14 @@ class Programs:
 
     train: Program
     loss: Program | None
-    engine: tuple[Program, ...]
+    engine: tuple[Program, Program] | None
     scorer: tuple[Program, ...]
 
     def __iter__(self) -> Iterator[Program]:
         yield self.train
         if self.loss is not None:
             yield self.loss
-        yield from self.engine
+        yield from self.engine or ()
         yield from self.scorer
 
 
@@ -48,7 +48,7 @@ def record(
     return Programs(
         record_train(model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates),
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
-        record_engine(model, precision.working) if "sample" in extra else (),
+        record_engine(model, precision.working) if "sample" in extra else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
 
@@ -70,8 +70,13 @@ def record_train(
     if seq_len > model.max_seq_len:
         rule = f"the model reads at most {model.max_seq_len} tokens"
         raise HandgradError("train", rule, f"seq_len {seq_len}", hint="--model.max-seq-len")
-    types = dict(grad_dtype=precision.gradients, master=precision.master_weights)
-    p = Program(precision.working, trains=True, accumulates=accumulates, **types)
+    p = Program(
+        precision.working,
+        trains=True,
+        accumulates=accumulates,
+        grad_dtype=precision.gradients,
+        master=precision.master_weights,
+    )
     forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)

@@ -3,7 +3,7 @@
 import glob
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Model, family, preset
+from handgrad.models import Model, family, make, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.config import SIZES, Config
+from handgrad.train.config import SIZES, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.outliers import Guard
@@ -77,11 +77,14 @@ def resolve(c: Config, out: Path) -> Run:
     execution = execution_of(c, tuple(name for name, is_wanted in wanted.items() if is_wanted))
     backend = open_backend(r.backend, r.threads, precision)
     optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
-    built = dict(execution=execution, precision=precision, backend=backend)
     try:
-        trainer = Trainer(model, optim, data, **built, start=start, out=out)
+        trainer = Trainer(
+            model, optim, data, execution=execution, precision=precision, backend=backend, start=start, out=out
+        )
     except HandgradError as error:
-        raise (priced(error, model, data, **built) if error.where == "memory" else error) from None
+        if error.where != "memory":
+            raise
+        raise priced(error, model, data, execution, precision, backend) from None
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume() if r.resume else 0
     if done > r.steps:
@@ -131,14 +134,14 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     if m.init in ("random", "llmc"):
         return c, Start(c.run.seed, m.init)
     source = open_source(m.init)
-    sizes = {name: getattr(source.model, name) for name in (*SIZES, "vocab_size")}
-    for name, size in ({"depth": 0} | sizes).items():
-        if getattr(m, name) not in (0, size):
+    brought = {"family": source.model.family} | settings_of(source.model)
+    brought.pop("dropout", None)  # a choice of the run
+    for name in ("family", "depth", *SIZES, "vocab_size"):
+        if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--model.{name.replace('_', '-')} is left to the model that --model.init names"
             raise HandgradError("model", rule, getattr(m, name))
     check_same_tokens(source, tokenizer)
-    model = replace(m, **sizes, family=source.model.family, tie_embeddings=source.model.tie_embeddings)
-    return replace(c, model=model), Start(c.run.seed, source.weights)
+    return replace(c, model=replace(m, **brought)), Start(c.run.seed, source.weights)
 
 
 def find_model(c: Config, vocab_size: int) -> Model:
@@ -148,15 +151,31 @@ def find_model(c: Config, vocab_size: int) -> Model:
         raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
     sizes = preset(f"d{m.depth}" if m.depth else m.preset)
     sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
-    return family(m.family)(**sizes, dropout=m.dropout, tie_embeddings=m.tie_embeddings)
+    known = [f.name for f in fields(family(m.family))]
+    for name in ("dropout", "tie_embeddings"):
+        if name in known or getattr(m, name) != getattr(ModelConfig, name):
+            sizes[name] = getattr(m, name)
+    return make(m.family, sizes)
+
+
+def settings_of(model: Model) -> dict[str, Any]:
+    """The fields of a model that are settings too."""
+    return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
 def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
     """The batches that the settings ask for."""
     d, seq_len = c.data, c.data.seq_len or model.max_seq_len
     batch_tokens = d.batch_tokens or c.run.micro_batch * seq_len
-    order = dict(seed=c.run.seed, shuffle=d.shuffle, overfit=d.overfit)
-    return hg_data.tokens(shards, seq_len, batch_tokens, **order, vocab_size=model.vocab_size)
+    return hg_data.tokens(
+        shards,
+        seq_len,
+        batch_tokens,
+        seed=c.run.seed,
+        shuffle=d.shuffle,
+        overfit=d.overfit,
+        vocab_size=model.vocab_size,
+    )
 
 
 def validation_data(shards: str, data: hg_data.Tokens, model: Model) -> hg_data.Tokens:
@@ -170,22 +189,29 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    backend = resolve_name(c.run.backend)
-    dtype = best_dtype(backend) if c.run.dtype == "auto" else c.run.dtype
+    found: dict[str, Any] = {"backend": resolve_name(c.run.backend)}
+    found["dtype"] = best_dtype(found["backend"]) if c.run.dtype == "auto" else c.run.dtype
     return Config(
-        replace(c.model, **asdict(model)),
+        replace(c.model, **settings_of(model)),
         replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
         replace(c.optim, final=final),
-        replace(c.run, out=str(out), steps=steps, dtype=dtype, backend=backend, prompt=c.run.prompt or "\n"),
+        replace(c.run, out=str(out), steps=steps, prompt=c.run.prompt or "\n", **found),
     )
 
 
 def execution_of(c: Config, extra_programs: tuple[str, ...]) -> Execution:
     """How the steps of these settings are executed."""
-    r, guard = c.run, Guard(c.run.skip_loss_z, c.run.skip_grad_z)
-    sizes = dict(micro_batch=r.micro_batch, recompute=r.recompute, head_bytes=r.head_mib * MIB)
-    where = dict(backend=r.backend, threads=r.threads)
-    return Execution(**sizes, extra_programs=extra_programs, **where, check=r.check, guard=guard)
+    r = c.run
+    return Execution(
+        micro_batch=r.micro_batch,
+        recompute=r.recompute,
+        head_bytes=r.head_mib * MIB,
+        extra_programs=extra_programs,
+        backend=r.backend,
+        threads=r.threads,
+        check=r.check,
+        guard=Guard(r.skip_loss_z, r.skip_grad_z),
+    )
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
@@ -204,7 +230,7 @@ def check_readable(
     data.batch(0, micro_batch=1, names=trainer.program.inputs)  # tokens of another vocabulary show here, most often
     if val is not None:
         next(val.sweep(1))
-    if hellaswag:
+    if trainer.scorer is not None:
         trainer.scorer.texts([pair for item in hellaswag for pair in item.pairs])
 
 
@@ -212,14 +238,13 @@ def priced(
     error: HandgradError,
     model: Model,
     data: hg_data.Tokens,
-    *,
     execution: Execution,
     precision: Precision,
     backend: Backend,
 ) -> HandgradError:
     """The error of an arena that does not fit, with what each remedy would save."""
-    same = dict(execution=execution, precision=precision, backend=backend)
-    page = explain(model, data.seq_len, **same, accumulation=micro_batches(data, execution.micro_batch))
+    count = micro_batches(data, execution.micro_batch)
+    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, accumulation=count)
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0

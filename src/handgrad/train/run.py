@@ -45,8 +45,9 @@ def train(c: Config, quiet: bool = False) -> int:
 def open_log(run: Run, quiet: bool) -> RunLog:
     """The log of the run; if it resumes with other settings, a line says which."""
     r, settings = run.config.run, asdict(run.config)
-    where = dict(tensorboard=r.tensorboard, wandb=r.wandb, settings=settings, quiet=quiet)
-    log = RunLog(run.out, r.steps, resumed_at=run.done, **where)
+    log = RunLog(
+        run.out, r.steps, resumed_at=run.done, tensorboard=r.tensorboard, wandb=r.wandb, settings=settings, quiet=quiet
+    )
     changed = changes(run.out, run.config) if run.done else ""
     if changed and run.done < r.steps:
         log.event(run.done, f"from here on {changed}")

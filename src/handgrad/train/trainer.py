@@ -50,7 +50,8 @@ class Step:
     end: Any
 
     def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
-        self._finish, self._values = finish, None
+        self._finish = finish
+        self._values: tuple[float, float, str, int] | None = None
 
     def _wait(self) -> tuple[float, float, str, int]:
         if self._values is None:
@@ -143,9 +144,11 @@ class Trainer:
 
     def step(self, step: int, lr: float) -> Step:
         """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
-        sequences = self.execution.micro_batch
-        wanted = dict(micro_batch=sequences, names=self.program.inputs)
-        batches = [self.data.batch(step - 1, micro_step=k, **wanted) for k in range(self.accumulation)]
+        sequences, names = self.execution.micro_batch, self.program.inputs
+        batches = [
+            self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
+            for k in range(self.accumulation)
+        ]
         counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
@@ -334,7 +337,8 @@ class Trainer:
             return 0
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
-        theirs, mine = (flat_fields(d) for d in (to_dict(from_dict(saved, "resume", path)), to_dict(self.model)))
+        theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
+        mine = flat_fields(to_dict(self.model))
         for key, value in mine.items():
             if theirs.get(key) != value:
                 hint = "another --run.out, or the flags of the first run"

@@ -15,7 +15,7 @@ Points = Sequence[tuple[int, float]]  # (step, value)
 
 SIZES = ("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len")
 # OpenAI's GPT-2: sizes, name, loss on the validation set of llm.c's notebook, HellaSwag accuracy by llm.c's rule
-OPENAI = {
+OPENAI: dict[tuple[object, ...], tuple[str, float, float]] = {
     (12, 12, 768, 50257, 1024): ("OpenAI GPT-2 124M", 3.424958, 0.294463),
     (24, 16, 1024, 50257, 1024): ("OpenAI GPT-2 355M", 3.083089, 0.375224),
     (36, 20, 1280, 50257, 1024): ("OpenAI GPT-2 774M", 3.000580, 0.431986),
