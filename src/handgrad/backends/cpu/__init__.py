@@ -28,9 +28,7 @@ class CpuExecutable(Executable):
 
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
         segment = segment or Segment(0, len(self.program.calls))
-        self._lib.set_threads(
-            self.threads
-        )  # scratch was planned for them; other open backends may have set another number
+        self._lib.set_threads(self.threads)  # scratch was planned for these; another backend may have set others
         address = self._entries(micro_batch).ctypes.data
         self._lib.run(address + ENTRY_BYTES * segment.start, segment.stop - segment.start)
 

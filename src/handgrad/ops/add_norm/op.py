@@ -124,9 +124,8 @@ class NormBackward(Op):
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
             rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
-            d["ROWS"] = rows = (
-                rows if rows < 4 else rows // 4 * 4
-            )  # each of the four partitions of an SM has its own registers
+            rows = rows if rows < 4 else rows // 4 * 4  # an SM has four partitions with registers of their own
+            d["ROWS"] = rows
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
@@ -145,10 +144,7 @@ class NormBackward(Op):
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name in (
-            "mean",
-            "rstd",
-        ):  # the statistics of s, with eps 1, so that a single column does not amplify rounding
+        if arg.name in ("mean", "rstd"):  # of s; eps is 1, so that a single column does not amplify rounding
             mean = v["s"].mean(-1)
             return mean if arg.name == "mean" else 1 / (((v["s"] - mean[:, None]) ** 2).mean(-1) + 1.0) ** 0.5
         return None
