@@ -223,7 +223,7 @@ class Program:
         """Raises unless an inout output has the shape and dtype that its kernel writes, or is optional and absent."""
         if target is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
+                raise HandgradError(op.name, f"inout output '{arg.name}' is missing", context=f"recorded at {where}")
             return
         found = (target.size,) if len(arg.dims) == 1 else target.shape  # one letter stands for any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))

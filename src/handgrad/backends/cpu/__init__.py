@@ -90,7 +90,9 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch
 class CpuBackend(Backend):
     """C kernels on `threads` threads (0: one per physical core). `isa` is the instruction set that they use."""
 
-    name, head_rows, head_bytes = "cpu", 512, 512 * 50304 * 4
+    name = "cpu"
+    head_rows = 512
+    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, threads: int = 0):
         self._lib = library()

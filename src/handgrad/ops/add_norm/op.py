@@ -82,7 +82,7 @@ class Norm(Op):
         return {"y": "norm"}
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = g.take(c.x)  # x also feeds the residual: its gradient so far is added
+        ds = g.take(c.x)  # x also feeds the residual: the kernel adds the gradient from there
         return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
 
 
@@ -118,7 +118,7 @@ class NormBackward(Op):
         N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
         streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
-        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per row in work: two rows of each stream; sums
+        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per concurrent row: two rows per stream; sums
         staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
         if d["TEAM"] == 32:  # one block per SM, of as many warps as registers and shared memory allow
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
