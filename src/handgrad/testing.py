@@ -193,10 +193,8 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
         p, c = case_program(op, case, dtype, accumulate=accumulate)
         arrays = case_arrays(op, c, seed)
         runs = [run_case(p, c, arrays, b, micro_batch) for b in (RefBackend(), RefBackend(exact=False), backend)]
-        near = []
-        if (
-            op.ill_conditioned and dtype is F32
-        ):  # in bf16 every element is rounded, so the oracle's error is no single sample
+        near = []  # not for bf16: it rounds every element, so the oracle's error is not a single sample
+        if op.ill_conditioned and dtype is F32:
             near = [run_case(p, c, a, RefBackend(), micro_batch) for a in neighbours(arrays)]
         terms = max([1, *c.sizes.values()])
         for arg in op.out_args:
@@ -210,9 +208,8 @@ def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0
             error = float(np.max(np.abs(got - exact), initial=0.0))
             if not np.isfinite(got).all():
                 error = np.inf
-            errors.append(
-                Error(arg.name, error, limit, float(np.mean((got - exact) ** 2) / (np.mean(exact**2) + 1e-300)))
-            )
+            nmse = float(np.mean((got - exact) ** 2) / (np.mean(exact**2) + 1e-300))
+            errors.append(Error(arg.name, error, limit, nmse))
     return errors
 
 

@@ -104,10 +104,14 @@ class RefExecutable(Executable):
 class RefBackend(Backend):
     """exact: float64. Otherwise the planned arena in declared dtypes, optionally poisoned."""
 
-    name, hardware, head_rows, head_bytes = "ref", "numpy", 512, 512 * 50304 * 4
+    name = "ref"
+    hardware = "numpy"
+    head_rows = 512
+    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, exact: bool = True, poison: bool = False):
-        self.exact, self.poison = exact, poison and not exact
+        self.exact = exact
+        self.poison = poison and not exact
 
     def has(self, op: Op) -> bool:
         return True

@@ -239,7 +239,7 @@ def bind_dims(op: Op, ins: tuple[Tensor | None, ...], attrs: dict[str, Any], whe
     for arg, t in zip(op.in_args, ins):
         if t is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"needs input '{arg.name}'", "nothing", context=context)
+                raise HandgradError(op.name, f"input '{arg.name}' is missing", context=context)
             continue
         if len(t.shape) != len(arg.dims):
             rule = f"{arg.name} has dimensions ({','.join(arg.dims)})"

@@ -57,9 +57,7 @@ class Program:
     states: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
-    slots: dict[Tensor, Tensor] = field(
-        default_factory=dict
-    )  # while backward is recorded: activation to its gradient so far
+    slots: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: activations to their gradients so far
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: str = "forward"
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -225,11 +223,9 @@ class Program:
         """Raises unless an inout output has the shape and dtype that its kernel writes, or is optional and absent."""
         if target is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"needs a tensor to write '{arg.name}' into", "nothing")
+                raise HandgradError(op.name, f"inout output '{arg.name}' is missing", context=f"recorded at {where}")
             return
-        found = (
-            (target.size,) if len(arg.dims) == 1 else target.shape
-        )  # one letter: the kernel takes any shape, flattened
+        found = (target.size,) if len(arg.dims) == 1 else target.shape  # one letter stands for any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:

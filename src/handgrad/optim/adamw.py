@@ -31,7 +31,7 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise HandgradError("optim", "betas are in [0, 1)", self.betas)
+            raise HandgradError("optim", "both betas lie in [0, 1)", self.betas)
         for name in ("eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0.0:
                 raise HandgradError("optim", f"{name} is not negative", getattr(self, name))

@@ -54,7 +54,7 @@ def schedule(kind: str, peak: float, warmup: int, steps: int, final: float | Non
     if kind not in SCHEDULES:
         raise HandgradError("schedule", f"the kind is one of {', '.join(SCHEDULES)}", f"'{kind}'")
     if warmup < 0 or warmup > steps:
-        raise HandgradError("schedule", f"warm-up is between 0 and the {steps} steps of the run", warmup)
+        raise HandgradError("schedule", f"warm-up lies between 0 and the {steps} steps of the run", warmup)
     return SCHEDULES[kind](peak, warmup, steps, **({} if final is None else {"final": final}))
 
 

@@ -28,9 +28,7 @@ class CpuExecutable(Executable):
 
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
         segment = segment or Segment(0, len(self.program.calls))
-        self._lib.set_threads(
-            self.threads
-        )  # scratch was planned for them; other open backends may have set another number
+        self._lib.set_threads(self.threads)  # scratch was planned for these; another backend may have set others
         address = self._entries(micro_batch).ctypes.data
         self._lib.run(address + ENTRY_BYTES * segment.start, segment.stop - segment.start)
 
@@ -92,7 +90,9 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch
 class CpuBackend(Backend):
     """C kernels on `threads` threads (0: one per physical core). `isa` is the instruction set that they use."""
 
-    name, head_rows, head_bytes = "cpu", 512, 512 * 50304 * 4
+    name = "cpu"
+    head_rows = 512
+    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, threads: int = 0):
         self._lib = library()

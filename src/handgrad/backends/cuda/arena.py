@@ -34,9 +34,7 @@ class CudaArena(Arena):
         self._staging = device.pinned(CHUNK * CHUNKS)
         self._events: list[Any] = [None] * CHUNKS
         self._next = 0
-        self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(
-            list
-        )  # by size: unused pinned buffers, with an event each
+        self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # by size: pinned buffers and their events
         self._written: dict[int, np.ndarray] = {}  # step scalars as the host wrote them last
 
     def __del__(self) -> None:

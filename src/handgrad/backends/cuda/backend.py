@@ -122,13 +122,13 @@ class CudaBackend(Backend):
     cudnn: use cuDNN's attention if it is installed
     """
 
-    name, head_rows, head_bytes, is_concurrent = (
-        GpuPlanner.name,
-        GpuPlanner.head_rows,
-        GpuPlanner.head_bytes,
-        GpuPlanner.is_concurrent,
-    )
-    dtypes, grad_dtypes, is_asynchronous = ("f32", "tf32", "bf16"), ("f32", "bf16"), True
+    name = GpuPlanner.name
+    head_rows = GpuPlanner.head_rows
+    head_bytes = GpuPlanner.head_bytes
+    is_concurrent = GpuPlanner.is_concurrent
+    dtypes = ("f32", "tf32", "bf16")
+    grad_dtypes = ("f32", "bf16")
+    is_asynchronous = True
     truncated_terms = 16  # k of one mma instruction
 
     def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):

@@ -19,7 +19,7 @@ from handgrad.backends.cuda.planner import GEMM_WORKSPACE, WORTH_TUNING
 from handgrad.core.errors import HandgradError
 
 CANDIDATES = 16  # proposals that we request; the heuristic returns at most 8
-WORTH_SEARCHING = 5e10  # FLOP: 0.1 ms; smaller GEMMs choose among the proposals alone
+WORTH_SEARCHING = 5e10  # FLOP: 0.1 ms on an H100; smaller GEMMs try the proposals only
 SAMPLE_FLOPS, LONG_SAMPLE_FLOPS = 5e11, 1e13  # of a timed sample: about 1 ms and 15 ms on an H100
 VARIANTS = 64  # configurations that run twice: those with the least work, including padding of tiles and waves
 FINALISTS, LONG_FINALISTS = 6, 3  # variants that get a timed sample; algorithms that get a long one

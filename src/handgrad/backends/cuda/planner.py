@@ -37,7 +37,8 @@ PRODUCT_NAMES = {  # as the driver reports them
 class GpuPlanner(Planner):
     """The planning part of the cuda backend. gpu: a key of GPUS, or the features of any GPU."""
 
-    name, is_concurrent = "cuda", True
+    name = "cuda"
+    is_concurrent = True
     head_rows = 32768
     head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 

@@ -82,7 +82,7 @@ class Norm(Op):
         return {"y": "norm"}
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = g.take(c.x)  # x also feeds the residual: its gradient so far is added
+        ds = g.take(c.x)  # x also feeds the residual: the kernel adds the gradient from there
         return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
 
 
@@ -118,15 +118,14 @@ class NormBackward(Op):
         N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
         streams, sums = 2 + (c.ds is not None), 2 + (c.dhb is not None)
         d = _layout(c, packs=7)
-        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per row in work: two rows of each stream; sums
+        staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per concurrent row: two rows per stream; sums
         staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
         if d["TEAM"] == 32:  # one block per SM, of as many warps as registers and shared memory allow
             held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
             rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
-            d["ROWS"] = rows = (
-                rows if rows < 4 else rows // 4 * 4
-            )  # each of the four partitions of an SM has its own registers
+            rows = rows if rows < 4 else rows // 4 * 4  # an SM has four partitions with registers of their own
+            d["ROWS"] = rows
         else:
             rows, held = 1, max(1, 512 // d["TEAM"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
@@ -145,10 +144,7 @@ class NormBackward(Op):
         )
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if arg.name in (
-            "mean",
-            "rstd",
-        ):  # the statistics of s, with eps 1, so that a single column does not amplify rounding
+        if arg.name in ("mean", "rstd"):  # of s; eps is 1, so that a single column does not amplify rounding
             mean = v["s"].mean(-1)
             return mean if arg.name == "mean" else 1 / (((v["s"] - mean[:, None]) ** 2).mean(-1) + 1.0) ** 0.5
         return None

@@ -265,7 +265,10 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
   float scale = 1.0f / sqrtf((float)D), max[BR], factor[BC];
   vfloat sum[BR];  // by lanes
   pack_rows(w->q, q, x->q_row, n, (int)round_up(n, MR), D);
-  for (int r = 0; r < n; r++) max[r] = -INFINITY, sum[r] = (vfloat){0};
+  for (int r = 0; r < n; r++) {
+    max[r] = -INFINITY;
+    sum[r] = (vfloat){0};
+  }
   for (int64_t key = 0; key < smaller(first + n, keys); key += BC) {
     int64_t shift = first - key;
     block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, shift, D);

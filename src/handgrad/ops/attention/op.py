@@ -195,9 +195,8 @@ class AttentionBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         library = _sdpa(c, gpu, "backward") if _library(c, gpu) else None
-        stats = (
-            8 * c.sizes["B"] * c.sizes["H"] * -(-c.sizes["T"] // 128) * 128
-        )  # two floats per row, rounded up to whole blocks
+        rows = -(-c.sizes["T"] // 128) * 128  # whole blocks
+        stats = 8 * c.sizes["B"] * c.sizes["H"] * rows  # two floats per row
         if _fits_wgmma(c, gpu):
             args = "tma.dqkv tma.dy tma.qkv", "tma.y scratch lse", "scratch"
             dq = _wgmma(c, gpu, "attention_backward_dq_wgmma_kernel", f"{args[0]} {args[1]}", c.sizes["H"])

@@ -37,9 +37,7 @@ class Dropout(Op):
         return Launches((Kernel("dropout_forward_kernel", args, grid, THREADS, 0, defines),))
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        return {
-            "x": g.emit(dropout, d["y"], **c.attrs)
-        }  # linear and diagonal: the gradient is the same op, with the same mask
+        return {"x": g.emit(dropout, d["y"], **c.attrs)}  # linear and diagonal: the same op, with the same mask
 
 
 dropout = Dropout()

@@ -12,13 +12,13 @@ def test_dropout():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999])
-def test_the_kept_fraction(p):
+def test_dropout_keeps_a_fraction_of_one_minus_p(p):
     n = 1_000_000
     kept = keep_mask(np.arange(n), p, seed=1, step=2, micro_step=3, call=4).mean()
     assert abs(kept - (1 - p)) <= 5 * np.sqrt(p * (1 - p) / n)
 
 
-def test_every_coordinate_changes_the_mask():
+def test_every_counter_changes_the_dropout_mask():
     start = dict(seed=1, step=2, micro_step=3, call=4)
     masks = [
         keep_mask(np.arange(4096), 0.5, **start | change)
@@ -26,4 +26,4 @@ def test_every_coordinate_changes_the_mask():
     ]
     for i, one in enumerate(masks):
         for other in masks[:i]:
-            assert 0.4 < (one == other).mean() < 0.6  # independent fair coins agree half the time
+            assert 0.4 < (one == other).mean() < 0.6  # independent masks agree in half of the elements

@@ -1,4 +1,4 @@
-// global_norm: the L2 norm of all gradients and the factor that clips it                           math: README.md §2
+// global_norm: the L2 norm of all gradients and the clip factor                                    math: README.md §2
 // writes =  scalars.grad_norm, scalars.grad_scale
 // numerics  squares and sums in double: squares of finite gradients do not overflow, and order hardly matters
 // layout    threads divide chunks of elements; one partial sum a chunk

@@ -11,7 +11,7 @@ BACKENDS = [open_backend("cpu"), RefBackend(exact=False)]
 
 
 def norm_and_scale(change, backend):
-    """grad_norm and grad_scale of the largest small case after `change` was made to its gradient."""
+    """grad_norm and grad_scale of a case of 100,003 elements whose gradient `change` modifies."""
     p, c = case_program(global_norm, global_norm.cases[2], F32)
     grad = case_arrays(global_norm, c)["grad"]
     change(grad)
@@ -24,7 +24,7 @@ def test_global_norm():
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_element_reaches_the_norm(bad, backend):
+def test_non_finite_element_makes_the_norm_non_finite_and_the_scale_zero(bad, backend):
     norm, scale = norm_and_scale(lambda grad: np.put(grad, 77_777, bad), backend)
     assert (np.isnan(norm) if np.isnan(bad) else np.isinf(norm)) and scale == 0.0  # no update
     norm, scale = norm_and_scale(lambda grad: None, backend)

@@ -47,9 +47,7 @@ class Linear(Op):
         return attrs["keep_pre"]
 
     def ref(self, v: Any) -> tuple:
-        pre = v.round(
-            reference.linear_forward(v.x, v.w, v.b)
-        )  # gelu reads the stored value, so recomputing it gives the same bits
+        pre = v.round(reference.linear_forward(v.x, v.w, v.b))  # GELU of the stored value: the same bits if recomputed
         return (reference.gelu(pre) if v.gelu else pre), pre
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ def test_linear(name):
 
 
 def error_with_readers(readers):
-    """The worst gradient of x -> linear with GELU -> one linear for each reader -> loss. A reader "pre" is told of the
-    pre-activation and gives its gradient; a reader "y" is not, and gives that of GELU's output."""
+    """The largest gradient error of x -> linear with GELU -> one linear per reader -> loss. A reader "pre" gets the
+    pre-activation and returns its gradient; a reader "y" returns the gradient of GELU's output."""
     N, K, H, M, V = 6, 5, 7, 9, 11
 
     def record(g):
@@ -50,11 +50,11 @@ def error_with_readers(readers):
 
 
 @pytest.mark.parametrize("readers", [("pre",), ("y",), ("pre", "y"), ("pre", "pre")], ids="+".join)
-def test_the_gradient_comes_through_the_output_and_through_the_pre_activation(readers):
+def test_gradient_of_gelu_output_and_of_pre_activation(readers):
     assert error_with_readers(readers) < 1e-6
 
 
-def test_a_pre_activation_without_its_slope_is_caught(monkeypatch):
+def test_missing_gelu_derivative_is_caught(monkeypatch):
     kind = type(OPS["linear_backward_x"])
     right = kind.ref
     monkeypatch.setattr(kind, "ref", lambda self, v: right(self, type(v)(**{**vars(v), "pre": None})))

@@ -45,9 +45,7 @@ class LmLoss(Op):
         return reference.lm_loss_forward(v.x, v.w, v.targets, v.V, v.ignore_index, v.round), None
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
-        if (
-            arg.name == "w" and v["C"] > 64
-        ):  # keeps logits small: the rounding of large ones dominates all other errors in e^z
+        if arg.name == "w" and v["C"] > 64:  # small logits: the rounding of large ones dominates all errors of e^z
             return rng.standard_normal(shape) * 0.25
         return _targets(rng, shape, v) if arg.name == "targets" else None
 

@@ -17,9 +17,9 @@ def test_lm_loss(op):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs both")
-@pytest.mark.parametrize("size", [1, 32], ids=["kind", "some losses above 69 nats"])
+@pytest.mark.parametrize("size", [1, 32], ids=["small", "some losses above 69 nats"])
 def test_exponentials_of_large_logits(size):
-    """Stored exponentials are relative to the target's logit: rows where that overflows must be made again."""
+    """Stored exponentials are relative to the target's logit: rows in which they overflow are recomputed."""
     from tests.emulator import EmulatedBackend
 
     p, c = case_program(lm_loss_forward_backward, next(c for c in lm_loss.cases if c.sizes["C"] == 512), BF16)

@@ -1,6 +1,6 @@
 // The GEMM of linear and lm_loss; gemm.c explains how it works.
 //
-//   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float, whatever the element type
+//   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float for every element type
 //
 // The result goes either to `sum` as float (parameter gradients, which may accumulate), or to `y` as real, after
 // pre = C + bias;  y = gelu ? gelu(pre) : pre.
