@@ -7,7 +7,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import ONLY, MicroBatch, Op, When
+from handgrad.core.op import ONLY, MicroBatch, Op, Phase, When
 from handgrad.core.params import ONES
 from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Role, Tensor
@@ -58,7 +58,7 @@ def test_calls_run_for_their_micro_batches_only(backend):
 def test_segments_are_consecutive_and_cover_the_list():
     p, _ = gradient_program([(1.0, When.ALWAYS)])
     assert p.segments.forward_backward == Segment(0, 1) and p.segments.norm_update == Segment(1, 1)
-    for phase in ("norm", "update", "update"):
+    for phase in (Phase.NORM, Phase.UPDATE, Phase.UPDATE):
         p.phase = phase
         p.emit(fill, into={"x": p.grads["w"]}, n=5, value=0.0)
     s = p.segments

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from handgrad.core.op import Call, Op, is_activation
+from handgrad.core.op import Call, Op, Phase, is_activation
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
@@ -65,7 +65,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             want = {name for name, out in source.named_outs() if out in dropped}
             kept = tuple(None if arg.name in want else out for arg, out in zip(source.op.out_args, source.outs))
             again = replace(source, outs=kept, ins=tuple(live(i) for i in source.ins))
-            with p.at(source, "recompute"):
+            with p.at(source, Phase.RECOMPUTE):
                 for name, new in source.op.recompute(p, again, want).items():
                     recomputed[getattr(source, name)] = new
         return recomputed[t]
@@ -83,7 +83,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             outs=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.out_args, c.outs)),
             ins=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.in_args, c.ins)),
         )
-        with p.at(c, "backward"):
+        with p.at(c, Phase.BACKWARD):
             for name, gradient in c.op.backward(p, view, d).items():
                 target = getattr(c, name)
                 if is_activation(target):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from handgrad.core.op import Call
+from handgrad.core.op import Call, Phase
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 
-PHASE = {"forward": "fwd", "recompute": "re", "backward": "bwd", "norm": "nrm", "update": "upd"}
+PHASE = dict(zip(Phase, ("fwd", "re", "bwd", "nrm", "upd")))
 
 
 def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:

@@ -6,7 +6,7 @@ arguments.py explains how arguments are declared.
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,16 @@ class Case:
 def case(real: str = "", without: str = "", **sizes: Any) -> Case:
     """A case from keyword arguments: `case(N=7, C=33, eps=1e-5, without="b")`."""
     return Case(sizes, real, tuple(without.split()))
+
+
+class Phase(StrEnum):
+    """The part of a step that a call belongs to."""
+
+    FORWARD = auto()
+    RECOMPUTE = auto()
+    BACKWARD = auto()
+    NORM = auto()
+    UPDATE = auto()
 
 
 class When(Enum):
@@ -130,7 +140,7 @@ class Op:
         return True
 
     def cheap(self, c: "Call") -> dict[str, str]:
-        """Outputs that are cheap to recompute from what backward keeps anyway, with their kind: "act" or "norm"."""
+        """Outputs that are cheap to recompute from what backward keeps anyway, with their kind, act or norm."""
         return {}
 
     def recompute(self, g: Recorder, c: "Call", want: set[str]) -> dict[str, Tensor]:
@@ -181,7 +191,7 @@ class Call:
     outs: tuple[Tensor | None, ...]
     ins: tuple[Tensor | None, ...]
     attrs: dict[str, Any]
-    phase: str  # forward, recompute, backward, norm, update
+    phase: Phase
     block: str
     where: str  # file:line of the model code that recorded it
     sizes: dict[str, int]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Call, Scratch, is_activation
+from handgrad.core.op import Call, Phase, Scratch, is_activation
 from handgrad.core.params import Vector
 from handgrad.core.program import Program
 from handgrad.core.streams import joins
@@ -88,9 +88,9 @@ class Plan:
         for info in p.params.values():
             rows[info.block][0] += info.tensor.nbytes
             rows[info.block][1] += sum(info.tensor.size * v.dtype.size for v in state if v.covers(info.tensor))
-        read_later = {t for c in p.calls if c.phase != "forward" for t in c.ins if is_activation(t)}
+        read_later = {t for c in p.calls if c.phase is not Phase.FORWARD for t in c.ins if is_activation(t)}
         for t, c in p.producer.items():
-            if c.phase == "forward" and t in read_later:
+            if c.phase is Phase.FORWARD and t in read_later:
                 rows[c.block][2] += t.nbytes
         return [(block, params, state_and_grads, kept) for block, (params, state_and_grads, kept) in rows.items()]
 

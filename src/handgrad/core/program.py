@@ -10,7 +10,7 @@ from typing import Any
 from handgrad.core.arguments import Arg
 from handgrad.core.dtypes import BYTE, F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Call, Op, When, bind_dims
+from handgrad.core.op import Call, Op, Phase, When, bind_dims
 from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector, lay_out
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
@@ -59,7 +59,7 @@ class Program:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
     slots: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: activations to their gradients so far
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
-    phase: str = "forward"
+    phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
 
     def __post_init__(self) -> None:
@@ -80,8 +80,7 @@ class Program:
     def segments(self) -> Segments:
         """The list's segments. A program without an update has its calls in the first one."""
         phases = [c.phase for c in self.calls]
-        norm = phases.index("norm") if "norm" in phases else len(phases)
-        update = phases.index("update") if "update" in phases else len(phases)
+        norm, update = (phases.index(p) if p in phases else len(phases) for p in (Phase.NORM, Phase.UPDATE))
         return Segments(Segment(0, norm), Segment(norm, update), Segment(update, len(phases)))
 
     def part(self, segment: Segment | None) -> list[Call]:
@@ -157,7 +156,7 @@ class Program:
         self._block = outer
 
     @contextmanager
-    def at(self, call: Call, phase: str) -> Iterator[None]:
+    def at(self, call: Call, phase: Phase) -> Iterator[None]:
         """Records calls on behalf of another one: with its block and source line, in the given phase."""
         outer = self.phase, self._block, self._where
         self.phase, self._block, self._where = phase, call.block, call.where

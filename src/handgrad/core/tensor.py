@@ -15,7 +15,7 @@ class Role(Enum):
     INPUT = "input"  # written by the host before a step
     PARAM = "param"
     GRAD = "grad"  # of a parameter
-    STATE = "state"  # kept from step to step: AdamW's moments, low halves of weights, the KV cache
+    STATE = "state"  # kept from step to step: optimizer moments, low halves of weights, the KV cache
     ACT = "act"  # live from its first to its last use in the list
     SCALARS = "step scalar"
 

@@ -5,7 +5,7 @@
 All other arguments are the harness's own. A program that calls the harness calls `register` first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from handgrad.core.errors import HandgradError
@@ -67,25 +67,30 @@ def register() -> type:
             """The continuation up to the first of settings["until"]; greedy without do_sample."""
             if self._engine is None:  # an arena of its own: few tasks write text
                 self._engine, _ = load_run(*self._from)
-            draws = settings.get("do_sample", settings.get("temperature", 0) > 0)
-            sampling = Sampling(
-                temperature=settings.get("temperature", 1.0) if draws else 0.0,
-                top_k=settings.get("top_k", 0),
-                top_p=settings.get("top_p", 1.0),
-            )
             until = settings.get("until") or []
-            stop = StopStrings([until] if isinstance(until, str) else until)
-            most = settings.get("max_gen_toks", 256)
             ids = self.tok_encode(context) or [self.eot_token_id]
-            said = self._engine.generate(ids, most, sampling, self._model.tokenizer.eot)
-            text = ""
-            for piece in self._model.tokenizer.stream(said):
-                text += stop.feed(piece)
-                if stop.found is not None:
-                    return text
-            return text + stop.finish()
+            most, tokenizer = settings.get("max_gen_toks", 256), self._model.tokenizer
+            said = tokenizer.stream(self._engine.generate(ids, most, sampling(settings), tokenizer.eot))
+            return cut(said, StopStrings([until] if isinstance(until, str) else until))
 
     return register_model("handgrad")(HandgradLM)
+
+
+def sampling(settings: dict[str, Any]) -> Sampling:
+    """How the harness's settings ask to sample: greedy unless they say otherwise."""
+    draws = settings.get("do_sample", settings.get("temperature", 0) > 0)
+    temperature = settings.get("temperature", 1.0) if draws else 0.0
+    return Sampling(temperature, settings.get("top_k", 0), settings.get("top_p", 1.0))
+
+
+def cut(pieces: Iterable[str], stop: StopStrings) -> str:
+    """The text of the pieces up to the first stop string."""
+    text = ""
+    for piece in pieces:
+        text += stop.feed(piece)
+        if stop.found is not None:
+            return text
+    return text + stop.finish()
 
 
 if __name__ == "__main__":

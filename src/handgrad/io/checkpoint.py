@@ -98,15 +98,7 @@ def save(
         out_dir.mkdir(parents=True, exist_ok=True)
         _clean(out_dir)
         building.mkdir()
-        _write_tensors(building / MODEL, tensors)
-        _write_tensors(building / STATE, state)
-        when_read()
-        _flush(building / MODEL)
-        _flush(building / STATE)
-        for name, content in ((META, text), (DONE, "")):
-            (building / name).write_text(content, encoding="utf-8")
-            _flush(building / name)
-        _flush(building)
+        _fill(building, tensors, state, text, when_read)
         old = final.with_name(final.name + ".old")
         if final.exists():
             final.rename(old)
@@ -121,6 +113,21 @@ def save(
     finally:
         shutil.rmtree(building, ignore_errors=True)  # already renamed if all went well
     return final
+
+
+def _fill(
+    folder: Path, tensors: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], meta: str, when_read: Callable
+) -> None:
+    """Writes the files of a checkpoint; DONE is the last one, and all are on disk when this returns."""
+    _write_tensors(folder / MODEL, tensors)
+    _write_tensors(folder / STATE, state)
+    when_read()
+    _flush(folder / MODEL)
+    _flush(folder / STATE)
+    for name, content in ((META, meta), (DONE, "")):
+        (folder / name).write_text(content, encoding="utf-8")
+        _flush(folder / name)
+    _flush(folder)
 
 
 class Writer:

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from handgrad.core.op import Phase
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
 from handgrad.ops import fill, global_norm
@@ -33,15 +34,15 @@ def record_step(g: Program, optim: Optimizer) -> None:
     Between the two segments the host can decide to skip the update.
     """
     g.group_by(optim.groups)
-    g.phase = "backward"
+    g.phase = Phase.BACKWARD
     for info in g.params.values():
         if not g.is_written(g.grad(info.tensor)):  # no call uses this parameter: its gradient is zero
             g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
-    g.phase = "norm"
+    g.phase = Phase.NORM
     g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)
-    g.phase = "update"
+    g.phase = Phase.UPDATE
     optim.declare(g)
     for bucket in g.buckets:
         with g.block(bucket.block, prefix=False):
             optim.update(g, bucket)
-    g.phase = "forward"
+    g.phase = Phase.FORWARD
