@@ -4,8 +4,8 @@ import pytest
 
 from handgrad.backends.cuda.planner import GPUS, describe
 from handgrad.core.dtypes import BF16, F32
-from handgrad.core.op import case
-from handgrad.launch import Kernel, resolve_pointer, resolve_scalar, tensor_map_shape, type_defines
+from handgrad.core.op import MicroBatch, case, resolve_number, resolve_pointer
+from handgrad.launch import Kernel, pointer_word, tensor_map_shape, type_defines
 from handgrad.ops import OPS, wgmma_gemm
 from handgrad.testing import case_program
 
@@ -18,7 +18,7 @@ def call():
 def test_pointers(call):
     assert resolve_pointer("x", call) == (call.x, 0)
     assert resolve_pointer("x@4096", call) == (call.x, 4096)
-    assert resolve_pointer("tma.x@4096:35x512", call) == (call.x, 4096)
+    assert resolve_pointer(pointer_word("tma.x@4096:35x512"), call) == (call.x, 4096)
     assert resolve_pointer("scratch@128", call) == ("scratch", 128)
     assert resolve_pointer("scalars", call) == ("scalars", 0)
 
@@ -29,8 +29,9 @@ def test_tensor_maps(call):
     assert tensor_map_shape("tma.x@4096:35x512", call) == (35, 512)
 
 
-def test_scalars(call):
-    assert [resolve_scalar(word, call) for word in ("V", "Vp", "35", "acc.dw")] == [513, 520, 35, 0]
+def test_numbers(call):
+    assert [resolve_number(word, call) for word in ("V", "Vp", "35", "accumulate.dw")] == [513, 520, 35, 0]
+    assert resolve_number("accumulate.dw", call, MicroBatch(first=False)) == 1
 
 
 def test_type_defines(call):
@@ -42,7 +43,7 @@ def test_chunks_map_their_rows_of_x_and_logits(call):
     launches = call.op.cuda(call, GPUS["h100"])
     gemms = [s for s in launches.steps if isinstance(s, Kernel) and s.file == "exp_gemm.cu"]
     words = [k.args.partition("|")[0].split() for k in gemms]
-    assert [resolve_pointer(w[0], call) for w in words] == [(call.x, 0), (call.x, 35 * 512 * 2)]
+    assert [resolve_pointer(pointer_word(w[0]), call) for w in words] == [(call.x, 0), (call.x, 35 * 512 * 2)]
     assert [[tensor_map_shape(word, call) for word in w[:3]] for w in words] == [[(35, 512), (520, 512), (35, 520)]] * 2
 
 
