@@ -42,6 +42,8 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    "-falign-functions=64",  # the GEMM tile loses 10 % on Zen 3 if its loop is shifted by 16 bytes
+    "-falign-loops=32",
     "-Wall",
     "-Wextra",
     "-I" + str(CPU / "include"),
