@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 
 def bandwidth(backend: Backend) -> float | None:
-    """Bytes/s of the memory by the card's data sheet; None where no table knows."""
+    """Bytes/s of the memory by the GPU's data sheet; None where no table knows."""
     device = getattr(backend, "device", None)
     if device is None:
         return None
