@@ -30,6 +30,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_no_placeholder_is_left():
+    log = (Path(__file__).parent.parent / "dev" / "LOG.md").read_text(encoding="utf-8")
+    assert not re.search(r"[A-Z]+_(FIGURES|PLACEHOLDER)", README + log)
+
+
 def test_train_without_arguments_reaches_readme_loss(folder):
     """Validation loss of at most 1.90 after 2000 steps, and a complete run folder."""
     out = folder / "runs" / "shakespeare-001"
