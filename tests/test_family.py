@@ -434,3 +434,9 @@ def test_settings_that_a_family_lacks_are_refused(words, tmp_path, capsys):
         assert capsys.readouterr().err == f"{rule}, but got '{field}'.\n"
     assert main(["explain", "tiny", "--family", "untied", "--dropout", "0.1"]) == 2
     assert capsys.readouterr().err.startswith("[model] a model of the family untied has ")
+
+
+def test_a_model_type_of_hugging_face_has_one_family():
+    with pytest.raises(HandgradError, match="gpt2 reads Hugging Face's 'gpt2'"):
+        register(dataclass(frozen=True)(type("Second", (GPT2,), {"family": "second"})))
+    assert "second" not in registry.FAMILIES

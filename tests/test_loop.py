@@ -153,3 +153,18 @@ def test_a_mark_on_a_gpu_is_a_timing_event(monkeypatch):
     assert calls[4:] == [("cuEventSynchronize", "event"), ("cuEventElapsedTime", "event", "event")]
     del begin, end
     assert calls[6:] == [("destroyed", "event")] * 2
+
+
+def test_the_last_step_is_yielded_with_nothing_due():
+    for is_asynchronous in (False, True):
+        trainer = Recorder(is_asynchronous)
+        assert [
+            f.number for f in steps(trainer, lambda n: 0.0, 1, 6, lambda n: Due(False, False, False, False, False))
+        ] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]

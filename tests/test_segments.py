@@ -99,3 +99,17 @@ def test_second_call_adds_to_the_gradient_within_a_micro_batch():
     assert [c.first for c in p.calls] == [frozenset({"dw"}), frozenset()]
     assert [c.accumulates("dw", ONLY) for c in p.calls] == [False, True]
     assert [c.accumulates("dw", LAST) for c in p.calls] == [True, True]
+
+
+def test_a_first_writer_of_the_last_micro_batch_is_refused():
+    """It would add to the gradient of the step before."""
+    with pytest.raises(HandgradError, match="runs in the first micro-batch"):
+        gradient_program([(1.0, When.LAST)])
+
+
+def test_gradient_calls_run_for_the_micro_batches_of_their_forward_call():
+    p, _ = gradient_program([(1.0, When.FIRST)])
+    p.when = When.ALWAYS
+    with p.at(p.calls[0], Phase.BACKWARD):
+        p.emit(fill, into={"x": p.grads["w"]}, n=5, value=1.0)
+    assert [c.when for c in p.calls] == [When.FIRST, When.FIRST] and p.when is When.ALWAYS

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import handgrad as hg
+from handgrad.backends import open_backend
 from handgrad.core.backward import backward
 from handgrad.core.dtypes import F32
 from handgrad.core.plan import plan
@@ -110,3 +111,24 @@ def test_stochastic_rounding_learns_and_resume_is_bit_exact(tmp_path):
     assert again.resume() == 20 and not any(name.startswith("low.") for name in again._state())
     rest = [again.step(k, 3e-3).loss for k in range(21, 41)]
     assert first + rest == [whole.step(k, 3e-3).loss for k in range(1, 41)] and rest[-1] < first[0] - 1
+
+
+class NoMasters(hg.optim.AdamW):
+    """AdamW that declares no low halves of weights."""
+
+    def declare(self, g):
+        g.master = False
+        super().declare(g)
+
+
+def test_bf16_weights_start_where_the_optimizer_keeps_no_low_halves(tokens):
+    execution = hg.Execution(micro_batch=4, backend="cpu", extra_programs=())
+    run = hg.Trainer(MODEL, NoMasters(), tokens, execution=execution, precision=hg.Precision("bf16"))
+    assert "low" not in run.plan.vectors and run.step(1, 1e-3).loss < 5
+
+
+def test_a_backend_of_another_precision_is_refused(tokens):
+    backend = open_backend("cpu")
+    backend.tf32 = True
+    with pytest.raises(hg.HandgradError, match="tf32=True"):
+        hg.Trainer(MODEL, hg.optim.AdamW(), tokens, execution=hg.Execution(micro_batch=4), backend=backend)

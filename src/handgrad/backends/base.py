@@ -98,6 +98,8 @@ class Backend(Planner):
     hardware: str  # a description for the log
     dtypes: tuple[str, ...] = ("f32", "bf16")
     grad_dtypes: tuple[str, ...] = ("f32",)
+    tf32: bool = False  # float32 matmuls round their operands
+    deterministic: bool = True  # same bits whatever is recomputed
     is_asynchronous: bool = False  # `run` returns before the device has finished
     truncated_terms: int = 0  # bf16 products that are summed and truncated together; 0: every addition rounds
     pci_bus: str = ""  # PCI address of the GPU, which identifies it for telemetry; empty: no GPU

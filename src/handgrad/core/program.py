@@ -158,10 +158,10 @@ class Program:
     @contextmanager
     def at(self, call: Call, phase: Phase) -> Iterator[None]:
         """Records calls on behalf of another one: with its block and source line, in the given phase."""
-        outer = self.phase, self._block, self._where
-        self.phase, self._block, self._where = phase, call.block, call.where
+        outer = self.phase, self._block, self._where, self.when
+        self.phase, self._block, self._where, self.when = phase, call.block, call.where, call.when
         yield
-        self.phase, self._block, self._where = outer
+        self.phase, self._block, self._where, self.when = outer
 
     def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
         """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`)."""
@@ -192,6 +192,9 @@ class Program:
                 self._check_inout(op, arg, target, sizes, where)
                 outs.append(target)
                 if target is not None and target.role in (Role.GRAD, Role.SCALARS) and target not in self._written:
+                    if self.when is When.LAST:
+                        rule = f"the first writer of '{target.name}' runs in the first micro-batch"
+                        raise HandgradError(op.name, rule, "a call for the last one", context=f"recorded at {where}")
                     self._written.add(target)
                     first.add(arg.name)
             elif arg.optional and not op.makes(arg.name, attrs, self.dtype):

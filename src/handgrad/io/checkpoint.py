@@ -151,6 +151,10 @@ class Writer:
     def wait_until_read(self) -> None:
         """Waits until the arrays may change. Raises the error of a save that has ended."""
         self._read.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a save that has ended, once; waits for none."""
         if self._saving is not None and self._saving.done():
             self.wait()
 

@@ -15,9 +15,13 @@ Family = TypeVar("Family", bound=type[Model])
 
 def register(cls: Family) -> Family:
     """Registers a family under its `family` name: the decorator of its dataclass."""
-    known = FAMILIES.setdefault(cls.family, cls)
-    if known is not cls:
+    if cls.family in FAMILIES:
         raise HandgradError("model", "every family has a name of its own", f"'{cls.family}' twice")
+    model_type = cls.hugging_face.get("model_type")
+    for other in FAMILIES.values():
+        if model_type is not None and other.hugging_face.get("model_type") == model_type:
+            raise HandgradError("model", f"{other.family} reads Hugging Face's '{model_type}'", f"'{cls.family}' too")
+    FAMILIES[cls.family] = cls
     return cls
 
 

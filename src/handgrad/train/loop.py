@@ -80,6 +80,7 @@ def steps(
             continue
         yield from waiting
         waiting, begin = [], trainer.backend.mark()  # after whatever the caller did
+    yield from waiting
 
 
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:

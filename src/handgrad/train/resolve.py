@@ -63,8 +63,8 @@ def resolve(c: Config, out: Path) -> Run:
     shards, val_shards, meta = find_data(c, out)
     hg_data.find_shards(shards)
     tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
-    c, start = find_start(c, out, tokenizer)
-    model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size)
+    c, start, source = find_start(c, out, tokenizer)
+    model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size, source)
     data = training_data(c, shards, model)
     c = complete(c, model, data, out)
     r, o = c.run, c.optim
@@ -125,30 +125,32 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own, hg_data.read_meta(folder)
 
 
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start]:
+def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
     """(the settings, what the run starts from). A model on disk brings its sizes, and a checkpoint all."""
     m, last = c.model, newest(out) if c.run.resume else None
     if last is not None:
         check_same_tokens(open_source(str(last)), tokenizer)
-        return c, Start(c.run.seed)
+        return c, Start(c.run.seed), None
     if m.init in ("random", "llmc"):
-        return c, Start(c.run.seed, m.init)
+        return c, Start(c.run.seed, m.init), None
     source = open_source(m.init)
     brought = {"family": source.model.family} | settings_of(source.model)
     brought.pop("dropout", None)  # a choice of the run
-    for name in ("family", "depth", *SIZES, "vocab_size"):
+    for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--model.{name.replace('_', '-')} is left to the model that --model.init names"
             raise HandgradError("model", rule, getattr(m, name))
     check_same_tokens(source, tokenizer)
-    return replace(c, model=replace(m, **brought)), Start(c.run.seed, source.weights)
+    return replace(c, model=replace(m, **brought)), Start(c.run.seed, source.weights), source.model
 
 
-def find_model(c: Config, vocab_size: int) -> Model:
-    """The model that the settings ask for, on data with this vocabulary."""
+def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
+    """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
     m = c.model
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
+    if source is not None:  # fields that are no settings stay, too
+        return make(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
     sizes = preset(f"d{m.depth}" if m.depth else m.preset)
     sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
     known = [f.name for f in fields(family(m.family))]

@@ -56,8 +56,7 @@ def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | 
     else:
         drawn = drawn or drawing(p, start.seed, "low" in arena.plan.vectors)
         for info, parts in zip(p.params.values(), drawn, strict=True):
-            for flat, values in parts.items():
-                arena.write_part(flat, info.tensor, values)
+            write_parts(arena, info.tensor, parts)
 
 
 def copy(p: Program, arena: Arena, weights: Weights) -> None:
@@ -109,5 +108,17 @@ def split(values: np.ndarray, splits: bool) -> Parts:
 
 def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
     """Sets a parameter from float32 values."""
-    for flat, part in split(values, "low" in arena.plan.vectors).items():
-        arena.write_part(flat, param, part)
+    write_parts(arena, param, split(values, has_low(arena, param)))
+
+
+def write_parts(arena: Arena, param: Tensor, parts: Parts) -> None:
+    """Writes a parameter's slices of flat vectors. Low halves are dropped where the optimizer keeps none: the high half
+    is the nearest bf16."""
+    for vector, values in parts.items():
+        if vector != "low" or has_low(arena, param):
+            arena.write_part(vector, param, values)
+
+
+def has_low(arena: Arena, param: Tensor) -> bool:
+    """Whether the optimizer keeps the low 16 bits of a parameter."""
+    return "low" in arena.plan.vectors and arena.plan.vectors["low"].covers(param)

@@ -158,7 +158,9 @@ class Trainer:
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
             self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
-        if not self.backend.is_asynchronous:  # a checkpoint is read where the weights lie
+        if self.backend.is_asynchronous:
+            self._writer.check()
+        else:  # a checkpoint reads the weights in place
             self._writer.wait_until_read()
         guarded = self.execution.guard.is_on
         if guarded:  # the host decides on the update
@@ -359,7 +361,7 @@ class Trainer:
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))
-        self._skips, self.last_step = saved["skips"], saved["step"]
+        self._skips, self.last_step, self._pending = saved["skips"], saved["step"], None
         # the next step begins where the last one ended, also if steps have another size from now on
         if not self.data.overfit:
             self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences
@@ -386,3 +388,7 @@ def check_precision(precision: Precision, backend: Backend) -> None:
         if value not in known:
             rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
             raise HandgradError("train", rule, f"'{value}'")
+    if precision.tf32 != backend.tf32 or precision.deterministic > backend.deterministic:
+        opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
+        hint = "open_backend(name, precision=...) with the trainer's precision"
+        raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)

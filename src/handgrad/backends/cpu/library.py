@@ -11,6 +11,7 @@ from handgrad.core.errors import HandgradError
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 PATH = Path(__file__).parent / "libhandgrad_cpu.so"
+RECOMPILE = "recompile the kernels: pip install -e ."
 
 
 def physical_threads() -> int:
@@ -54,6 +55,8 @@ class Library:
         if ISAS.index(wanted) > widest:
             raise HandgradError("cpu", f"this processor runs up to {ISAS[widest]}", f"HANDGRAD_ISA={wanted}")
         self.isa = wanted
+        if not hasattr(self._dll, "hg_skip"):
+            raise HandgradError("cpu", "the compiled kernels are of an earlier version", hint=RECOMPILE)
         self.skip = ctypes.cast(self._dll.hg_skip, ctypes.c_void_p).value
         self._checked: set[str] = set()
         self.run = self._dll.hg_run
@@ -88,7 +91,7 @@ class Library:
             compiled = ctypes.string_at(ctypes.addressof(symbol)).decode()
             if compiled != args:
                 rule = f"kernel {name} was compiled for the arguments '{compiled}'"
-                raise HandgradError("cpu", rule, f"'{args}'", hint="recompile the kernels: pip install -e .")
+                raise HandgradError("cpu", rule, f"'{args}'", hint=RECOMPILE)
             self._checked.add(name)
 
     def scratch(self, name: str, dtype: str, sizes: list[int]) -> int:

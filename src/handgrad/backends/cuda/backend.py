@@ -40,14 +40,12 @@ class CudaExecutable(Executable):
     def __init__(self, program: Program, arena: CudaArena, backend: "CudaBackend"):
         self.program, self.arena, self.device, self._capture = program, arena, backend.device, backend.graphs.capture
         self._joins = joins(program)
-        chosen = [(c, backend.launches(c)) for c in program.calls]
-        compiled = compile_all([s for c, launches in chosen for s in backend.sources(c, launches)])
-        self._bind: Callable[[int, MicroBatch], list[Start]] = lambda i, micro_batch: backend.bind_call(
-            *chosen[i], program, arena, compiled, self._stream(i), micro_batch
-        )
-        self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(chosen))]}
+        self._backend = backend
+        self._chosen = [(c, backend.launches(c)) for c in program.calls]
+        self._compiled = compile_all([s for c, launches in self._chosen for s in backend.sources(c, launches)])
+        self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(self._chosen))]}
         self._fork = self.device.event()
-        self._done = {i: self.device.event() for i in range(len(chosen)) if self._overlaps(i)}
+        self._done = {i: self.device.event() for i in range(len(self._chosen)) if self._overlaps(i)}
         self._graphs: dict[tuple[Segment, MicroBatch], Graph | None] = {}
         self._replays = deque(self.device.event(blocking=True) for _ in range(AHEAD))
 
@@ -86,6 +84,10 @@ class CudaExecutable(Executable):
             same = self._starts[ONLY]
             self._starts[kind] = [self._bind(i, kind) if c.first else same[i] for i, c in enumerate(self.program.calls)]
         return self._starts[kind]
+
+    def _bind(self, i: int, micro_batch: MicroBatch) -> list[Start]:
+        stream, compiled = self._stream(i), self._compiled
+        return self._backend.bind_call(*self._chosen[i], self.program, self.arena, compiled, stream, micro_batch)
 
     def _overlaps(self, i: int) -> bool:
         return self._joins[i] > i + 1
@@ -135,7 +137,7 @@ class CudaBackend(Backend):
         with ThreadPoolExecutor(1) as pool:  # while the driver creates its context
             pool.submit(_open_libraries)
             self.device = Device()
-        self.pci_bus = self.device.pci_bus
+        self.pci_bus, self.tf32, self.deterministic = self.device.pci_bus, tf32, deterministic
         self.graphs = Graphs(self.device)
         self._blas = CublasLt(self.graphs, deterministic)
         self._cudnn: attention.Cudnn | None = None  # opened when the first call needs it
