@@ -131,7 +131,7 @@ def profile(
     """
     warm = 3 if trainer.backend.is_asynchronous else 1  # a device's first steps compile, capture, and start the queue
     results = [trainer.step(trainer.last_step + 1, LEARNING_RATE) for _ in range(warm + steps)]
-    results[-1].loss  # noqa: B018  the queue is empty when the traces begin
+    results[-1].wait()  # the queue is empty when the traces begin
     marks = [result.end for result in results[warm - 1 :]]
     step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
     traces = [trace(trainer) for _ in range(steps)]
