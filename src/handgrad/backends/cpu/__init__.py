@@ -92,7 +92,6 @@ class CpuBackend(Backend):
 
     name = "cpu"
     head_rows = 512
-    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, threads: int = 0):
         self._lib = library()

@@ -10,11 +10,11 @@ from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cuda import cudnn as attention
+from handgrad.backends.cuda.alternatives import AddressOf, Alternatives
 from handgrad.backends.cuda.arena import CudaArena
-from handgrad.backends.cuda.autotune import AddressOf, Alternatives
 from handgrad.backends.cuda.cublaslt import CublasLt, GemmProblem
 from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor_map
-from handgrad.backends.cuda.gemm_autotune import autotune
+from handgrad.backends.cuda.gemm_autotune import tune_gemms
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
@@ -29,7 +29,7 @@ from handgrad.core.streams import joins
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches, pointer_word, tensor_map_shape, type_defines
 
-Start = Callable[[], None]  # starts one launch
+Launch = Callable[[], None]  # starts one launch
 AHEAD = 4  # max graph launches in flight; beyond a few thousand queued kernels the driver busy-waits
 
 
@@ -42,7 +42,7 @@ class CudaExecutable(Executable):
         self._joins = joins(program)
         chosen = [(c, backend.launches(c)) for c in program.calls]
         compiled = compile_all([s for c, launches in chosen for s in backend.sources(c, launches)])
-        self._bind: Callable[[int, MicroBatch], list[Start]] = lambda i, micro_batch: backend.bind_call(
+        self._bind: Callable[[int, MicroBatch], list[Launch]] = lambda i, micro_batch: backend.bind_call(
             *chosen[i], program, arena, compiled, self._stream(i), micro_batch
         )
         self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(chosen))]}
@@ -81,7 +81,7 @@ class CudaExecutable(Executable):
         has_last = any(c.when is When.LAST for c in self.program.calls)
         return MicroBatch(micro_batch.first, micro_batch.last if has_last else True)
 
-    def _starts_of(self, kind: MicroBatch) -> list[list[Start]]:
+    def _starts_of(self, kind: MicroBatch) -> list[list[Launch]]:
         if kind not in self._starts:  # only first writers of gradients differ
             same = self._starts[ONLY]
             self._starts[kind] = [self._bind(i, kind) if c.first else same[i] for i, c in enumerate(self.program.calls)]
@@ -124,7 +124,6 @@ class CudaBackend(Backend):
 
     name = GpuPlanner.name
     head_rows = GpuPlanner.head_rows
-    head_bytes = GpuPlanner.head_bytes
     is_concurrent = GpuPlanner.is_concurrent
     dtypes = ("f32", "tf32", "bf16")
     grad_dtypes = ("f32", "bf16")
@@ -185,7 +184,7 @@ class CudaBackend(Backend):
         needed += [(c, launches) for c in untimed.values() for launches in self._all(c)]
         with ThreadPoolExecutor(1) as pool:  # compilers run in other processes; GEMM autotuning has the GPU to itself
             compiling = pool.submit(compile_all, [s for c, launches in needed for s in self.sources(c, launches)])
-            autotune(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
+            tune_gemms(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
         compiled = compiling.result()
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
         self._alternatives.tune(untimed, bind, self.scratch)
@@ -225,7 +224,7 @@ class CudaBackend(Backend):
         compiled: dict[Source, bytes],
         stream: Any,
         micro_batch: MicroBatch,
-    ) -> list[Start]:
+    ) -> list[Launch]:
         """Functions that start the launches of a call, one each."""
         plan = arena.plan
 
@@ -246,13 +245,13 @@ class CudaBackend(Backend):
         compiled: dict[Source, bytes],
         stream: Any,
         micro_batch: MicroBatch = ONLY,
-    ) -> list[Start]:
+    ) -> list[Launch]:
         def address(word: str) -> int:
             tensor, offset = resolve_pointer(pointer_word(word), c)
             return 0 if tensor is None else at(tensor) + offset
 
         workspace = at("scratch") + aligned(launches.scratch)
-        starts: list[Start] = []
+        starts: list[Launch] = []
         for step in launches.steps:
             if isinstance(step, Kernel):
                 function = self._module(compiled[source(step, c, self.gpu)]).function(step.entry, step.shared)
@@ -273,7 +272,7 @@ class CudaBackend(Backend):
 
     def _bind_gemm(
         self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int, micro_batch: MicroBatch
-    ) -> Start:
+    ) -> Launch:
         bias, aux = (address(word) if word else 0 for word in (g.bias, g.aux))
         addresses = address(g.a), address(g.b), address(g.out), bias, aux, workspace
         start = self._blas.bind(gemm_problem(g, c, self.gpu), *addresses, stream)
@@ -282,7 +281,7 @@ class CudaBackend(Backend):
 
 def bind_kernel(
     k: Kernel, c: Call, function: Any, stream: Any, address: Callable[[str], int], micro_batch: MicroBatch
-) -> Start:
+) -> Launch:
     """A function that launches a kernel on these addresses."""
     args: list[Any] = []
     pointers, numbers = kernel_words(k.args)

@@ -12,8 +12,9 @@ from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
 THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of one that adds partial sums of db
-GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
-DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS, "GELU_PACKS": GELU_PACKS, "SLOPE_PACKS": SLOPE_PACKS}
+GELU_PACKS, GELU_BACKWARD_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
+DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
+DEFINES |= {"GELU_PACKS": GELU_PACKS, "GELU_BACKWARD_PACKS": GELU_BACKWARD_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
 MIN_ROWS = 8192  # from here on our GEMM with bias gradient can be faster than the library's GEMM and a pass over dy
 
@@ -72,11 +73,11 @@ class Linear(Op):
             steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
         if gelu:  # of the rounded value, so that recomputing GELU from a kept `pre` gives the same bits
             steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
-        apart = Launches(tuple(steps))
+        separate = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
             fused = (replace(gemm, epilogue="gelu", bias="b", aux="pre"),)
-            return Launches(fused, note="gelu in the GEMM", alternative=apart)
-        return apart
+            return Launches(fused, note="gelu in the GEMM", alternative=separate)
+        return separate
 
     def cheap(self, c: Call) -> dict[str, str]:
         return {} if c.pre is None else {"y": "act"}
@@ -123,7 +124,7 @@ class LinearGeluBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return Launches(
-            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=SLOPE_PACKS),)
+            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=GELU_BACKWARD_PACKS),)
         )
 
 
@@ -162,10 +163,10 @@ class LinearBackwardW(Op):
         parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks per SM; at least a row per warp
         partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
         db = _kernel("linear_db_kernel", "db scratch | M accumulate.db", -(-M // 32), SUM_THREADS, parts=parts)
-        apart = Launches((gemm, partial, db), scratch=4 * parts * M)
+        separate = Launches((gemm, partial, db), scratch=4 * parts * M)
         if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
-            return replace(weight_gradient(M, K, gpu), alternative=apart)
-        return apart
+            return replace(weight_gradient(M, K, gpu), alternative=separate)
+        return separate
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
@@ -196,13 +197,13 @@ class LinearBackwardX(Op):
         gemm = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
             return Launches((gemm,))
-        apart = Launches(
-            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
+        separate = Launches(
+            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=GELU_BACKWARD_PACKS))
         )
         if not _fuses_gelu(c):
-            return apart
+            return separate
         fused = replace(gemm, epilogue="dgelu", aux="pre")
-        return Launches((fused,), note="gelu' in the GEMM", alternative=apart)
+        return Launches((fused,), note="gelu' in the GEMM", alternative=separate)
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]

@@ -7,6 +7,8 @@ from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.loss_sum import reference
 
+THREADS = 1024  # of the only CUDA block
+
 
 class LossSum(Op):
     """scalars.loss_sum = sum(losses); += if an earlier call of the step has written it."""
@@ -22,7 +24,8 @@ class LossSum(Op):
         return (None,)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((Kernel("loss_sum_kernel", "scalars losses | N accumulate.scalars", 1, 1024),))
+        args = "scalars losses | N accumulate.scalars"
+        return Launches((Kernel("loss_sum_kernel", args, 1, THREADS, defines={"THREADS": THREADS}),))
 
 
 loss_sum = LossSum()
