@@ -16,7 +16,7 @@ from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import make, preset
+from handgrad.models import create, preset
 from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
 from handgrad.train.profile import Profile, Row, profile
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             raise HandgradError("profile", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = make(a.family, preset(a.model))
+    model = create(a.family, preset(a.model))
     precision = Precision(best_dtype(a.backend) if a.dtype == "auto" else a.dtype)
     execution = Execution(
         micro_batch=a.micro_batch,

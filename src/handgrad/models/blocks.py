@@ -16,9 +16,8 @@ from handgrad.ops import (
     norm,
 )
 
-Branch = tuple[
-    Tensor, Tensor | None
-]  # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
+# what the next norm adds to the residual: (N, C), and its bias if that is still to be added
+Branch = tuple[Tensor, Tensor | None]
 
 
 def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Model, family, make, preset
+from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import SIZES, Config, ModelConfig
 from handgrad.train.execution import Execution
@@ -155,7 +155,7 @@ def find_model(c: Config, vocab_size: int) -> Model:
     for name in ("dropout", "tie_embeddings"):
         if name in known or getattr(m, name) != getattr(ModelConfig, name):
             sizes[name] = getattr(m, name)
-    return make(m.family, sizes)
+    return create(m.family, sizes)
 
 
 def settings_of(model: Model) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def open_log(run: Run, quiet: bool) -> RunLog:
 def describe(run: Run) -> None:
     """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
     replace_file(run.out / SETTINGS, json.dumps(asdict(run.config), indent=2) + "\n")
-    replace_file(run.out / "memory.txt", run.trainer.plan.report() + "\n")
+    replace_file(run.out / "memory.txt", run.trainer.plan.memory_map() + "\n")
     replace_file(run.out / TOKENIZER, json.dumps(run.tokenizer.save(run.out)) + "\n")
 
 

@@ -111,7 +111,7 @@ class Trainer:
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         self.execution, self.precision = execution, precision
         self.accumulation = micro_batches(data, execution.micro_batch)
-        self._check_ids(model, data)
+        self._limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
@@ -135,7 +135,7 @@ class Trainer:
         initialize(train, self.arena, start, drawn)
 
     @staticmethod
-    def _check_ids(model: Model, data: Tokens) -> None:
+    def _limit_ids(model: Model, data: Tokens) -> None:
         """Has every batch checked against the vocabulary: a kernel would read past the embedding."""
         data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
@@ -168,7 +168,7 @@ class Trainer:
 
         def finish() -> tuple[float, float, str, int]:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
-            skipped = self._judge(loss, norm)
+            skipped = self._skip_reason(loss, norm)
             self._skips = self._skips + 1 if skipped else 0
             return loss, norm, skipped, self._skips
 
@@ -179,7 +179,7 @@ class Trainer:
         result.end = self.backend.mark()
         return result
 
-    def _judge(self, loss: float, norm: float) -> str:
+    def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not np.isfinite(value):
@@ -205,7 +205,7 @@ class Trainer:
             raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
-        self._check_ids(self.model, data)
+        self._limit_ids(self.model, data)
         total, counts = 0.0, 0
         for b in data.sweep(self.execution.micro_batch, max_tokens, names=self._loss.program.inputs):
             self._start(self._loss, b)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
@@ -20,7 +20,7 @@ class AddNorm(Op):
     params = "w b hb"
     saved = "s w mean rstd"  # not x and h: backward needs only their sum
     differentiated = "s y"
-    cpu = C("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
+    cpu = CpuKernel("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
         case(N=7, C=33, eps=1e-5, without="hb"),
@@ -64,7 +64,7 @@ class Norm(Op):
     attrs = {"eps": float}
     params = "w b"
     saved = "x w mean rstd"
-    cpu = C("norm_forward", "y mean rstd x w b | N C eps")
+    cpu = CpuKernel("norm_forward", "y mean rstd x w b | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
         case(N=1, C=1, eps=1e-5),
@@ -92,7 +92,7 @@ class NormBackward(Op):
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
     outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
-    cpu = C(
+    cpu = CpuKernel(
         "norm_backward",
         "dx dw db dhb dy ds s w mean rstd scratch | N C accumulate.dw accumulate.db accumulate.dhb",
         "norm_backward_scratch N C threads",

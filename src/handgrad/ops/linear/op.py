@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from handgrad.core.dtypes import BF16, DType
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
@@ -32,7 +32,7 @@ class Linear(Op):
     attrs = {"gelu": bool, "keep_pre": bool}
     params = "w b"
     saved = "x w pre pre_x"
-    cpu = C("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, gelu=False, keep_pre=False, without="pre_x"),
         case(N=1, K=1, M=1, gelu=True, keep_pre=True, without="pre_x"),
@@ -100,7 +100,7 @@ class LinearGelu(Op):
     name = "linear_gelu"
     ins = "pre:N,M"
     outs = "y:N,M"
-    cpu = C("linear_gelu", "y pre | N M")
+    cpu = CpuKernel("linear_gelu", "y pre | N M")
     cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:
@@ -116,7 +116,7 @@ class LinearGeluBackward(Op):
     name = "linear_gelu_backward"
     ins = "dy:N,M pre:N,M"
     outs = "dpre:N,M"
-    cpu = C("linear_gelu_backward", "dpre dy pre | N M")
+    cpu = CpuKernel("linear_gelu_backward", "dpre dy pre | N M")
     cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:
@@ -135,7 +135,7 @@ class LinearBackwardW(Op):
     overlap = 1  # it has few tiles and leaves SMs idle, which the GEMM for dx uses
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
-    cpu = C(
+    cpu = CpuKernel(
         "linear_backward_w",
         "dw db dy x scratch | N M K accumulate.dw accumulate.db threads",
         "linear_scratch N M K threads",
@@ -178,7 +178,7 @@ class LinearBackwardX(Op):
     name = "linear_backward_x"
     ins = "dy:N,M w:M,K pre:N,K?"
     outs = "dx:N,K"
-    cpu = C("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, without="pre"),
         case(N=1, K=1, M=1),
