@@ -119,6 +119,10 @@ class Backend(Planner):
         """Peak FLOP/s of the hardware in this dtype; None if unknown."""
         return None
 
+    def peak_bandwidth(self) -> float | None:
+        """Bytes/s of the hardware's memory; None if unknown."""
+        return None
+
     @abstractmethod
     def alloc(self, plan: Plan) -> Arena:
         """Allocates the arena: the only allocation of a run."""

@@ -1,7 +1,7 @@
 """plan: turns lifetimes into byte offsets. One allocation: params | state | grads | activations | io.
 
-Backward writes a gradient late in the step. Unless micro-batches accumulate, its memory holds activations until then:
-while the first blocks' activations are live, the last blocks' gradients are written, and the other way round.
+Gradients of the first blocks are written last. Unless micro-batches accumulate, their memory holds activations until
+then.
 """
 
 from bisect import insort

@@ -95,7 +95,7 @@ def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
 
 
 def every(count: int, number: int) -> bool:
-    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    """Whether an event that happens every `count` steps (0: never) is due."""
     return count > 0 and number % count == 0
 
 

@@ -1,4 +1,4 @@
-"""From flags to objects: what the settings of a run come to. Nothing below this module reads a flag."""
+"""From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
 import glob
 import inspect
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Run:
-    """What the settings of a run come to.
+    """A run's resolved settings and the objects built from them.
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
     lr               learning rate of a step
@@ -39,7 +39,7 @@ class Run:
     hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
     peak_flops       FLOP/s of the hardware in this precision, None if unknown
-    done             steps that are behind it
+    done             steps already done
     facts            what the settings do not say, for the summary
     """
 
@@ -126,7 +126,10 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
 
 
 def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start]:
-    """(the settings, what the run starts from). A model on disk brings its sizes, and a checkpoint all."""
+    """(the settings, what the run starts from).
+
+    A model on disk sets the sizes; a checkpoint sets everything.
+    """
     m, last = c.model, newest(out) if c.run.resume else None
     if last is not None:
         check_same_tokens(open_source(str(last)), tokenizer)

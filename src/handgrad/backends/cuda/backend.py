@@ -77,7 +77,7 @@ class CudaExecutable(Executable):
                 after(self.program.calls[i], self.device.seconds(begin, end))
 
     def _kind(self, micro_batch: MicroBatch) -> MicroBatch:
-        """The micro-batch, with `last` dropped unless a call runs for the last one only: others launch the same."""
+        """Graph key: `last` counts only if some call runs in the last micro-batch only."""
         has_last = any(c.when is When.LAST for c in self.program.calls)
         return MicroBatch(micro_batch.first, micro_batch.last if has_last else True)
 
@@ -176,6 +176,11 @@ class CudaBackend(Backend):
         if known is not None:
             return getattr(known, dtype) * 1e12
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
+
+    def peak_bandwidth(self) -> float | None:
+        """Bytes/s of device memory by the GPU's data sheet; None for unknown devices."""
+        known = peaks(self.device.name)
+        return None if known is None else 1e9 * known.gbps
 
     def alloc(self, plan: Plan) -> CudaArena:
         calls = [c for program in plan.programs for c in program.calls]

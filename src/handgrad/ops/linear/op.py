@@ -16,7 +16,7 @@ GELU_PACKS, GELU_BACKWARD_PACKS = 4, 2  # accesses per thread in gelu and in its
 DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
 DEFINES |= {"GELU_PACKS": GELU_PACKS, "GELU_BACKWARD_PACKS": GELU_BACKWARD_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
-MIN_ROWS = 8192  # from here on our GEMM with bias gradient can be faster than the library's GEMM and a pass over dy
+MIN_ROWS = 8192  # N from which our fused GEMM can beat the library's GEMM plus a pass over dy
 
 
 class Linear(Op):
@@ -52,13 +52,14 @@ class Linear(Op):
         return (reference.gelu(pre) if v.gelu else pre), pre
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        dy, dpre = d["y"], d.get("pre")  # a reader of y that was given pre returns dpre
+        dy, dpre = d["y"], d.get("pre")  # a reader of y that took pre returns dpre
         if dy is not None and c.attrs["gelu"]:
             dy = g.emit(linear_gelu_backward, dy, c.pre)
         if dpre is not None:
             dy = dpre if dy is None else g.emit(add, dy, dpre)
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
-        g.emit(linear_backward_w, dy, c.x, into=into)  # before dx, so that communication of dw can start early
+        # dw before dx: it overlaps dx now, and its reduction can start early later
+        g.emit(linear_backward_w, dy, c.x, into=into)
         return {"x" if c.pre_x is None else "pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x)}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
