@@ -58,7 +58,7 @@ class Profile:
         """The calls by "op", "phase" or "block", slowest first; or by "call", as they are listed."""
         groups: dict[str, list[int]] = {}
         for i, c in enumerate(self.calls):
-            key = {"op": c.op.name, "phase": c.phase, "block": c.block, "call": f"{i:4} {title(c)}"}[by]
+            key = {"op": c.op.name, "phase": str(c.phase), "block": c.block, "call": f"{i:4} {title(c)}"}[by]
             groups.setdefault(key, []).append(i)
         rows = [self._row(name, indices) for name, indices in groups.items()]
         return rows if by == "call" else sorted(rows, key=lambda row: -row.seconds)
