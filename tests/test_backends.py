@@ -16,7 +16,7 @@ from handgrad.backends.cpu import arguments
 from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import C, Op
+from handgrad.core.op import CpuKernel, Op
 from handgrad.core.plan import plan
 from handgrad.core.program import Program, Segment
 from handgrad.core.scalars import STEP_SCALARS, STEP_SCALARS_BYTES
@@ -150,7 +150,7 @@ class Twice(Op):
 class Lost(Op):
     """An op whose kernel was never compiled."""
 
-    name, ins, outs, cpu = "lost", "x:N,C", "y:N,C", C("lost_forward", "y x | N C")
+    name, ins, outs, cpu = "lost", "x:N,C", "y:N,C", CpuKernel("lost_forward", "y x | N C")
 
 
 @pytest.mark.parametrize("op", [Twice(), Lost()], ids=repr)

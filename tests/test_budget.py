@@ -125,7 +125,7 @@ def test_functions_and_kernels_stay_within_their_budget():
 def test_every_kernel_is_found():
     """As many kernels as the ops declare and launch: a budget that misses kernels limits nothing."""
     for op in sorted((PACKAGE / "ops").glob("*/op.py")):
-        entries = re.findall(r'\bC\(\s*"(\w+)"', op.read_text(encoding="utf-8"))
+        entries = re.findall(r'\bCpuKernel\(\s*"(\w+)"', op.read_text(encoding="utf-8"))
         names = [name for name, *_ in kernels((op.parent / "cpu.c").read_text(encoding="utf-8"))]
         assert sorted(names) == sorted(entries), op
     declared = r"(?:__global__|^KERNEL\b)"

@@ -102,7 +102,7 @@ TRAINING = {
     "f32 small": dict(variant=Variant(SMALL)),
     "bf16": dict(dtype="bf16"),
     "bf16 wide": dict(dtype="bf16", hidden_size=48),
-    "bf16 wide gelu apart": dict(dtype="bf16", hidden_size=48, variant=Variant(alternative=-1)),
+    "bf16 wide gelu separate": dict(dtype="bf16", hidden_size=48, variant=Variant(alternative=-1)),
     "bf16 wide own attention": dict(
         dtype="bf16", hidden_size=48, variant=Variant(replace(H100, has_library_attention=False))
     ),

@@ -55,7 +55,7 @@ def test_a_plan_for_a_card_that_is_elsewhere(name, micro_batch, limit):
     assert page.plan.nbytes < limit * 2**30
     lines = str(page).splitlines()
     assert sum(line.endswith(" wgmma, or cudnn") for line in lines) >= 24  # the clock that chooses is elsewhere
-    assert any(line.endswith(" gelu in the GEMM, or apart") for line in lines)
+    assert any(line.endswith(" gelu in the GEMM, or separate") for line in lines)
     steady = GpuPlanner(replace(GPUS["h100"], deterministic=True))
     page = explain(gpt2(name), 1024, execution=Execution(micro_batch), backend=steady, **same)
     assert sum(line.endswith(" wgmma") for line in str(page).splitlines()) >= 24  # where no clock chooses

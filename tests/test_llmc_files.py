@@ -466,7 +466,7 @@ def test_p1_resume_from_llmc_is_bit_exact(tmp_path, dtype, master, zero, capsys)
     llmc.write_tokenizer(tmp_path / "log" / "gpt2_tokenizer.bin", [c.encode() for c in chars], None)
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "log"), str(tmp_path / "ours")]) == 0
-    assert f"go on: handgrad train --run.resume {tmp_path / 'ours'}" in capsys.readouterr().out
+    assert f"resume: handgrad train --run.resume {tmp_path / 'ours'}" in capsys.readouterr().out
     about = tmp_path / "ours" / "step_000004" / "run.json"
     saved = json.loads(about.read_text())
     assert (

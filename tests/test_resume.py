@@ -208,7 +208,7 @@ def test_a_finished_run_keeps_its_settings(words, whole, tmp_path, capsys):
     shutil.copytree(whole("f32"), tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
     assert main(["train", "--run.resume", str(tmp_path / "run"), "--optim.lr=9", "--run.seed=5"]) == 0
-    assert "nothing is left to do" in capsys.readouterr().out
+    assert "nothing left to do" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     same(tmp_path / "run", whole("f32"))
 
@@ -457,7 +457,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_pa
     step = log(out)[-1]["step"]
     assert 60 <= step < 400 and (out / f"step_{step:06d}" / "DONE").exists() and (out / "report.html").exists()
     assert "stopping after this step" in stdout
-    last = f"stopped after step {step}, saved in {out}\ngo on: handgrad train --run.resume {out}\n"
+    last = f"stopped after step {step}, saved in {out}\nresume: handgrad train --run.resume {out}\n"
     assert stdout.endswith(last)
     assert main(["train", "--run.resume", str(out)]) == 0
     same(out, long, 400)

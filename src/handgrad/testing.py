@@ -263,9 +263,9 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     run = backend.bind(p, arena)
     run.run()
     gradients = {
-        t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.slots[t]))
+        t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.pending_grads[t]))
         for t in inputs
-        if t.role is Role.PARAM or t in p.slots
+        if t.role is Role.PARAM or t in p.pending_grads
     }
 
     def loss() -> float:

@@ -77,7 +77,7 @@ class KernelFault(AssertionError):
 class EmulatedBackend(Backend):
     """What the cuda backend binds in a variant, on the host."""
 
-    name, hardware, head_rows, head_bytes = "emulated", "fibres", 512, 512 * 50304 * 4
+    name, hardware, head_rows = "emulated", "fibres", 512
 
     def __init__(self, variant: Variant = Variant(), reverse: bool = False):
         self.variant, self.gpu, self.reverse = variant, variant.gpu, reverse

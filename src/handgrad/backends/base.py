@@ -72,8 +72,13 @@ class Planner(ABC):
 
     name: str
     head_rows: int  # rows of a chunk of logits, unless Execution.head_bytes is set
-    head_bytes: int  # most bytes of such a chunk: a larger vocabulary gets fewer rows
     is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
+
+    @property
+    def head_bytes(self) -> int:
+        """Most bytes of a chunk of logits: head_rows rows of GPT-2's padded vocabulary in float32. A larger vocabulary
+        gets fewer rows."""
+        return self.head_rows * 50304 * 4
 
     @abstractmethod
     def has(self, op: Op) -> bool:
@@ -114,6 +119,10 @@ class Backend(Planner):
 
     def peak_flops(self, dtype: str) -> float | None:
         """Peak FLOP/s of the hardware in this dtype; None if unknown."""
+        return None
+
+    def peak_bandwidth(self) -> float | None:
+        """Bytes/s of the hardware's memory; None if unknown."""
         return None
 
     @abstractmethod

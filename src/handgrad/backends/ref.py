@@ -97,8 +97,8 @@ class RefExecutable(Executable):
         for arg, tensor, out, value in zip(c.op.out_args, c.outs, outs, c.op.ref(v)):
             if tensor is None or out is None or value is None:
                 continue
-            adds = tensor.role is Role.GRAD and c.accumulates(arg.name, micro_batch)
-            out[...] = np.reshape(out + value if adds else value, out.shape)
+            accumulates = tensor.role is Role.GRAD and c.accumulates(arg.name, micro_batch)
+            out[...] = np.reshape(out + value if accumulates else value, out.shape)
 
 
 class RefBackend(Backend):
@@ -107,7 +107,6 @@ class RefBackend(Backend):
     name = "ref"
     hardware = "numpy"
     head_rows = 512
-    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, exact: bool = True, poison: bool = False):
         self.exact = exact

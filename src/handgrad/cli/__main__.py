@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a user's mistake (told in one line), 130 when interrupted."""
+    """Returns the exit code: 0, 2 for a user's mistake (reported in one line), 130 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     count = sum(math.prod(shape) for shape in source.weights.shapes.values())
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
-        print(f"go on: handgrad train --run.resume {dst} --run.steps N --data.train DATA")
+        print(f"resume: handgrad train --run.resume {dst} --run.steps N --data.train DATA")
     elif to != "hf":
         print(f"train from it: handgrad train --model.init {dst} --data.train DATA")
     return 0

@@ -12,7 +12,7 @@ from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import make, preset
+from handgrad.models import create, preset
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             raise HandgradError("explain", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     sizes = preset(a.model)
     sizes |= {"vocab_size": a.vocab_size} if a.vocab_size else {}
-    model = make(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
+    model = create(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
     precision = Precision(a.dtype, a.grad_dtype, a.master_weights, a.deterministic)
     extra = tuple(name for name in ("val", "sample") if getattr(a, name))
     execution = Execution(

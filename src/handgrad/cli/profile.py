@@ -11,12 +11,11 @@ from rich.table import Table
 
 from handgrad import data
 from handgrad.backends import best_dtype, open_backend
-from handgrad.backends.base import Backend
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import make, preset
+from handgrad.models import create, preset
 from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
 from handgrad.train.profile import Profile, Row, profile
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
             raise HandgradError("profile", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = make(a.family, preset(a.model))
+    model = create(a.family, preset(a.model))
     precision = Precision(best_dtype(a.backend) if a.dtype == "auto" else a.dtype)
     execution = Execution(
         micro_batch=a.micro_batch,
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> int:
         data.write_random(f"{folder}/random.bin", 2 * a.micro_batch * T + 1, model.vocab_size)
         tokens = data.tokens(f"{folder}/random.bin", T, a.micro_batch * T)
         trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
-        limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": bandwidth(backend)}
+        limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": backend.peak_bandwidth()}
         found = profile(trainer, a.steps, **limits)
     show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
@@ -96,17 +95,6 @@ def main(argv: list[str]) -> int:
             raise HandgradError("profile", f"{a.trace} must be writable", error.strerror) from None
         print(f"{a.trace}: open it in https://ui.perfetto.dev")
     return 0
-
-
-def bandwidth(backend: Backend) -> float | None:
-    """Bytes/s of the memory by the GPU's data sheet; None where no table knows."""
-    device = getattr(backend, "device", None)
-    if device is None:
-        return None
-    from handgrad.backends.cuda.peaks import peaks
-
-    known = peaks(device.name)
-    return None if known is None else 1e9 * known.gbps
 
 
 def show(found: Profile, by: str, headline: str) -> None:

@@ -1,4 +1,4 @@
-"""handgrad train: a training run. With --run.resume it goes on with the settings that it began with."""
+"""handgrad train: a training run. With --run.resume it keeps the settings of the run."""
 
 from handgrad.cli.flags import parse
 from handgrad.train.config import Config

@@ -53,8 +53,8 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         names = drop(p, c)
         dropped |= {t: c for name, t in c.named_outs() if name in names}
     recomputed: dict[Tensor, Tensor] = {}
-    p.slots.clear()
-    p.slots.update(seeds or {})
+    p.pending_grads.clear()
+    p.pending_grads.update(seeds or {})
 
     def live(t: Tensor | None) -> Tensor | None:
         """The tensor itself, or what recomputes it in this block."""
@@ -74,7 +74,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         if c.block != block:
             block = c.block
             recomputed.clear()
-        d = {name: p.slots.pop(t, None) for name, t in c.named_outs()}
+        d = {name: p.pending_grads.pop(t, None) for name, t in c.named_outs()}
         if not c.op.starts_gradient and all(t is None for t in d.values()):
             continue
         saved = set(c.op.saved.split())
@@ -87,5 +87,5 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             for name, gradient in c.op.backward(p, view, d).items():
                 target = getattr(c, name)
                 if is_activation(target):
-                    held = p.slots.get(target)
-                    p.slots[target] = gradient if held is None else p.emit(add, held, gradient)
+                    held = p.pending_grads.get(target)
+                    p.pending_grads[target] = gradient if held is None else p.emit(add, held, gradient)

@@ -17,7 +17,7 @@ from handgrad.core.tensor import Role, Tensor
 
 
 @dataclass(frozen=True)
-class C:
+class CpuKernel:
     """A CPU kernel: its entry point and its arguments, outputs first, as pointers | numbers (arguments.py).
 
     The number `threads` is the backend's number of threads. `scratch` names the C function that returns the bytes of
@@ -110,7 +110,7 @@ class Op:
     starts_gradient: bool = False  # computes the gradient of its inputs itself, in the forward phase (lm_loss)
     overlap: int = 0  # how many calls after it may run concurrently, unless they use what it writes
     ill_conditioned: bool = False  # large intermediates cancel or are exponentiated: one ulp of an input moves outputs
-    cpu: C | None = None
+    cpu: CpuKernel | None = None
     cases: tuple[Case, ...] = ()
 
     def __init_subclass__(cls) -> None:

@@ -1,7 +1,7 @@
 """plan: turns lifetimes into byte offsets. One allocation: params | state | grads | activations | io.
 
-Backward writes a gradient late in the step. Unless micro-batches accumulate, its memory holds activations until then:
-while the first blocks' activations are live, the last blocks' gradients are written, and the other way round.
+Gradients of the first blocks are written last. Unless micro-batches accumulate, their memory holds activations until
+then.
 """
 
 from bisect import insort
@@ -54,7 +54,7 @@ class Plan:
         return sum(size for _, size in self.region.values())
 
     @property
-    def bound(self) -> int:
+    def min_activation_bytes(self) -> int:
         """Lower bound of the bytes of activations (and gradients that share their memory): the most live at once."""
         return max((live for live, _ in self.peak.values()), default=0)
 
@@ -68,7 +68,7 @@ class Plan:
         v = self.vectors[vector]
         return self.start[vector] + v.start(param) * v.dtype.size, v.dtype
 
-    def report(self) -> str:
+    def memory_map(self) -> str:
         """The memory map: bytes by region, the call where activations peak, and activations kept by block."""
         lines = [f"{name:12} {size:>16,} B  {size / MIB:10.1f} MiB" for name, (_, size) in self.region.items()]
         lines.append(f"{'total':12} {self.nbytes:>16,} B  {self.nbytes / MIB:10.1f} MiB")

@@ -48,16 +48,16 @@ class Program:
     trains: bool = False  # backward will follow: dropout is active and pre-activations are kept
     accumulates: bool = True  # micro-batches accumulate gradients, so gradients do not share memory with activations
     grad_dtype: DType = F32  # of parameter gradients
-    master: bool = (
-        True  # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
-    )
+    # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
+    master: bool = True
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
-    slots: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: activations to their gradients so far
+    # in backward: activations to their gradients so far
+    pending_grads: dict[Tensor, Tensor] = field(default_factory=dict)
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -135,7 +135,7 @@ class Program:
 
     def take(self, tensor: Tensor) -> Tensor | None:
         """Removes and returns the gradient collected so far for an activation."""
-        return self.slots.pop(tensor, None)
+        return self.pending_grads.pop(tensor, None)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:

@@ -141,10 +141,10 @@ class Tokens:
         micro_step: int = 0,
         names: Iterable[str] = INPUTS,
     ) -> dict[str, np.ndarray]:
-        """Returns the inputs of one micro-step of `rank` by name: "ids" and "targets", each (B, seq_len) int32.
+        """Returns the inputs of one micro-batch of `rank` by name: "ids" and "targets", each (B, seq_len) int32.
 
         step: 0, 1, 2, ...; the result depends on neither the order of calls nor the process
-        micro_batch: B, sequences per micro-step and rank; None for all of the rank's share
+        micro_batch: B, sequences per micro-batch and rank; None for all of the rank's share
         micro_step: 0 .. sequences / (world * micro_batch) - 1
         names: the inputs to fill, such as `Program.inputs`
 

@@ -1,8 +1,9 @@
-"""Scorer: the losses of continuations after their contexts. A short text does not pay for a long one.
+"""Scorer: the losses of continuations after their contexts.
 
-Each of a few lengths has a program, with so many sequences that all batches have about the same number of tokens.
-Padding is on the right, where causal attention never looks. The head, most of a small model's work, runs only on rows
-that predict a continuation, HEAD_ROWS of them at a time.
+Texts are batched by length, so short ones are not padded to long ones. Each of a few lengths has a program, with so
+many sequences that all batches have about the same number of tokens. Padding is on the right, where causal attention
+never looks. The head, most of a small model's work, runs only on rows that predict a continuation, HEAD_ROWS of them at
+a time.
 """
 
 from bisect import bisect_left

@@ -12,7 +12,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.infer.engine import Engine, record
 from handgrad.io import checkpoint, hf, llmc
 from handgrad.io.weights import Weights
-from handgrad.models import GPT2, Model, build, declare, from_dict, of_model_type, shapes
+from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
@@ -121,15 +121,15 @@ def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
 
 def _llmc(path: Path) -> Source:
     weights = llmc.read_model(path)
-    model = build(GPT2, weights.fields, "llmc", path)
+    model = build_from_file(GPT2, weights.fields, "llmc", path)
     weights = replace(weights, shapes=shapes(declare(model)))  # tensors in the order of use, as from any other source
     return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model))
 
 
 def _hugging_face(path: Path) -> Source:
-    family = of_model_type(hf.model_type(path), path / hf.CONFIG)
+    family = family_of_model_type(hf.model_type(path), path / hf.CONFIG)
     form = hf.Format(**family.hugging_face)
-    model = build(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
+    model = build_from_file(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
     return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model))
 

@@ -3,22 +3,22 @@
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.presets import gpt2, names, preset
-from handgrad.models.registry import build, family, from_dict, make, of_model_type, register, to_dict
+from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
 
 __all__ = [
     "GPT2",
     "Batch",
     "Model",
-    "build",
+    "build_from_file",
     "declare",
     "family",
     "forward_logits",
     "forward_loss",
     "from_dict",
     "gpt2",
-    "make",
+    "create",
     "names",
-    "of_model_type",
+    "family_of_model_type",
     "preset",
     "register",
     "shapes",

@@ -16,9 +16,8 @@ from handgrad.ops import (
     norm,
 )
 
-Branch = tuple[
-    Tensor, Tensor | None
-]  # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
+# what the next norm adds to the residual: (N, C), and its bias if that is still to be added
+Branch = tuple[Tensor, Tensor | None]
 
 
 def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
@@ -53,7 +52,7 @@ def project(
     g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
-    has b's gradient anyway, where the linear would read all of dy for it."""
+    sums b's gradient anyway; the linear would need another pass over dy."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS)

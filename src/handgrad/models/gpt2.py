@@ -87,9 +87,8 @@ class GPT2:
     def body(self, g: Program, data: Batch) -> Tensor:
         """Embedding, blocks and the last norm."""
         C, p = self.hidden_size, self.dropout
-        std = (
-            0.02 / (2 * self.num_layers) ** 0.5
-        )  # residual projections: the variance of the sum stays put (GPT-2 §2.3)
+        # residual projections: the variance of the sum stays put (GPT-2 §2.3)
+        std = 0.02 / (2 * self.num_layers) ** 0.5
         with g.block("embed", prefix=False):
             x, h = drop(g, self.embedding(g, data), p), None
         for i in range(self.num_layers):

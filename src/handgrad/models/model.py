@@ -75,7 +75,7 @@ class Model(Protocol):
         ...
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
-        """The multiply and add count of a token's forward and backward that the family's MFU is defined by.
+        """FLOP of forward and backward per token, as the family's MFU counts them.
 
         num_params: all parameters of the program. What is recomputed in backward does not count.
         """

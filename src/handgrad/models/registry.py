@@ -32,7 +32,7 @@ def family(name: object) -> type[Model]:
     return FAMILIES[name]
 
 
-def make(name: object, values: Mapping[str, Any]) -> Model:
+def create(name: object, values: Mapping[str, Any]) -> Model:
     """The model of this family with these fields.
 
     Raises HandgradError for an unknown family, a field that it lacks, and a value out of range.
@@ -45,7 +45,7 @@ def make(name: object, values: Mapping[str, Any]) -> Model:
     return cls(**values)
 
 
-def of_model_type(model_type: object, source: object) -> type[Model]:
+def family_of_model_type(model_type: object, source: object) -> type[Model]:
     """The family that Hugging Face's library calls by this name. Raises HandgradError that names the source."""
     types = {cls.hugging_face["model_type"]: cls for cls in FAMILIES.values() if cls.hugging_face}
     if not isinstance(model_type, str) or model_type not in types:
@@ -75,10 +75,10 @@ def from_dict(saved: Mapping[str, Any], where: str, source: object) -> Model:
         if (name in known) != (name in saved["model"]):
             got = f"{'no ' if name in known else ''}{name!r}"
             raise HandgradError(where, f"{source} gives {', '.join(known)}", got)
-    return build(cls, saved["model"], where, source)
+    return build_from_file(cls, saved["model"], where, source)
 
 
-def build(cls: type[Model], values: Mapping[str, Any], where: str, source: object) -> Model:
+def build_from_file(cls: type[Model], values: Mapping[str, Any], where: str, source: object) -> Model:
     """cls(**values) of what a file says. Raises HandgradError(where) that names the source."""
     try:
         return cls(**values)

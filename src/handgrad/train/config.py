@@ -21,7 +21,7 @@ class ModelConfig:
     preset: str = "tiny"
     """tiny, gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1558m, d6 .. d84, gpt3:c384 .. gpt3:c12288"""
     depth: int = 0
-    """one-dial size: this many layers, 64 wide for each; replaces the preset"""
+    """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
     """layers; 0: the preset's"""
     num_heads: int = 0
@@ -98,7 +98,7 @@ class RunConfig:
     out: str = ""
     """run folder; empty: runs/<data>-NNN, the next free number"""
     resume: str = ""
-    """a run folder: go on from its newest complete checkpoint; auto: the same in --run.out, afresh if there is none"""
+    """run folder whose newest complete checkpoint to resume; auto: the one in --run.out, or a new run"""
     steps: int = 2000
     """optimizer steps; 0: one epoch"""
     micro_batch: int = 12
@@ -179,7 +179,7 @@ class Config:
 
 
 def _check(settings: Any, group: str, least: int, names: str) -> None:
-    """Raises HandgradError unless every field is of its type, and those of these names are finite and so large."""
+    """Raises HandgradError unless every field is of its type, and the named ones are finite and at least `least`."""
     for name, kind in get_type_hints(type(settings)).items():
         value, flag = getattr(settings, name), f"--{group}.{name.replace('_', '-')}"
         if get_origin(kind) is Literal:

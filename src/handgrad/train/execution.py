@@ -1,4 +1,4 @@
-"""Execution: how a step is executed: in which pieces, in how much memory, where, and under which checks."""
+"""Execution: micro-batch, memory, backend and checks of a step."""
 
 from dataclasses import dataclass
 

@@ -24,7 +24,7 @@ class Explanation:
     program: Program
     plan: Plan
     rows: int
-    remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-step
+    remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-batch
     note: Callable[[Call], str]  # what the backend binds a call to
 
     @property
@@ -41,9 +41,9 @@ class Explanation:
             f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
-            f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-step",
+            f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",
             "",
-            at.report(),
+            at.memory_map(),
             "",
             f"{'block':8} {'parameters':>14} {'grads + state':>14} {'kept activations':>18}   MiB",
         ]

@@ -10,7 +10,8 @@ EXIT_CODE = 130  # as shells give for Ctrl-C
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into `asked`, which the loop reads between steps; the second ends the process.
+    """Turns the first Ctrl-C or SIGTERM into `requested`, which the loop reads between steps. The second ends the
+    process.
 
     A step may be one long call into C, and Python runs its signal handlers only after that. A thread hears of the
     signal at once, through a pipe.
@@ -19,7 +20,7 @@ class Interrupt:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, say: Callable[[str], None]):
-        self.asked, self._say = False, say
+        self.requested, self._say = False, say
 
     def __enter__(self) -> "Interrupt":
         self._reader, self._writer = os.pipe()
@@ -42,7 +43,7 @@ class Interrupt:
         while number := os.read(self._reader, 1):  # none once the other end is closed
             if number[0] not in self.SIGNALS:
                 continue
-            if self.asked:
+            if self.requested:
                 os._exit(EXIT_CODE)
-            self.asked = True
+            self.requested = True
             self._say("stopping after this step; once more to stop at once, without saving")

@@ -29,7 +29,7 @@ class RunLog:
     out_dir: the run folder; log.jsonl and main.log (see `main_log`) lie there, and with `tensorboard` the event files,
         in tensorboard/
     total_steps: where the run will end
-    resumed_at: the step whose checkpoint the run goes on from. What an attempt that died wrote about later steps is
+    resumed_at: the step whose checkpoint the run resumes from. What an attempt that died wrote about later steps is
         dropped, so that no step appears twice; 0, a fresh run, drops everything
     wandb, settings: the project of Weights & Biases that the figures also go to, if any, and what it keeps with them
     quiet: show nothing

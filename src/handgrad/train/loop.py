@@ -44,7 +44,7 @@ def loop(run: Run, log: RunLog) -> bool:
     with Interrupt(log.say) as interrupt:
         try:
             for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
-                report(run, log, f)
+                log_step(run, log, f)
                 if f.due.save:
                     save(run, wait=f.due.stop or f.number == last)
                     saved = f.number
@@ -85,7 +85,7 @@ def steps(
 
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
     """What is due after a step."""
-    r, is_last, is_stopped = run.config.run, number == run.config.run.steps, interrupt.asked
+    r, is_last, is_stopped = run.config.run, number == run.config.run.steps, interrupt.requested
     return Due(
         val=run.val is not None and (is_last or every(r.val_every, number)),
         hellaswag=bool(run.hellaswag) and (is_last or every(r.eval_every, number)),
@@ -96,11 +96,11 @@ def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
 
 
 def every(count: int, number: int) -> bool:
-    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    """Whether an event that happens every `count` steps (0: never) is due."""
     return count > 0 and number % count == 0
 
 
-def report(run: Run, log: RunLog, f: Finished) -> None:
+def log_step(run: Run, log: RunLog, f: Finished) -> None:
     """Waits for a step, evaluates if that is due, and writes the line of the log.
 
     Raises HandgradError if too many updates in a row were skipped.

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-WINDOW = 128  # values; until so many are known there is no score
+WINDOW = 128  # values; no score before the window is full
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Profile:
         """The calls by "op", "phase" or "block", slowest first; or by "call", as they are listed."""
         groups: dict[str, list[int]] = {}
         for i, c in enumerate(self.calls):
-            key = {"op": c.op.name, "phase": c.phase.value, "block": c.block, "call": f"{i:4} {title(c)}"}[by]
+            key = {"op": c.op.name, "phase": str(c.phase), "block": c.block, "call": f"{i:4} {title(c)}"}[by]
             groups.setdefault(key, []).append(i)
         rows = [self._row(name, indices) for name, indices in groups.items()]
         return rows if by == "call" else sorted(rows, key=lambda row: -row.seconds)
@@ -131,7 +131,7 @@ def profile(
     """
     warm = 3 if trainer.backend.is_asynchronous else 1  # a device's first steps compile, capture, and start the queue
     results = [trainer.step(trainer.last_step + 1, LEARNING_RATE) for _ in range(warm + steps)]
-    results[-1].loss  # noqa: B018  the queue is empty when the traces begin
+    results[-1].wait()  # the queue is empty when the traces begin
     marks = [result.end for result in results[warm - 1 :]]
     step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
     traces = [trace(trainer) for _ in range(steps)]

@@ -1,4 +1,4 @@
-"""From flags to objects: what the settings of a run come to. Nothing below this module reads a flag."""
+"""From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
 import glob
 import inspect
@@ -15,7 +15,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Model, family, make, preset
+from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.config import SIZES, Config, ModelConfig
 from handgrad.train.execution import Execution
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Run:
-    """What the settings of a run come to.
+    """A run's resolved settings and the objects built from them.
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
     lr               learning rate of a step
@@ -39,7 +39,7 @@ class Run:
     hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
     peak_flops       FLOP/s of the hardware in this precision, None if unknown
-    done             steps that are behind it
+    done             steps already done
     facts            what the settings do not say, for the summary
     """
 
@@ -126,7 +126,10 @@ def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
 
 
 def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
-    """(the settings, what the run starts from). A model on disk brings its sizes, and a checkpoint all."""
+    """(the settings, what the run starts from, the model on disk if there is one).
+
+    A model on disk sets the sizes; a checkpoint sets everything.
+    """
     m, last = c.model, newest(out) if c.run.resume else None
     if last is not None:
         check_same_tokens(open_source(str(last)), tokenizer)
@@ -150,14 +153,14 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
-        return make(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
+        return create(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
     sizes = preset(f"d{m.depth}" if m.depth else m.preset)
     sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
     known = [f.name for f in fields(family(m.family))]
     for name in ("dropout", "tie_embeddings"):
         if name in known or getattr(m, name) != getattr(ModelConfig, name):
             sizes[name] = getattr(m, name)
-    return make(m.family, sizes)
+    return create(m.family, sizes)
 
 
 def settings_of(model: Model) -> dict[str, Any]:

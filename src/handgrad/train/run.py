@@ -35,10 +35,10 @@ def train(c: Config, quiet: bool = False) -> int:
     if is_finished:  # below the live line, which has ended
         log.say(f"\n{text}\n" if text else "")
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
-        log.say(f"ask it: handgrad generate {out} --prompt TEXT")
+        log.say(f"generate: handgrad generate {out} --prompt TEXT")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
-        log.say(f"go on: handgrad train --run.resume {out}")
+        log.say(f"resume: handgrad train --run.resume {out}")
     return 0 if is_finished else EXIT_CODE
 
 
@@ -57,7 +57,7 @@ def open_log(run: Run, quiet: bool) -> RunLog:
 def describe(run: Run) -> None:
     """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
     replace_file(run.out / SETTINGS, json.dumps(asdict(run.config), indent=2) + "\n")
-    replace_file(run.out / "memory.txt", run.trainer.plan.report() + "\n")
+    replace_file(run.out / "memory.txt", run.trainer.plan.memory_map() + "\n")
     replace_file(run.out / TOKENIZER, json.dumps(run.tokenizer.save(run.out)) + "\n")
 
 

@@ -27,7 +27,7 @@ def show(run: Run) -> None:
     console.print(f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True)
     console.print(f" {where}, resumed at step {run.done}" if run.done else f" {where}", soft_wrap=True)
     if run.done == steps:
-        console.print(" nothing is left to do: more --run.steps would go on", soft_wrap=True)
+        console.print(" nothing left to do: raise --run.steps to continue", soft_wrap=True)
     elif run.config.optim.warmup >= steps:
         console.print(f" all {steps} steps are warm-up: --optim.warmup", soft_wrap=True)
     console.print()

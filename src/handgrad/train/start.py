@@ -44,7 +44,7 @@ class Start:
 
 
 def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | None = None) -> None:
-    """Writes the initial weights. `drawn`: what `drawing` of the same start has begun, if it was called before.
+    """Writes the initial weights. `drawn`: the iterator from `drawing`, if it was started earlier.
 
     Raises HandgradError where a model on disk has other tensors or shapes.
     """
@@ -99,7 +99,7 @@ def draw(info: Param, seed: int, stream: int) -> np.ndarray:
 
 
 def split(values: np.ndarray, splits: bool) -> Parts:
-    """What is written of float32 values: bf16 and its low 16 bits if it `splits`, else the nearest the plan holds."""
+    """What is written of float32 values: bf16 and low 16 bits if `splits`, else the values unchanged."""
     if not splits:
         return {"param": values}
     high, low = split_weight(np.ascontiguousarray(values, np.float32))

@@ -52,7 +52,7 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases. WANDB_MODE=offline, as any of its own settings, holds here too.
 
-    A resumed run goes on in the same one, whose name is kept in the run folder. Steps that an attempt that died had
+    A resumed run continues the same one, whose name is kept in the run folder. Steps that an attempt that died had
     already sent stay: they are the same figures.
     """
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from handgrad.data import Tokens
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
-from handgrad.models import Model, from_dict, to_dict
+from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.execution import Execution
 from handgrad.train.outliers import Outliers
-from handgrad.train.record import record, record_loss
+from handgrad.train.record import record
 from handgrad.train.start import Start, drawing, initialize, write_weight
 
 
@@ -53,26 +52,27 @@ class Step:
         self._finish = finish
         self._values: tuple[float, float, str, int] | None = None
 
-    def _wait(self) -> tuple[float, float, str, int]:
+    def wait(self) -> tuple[float, float, str, int]:
+        """Waits until the step is over; returns loss, grad_norm, skipped and skips."""
         if self._values is None:
             self._values = self._finish()
         return self._values
 
     @property
     def loss(self) -> float:
-        return self._wait()[0]
+        return self.wait()[0]
 
     @property
     def grad_norm(self) -> float:
-        return self._wait()[1]
+        return self.wait()[1]
 
     @property
     def skipped(self) -> str:
-        return self._wait()[2]
+        return self.wait()[2]
 
     @property
     def skips(self) -> int:
-        return self._wait()[3]
+        return self.wait()[3]
 
 
 class Trainer:
@@ -111,11 +111,10 @@ class Trainer:
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         self.execution, self.precision = execution, precision
         self.accumulation = micro_batches(data, execution.micro_batch)
-        self._check_ids(model, data)
+        self._limit_ids(model, data)
         drawn = None
-        if start.init == "random":  # drawn while the backend is opened and bound; any program tells the parameters
-            one = record_loss(model, 1, precision, replace(execution, micro_batch=1), chunks=1)
-            drawn = drawing(one, start.seed, precision.splits_weights)
+        if start.init == "random":  # drawn while the backend is opened and bound
+            drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
@@ -136,7 +135,7 @@ class Trainer:
         initialize(train, self.arena, start, drawn)
 
     @staticmethod
-    def _check_ids(model: Model, data: Tokens) -> None:
+    def _limit_ids(model: Model, data: Tokens) -> None:
         """Has every batch checked against the vocabulary: a kernel would read past the embedding."""
         data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
@@ -157,7 +156,7 @@ class Trainer:
             micro_batch = MicroBatch(first=k == 0, last=k + 1 == len(batches))
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
-            self._pending.loss  # noqa: B018  in the order of steps, and no more than one is on its way
+            self._pending.wait()  # at most one step in flight, so skip decisions stay in step order
         if self.backend.is_asynchronous:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
@@ -171,7 +170,7 @@ class Trainer:
 
         def finish() -> tuple[float, float, str, int]:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
-            skipped = self._judge(loss, norm)
+            skipped = self._skip_reason(loss, norm)
             self._skips = self._skips + 1 if skipped else 0
             return loss, norm, skipped, self._skips
 
@@ -182,7 +181,7 @@ class Trainer:
         result.end = self.backend.mark()
         return result
 
-    def _judge(self, loss: float, norm: float) -> str:
+    def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if not np.isfinite(value):
@@ -208,7 +207,7 @@ class Trainer:
             raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
-        self._check_ids(self.model, data)
+        self._limit_ids(self.model, data)
         total, counts = 0.0, 0
         for b in data.sweep(self.execution.micro_batch, max_tokens, names=self._loss.program.inputs):
             self._start(self._loss, b)
@@ -310,7 +309,7 @@ class Trainer:
         """
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
-            self._pending.loss  # noqa: B018  what it says of outliers belongs to the checkpoint
+            self._pending.wait()  # its outlier scores belong to the checkpoint
         meta = {
             "step": step,
             **to_dict(self.model),

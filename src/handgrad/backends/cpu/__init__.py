@@ -10,7 +10,7 @@ from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cpu.library import library, physical_threads, processor
 from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import ONLY, C, Call, MicroBatch, Op, resolve_number, resolve_pointer
+from handgrad.core.op import ONLY, Call, CpuKernel, MicroBatch, Op, resolve_number, resolve_pointer
 from handgrad.core.plan import Plan
 from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Tensor
@@ -61,7 +61,7 @@ class CpuExecutable(Executable):
         return self._bound[micro_batch][0]
 
 
-def _kernel(c: Call) -> C:
+def _kernel(c: Call) -> CpuKernel:
     """The declaration of a call's kernel; `CpuBackend.bind` has checked that there is one."""
     assert c.op.cpu is not None, c.op
     return c.op.cpu
@@ -92,7 +92,6 @@ class CpuBackend(Backend):
 
     name = "cpu"
     head_rows = 512
-    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, threads: int = 0):
         self._lib = library()

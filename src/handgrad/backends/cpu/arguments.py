@@ -7,7 +7,7 @@ only the standard library.
 import ast
 from pathlib import Path
 
-HEAD = """// Generated from the declarations `cpu = C(entry, args)` of the ops.
+HEAD = """// Generated from the declarations `cpu = CpuKernel(entry, args)` of the ops.
 #pragma once
 #include <stdint.h>
 """
@@ -38,7 +38,7 @@ def header(package: Path) -> str:
 def kernels(source: str) -> list[tuple[str, str, set[str]]]:
     """(entry, line of arguments, names of float attributes) of every CPU kernel that an op.py declares.
 
-    >>> kernels("class A(Op):\\n  attrs = {'p': float, 'T': int}\\n  cpu = C('a', 'y x | N p T')")
+    >>> kernels("class A(Op):\\n  attrs = {'p': float, 'T': int}\\n  cpu = CpuKernel('a', 'y x | N p T')")
     [('a', 'y x | N p T', {'p'})]
     """
     found = []

@@ -10,11 +10,11 @@ from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.backends.cuda import cudnn as attention
+from handgrad.backends.cuda.alternatives import AddressOf, Alternatives
 from handgrad.backends.cuda.arena import CudaArena
-from handgrad.backends.cuda.autotune import AddressOf, Alternatives
 from handgrad.backends.cuda.cublaslt import CublasLt, GemmProblem
 from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor_map
-from handgrad.backends.cuda.gemm_autotune import autotune
+from handgrad.backends.cuda.gemm_autotune import tune_gemms
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
@@ -29,7 +29,7 @@ from handgrad.core.streams import joins
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches, pointer_word, tensor_map_shape, type_defines
 
-Start = Callable[[], None]  # starts one launch
+Launch = Callable[[], None]  # starts one launch
 AHEAD = 4  # max graph launches in flight; beyond a few thousand queued kernels the driver busy-waits
 
 
@@ -75,17 +75,17 @@ class CudaExecutable(Executable):
                 after(self.program.calls[i], self.device.seconds(begin, end))
 
     def _kind(self, micro_batch: MicroBatch) -> MicroBatch:
-        """The micro-batch, with `last` dropped unless a call runs for the last one only: others launch the same."""
+        """Graph key: `last` counts only if some call runs in the last micro-batch only."""
         has_last = any(c.when is When.LAST for c in self.program.calls)
         return MicroBatch(micro_batch.first, micro_batch.last if has_last else True)
 
-    def _starts_of(self, kind: MicroBatch) -> list[list[Start]]:
+    def _starts_of(self, kind: MicroBatch) -> list[list[Launch]]:
         if kind not in self._starts:  # only first writers of gradients differ
             same = self._starts[ONLY]
             self._starts[kind] = [self._bind(i, kind) if c.first else same[i] for i, c in enumerate(self.program.calls)]
         return self._starts[kind]
 
-    def _bind(self, i: int, micro_batch: MicroBatch) -> list[Start]:
+    def _bind(self, i: int, micro_batch: MicroBatch) -> list[Launch]:
         stream, compiled = self._stream(i), self._compiled
         return self._backend.bind_call(*self._chosen[i], self.program, self.arena, compiled, stream, micro_batch)
 
@@ -126,7 +126,6 @@ class CudaBackend(Backend):
 
     name = GpuPlanner.name
     head_rows = GpuPlanner.head_rows
-    head_bytes = GpuPlanner.head_bytes
     is_concurrent = GpuPlanner.is_concurrent
     dtypes = ("f32", "tf32", "bf16")
     grad_dtypes = ("f32", "bf16")
@@ -180,6 +179,11 @@ class CudaBackend(Backend):
             return getattr(known, dtype) * 1e12
         return self._blas.peak("bf16" if dtype == "bf16" else "f32", dtype == "tf32")
 
+    def peak_bandwidth(self) -> float | None:
+        """Bytes/s of device memory by the GPU's data sheet; None for unknown devices."""
+        known = peaks(self.device.name)
+        return None if known is None else 1e9 * known.gbps
+
     def alloc(self, plan: Plan) -> CudaArena:
         calls = [c for program in plan.programs for c in program.calls]
         untimed = self._alternatives.untimed(calls)
@@ -187,7 +191,7 @@ class CudaBackend(Backend):
         needed += [(c, launches) for c in untimed.values() for launches in self._all(c)]
         with ThreadPoolExecutor(1) as pool:  # compilers run in other processes; GEMM autotuning has the GPU to itself
             compiling = pool.submit(compile_all, [s for c, launches in needed for s in self.sources(c, launches)])
-            autotune(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
+            tune_gemms(self._blas, [p for c in calls for p in self._gemm_problems(c)])  # before the arena takes memory
         compiled = compiling.result()
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
         self._alternatives.tune(untimed, bind, self.scratch)
@@ -227,7 +231,7 @@ class CudaBackend(Backend):
         compiled: dict[Source, bytes],
         stream: Any,
         micro_batch: MicroBatch,
-    ) -> list[Start]:
+    ) -> list[Launch]:
         """Functions that start the launches of a call, one each."""
         plan = arena.plan
 
@@ -248,13 +252,13 @@ class CudaBackend(Backend):
         compiled: dict[Source, bytes],
         stream: Any,
         micro_batch: MicroBatch = ONLY,
-    ) -> list[Start]:
+    ) -> list[Launch]:
         def address(word: str) -> int:
             tensor, offset = resolve_pointer(pointer_word(word), c)
             return 0 if tensor is None else at(tensor) + offset
 
         workspace = at("scratch") + aligned(launches.scratch)
-        starts: list[Start] = []
+        starts: list[Launch] = []
         for step in launches.steps:
             if isinstance(step, Kernel):
                 function = self._module(compiled[source(step, c, self.gpu)]).function(step.entry, step.shared)
@@ -275,7 +279,7 @@ class CudaBackend(Backend):
 
     def _bind_gemm(
         self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int, micro_batch: MicroBatch
-    ) -> Start:
+    ) -> Launch:
         bias, aux = (address(word) if word else 0 for word in (g.bias, g.aux))
         addresses = address(g.a), address(g.b), address(g.out), bias, aux, workspace
         start = self._blas.bind(gemm_problem(g, c, self.gpu), *addresses, stream)
@@ -284,7 +288,7 @@ class CudaBackend(Backend):
 
 def bind_kernel(
     k: Kernel, c: Call, function: Any, stream: Any, address: Callable[[str], int], micro_batch: MicroBatch
-) -> Start:
+) -> Launch:
     """A function that launches a kernel on these addresses."""
     args: list[Any] = []
     pointers, numbers = kernel_words(k.args)

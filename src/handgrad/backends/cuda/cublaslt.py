@@ -69,7 +69,7 @@ class GemmProblem:
     b: str
     out: str
     epilogue: str
-    adds: bool
+    accumulates: bool
     tf32: bool
 
     @property
@@ -171,8 +171,8 @@ class CublasLt:
         call, handle, chosen, find = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.workspace
         on, size = int(stream), algorithm.workspace
 
-        def start(adds: bool) -> None:
-            beta = one if adds and scalars else zero  # `scalars` stays referenced here
+        def start(accumulate: bool) -> None:
+            beta = one if accumulate and scalars else zero  # `scalars` stays referenced here
             at = find(size, workspace)
             status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, at, size, on)
             if status:
@@ -198,7 +198,7 @@ class CublasLt:
         """Whether autotuning has not chosen an algorithm yet."""
         return not self.deterministic and repr(astuple(p)) not in self._known
 
-    def learn(self, chosen: dict[GemmProblem, Heuristic]) -> None:
+    def keep_choices(self, chosen: dict[GemmProblem, Heuristic]) -> None:
         """Keeps chosen algorithms, in memory and on disk."""
         self._known |= {repr(astuple(p)): bytes(h).hex() for p, h in chosen.items()}
         cache.store(self._file, json.dumps(self._known).encode())

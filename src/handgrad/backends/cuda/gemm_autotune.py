@@ -61,10 +61,10 @@ CONFIG = {  # cublasLtMatmulAlgoConfigAttributes_t: number, type
     "inner": (7, c_uint16),
     "cluster": (8, c_uint16),
 }
-Start = Callable[[], None]
+Launch = Callable[[], None]
 
 
-def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
+def tune_gemms(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
     """Chooses algorithms for GEMMs that have none yet, in temporary device memory."""
     todo = [p for p in dict.fromkeys(problems) if p.flops >= WORTH_TUNING and blas.untimed(p)]
     if not todo:
@@ -80,7 +80,7 @@ def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
     }
     at = {name: device.alloc(max(size, 256)) for name, size in sizes.items()}
     workspace = device.alloc(GEMM_WORKSPACE)
-    candidates: list[tuple[GemmProblem, Heuristic, Start]] = []
+    candidates: list[tuple[GemmProblem, Heuristic, Launch]] = []
     try:
         for name in at:  # random values: a GEMM of zeros draws less power and runs faster
             device.randomise(at[name], sizes[name])
@@ -91,9 +91,9 @@ def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
 
             def starter(
                 h: Heuristic, p: GemmProblem = p, description: Any = description, layouts: Any = layouts
-            ) -> Start:
+            ) -> Launch:
                 addresses = at["a"], at["b"], at["out"], workspace
-                return partial(blas.starter(description, layouts, h, *addresses, device.stream), p.adds)
+                return partial(blas.starter(description, layouts, h, *addresses, device.stream), p.accumulates)
 
             found = blas.proposals(description, layouts, CANDIDATES)
             if not found:
@@ -106,7 +106,7 @@ def autotune(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
             ranked = {p: sorted((t, i) for i, t in enumerate(taken) if candidates[i][0] == p) for p in todo}
             kept = 1 if long else LONG_FINALISTS
             candidates = [candidates[i] for found in ranked.values() for _, i in found[:kept]]
-        blas.learn({p: h for p, h, _ in candidates})
+        blas.keep_choices({p: h for p, h, _ in candidates})
     finally:
         device.sync()
         for address in (*at.values(), workspace):
@@ -119,7 +119,7 @@ def repeats(flops: float, long: bool = True) -> int:
     return 1 + int(sample / max(flops, WORTH_TUNING))
 
 
-def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Start]) -> list[Heuristic]:
+def _fastest(blas: CublasLt, found: Sequence[Heuristic], starter: Callable[[Heuristic], Launch]) -> list[Heuristic]:
     """The FINALISTS algorithms whose second run was fastest."""
     begin, end = blas.device.event(True), blas.device.event(True)
     times = []

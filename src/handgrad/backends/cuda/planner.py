@@ -40,7 +40,6 @@ class GpuPlanner(Planner):
     name = "cuda"
     is_concurrent = True
     head_rows = 32768
-    head_bytes = head_rows * 50304 * 4  # as many rows of GPT-2's vocabulary in float32
 
     def __init__(self, gpu: Gpu | str):
         if isinstance(gpu, str) and gpu not in GPUS:
@@ -66,7 +65,7 @@ class GpuPlanner(Planner):
         alternatives = self.launches(call).alternatives()
         timed = call.op.flops(call) >= WORTH_TUNING and not self.gpu.deterministic
         if len(alternatives) > 1 and timed:
-            return ", or ".join(a.note or "apart" for a in alternatives)
+            return ", or ".join(a.note or "separate" for a in alternatives)
         return alternatives[0].note
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from handgrad.core.dtypes import F32, DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.adamw import reference
 
@@ -24,7 +24,7 @@ class AdamW(Op):
     ins = "grad:n:grad"
     outs = "+p:n +m:n:f32 +v:n:f32 +low:n:i16?"
     attrs = {"start": int, "beta1": float, "beta2": float, "eps": float, "weight_decay": float}
-    cpu = C("adamw", "p m v low grad scalars | n start beta1 beta2 eps weight_decay")
+    cpu = CpuKernel("adamw", "p m v low grad scalars | n start beta1 beta2 eps weight_decay")
     cases = (
         case(n=33, start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1),
         case(n=1, start=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0),

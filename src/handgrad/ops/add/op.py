@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add import reference
 
@@ -15,7 +15,7 @@ class Add(Op):
     name = "add"
     ins = "a:N,C b:N,C"
     outs = "y:N,C"
-    cpu = C("add", "y a b | N C")
+    cpu = CpuKernel("add", "y a b | N C")
     cases = (case(N=7, C=33), case(N=1, C=1), case(N=50, C=200), case(N=1024, C=768, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:

@@ -2,40 +2,42 @@
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) grad_t   dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
-// layout    a row is in the registers of its TEAM threads: a warp, or a block if the row is long; C is a constant
+// layout    a row is in the registers of a group of ROW_THREADS: a warp, or a block if it is long; C is a constant
 //           backward: a grid that fills the GPU walks over rows; a thread sums dw, db, dhb of its columns in registers
-// determinism  fixed order: rows of a team, teams of a block, then blocks (norm_backward_sum); no atomics
+// determinism  fixed order: rows of a group, groups of a block, then blocks (norm_backward_sum); no atomics
 // speed     H100 80GB, N=65536 C=768 bf16, in a traced step, 2026-11-24: add_norm 2.72 TB/s (91 % of the copy rate),
 //           norm_backward 2.49 TB/s (83 %)
 // source    own work
 #include "ptx.cuh"
 
-// -DCOLUMNS   C
-// -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
-// -DTEAM      threads per row: 32, or all of a block
-// -DROWS      rows that a block holds at a time
-// -DBIAS      1: add_norm is given hb
-#if !defined(COLUMNS) || !defined(VEC) || !defined(TEAM) || !defined(ROWS) || !defined(FORWARD)
+// -DCOLUMNS      C
+// -DVEC          elements of one access: 16 bytes of them where C is a multiple, else 1
+// -DROW_THREADS  threads per row: 32, or all of a block
+// -DROWS         rows that a block holds at a time
+// -DBIAS         1: add_norm is given hb
+#if !defined(COLUMNS) || !defined(VEC) || !defined(ROW_THREADS) || !defined(ROWS) || !defined(FORWARD)
 #error "add_norm/op.py defines these"
 #endif
 
 // Rows are processed from the last to the first: the GEMM before wrote the last ones last, and the GEMM after reads the
 // first ones first, so that part of each input is still in L2.
-constexpr int C = COLUMNS, PACKS = (C + TEAM * VEC - 1) / (TEAM * VEC);
+constexpr int C = COLUMNS, PACKS = (C + ROW_THREADS * VEC - 1) / (ROW_THREADS * VEC);
 typedef Pack<real, VEC> Pk;
 
 // First column of a thread's pack k, and whether it is inside the row: a constant for all but the last pack.
-__device__ __forceinline__ int column(int k, int lane) { return (k * TEAM + lane) * VEC; }
-__device__ __forceinline__ bool inside(int k, int lane) { return (k + 1) * TEAM * VEC <= C || column(k, lane) < C; }
+__device__ __forceinline__ int column(int k, int lane) { return (k * ROW_THREADS + lane) * VEC; }
+__device__ __forceinline__ bool inside(int k, int lane) {
+  return (k + 1) * ROW_THREADS * VEC <= C || column(k, lane) < C;
+}
 
-// The sum over a team, in all its threads.
-__device__ __forceinline__ float team_sum(float x, float *buffer) {
-  if constexpr (TEAM == 32) return warp_reduce(x, Sum());
-  else return block_reduce<TEAM>(x, Sum(), 0.0f, buffer);
+// The sum over a row, in all its threads.
+__device__ __forceinline__ float row_sum(float x, float *buffer) {
+  if constexpr (ROW_THREADS == 32) return warp_reduce(x, Sum());
+  else return block_reduce<ROW_THREADS>(x, Sum(), 0.0f, buffer);
 }
 
 #if FORWARD
-// y and the statistics of row n, which the team holds. The second sum corrects the rounding error of the mean.
+// y and the statistics of row n, which its threads hold. The second sum corrects the rounding error of the mean.
 __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, const Pk s[PACKS], const real *w,
                                          const real *b, i64 n, int lane, float eps, float *buffer) {
   float sum = 0.0f, rest = 0.0f, squares = 0.0f;
@@ -44,7 +46,7 @@ __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, cons
     if (inside(k, lane))
 #pragma unroll
       for (int i = 0; i < VEC; i++) sum += s[k].at(i);
-  float m = team_sum(sum, buffer) / C;
+  float m = row_sum(sum, buffer) / C;
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane))
@@ -54,8 +56,8 @@ __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, cons
         rest += centred;
         squares += centred * centred;
       }
-  m += team_sum(rest, buffer) / C;
-  float r = 1.0f / sqrtf(team_sum(squares, buffer) / C + eps);
+  m += row_sum(rest, buffer) / C;
+  float r = 1.0f / sqrtf(row_sum(squares, buffer) / C + eps);
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane)) {
@@ -70,7 +72,7 @@ __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, cons
   }
 }
 
-KERNEL __launch_bounds__(TEAM * ROWS)
+KERNEL __launch_bounds__(ROW_THREADS * ROWS)
 add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            // (N, C)
                         float *__restrict__ mean, float *__restrict__ rstd,    // (N)
                         const real *__restrict__ x, const real *__restrict__ h,  // (N, C), not read again
@@ -78,8 +80,8 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
                         const real *__restrict__ hb,                             // (C) or NULL
                         i64 N, float eps) {
   __shared__ float buffer[32];
-  int lane = threadIdx.x % TEAM;
-  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
+  int lane = threadIdx.x % ROW_THREADS;
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS);
   if (n < 0) return;  // a whole warp
   Pk row[PACKS], branch[PACKS];
 #pragma unroll
@@ -100,15 +102,15 @@ add_norm_forward_kernel(real *__restrict__ s, real *__restrict__ y,            /
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 
-KERNEL __launch_bounds__(TEAM * ROWS)
+KERNEL __launch_bounds__(ROW_THREADS * ROWS)
 norm_forward_kernel(real *__restrict__ y,                                    // (N, C)
                     float *__restrict__ mean, float *__restrict__ rstd,      // (N)
                     const real *__restrict__ x,                              // (N, C)
                     const real *__restrict__ w, const real *__restrict__ b,  // (C)
                     i64 N, float eps) {
   __shared__ float buffer[32];
-  int lane = threadIdx.x % TEAM;
-  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / TEAM);
+  int lane = threadIdx.x % ROW_THREADS;
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS);
   if (n < 0) return;  // a whole warp
   Pk row[PACKS];
 #pragma unroll
@@ -117,13 +119,13 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 #else
-// -DSUMS      column sums: dw, db; 3: and dhb
-// -DSTREAMS   3; 2 where ds is not given
-// -DSTAGED    1: rows are prefetched into shared memory; 0: C is odd, or too long for it
-// -DHELD      blocks per SM, which bounds registers
-// -DBLOCKS    blocks of the grid
-// -DSUM_THREADS  of a block of norm_backward_sum_kernel: 32 x 32
-#if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(HELD) || !defined(BLOCKS)
+// -DSUMS           column sums: dw, db; 3: and dhb
+// -DSTREAMS        3; 2 where ds is not given
+// -DSTAGED         1: rows are prefetched into shared memory; 0: C is odd, or too long for it
+// -DBLOCKS_PER_SM  blocks per SM, which bounds registers
+// -DBLOCKS         blocks of the grid
+// -DSUM_THREADS    of a block of norm_backward_sum_kernel: 32 x 32
+#if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(BLOCKS_PER_SM) || !defined(BLOCKS)
 #error "add_norm/op.py defines these"
 #endif
 #ifndef SUM_THREADS
@@ -132,11 +134,11 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
 
 typedef Pack<float, VEC> ColumnSums[SUMS][PACKS];  // of a thread's columns
 
-// Adds up the column sums of the teams of a block, through shared memory, into block (SUMS, C).
-__device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int team,
+// Adds up the column sums of the groups of a block, through shared memory, into block (SUMS, C).
+__device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int group,
                                                   int lane) {
-  float *const own = ROWS == 1 ? block : shared + team * SUMS * C;
-  __syncthreads();  // all teams have read their rows
+  float *const own = ROWS == 1 ? block : shared + group * SUMS * C;
+  __syncthreads();  // all groups have read their rows
 #pragma unroll
   for (int j = 0; j < SUMS; j++)
 #pragma unroll
@@ -144,7 +146,7 @@ __device__ __forceinline__ void store_column_sums(float *block, const ColumnSums
       if (inside(k, lane)) store(own + j * C + column(k, lane), sums[j][k]);
   if constexpr (ROWS > 1) {
     __syncthreads();
-    for (int i = threadIdx.x; i < SUMS * C; i += TEAM * ROWS) {
+    for (int i = threadIdx.x; i < SUMS * C; i += ROW_THREADS * ROWS) {
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < ROWS; j++) sum += shared[j * SUMS * C + i];
@@ -153,7 +155,7 @@ __device__ __forceinline__ void store_column_sums(float *block, const ColumnSums
   }
 }
 
-KERNEL __launch_bounds__(TEAM * ROWS, HELD)
+KERNEL __launch_bounds__(ROW_THREADS * ROWS, BLOCKS_PER_SM)
 norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
                      float *__restrict__ partial,                                     // (BLOCKS, SUMS, C): dw, db, dhb
                      const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
@@ -162,9 +164,9 @@ norm_backward_kernel(real *__restrict__ dx,                                     
                      i64 N) {
   __shared__ float buffer[32];
   HG_SHARED(real, shared);  // (ROWS, 2, STREAMS, C) rows of dy, s, ds; (C) w;  in the end (ROWS, SUMS, C) float
-  const int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+  const int lane = threadIdx.x % ROW_THREADS, group = threadIdx.x / ROW_THREADS;
   const i64 step = (i64)BLOCKS * ROWS;
-  real *const rows = shared + team * 2 * STREAMS * C, *const weight = shared + ROWS * 2 * STREAMS * C;
+  real *const rows = shared + group * 2 * STREAMS * C, *const weight = shared + ROWS * 2 * STREAMS * C;
   const real *const streams[3] = {dy, s, ds};
   // A thread reads back only what it copied itself, so no barrier is needed.
   auto fetch = [&](i64 n, int stage) {
@@ -181,11 +183,11 @@ norm_backward_kernel(real *__restrict__ dx,                                     
       copy_async_commit();
     }
   };
-  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + team);
+  i64 n = N - 1 - ((i64)blockIdx.x * ROWS + group);
   float next_mean = n >= 0 ? mean[n] : 0.0f, next_rstd = n >= 0 ? rstd[n] : 0.0f;
   fetch(n, 0);
   if constexpr (STAGED) {
-    for (int c = threadIdx.x * VEC; c < C; c += TEAM * ROWS * VEC) store(weight + c, load<real, VEC>(w + c));
+    for (int c = threadIdx.x * VEC; c < C; c += ROW_THREADS * ROWS * VEC) store(weight + c, load<real, VEC>(w + c));
     __syncthreads();
   }
   ColumnSums sums = {};
@@ -217,8 +219,8 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           sums[1][k].v[i] += g.at(i);
         }
       }
-    sum = team_sum(sum, buffer) / C;
-    dot = team_sum(dot, buffer) / C;
+    sum = row_sum(sum, buffer) / C;
+    dot = row_sum(dot, buffer) / C;
     __syncwarp();  // makes the compiler read the row again instead of keeping all of it in registers
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
@@ -236,7 +238,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
         store(dx + n * C + c, to);
       }
   }
-  store_column_sums(partial + (i64)blockIdx.x * SUMS * C, sums, (float *)shared, team, lane);
+  store_column_sums(partial + (i64)blockIdx.x * SUMS * C, sums, (float *)shared, group, lane);
 }
 
 // dw, db, dhb = or += the sums of all blocks' rows of partial. Of 32 x 32 threads, x is a column of (SUMS, C), and y

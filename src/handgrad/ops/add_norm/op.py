@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add_norm import reference
@@ -20,7 +20,7 @@ class AddNorm(Op):
     params = "w b hb"
     saved = "s w mean rstd"  # not x and h: backward needs only their sum
     differentiated = "s y"
-    cpu = C("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
+    cpu = CpuKernel("add_norm_forward", "s y mean rstd x h w b hb | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
         case(N=7, C=33, eps=1e-5, without="hb"),
@@ -64,7 +64,7 @@ class Norm(Op):
     attrs = {"eps": float}
     params = "w b"
     saved = "x w mean rstd"
-    cpu = C("norm_forward", "y mean rstd x w b | N C eps")
+    cpu = CpuKernel("norm_forward", "y mean rstd x w b | N C eps")
     cases = (
         case(N=7, C=33, eps=1e-5),
         case(N=1, C=1, eps=1e-5),
@@ -92,7 +92,7 @@ class NormBackward(Op):
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
     outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
-    cpu = C(
+    cpu = CpuKernel(
         "norm_backward",
         "dx dw db dhb dy ds s w mean rstd scratch | N C accumulate.dw accumulate.db accumulate.dhb",
         "norm_backward_scratch N C threads",
@@ -120,24 +120,26 @@ class NormBackward(Op):
         d = _layout(c, packs=7)
         staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per concurrent row: two rows per stream; sums
         staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
-        if d["TEAM"] == 32:  # one block per SM, of as many warps as registers and shared memory allow
-            held, own = 1, sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
+        if d["ROW_THREADS"] == 32:  # one block per SM, of as many warps as registers and shared memory allow
+            blocks_per_sm = 1
+            own = sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
             rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
             rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
             rows = rows if rows < 4 else rows // 4 * 4  # an SM has four partitions with registers of their own
             d["ROWS"] = rows
         else:
-            rows, held = 1, max(1, 512 // d["TEAM"])
+            rows, blocks_per_sm = 1, max(1, 512 // d["ROW_THREADS"])
         shared = max((C * size + rows * staging) * staged, rows * summing * (rows > 1))
-        held = max(1, min(held, (gpu.shared_bytes + 1024) // (shared + 1024)))  # the hardware reserves 1 KiB per block
-        blocks = min(-(-N // rows), gpu.sms * held)
-        d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "HELD": held, "BLOCKS": blocks, "FORWARD": 0}
-        d["SUM_THREADS"] = SUM_THREADS
+        fit = (gpu.shared_bytes + 1024) // (shared + 1024)  # the hardware reserves 1 KiB per block
+        blocks_per_sm = max(1, min(blocks_per_sm, fit))
+        blocks = min(-(-N // rows), gpu.sms * blocks_per_sm)
+        d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "BLOCKS_PER_SM": blocks_per_sm}
+        d |= {"BLOCKS": blocks, "FORWARD": 0, "SUM_THREADS": SUM_THREADS}
         args = "dx scratch dy ds s w mean rstd | N"
         add = "dw db dhb scratch | accumulate.dw accumulate.db accumulate.dhb"
         return Launches(
             (
-                Kernel("norm_backward_kernel", args, blocks, d["TEAM"] * rows, shared, d),
+                Kernel("norm_backward_kernel", args, blocks, d["ROW_THREADS"] * rows, shared, d),
                 Kernel("norm_backward_sum_kernel", add, -(-sums * C // 32), SUM_THREADS, 0, d),
             ),
             scratch=blocks * summing,
@@ -155,14 +157,14 @@ def _layout(c: Call, packs: int) -> dict[str, int]:
     vec = 16 // c.dtype.size
     vec = vec if c.sizes["C"] % vec == 0 else 1
     accesses = -(-c.sizes["C"] // vec)
-    team = 32 if accesses <= 32 * packs else min(1024, -(-accesses // 64) * 32)
-    return {"COLUMNS": c.sizes["C"], "VEC": vec, "TEAM": team, "ROWS": 4 if team == 32 else 1}
+    row_threads = 32 if accesses <= 32 * packs else min(1024, -(-accesses // 64) * 32)
+    return {"COLUMNS": c.sizes["C"], "VEC": vec, "ROW_THREADS": row_threads, "ROWS": 4 if row_threads == 32 else 1}
 
 
 def _forward(c: Call, entry: str, args: str) -> Launches:
     defines = _layout(c, packs=8) | {"FORWARD": 1, "BIAS": int(getattr(c, "hb", None) is not None)}
     rows = defines["ROWS"]
-    return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["TEAM"] * rows, 0, defines),))
+    return Launches((Kernel(entry, args, -(-c.sizes["N"] // rows), defines["ROW_THREADS"] * rows, 0, defines),))
 
 
 def _norm_backward(g: Recorder, c: Call, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:

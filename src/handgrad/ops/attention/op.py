@@ -4,7 +4,7 @@ from typing import Any
 
 from handgrad.core.dtypes import BF16
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import TMA_TILE, Gpu, Kernel, Launches, Sdpa
 from handgrad.ops.attention import reference
@@ -117,7 +117,7 @@ class Attention(Op):
     attrs = {"T": int, "H": int, "K": int, "causal": bool, "p": float, "stream": int}
     saved = "qkv y lse"
     kept = "y lse"
-    cpu = C(
+    cpu = CpuKernel(
         "attention_forward",
         "y lse qkv scalars scratch | N T H K D causal p stream",
         "attention_forward_scratch T D threads",
@@ -164,7 +164,7 @@ class AttentionBackward(Op):
     outs = "dqkv:N,Q"
     attrs = Attention.attrs
     ill_conditioned = True  # exp(q k' - lse) and dy v' - delta
-    cpu = C(
+    cpu = CpuKernel(
         "attention_backward",
         "dqkv dy qkv y lse scalars scratch | N T H K D causal p stream",
         "attention_backward_scratch T H K D threads",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.attention_decode import reference
 
@@ -17,7 +17,7 @@ class AttentionDecode(Op):
     ins = "qkv:N,Q"
     outs = "y:N,C +cache:B,S,2,K,D"
     attrs = {"T": int, "S": int, "H": int, "K": int}
-    cpu = C(
+    cpu = CpuKernel(
         "attention_decode", "y cache qkv scalars scratch | N T S H K D", "attention_decode_scratch N T S H D threads"
     )
     cases = (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.dropout import reference
@@ -17,7 +17,7 @@ class Dropout(Op):
     ins = "x:N,C"
     outs = "y:N,C"
     attrs = {"p": float, "stream": int}
-    cpu = C("dropout_forward", "y x scalars | N C p stream")
+    cpu = CpuKernel("dropout_forward", "y x scalars | N C p stream")
     cases = (
         case(N=7, C=33, p=0.1, stream=1),
         case(N=1, C=1, p=0.5, stream=2),

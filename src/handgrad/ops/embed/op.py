@@ -4,7 +4,7 @@ from typing import Any
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.embed import reference
@@ -19,7 +19,7 @@ class Embed(Op):
     attrs = {"T": int, "decode": bool}
     params = "wte wpe"
     saved = "ids"
-    cpu = C("embed_forward", "y ids wte wpe scalars | N C T decode")
+    cpu = CpuKernel("embed_forward", "y ids wte wpe scalars | N C T decode")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3, decode=False),
         case(N=1, C=1, V=1, Tmax=1, T=1, decode=False),
@@ -67,7 +67,7 @@ class EmbedBackward(Op):
     ins = "dy:N,C ids:N:i32"
     outs = "+dwte:V,C:grad +dwpe:Tmax,C:grad?"
     attrs = {"V": int, "Tmax": int, "T": int}
-    cpu = C("embed_backward", "dwte dwpe dy ids | N C V T Tmax accumulate.dwte accumulate.dwpe")
+    cpu = CpuKernel("embed_backward", "dwte dwpe dy ids | N C V T Tmax accumulate.dwte accumulate.dwpe")
     cases = (
         case(N=6, C=33, V=11, Tmax=5, T=3),
         case(N=1, C=1, V=1, Tmax=1, T=1),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.fill import reference
 
@@ -15,7 +15,7 @@ class Fill(Op):
     name = "fill"
     outs = "+x:n:grad"
     attrs = {"n": int, "value": float}
-    cpu = C("fill", "x | n value accumulate.x")
+    cpu = CpuKernel("fill", "x | n value accumulate.x")
     cases = (
         case(n=33, value=0.0),
         case(n=1, value=2.5),

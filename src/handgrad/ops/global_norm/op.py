@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.global_norm import reference
@@ -20,7 +20,7 @@ class GlobalNorm(Op):
     ins = "grad:n:grad"
     outs = f"+scalars:{STEP_SCALARS_BYTES}:byte"
     attrs = {"clip": float}
-    cpu = C("global_norm", "scalars grad scratch | n clip", "global_norm_scratch n")
+    cpu = CpuKernel("global_norm", "scalars grad scratch | n clip", "global_norm_scratch n")
     cases = (
         case(n=33, clip=1.0),
         case(n=1, clip=0.0),

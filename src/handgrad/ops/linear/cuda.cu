@@ -15,11 +15,11 @@
 // -DVEC      elements of one access
 // -DPARTS    ranges of rows of which db is the sum
 // -DTHREADS  of a block; -DSUM_THREADS: of a block of linear_db_kernel
-// -DGELU_PACKS, -DSLOPE_PACKS  accesses of a thread in gelu and gelu_backward; pack i is THREADS after pack i - 1
+// -DGELU_PACKS, -DGELU_BACKWARD_PACKS  accesses of a thread in gelu, gelu_backward; pack i is THREADS after pack i - 1
 #if !defined(VEC) || !defined(PARTS) || !defined(THREADS) || !defined(SUM_THREADS)
 #error "linear/op.py defines these"
 #endif
-#if !defined(GELU_PACKS) || !defined(SLOPE_PACKS)
+#if !defined(GELU_PACKS) || !defined(GELU_BACKWARD_PACKS)
 #error "linear/op.py defines these"
 #endif
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ float sigmoid_2u(float x) {
 #endif
 }
 __device__ __forceinline__ float gelu_of(float x) { return x * sigmoid_2u(x); }
-__device__ __forceinline__ float gelu_slope_of(float x) {
+__device__ __forceinline__ float gelu_grad(float x) {
   float s = sigmoid_2u(x);
   return s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406445f * x * x);
 }
@@ -74,19 +74,19 @@ KERNEL __launch_bounds__(THREADS) linear_gelu_backward_kernel(
     const real *dy,   // (N, M)
     const real *pre,  // (N, M)
     i64 N, i64 M) {
-  i64 packs = N * M / VEC, first = (i64)blockIdx.x * (THREADS * SLOPE_PACKS) + threadIdx.x;
-  Pack<real, VEC> d[SLOPE_PACKS], x[SLOPE_PACKS];
+  i64 packs = N * M / VEC, first = (i64)blockIdx.x * (THREADS * GELU_BACKWARD_PACKS) + threadIdx.x;
+  Pack<real, VEC> d[GELU_BACKWARD_PACKS], x[GELU_BACKWARD_PACKS];
 #pragma unroll
-  for (int i = 0; i < SLOPE_PACKS; i++) {
+  for (int i = 0; i < GELU_BACKWARD_PACKS; i++) {
     if (first + i * THREADS >= packs) break;
     d[i] = load_streaming<real, VEC>(dy + (first + i * THREADS) * VEC);
     x[i] = load_streaming<real, VEC>(pre + (first + i * THREADS) * VEC);
   }
 #pragma unroll
-  for (int i = 0; i < SLOPE_PACKS; i++) {
+  for (int i = 0; i < GELU_BACKWARD_PACKS; i++) {
     if (first + i * THREADS >= packs) break;
 #pragma unroll
-    for (int q = 0; q < VEC; q++) d[i].set(q, d[i].at(q) * gelu_slope_of(x[i].at(q)));
+    for (int q = 0; q < VEC; q++) d[i].set(q, d[i].at(q) * gelu_grad(x[i].at(q)));
     store(dpre + (first + i * THREADS) * VEC, d[i]);
   }
 }

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from handgrad.core.dtypes import BF16, DType
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
@@ -12,10 +12,11 @@ from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
 THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of one that adds partial sums of db
-GELU_PACKS, SLOPE_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
-DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS, "GELU_PACKS": GELU_PACKS, "SLOPE_PACKS": SLOPE_PACKS}
+GELU_PACKS, GELU_BACKWARD_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
+DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
+DEFINES |= {"GELU_PACKS": GELU_PACKS, "GELU_BACKWARD_PACKS": GELU_BACKWARD_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
-MIN_ROWS = 8192  # from here on our GEMM with bias gradient can be faster than the library's GEMM and a pass over dy
+MIN_ROWS = 8192  # N from which our fused GEMM can beat the library's GEMM plus a pass over dy
 
 
 class Linear(Op):
@@ -31,7 +32,7 @@ class Linear(Op):
     attrs = {"gelu": bool, "keep_pre": bool}
     params = "w b"
     saved = "x w pre pre_x"
-    cpu = C("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, gelu=False, keep_pre=False, without="pre_x"),
         case(N=1, K=1, M=1, gelu=True, keep_pre=True, without="pre_x"),
@@ -51,13 +52,14 @@ class Linear(Op):
         return (reference.gelu(pre) if v.gelu else pre), pre
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        dy, dpre = d["y"], d.get("pre")  # a reader of y that was given pre returns dpre
+        dy, dpre = d["y"], d.get("pre")  # a reader of y that took pre returns dpre
         if dy is not None and c.attrs["gelu"]:
             dy = g.emit(linear_gelu_backward, dy, c.pre)
         if dpre is not None:
             dy = dpre if dy is None else g.emit(add, dy, dpre)
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
-        g.emit(linear_backward_w, dy, c.x, into=into)  # before dx, so that communication of dw can start early
+        # dw before dx: it overlaps dx now, and its reduction can start early later
+        g.emit(linear_backward_w, dy, c.x, into=into)
         return {"x" if c.pre_x is None else "pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x)}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -72,11 +74,11 @@ class Linear(Op):
             steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
         if gelu:  # of the rounded value, so that recomputing GELU from a kept `pre` gives the same bits
             steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
-        apart = Launches(tuple(steps))
+        separate = Launches(tuple(steps))
         if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
             fused = (replace(gemm, epilogue="gelu", bias="b", aux="pre"),)
-            return Launches(fused, note="gelu in the GEMM", alternative=apart)
-        return apart
+            return Launches(fused, note="gelu in the GEMM", alternative=separate)
+        return separate
 
     def cheap(self, c: Call) -> dict[str, str]:
         return {} if c.pre is None else {"y": "act"}
@@ -99,7 +101,7 @@ class LinearGelu(Op):
     name = "linear_gelu"
     ins = "pre:N,M"
     outs = "y:N,M"
-    cpu = C("linear_gelu", "y pre | N M")
+    cpu = CpuKernel("linear_gelu", "y pre | N M")
     cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:
@@ -115,7 +117,7 @@ class LinearGeluBackward(Op):
     name = "linear_gelu_backward"
     ins = "dy:N,M pre:N,M"
     outs = "dpre:N,M"
-    cpu = C("linear_gelu_backward", "dpre dy pre | N M")
+    cpu = CpuKernel("linear_gelu_backward", "dpre dy pre | N M")
     cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
 
     def ref(self, v: Any) -> tuple:
@@ -123,7 +125,7 @@ class LinearGeluBackward(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return Launches(
-            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=SLOPE_PACKS),)
+            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=GELU_BACKWARD_PACKS),)
         )
 
 
@@ -134,7 +136,7 @@ class LinearBackwardW(Op):
     overlap = 1  # it has few tiles and leaves SMs idle, which the GEMM for dx uses
     ins = "dy:N,M x:N,K"
     outs = "+dw:M,K:grad +db:M:grad?"
-    cpu = C(
+    cpu = CpuKernel(
         "linear_backward_w",
         "dw db dy x scratch | N M K accumulate.dw accumulate.db threads",
         "linear_scratch N M K threads",
@@ -162,10 +164,10 @@ class LinearBackwardW(Op):
         parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks per SM; at least a row per warp
         partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
         db = _kernel("linear_db_kernel", "db scratch | M accumulate.db", -(-M // 32), SUM_THREADS, parts=parts)
-        apart = Launches((gemm, partial, db), scratch=4 * parts * M)
+        separate = Launches((gemm, partial, db), scratch=4 * parts * M)
         if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
-            return replace(weight_gradient(M, K, gpu), alternative=apart)
-        return apart
+            return replace(weight_gradient(M, K, gpu), alternative=separate)
+        return separate
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
@@ -177,7 +179,7 @@ class LinearBackwardX(Op):
     name = "linear_backward_x"
     ins = "dy:N,M w:M,K pre:N,K?"
     outs = "dx:N,K"
-    cpu = C("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
     cases = (
         case(N=7, K=33, M=19, without="pre"),
         case(N=1, K=1, M=1),
@@ -196,13 +198,13 @@ class LinearBackwardX(Op):
         gemm = Gemm("dx", "dy", "w", N, K, M)
         if c.pre is None:
             return Launches((gemm,))
-        apart = Launches(
-            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=SLOPE_PACKS))
+        separate = Launches(
+            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=GELU_BACKWARD_PACKS))
         )
         if not _fuses_gelu(c):
-            return apart
+            return separate
         fused = replace(gemm, epilogue="dgelu", aux="pre")
-        return Launches((fused,), note="gelu' in the GEMM", alternative=apart)
+        return Launches((fused,), note="gelu' in the GEMM", alternative=separate)
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]

@@ -4,6 +4,7 @@
 // reduce    writes = or +=    dw: (M, N) grad_t                  split tiles
 //           writes = or +=    db: (M) grad_t                     row sums of dy'
 // numerics  float accumulators in the tensor cores' order; partials are added in order
+// sizes     M, N: of dw (the op's M, K); K: rows of dy (the op's N)
 // layout    see wgmma_gemm.cuh; dy (K, M) and x (K, N); rows are multiples of 16 bytes; past an edge TMA reads zeros
 // determinism  fixed order; tiles and partials depend on the sizes and the number of SMs alone
 // speed     H100 80GB, 2026-11-26, at the power limit, TFLOP/s (in brackets cuBLASLt 13.1 and a pass over dy, same
@@ -14,18 +15,18 @@
 #include "wgmma_gemm.cuh"
 
 // p[0] = or += x and, if `both`, p[1] = or += y.
-__device__ __forceinline__ void put(float *p, float x, float y, bool adds, bool both) {
-  if (both && adds) {
+__device__ __forceinline__ void store_pair(float *p, float x, float y, bool accumulate, bool both) {
+  if (both && accumulate) {
     add_pair(p, x, y);
   } else if (both) {
     *(float2 *)p = make_float2(x, y);
   } else {
-    *p = x + (adds ? *p : 0.0f);
+    *p = x + (accumulate ? *p : 0.0f);
   }
 }
-__device__ __forceinline__ void put(bf16 *p, float x, float y, bool adds, bool both) {
-  p[0] = from_float<bf16>(x + (adds ? to_float(p[0]) : 0.0f));
-  if (both) p[1] = from_float<bf16>(y + (adds ? to_float(p[1]) : 0.0f));
+__device__ __forceinline__ void store_pair(bf16 *p, float x, float y, bool accumulate, bool both) {
+  p[0] = from_float<bf16>(x + (accumulate ? to_float(p[0]) : 0.0f));
+  if (both) p[1] = from_float<bf16>(y + (accumulate ? to_float(p[1]) : 0.0f));
 }
 
 // Adds a step's rows of dy' to a thread's sums: 8 rows, a sixteenth of the step's k each.
@@ -64,12 +65,13 @@ __device__ __forceinline__ void store_partial(float *to, const float *acc) {
 }
 
 // A warpgroup's accumulators, to their place in dw; (row, column): of the thread's first one, of the tile.
-__device__ __forceinline__ void store_tile(grad_t *dw, const float *acc, int row, int column, i64 M, i64 N, bool adds) {
+__device__ __forceinline__ void store_tile(grad_t *dw, const float *acc, int row, int column, i64 M, i64 N,
+                                           bool accumulate) {
 #pragma unroll
   for (int j = 0; j < TILE_N / 8; j++) {
     int c = column + 8 * j + threadIdx.x % 4 * 2;
-    if (row < M && c < N) put(dw + row * N + c, acc[4 * j], acc[4 * j + 1], adds, c + 1 < N);
-    if (row + 8 < M && c < N) put(dw + (row + 8) * N + c, acc[4 * j + 2], acc[4 * j + 3], adds, c + 1 < N);
+    if (row < M && c < N) store_pair(dw + row * N + c, acc[4 * j], acc[4 * j + 1], accumulate, c + 1 < N);
+    if (row + 8 < M && c < N) store_pair(dw + (row + 8) * N + c, acc[4 * j + 2], acc[4 * j + 3], accumulate, c + 1 < N);
   }
 }
 
@@ -98,12 +100,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int i = 0; work.get(i, cluster, at); i++) {
       work.coordinates(at.tile, m, n);
       const int row = (m * CLUSTER + rank) * TILE_M + group * 64 + warp * 16 + lane / 4, column = n * TILE_N;
-      const bool adds = accumulate;
       float rows[8] = {};
-      int wait = (n + work.tiles_n - at.k0 % work.tiles_n) % work.tiles_n;  // the tiles of a row share the steps
+      // the tiles of a row share the steps
+      int steps_to_skip = (n + work.tiles_n - at.k0 % work.tiles_n) % work.tiles_n;
       multiply(acc, pipe, group, at.k1 - at.k0, [&](const char *a) {
-        if (wait-- > 0) return;
-        wait = work.tiles_n - 1;
+        if (steps_to_skip-- > 0) return;
+        steps_to_skip = work.tiles_n - 1;
         add_rows(rows, a);
         sync_warpgroup(1 + group);  // all threads have read this stage before one of them releases it
       });
@@ -111,7 +113,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int part = rank * WARPGROUPS + group;
         store_partial(partials + (i64)at.partial * PARTIAL + part * (64 * TILE_N) + thread * 4, acc);
       } else {
-        store_tile(dw, acc, row, column, M, N, adds);
+        store_tile(dw, acc, row, column, M, N, accumulate);
       }
       float *sums = work.row_sums(partials, at.partial < 0 ? at.tile : work.whole + at.partial);
       store_row_sums(sums + rank * TILE_M + group * 64, rows, buffer, 1 + group);
@@ -123,7 +125,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
 // Adds up partials: a block has 16 accumulators of every thread of one warpgroup of a split tile.
 __device__ __forceinline__ void reduce_tile(grad_t *dw, const float *partials, const SplitK &work, int t, int part,
-                                            i64 M, i64 N, bool adds) {
+                                            i64 M, i64 N, bool accumulate) {
   int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, m, n;
   const float *from = partials + part * (64 * TILE_N) + thread * 4 + (i64)blockIdx.y * 4 * 512;
   float4 sum[4] = {};
@@ -142,14 +144,14 @@ __device__ __forceinline__ void reduce_tile(grad_t *dw, const float *partials, c
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     i64 c = (i64)n * TILE_N + 8 * (blockIdx.y * 4 + j) + lane % 4 * 2;
-    if (row < M && c < N) put(dw + row * N + c, sum[j].x, sum[j].y, adds, c + 1 < N);
-    if (row + 8 < M && c < N) put(dw + (row + 8) * N + c, sum[j].z, sum[j].w, adds, c + 1 < N);
+    if (row < M && c < N) store_pair(dw + row * N + c, sum[j].x, sum[j].y, accumulate, c + 1 < N);
+    if (row + 8 < M && c < N) store_pair(dw + (row + 8) * N + c, sum[j].z, sum[j].w, accumulate, c + 1 < N);
   }
 }
 
 // db of 64 rows: their row sums over all tiles of a row m, whole ones and partials.
 __device__ __forceinline__ void reduce_rows(grad_t *db, const float *partials, const SplitK &work, int m, int part,
-                                            i64 M, bool adds) {
+                                            i64 M, bool accumulate) {
   i64 row = (i64)m * CLUSTER_M + part * 64 + threadIdx.x;
   if (blockIdx.y > 0 || threadIdx.x >= 64 || row >= M) return;
   int at = part * 64 + threadIdx.x;
@@ -161,7 +163,7 @@ __device__ __forceinline__ void reduce_rows(grad_t *db, const float *partials, c
       work.for_each_partial(tile - work.whole, [&](int i) { total += work.row_sums(partials, work.whole + i)[at]; });
     }
   }
-  db[row] = from_float<grad_t>(total + (adds ? to_float(db[row]) : 0.0f));
+  db[row] = from_float<grad_t>(total + (accumulate ? to_float(db[row]) : 0.0f));
 }
 
 // Blocks: 4 for each split tile, then 4 for each row of tiles.

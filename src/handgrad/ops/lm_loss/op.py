@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, Recorder, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import IGNORE_INDEX, Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
@@ -23,7 +23,7 @@ class LmLoss(Op):
     outs = "losses:N:f32 logits:rows,Vp"
     attrs = {"V": int, "chunks": int}
     undefined = "logits"
-    cpu = C(
+    cpu = CpuKernel(
         "lm_loss_forward",
         "losses x w targets logits scratch | N C V Vp ignore_index rows threads",
         "lm_loss_scratch N C Vp rows threads",
@@ -73,7 +73,7 @@ class LmLossForwardBackward(Op):
     differentiated = "losses"
     undefined = "logits"
     starts_gradient = True
-    cpu = C(
+    cpu = CpuKernel(
         "lm_loss_forward_backward",
         "losses dx dw x w targets logits scalars scratch | N C V Vp ignore_index rows accumulate.dw threads",
         "lm_loss_scratch N C Vp rows threads",

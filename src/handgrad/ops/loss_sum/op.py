@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from handgrad.core.op import C, Call, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.loss_sum import reference
+
+THREADS = 1024  # of the only CUDA block
 
 
 class LossSum(Op):
@@ -14,7 +16,7 @@ class LossSum(Op):
     name = "loss_sum"
     ins = "losses:N:f32"
     outs = f"+scalars:{STEP_SCALARS_BYTES}:byte"
-    cpu = C("loss_sum", "scalars losses | N accumulate.scalars")
+    cpu = CpuKernel("loss_sum", "scalars losses | N accumulate.scalars")
     cases = (case(N=33), case(N=1), case(N=5000), case(N=65_536, real="gpt2-124m, B=64 T=1024"))
 
     def ref(self, v: Any) -> tuple:
@@ -22,7 +24,8 @@ class LossSum(Op):
         return (None,)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((Kernel("loss_sum_kernel", "scalars losses | N accumulate.scalars", 1, 1024),))
+        args = "scalars losses | N accumulate.scalars"
+        return Launches((Kernel("loss_sum_kernel", args, 1, THREADS, defines={"THREADS": THREADS}),))
 
 
 loss_sum = LossSum()

@@ -25,7 +25,8 @@ static inline philox4 philox(uint64_t counter_lo, uint64_t counter_hi, uint64_t 
 }
 
 // Dropout, for every op that has it: element i of call `call` is kept where its 32 bits are >= threshold.
-// Key: the seed. Counter: (i / 4, stream). Lane: i % 4. A kept element is scaled by 1 / (1 - p); p < 1.
+// Key: the seed. Counter: (i / 4, stream), where stream combines call, micro_step and step. Lane: i % 4. A kept element
+// is scaled by 1 / (1 - p); p < 1.
 typedef struct {
   uint64_t key, stream;
   uint32_t threshold;
