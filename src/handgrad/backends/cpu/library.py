@@ -58,7 +58,7 @@ class Library:
         if not hasattr(self._dll, "hg_skip"):
             raise HandgradError("cpu", "the compiled kernels are of an earlier version", hint=RECOMPILE)
         self.skip = ctypes.cast(self._dll.hg_skip, ctypes.c_void_p).value
-        self._checked: set[str] = set()
+        self._checked: set[tuple[str, str]] = set()
         self.run = self._dll.hg_run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         self.run.restype = None
@@ -86,13 +86,13 @@ class Library:
 
     def check_arguments(self, name: str, args: str) -> None:
         """Raises HandgradError unless the library was compiled from this declaration of a kernel's arguments."""
-        if name not in self._checked:
+        if (name, args) not in self._checked:
             symbol = ctypes.c_char.in_dll(self._dll, f"{name}_arguments")
             compiled = ctypes.string_at(ctypes.addressof(symbol)).decode()
             if compiled != args:
                 rule = f"kernel {name} was compiled for the arguments '{compiled}'"
                 raise HandgradError("cpu", rule, f"'{args}'", hint=RECOMPILE)
-            self._checked.add(name)
+            self._checked.add((name, args))
 
     def scratch(self, name: str, dtype: str, sizes: list[int]) -> int:
         """Bytes of scratch of a kernel at these sizes."""
