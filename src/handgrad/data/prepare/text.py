@@ -14,7 +14,7 @@ from handgrad.data.prepare.build import Part, sha256_of
 from handgrad.data.prepare.workers import Job
 
 PIECE_BYTES = 2**18
-_LONGEST_WORD = 2**14  # bytes; a longer stretch without such a place is cut between any two characters
+_LONGEST_WORD = 2**14  # bytes; a longer word is cut between any two characters
 # a one-, two- or three-byte character outside all white space, before a space or line break
 _CUT = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe3-\xed][\x81-\xbf][\x80-\xbf])(?=[ \n])")
 
