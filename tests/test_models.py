@@ -236,7 +236,7 @@ def test_random_gpt2_equals_transformers(model, shards):
 
 # sizes -----------------------------------------------------------------------------------------------------------------
 
-COUNTS = {  # with the vocabulary padded to 50304 rows
+COUNTS = {  # with the vocabulary padded to 50304 rows; of d6 to gpt3:c768 also llm.c's own counts
     "gpt2-124m": 124_475_904,
     "gpt2-355m": 354_871_296,
     "gpt2-774m": 774_090_240,
@@ -253,7 +253,14 @@ COUNTS = {  # with the vocabulary padded to 50304 rows
 }
 
 
-@pytest.mark.parametrize("name", names())
+DESCRIPTORS = [  # llm.c's names
+    *(name for name in COUNTS if not name.startswith("gpt2")),
+    *(f"gpt2:d{layers}" for layers in (6, 12, 24, 36, 48, 60, 72, 84)),
+    *(f"gpt3:c{c}" for c in (384, 1024, 1536, 2048, 2560, 4096, 5140, 12288)),
+]
+
+
+@pytest.mark.parametrize("name", sorted({*names(), *DESCRIPTORS}))
 def test_presets_have_their_parameters(name):
     model = gpt2(name)
     p, C = declare(model), model.hidden_size
