@@ -389,9 +389,9 @@ def test_peak_memory(tmp_path):
 def slow(monkeypatch):
     """A disk that takes its time: writing waits for one event, flushing for another."""
     events = SimpleNamespace(write=threading.Event(), flush=threading.Event())
-    write, flush = checkpoint._write_tensors, checkpoint._flush
+    write, flush = checkpoint._write_tensors, checkpoint.flush
     monkeypatch.setattr(checkpoint, "_write_tensors", lambda *args: events.write.wait() and write(*args))
-    monkeypatch.setattr(checkpoint, "_flush", lambda *args: events.flush.wait() and flush(*args))
+    monkeypatch.setattr(checkpoint, "flush", lambda *args: events.flush.wait() and flush(*args))
     yield events
     events.write.set()
     events.flush.set()

@@ -61,12 +61,12 @@ def test_a_resume_that_forgets_the_second_moments_is_noticed(tmp_path):
 
 
 def no_flush():
-    checkpoint._flush = lambda path: None
+    checkpoint.flush = lambda path: None
 
 
 def a_forgotten_file():
-    flush = checkpoint._flush
-    checkpoint._flush = lambda path: None if path.name == checkpoint.STATE else flush(path)
+    flush = checkpoint.flush
+    checkpoint.flush = lambda path: None if path.name == checkpoint.STATE else flush(path)
 
 
 def the_name_first():
@@ -80,10 +80,10 @@ def the_name_first():
             (checkpoint.DONE, ""),
         ):
             (folder / name).write_text(content)
-            checkpoint._flush(folder / name)
+            checkpoint.flush(folder / name)
         for name, arrays in ((checkpoint.MODEL, tensors), (checkpoint.STATE, state)):
             checkpoint._write_tensors(folder / name, arrays)
-            checkpoint._flush(folder / name)
+            checkpoint.flush(folder / name)
         when_read()
         checkpoint.prune(out_dir, 1)
 
@@ -111,7 +111,7 @@ def value(number):
 
 def end_before(count, power, out):
     """Ends this process before its operation on files number `count`. power: what was not flushed by then is lost."""
-    flush, flushed = checkpoint._flush, {path.stat().st_ino for path in out.rglob("*")}
+    flush, flushed = checkpoint.flush, {path.stat().st_ino for path in out.rglob("*")}
 
     def remember(path):
         flush(path)
@@ -129,7 +129,7 @@ def end_before(count, power, out):
                     os.truncate(path, 0)
                 os._exit(9)
 
-    checkpoint._flush = remember
+    checkpoint.flush = remember
     sys.addaudithook(hook)
 
 

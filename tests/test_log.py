@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from handgrad.core.errors import HandgradError
 from handgrad.train import log as log_module
 from handgrad.train.log import RunLog
-from handgrad.train.log_file import dump, read_log, replace_file
+from handgrad.train.log_file import dump, read_log
 from handgrad.train.log_text import clock, plain_line, short
 
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
@@ -173,13 +173,6 @@ def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with RunLog(tmp_path, 1, quiet=True) as log, pytest.raises(HandgradError, match="No space left on device"):
         write(log, [1])
-
-
-def test_replace_file_replaces(tmp_path):
-    path = tmp_path / "a.txt"
-    replace_file(path, "old")
-    replace_file(path, "néw \ud800")
-    assert path.read_text(encoding="utf-8") == "néw ?" and os.listdir(tmp_path) == ["a.txt"]
 
 
 # the screen ---------------------------------------------------------------------------------------------------------

@@ -319,9 +319,9 @@ def test_the_streak_of_skipped_updates_goes_on(words, tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(words, tmp_path, monkeypatch):
     """The next update waits until the weights have been read, and not until they are on the disk."""
     may_write, may_flush = threading.Event(), threading.Event()
-    write, flush = checkpoint._write_tensors, checkpoint._flush
+    write, flush = checkpoint._write_tensors, checkpoint.flush
     monkeypatch.setattr(checkpoint, "_write_tensors", lambda *args: may_write.wait() and write(*args))
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: may_flush.wait() and flush(path))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: may_flush.wait() and flush(path))
     run = trainer(words, tmp_path)
     run.step(1, 1e-2)
     before = {name: w.copy() for name, w in run.params().items()}
@@ -505,7 +505,7 @@ def deadly(do, calls=[]):
         return do(*args)
     return wrapped
 
-checkpoint._flush = deadly(checkpoint._flush)
+checkpoint.flush = deadly(checkpoint.flush)
 checkpoint._delete = deadly(checkpoint._delete)
 """
 

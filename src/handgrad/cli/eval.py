@@ -15,11 +15,11 @@ from rich.table import Table
 from handgrad import data as hg_data
 from handgrad import evals
 from handgrad.cli.flags import parse
+from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
 from handgrad.train.config import Config, DataConfig
 from handgrad.train.folder import SETTINGS
-from handgrad.train.log_file import replace_file
 from handgrad.train.resolve import find_data
 
 RESULTS = "eval.json"
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
         # read all tasks before computing anything, so that a mistake shows at once
         read = {name: questions(name, at, a, m) for name, at in places.items()}
-        replace_file(path, dumped(results_in(path)))
+        write_text(path, dumped(results_in(path)))
         for name, (what, count) in read.items():
             bar, begin = progress.add_task(name, total=count), time.perf_counter()
 
@@ -136,7 +136,7 @@ def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: d
     flat |= {f"{metric}_stderr": error for metric, (_, error) in found.items()}
     facts |= {"dtype": m.dtype, "backend": m.backend.name, "seconds": round(facts["seconds"], 3)}
     results.setdefault(m.source.path.name, {})[name] = flat | facts
-    replace_file(path, dumped(results))
+    write_text(path, dumped(results))
 
 
 def results_in(path: Path) -> dict[str, Any]:

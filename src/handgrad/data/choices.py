@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from handgrad.core.disk import write_whole
 from handgrad.core.errors import HandgradError
-from handgrad.data.disk import write_whole
 
 HEADER_BYTES = 256 * 4
 MAGIC, VERSION = 20240522, 1

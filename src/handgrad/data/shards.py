@@ -19,8 +19,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
+from handgrad.core.disk import flush
 from handgrad.core.errors import HandgradError
-from handgrad.data.disk import sync_folder
 
 HEADER_BYTES = 256 * 4
 FORMATS: dict[int, tuple[int, np.dtype]] = {  # magic: (version, dtype of an id)
@@ -164,7 +164,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        flush(self.path.parent)
 
 
 def write_shard(path: str | Path, pieces: Iterable[ArrayLike], dtype: np.dtype) -> Shard:

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
+from handgrad.core.disk import flush
 from handgrad.core.errors import HandgradError
 
 MODEL = "model.safetensors"
@@ -103,7 +104,7 @@ def save(
         if final.exists():
             final.rename(old)
         building.rename(final)
-        _flush(out_dir)
+        flush(out_dir)
         _delete(old)
         prune(out_dir, keep_last, keep_every, but=step)
     except (OSError, SafetensorError) as error:
@@ -122,12 +123,12 @@ def _fill(
     _write_tensors(folder / MODEL, tensors)
     _write_tensors(folder / STATE, state)
     when_read()
-    _flush(folder / MODEL)
-    _flush(folder / STATE)
+    flush(folder / MODEL)
+    flush(folder / STATE)
     for name, content in ((META, meta), (DONE, "")):
         (folder / name).write_text(content, encoding="utf-8")
-        _flush(folder / name)
-    _flush(folder)
+        flush(folder / name)
+    flush(folder)
 
 
 class Writer:
@@ -334,15 +335,6 @@ def _delete(folder: Path) -> None:
 
 def _temporary(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-
-
-def _flush(path: Path) -> None:
-    """Returns once what was written to the file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_keep(keep_last: int, keep_every: int) -> None:

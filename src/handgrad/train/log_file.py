@@ -1,12 +1,11 @@
-"""The files of a log: the lines of log.jsonl, those of llm.c's main.log, and writing that a crash cannot tear."""
+"""The files of a log: the lines of log.jsonl, and those of llm.c's main.log."""
 
 import json
 import math
 import operator
-import os
-from contextlib import suppress
 from pathlib import Path
 
+from handgrad.core.disk import write_whole
 from handgrad.core.errors import HandgradError
 
 KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
@@ -54,26 +53,6 @@ def main_log(line: dict) -> str:
     return text
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that at any moment the old or the new content is there, whole. Raises HandgradError."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name could be lost with the power
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise HandgradError("run", f"{path} must be writable", error.strerror) from None
-
-
 def dump(line: dict) -> bytes:
     """One line of the log. JSON has no NaN and no infinity: they become null."""
     numbers = {key: None for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -93,5 +72,5 @@ def _parse(row: bytes) -> dict | None:
 def drop_after(path: Path, step: int) -> list[dict]:
     """Rewrites a log without the lines of later steps and without a torn end; returns the lines that stay."""
     lines = [line for line in read_log(path) if line["step"] <= step]
-    replace_file(path, b"".join(map(dump, lines)).decode())
+    write_whole(path, map(dump, lines))
     return lines

@@ -12,6 +12,7 @@ from handgrad import evals, tokenizers
 from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.backends.base import Backend
 from handgrad.core.errors import HandgradError
+from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
@@ -24,8 +25,6 @@ from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer, micro_batches
-
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Run:
 def resolve(c: Config, out: Path) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     shards, val_shards, meta = find_data(c, out)
-    hg_data.find_shards(shards)
+    hg_data.find_shards(shards)  # whether there are any, before the vocabulary is judged
     tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size, source)

@@ -3,12 +3,12 @@
 import json
 from dataclasses import asdict
 
+from handgrad.core.disk import write_text
 from handgrad.infer.load import TOKENIZER
 from handgrad.train.config import Config
 from handgrad.train.folder import SETTINGS, changes, claim, run_folder
 from handgrad.train.interrupt import EXIT_CODE
 from handgrad.train.log import RunLog
-from handgrad.train.log_file import replace_file
 from handgrad.train.loop import loop, sample
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve
@@ -24,7 +24,7 @@ def train(c: Config, quiet: bool = False) -> int:
     with claim(out, c.run.resume) as lock:
         run = resolve(c, out)
         log = open_log(run, quiet)
-        if not run.done or run.done < run.config.run.steps:
+        if run.done < run.config.run.steps:
             describe(run)
     if not quiet:
         show(run)
@@ -56,17 +56,17 @@ def open_log(run: Run, quiet: bool) -> RunLog:
 
 def describe(run: Run) -> None:
     """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
-    replace_file(run.out / SETTINGS, json.dumps(asdict(run.config), indent=2) + "\n")
-    replace_file(run.out / "memory.txt", run.trainer.plan.memory_map() + "\n")
-    replace_file(run.out / TOKENIZER, json.dumps(run.tokenizer.save(run.out)) + "\n")
+    write_text(run.out / SETTINGS, json.dumps(asdict(run.config), indent=2) + "\n")
+    write_text(run.out / "memory.txt", run.trainer.plan.memory_map() + "\n")
+    write_text(run.out / TOKENIZER, json.dumps(run.tokenizer.save(run.out)) + "\n")
 
 
 def finish(run: Run, is_finished: bool) -> str:
-    """Writes the summary, the page and, if the run has reached its end, a last sample; returns the sample, or \"\"."""
+    """Writes the summary, the page and, if the run has reached its end, a last sample; returns it, or no text."""
     text = sample(run) if is_finished and run.prompt else ""
     if text:
-        replace_file(run.out / "sample.txt", text + "\n")
+        write_text(run.out / "sample.txt", text + "\n")
     summary = run.facts | {"tokens": run.trainer.tokens(run.trainer.last_step)}
-    replace_file(run.out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
+    write_text(run.out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
     write_report(run.out)
     return text

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.plan import MIB
 
-MIB = 1 << 20
 # bits of NVML's reasons for clocks below their maximum; being idle and the user's own setting are left out
 REASONS = {
     0x04: "power",

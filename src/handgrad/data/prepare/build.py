@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from handgrad.core.disk import write_whole
 from handgrad.core.errors import HandgradError
-from handgrad.data.disk import write_whole
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 

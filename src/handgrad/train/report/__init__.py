@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
-from handgrad.train.log_file import replace_file
 from handgrad.train.report.page import comparison, single
 from handgrad.train.report.read import read_run
 
@@ -23,7 +23,7 @@ def write_report(out_dir: str | Path, path: str | Path | None = None) -> Path:
     Any of them may be missing. Raises HandgradError if one is damaged, or the report cannot be written.
     """
     path = Path(path or Path(out_dir) / "report.html")
-    replace_file(path, single(read_run(Path(out_dir))))
+    write_text(path, single(read_run(Path(out_dir))))
     return path
 
 
@@ -31,5 +31,5 @@ def compare_runs(folders: Sequence[str | Path], path: str | Path) -> Path:
     """Writes a page that compares runs, at least two, and returns its path. Raises HandgradError as `write_report`."""
     if len(folders) < 2:
         raise HandgradError("report", "a comparison is of two runs or more", len(folders))
-    replace_file(Path(path), comparison([read_run(Path(folder)) for folder in folders]))
+    write_text(Path(path), comparison([read_run(Path(folder)) for folder in folders]))
     return Path(path)

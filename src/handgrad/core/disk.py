@@ -17,16 +17,21 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
-        raise HandgradError("data", f"{path} must be writable", error.strerror) from None
+        raise HandgradError("disk", f"{path} must be writable", error.strerror) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: str | Path) -> None:
-    """Flushes the names of new files in `folder` to disk, so that they survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
+def write_text(path: str | Path, text: str) -> None:
+    """`write_whole` of a text in UTF-8; what UTF-8 cannot hold becomes a question mark."""
+    write_whole(path, [text.encode(errors="replace")])
+
+
+def flush(path: str | Path) -> None:
+    """Returns once what was written to a file, or the names in a folder, are on disk and survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
