@@ -2,7 +2,7 @@
 
     python bench/crash.py --out bench/results/crash.txt     fifty kills, three minutes
 
-A small run writes a checkpoint every 3 steps while it trains. The script starts it with `--run.resume auto`, kills it
+A small run writes a checkpoint every 3 steps while it trains. The script starts it with `--resume auto`, kills it
 at a random instant of its steps, and starts it again with the same command. Then it compares the result with that of
 an uninterrupted run: weights, optimizer state and everything else in a checkpoint, log.jsonl except for the times, and
 main.log. "lost" counts the steps that the killed process had logged after the newest complete checkpoint; the resumed
@@ -29,15 +29,15 @@ from handgrad.data import id_dtype, write_shard
 EVERY = 3
 TIMES = ("seconds", "tokens_per_second")
 FLAGS = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 64 --model.max-seq-len 32 --model.dropout 0.1 "
-    "--run.micro-batch 2 --data.batch-tokens 128 --run.threads 1 --run.val-every 5 --run.val-tokens 64 "
-    f"--run.sample-tokens 0 --run.save-every {EVERY} --run.keep-last 2 --optim.warmup 10 --run.resume auto"
+    "--num-layers 2 --num-heads 2 --hidden-size 64 --max-seq-len 32 --dropout 0.1 "
+    "--micro-batch 2 --batch-tokens 128 --threads 1 --val-every 5 --val-tokens 64 "
+    f"--sample-tokens 0 --save-every {EVERY} --keep-last 2 --warmup 10 --resume auto"
 )
 
 
 def start(folder: Path, out: Path, steps: int) -> subprocess.Popen:
     """`handgrad train` in a process of its own."""
-    words = f"{FLAGS} --run.steps {steps} --data.train {folder / 'data'} --run.out {out}".split()
+    words = f"{FLAGS} --steps {steps} --train {folder / 'data'} --out {out}".split()
     code = "import sys; from handgrad.cli.__main__ import main; sys.exit(main(['train', *sys.argv[1:]]))"
     return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

@@ -22,18 +22,16 @@ import numpy as np
 
 from handgrad.core.tensor import IGNORE_INDEX
 
-SIZES = "--model.num-layers 4 --model.num-heads 4 --model.hidden-size 128 --model.max-seq-len 256 --run.micro-batch 8"
+SIZES = "--num-layers 4 --num-heads 4 --hidden-size 128 --max-seq-len 256 --micro-batch 8"
 RULES = ("acc", "acc_norm", "acc_llmc")
 QUESTIONS, ROUNDS = 64, 5  # for `speed`; the questions are spread over the whole file
 
 
 def train(a: argparse.Namespace) -> None:
     """Trains the model and writes it as a Hugging Face folder."""
-    flags = f"{SIZES} --run.steps {a.steps} --run.dtype f32 --run.val-every 0 --run.sample-tokens 0 --optim.lr 3e-3"
+    flags = f"{SIZES} --steps {a.steps} --dtype f32 --val-every 0 --sample-tokens 0 --lr 3e-3"
     command = [sys.executable, "-m", "handgrad.cli"]
-    subprocess.run(
-        [*command, "train", "--data.train", a.shards, "--run.out", f"{a.folder}/run", *flags.split()], check=True
-    )
+    subprocess.run([*command, "train", "--train", a.shards, "--out", f"{a.folder}/run", *flags.split()], check=True)
     subprocess.run([*command, "convert", f"{a.folder}/run", f"{a.folder}/hf"], check=True)
 
 

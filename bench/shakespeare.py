@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def handgrad(steps: int) -> float:
     """Median ms of a step, from the times in the run's log (without the first tenth, a warm-up)."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--run.out {folder}/run --run.steps {steps} --run.val-every 0 --run.sample-tokens 0".split()
+        flags = f"--out {folder}/run --steps {steps} --val-every 0 --sample-tokens 0".split()
         subprocess.run([sys.executable, "-m", "handgrad.cli", "train", *flags], check=True, capture_output=True)
         lines = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
     seconds = [b["seconds"] - a["seconds"] for a, b in zip(lines, lines[1:])]

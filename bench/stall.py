@@ -5,7 +5,7 @@
 
 The script times every step. The stall of a checkpoint is the time of `save` and of all steps until the checkpoint is
 complete on disk, minus the same number of steps at the median before it. The table shows the median stall of the
-rounds, the median and the largest as a share of the default interval (`--run.save-every`), and the time of a save that
+rounds, the median and the largest as a share of the default interval (`--save-every`), and the time of a save that
 training waits for.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import handgrad as hg
 from handgrad.backends import best_dtype, open_backend
 from handgrad.io import newest
-from handgrad.train.config import RunConfig
+from handgrad.train.config import CheckpointConfig
 
 # vocabulary, sequences in a micro-batch, tokens in a sequence, micro-batches in a step, steps before a checkpoint
 SHAPES = {"tiny": (65, 12, 64, 1, 200), "d6": (50257, 1, 256, 1, 10), "gpt2-124m": (50257, 4, 64, 1, 6)}
@@ -61,7 +61,7 @@ def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
         run.save(run.last_step, keep_last=1)
         waits.append(time.perf_counter() - begin)
     size = sum(path.stat().st_size for path in newest(folder / "run").iterdir())
-    one, stall, wait, every = *map(statistics.median, (usual, stalls, waits)), RunConfig.save_every
+    one, stall, wait, every = *map(statistics.median, (usual, stalls, waits)), CheckpointConfig.save_every
     share = 100 * stall / (every * one)
     worst = 100 * max(stalls) / (every * one)
     return f"{preset:10} {1e3 * one:9.1f} {size / 2**20:9.1f} {stall:9.3f} {share:8.3f} {worst:8.3f} {wait:9.3f}"
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps before a checkpoint; 0: the default of the preset")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
-    hardware, every = backend.hardware, RunConfig.save_every
+    hardware, every = backend.hardware, CheckpointConfig.save_every
     lines = [
         f"date {datetime.date.today()}, {hardware}, {a.rounds} rounds, share of {every} steps",
         "model        step ms       MiB   stall s  share %  worst %  waited s",

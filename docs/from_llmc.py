@@ -24,24 +24,24 @@ FLAGS = [
         "gpt2_124M_bf16.bin",
         "model.preset model.depth model.num_layers model.num_heads model.hidden_size "
         "model.max_seq_len model.vocab_size model.init",
-        "the same descriptors (`d12`, `gpt3:c768`), or any size by separate flags; `--model.init llmc` draws the "
-        "weights that llm.c draws for a descriptor, `--model.init FILE.bin` reads those of a file",
+        "the same descriptors (`d12`, `gpt3:c768`), or any size by separate flags; `--init llmc` draws the "
+        "weights that llm.c draws for a descriptor, `--init FILE.bin` reads those of a file",
     ),
     ("-o", "none", "run.out", "every run has a folder"),
     ("-lg", "-1", "run.telemetry_every", "the GPU that the run uses, not GPU 0; also in the log"),
     ("-n", "0", "run.save_every", "also after the last step, as in llm.c. A thread writes it while training continues"),
     ("-nk", "0", "run.keep_last", "old checkpoints are deleted only after the new one is complete"),
-    ("-nm", "0", "run.keep_every", "must be a multiple of --run.save-every"),
+    ("-nm", "0", "run.keep_every", "must be a multiple of --save-every"),
     (
         "-y",
         "0",
         "run.resume",
-        "`-y 1` is `--run.resume auto`; also with another micro-batch or batch size, from the next unread token",
+        "`-y 1` is `--resume auto`; also with another micro-batch or batch size, from the next unread token",
     ),
     ("-b", "4", "run.micro_batch", ""),
     ("-t", "1024", "data.seq_len", ""),
     ("-d", "B T", "data.batch_tokens", "in tokens, as in llm.c"),
-    ("-x", "-1", "run.steps", "`-x -1` is `--run.steps 0`: one pass over the data"),
+    ("-x", "-1", "run.steps", "`-x -1` is `--steps 0`: one pass over the data"),
     (
         "-k",
         "cosine",
@@ -66,7 +66,7 @@ FLAGS = [
         "-ge",
         "0",
         "",
-        "automatic: fused into the GEMM if its algorithm supports it; `--run.deterministic` never fuses",
+        "automatic: fused into the GEMM if its algorithm supports it; `--deterministic` never fuses",
     ),
     ("-z", "0", "", "not yet: one process, no sharding"),
     ("-r", "1", "run.recompute", "0 is `none`, 1 `act`, 2 `act_norm`; `block` keeps only the inputs of blocks"),
@@ -131,13 +131,13 @@ PITFALLS = [
         "resuming aborts if shards differ in size",
         "a batch is a function of seed and position. The position counts tokens, so micro-batch, batch size and ranks "
         "may change, and no window of an epoch is read twice or skipped. With another seq_len the rest of the epoch is "
-        "cut and shuffled again, so some of its tokens repeat and some are skipped. --data.overfit repeats one batch",
+        "cut and shuffled again, so some of its tokens repeat and some are skipped. --overfit repeats one batch",
     ),
     (
         "T9",
         "a non-finite loss still updates the weights",
         "the device skips the update if the gradient norm is not finite, which a non-finite loss implies; more than "
-        "--run.max-skipped in a row end the run",
+        "--max-skipped in a row end the run",
     ),
     (
         "T10",

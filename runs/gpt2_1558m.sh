@@ -10,10 +10,10 @@
 set -eu
 [ -e data/fineweb-edu/meta.json ] || handgrad data fineweb-edu --sample 100B --out data/fineweb-edu
 exec "$(dirname "$0")/until_done.sh" handgrad train \
-    --run.out runs/gpt2-1558m --run.resume auto \
-    --data.train data/fineweb-edu \
-    --model.preset gpt2-1558m --run.micro-batch 8 --run.recompute none --data.batch-tokens 1048576 \
-    --optim.lr 6e-4 --optim.warmup 700 --optim.final 0.1 --optim.weight-decay 0.1 --optim.beta2 0.95 \
-    --run.steps 32000 --run.save-every 250 --run.keep-every 5000 \
-    --run.val-every 250 --run.val-tokens 1048576 --run.sample-every 5000 \
+    --out runs/gpt2-1558m --resume auto \
+    --train data/fineweb-edu \
+    --preset gpt2-1558m --micro-batch 8 --recompute none --batch-tokens 1048576 \
+    --lr 6e-4 --warmup 700 --final 0.1 --weight-decay 0.1 --beta2 0.95 \
+    --steps 32000 --save-every 250 --keep-every 5000 \
+    --val-every 250 --val-tokens 1048576 --sample-every 5000 \
     "$@"

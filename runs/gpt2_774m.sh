@@ -10,10 +10,10 @@
 set -eu
 [ -e data/fineweb-100b/meta.json ] || handgrad data fineweb --sample 100B --out data/fineweb-100b
 exec "$(dirname "$0")/until_done.sh" handgrad train \
-    --run.out runs/gpt2-774m --run.resume auto \
-    --data.train data/fineweb-100b \
-    --model.preset gpt2-774m --run.micro-batch 16 --run.recompute none --data.batch-tokens 524288 \
-    --optim.lr 2.5e-4 --optim.warmup 700 --optim.final 0 --optim.weight-decay 0.1 --optim.beta2 0.95 \
-    --run.steps 286102 --run.save-every 1000 --run.keep-every 50000 \
-    --run.val-every 250 --run.val-tokens 1048576 --run.sample-every 25000 \
+    --out runs/gpt2-774m --resume auto \
+    --train data/fineweb-100b \
+    --preset gpt2-774m --micro-batch 16 --recompute none --batch-tokens 524288 \
+    --lr 2.5e-4 --warmup 700 --final 0 --weight-decay 0.1 --beta2 0.95 \
+    --steps 286102 --save-every 1000 --keep-every 50000 \
+    --val-every 250 --val-tokens 1048576 --sample-every 25000 \
     "$@"

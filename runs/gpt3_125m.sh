@@ -9,11 +9,11 @@
 set -eu
 [ -e data/fineweb-100b/meta.json ] || handgrad data fineweb --sample 100B --out data/fineweb-100b
 exec "$(dirname "$0")/until_done.sh" handgrad train \
-    --run.out runs/gpt3-125m --run.resume auto \
-    --data.train data/fineweb-100b \
-    --model.preset gpt3:c768 --run.micro-batch 32 --run.recompute none --data.batch-tokens 524288 \
-    --optim.lr 6e-4 --optim.warmup 700 --optim.final 0.1 --optim.weight-decay 0.1 --optim.beta2 0.95 \
-    --run.steps 572204 --run.save-every 1000 --run.keep-last 5 --run.keep-every 50000 \
-    --run.val-every 250 --run.val-tokens 1048576 --run.sample-every 25000 \
-    --run.skip-loss-z 7 --run.skip-grad-z 7 \
+    --out runs/gpt3-125m --resume auto \
+    --train data/fineweb-100b \
+    --preset gpt3:c768 --micro-batch 32 --recompute none --batch-tokens 524288 \
+    --lr 6e-4 --warmup 700 --final 0.1 --weight-decay 0.1 --beta2 0.95 \
+    --steps 572204 --save-every 1000 --keep-last 5 --keep-every 50000 \
+    --val-every 250 --val-tokens 1048576 --sample-every 25000 \
+    --skip-loss-z 7 --skip-grad-z 7 \
     "$@"

@@ -6,9 +6,9 @@
 # cost   none
 set -eu
 exec "$(dirname "$0")/until_done.sh" handgrad train \
-    --run.out runs/shakespeare --run.resume auto \
-    --data.train shakespeare \
-    --model.preset tiny --run.micro-batch 12 \
-    --optim.lr 2e-3 --optim.warmup 100 --optim.weight-decay 0.1 --optim.beta2 0.99 \
-    --run.steps 2000 --run.val-every 250 \
+    --out runs/shakespeare --resume auto \
+    --train shakespeare \
+    --preset tiny --micro-batch 12 \
+    --lr 2e-3 --warmup 100 --weight-decay 0.1 --beta2 0.99 \
+    --steps 2000 --val-every 250 \
     "$@"

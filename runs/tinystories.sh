@@ -9,10 +9,10 @@
 set -eu
 [ -e data/tinystories/meta.json ] || handgrad data tinystories --out data/tinystories
 exec "$(dirname "$0")/until_done.sh" handgrad train \
-    --run.out runs/tinystories --run.resume auto \
-    --data.train data/tinystories \
-    --model.preset d6 --model.max-seq-len 512 --run.micro-batch 64 --data.batch-tokens 131072 \
-    --optim.lr 1e-3 --optim.warmup 200 --optim.final 0.1 --optim.weight-decay 0.1 --optim.beta2 0.95 \
-    --run.steps 0 --run.save-every 500 \
-    --run.val-every 250 --run.val-tokens 1048576 --run.sample-every 1000 --run.prompt "Once upon a time" \
+    --out runs/tinystories --resume auto \
+    --train data/tinystories \
+    --preset d6 --max-seq-len 512 --micro-batch 64 --batch-tokens 131072 \
+    --lr 1e-3 --warmup 200 --final 0.1 --weight-decay 0.1 --beta2 0.95 \
+    --steps 0 --save-every 500 \
+    --val-every 250 --val-tokens 1048576 --sample-every 1000 --prompt "Once upon a time" \
     "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # until_done.sh COMMAND...: runs a command and restarts it when it dies, until it succeeds.
 #
-# The command contains `--run.resume auto`, so every start continues from the newest complete checkpoint. It is not
+# The command contains `--resume auto`, so every start continues from the newest complete checkpoint. It is not
 # restarted after a user error (exit code 2), after Ctrl-C or kill (130; the run saves a checkpoint and stops), or after
 # five deaths in a row within a minute of its start.
 # PAUSE: seconds before a restart; default 10.

@@ -3,20 +3,28 @@
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from importlib import import_module
 
 import pytest
 import tokenizers as library
 
 from handgrad.cli.__main__ import VERBS, main
-from handgrad.cli.flags import parse
+from handgrad.cli.completion import KINDS
+from handgrad.cli.data import RECIPES
+from handgrad.cli.examples import EXAMPLES
+from handgrad.cli.flags import ALIASES, parse
 from handgrad.core.errors import HandgradError
-from handgrad.train.config import Config
+from handgrad.train.config import Config, from_names
 
 TINY = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 --run.micro-batch 2 "
-    "--run.threads 1 --run.steps 3 --run.val-tokens 64 --run.sample-tokens 4"
+    "--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 32 --micro-batch 2 "
+    "--threads 1 --steps 3 --val-tokens 64 --sample-tokens 4"
 ).split()
 
 
@@ -62,7 +70,8 @@ def test_help_of_every_verb(verb, capsys):
 def test_help_shows_every_flag_and_its_default(capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("--model.preset", "--model.depth", "--data.train", "--optim.schedule", "--run.resume", "--run.check"):
+    assert "--run." not in text and "--model." not in text
+    for flag in ("--preset", "--depth", "--train", "--schedule", "--resume", "--check"):
         assert flag in text
     assert "default: 2000" in text and "(required)" not in text
 
@@ -74,6 +83,54 @@ def test_help_is_quick():
     assert not {"matplotlib", "tensorboard", "torch", "transformers"} & set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_examples_are_command_lines(verb, capsys):
+    """Every line of an example parses, and --help shows it."""
+    module, name = KINDS[verb.split()[0]]
+    kind = getattr(import_module(f"handgrad.{module}"), name) if name else RECIPES[verb.split()[1]][0]
+    lines = EXAMPLES[verb].strip().splitlines()
+    for line in lines:
+        command = re.search(r"handgrad [^>|)#]*", line).group()
+        assert command.startswith(f"handgrad {verb}")
+        parse(kind, shlex.split(command)[1 + len(verb.split()) :], verb)
+    assert main([*verb.split(), "--help"]) == 0
+    assert all(line in capsys.readouterr().out.replace("\n  ", "\n") for line in lines[:1])
+
+
+def test_every_verb_has_examples_and_completion():
+    assert {verb.split()[0] for verb in EXAMPLES} == set(VERBS) == set(KINDS)
+    assert {verb.split()[1] for verb in EXAMPLES if verb.startswith("data ")} == set(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("handgrad tra", {"train"}),
+        ("handgrad train --micro", {"--micro-batch"}),
+        ("handgrad train --backend c", {"cpu", "cuda"}),
+        ("handgrad data tinys", {"tinystories"}),
+        ("handgrad report gpt", {"gpt2.bin"}),
+    ],
+)
+def test_completion_in_bash(words, found, tmp_path, capsys):
+    (tmp_path / "gpt2.bin").touch()
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out + f"\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); "
+    script += "_handgrad; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert set(done.stdout.split()) == found, done.stderr
+
+
+@pytest.mark.parametrize("name", ["zsh", "fish"])
+def test_completion_in_other_shells(name, capsys):
+    """Their scripts name every verb and flag; they run only where the shell is installed."""
+    assert main(["completion", name]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS) and ("-l micro-batch" if name == "fish" else "--micro-batch") in text
+    if shutil.which(name):
+        subprocess.run([name, "-c", text], check=True)
+
+
 # wrong words ----------------------------------------------------------------------------------------------------------
 
 
@@ -83,24 +140,28 @@ def test_help_is_quick():
         (
             "trian",
             "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
-            "profile, data, ops, doctor, but got 'trian'. hint: did you mean handgrad train?",
+            "profile, data, ops, doctor, completion, but got 'trian'. hint: did you mean handgrad train?",
         ),
         (
-            "train --run.stepps 3",
-            "[train] flags are those of --help, but got '--run.stepps'. hint: did you mean --run.steps?",
+            "train --stepps 3",
+            "[train] flags are those of --help, but got '--stepps'. hint: did you mean --steps?",
         ),
-        ("train --steps=3", "[train] flags are those of --help, but got '--steps'. hint: did you mean --run.steps?"),
-        ("train --run.lr 1", "[train] flags are those of --help, but got '--run.lr'. hint: did you mean --optim.lr?"),
+        ("train --step=3", "[train] flags are those of --help, but got '--step'. hint: did you mean --steps?"),
+        ("train --data.lr 1", "[train] flags are those of --help, but got '--data.lr'. hint: did you mean --lr?"),
+        (
+            "train --no-data.shuffle",
+            "[train] flags are those of --help, but got '--no-data.shuffle'. hint: did you mean --no-shuffle?",
+        ),
         ("train --quiet", "[train] flags are those of --help, but got '--quiet'. hint: handgrad train --help"),
-        ("train --run.steps many", "[train] --run.steps takes a whole number, but got 'many'."),
-        ("train --run.micro_batch=1.5", "[train] --run.micro-batch takes a whole number, but got '1.5'."),
-        ("train --run.steps", "[train] --run.steps takes a whole number, but got nothing."),
-        ("train --run.steps --run.resume", "[train] --run.steps takes a whole number, but got nothing."),
-        ("train --run.deterministic=yes", "[train] --run.deterministic takes nothing, but got 'yes'."),
-        ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
+        ("train --steps many", "[train] --steps takes a whole number, but got 'many'."),
+        ("train --micro_batch=1.5", "[train] --micro-batch takes a whole number, but got '1.5'."),
+        ("train --steps", "[train] --steps takes a whole number, but got nothing."),
+        ("train --steps --resume", "[train] --steps takes a whole number, but got nothing."),
+        ("train --deterministic=yes", "[train] --deterministic takes nothing, but got 'yes'."),
+        ("train --final half", "[train] --final takes a number or None, but got 'half'."),
         (
-            "train --optim.schedule cosinus",
-            "[train] --optim.schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
+            "train --schedule cosinus",
+            "[train] --schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
         ),
         (
             "train fast",
@@ -109,19 +170,22 @@ def test_help_is_quick():
         ),
         (
             "train --batch-size 4",
-            "[train] flags are those of --help, but got '--batch-size'. hint: did you mean --data.batch-tokens?",
+            "[train] flags are those of --help, but got '--batch-size'. hint: --micro-batch (sequences at a time) or --batch-tokens (tokens in a step)",
         ),
         (
-            "train --run.bogus 1",
-            "[train] flags are those of --help, but got '--run.bogus'. hint: handgrad train --help",
+            "train --bogus 1",
+            "[train] flags are those of --help, but got '--bogus'. hint: handgrad train --help",
         ),
-        ("train --run.steps -1", "[run] --run.steps is a number from 0 on, but got -1."),
-        ("train --run.keep-last -1", "[run] --run.keep-last is a number from 0 on, but got -1."),
-        ("train --optim.lr nan", "[optim] --optim.lr is a number from 0 on, but got nan."),
-        ("train --optim.lr inf", "[optim] --optim.lr is a number from 0 on, but got inf."),
-        ("train --model.num-layers -2", "[model] --model.num-layers is a number from 0 on, but got -2."),
-        ("generate", "[generate] after the verb come RUN and flags, but got nothing. hint: handgrad generate --help"),
-        ("generate a b", "[generate] after the verb come RUN and flags, but got 'a b'. hint: handgrad generate --help"),
+        ("train --steps -1", "[run] --steps is a number from 0 on, but got -1."),
+        ("train --keep-last -1", "[checkpoint] --keep-last is a number from 0 on, but got -1."),
+        ("train --lr nan", "[optim] --lr is a number from 0 on, but got nan."),
+        ("train --lr inf", "[optim] --lr is a number from 0 on, but got inf."),
+        ("train --num-layers -2", "[model] --num-layers is a number from 0 on, but got -2."),
+        ("generate", "[generate] after the verb come MODEL and flags, but got nothing. hint: handgrad generate --help"),
+        (
+            "generate a b",
+            "[generate] after the verb come MODEL and flags, but got 'a b'. hint: handgrad generate --help",
+        ),
         (
             "data",
             "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
@@ -130,10 +194,10 @@ def test_help_is_quick():
         ("data check", "[data] after check comes a folder, but got nothing."),
         ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
         ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
-        ("explain --micro-batch 0", "[explain] --micro-batch is at least 1, but got 0."),
+        ("explain --micro-batch 0", "[compute] --micro-batch is a number from 1 on, but got 0."),
         (
             "explain --head-mib -1",
-            "[explain] --head-mib is at least 0, but got -1.",
+            "[compute] --head-mib is a number from 0 on, but got -1.",
         ),
         ("explain --vocab-size -1", "[model] vocab_size is at least 1, but got -1."),
         ("explain --dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
@@ -157,16 +221,40 @@ def test_wrong_names(told, argv, parts):
 
 
 def test_flags_take_both_spellings():
-    c = parse(Config, ["--run.micro_batch", "3", "--run.val-every=7", "--run.no-master-weights"], "train")
-    assert (c.run.micro_batch, c.run.val_every, c.run.master_weights) == (3, 7, False)
-    again = parse(Config, ["--run.steps", "5"], "train", c)
-    assert (again.run.micro_batch, again.run.steps) == (3, 5)
+    c = parse(Config, ["--micro_batch", "3", "--val-every=7", "--no-master-weights"], "train")
+    assert (c.compute.micro_batch, c.eval.val_every, c.compute.master_weights) == (3, 7, False)
+    again = parse(Config, ["--steps", "5"], "train", c)
+    assert (again.compute.micro_batch, again.run.steps) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--steps 5 --lr 1e-3 --micro-batch 3 --no-shuffle --clip 0.5 --recompute block --init llmc --out a",
+        "--run.steps 5 --optim.lr=1e-3 --compute.micro_batch 3 --data.no-shuffle --optim.clip 0.5"
+        " --compute.recompute block --model.init llmc --run.out a",
+        "--run.steps 5 --optim.lr 1e-3 --run.micro-batch 3 --data.no-shuffle --optim.clip 0.5 --run.recompute block"
+        " --model.init llmc --run.out a",  # as they were called when `run` was one large group
+        "--max-steps 5 --learning-rate 1e-3 --micro_batch 3 --no_shuffle --grad-clip 0.5"
+        " --activation-checkpointing block --init-from llmc --out-dir a",
+    ],
+)
+def test_every_name_of_a_flag_is_the_same_flag(argv):
+    c = parse(Config, argv.split(), "train")
+    found = (c.run.steps, c.optim.lr, c.compute.micro_batch, c.data.shuffle, c.optim.clip, c.compute.recompute)
+    assert found == (5, 1e-3, 3, False, 0.5, "block")
+    assert (c.model.init, c.run.out) == ("llmc", "a")
+
+
+def test_no_two_settings_have_the_same_name():
+    names = [f.name for group in vars(Config()).values() for f in fields(group)]
+    assert len(names) == len(set(names)) > 50 and not set(names) & {alias.replace("-", "_") for alias in ALIASES}
 
 
 @pytest.mark.parametrize("settings", [{"steps": "5"}, {"dtype": "f16"}, {"resume": 1}, {"skip_loss_z": None}])
 def test_settings_check_their_types(settings):
-    with pytest.raises(HandgradError, match=f"--run.{next(iter(settings)).replace('_', '-')} is"):
-        Config().run.__class__(**settings)
+    with pytest.raises(HandgradError, match=f"--{next(iter(settings)).replace('_', '-')} is"):
+        from_names(settings)
 
 
 # every verb -----------------------------------------------------------------------------------------------------------
@@ -175,6 +263,9 @@ def test_settings_check_their_types(settings):
 def test_explain(capsys):
     argv = "explain tiny --micro-batch 2 --seq-len 16 --vocab-size 97 --dtype f32 --threads 1".split()
     assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "attention" not in text and "7,2" not in text
+    assert main([*argv, "--calls"]) == 0
     text = capsys.readouterr().out
     assert "attention" in text and "arena" in text and "recompute block" in text and "1 threads" not in text
 
@@ -218,8 +309,8 @@ def test_text_to_shards_to_a_model_to_text(tmp_path, monkeypatch, capsys, tokeni
     (tmp_path / "play.txt").write_text(TEXT)
     byte_level("tokenizer.json")
     assert main(f"data text play.txt --out mydata --tokenizer {tokenizer}".split()) == 0
-    assert "handgrad train --data.train mydata" in capsys.readouterr().out
-    assert main(["train", "--data.train", "mydata", "--run.out", "run", *TINY]) == 0
+    assert "handgrad train --train mydata" in capsys.readouterr().out
+    assert main(["train", "--train", "mydata", "--out", "run", *TINY]) == 0
     (tmp_path / "mydata").rename("moved")  # a run folder stands alone
     capsys.readouterr()
     assert main("generate run --prompt To --max-tokens 4 --threads 1".split()) == 0
@@ -252,7 +343,7 @@ def test_a_damaged_data_folder(told, tmp_path, capsys):
     wrong = [meta | {"vocab_size": "64"}, meta | {"tokenizer": {"kind": "x"}}]
     for content in ("{", "[]", *map(json.dumps, wrong)):
         path.write_text(content)
-        told("train", "--data.train", "folder")
+        told("train", "--train", "folder")
 
 
 def test_standard_input_as_a_prompt_must_be_text(told, monkeypatch):

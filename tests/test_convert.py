@@ -48,7 +48,7 @@ def names(folder):
 def test_convert_between_all_formats(model, tmp_path, capsys):
     assert main(["convert", str(model), str(tmp_path / "deep" / "run")]) == 0
     out = capsys.readouterr().out
-    assert "no tokenizer: " in out and "deep/run: 36,324 parameters, f32, from " in out and "--model.init" in out
+    assert "no tokenizer: " in out and "deep/run: 36,324 parameters, f32, from " in out and "--init" in out
     assert names(tmp_path / "deep") == ["run"] and names(tmp_path / "deep" / "run") == ["step_000000"]
     assert main(["convert", str(tmp_path / "deep" / "run"), str(tmp_path / "folder")]) == 0  # handgrad's becomes hf
     assert names(tmp_path / "folder") == ["config.json", "model.safetensors"]

@@ -74,7 +74,7 @@ def test_p12_shakespeare(tmp_path, monkeypatch):
     assert read(tmp_path / "out", "val") == ids[:32768] and read(tmp_path / "out", "train") == ids[32768:]
     monkeypatch.chdir(tmp_path)
     assert main(["data", "shakespeare", "--workers", "1"]) == 0
-    # not "shakespeare", which --data.train takes for the packaged text
+    # not "shakespeare", which --train takes for the packaged text
     assert everything(tmp_path / "plays") == everything(tmp_path / "out")
     assert meta["source"]["recipe"] == "shakespeare" and data.read_meta(tmp_path / "out") == meta
     tiny_shakespeare = "First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000
@@ -177,7 +177,7 @@ def test_parquet_on_the_command_line(tmp_path, monkeypatch, capsys):
     texts = tables(tmp_path / "t", documents(30), files=1)
     monkeypatch.chdir(tmp_path)
     assert main("data parquet t/000_00000.parquet --val-tokens 300 --out d --shard-tokens 1000".split()) == 0
-    assert "train --data.train d" in capsys.readouterr().out
+    assert "train --train d" in capsys.readouterr().out
     assert read(tmp_path / "d", "val") + read(tmp_path / "d", "train") == expected(texts)
     assert main("data check d".split()) == 0
     assert "all as they were made" in capsys.readouterr().out

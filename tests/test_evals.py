@@ -57,11 +57,9 @@ def folder(tmp_path_factory):
         "\n".join(" ".join(" ".join(sentence(rng)) + "." for _ in range(4)) for _ in range(600))
     )
     assert main(f"data text {folder}/text.txt --out {folder}/shards".split()) == 0
-    sizes = (
-        f"--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 4"
-    )
-    steps = "--run.steps 240 --run.dtype f32 --run.threads 1 --optim.lr 0.01 --optim.warmup 10 --run.sample-tokens 0 --run.val-tokens 0"
-    assert main(f"train --data.train {folder}/shards --run.out {folder}/run {sizes} {steps}".split()) == 0
+    sizes = f"--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len {T} --micro-batch 4"
+    steps = "--steps 240 --dtype f32 --threads 1 --lr 0.01 --warmup 10 --sample-tokens 0 --val-tokens 0"
+    assert main(f"train --train {folder}/shards --out {folder}/run {sizes} {steps}".split()) == 0
     write_tasks(folder / "tasks")
     return folder
 
@@ -600,8 +598,8 @@ def test_P9_tokens_of_another_tokenizer_are_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abc abd\n" * 200)
     main(f"data text {tmp_path}/a.txt --out {tmp_path}/shards --tokenizer chars".split())
     main(
-        f"train --data.train {tmp_path}/shards --run.out {tmp_path}/run --model.num-layers 1 --model.num-heads 1 --model.hidden-size 8 "
-        "--model.max-seq-len 8 --run.micro-batch 2 --run.steps 1 --run.threads 1 --run.sample-tokens 0".split()
+        f"train --train {tmp_path}/shards --out {tmp_path}/run --num-layers 1 --num-heads 1 --hidden-size 8 "
+        "--max-seq-len 8 --micro-batch 2 --steps 1 --threads 1 --sample-tokens 0".split()
     )
     (tmp_path / "lambada_test.jsonl").write_text('{"text": "xyz abc"}\n')
     capsys.readouterr()
@@ -616,11 +614,11 @@ def test_P9_hellaswag_in_training(folder, tmp_path, capsys):
     """Its accuracy goes into the logs, is the one of `handgrad eval`, and leaves the training as it is."""
     path = folder / "tasks" / "hellaswag_val.jsonl"
     flags = (
-        f"train --data.train {folder}/shards --model.num-layers 1 --model.num-heads 1 --model.hidden-size 16 --model.max-seq-len {T} "
-        "--run.micro-batch 2 --run.steps 5 --run.dtype f32 --run.threads 1 --run.sample-tokens 0 --run.val-every 0 --run.val-tokens 256"
+        f"train --train {folder}/shards --num-layers 1 --num-heads 1 --hidden-size 16 --max-seq-len {T} "
+        "--micro-batch 2 --steps 5 --dtype f32 --threads 1 --sample-tokens 0 --val-every 0 --val-tokens 256"
     ).split()
-    assert main([*flags, "--run.out", f"{tmp_path}/plain"]) == 0
-    assert main([*flags, "--run.out", f"{tmp_path}/run", "--run.hellaswag", str(path), "--run.eval-every", "2"]) == 0
+    assert main([*flags, "--out", f"{tmp_path}/plain"]) == 0
+    assert main([*flags, "--out", f"{tmp_path}/run", "--hellaswag", str(path), "--eval-every", "2"]) == 0
     plain, lines = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("plain", "run")
@@ -636,6 +634,6 @@ def test_P9_hellaswag_in_training(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["step_000005"]["hellaswag"]["acc_llmc"] == found[5]
     capsys.readouterr()
     small = [word if word != str(T) else "8" for word in flags]
-    assert main([*small, "--run.out", f"{tmp_path}/small", "--run.hellaswag", str(path)]) == 2
+    assert main([*small, "--out", f"{tmp_path}/small", "--hellaswag", str(path)]) == 2
     assert "a continuation is at most as long as the 8 tokens that the model reads" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

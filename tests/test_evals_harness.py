@@ -66,11 +66,9 @@ def folder(tmp_path_factory):
         [GPT.encode(f"{text} ") for name in TASKS for row in rows(name) for text in map(str, row.values())] * 8
     )
     data.write_shard(folder / "train_0.bin", [ids], data.id_dtype(GPT.vocab_size))
-    sizes = (
-        f"--model.num-layers 1 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len {T} --run.micro-batch 2"
-    )
-    steps = "--run.steps 60 --run.dtype f32 --run.threads 1 --optim.lr 0.01 --optim.warmup 5 --run.sample-tokens 0"
-    assert main(f"train --data.train {folder}/train_0.bin --run.out {folder}/run {sizes} {steps}".split()) == 0
+    sizes = f"--num-layers 1 --num-heads 2 --hidden-size 32 --max-seq-len {T} --micro-batch 2"
+    steps = "--steps 60 --dtype f32 --threads 1 --lr 0.01 --warmup 5 --sample-tokens 0"
+    assert main(f"train --train {folder}/train_0.bin --out {folder}/run {sizes} {steps}".split()) == 0
     (folder / "tasks").mkdir()
     for name, (file, _) in TASKS.items():
         path = folder / f"{name}.jsonl"

@@ -347,14 +347,14 @@ def words(tmp_path):
     return str(folder)
 
 
-def train(words, out, flags, sizes="--model.num-layers 2 --model.num-heads 3 --model.hidden-size 36"):
+def train(words, out, flags, sizes="--num-layers 2 --num-heads 3 --hidden-size 36"):
     """The exit code of a run of eight steps with a checkpoint after the fourth, and with these flags."""
-    rest = "--data.batch-tokens 80 --data.seq-len 10 --run.micro-batch 4 --run.backend cpu --run.dtype f32"
-    rest += " --run.steps 8 --run.save-every 4 --run.val-every 4 --run.sample-tokens 0 --run.threads 1"
-    return main(["train", "--data.train", words, "--run.out", str(out), *sizes.split(), *rest.split(), *flags.split()])
+    rest = "--batch-tokens 80 --seq-len 10 --micro-batch 4 --backend cpu --dtype f32"
+    rest += " --steps 8 --save-every 4 --val-every 4 --sample-tokens 0 --threads 1"
+    return main(["train", "--train", words, "--out", str(out), *sizes.split(), *rest.split(), *flags.split()])
 
 
-FAMILY = "--model.family gpt2_without_positions --model.max-seq-len 20"
+FAMILY = "--family gpt2_without_positions --max-seq-len 20"
 
 
 def test_train_resume_generate_and_export_by_command(words, tmp_path, capsys):
@@ -364,7 +364,7 @@ def test_train_resume_generate_and_export_by_command(words, tmp_path, capsys):
     shutil.copytree(whole, out)
     shutil.rmtree(out / "step_000008")
     capsys.readouterr()
-    assert main(["train", "--run.resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
     assert "'gpt2_without_" in capsys.readouterr().out  # the table folds it
     for name in ("model.safetensors", "state.rank00.safetensors"):
         assert (out / "step_000008" / name).read_bytes() == (whole / "step_000008" / name).read_bytes()
@@ -390,8 +390,8 @@ def test_train_resume_generate_and_export_by_command(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--model.family gpt2", "[resume] the checkpoint's model has family gpt2_without_positions, but got gpt2."),
-        ("--model.family gpt9", "[model] a family is one of gpt2, gpt2_without_positions, gpt2_with_a_state, untied, "),
+        ("--family gpt2", "[resume] the checkpoint's model has family gpt2_without_positions, but got gpt2."),
+        ("--family gpt9", "[model] a family is one of gpt2, gpt2_without_positions, gpt2_with_a_state, untied, "),
     ],
 )
 def test_resume_by_command_with_another_family_is_refused(words, tmp_path, capsys, flags, line):
@@ -399,36 +399,36 @@ def test_resume_by_command_with_another_family_is_refused(words, tmp_path, capsy
     assert train(words, out, FAMILY) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(["train", "--run.resume", str(out), *flags.split()]) == 2
+    assert main(["train", "--resume", str(out), *flags.split()]) == 2
     assert capsys.readouterr().err.startswith(line)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_init_takes_the_family_of_the_model_on_disk(words, run, model, tmp_path):
     """A learning rate of 0 leaves the weights as they are."""
-    assert train(words, tmp_path / "out", f"--model.init {run[0]} --optim.lr 0", sizes="") == 0
+    assert train(words, tmp_path / "out", f"--init {run[0]} --lr 0", sizes="") == 0
     source = open_source(tmp_path / "out")
     assert source.model == model
     for name, values in run[1].items():
         assert np.array_equal(source.weights.tensor(name, rows=len(values)), values)
-    assert main(["train", "--run.resume", str(tmp_path / "out"), "--run.steps", "9"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "out"), "--steps", "9"]) == 0
 
 
 def test_init_of_another_family_is_refused(words, tmp_path, capsys):
     gpt2 = GPT2(**SIZES)
     save(gpt2, tmp_path / "gpt2", weights(gpt2))
-    assert train(words, tmp_path / "out", f"{FAMILY} --model.init {tmp_path / 'gpt2'}", sizes="") == 2
-    rule = "[model] --model.family is left to the model that --model.init names, but got gpt2_without_positions."
+    assert train(words, tmp_path / "out", f"{FAMILY} --init {tmp_path / 'gpt2'}", sizes="") == 2
+    rule = "[model] --family is left to the model that --init names, but got gpt2_without_positions."
     assert capsys.readouterr().err == rule + "\n" and not (tmp_path / "out").exists()
 
 
 def test_settings_that_a_family_lacks_are_refused(words, tmp_path, capsys):
     """Left alone, they do not matter."""
-    flags = "--model.family untied --model.max-seq-len 20"
+    flags = "--family untied --max-seq-len 20"
     assert train(words, tmp_path / "out", flags) == 0
     assert open_source(tmp_path / "out").model == Untied(**SIZES)
     capsys.readouterr()
-    for more, field in (("--model.dropout 0.1", "dropout"), ("--model.no-tie-embeddings", "tie_embeddings")):
+    for more, field in (("--dropout 0.1", "dropout"), ("--no-tie-embeddings", "tie_embeddings")):
         assert train(words, tmp_path / "other", f"{flags} {more}") == 2
         rule = "[model] a model of the family untied has vocab_size, max_seq_len, num_layers, num_heads, hidden_size"
         assert capsys.readouterr().err == f"{rule}, but got '{field}'.\n"

@@ -17,8 +17,8 @@ from handgrad.cli.__main__ import main
 LINE = "the quick brown fox jumps over a lazy dog.\n"  # 43 letters: the model sees it begin everywhere
 TEXT = LINE * 200
 TINY = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 --run.micro-batch 4 "
-    "--run.threads 1 --run.steps 150 --run.dtype f32 --optim.lr 0.01 --optim.warmup 10 --run.save-every 75"
+    "--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 32 --micro-batch 4 "
+    "--threads 1 --steps 150 --dtype f32 --lr 0.01 --warmup 10 --save-every 75"
 ).split()
 
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     (folder / "line.txt").write_text(TEXT)
     words = f"data text {folder}/line.txt --out {folder}/data --tokenizer chars".split()
     assert main(words) == 0
-    assert main(["train", "--data.train", f"{folder}/data", "--run.out", f"{folder}/run", *TINY]) == 0
+    assert main(["train", "--train", f"{folder}/data", "--out", f"{folder}/run", *TINY]) == 0
     return folder / "run"
 
 

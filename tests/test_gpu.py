@@ -378,10 +378,10 @@ def test_step_times_are_the_steps_own(tmp_path, monkeypatch):
         write(self, number, **figures)
 
     monkeypatch.setattr(RunLog, "step", step)
-    files = f"--data.train {tmp_path}/train_*.bin --data.val {tmp_path}/val_*.bin --data.batch-tokens 32768"
-    model = "--model.preset gpt2-124m --run.micro-batch 16 --run.backend cuda --run.dtype bf16 --run.val-tokens 32768"
-    often = "--run.val-every 5 --run.sample-every 7 --run.sample-tokens 16 --run.save-every 11 --run.keep-last 1"
-    flags = f"{files} {model} {often} --run.steps 40 --optim.warmup 5 --run.out {tmp_path}/run"
+    files = f"--train {tmp_path}/train_*.bin --val {tmp_path}/val_*.bin --batch-tokens 32768"
+    model = "--preset gpt2-124m --micro-batch 16 --backend cuda --dtype bf16 --val-tokens 32768"
+    often = "--val-every 5 --sample-every 7 --sample-tokens 16 --save-every 11 --keep-last 1"
+    flags = f"{files} {model} {often} --steps 40 --warmup 5 --out {tmp_path}/run"
     assert main(["train", *flags.split()]) == 0
     usual = statistics.median(seconds.values())
     assert sorted(seconds) == list(range(1, 41))

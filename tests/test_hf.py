@@ -160,10 +160,10 @@ def run(tmp_path_factory):
     (folder / "text.txt").write_text("the quick brown fox jumps over a lazy dog.\n" * 200)
     assert main(f"data text {folder}/text.txt --out {folder}/data --tokenizer chars".split()) == 0
     flags = (
-        "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 48 --run.micro-batch 4 "
-        "--run.threads 1 --run.steps 60 --run.dtype f32 --optim.lr 0.01 --optim.warmup 10 --run.val-every 0"
+        "--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 48 --micro-batch 4 "
+        "--threads 1 --steps 60 --dtype f32 --lr 0.01 --warmup 10 --val-every 0"
     ).split()
-    assert main(["train", "--data.train", f"{folder}/data", "--run.out", f"{folder}/run", *flags]) == 0
+    assert main(["train", "--train", f"{folder}/data", "--out", f"{folder}/run", *flags]) == 0
     return folder / "run"
 
 
@@ -188,18 +188,18 @@ def test_p14_transformers_generates_the_same_text(run, tmp_path, capsys, way):
 
 
 def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
-    """--model.init: a .bin, a Hugging Face folder, a run; sizes are the model's, and its first loss what it had learned."""
+    """--init: a .bin, a Hugging Face folder, a run; sizes are the model's, and its first loss what it had learned."""
     data = [
-        "--data.train",
+        "--train",
         str(run.parent / "data"),
-        *"--run.micro-batch 4 --run.threads 1 --run.steps 2 --run.dtype f32 --optim.lr 1e-9 --run.sample-tokens 0".split(),
+        *"--micro-batch 4 --threads 1 --steps 2 --dtype f32 --lr 1e-9 --sample-tokens 0".split(),
     ]
     for to in ("model.bin", "folder"):
         assert main(["convert", str(run), str(tmp_path / to)]) == 0
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     for i, source in enumerate((run, run / "step_000060", tmp_path / "model.bin", tmp_path / "folder")):
         out = tmp_path / f"out{i}"
-        assert main(["train", *data, "--model.init", str(source), "--run.out", str(out)]) == 0
+        assert main(["train", *data, "--init", str(source), "--out", str(out)]) == 0
         theirs, ours = open_source(run), open_source(out)
         assert ours.model == theirs.model
         assert all(
@@ -209,20 +209,20 @@ def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
         assert abs(next(line["val_loss"] for line in lines if line.get("val_loss")) - last["val_loss"]) < 1e-5
     # resuming needs the start no more
     (tmp_path / "model.bin").unlink()
-    assert main(["train", *data, "--run.resume", str(tmp_path / "out2"), "--run.steps", "3"]) == 0
+    assert main(["train", *data, "--resume", str(tmp_path / "out2"), "--steps", "3"]) == 0
     capsys.readouterr()
     for flags, part in (
         (
-            ["--model.hidden-size", "48", "--model.init", str(run)],
-            "--model.hidden-size is left to the model that --model.init names, but got 48.",
+            ["--hidden-size", "48", "--init", str(run)],
+            "--hidden-size is left to the model that --init names, but got 48.",
         ),
-        (["--model.depth", "2", "--model.init", str(run)], "--model.depth is left to the model"),
-        (["--model.init", "lmc"], "[model] a model is a run folder, "),
+        (["--depth", "2", "--init", str(run)], "--depth is left to the model"),
+        (["--init", "lmc"], "[model] a model is a run folder, "),
     ):
-        assert main(["train", *data, *flags, "--run.out", str(tmp_path / "none")]) == 2
+        assert main(["train", *data, *flags, "--out", str(tmp_path / "none")]) == 2
         assert part in capsys.readouterr().err and not (tmp_path / "none").exists()
     torch_model(50257, 20, 1, 2, 4).save_pretrained(tmp_path / "gpt2")
-    assert main(["train", *data, "--model.init", str(tmp_path / "gpt2"), "--run.out", str(tmp_path / "none")]) == 2
+    assert main(["train", *data, "--init", str(tmp_path / "gpt2"), "--out", str(tmp_path / "none")]) == 2
     assert "are made with its tokenizer gpt2, to which 0 is b'!', but got b'\\n' of chars." in capsys.readouterr().err
 
 

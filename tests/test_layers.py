@@ -37,6 +37,7 @@ OUTSIDE = {
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",
     "tyro": "cli",
+    "yaml": "cli",
     "rich": "train cli",
     "tensorboard": "train",
     "wandb": "train",

@@ -419,9 +419,9 @@ def test_p1_mismatched_training_states_are_refused(tmp_path):
 # a run of llm.c goes on here ------------------------------------------------------------------------------------------
 
 TRAIN = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 16 --run.micro-batch 4 "
-    "--run.threads 1 --run.steps 8 --optim.beta2 0.95 --optim.schedule constant --optim.warmup 0 "
-    "--optim.lr 1e-3 --run.keep-last 0 --run.save-every 4 --run.val-every 0 --run.sample-tokens 0"
+    "--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 16 --micro-batch 4 "
+    "--threads 1 --steps 8 --beta2 0.95 --schedule constant --warmup 0 "
+    "--lr 1e-3 --keep-last 0 --save-every 4 --val-every 0 --sample-tokens 0"
 ).split()
 
 
@@ -430,9 +430,9 @@ TRAIN = (
 @pytest.mark.parametrize("zero", [True, False])
 def test_p1_resume_from_llmc_is_bit_exact(tmp_path, dtype, master, zero, capsys):
     """A run of eight steps, put into llm.c's files after four, converted, and resumed, ends in the same bits."""
-    own = [] if master or dtype == "f32" else ["--run.no-master-weights"]
-    run, data = tmp_path / "run", ["--data.train", "shakespeare"]
-    assert main(["train", *data, *TRAIN, *own, "--run.dtype", dtype, "--run.out", str(run)]) == 0
+    own = [] if master or dtype == "f32" else ["--no-master-weights"]
+    run, data = tmp_path / "run", ["--train", "shakespeare"]
+    assert main(["train", *data, *TRAIN, *own, "--dtype", dtype, "--out", str(run)]) == 0
     source = open_source(run / "step_000004")
     model = torch_model(source.model.vocab_size, 16, 2, 2, 32)
     param = load_file(run / "step_000004" / "model.safetensors")
@@ -466,7 +466,7 @@ def test_p1_resume_from_llmc_is_bit_exact(tmp_path, dtype, master, zero, capsys)
     llmc.write_tokenizer(tmp_path / "log" / "gpt2_tokenizer.bin", [c.encode() for c in chars], None)
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "log"), str(tmp_path / "ours")]) == 0
-    assert f"resume: handgrad train --run.resume {tmp_path / 'ours'}" in capsys.readouterr().out
+    assert f"resume: handgrad train --resume {tmp_path / 'ours'}" in capsys.readouterr().out
     about = tmp_path / "ours" / "step_000004" / "run.json"
     saved = json.loads(about.read_text())
     assert (
@@ -474,9 +474,9 @@ def test_p1_resume_from_llmc_is_bit_exact(tmp_path, dtype, master, zero, capsys)
     )  # llm.c's place in its data says nothing about ours: it begins anew, except in this test
     about.write_text(json.dumps(saved | {"tokens": 4 * 4 * 16}))
     # settings that the files do not say
-    again = TRAIN[TRAIN.index("--run.micro-batch") :]
-    del again[again.index("--optim.beta2") : again.index("--optim.beta2") + 2]  # llm.c knows one
-    assert main(["train", *data, *again, "--run.resume", str(tmp_path / "ours")]) == 0
+    again = TRAIN[TRAIN.index("--micro-batch") :]
+    del again[again.index("--beta2") : again.index("--beta2") + 2]  # llm.c knows one
+    assert main(["train", *data, *again, "--resume", str(tmp_path / "ours")]) == 0
     for file in ("model.safetensors", "state.rank00.safetensors"):
         ours, theirs = (load_file(folder / "step_000008" / file) for folder in (tmp_path / "ours", run))
         assert ours.keys() == theirs.keys()

@@ -368,5 +368,5 @@ def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatc
     with pytest.raises(HandgradError, match="Weights & Biases refuses the run: no such project"):
         RunLog(tmp_path, 3, wandb="refused")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(HandgradError, match=r"--run.wandb needs .* hint: pip install 'handgrad\[wandb\]'"):
+    with pytest.raises(HandgradError, match=r"--wandb needs .* hint: pip install 'handgrad\[wandb\]'"):
         RunLog(tmp_path, 3, wandb="proj")

@@ -110,11 +110,11 @@ def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous):
 
     monkeypatch.setattr(RunLog, "step", step)
     monkeypatch.setitem(backends.BACKENDS, "cpu", open_clocked)
-    flags = f"--data.train {tmp_path}/train_*.bin --data.val {tmp_path}/val_*.bin --run.out {tmp_path}/run"
-    flags += " --model.num-layers 1 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32"
-    flags += " --data.batch-tokens 128 --run.micro-batch 2 --run.threads 1 --run.backend cpu --run.dtype f32"
-    flags += " --run.steps 24 --optim.warmup 2 --run.val-every 3 --run.val-tokens 128 --run.save-every 5"
-    flags += " --run.sample-every 4 --run.sample-tokens 2 --run.prompt a"
+    flags = f"--train {tmp_path}/train_*.bin --val {tmp_path}/val_*.bin --out {tmp_path}/run"
+    flags += " --num-layers 1 --num-heads 2 --hidden-size 32 --max-seq-len 32"
+    flags += " --batch-tokens 128 --micro-batch 2 --threads 1 --backend cpu --dtype f32"
+    flags += " --steps 24 --warmup 2 --val-every 3 --val-tokens 128 --save-every 5"
+    flags += " --sample-every 4 --sample-tokens 2 --prompt a"
     assert main(["train", *flags.split()]) == 0
     assert sorted(seconds) == list(range(1, 25)) and len(set(seconds.values())) == 1
     (backend,) = opened  # once for the whole run

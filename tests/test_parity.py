@@ -115,38 +115,38 @@ def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ("--data.train", "--data.train takes text"),
-        ("--data.val", "--data.val takes text"),
-        ("--model.preset d0", "a preset is one of"),
-        ("--run.out", "--run.out takes text"),
-        ("--run.telemetry-every -1", "a number from 0 on"),
-        ("--run.save-every -1", "a number from 0 on"),
-        ("--run.keep-last -1", "a number from 0 on"),
-        ("--run.save-every 10 --run.keep-every 15", "a multiple of --run.save-every 10"),
-        ("--run.save-every 0 --run.keep-every 15", "a multiple of --run.save-every 0"),
-        ("--run.resume", "takes text"),
-        ("--run.micro-batch 0", "a number from 1 on"),
-        ("--data.seq-len -1", "a number from 0 on"),
-        ("--data.batch-tokens 100", "must be a multiple of seq_len"),
-        ("--run.steps -1", "a number from 0 on"),
-        ("--optim.schedule step", "one of cosine, linear, constant, wsd"),
-        ("--optim.lr fast", "takes a number"),
-        ("--optim.warmup -1", "a number from 0 on"),
-        ("--optim.final -1", "a number from 0 on"),
-        ("--optim.weight-decay -1", "weight_decay"),
-        ("--run.skip-loss-z -1", "a number from 0 on"),
-        ("--run.skip-grad-z nan", "a number from 0 on"),
-        ("--run.val-every -1", "a number from 0 on"),
-        ("--run.val-tokens -1", "a number from 0 on"),
-        ("--run.sample-every -1", "a number from 0 on"),
-        ("--run.sample-tokens -1", "a number from 0 on"),
-        ("--run.hellaswag nowhere", "nowhere"),
-        ("--data.overfit=1", "takes nothing"),
-        ("--run.dtype fp16", "one of auto, f32, tf32, bf16"),
-        ("--run.master-weights=1", "takes nothing"),
-        ("--run.recompute 1", "one of none, act, act_norm, block"),
+        ("--train", "--train takes text"),
+        ("--val", "--val takes text"),
+        ("--preset d0", "a preset is one of"),
+        ("--out", "--out takes text"),
+        ("--telemetry-every -1", "a number from 0 on"),
+        ("--save-every -1", "a number from 0 on"),
+        ("--keep-last -1", "a number from 0 on"),
+        ("--save-every 10 --keep-every 15", "a multiple of --save-every 10"),
+        ("--save-every 0 --keep-every 15", "a multiple of --save-every 0"),
+        ("--resume", "takes text"),
+        ("--micro-batch 0", "a number from 1 on"),
+        ("--seq-len -1", "a number from 0 on"),
+        ("--batch-tokens 100", "must be a multiple of seq_len"),
+        ("--steps -1", "a number from 0 on"),
+        ("--schedule step", "one of cosine, linear, constant, wsd"),
+        ("--lr fast", "takes a number"),
+        ("--warmup -1", "a number from 0 on"),
+        ("--final -1", "a number from 0 on"),
+        ("--weight-decay -1", "weight_decay"),
+        ("--skip-loss-z -1", "a number from 0 on"),
+        ("--skip-grad-z nan", "a number from 0 on"),
+        ("--val-every -1", "a number from 0 on"),
+        ("--val-tokens -1", "a number from 0 on"),
+        ("--sample-every -1", "a number from 0 on"),
+        ("--sample-tokens -1", "a number from 0 on"),
+        ("--hellaswag nowhere", "nowhere"),
+        ("--overfit=1", "takes nothing"),
+        ("--dtype fp16", "one of auto, f32, tf32, bf16"),
+        ("--master-weights=1", "takes nothing"),
+        ("--recompute 1", "one of none, act, act_norm, block"),
         ("-y 1", "after the verb come flags"),
-        ("--run.telemetry-every 5 --run.backend cpu", "this run has none"),
+        ("--telemetry-every 5 --backend cpu", "this run has none"),
     ],
 )
 def test_p4_every_flag_is_validated(tmp_path, monkeypatch, capsys, words, part):
@@ -162,10 +162,10 @@ def test_p4_llmcs_flags_in_handgrads_words_make_a_run(tmp_path, monkeypatch):
     hg.data.write_shard("fineweb_train_000001.bin", [np.arange(600) % 97], hg.data.id_dtype(97))
     hg.data.write_shard("fineweb_val_000000.bin", [np.arange(200) % 97], hg.data.id_dtype(97))
     flags = (
-        "--data.train fineweb_train_*.bin --data.val fineweb_val_*.bin --run.out log --model.preset d6 --model.num-layers 1 "
-        "--model.hidden-size 12 --model.vocab-size 50257 --run.micro-batch 2 --data.seq-len 16 --data.batch-tokens 64 --run.recompute none "
-        "--optim.weight-decay 0.1 --optim.lr 0.0006 --optim.final 0.0 --optim.warmup 2 --run.steps 0 --run.val-every 2 "
-        "--run.val-tokens 64 --run.sample-every 4 --run.sample-tokens 3 --run.save-every 1 --run.keep-last 2 --run.keep-every 3 --run.threads 1"
+        "--train fineweb_train_*.bin --val fineweb_val_*.bin --out log --preset d6 --num-layers 1 "
+        "--hidden-size 12 --vocab-size 50257 --micro-batch 2 --seq-len 16 --batch-tokens 64 --recompute none "
+        "--weight-decay 0.1 --lr 0.0006 --final 0.0 --warmup 2 --steps 0 --val-every 2 "
+        "--val-tokens 64 --sample-every 4 --sample-tokens 3 --save-every 1 --keep-last 2 --keep-every 3 --threads 1"
     ).split()
     assert main(["train", *flags]) == 0
     steps = json.loads(Path("log/config.json").read_text())["run"]["steps"]

@@ -102,8 +102,8 @@ def test_command_by_call(capsys):
     ("flags", "line"),
     [
         ("--steps 0", "--steps is at least 1, but got 0"),
-        ("--micro-batch 0", "--micro-batch is at least 1, but got 0"),
-        ("--head-mib -1", "--head-mib is at least 0, but got -1"),
+        ("--micro-batch 0", "--micro-batch is a number from 1 on, but got 0"),
+        ("--head-mib -1", "--head-mib is a number from 0 on, but got -1"),
         ("--trace /no/such/folder/t.json", "--trace names a file in a folder that exists"),
         ("--by colour", "--by takes one of op, phase, block, call, but got 'colour'"),
         ("--seq-len 4000", "the model reads at most 64 tokens"),

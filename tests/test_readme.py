@@ -75,7 +75,7 @@ def test_readme_flags_exist(folder):
 
 def test_resume_command(folder):
     """Resuming a finished run succeeds and leaves its log unchanged."""
-    command = re.search(r"`(handgrad train --run.resume[^`]*)`", README)[1]
+    command = re.search(r"`(handgrad train --resume[^`]*)`", README)[1]
     before = (folder / "runs" / "shakespeare-001" / "log.jsonl").read_text()
     run(command, folder)
     assert (folder / "runs" / "shakespeare-001" / "log.jsonl").read_text() == before
@@ -85,9 +85,9 @@ def test_data_command(folder):
     (folder / "play.txt").write_text("To be, or not to be, that is the question.\n" * 200)
     command = re.search(r"`(handgrad data text [^`]*)`", README)[1].replace("FILE...", "play.txt")
     run(command, folder)
-    train = re.search(r"`(handgrad train --data.train [^`]*)`", README)[1]
+    train = re.search(r"`(handgrad train --train [^`]*)`", README)[1]
     run(
-        f"{train} --run.steps 3 --run.micro-batch 2 --run.sample-tokens 8 --run.val-tokens 256 --model.num-layers 1",
+        f"{train} --steps 3 --micro-batch 2 --sample-tokens 8 --val-tokens 256 --num-layers 1",
         folder,
     )
 

@@ -65,7 +65,7 @@ def test_its_flags_are_a_run(shell, recipe):
     assert verb == "train" and c.run.resume == "auto" and c.run.out == f"runs/{recipe.stem.replace('_', '-')}"
     sizes = preset(c.model.preset)
     model = GPT2(**sizes | ({"max_seq_len": c.model.max_seq_len} if c.model.max_seq_len else {}))
-    tokens = c.run.micro_batch * (c.data.seq_len or model.max_seq_len)
+    tokens = c.compute.micro_batch * (c.data.seq_len or model.max_seq_len)
     assert c.data.batch_tokens % tokens == 0
     named = {"gpt2_124m": 124e6, "gpt2_350m": 354e6, "gpt2_774m": 774e6, "gpt2_1558m": 1557e6, "gpt3_125m": 125e6}
     embedding = 50304 * model.hidden_size + model.max_seq_len * model.hidden_size
@@ -130,7 +130,7 @@ def test_until_done(shell, tmp_path, codes, starts, code):
 
 
 REAL = f'echo $$ > pid; exec {sys.executable} -c "import sys; from handgrad.cli.__main__ import main; sys.exit(main())" "$@"'
-FEW = "--run.steps 200 --run.save-every 5 --run.val-every 0 --run.threads 1 --run.sample-tokens 8 --run.micro-batch 2".split()
+FEW = "--steps 200 --save-every 5 --val-every 0 --threads 1 --sample-tokens 8 --micro-batch 2".split()
 
 
 def test_shakespeare_is_killed_and_started_again_and_ends_well(shell, tmp_path):
@@ -161,5 +161,5 @@ def test_ctrl_c_stops_the_recipe_too(shell, tmp_path):
 
 
 def test_a_mistake_in_a_recipe_ends_it(shell):
-    done = shell("shakespeare.sh", REAL, "--run.stepz", "5")
-    assert done.returncode == 2 and "[train] flags are those of --help, but got '--run.stepz'" in done.stderr
+    done = shell("shakespeare.sh", REAL, "--stepz", "5")
+    assert done.returncode == 2 and "[train] flags are those of --help, but got '--stepz'" in done.stderr

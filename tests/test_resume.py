@@ -19,7 +19,7 @@ import handgrad as hg
 from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
 from handgrad.io import checkpoint
-from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from handgrad.train.config import Config, DataConfig, OptimConfig, RunConfig, from_names
 from handgrad.train.folder import lock, saved_settings
 from handgrad.train.outliers import WINDOW
 from handgrad.train.resolve import resolve
@@ -43,37 +43,21 @@ def words(tmp_path_factory):
 
 def config(words, out, **run):
     """Two accumulated micro-batches a step, dropout, a checkpoint every 4 steps, a validation every 5."""
-    return Config(
-        ModelConfig(num_layers=2, num_heads=2, hidden_size=32, max_seq_len=16, dropout=0.1),
-        DataConfig(words, batch_tokens=64),
-        OptimConfig(warmup=4),
-        RunConfig(
-            **dict(
-                out=str(out),
-                steps=STEPS,
-                micro_batch=2,
-                threads=1,
-                save_every=4,
-                keep_last=9,
-                val_every=5,
-                val_tokens=64,
-                sample_tokens=4,
-                sample_every=3,
-                prompt="a",
-            )
-            | run
-        ),
-    )
+    settings = dict(num_layers=2, num_heads=2, hidden_size=32, max_seq_len=16, dropout=0.1)
+    settings |= dict(train=words, batch_tokens=64, warmup=4, out=str(out), steps=STEPS, micro_batch=2, threads=1)
+    settings |= dict(save_every=4, keep_last=9, val_every=5, val_tokens=64)
+    settings |= dict(sample_tokens=4, sample_every=3, prompt="a")
+    return from_names(settings | run)
 
 
 def flags(c):
     """The settings as a command line."""
     words = []
-    for group in ("model", "data", "optim", "run"):
-        for name, value in vars(getattr(c, group)).items():
-            flag = f"--{group}.{name.replace('_', '-')}"
+    for group in vars(c).values():
+        for name, value in vars(group).items():
+            flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
-                words += [flag if value else f"--{group}.no-{name.replace('_', '-')}"]
+                words += [flag if value else f"--no-{name.replace('_', '-')}"]
             elif value is not None:
                 words += [flag, str(value)]
     return words
@@ -157,9 +141,9 @@ def test_outlier_windows_go_on(words, tmp_path):
 def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     out = str(tmp_path / "run")
     assert main(["train", *flags(config(words, out, steps=4))]) == 0
-    assert main(["train", "--run.resume", out, "--run.steps", "6", "--optim.lr=1e-4"]) == 0
+    assert main(["train", "--resume", out, "--steps", "6", "--lr=1e-4"]) == 0
     saved = saved_settings(Config(run=RunConfig(resume=out)))
-    assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.run.save_every) == (6, 1e-4, 0.1, 4)
+    assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.checkpoint.save_every) == (6, 1e-4, 0.1, 4)
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 4, 5, 6]
     assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"] == "from here on optim.lr is 0.0001, not 0.002"
 
@@ -168,12 +152,12 @@ def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, caps
     """What the first one writes meanwhile would be deleted with what the second had made."""
     shutil.copytree(whole("f32"), tmp_path / "run")
     with lock(tmp_path / "run"):
-        assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 2
+        assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "14"]) == 2
         rule = f"[run] another process is training in '{tmp_path}/run'."
         assert capsys.readouterr().err == rule + "\n"
         same(tmp_path / "run", whole("f32"))
-    assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 0
-    assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "15"]) == 0  # it was given back
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "14"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "15"]) == 0  # it was given back
 
 
 def test_overfitting_stays_on_its_batch(words, tmp_path):
@@ -196,7 +180,7 @@ def test_data_of_another_tokenizer_do_not_go_on(words, whole, tmp_path, capsys):
     meta = json.loads((tmp_path / "other" / "meta.json").read_text())
     meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][::-1]
     (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
-    again = ["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14", "--data.train"]
+    again = ["train", "--resume", str(tmp_path / "run"), "--steps", "14", "--train"]
     assert main([*again, str(tmp_path / "other")]) == 2
     rule = f"[model] data for {tmp_path}/run/step_000012 are made with its tokenizer chars, to which 0 is"
     assert capsys.readouterr().err.startswith(rule)
@@ -207,7 +191,7 @@ def test_data_of_another_tokenizer_do_not_go_on(words, whole, tmp_path, capsys):
 def test_a_finished_run_keeps_its_settings(words, whole, tmp_path, capsys):
     shutil.copytree(whole("f32"), tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
-    assert main(["train", "--run.resume", str(tmp_path / "run"), "--optim.lr=9", "--run.seed=5"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--lr=9", "--seed=5"]) == 0
     assert "nothing left to do" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     same(tmp_path / "run", whole("f32"))
@@ -215,7 +199,7 @@ def test_a_finished_run_keeps_its_settings(words, whole, tmp_path, capsys):
 
 def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
     shutil.copytree(whole("f32"), tmp_path / "run")
-    assert main(["train", "--run.resume", str(tmp_path / "run")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     same(tmp_path / "run", whole("f32"))
 
 
@@ -224,23 +208,23 @@ def test_a_finished_run_has_nothing_to_do(words, whole, tmp_path):
     [
         (
             "nowhere",
-            "[resume] no folder 'nowhere'. hint: --run.resume auto --run.out nowhere starts afresh where there is none",
+            "[resume] no folder 'nowhere'. hint: --resume auto --out nowhere starts afresh where there is none",
         ),
         (
             "empty",
             "[resume] no complete checkpoint in 'empty'. "
-            "hint: --run.resume auto --run.out empty starts afresh where there is none",
+            "hint: --resume auto --out empty starts afresh where there is none",
         ),
         (
-            "empty --run.out other",
-            "[resume] --run.resume names the run folder, and --run.out the same or none, but got 'empty' and 'other'.",
+            "empty --out other",
+            "[resume] --resume names the run folder, and --out the same or none, but got 'empty' and 'other'.",
         ),
     ],
 )
 def test_a_folder_without_a_checkpoint_is_a_mistake(tmp_path, monkeypatch, capsys, words_, line):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    assert main(["train", "--run.resume", *words_.split()]) == 2
+    assert main(["train", "--resume", *words_.split()]) == 2
     assert capsys.readouterr().err == line + "\n"
     assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list(Path("empty").iterdir())
 
@@ -365,19 +349,19 @@ def everything(folder):
 @pytest.mark.parametrize(
     ("words_", "part"),
     [
-        ("--model.hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
-        ("--model.family gpt9", "[model] a family is one of gpt2, but got 'gpt9'."),
-        ("--model.depth 3", "[resume] the checkpoint's model has "),
-        ("--model.preset gpt2-124m", "[resume] the checkpoint's model has "),
-        ("--model.dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
-        ("--run.dtype bf16", "[resume] the checkpoint was trained in f32, but got bf16. hint: --run.dtype"),
-        ("--run.steps 11", "[resume] --run.steps is at least the checkpoint's step 12, but got 11."),
+        ("--hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
+        ("--family gpt9", "[model] a family is one of gpt2, but got 'gpt9'."),
+        ("--depth 3", "[resume] the checkpoint's model has "),
+        ("--preset gpt2-124m", "[resume] the checkpoint's model has "),
+        ("--dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
+        ("--dtype bf16", "[resume] the checkpoint was trained in f32, but got bf16. hint: --dtype"),
+        ("--steps 11", "[resume] --steps is at least the checkpoint's step 12, but got 11."),
     ],
 )
 def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
     shutil.copytree(whole("f32"), tmp_path / "run")
     before = everything(tmp_path)
-    assert main(["train", "--run.resume", str(tmp_path / "run"), *words_.split()]) == 2
+    assert main(["train", "--resume", str(tmp_path / "run"), *words_.split()]) == 2
     err = capsys.readouterr().err
     assert err.startswith(part) and err.count("\n") == 1
     assert everything(tmp_path) == before
@@ -400,7 +384,7 @@ def test_resume_from_a_damaged_folder(whole, tmp_path, capsys, name, content):
     shutil.copytree(whole("f32"), tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
     before = everything(tmp_path)
-    assert main(["train", "--run.resume", str(tmp_path / "run")]) == 2
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("[") and err.count("\n") == 1 and Path(name).name in err
     assert everything(tmp_path) == before
@@ -457,9 +441,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_pa
     step = log(out)[-1]["step"]
     assert 60 <= step < 400 and (out / f"step_{step:06d}" / "DONE").exists() and (out / "report.html").exists()
     assert "stopping after this step" in stdout
-    last = f"stopped after step {step}, saved in {out}\nresume: handgrad train --run.resume {out}\n"
+    last = f"stopped after step {step}, saved in {out}\nresume: handgrad train --resume {out}\n"
     assert stdout.endswith(last)
-    assert main(["train", "--run.resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
     same(out, long, 400)
 
 
@@ -488,7 +472,7 @@ def test_killed_in_a_step(words, long, tmp_path):
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    assert main(["train", "--run.resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
     same(out, long, 400)
 
 
@@ -518,7 +502,7 @@ def test_killed_while_saving(words, whole, tmp_path, count):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert (out / "step_000004" / "DONE").exists() and not (out / "step_000012").exists()
-    assert main(["train", "--run.resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
     same(out, whole("f32"))
     assert sorted(path.name for path in out.glob("step_*")) == ["step_000004", "step_000008", "step_000012"]
 
@@ -632,7 +616,7 @@ def test_settings_of_earlier_versions_do_not_stop_a_resume(words, whole, tmp_pat
     del saved["model"]["family"], saved["run"]["head_mib"]
     saved["run"]["head_chunks"] = chunks
     (out / "config.json").write_text(json.dumps(saved))
-    assert main(["train", "--run.resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out)]) == 0
     assert weights(out) == weights(whole("f32"))
     lines = log(out)
     events = [line for line in lines if "event" in line]
@@ -648,5 +632,5 @@ def test_a_setting_of_no_version_stops_a_resume(whole, tmp_path, capsys):
     saved = json.loads((out / "config.json").read_text())
     saved["run"]["chunks_of_the_head"] = 3
     (out / "config.json").write_text(json.dumps(saved))
-    assert main(["train", "--run.resume", str(out)]) == 2
+    assert main(["train", "--resume", str(out)]) == 2
     assert "chunks_of_the_head" in capsys.readouterr().err

@@ -57,9 +57,9 @@ def test_wrong_words_are_named(make, line):
 
 
 def test_flags_become_one_precision_and_one_execution(tmp_path):
-    flags = "--model.num-layers 1 --run.micro-batch 3 --run.recompute block --run.head-mib 2 --run.check nan"
-    flags += " --run.backend cpu --run.threads 1 --run.dtype bf16 --run.no-master-weights --run.deterministic"
-    flags += " --run.skip-loss-z 4 --run.skip-grad-z 5 --run.seed 7 --run.sample-tokens 0"
+    flags = "--num-layers 1 --micro-batch 3 --recompute block --head-mib 2 --check nan"
+    flags += " --backend cpu --threads 1 --dtype bf16 --no-master-weights --deterministic"
+    flags += " --skip-loss-z 4 --skip-grad-z 5 --seed 7 --sample-tokens 0"
     run = resolve(parse(Config, flags.split(), "train"), tmp_path)
     trainer = run.trainer
     assert trainer.precision == Precision("bf16", "f32", master_weights=False, deterministic=True)
@@ -76,16 +76,16 @@ def test_what_auto_stands_for_is_known_before_a_backend_is_opened():
 
 
 def test_the_family_is_a_setting_with_gpt2_as_its_default(tmp_path, capsys):
-    flags = "--run.backend cpu --run.threads 1 --run.sample-tokens 0 --run.micro-batch 1 --model.num-layers 1".split()
+    flags = "--backend cpu --threads 1 --sample-tokens 0 --micro-batch 1 --num-layers 1".split()
     run = resolve(parse(Config, flags, "train"), tmp_path)
     assert type(run.trainer.model) is GPT2 and run.config.model.family == "gpt2"
     assert main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--model.family STR architecture, by the name that handgrad.models registers: gpt2" in text
+    assert "--family STR architecture, by the name that handgrad.models registers: gpt2" in text
     assert list(registry.FAMILIES) == ["gpt2"]  # the help text names them all
 
 
 def test_an_unknown_family_is_refused_before_the_run_folder_is_made(tmp_path, capsys):
-    assert main(["train", "--model.family", "gpt9", "--run.out", str(tmp_path / "run")]) == 2
+    assert main(["train", "--family", "gpt9", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "[model] a family is one of gpt2, but got 'gpt9'.\n"
     assert not (tmp_path / "run").exists()

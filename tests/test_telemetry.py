@@ -156,9 +156,9 @@ def test_a_run_looks_at_its_card_every_so_many_steps(nvml, tmp_path, monkeypatch
     """On the CPU, told to be the second card."""
     nvml()
     monkeypatch.setattr(CpuBackend, "pci_bus", "0000:65:00.0")
-    flags = "--model.num-layers 1 --run.micro-batch 1 --run.threads 1 --run.steps 5 --run.val-tokens 64 --run.sample-tokens 0"
+    flags = "--num-layers 1 --micro-batch 1 --threads 1 --steps 5 --val-tokens 64 --sample-tokens 0"
     out = str(tmp_path / "run")
-    assert main(["train", *flags.split(), "--run.backend", "cpu", "--run.out", out, "--run.telemetry-every", "2"]) == 0
+    assert main(["train", *flags.split(), "--backend", "cpu", "--out", out, "--telemetry-every", "2"]) == 0
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert {line["step"]: line["gpu"]["power"] for line in lines if "gpu" in line} == {2: 698.4, 4: 698.4}
 

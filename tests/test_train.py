@@ -20,8 +20,8 @@ from handgrad.train.outliers import WINDOW
 
 SHARDS = "handgrad data makes them; relative paths begin in this folder"
 TINY = (
-    "--model.num-layers 2 --model.num-heads 2 --model.hidden-size 32 --model.max-seq-len 32 "
-    "--run.micro-batch 2 --run.threads 1 --run.steps 6 --optim.warmup 2 --run.val-tokens 64 --run.sample-tokens 0"
+    "--num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 32 "
+    "--micro-batch 2 --threads 1 --steps 6 --warmup 2 --val-tokens 64 --sample-tokens 0"
 ).split()
 
 
@@ -50,7 +50,7 @@ def told(capsys):
 
     def run(*flags, made=False):
         before = tree(Path("."))
-        assert main(["train", "--data.train", "words", *TINY, *flags]) == 2
+        assert main(["train", "--train", "words", *TINY, *flags]) == 2
         err = capsys.readouterr().err
         assert re.fullmatch(r"\[.*\n", err), err
         assert made or tree(Path(".")) == before
@@ -65,7 +65,7 @@ def tree(folder):
 
 
 def train(*flags):
-    return main(["train", "--data.train", "words", "--run.out", "run", *TINY, *flags])
+    return main(["train", "--train", "words", "--out", "run", *TINY, *flags])
 
 
 def log():
@@ -76,7 +76,7 @@ def log():
 
 
 def test_the_run_folder(words, capsys):
-    assert train(*"--run.sample-tokens 8 --run.val-every 4 --run.save-every 2 --run.prompt abc".split()) == 0
+    assert train(*"--sample-tokens 8 --val-every 4 --save-every 2 --prompt abc".split()) == 0
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         "config.json",
@@ -111,7 +111,7 @@ def test_the_run_folder(words, capsys):
 
 
 def test_saved_settings_are_the_resolved_ones(words, capsys):
-    assert train("--model.dropout", "0.1") == 0
+    assert train("--dropout", "0.1") == 0
     table = capsys.readouterr().out
     saved = json.loads(Path("run/config.json").read_text())
     assert saved["model"] == {
@@ -141,22 +141,22 @@ def test_defaults_are_the_recipe():
     assert models.preset(c.model.preset) | {"vocab_size": 0} == dict(
         num_layers=4, num_heads=4, hidden_size=128, max_seq_len=64, vocab_size=0
     )
-    assert (c.run.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, 2000, "cosine", 100)
+    assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, 2000, "cosine", 100)
     assert c.data.train == "shakespeare"
 
 
 @pytest.mark.parametrize(
     ("flags", "sizes"),
     [
-        ("--model.depth 1", (1, 1, 64, 1024)),
-        ("--model.preset d6 --model.num-layers 1", (1, 6, 384, 1024)),
-        ("--model.preset gpt3:c384 --model.num-layers 1 --model.max-seq-len 16", (1, 6, 384, 16)),
-        ("--model.preset gpt2-124m --model.num-layers 1 --model.hidden-size 24", (1, 12, 24, 1024)),
+        ("--depth 1", (1, 1, 64, 1024)),
+        ("--preset d6 --num-layers 1", (1, 6, 384, 1024)),
+        ("--preset gpt3:c384 --num-layers 1 --max-seq-len 16", (1, 6, 384, 16)),
+        ("--preset gpt2-124m --num-layers 1 --hidden-size 24", (1, 12, 24, 1024)),
     ],
 )
 def test_sizes_by_preset_dial_and_flag(words, flags, sizes):
-    rest = "--data.train words --run.out run --run.threads 1 --run.steps 1 --run.micro-batch 1 --data.seq-len 16"
-    assert main(["train", *rest.split(), "--run.val-every", "0", "--run.sample-tokens", "0", *flags.split()]) == 0
+    rest = "--train words --out run --threads 1 --steps 1 --micro-batch 1 --seq-len 16"
+    assert main(["train", *rest.split(), "--val-every", "0", "--sample-tokens", "0", *flags.split()]) == 0
     model = json.loads(Path("run/config.json").read_text())["model"]
     assert (model["num_layers"], model["num_heads"], model["hidden_size"], model["max_seq_len"]) == sizes
     assert io.load_meta("run/step_000001")["model"]["hidden_size"] == sizes[2]
@@ -164,7 +164,7 @@ def test_sizes_by_preset_dial_and_flag(words, flags, sizes):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_schedules_by_name(words, schedule):
-    assert train("--optim.schedule", schedule, "--optim.lr", "0.01") == 0
+    assert train("--schedule", schedule, "--lr", "0.01") == 0
     rates = [line["lr"] for line in log()]
     final = {"cosine": 0.001, "linear": 0.0, "constant": 0.01, "wsd": 0.0}[schedule]
     assert rates[:2] == [0.005, 0.01] and rates[-1] == pytest.approx(final)
@@ -172,16 +172,16 @@ def test_schedules_by_name(words, schedule):
 
 def test_folders_are_numbered(words):
     for _ in range(2):
-        assert main(["train", "--data.train", "words", *TINY, "--run.steps", "1"]) == 0
+        assert main(["train", "--train", "words", *TINY, "--steps", "1"]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["words-001", "words-002"]
-    assert main(["train", "--data.train", "words", "--run.resume", "auto", "--run.steps", "2"]) == 0
+    assert main(["train", "--train", "words", "--resume", "auto", "--steps", "2"]) == 0
     assert json.loads(Path("runs/words-002/config.json").read_text())["run"]["out"] == "runs/words-002"
     assert (Path("runs/words-002/step_000002/DONE")).exists() and not Path("runs/words-001/step_000002").exists()
 
 
 def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
     (words / "words" / "meta.json").unlink()
-    assert main(["train", "--data.train", "words/train_*.bin", "--run.out", "run", *TINY, "--run.steps", "1"]) == 0
+    assert main(["train", "--train", "words/train_*.bin", "--out", "run", *TINY, "--steps", "1"]) == 0
     assert json.loads(Path("run/config.json").read_text())["model"]["vocab_size"] == 50257
     assert json.loads(Path("run/tokenizer-spec.json").read_text()) == {"kind": "gpt2"}
 
@@ -192,46 +192,45 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--model.dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
-        ("--model.dropout -0.5", "[model] dropout lies in [0, 1), but got -0.5."),
-        ("--model.num-heads 5", "[model] hidden_size is a multiple of num_heads, but got 32 and 5 heads."),
-        ("--model.vocab-size 96", "[model] --model.vocab-size is at least the data's 97, but got 96."),
-        ("--optim.beta2 1", "[optim] both betas lie in [0, 1), but got (0.9, 1.0)."),
+        ("--dropout 1", "[model] dropout lies in [0, 1), but got 1.0."),
+        ("--dropout -0.5", "[model] dropout lies in [0, 1), but got -0.5."),
+        ("--num-heads 5", "[model] hidden_size is a multiple of num_heads, but got 32 and 5 heads."),
+        ("--vocab-size 96", "[model] --vocab-size is at least the data's 97, but got 96."),
+        ("--beta2 1", "[optim] both betas lie in [0, 1), but got (0.9, 1.0)."),
         (
-            "--optim.schedule constant --optim.final 0.5",
+            "--schedule constant --final 0.5",
             "[schedule] a constant schedule ends at its peak (final 1.0), but got 0.5.",
         ),
         (
-            "--data.seq-len 33",
-            "[train] the model reads at most 32 tokens, but got seq_len 33. hint: --model.max-seq-len",
+            "--seq-len 33",
+            "[train] the model reads at most 32 tokens, but got seq_len 33. hint: --max-seq-len",
         ),
         (
-            "--data.batch-tokens 100",
+            "--batch-tokens 100",
             "[data] batch_tokens must be a multiple of seq_len 32, but got 100. hint: 96 or 128 would do",
         ),
         (
-            "--data.batch-tokens 96",
+            "--batch-tokens 96",
             "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
-            "hint: --data.batch-tokens, --run.micro-batch",
+            "hint: --batch-tokens, --micro-batch",
         ),
-        ("--run.head-mib -1", "[run] --run.head-mib is a number from 0 on, but got -1."),
-        ("--run.threads -1", "[run] --run.threads is a number from 0 on, but got -1."),
-        ("--run.backend cpu --run.dtype tf32", "[train] dtype is f32 or bf16 on the cpu backend, but got 'tf32'."),
+        ("--head-mib -1", "[run] --head-mib is a number from 0 on, but got -1."),
+        ("--threads -1", "[run] --threads is a number from 0 on, but got -1."),
+        ("--backend cpu --dtype tf32", "[train] dtype is f32 or bf16 on the cpu backend, but got 'tf32'."),
         (
-            "--run.backend cpu --run.grad-dtype bf16",
+            "--backend cpu --grad-dtype bf16",
             "[train] grad_dtype is f32 on the cpu backend, but got 'bf16'.",
         ),
         (
-            "--run.sample-tokens 1 --run.prompt €",
-            "[run] --run.prompt is spelled with the data's characters, but got '€'. "
-            "hint: another, or --run.sample-tokens 0",
+            "--sample-tokens 1 --prompt €",
+            "[run] --prompt is spelled with the data's characters, but got '€'. hint: another, or --sample-tokens 0",
         ),
-        ("--data.train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+        ("--train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
         (
-            "--data.train nowhere --model.vocab-size 64",
+            "--train nowhere --vocab-size 64",
             f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}",
         ),
-        ("--data.val nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
+        ("--val nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
     ],
 )
 def test_mistakes_in_settings(words, told, flags, line):
@@ -239,8 +238,8 @@ def test_mistakes_in_settings(words, told, flags, line):
 
 
 def test_a_model_that_does_not_fit_says_what_would_help(words, told):
-    line = told("--model.preset", "gpt3:c12288", "--model.num-layers", "96", "--model.hidden-size", "12288")
-    assert line.startswith("[memory] the arena fits in memory") and "--run.recompute" in line
+    line = told("--preset", "gpt3:c12288", "--num-layers", "96", "--hidden-size", "12288")
+    assert line.startswith("[memory] the arena fits in memory") and "--recompute" in line
 
 
 def damage(path, how):
@@ -280,11 +279,11 @@ def test_damaged_shards(words, told, split, how, part):
 
 def test_a_text_file_is_no_shard(words, told):
     Path("play.txt").write_text("To be, or not to be\n" * 100)
-    assert "play.txt must" in told("--data.train", "play.txt")
+    assert "play.txt must" in told("--train", "play.txt")
 
 
 def test_sequences_longer_than_the_data(words, told):
-    flags = ["--model.max-seq-len", "9000", "--run.micro-batch", "1"]
+    flags = ["--max-seq-len", "9000", "--micro-batch", "1"]
     assert "a shard must hold seq_len + 1 = 9001 tokens, but got 5000" in told(*flags)
 
 
@@ -293,7 +292,7 @@ def test_a_bad_token_far_into_the_data_loses_no_work(words, told):
     ids = np.random.default_rng(0).integers(0, 97, 5000)
     ids[64 * 4 + 10] = 99
     write_shard(words / "words" / "train_0.bin", [ids], id_dtype(100))
-    line = told("--run.out", "run", "--data.no-shuffle", "--run.val-every", "0", made=True)
+    line = told("--out", "run", "--no-shuffle", "--val-every", "0", made=True)
     assert "must hold ids below the vocabulary size 97, but got 99." in line
     assert io.newest("run").name == "step_000004" and [line["step"] for line in log()] == [1, 2, 3, 4]
 
@@ -303,20 +302,20 @@ def test_a_bad_token_far_into_the_data_loses_no_work(words, told):
 
 def test_a_folder_holds_one_run(words, told):
     assert train() == 0
-    assert told("--run.out", "run") == "[run] 'run' already holds a run. hint: --run.resume run, or another --run.out"
+    assert told("--out", "run") == "[run] 'run' already holds a run. hint: --resume run, or another --out"
 
 
 @pytest.mark.parametrize("out", ["a_file", "a_file/run"])
 def test_a_file_where_the_run_folder_should_be(words, told, out):
     Path("a_file").write_text("precious")
-    assert told("--run.out", out).startswith(f"[run] the run folder '{out}' cannot be written: ")
+    assert told("--out", out).startswith(f"[run] the run folder '{out}' cannot be written: ")
     assert Path("a_file").read_text() == "precious"
 
 
 def test_a_mistake_leaves_what_was_in_the_folder(words, told):
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    told("--run.out", "run", "--data.train", "shakespeare", "--data.seq-len", "33")
+    told("--out", "run", "--train", "shakespeare", "--seq-len", "33")
     assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
 
 
@@ -340,28 +339,28 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_read_only(words, told, small_disk):
     small_disk("size=1m,ro")
-    line = told("--run.out", "disk/run")
+    line = told("--out", "disk/run")
     assert line.startswith("[run] the run folder 'disk/run' cannot be written: Read-only file system.")
 
 
 def test_a_disk_that_is_full_at_once(words, told, small_disk):
     small_disk("size=16k")
-    line = told("--run.out", "disk/run", "--data.train", "shakespeare")
+    line = told("--out", "disk/run", "--train", "shakespeare")
     assert line.startswith("[data] disk/run/data/") and "No space left on device" in line
 
 
 def test_a_disk_that_fills_up_while_saving(words, told, small_disk):
     """The checkpoints before it stay whole; with room again the run goes on like one that always had it."""
-    flags = ["--run.save-every", "2", "--run.keep-last", "9", "--run.dtype", "f32"]
+    flags = ["--save-every", "2", "--keep-last", "9", "--dtype", "f32"]
     assert train(*flags) == 0
     size = sum(path.stat().st_size for path in Path("run/step_000006").iterdir())
     small_disk(f"size={int(2.5 * size) >> 10}k")
-    line = told("--run.out", "disk/run", *flags, made=True)
+    line = told("--out", "disk/run", *flags, made=True)
     assert line.startswith("[checkpoint] disk/run/step_000006 must be writable, but got ") and "No space left" in line
     kept = sorted(path.name for path in Path("disk/run").glob("step_*"))
     assert kept == ["step_000002", "step_000004"]
     subprocess.run(["mount", "-o", "remount,size=64m", "disk"], check=True)
-    assert main(["train", "--run.resume", "disk/run"]) == 0
+    assert main(["train", "--resume", "disk/run"]) == 0
     for name in ("model.safetensors", "state.rank00.safetensors"):
         assert Path("run/step_000006", name).read_bytes() == Path("disk/run/step_000006", name).read_bytes()
 
@@ -370,8 +369,8 @@ def test_a_disk_that_fills_up_while_saving(words, told, small_disk):
 
 
 def test_updates_that_are_not_finite_are_skipped_and_named_and_end_the_run(words, told):
-    flags = ["--run.out", "run", "--optim.lr", "1e30", "--optim.clip", "0", "--optim.warmup", "0", "--run.steps", "50"]
-    line = told(*flags, "--run.max-skipped", "3", made=True)
+    flags = ["--out", "run", "--lr", "1e30", "--clip", "0", "--warmup", "0", "--steps", "50"]
+    line = told(*flags, "--max-skipped", "3", made=True)
     bad = [line for line in log() if "event" in line]
     first = bad[0]["step"]
     assert [event["step"] for event in bad] == list(range(first, first + 4))
@@ -383,7 +382,7 @@ def test_updates_that_are_not_finite_are_skipped_and_named_and_end_the_run(words
 
 
 def test_nan_check_names_call_block_and_source_line(words, told):
-    line = told("--run.out", "run", "--optim.lr", "1e30", "--optim.warmup", "0", "--run.check", "nan", made=True)
+    line = told("--out", "run", "--lr", "1e30", "--warmup", "0", "--check", "nan", made=True)
     rule = r"\[check\] every output is finite, but got a non-finite value"
     assert re.match(rf"{rule} in '\w+' of \w+ \w+\. block \S+, \S+\.py:\d+\.", line), line
 
@@ -394,8 +393,8 @@ def test_updates_far_outside_the_last_ones_are_skipped(words):
     batch, spike = 64, WINDOW + 8
     ids[batch * spike : batch * (spike + 1)] = np.random.default_rng(0).integers(50, 97, batch)
     write_shard(words / "words" / "train_0.bin", [ids], id_dtype(97))
-    flags = ["--data.no-shuffle", "--run.val-every", "0", "--run.steps", str(spike + 10), "--optim.lr", "0.01"]
-    assert train(*flags, "--run.skip-loss-z", "5") == 0
+    flags = ["--no-shuffle", "--val-every", "0", "--steps", str(spike + 10), "--lr", "0.01"]
+    assert train(*flags, "--skip-loss-z", "5") == 0
     events = [line for line in log() if "event" in line]
     assert [line["step"] for line in events] == [spike + 1]
     rule = rf"update skipped: loss \S+ is \d+\.\d standard deviations above the last {WINDOW}"

@@ -20,6 +20,7 @@ VERBS = {
     "data": "turn text into token shards",
     "ops": "the ops: support table, check, grad, bench",
     "doctor": "what is installed, what was found, what would run",
+    "completion": "a script that completes verbs and flags in bash, zsh or fish",
 }
 
 

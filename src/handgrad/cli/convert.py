@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
     count = sum(math.prod(shape) for shape in source.weights.shapes.values())
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
-        print(f"resume: handgrad train --run.resume {dst} --run.steps N --data.train DATA")
+        print(f"resume: handgrad train --resume {dst} --steps N --train DATA")
     elif to != "hf":
-        print(f"train from it: handgrad train --model.init {dst} --data.train DATA")
+        print(f"train from it: handgrad train --init {dst} --train DATA")
     return 0
 
 

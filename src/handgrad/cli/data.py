@@ -140,7 +140,7 @@ def make(recipe: str, argv: list[str]) -> None:
         meta = data.prepare(recipe, out, tokenizer, progress=progress, **a)
     for split in ("train", "val"):
         print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {len(meta[split]['shards'])} shards")
-    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --data.train {out}")
+    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {out}")
 
 
 class bar:

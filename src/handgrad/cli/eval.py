@@ -29,7 +29,7 @@ RESULTS = "eval.json"
 class Eval:
     """Model and tasks."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, one of its checkpoints, llm.c's .bin or a Hugging Face folder"""
     tasks: str = "val"
     """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE gives a file"""

@@ -1,4 +1,7 @@
-"""Flags from dataclasses, through tyro; a wrong command line is one line that names the flag and what it takes."""
+"""Flags from dataclasses, through tyro; a wrong command line is one line that names the flag and what it takes.
+
+No two flags of a verb have the same name, so a group is never needed: --steps and --run.steps are the same flag.
+"""
 
 import difflib
 import io
@@ -10,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
+from handgrad.cli.examples import EXAMPLES
 from handgrad.core.errors import HandgradError
 
 Settings = TypeVar("Settings")
@@ -17,38 +21,75 @@ Settings = TypeVar("Settings")
 TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("a whole number", int),
     float: ("a number", float),
+    int | None: ("a whole number or None", lambda word: word == "None" or int(word)),
     float | None: ("a number or None", lambda word: word == "None" or float(word)),
     str: ("text", str),
     tuple[str, ...]: ("text", str),
 }
+# what other trainers call a flag: our name
+ALIASES = {
+    "activation-checkpointing": "recompute",
+    "grad-clip": "clip",
+    "init-from": "init",
+    "learning-rate": "lr",
+    "max-steps": "steps",
+    "min-lr-frac": "final",
+    "out-dir": "out",
+    "warmup-steps": "warmup",
+}
+# words that could mean several of our flags: which ones
+CHOICES = {
+    "batch-size": "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)",
+    "block-size": "--seq-len (tokens in a training sequence) or --max-seq-len (the model's longest)",
+    "device": "--backend cpu or --backend cuda",
+}
+EARLIER = "run"  # settings that once were in this group are still found in it
 
 
 def parse(kind: type[Settings], argv: list[str], verb: str, default: Settings | None = None) -> Settings:
     """The settings of a command line, over `default`. Raises HandgradError for unknown flags and bad values."""
-    read = partial(tyro.cli, kind, args=argv, prog=f"handgrad {verb}", description=" ")
+    words = full_names(kind, argv)
+    about = "examples:" + EXAMPLES[verb].replace("\n", "\n  ")
+    read = partial(tyro.cli, kind, args=words, prog=f"handgrad {verb}", description=about)
+    read = partial(read, config=(tyro.conf.OmitArgPrefixes,))
     try:
         with redirect_stderr(io.StringIO()):  # tyro explains in a box of ten lines
             return read() if default is None else read(default=default)
     except SystemExit as end:
         if not end.code:  # --help
             raise
-    raise _mistake(kind, argv, verb)
+    raise _mistake(kind, words, verb)
+
+
+def full_names(kind: type, argv: list[str]) -> list[str]:
+    """The command line with the flags' own names in place of those with a group, underscores, or another trainer's."""
+    groups = _groups(kind)
+    known = {name for names in groups.values() for name in names}
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and len(flag) > 2:
+            name = flag[2:].replace("_", "-")
+            group, dot, last = name.rpartition(".")
+            bare = last.removeprefix("no-")
+            if dot and (bare in groups.get(group, ()) or (group == EARLIER and bare in known)):
+                name = last
+            if name in ALIASES and name not in known and ALIASES[name] in known:
+                name = ALIASES[name]
+            flag = f"--{name}"
+        words.append(flag + equals + value)
+    return words
 
 
 def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
     """What is wrong with this command line, in the house grammar."""
-    known = dict(_flags(kind, "--"))
+    known = dict(flags(kind))
     for word, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
         if not flag.startswith("--"):
             continue
         if flag not in known:
-            name = flag.rpartition(".")[2].lstrip("-")
-            last = {other.rpartition(".")[2].lstrip("-"): other for other in known}  # --steps is --run.steps
-            near = [last[word] for word in difflib.get_close_matches(name, last, 1)]
-            hint = f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
-            return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=hint)
+            return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=_nearest(flag, known, verb))
         if known[flag] is bool:
             if equals:
                 return HandgradError(verb, f"{flag} takes nothing", f"'{value}'")
@@ -70,6 +111,17 @@ def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
     return HandgradError(verb, rule, f"'{' '.join(argv)}'" if argv else "nothing", hint=hint)
 
 
+def _nearest(flag: str, known: dict[str, Any], verb: str) -> str:
+    """The hint for a flag that does not exist."""
+    name = flag.lstrip("-")
+    if name.rpartition(".")[2] in CHOICES:
+        return CHOICES[name.rpartition(".")[2]]
+    is_off = name.startswith("no-")  # --no-data.shuffle is --no-shuffle
+    name = ("no-" if is_off else "") + name.rpartition(".")[2].removeprefix("no-")
+    near = difflib.get_close_matches(f"--{name}", known, 1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
+
+
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
     """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
     if get_origin(kind) is Literal:
@@ -78,20 +130,32 @@ def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any]]:
-    """(name, type) of the fields of a dataclass; the names of positional words are in capitals."""
+    """(name, type) of the fields of a dataclass; positional words have their metavar, in capitals."""
     hints = get_type_hints(kind, include_extras=True)
     for f in fields(kind):
         hint, *extras = get_args(hints[f.name]) if get_origin(hints[f.name]) is Annotated else (hints[f.name],)
-        yield f.name.upper() if tyro.conf.Positional in extras else f.name.replace("_", "-"), hint
+        metavar = next((extra.metavar for extra in extras if getattr(extra, "metavar", None)), f.name.upper())
+        yield metavar if tyro.conf.Positional in extras else f.name.replace("_", "-"), hint
 
 
-def _flags(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+def _groups(kind: type) -> dict[str, list[str]]:
+    """The names of the flags by group; those of the dataclass itself have the group ''."""
+    found: dict[str, list[str]] = {"": []}
+    for name, hint in _fields(kind):
+        if isinstance(hint, type) and is_dataclass(hint):
+            found[name] = [inner for names in _groups(hint).values() for inner in names]
+        elif not name.isupper():
+            found[""].append(name)
+    return found
+
+
+def flags(kind: type) -> Iterator[tuple[str, Any]]:
     """(flag, type) of every flag of a dataclass and of those inside it."""
     yield "--help", bool
     for name, hint in _fields(kind):
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from _flags(hint, f"{prefix}{name}.")
+            yield from (inner for inner in flags(hint) if inner[0] != "--help")
         elif not name.isupper():
-            yield prefix + name, hint
+            yield f"--{name}", hint
             if hint is bool:
-                yield f"{prefix}no-{name}", bool
+                yield f"--no-{name}", bool

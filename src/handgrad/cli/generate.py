@@ -16,7 +16,7 @@ from handgrad.infer.sampling import Sampling, StopStrings
 class Generate:
     """Model, prompt and sampling."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
     """text to continue; -: standard input"""

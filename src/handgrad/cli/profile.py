@@ -1,7 +1,7 @@
 """handgrad profile MODEL: runs a few steps on random tokens; shows each call's time beside its lower bound."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,15 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from handgrad import data
-from handgrad.backends import best_dtype, open_backend
+from handgrad.backends import open_backend
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.core.plan import MIB
-from handgrad.core.precision import Precision
 from handgrad.models import create, preset
 from handgrad.optim import AdamW
-from handgrad.train.execution import Execution
+from handgrad.train.config import ComputeConfig, ModelConfig
 from handgrad.train.profile import Profile, Row, profile
+from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.trainer import Trainer
 
 
@@ -26,62 +25,43 @@ from handgrad.train.trainer import Trainer
 class Settings:
     """Which step, and how it is shown."""
 
-    model: Annotated[str, tyro.conf.Positional] = "gpt2-124m"
-    """tiny, gpt2-124m .. gpt2-1558m, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
-    family: str = "gpt2"
-    """architecture, by the name that handgrad.models registers: gpt2"""
-    micro_batch: int = 4
-    """sequences in the step"""
-    seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest"""
-    dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
-    """working dtype; auto: bf16 where the hardware multiplies it"""
-    backend: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a GPU, else cpu"""
-    recompute: Literal["none", "act", "act_norm", "block"] = "act"
-    """what backward computes again instead of keeping it"""
-    head_mib: int = 0
-    """MiB of the head's logits that exist at a time; 0: the backend's own size"""
-    threads: int = 0
-    """CPU threads; 0: physical cores"""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
+    """a preset: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
     """what the rows of the table are"""
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
+    family: str = ModelConfig.family
+    """architecture, by the name that handgrad.models registers: gpt2"""
+    seq_len: int = 0
+    """tokens in a sequence; 0: the model's longest"""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def main(argv: list[str]) -> int:
     """Prints the table; writes the trace."""
     a = parse(Settings, argv, "profile")
-    for name, least in (("micro_batch", 1), ("steps", 1), ("head_mib", 0)):
-        if getattr(a, name) < least:
-            raise HandgradError("profile", f"--{name.replace('_', '-')} is at least {least}", getattr(a, name))
+    h = a.compute
+    if a.steps < 1:
+        raise HandgradError("profile", "--steps is at least 1", a.steps)
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
     model = create(a.family, preset(a.model))
-    precision = Precision(best_dtype(a.backend) if a.dtype == "auto" else a.dtype)
-    execution = Execution(
-        micro_batch=a.micro_batch,
-        recompute=a.recompute,
-        head_bytes=a.head_mib * MIB,
-        extra_programs=(),
-        backend=a.backend,
-        threads=a.threads,
-    )
-    backend = open_backend(execution.backend, execution.threads, precision)
+    precision, execution = precision_of(h), execution_of(h, ())
+    backend = open_backend(h.backend, h.threads, precision)
     T = a.seq_len or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
-        data.write_random(f"{folder}/random.bin", 2 * a.micro_batch * T + 1, model.vocab_size)
-        tokens = data.tokens(f"{folder}/random.bin", T, a.micro_batch * T)
+        data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
+        tokens = data.tokens(f"{folder}/random.bin", T, h.micro_batch * T)
         trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
         limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": backend.peak_bandwidth()}
         found = profile(trainer, a.steps, **limits)
-    show(found, a.by, f"{a.model}, {a.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
+    show(found, a.by, f"{a.model}, {h.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
         f"a whole step takes {1e3 * found.step_seconds:.3f} ms,"
-        f" {a.micro_batch * T / found.step_seconds:,.0f} tokens a second"
+        f" {h.micro_batch * T / found.step_seconds:,.0f} tokens a second"
     )
     if backend.is_asynchronous:
         print(

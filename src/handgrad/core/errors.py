@@ -11,8 +11,8 @@ class HandgradError(Exception):
 
     >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
     [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE
-    >>> print(HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint="--run.backend cpu"))
-    [cuda] no NVIDIA driver found: libcuda.so.1 is missing. hint: --run.backend cpu
+    >>> print(HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint="backend 'cpu'"))
+    [cuda] no NVIDIA driver found: libcuda.so.1 is missing. hint: backend 'cpu'
     """
 
     def __init__(self, where: str, rule: str, got: object = None, *, context: str = "", hint: str = ""):

@@ -302,8 +302,14 @@ class Program:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, without padding."""
+        """Number of parameters, those of padded rows included, without the alignment of vectors."""
         return sum(p.tensor.size for p in self.params.values())
+
+    @property
+    def num_padding(self) -> int:
+        """Number of parameters in padded rows: they stay 0."""
+        padded = [(p.tensor, p.init.rows) for p in self.params.values() if p.init.rows is not None]
+        return sum(t.size // t.shape[0] * (t.shape[0] - rows) for t, rows in padded)
 
 
 _INSIDE = (

@@ -1,5 +1,6 @@
 """Named sizes: GPT-2's four, every llm.c descriptor, and `d<layers>` for any depth."""
 
+import difflib
 from typing import Any
 
 from handgrad.core.errors import HandgradError
@@ -13,6 +14,7 @@ GPT2_SIZES = {
     "774m":  (36, 20, 1280),
     "1558m": (48, 25, 1600),
 }
+HUGGING_FACE = {"gpt2": "124m", "gpt2-medium": "355m", "gpt2-large": "774m", "gpt2-xl": "1558m"}  # the hub's names
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
 DEPTHS = {
@@ -46,6 +48,7 @@ def names() -> list[str]:
     return (
         ["tiny"]
         + [f"gpt2-{n}" for n in GPT2_SIZES]
+        + list(HUGGING_FACE)
         + [f"d{d}" for d in DEPTHS]
         + [f"gpt2:d{d}" for d in DEPTHS]
         + [f"gpt3:c{c}" for c in GPT3_WIDTHS]
@@ -64,15 +67,18 @@ def preset(name: str) -> dict[str, Any]:
     key = name.lower().removeprefix("gpt2:")
     if key == "tiny":  # the Shakespeare recipe's
         seq_len, row = 64, (4, 4, 128)
-    elif key.startswith("gpt2-"):
-        row = GPT2_SIZES.get(key.removeprefix("gpt2-"))
+    elif key.startswith("gpt2"):
+        row = GPT2_SIZES.get(HUGGING_FACE.get(key, key.removeprefix("gpt2-")))
     elif key.startswith("gpt3:c") and key[6:].isdigit():
         seq_len, row = 2048, GPT3_WIDTHS.get(int(key[6:]))
     elif key.startswith("d") and key[1:].isdigit() and int(key[1:]) > 0:
         depth = int(key[1:])
         row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
     if row is None:
-        raise HandgradError("model", "a preset is one of " + ", ".join(names()) + " or d<layers>", f"'{name}'")
+        near = difflib.get_close_matches(key, names(), 1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        rule = "a preset is one of " + ", ".join(names()) + " or d<layers>"
+        raise HandgradError("model", rule, f"'{name}'", hint=hint)
     layers, heads, hidden = row
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)
 

@@ -1,10 +1,12 @@
-"""The settings of a run: four groups of flags, with the defaults of the Shakespeare recipe.
+"""The settings of a run: groups of flags, with the defaults of the Shakespeare recipe.
 
-What is 0 or empty is resolved from the rest (resolve.py); the resolved table is printed and saved.
+No two settings have the same name, so a flag needs no group: --steps. What is 0, None or empty is resolved from the
+rest (resolve.py); the result is saved.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handgrad.core.errors import HandgradError
@@ -19,7 +21,7 @@ class ModelConfig:
     family: str = "gpt2"
     """architecture, by the name that handgrad.models registers: gpt2"""
     preset: str = "tiny"
-    """tiny, gpt2-124m, gpt2-355m, gpt2-774m, gpt2-1558m, d6 .. d84, gpt3:c384 .. gpt3:c12288"""
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl (or gpt2-124m .. gpt2-1558m), d6 .. d84, gpt3:c384 .. gpt3:c12288"""
     depth: int = 0
     """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
@@ -37,10 +39,10 @@ class ModelConfig:
     tie_embeddings: bool = True
     """use the token embedding as the head"""
     init: str = "random"
-    """start weights: random (of --run.seed), llmc (those of llm.c, seed 42), or a model on disk, with its sizes"""
+    """start weights: random (of --seed), llmc (those of llm.c, seed 42), or a model on disk, with its sizes"""
 
     def __post_init__(self) -> None:
-        _check(self, "model", 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
+        _check(self, 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DataConfig:
     """every step takes the batch of the first: can the model memorise it?"""
 
     def __post_init__(self) -> None:
-        _check(self, "data", 0, "seq_len batch_tokens")
+        _check(self, 0, "seq_len batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -86,41 +88,72 @@ class OptimConfig:
     """steps from 0 to the peak"""
     final: float | None = None
     """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
+    max_skipped: int = 10
+    """updates in a row that may be skipped; one more ends the run"""
+    skip_loss_z: float = 0.0
+    """skip an update whose loss is this many standard deviations above the last 128; 0: never"""
+    skip_grad_z: float = 0.0
+    """the same for the gradient norm"""
 
     def __post_init__(self) -> None:
-        _check(self, "optim", 0, "lr warmup" if self.final is None else "lr warmup final")
+        _check(self, 0, "lr warmup max_skipped skip_loss_z skip_grad_z" + (" final" if self.final is not None else ""))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, where, and with what."""
+    """How long and where."""
 
+    steps: int = 2000
+    """optimizer steps; 0: one epoch"""
     out: str = ""
     """run folder; empty: runs/<data>-NNN, the next free number"""
     resume: str = ""
-    """run folder whose newest complete checkpoint to resume; auto: the one in --run.out, or a new run"""
-    steps: int = 2000
-    """optimizer steps; 0: one epoch"""
+    """run folder whose newest complete checkpoint to resume; auto: the one in --out, or a new run"""
+    seed: int = 1337
+    """of initial weights, data order, dropout and sampling"""
+    check: Literal["off", "nan"] = "off"
+    """nan: check every output of every call and name the first that is not finite; slow"""
+    config: str = ""
+    """settings from a file: a run's config.json, or names and values in .json, .yaml or .toml. Flags go before it"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "steps seed")
+        if self.seed >= 2**63:
+            raise HandgradError("run", "--seed is below 2^63", self.seed)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """On what a step runs, in which precision, in how much memory."""
+
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
+    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
+    threads: int = 0
+    """CPU threads; 0: physical cores"""
     dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
     """working dtype; tf32: float32 with TF32 matmuls on a GPU; auto: bf16 where the hardware multiplies it"""
     master_weights: bool = True
     """bf16 weights keep the low 16 bits of their float32; without, updates are rounded stochastically"""
     grad_dtype: Literal["f32", "bf16"] = "f32"
     """of parameter gradients; bf16 needs a GPU"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    deterministic: bool = False
-    """the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits"""
-    threads: int = 0
-    """CPU threads; 0: physical cores"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what backward computes again instead of keeping it"""
     head_mib: int = 0
     """MiB of the head's logits that exist at a time; 0: the backend's own size"""
-    seed: int = 1337
-    """of initial weights, data order, dropout and sampling"""
+    deterministic: bool = False
+    """the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits"""
+
+    def __post_init__(self) -> None:
+        _check(self, 1, "micro_batch")
+        _check(self, 0, "threads head_mib")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured and sampled on the way."""
+
     val_every: int = 250
     """steps between validations; 0: never. The last step is always validated if a validation set exists"""
     val_tokens: int = 65536
@@ -135,20 +168,35 @@ class RunConfig:
     """tokens of a sample; 0: no samples"""
     prompt: str = ""
     """start of every sample; empty: a line break"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "val_every val_tokens eval_every sample_every sample_tokens")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
     save_every: int = 1000
     """steps between checkpoints; 0: only after the last step"""
     keep_last: int = 2
     """newest checkpoints that are kept; 0: all"""
     keep_every: int = 0
-    """checkpoints at multiples of this step, itself one of --run.save-every, are never deleted; 0: none"""
-    max_skipped: int = 10
-    """updates in a row that may be skipped; one more ends the run"""
-    skip_loss_z: float = 0.0
-    """skip an update whose loss is this many standard deviations above the last 128; 0: never"""
-    skip_grad_z: float = 0.0
-    """the same for the gradient norm"""
-    check: Literal["off", "nan"] = "off"
-    """nan: check every output of every call and name the first that is not finite; slow"""
+    """checkpoints at multiples of this step, itself one of --save-every, are never deleted; 0: none"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "save_every keep_last keep_every")
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            rule = f"--keep-every is a multiple of --save-every {self.save_every}"
+            raise HandgradError("checkpoint", rule, self.keep_every)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown, and where else the figures go."""
+
+    verbose: bool = False
+    """print all settings before the first step"""
     tensorboard: bool = False
     """also write TensorBoard event files into the run folder"""
     wandb: str = ""
@@ -157,15 +205,7 @@ class RunConfig:
     """steps between looks at the GPU's load, power, temperature and clocks; 0: never"""
 
     def __post_init__(self) -> None:
-        _check(self, "run", 1, "micro_batch")
-        _check(self, "run", 0, "steps threads head_mib seed val_every val_tokens sample_every sample_tokens")
-        _check(self, "run", 0, "eval_every save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
-        _check(self, "run", 0, "telemetry_every")
-        if self.seed >= 2**63:
-            raise HandgradError("run", "--run.seed is below 2^63", self.seed)
-        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
-            rule = f"--run.keep-every is a multiple of --run.save-every {self.save_every}"
-            raise HandgradError("run", rule, self.keep_every)
+        _check(self, 0, "telemetry_every")
 
 
 @dataclass(frozen=True)
@@ -176,12 +216,31 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
-def _check(settings: Any, group: str, least: int, names: str) -> None:
+def from_names(values: Mapping[str, Any]) -> Config:
+    """The settings with these values by name, the others at their defaults. Raises HandgradError for unknown names.
+
+    >>> from_names({"steps": 10, "lr": 1e-3}).optim.lr
+    0.001
+    """
+    left, groups = dict(values), {}
+    for name, kind in get_type_hints(Config).items():
+        groups[name] = kind(**{f.name: left.pop(f.name) for f in fields(kind) if f.name in left})
+    for unknown in left:
+        raise HandgradError("config", "settings are the flags of handgrad train", f"'{unknown}'")
+    return Config(**groups)
+
+
+def _check(settings: Any, least: int, names: str) -> None:
     """Raises HandgradError unless every field is of its type, and the named ones are finite and at least `least`."""
+    where = type(settings).__name__.removesuffix("Config").lower()
     for name, kind in get_type_hints(type(settings)).items():
-        value, flag = getattr(settings, name), f"--{group}.{name.replace('_', '-')}"
+        value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
         if get_origin(kind) is Literal:
             rule = None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
         elif kind in (int, bool, str):
@@ -191,4 +250,4 @@ def _check(settings: Any, group: str, least: int, names: str) -> None:
         if rule is None and name in names.split() and not least <= value < math.inf:
             rule = f"a number from {least} on"
         if rule is not None:
-            raise HandgradError(group, f"{flag} is {rule}", repr(value))
+            raise HandgradError(where, f"{flag} is {rule}", repr(value))

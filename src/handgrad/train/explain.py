@@ -19,7 +19,7 @@ from handgrad.train.record import head_rows, logits_row_bytes, record
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `str()` of it is the page that the command prints."""
+    """What `explain` found. `str()` of it is the page that the command prints, `calls()` the list of all calls."""
 
     program: Program
     plan: Plan
@@ -32,13 +32,16 @@ class Explanation:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
         return sum(c.flops for c in self.program.calls) / self.rows
 
+    def calls(self) -> str:
+        """Every call with its shapes, offsets, source line and the kernel that it is bound to."""
+        return listing(self.program, self.plan, self.note)
+
     def __str__(self) -> str:
         p, at = self.program, self.plan
         calls = {phase: sum(c.phase == phase for c in p.calls) for phase in dict.fromkeys(c.phase for c in p.calls)}
         lines = [
-            listing(p, at, self.note),
-            "",
-            f"parameters    {p.num_params:,} ({p.flat_size:,} with alignment)",
+            f"parameters    {p.num_params - p.num_padding:,}, and {p.num_padding:,} of padded vocabulary rows"
+            f" ({p.flat_size:,} with alignment)",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
             f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",

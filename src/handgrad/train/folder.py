@@ -7,30 +7,30 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.io import newest
 from handgrad.models import preset
-from handgrad.train.config import SIZES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from handgrad.train.config import SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
-UNRECORDED = {("run", name) for name in ("out", "resume", "steps", "threads")}  # changing these changes no result
-RETIRED = {("run", "head_chunks"): 0}  # settings that only earlier versions had, with their defaults
+UNRECORDED = ("out", "resume", "config", "steps", "threads", "verbose")  # changing these changes no result
+RETIRED = {"head_chunks": 0}  # settings that only earlier versions had, with their defaults
 
 
 def run_folder(c: Config) -> Path:
-    """--run.resume's, --run.out, or runs/<data>-NNN: the next free number, or the last taken one to resume "auto"."""
+    """--resume's, --out, or runs/<data>-NNN: the next free number, or the last taken one to resume "auto"."""
     r = c.run
     if r.resume not in ("", "auto"):
         if r.out and Path(r.out) != Path(r.resume):
-            rule = "--run.resume names the run folder, and --run.out the same or none"
+            rule = "--resume names the run folder, and --out the same or none"
             raise HandgradError("resume", rule, f"'{r.resume}' and '{r.out}'")
         if newest(r.resume) is None:
             what = f"no complete checkpoint in '{r.resume}'" if Path(r.resume).is_dir() else f"no folder '{r.resume}'"
-            hint = f"--run.resume auto --run.out {r.resume} starts afresh where there is none"
+            hint = f"--resume auto --out {r.resume} starts afresh where there is none"
             raise HandgradError("resume", what, hint=hint)
         return Path(r.resume)
     if r.out:
@@ -49,7 +49,7 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
     another run, cannot be written, or another process trains in it.
     """
     if (out / "log.jsonl").exists() and not resume:
-        hint = f"--run.resume {out if newest(out) else f'auto --run.out {out}'}, or another --run.out"
+        hint = f"--resume {out if newest(out) else f'auto --out {out}'}, or another --out"
         raise HandgradError("run", f"'{out}' already holds a run", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -60,7 +60,7 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
         held = lock(out)
     except OSError as error:
         rule = f"the run folder '{out}' cannot be written: {error.strerror}"
-        raise HandgradError("run", rule, hint="another --run.out") from None
+        raise HandgradError("run", rule, hint="another --out") from None
     try:
         yield held
     except BaseException:
@@ -86,51 +86,57 @@ def lock(folder: Path) -> ExitStack:
 
 
 def saved_settings(c: Config) -> Config | None:
-    """The settings in the run folder that `c` resumes, or None: defaults to parse the command line over.
-
-    Sizes that are the preset's are left to it. If another preset is asked for, all sizes are: it is another model.
-    """
+    """The settings in the run folder that `c` resumes, or None: defaults to parse the command line over."""
     out = run_folder(c)
     path = out / SETTINGS
     if not path.is_file():
         return None
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))
-        kept = {f.name: current(f.name, groups[f.name]) for f in fields(Config)}
-        saved = Config(
-            ModelConfig(**kept["model"]),
-            DataConfig(**kept["data"]),
-            OptimConfig(**kept["optim"]),
-            RunConfig(**kept["run"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = current(groups)
+        if not {"model", "data", "optim", "run"} <= groups.keys():
+            raise ValueError("groups are missing")
+    except (OSError, ValueError, RecursionError) as error:
         raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
+    saved = from_names(values)
+    return leave_sizes(replace(saved, run=replace(saved.run, out=str(out))), c)
+
+
+def leave_sizes(saved: Config, c: Config) -> Config:
+    """Saved settings as defaults of a command line that on its own gives `c`: sizes that are the preset's are left to
+    it. If another preset is asked for, all sizes are: it is another model."""
     m = saved.model
     own = preset(f"d{m.depth}" if m.depth else m.preset)
     other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
     sizes: dict[str, Any] = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
-    return replace(saved, model=replace(m, **sizes), run=replace(saved.run, out=str(out)))
+    return replace(saved, model=replace(m, **sizes))
 
 
-def current(group: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The saved settings of a group without those that only earlier versions had."""
-    return {name: value for name, value in values.items() if (group, name) not in RETIRED}
+def current(groups: Any) -> dict[str, Any]:
+    """Saved settings by name, without those that only earlier versions had."""
+    return {name: value for name, value in flat(groups).items() if name not in RETIRED}
+
+
+def flat(groups: Any) -> dict[str, Any]:
+    """Settings by name from {group: {name: value}}, in whatever groups. Raises ValueError for another shape."""
+    if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
+        raise ValueError("it holds no groups of settings")
+    return {name: value for values in groups.values() for name, value in values.items()}
 
 
 def changes(out: Path, c: Config) -> str:
     """Which settings differ from those saved in a run folder, as a sentence; empty if none does."""
     try:
-        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a converted model has none
+        before = flat(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):  # a converted model has none
         return ""
     found = []
-    for group, values in asdict(c).items():
-        for name, value in values.items():
-            was = before.get(group, {}).get(name, value)
-            if was != value and (group, name) not in UNRECORDED:
-                found.append(f"{group}.{name.replace('_', '-')} is {value!r}, not {was!r}")
-    for (group, name), default in RETIRED.items():
-        was = before.get(group, {}).get(name, default)
+    for name, value in flat(asdict(c)).items():
+        was = before.get(name, value)
+        if was != value and name not in UNRECORDED:
+            found.append(f"{name.replace('_', '-')} is {value!r}, not {was!r}")
+    for name, default in RETIRED.items():
+        was = before.get(name, default)
         if was != default:
-            found.append(f"{group}.{name.replace('_', '-')} {was!r} of an earlier version has no effect")
+            found.append(f"{name.replace('_', '-')} {was!r} of an earlier version has no effect")
     return ", ".join(found)

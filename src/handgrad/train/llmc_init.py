@@ -61,7 +61,7 @@ def draws(p: Program) -> Iterator[tuple[Param, np.ndarray]]:
     layers = sum(name.endswith(".attn.c_proj.weight") for name in p.params)
     for name in sorted(set(llmc.names(layers)) ^ p.params.keys()):
         got = f"a model {'with' if name in p.params else 'without'} '{name}'"
-        hint = "other models start with --model.init random"
+        hint = "other models start with init 'random'"
         raise HandgradError("train", "llm.c's initial weights are those of a GPT-2 with a tied head", got, hint=hint)
     return _draws(p, layers)
 

@@ -85,12 +85,13 @@ def steps(
 
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
     """What is due after a step."""
-    r, is_last, is_stopped = run.config.run, number == run.config.run.steps, interrupt.requested
+    c, is_stopped = run.config, interrupt.requested
+    is_last = number == c.run.steps
     return Due(
-        val=run.val is not None and (is_last or every(r.val_every, number)),
-        hellaswag=bool(run.hellaswag) and (is_last or every(r.eval_every, number)),
-        sample=bool(run.prompt) and not is_last and every(r.sample_every, number),
-        save=is_last or is_stopped or every(r.save_every, number),
+        val=run.val is not None and (is_last or every(c.eval.val_every, number)),
+        hellaswag=bool(run.hellaswag) and (is_last or every(c.eval.eval_every, number)),
+        sample=bool(run.prompt) and not is_last and every(c.eval.sample_every, number),
+        save=is_last or is_stopped or every(c.checkpoint.save_every, number),
         stop=is_stopped,
     )
 
@@ -105,26 +106,26 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
 
     Raises HandgradError if too many updates in a row were skipped.
     """
-    r, trainer, result, tokens = run.config.run, run.trainer, f.result, run.config.data.batch_tokens
+    c, trainer, result, tokens = run.config, run.trainer, f.result, run.config.data.batch_tokens
     seconds = trainer.backend.seconds(f.begin, result.end)
     val = run.val if f.due.val else None
     log.step(
         f.number,
         loss=result.loss,
-        val_loss=None if val is None else trainer.evaluate(val, r.val_tokens or None),
+        val_loss=None if val is None else trainer.evaluate(val, c.eval.val_tokens or None),
         lr=run.lr(f.number),
         grad_norm=result.grad_norm,
         tokens=tokens,
         step_seconds=seconds,
         mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
         hellaswag=hellaswag(run) if f.due.hellaswag else None,
-        gpu=run.telemetry.read() if run.telemetry and every(r.telemetry_every, f.number) else None,
+        gpu=run.telemetry.read() if run.telemetry and every(c.log.telemetry_every, f.number) else None,
     )
     if result.skipped:
         log.event(f.number, f"update skipped: {result.skipped}")
-    if result.skips > r.max_skipped:
+    if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
-        raise HandgradError("train", what, hint="a lower --optim.lr; --run.check nan names the call")
+        raise HandgradError("train", what, hint="a lower --lr; --check nan names the call")
 
 
 def hellaswag(run: Run) -> float:
@@ -135,13 +136,12 @@ def hellaswag(run: Run) -> float:
 
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights."""
-    r = run.config.run
-    ids = run.trainer.generate(run.prompt, r.sample_tokens, replace(SAMPLING, seed=r.seed))
+    c = run.config
+    ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, replace(SAMPLING, seed=c.run.seed))
     return run.tokenizer.decode([*run.prompt, *ids])
 
 
 def save(run: Run, wait: bool) -> None:
     """Writes a checkpoint of the step just done; without `wait`, while the next steps run."""
-    r = run.config.run
-    trainer, config = run.trainer, asdict(run.config)
-    trainer.save(trainer.last_step, config, keep_last=r.keep_last, keep_every=r.keep_every, wait=wait)
+    kept, trainer, config = run.config.checkpoint, run.trainer, asdict(run.config)
+    trainer.save(trainer.last_step, config, keep_last=kept.keep_last, keep_every=kept.keep_every, wait=wait)

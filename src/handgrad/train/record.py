@@ -69,7 +69,8 @@ def record_train(
     """
     if seq_len > model.max_seq_len:
         rule = f"the model reads at most {model.max_seq_len} tokens"
-        raise HandgradError("train", rule, f"seq_len {seq_len}", hint="--model.max-seq-len")
+        hint = "a shorter seq_len, or a model with a larger max_seq_len"
+        raise HandgradError("train", rule, f"seq_len {seq_len}", hint=hint)
     p = Program(
         precision.working,
         trains=True,

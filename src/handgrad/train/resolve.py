@@ -18,7 +18,7 @@ from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.config import SIZES, Config, ModelConfig
+from handgrad.train.config import SIZES, ComputeConfig, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.outliers import Guard
@@ -66,15 +66,16 @@ def resolve(c: Config, out: Path) -> Run:
     model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size, source)
     data = training_data(c, shards, model)
     c = complete(c, model, data, out)
-    r, o = c.run, c.optim
+    r, o, h = c.run, c.optim, c.compute
     lr = schedules.schedule(o.schedule, o.lr, min(o.warmup, r.steps), r.steps, o.final)
-    prompt = prompt_ids(tokenizer, r.prompt) if r.sample_tokens else []
-    hellaswag = evals.read_items("hellaswag", r.hellaswag, tokenizer) if r.hellaswag else []
+    prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens else []
+    hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(val_shards, data, model) if val_shards else None
-    precision = Precision(r.dtype, r.grad_dtype, r.master_weights, r.deterministic)
+    precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
-    execution = execution_of(c, tuple(name for name, is_wanted in wanted.items() if is_wanted))
-    backend = open_backend(r.backend, r.threads, precision)
+    extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
+    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    backend = open_backend(h.backend, h.threads, precision)
     optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
     try:
         trainer = Trainer(
@@ -87,10 +88,10 @@ def resolve(c: Config, out: Path) -> Run:
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume() if r.resume else 0
     if done > r.steps:
-        raise HandgradError("resume", f"--run.steps is at least the checkpoint's step {done}", r.steps)
+        raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
-    facts = {"params": num_params, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
-    facts |= {"hardware": backend.hardware, "dtype": r.dtype}
+    facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"hardware": backend.hardware, "dtype": h.dtype}
     return Run(
         config=c,
         out=out,
@@ -100,9 +101,9 @@ def resolve(c: Config, out: Path) -> Run:
         val=val,
         prompt=prompt,
         hellaswag=hellaswag,
-        telemetry=Telemetry(backend.pci_bus) if r.telemetry_every else None,
+        telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every else None,
         flops_per_token=model.flops_per_token(num_params, data.seq_len),
-        peak_flops=backend.peak_flops(r.dtype),
+        peak_flops=backend.peak_flops(h.dtype),
         done=done,
         facts=facts,
     )
@@ -140,7 +141,7 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
-            rule = f"--model.{name.replace('_', '-')} is left to the model that --model.init names"
+            rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
     check_same_tokens(source, tokenizer)
     return replace(c, model=replace(m, **brought)), Start(c.run.seed, source.weights), source.model
@@ -150,7 +151,7 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
     """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
     m = c.model
     if 0 < m.vocab_size < vocab_size:
-        raise HandgradError("model", f"--model.vocab-size is at least the data's {vocab_size}", m.vocab_size)
+        raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
         return create(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
     sizes = preset(f"d{m.depth}" if m.depth else m.preset)
@@ -170,7 +171,7 @@ def settings_of(model: Model) -> dict[str, Any]:
 def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
     """The batches that the settings ask for."""
     d, seq_len = c.data, c.data.seq_len or model.max_seq_len
-    batch_tokens = d.batch_tokens or c.run.micro_batch * seq_len
+    batch_tokens = d.batch_tokens or c.compute.micro_batch * seq_len
     return hg_data.tokens(
         shards,
         seq_len,
@@ -193,28 +194,38 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    found: dict[str, Any] = {"backend": resolve_name(c.run.backend)}
-    found["dtype"] = best_dtype(found["backend"]) if c.run.dtype == "auto" else c.run.dtype
-    return Config(
-        replace(c.model, **settings_of(model)),
-        replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        replace(c.optim, final=final),
-        replace(c.run, out=str(out), steps=steps, prompt=c.run.prompt or "\n", **found),
+    found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
+    found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
+    return replace(
+        c,
+        model=replace(c.model, **settings_of(model)),
+        data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
+        optim=replace(c.optim, final=final),
+        run=replace(c.run, out=str(out), steps=steps),
+        compute=replace(c.compute, **found),
+        eval=replace(c.eval, prompt=c.eval.prompt or "\n"),
     )
 
 
-def execution_of(c: Config, extra_programs: tuple[str, ...]) -> Execution:
+def precision_of(h: ComputeConfig) -> Precision:
+    """The element types of these settings."""
+    dtype = best_dtype(h.backend) if h.dtype == "auto" else h.dtype
+    return Precision(dtype, h.grad_dtype, h.master_weights, h.deterministic)
+
+
+def execution_of(
+    h: ComputeConfig, extra_programs: tuple[str, ...], check: str = "off", guard: Guard = Guard()
+) -> Execution:
     """How the steps of these settings are executed."""
-    r = c.run
     return Execution(
-        micro_batch=r.micro_batch,
-        recompute=r.recompute,
-        head_bytes=r.head_mib * MIB,
+        micro_batch=h.micro_batch,
+        recompute=h.recompute,
+        head_bytes=h.head_mib * MIB,
         extra_programs=extra_programs,
-        backend=r.backend,
-        threads=r.threads,
-        check=r.check,
-        guard=Guard(r.skip_loss_z, r.skip_grad_z),
+        backend=h.backend,
+        threads=h.threads,
+        check=check,
+        guard=guard,
     )
 
 
@@ -223,7 +234,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     try:
         return tokenizer.encode(prompt).tolist()
     except HandgradError:
-        rule, hint = "--run.prompt is spelled with the data's characters", "another, or --run.sample-tokens 0"
+        rule, hint = "--prompt is spelled with the data's characters", "another, or --sample-tokens 0"
         raise HandgradError("run", rule, repr(prompt), hint=hint) from None
 
 

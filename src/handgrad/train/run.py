@@ -27,7 +27,7 @@ def train(c: Config, quiet: bool = False) -> int:
         if run.done < run.config.run.steps:
             describe(run)
     if not quiet:
-        show(run)
+        show(run, c)
     with lock, log:
         is_finished = loop(run, log)
         text = finish(run, is_finished)
@@ -38,15 +38,21 @@ def train(c: Config, quiet: bool = False) -> int:
         log.say(f"generate: handgrad generate {out} --prompt TEXT")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
-        log.say(f"resume: handgrad train --run.resume {out}")
+        log.say(f"resume: handgrad train --resume {out}")
     return 0 if is_finished else EXIT_CODE
 
 
 def open_log(run: Run, quiet: bool) -> RunLog:
     """The log of the run; if it resumes with other settings, a line says which."""
-    r, settings = run.config.run, asdict(run.config)
+    r, sent = run.config.run, run.config.log
     log = RunLog(
-        run.out, r.steps, resumed_at=run.done, tensorboard=r.tensorboard, wandb=r.wandb, settings=settings, quiet=quiet
+        run.out,
+        r.steps,
+        resumed_at=run.done,
+        tensorboard=sent.tensorboard,
+        wandb=sent.wandb,
+        settings=asdict(run.config),
+        quiet=quiet,
     )
     changed = changes(run.out, run.config) if run.done else ""
     if changed and run.done < r.steps:

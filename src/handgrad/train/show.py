@@ -1,33 +1,82 @@
-"""What a run prints before its first step: the settings, and what they do not say."""
+"""What a run prints before its first step: what it trains, on what, for how long, where; and what was set."""
 
 from dataclasses import asdict
-from itertools import zip_longest
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from handgrad.train.config import Config
+from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
+PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines tell
 
-def show(run: Run) -> None:
-    """Prints the settings, the longest group beside the others, and the facts."""
-    table = Table(box=None, padding=(0, 1), show_header=False)
-    for _ in range(7):
-        table.add_column(overflow="fold")
-    columns: list[list[tuple[str, str, str]]] = [[], []]
-    for group, values in asdict(run.config).items():
-        for i, (name, value) in enumerate(values.items()):
-            text = repr(value) if isinstance(value, str) else str(value)
-            columns[group == "run"].append(("" if i else group, name.replace("_", "-"), text))
-    for left, right in zip_longest(*columns, fillvalue=("", "", "")):
-        table.add_row(*left, "  ", *right)
+
+def show(run: Run, given: Config) -> None:
+    """Prints five facts and the settings that differ from the defaults; all of them with --verbose.
+
+    given: the settings before they were resolved
+    """
     console = Console(highlight=False, markup=False, emoji=False)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, text in facts(run):
+        table.add_row(f" {name}", text)
+    changed = differences(given)
+    every = flat(asdict(run.config))
+    if run.config.log.verbose:
+        table.add_row(" settings", in_words(every))
+    else:
+        rest = "all others are the defaults" if changed else "the defaults"
+        table.add_row(" settings", "; ".join(filter(None, [in_words(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
-    f, where, steps = run.facts, f"run folder {run.out}", run.config.run.steps
-    console.print(f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True)
-    console.print(f" {where}, resumed at step {run.done}" if run.done else f" {where}", soft_wrap=True)
+    steps = run.config.run.steps
     if run.done == steps:
-        console.print(" nothing left to do: raise --run.steps to continue", soft_wrap=True)
+        console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
     elif run.config.optim.warmup >= steps:
-        console.print(f" all {steps} steps are warm-up: --optim.warmup", soft_wrap=True)
+        console.print(f" all {steps} steps are warm-up: --warmup", soft_wrap=True)
     console.print()
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The model, the data, the length of the run, the hardware, the folder: (name, text)."""
+    m, d, c = run.config.model, run.trainer.data, run.config
+    sizes = f"{m.num_layers} layers, {m.num_heads} heads, width {m.hidden_size}"
+    padding = run.trainer.program.num_padding
+    padded = f" ({padding:,} more pad the vocabulary)" if padding else ""
+    steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
+    accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
+    length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
+    return [
+        ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
+        ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocabulary {run.tokenizer.vocab_size:,}"),
+        ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
+        ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
+        ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),
+    ]
+
+
+def differences(given: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, by name."""
+    defaults = flat(asdict(Config()))
+    values = flat(asdict(given))
+    return {name: v for name, v in values.items() if v != defaults[name] and name not in PLACES}
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """Settings as a line: names as flags spell them, and values.
+
+    >>> in_words({"lr": 0.001, "prompt": "a b", "shuffle": False})
+    "lr 0.001, prompt 'a b', no-shuffle"
+    """
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"no-{flag}")
+        else:
+            is_plain = not isinstance(value, str) or (value.isprintable() and " " not in value and value)
+            words.append(f"{flag} {value}" if is_plain else f"{flag} {value!r}")
+    return ", ".join(words)

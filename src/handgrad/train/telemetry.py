@@ -29,11 +29,11 @@ class Telemetry:
 
     def __init__(self, pci_bus: str):
         if not pci_bus:
-            raise HandgradError("telemetry", "--run.telemetry-every needs a GPU; this run has none")
+            raise HandgradError("telemetry", "--telemetry-every needs a GPU; this run has none")
         try:
             import pynvml
         except ImportError:
-            what, hint = "--run.telemetry-every needs the package nvidia-ml-py", "pip install 'handgrad[cuda]'"
+            what, hint = "--telemetry-every needs the package nvidia-ml-py", "pip install 'handgrad[cuda]'"
             raise HandgradError("telemetry", what, hint=hint) from None
         self._nvml = pynvml
         try:

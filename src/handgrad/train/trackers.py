@@ -31,7 +31,7 @@ class TensorBoard:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError:
-            raise missing("--run.tensorboard", "tensorboard") from None
+            raise missing("--tensorboard", "tensorboard") from None
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         try:
             self._writer = EventFileWriter(str(folder))
@@ -60,7 +60,7 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise missing("--run.wandb", "wandb") from None
+            raise missing("--wandb", "wandb") from None
         path = folder / "wandb-id.txt"
         if not path.exists():
             path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")

@@ -342,13 +342,12 @@ class Trainer:
         mine = flat_fields(to_dict(self.model))
         for key, value in mine.items():
             if theirs.get(key) != value:
-                hint = "another --run.out, or the flags of the first run"
+                hint = "another run folder, or the model of the first run"
                 rule = f"the checkpoint's model has {key} {theirs.get(key)}"
                 raise HandgradError("resume", rule, value, context=str(path), hint=hint)
         if saved["dtype"] != self.program.dtype.name:
-            raise HandgradError(
-                "resume", f"the checkpoint was trained in {saved['dtype']}", self.program.dtype.name, hint="--run.dtype"
-            )
+            rule = f"the checkpoint was trained with dtype {saved['dtype']}"
+            raise HandgradError("resume", rule, self.program.dtype.name)
         weights = checkpoint.load(path, shapes(self.params()))
         state = checkpoint.load_state(path, shapes(self._state()))
         for key, values in ({f"param.{name}": w for name, w in weights.items()} | dict(state)).items():
@@ -376,7 +375,7 @@ def micro_batches(data: Tokens, micro_batch: int) -> int:
     """How many micro-batches a step has. Raises HandgradError unless they fill it."""
     if data.batch_tokens % (micro_batch * data.seq_len):
         rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
-        raise HandgradError("train", rule, data.batch_tokens, hint="--data.batch-tokens, --run.micro-batch")
+        raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
     return data.batch_tokens // (micro_batch * data.seq_len)
 
 

@@ -26,7 +26,7 @@ def check(result: tuple) -> Any:
     if status != cu.CUresult.CUDA_SUCCESS:
         hint = ""
         if status == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            hint = "another process may use the GPU (see nvidia-smi); otherwise lower --run.micro-batch"
+            hint = "another process may use the GPU (see nvidia-smi); otherwise a smaller micro_batch"
         raise HandgradError("cuda", f"a driver call failed: {status.name}", hint=hint)
     return values[0] if len(values) == 1 else tuple(values)
 
@@ -36,10 +36,10 @@ def start() -> int:
     try:
         (status,) = cu.cuInit(0)
     except RuntimeError as error:  # no libcuda
-        hint = "install one (580 or newer), or --run.backend cpu"
+        hint = "install one (580 or newer), or backend 'cpu'"
         raise HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint=hint) from error
     if status != cu.CUresult.CUDA_SUCCESS:
-        hint = "nvidia-smi shows what the driver finds; --run.backend cpu needs no GPU"
+        hint = "nvidia-smi shows what the driver finds; backend 'cpu' needs no GPU"
         raise HandgradError("cuda", f"this process has no GPU: {status.name}", hint=hint)
     return check(cu.cuDriverGetVersion())
 
@@ -54,7 +54,7 @@ class Device:
             raise HandgradError("cuda", rule, hint="install driver 580 or newer")
         count = check(cu.cuDeviceGetCount())
         if index >= count:
-            hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; --run.backend cpu needs no GPU"
+            hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; backend 'cpu' needs no GPU"
             raise HandgradError("cuda", f"GPU {index} exists", f"{count} GPUs", hint=hint)
         self.handle = check(cu.cuDeviceGet(index))
         self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()

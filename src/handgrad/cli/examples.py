@@ -1,0 +1,47 @@
+"""Command lines that --help shows, by verb."""
+
+EXAMPLES = {
+    "train": """
+handgrad train
+handgrad train --train mydata --preset gpt2 --micro-batch 16 --batch-tokens 524288 --lr 6e-4 --steps 5000
+handgrad train --resume runs/shakespeare-001 --steps 4000
+handgrad train --config runs/shakespeare-001/config.json --lr 1e-3""",
+    "generate": """
+handgrad generate runs/shakespeare-001 --prompt "ROMEO:" --top-k 40
+handgrad generate hf:gpt2 --prompt "The meaning of life is" --temperature 0 --max-tokens 20
+echo "To be" | handgrad generate model.bin --prompt -""",
+    "eval": """
+handgrad eval runs/shakespeare-001
+handgrad eval hf:gpt2 --tasks hellaswag,lambada=lambada.jsonl --limit 500""",
+    "convert": """
+handgrad convert runs/shakespeare-001 shakespeare-hf
+handgrad convert hf:gpt2 gpt2.bin --dtype bf16
+handgrad convert log124M mine --to handgrad""",
+    "report": """
+handgrad report runs/shakespeare-001
+handgrad report runs/a runs/b --out compare.html""",
+    "explain": """
+handgrad explain gpt2 --gpu h100 --micro-batch 64 --batch-tokens 524288
+handgrad explain tiny --calls""",
+    "profile": """
+handgrad profile gpt2 --micro-batch 64 --trace step.json
+handgrad profile tiny --by call""",
+    "data shakespeare": "\nhandgrad data shakespeare --out plays",
+    "data tinystories": "\nhandgrad data tinystories",
+    "data fineweb": "\nhandgrad data fineweb --sample 10B",
+    "data fineweb-edu": "\nhandgrad data fineweb-edu --sample 10B",
+    "data openwebtext": "\nhandgrad data openwebtext",
+    "data jsonl": "\nhandgrad data jsonl part1.jsonl part2.jsonl.gz --column text --out mydata",
+    "data parquet": "\nhandgrad data parquet part1.parquet --out mydata --workers 8",
+    "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
+    "data hellaswag": "\nhandgrad data hellaswag",
+    "data mmlu": "\nhandgrad data mmlu",
+    "ops": """
+handgrad ops
+handgrad ops check attention
+handgrad ops bench linear --threads 2""",
+    "doctor": "\nhandgrad doctor",
+    "completion": """
+source <(handgrad completion bash)   # in ~/.bashrc; in ~/.zshrc with zsh
+handgrad completion fish > ~/.config/fish/completions/handgrad.fish""",
+}
