@@ -3,11 +3,11 @@
 What is 0 or empty is resolved from the rest (resolve.py); the resolved table is printed and saved.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import I64_MAX, real, whole
 
 SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
 
@@ -40,7 +40,7 @@ class ModelConfig:
     """start weights: random (of --run.seed), llmc (those of llm.c, seed 42), or a model on disk, with its sizes"""
 
     def __post_init__(self) -> None:
-        _check(self, "model", 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
+        _check(self, "model", dict.fromkeys("depth num_layers num_heads hidden_size max_seq_len vocab_size".split(), 0))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DataConfig:
     """every step takes the batch of the first: can the model memorise it?"""
 
     def __post_init__(self) -> None:
-        _check(self, "data", 0, "seq_len batch_tokens")
+        _check(self, "data", dict.fromkeys("seq_len batch_tokens".split(), 0))
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class OptimConfig:
     """largest global gradient norm; 0: no clipping"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """shape of the learning rate after warm-up"""
-    warmup: int = 100
-    """steps from 0 to the peak"""
+    warmup: int | None = None
+    """steps from 0 to the peak; None: 100, or a tenth of the steps if that is less"""
     final: float | None = None
     """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
 
     def __post_init__(self) -> None:
-        _check(self, "optim", 0, "lr warmup" if self.final is None else "lr warmup final")
+        _check(self, "optim", dict.fromkeys("lr warmup final".split(), 0))
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,9 @@ class RunConfig:
     """steps between looks at the GPU's load, power, temperature and clocks; 0: never"""
 
     def __post_init__(self) -> None:
-        _check(self, "run", 1, "micro_batch")
-        _check(self, "run", 0, "steps threads head_mib seed val_every val_tokens sample_every sample_tokens")
-        _check(self, "run", 0, "eval_every save_every keep_last keep_every max_skipped skip_loss_z skip_grad_z")
-        _check(self, "run", 0, "telemetry_every")
-        if self.seed >= 2**63:
-            raise HandgradError("run", "--run.seed is below 2^63", self.seed)
+        counts = "steps threads head_mib seed val_every val_tokens sample_every sample_tokens eval_every save_every"
+        counts += " keep_last keep_every max_skipped skip_loss_z skip_grad_z telemetry_every"
+        _check(self, "run", dict.fromkeys(counts.split(), 0) | {"micro_batch": 1})
         if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
             rule = f"--run.keep-every is a multiple of --run.save-every {self.save_every}"
             raise HandgradError("run", rule, self.keep_every)
@@ -178,17 +175,22 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def _check(settings: Any, group: str, least: int, names: str) -> None:
-    """Raises HandgradError unless every field is of its type, and the named ones are finite and at least `least`."""
+def _check(settings: Any, group: str, least: dict[str, int]) -> None:
+    """Raises HandgradError unless every field is of its type, and numbers are finite and at least what `least` says.
+
+    Numbers of numpy become Python's, which a checkpoint can keep.
+    """
     for name, kind in get_type_hints(type(settings)).items():
         value, flag = getattr(settings, name), f"--{group}.{name.replace('_', '-')}"
+        kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
-            rule = None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
-        elif kind in (int, bool, str):
-            rule = None if type(value) is kind else f"of type {kind.__name__}"
-        else:
-            rule = None if type(value) in (int, float, *get_args(kind)) else "a number"
-        if rule is None and name in names.split() and not least <= value < math.inf:
-            rule = f"a number from {least} on"
-        if rule is not None:
-            raise HandgradError(group, f"{flag} is {rule}", repr(value))
+            if value not in kinds:
+                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value))
+        elif value is None and type(None) in kinds:
+            continue
+        elif float in kinds:
+            object.__setattr__(settings, name, real(group, flag, value, least.get(name)))
+        elif int in kinds:
+            object.__setattr__(settings, name, whole(group, flag, value, least.get(name, -I64_MAX)))
+        elif type(value) is not kind:
+            raise HandgradError(group, f"{flag} is of type {kind.__name__}", repr(value))

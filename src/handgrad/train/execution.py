@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import I64_MAX, whole
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -40,6 +41,8 @@ class Execution:
     guard: Guard = Guard()
 
     def __post_init__(self) -> None:
+        for name in ("micro_batch", "head_bytes", "threads"):
+            object.__setattr__(self, name, whole("execution", name, getattr(self, name), -I64_MAX))
         if self.micro_batch < 1:
             raise HandgradError("execution", "micro_batch is at least 1", self.micro_batch)
         if self.head_bytes < 0:

@@ -17,7 +17,7 @@ from handgrad.models import preset
 from handgrad.train.config import SIZES, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 
 SETTINGS = "config.json"
-UNRECORDED = {("run", name) for name in ("out", "resume", "steps", "threads")}  # changing these changes no result
+UNRECORDED = {("run", name) for name in ("out", "resume", "threads")}  # changing these changes no result
 RETIRED = {("run", "head_chunks"): 0}  # settings that only earlier versions had, with their defaults
 
 

@@ -67,7 +67,7 @@ def resolve(c: Config, out: Path) -> Run:
     data = training_data(c, shards, model)
     c = complete(c, model, data, out)
     r, o = c.run, c.optim
-    lr = schedules.schedule(o.schedule, o.lr, min(o.warmup, r.steps), r.steps, o.final)
+    lr = schedule_of(c)
     prompt = prompt_ids(tokenizer, r.prompt) if r.sample_tokens else []
     hellaswag = evals.read_items("hellaswag", r.hellaswag, tokenizer) if r.hellaswag else []
     val = validation_data(val_shards, data, model) if val_shards else None
@@ -193,13 +193,23 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
+    warmup = min(100, steps // 10) if c.optim.warmup is None else c.optim.warmup
     found: dict[str, Any] = {"backend": resolve_name(c.run.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.run.dtype == "auto" else c.run.dtype
     return Config(
         replace(c.model, **settings_of(model)),
         replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        replace(c.optim, final=final),
+        replace(c.optim, final=final, warmup=warmup),
         replace(c.run, out=str(out), steps=steps, prompt=c.run.prompt or "\n", **found),
+    )
+
+
+def schedule_of(c: Config) -> schedules.Schedule:
+    """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
+    o, steps = c.optim, c.run.steps
+    assert o.warmup is not None  # `complete` has set it
+    return schedules.schedule(
+        o.schedule, o.lr, o.warmup if o.schedule == "wsd" else min(o.warmup, steps), steps, o.final
     )
 
 

@@ -28,6 +28,6 @@ def show(run: Run) -> None:
     console.print(f" {where}, resumed at step {run.done}" if run.done else f" {where}", soft_wrap=True)
     if run.done == steps:
         console.print(" nothing left to do: raise --run.steps to continue", soft_wrap=True)
-    elif run.config.optim.warmup >= steps:
+    elif (run.config.optim.warmup or 0) >= steps:
         console.print(f" all {steps} steps are warm-up: --optim.warmup", soft_wrap=True)
     console.print()

@@ -12,6 +12,7 @@ import numpy as np
 from handgrad.backends.arena import NUMPY
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import whole
 from handgrad.core.params import Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -39,6 +40,7 @@ class Start:
     init: str | Weights = "random"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole("train", "seed", self.seed))
         if not isinstance(self.init, Weights) and self.init not in ("random", "llmc"):
             raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(self.init))
 
