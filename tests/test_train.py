@@ -259,6 +259,19 @@ def test_mistakes_in_settings(words, told, flags, line):
     assert told(*flags.split()) == line
 
 
+@pytest.mark.parametrize("flag", ["--run.out", "--run.resume"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a/" * 3000, "nul\0byte", "x/" + "y" * 250 + "/" + "z" * 256, "half\udc80\ud800"]
+)
+def test_a_name_that_the_system_does_not_take_is_one_line(words, told, flag, name):
+    line = told(flag, name)
+    assert line.startswith("[run] the run folder '") and "cannot be used: " in line and len(line) < 250
+
+
+def test_a_team_of_too_many_threads_is_one_line(words, told):
+    assert told("--run.threads", "100000").startswith("[backend] threads is at most 1024")
+
+
 def test_a_model_that_does_not_fit_says_what_would_help(words, told):
     line = told("--model.preset", "gpt3:c12288", "--model.num-layers", "96", "--model.hidden-size", "12288")
     assert line.startswith("[memory] the arena fits in memory") and "--run.recompute" in line

@@ -56,7 +56,7 @@ class Explain:
     accumulation: int = 1
     """micro-batches in an optimizer step"""
     threads: int = 0
-    """CPU threads; each needs scratch of its own. 0: physical cores"""
+    """CPU threads; each needs scratch of its own. 0: the physical cores that this process may use"""
 
 
 def main(argv: list[str]) -> int:

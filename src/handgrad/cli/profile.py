@@ -43,7 +43,7 @@ class Settings:
     head_mib: int = 0
     """MiB of the head's logits that exist at a time; 0: the backend's own size"""
     threads: int = 0
-    """CPU threads; 0: physical cores"""
+    """CPU threads; 0: the physical cores that this process may use"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"

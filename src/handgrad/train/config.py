@@ -114,7 +114,7 @@ class RunConfig:
     deterministic: bool = False
     """the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits"""
     threads: int = 0
-    """CPU threads; 0: physical cores"""
+    """CPU threads; 0: the physical cores that this process may use"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what backward computes again instead of keeping it"""
     head_mib: int = 0

@@ -21,7 +21,7 @@ class Execution:
     extra_programs   what the arena is planned for besides training: "val" for Trainer.evaluate, "sample" for
                      Trainer.generate, "score" for Trainer.scorer
     backend          "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"
-    threads          of the cpu backend; 0: the physical cores
+    threads          of the cpu backend; 0: the physical cores that this process may use
     check            "nan" looks at every output of every call and names the first that is not finite; slow
     guard            which updates are skipped as outliers
 

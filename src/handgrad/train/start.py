@@ -1,6 +1,5 @@
 """Start: the values that the parameters of a run begin with."""
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from handgrad.backends.arena import NUMPY
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
+from handgrad.core.limits import cpus
 from handgrad.core.number import whole
 from handgrad.core.params import Param
 from handgrad.core.program import Program
@@ -78,7 +78,7 @@ def drawing(p: Program, seed: int, splits: bool) -> Iterator[Parts]:
 
     splits: give bf16 and the low 16 bits, as `Precision.splits_weights` says
     """
-    threads, todo = min(len(os.sched_getaffinity(0)), MAX_THREADS), enumerate(p.params.values())
+    threads, todo = min(cpus(), MAX_THREADS), enumerate(p.params.values())
     pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), splits)
     begun = deque(pool.submit(work, item) for item in islice(todo, PREFETCH * threads))  # not all: they are copies
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from handgrad.backends.cuda import cache
 from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
+from handgrad.core.limits import cpus
 
 INCLUDE = Path(__file__).parent / "include"
 OPTIONS = ("-std=c++17",)
@@ -53,7 +54,7 @@ def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
     """The cubin of every source, from the cache or compiled now on all cores."""
     found = _cached(sources)
     missing = [s for s in dict.fromkeys(sources) if s not in found]
-    workers = min(len(missing) // 2, len(os.sched_getaffinity(0)))
+    workers = min(len(missing) // 2, cpus())
     if workers > 1:
         _headers()  # unpacks them before several processes need them
         processes = [_start_compiler(missing[i::workers]) for i in range(workers)]
