@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
 def remove_empty(folders: list[Path]) -> None:
     """Removes those folders, the innermost first, in which nothing lies: another run may have begun beside it."""
     for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
+        with suppress(OSError):
             folder.rmdir()
 
 
