@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.backends.cpu.library import library, physical_threads
+from handgrad.backends.cpu.library import library
+from handgrad.core.limits import threads as default_threads
 
 LAYERS = 12
 LINEARS = {"qkv": (2304, 768), "proj": (768, 768), "fc": (3072, 768), "fc_proj": (768, 3072)}  # (M, K)
@@ -103,7 +104,7 @@ def openblas_pass(rows: int):
 
 def handgrad_pass(rows: int, bf16: bool):
     """The same with handgrad's kernels, bound like a program's calls: one list of entries, one library call a pass."""
-    lib, threads, dtype = library(), physical_threads(), "bf16" if bf16 else "f32"
+    lib, threads, dtype = library(), default_threads(), "bf16" if bf16 else "f32"
     lib.set_threads(threads)
     t = Tensors(rows, bf16)
     nbytes = max(lib.scratch("linear_scratch", dtype, [rows, *shape(name), threads]) for name in [*LINEARS, "head"])
@@ -212,7 +213,7 @@ def main() -> None:
     if args.worker:
         work(args.worker, args.rows[0])
         return
-    threads = str(physical_threads())
+    threads = str(default_threads())
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     print(f"{threads} threads, isa {library().isa}, numpy's BLAS: {blas['name']} {blas['version']}")

@@ -46,7 +46,7 @@ FLAGS = [
         "-k",
         "cosine",
         "optim.schedule",
-        "the same four; linear and wsd end at 0, cosine at 0.1 of the peak; constant has a warm-up",
+        "the same four, step for step; by default linear and wsd end at 0, cosine at 0.1 of the peak. constant warms up, too (`--warmup 0`: as in llm.c)",
     ),
     ("-l", "3e-4", "optim.lr", ""),
     ("-u", "0", "optim.warmup", ""),

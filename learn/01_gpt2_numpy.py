@@ -297,10 +297,10 @@ def train(config, params, batches, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay
 
 
 def cosine(step, steps, peak, final, warmup):
-    """Returns the learning rate of a step, counted from 1: linear up to `peak`, then half a cosine down to `final`."""
-    if step < warmup:
+    """Returns the learning rate of a step, counted from 1: linear up to `peak`, then half a cosine towards `final`."""
+    if step <= warmup:
         return peak * step / warmup
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
 def batch(tokens, step, seed, B, T):

@@ -605,10 +605,10 @@ static void adamw(Model *model, int step, real lr, real b1, real b2, real decay)
   }
 }
 
-// The learning rate of a step, counted from 1: linear up to `peak`, then half a cosine down to a tenth of it.
+// The learning rate of a step, counted from 1: linear up to `peak`, then half a cosine towards a tenth of it.
 static double cosine(int step, int steps, double peak, int warmup) {
-  if (step < warmup) return peak * step / warmup;
-  double way = steps > warmup ? (double)(step - warmup) / (steps - warmup) : 1;
+  if (step <= warmup) return peak * step / warmup;
+  double way = (double)(step - 1 - warmup) / (steps - warmup);
   return peak * (0.1 + 0.9 * 0.5 * (1 + cos(M_PI * way)));
 }
 

@@ -17,10 +17,10 @@ B, T = 12, 64
 
 
 def learning_rate(step, steps, peak=2e-3, final=2e-4, warmup=100):
-    """Returns the learning rate of a step, counted from 1: linear warm-up, then a cosine from peak to final."""
-    if step < warmup:
+    """Returns the learning rate of a step, counted from 1: linear warm-up, then a cosine from peak towards final."""
+    if step <= warmup:
         return peak * step / warmup
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1000,
+    "core": 1150,
     "backends": 3300,
     "train": 2300,
     "optim": 350,

@@ -35,7 +35,7 @@ def test_every_kind_of_file_gives_the_same_settings(name, tmp_path):
     ("name", "text", "line"),
     [
         ("a.json", '{"stepps": 3}', "[config] settings are the flags of handgrad train, but got 'stepps'."),
-        ("a.json", '{"steps": "3"}', "[run] --steps is of type int, but got '3'."),
+        ("a.json", '{"steps": "3"}', "[run] --steps is a whole number, but got '3'."),
         ("a.json", '{"steps": -3}', "[run] --steps is a number from 0 on, but got -3."),
         ("a.json", "[]", "no names and values."),
         ("a.json", "{", "[config] --config '"),

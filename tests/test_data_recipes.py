@@ -22,6 +22,7 @@ import tokenizers as library
 from handgrad import data, tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.data.prepare import build, hub, readers, recipes
 from handgrad.data.prepare.workers import Job, tokenize
 
@@ -622,7 +623,7 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words):
     (tmp_path / "a.parquet").write_bytes(b"")
     assert main(words.split()) == 2
     extra = {"huggingface_hub": "hub", "pyarrow.parquet": "parquet"}[module]
-    assert f"no such package. hint: pip install 'handgrad[{extra}]'" in capsys.readouterr().err
+    assert f"no such package. hint: {install(extra)}" in capsys.readouterr().err
 
 
 def test_missing_network_is_reported(monkeypatch, capsys):

@@ -9,6 +9,7 @@ from handgrad import backends
 from handgrad.cli import doctor
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 
 NAMES = ["handgrad", "cpu backend", "driver", *(name for name, *_ in doctor.LIBRARIES), "auto"]
 
@@ -37,10 +38,12 @@ def test_every_line_has_a_state_and_auto_is_ok(capsys):
     assert main(["doctor"]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if not line.startswith(" ")]
-    assert not err and all(line.split()[0] in (doctor.OK, doctor.MISSING, doctor.PROBLEM) for line in lines)
+    assert not err and all(line.split()[0] in (doctor.OK, doctor.OPTIONAL) for line in lines)
     for name in NAMES:
         assert any(line[9:].startswith(name) for line in lines), name
-    assert lines[-1].startswith("ok       auto")
+    assert lines[-1].startswith("ok       auto            ")
+    if backends.why_no_cuda():
+        assert "no GPU, so a run uses the cpu backend" in lines[-1]
 
 
 def test_findings_that_are_not_ok_have_a_hint(findings):
@@ -49,7 +52,7 @@ def test_findings_that_are_not_ok_have_a_hint(findings):
 
 
 def test_no_gpu_packages_installed():
-    """Without any CUDA module or package, doctor reports them missing and shows the command that installs them."""
+    """Without any CUDA module or package, they are optional, with the command that installs them: no word of failure."""
     code = (
         "import sys, importlib.metadata as m; from unittest import mock\n"
         "sys.modules['cuda'] = sys.modules['cudnn'] = None\n"
@@ -63,9 +66,9 @@ def test_no_gpu_packages_installed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr, done.stderr
     states = {line[9:25].strip(): line.split()[0] for line in done.stdout.splitlines()}
-    assert {states[name] for name, *_ in doctor.LIBRARIES} == {doctor.MISSING}
-    assert states["driver"] == doctor.MISSING and states["auto"] == doctor.OK
-    assert "pip install 'handgrad[cuda]'" in done.stdout
+    assert {states[name] for name, *_ in doctor.LIBRARIES} == {doctor.OPTIONAL}
+    assert states["driver"] == doctor.OPTIONAL and states["auto"] == doctor.OK
+    assert install("cuda") in done.stdout and doctor.PROBLEM not in done.stdout
 
 
 def test_gpus_are_listed_with_memory_and_peak(findings, monkeypatch):
@@ -114,9 +117,60 @@ def test_exception_in_a_check_is_a_finding(monkeypatch):
     assert found["auto"].state == doctor.OK
 
 
-def test_unwritable_cache_is_a_problem(findings, monkeypatch, tmp_path):
+def machine(root, vendor="0x10de", kind="0x030200"):
+    """The files of a machine with one PCI device."""
+    device = root / "sys/bus/pci/devices/0000:65:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(vendor + "\n")
+    (device / "class").write_text(kind + "\n")
+    return root
+
+
+def test_a_gpu_is_found_by_its_files(tmp_path):
+    assert doctor.gpu_here(tmp_path / "empty") == ""
+    assert doctor.gpu_here(machine(tmp_path / "nvidia")) == "an NVIDIA GPU at PCI 0000:65:00.0"
+    assert doctor.gpu_here(machine(tmp_path / "other", vendor="0x1002")) == ""
+    assert doctor.gpu_here(machine(tmp_path / "sound", kind="0x040300")) == ""  # the audio part of another card
+    (tmp_path / "node" / "dev").mkdir(parents=True)
+    (tmp_path / "node" / "dev" / "nvidia0").touch()
+    assert doctor.gpu_here(tmp_path / "node") == "an NVIDIA GPU, /dev/nvidia0"
+
+
+def test_a_gpu_without_its_driver_is_a_problem_and_what_to_do_is_said(monkeypatch, capsys):
+    pytest.importorskip("cuda.bindings")
+    from handgrad.backends.cuda import driver
+
+    def none():
+        raise HandgradError("cuda", "no NVIDIA driver found: libcuda.so.1 is missing", hint="install one")
+
+    monkeypatch.setattr(driver, "start", none)
+    monkeypatch.setattr(doctor, "gpu_here", lambda: "an NVIDIA GPU at PCI 0000:65:00.0")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem  driver          there is an NVIDIA GPU at PCI 0000:65:00.0, but no NVIDIA driver found" in out
+    assert "install one; in a container: --gpus all" in out
+
+
+def test_a_gpu_without_its_libraries_is_a_problem_but_cudnn_is_optional(monkeypatch):
+    def gone(name):
+        raise doctor.PackageNotFoundError(name)
+
+    def no_library(*args):
+        raise OSError("none")
+
+    monkeypatch.setattr(doctor, "gpu_here", lambda: "an NVIDIA GPU")
+    for name, value in (("version", gone), ("load", no_library), ("folder_of", no_library)):
+        monkeypatch.setattr(doctor, name, value)
+    states = {f.name: f.state for f in doctor.libraries()}
+    assert [name for name, state in states.items() if state == doctor.PROBLEM] == ["cuda-bindings", "NVRTC", "cuBLASLt"]
+    assert [name for name, state in states.items() if state == doctor.OPTIONAL] == ["cuDNN frontend", "cuDNN"]
+
+
+def test_unwritable_cache_is_a_problem_where_there_is_a_gpu(findings, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path / "file" / "inside"))
+    assert findings()["cache"].state == doctor.lacking()
+    monkeypatch.setattr(doctor, "gpu_here", lambda: "an NVIDIA GPU")
     assert findings()["cache"].state == doctor.PROBLEM
     monkeypatch.setenv("HANDGRAD_CACHE", str(tmp_path))
     assert "1 files" in findings()["cache"].text and findings()["cache"].state == doctor.OK

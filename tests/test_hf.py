@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
 
@@ -341,8 +342,8 @@ def test_p14_hf_names_need_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     line = told(open_source, "hf:openai-community/gpt2")
     assert (
-        line
-        == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: pip install 'handgrad[hub]', or give a local folder"
+        line == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: "
+        f"{install('hub')}, or give a local folder"
     )
 
 

@@ -118,8 +118,8 @@ def test_numpy_training_matches_torch():
 
 
 def test_cosine():
-    rates = [gpt2.cosine(step, 110, peak=1.0, final=0.1, warmup=10) for step in (1, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 1.0, 0.55, 0.1])
+    rates = [gpt2.cosine(step, 110, peak=1.0, final=0.1, warmup=10) for step in (1, 10, 11, 61, 111)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
 
 
 def test_init():

@@ -1,36 +1,74 @@
-"""Schedules at their corner points; AdamW and clipping against PyTorch."""
+"""Schedules at every step; settings that would make NaN; AdamW and clipping against PyTorch."""
+
+import json
+import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.params import ONES, normal
 from handgrad.core.program import Program
+from handgrad.data import tokens
 from handgrad.ops.adamw.reference import join_weight, split_weight
 from handgrad.optim import AdamW, record_step, schedules
+from handgrad.train.config import Config, OptimConfig, from_names
+from handgrad.train.execution import Execution
+from handgrad.train.outliers import Guard
+from handgrad.train.start import Start
+from handgrad.train.trainer import Trainer
 
 
-@pytest.mark.parametrize(
-    ("kind", "final", "last"), [("cosine", 0.1, 0.1), ("linear", 0.0, 0.0), ("constant", None, 1.0), ("wsd", 0.0, 0.0)]
-)
-@pytest.mark.parametrize("warmup", [0, 1, 10])
-def test_schedule_warmup_peak_and_end(kind, final, last, warmup):
-    lr = schedules.schedule(kind, 2.0, warmup, 100, final)
-    assert [lr(step) for step in range(1, warmup + 1)] == [2.0 * step / warmup for step in range(1, warmup + 1)]
-    after = [lr(step) for step in range(max(warmup, 1), 101)]
-    assert after == sorted(after, reverse=True) and max(after) <= 2.0
-    assert lr(100) == pytest.approx(2.0 * last, abs=1e-12) and lr(150) == pytest.approx(2.0 * last, abs=1e-12)
+def closed_form(kind, peak, warmup, steps, final):
+    """The learning rates of all steps of a run, from the formulas of llm.c's schedulers with its count from 0."""
+    rates = []
+    for t in range(steps):
+        left = peak - peak * final
+        if t < warmup:
+            rates.append(peak * (t + 1) / warmup)
+        elif kind == "constant":
+            rates.append(peak)
+        elif kind == "wsd":
+            begin = 8 * steps // 10
+            rates.append(peak if t < begin else peak * final + left * (1 - math.sqrt((t - begin) / (steps - begin))))
+        else:
+            done = (t - warmup) / (steps - warmup)
+            rates.append(peak * final + left * ((1 + math.cos(math.pi * done)) / 2 if kind == "cosine" else 1 - done))
+    return rates
+
+
+LENGTHS = [(0, 1), (1, 1), (0, 2), (0, 3), (2, 3), (3, 3), (1, 10), (8, 10), (10, 10), (10, 60), (7, 61), (20, 100)]
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("warmup", "steps"), LENGTHS)
+@pytest.mark.parametrize("kind", schedules.SCHEDULES)
+def test_schedules_equal_llmcs_at_every_step(kind, warmup, steps, final):
+    if kind == "constant" and final != 1.0 or kind == "wsd" and warmup > 8 * steps // 10:
+        return  # refused: below
+    lr = schedules.schedule(kind, 2.0, warmup, steps, final)
+    rates = [lr(step) for step in range(1, steps + 1)]
+    assert rates == pytest.approx(closed_form(kind, 2.0, warmup, steps, final), rel=1e-12)
+    assert min(rates) > 0 and max(rates) == 2.0  # every step learns, and one has the peak
+    assert [lr(np.int64(step)) for step in range(steps, 0, -1)] == rates[::-1]  # functions of the step alone
+    if warmup < steps and kind != "constant":
+        assert lr(steps + 1) == lr(10**9) == pytest.approx(2.0 * final, abs=1e-12)
 
 
 def test_schedules_at_known_points():
-    assert schedules.cosine(1.0, 0, 100, 0.0)(25) == pytest.approx(0.5 + 0.5 * np.cos(np.pi / 4))
-    assert schedules.linear(1.0, 20, 100, 0.2)(60) == pytest.approx(0.6)
+    """By hand: 60 steps from 0 to 1 are done, of which the cosine has done half at step 41 (20 + 40 / 2 done)."""
+    assert schedules.cosine(1.0, 0, 100, 0.0)(26) == pytest.approx(0.5 + 0.5 * np.cos(np.pi / 4))
+    assert schedules.cosine(1.0, 20, 60, 0.2)(41) == pytest.approx(0.6)
+    assert [schedules.linear(1.0, 0, 4)(step) for step in (1, 2, 3, 4)] == [1.0, 0.75, 0.5, 0.25]
+    assert schedules.linear(1.0, 0, 1)(1) == schedules.cosine(1.0, 0, 1, 0.0)(1) == schedules.wsd(1.0, 0, 1)(1) == 1.0
     assert schedules.constant(3e-4)(1) == schedules.constant(3e-4)(10**9) == 3e-4
+    assert [schedules.constant(1.0, 4)(step) for step in (1, 4, 5)] == [0.25, 1.0, 1.0]
     wsd = schedules.wsd(1.0, 10, 100)
-    assert wsd(80) == 1.0 and wsd(85) == pytest.approx(0.5) and wsd(100) == 0.0
+    assert (wsd(80), wsd(81), wsd(86), wsd(101)) == (1.0, 1.0, pytest.approx(0.5), 0.0)
+    assert schedules.wsd(1.0, 0, 10, cooldown=0.3)(8) == 1.0 > schedules.wsd(1.0, 0, 10, cooldown=0.3)(9)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +77,24 @@ def test_schedules_at_known_points():
         (("cosin", 1.0, 0, 10), r"\[schedule\] the kind is one of cosine, linear, constant, wsd, but got 'cosin'"),
         (("cosine", 1.0, 11, 10), r"\[schedule\] warm-up lies between 0 and the 10 steps of the run, but got 11"),
         (("cosine", 1.0, -1, 10), r"\[schedule\] warm-up .* but got -1"),
+        (("wsd", 1.0, 95, 100), r"warm-up of wsd ends before the cooldown, .* after step 80 of 100, but got 95 steps"),
+        (("wsd", 1.0, 1, 1), r"after step 0 of 1, but got 1 steps"),
+        (("cosine", math.nan, 0, 10), r"\[schedule\] peak is a number from 0 on, but got nan"),
+        (("wsd", math.inf, 0, 10), r"\[schedule\] peak is a number from 0 on, but got inf"),
+        (("linear", -1.0, 0, 10), r"\[schedule\] peak is a number from 0 on, but got -1.0"),
+        (("linear", True, 0, 10), r"\[schedule\] peak is a number from 0 on, but got True"),
+        (("linear", 10**400, 0, 10), r"\[schedule\] peak is a number from 0 on"),
+        (
+            ("constant", 1e39, 0, 10),
+            r"\[schedule\] peak is a number from 0 on, at most 3.4e\+38 \(the largest float32\), but got 1e\+39",
+        ),
+        (("cosine", 1.0, 0, 10, -0.1), r"\[schedule\] final is a number from 0 on, but got -0.1"),
+        (("cosine", 1.0, 0, 10, math.nan), r"\[schedule\] final is a number from 0 on, but got nan"),
+        (("cosine", 10.0, 0, 10, 1e38), r"\[schedule\] final \* peak is a number, at most 3.4e\+38"),
+        (("cosine", 1.0, 0, 0), r"\[schedule\] steps is a number from 1 on, but got 0"),
+        (("cosine", 1.0, 0, 2**63), r"\[schedule\] steps is below 2\^63, but got an integer of 64 bits"),
+        (("cosine", 1.0, 2.5, 10), r"\[schedule\] warmup is a whole number, but got 2.5"),
+        (("cosine", 1.0, 0, "10"), r"\[schedule\] steps is a whole number, but got '10'"),
         (
             ("constant", 1.0, 0, 10, 0.5),
             r"\[schedule\] a constant schedule ends at its peak \(final 1.0\), but got 0.5",
@@ -50,13 +106,66 @@ def test_invalid_schedule_is_rejected(arguments, text):
         schedules.schedule(*arguments)
 
 
+def test_step_zero_is_no_step():
+    with pytest.raises(HandgradError, match=r"\[schedule\] step is a number from 1 on, but got 0"):
+        schedules.linear(1.0, 0, 10)(0)
+
+
+@pytest.mark.parametrize("name", ["eps", "weight_decay", "clip", "beta1", "beta2"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e39, 10**400, True, "1", None])
+def test_hyperparameters_that_would_make_nan_are_rejected(name, value):
+    changed = {"betas": (value, 0.9) if name == "beta1" else (0.9, value)} if "beta" in name else {name: value}
+    with pytest.raises(HandgradError, match=r"\[optim\]"):
+        AdamW(**changed)
+    if value != -1.0:  # left to AdamW
+        with pytest.raises(HandgradError, match=rf"\[optim\] --{name.replace('_', '-')} is a number"):
+            OptimConfig(**{name: value})
+
+
 @pytest.mark.parametrize(
-    "bad",
-    [dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1.0), dict(weight_decay=float("nan")), dict(clip=-1.0)],
+    "bad", [dict(betas=(0.9, 1.0)), dict(betas=(0.9,)), dict(betas=0.9), dict(eps=0), dict(eps=1e-60)]
 )
 def test_hyperparameters_out_of_range_are_rejected(bad):
+    """eps 0: a parameter that never had a gradient, such as a padded row of the embedding, would become 0 / 0."""
     with pytest.raises(HandgradError, match=r"\[optim\]"):
         AdamW(**bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    optim = AdamW((np.float32(0.5), 0), np.float64(1e-6), np.float32(0.25), np.int64(2))
+    assert optim == AdamW((0.5, 0.0), 1e-6, 0.25, 2.0)
+    assert {type(v) for v in (*optim.betas, optim.eps, optim.weight_decay, optim.clip)} == {float}
+    assert schedules.cosine(np.float32(0.5), np.int32(2), np.int64(8))(np.int8(2)) == 0.5
+    assert type(from_names(dict(steps=np.int64(3), skip_loss_z=np.float32(2))).run.steps) is int
+    assert json.dumps(asdict(Config(optim=OptimConfig(lr=np.float32(0.5), warmup=np.int16(2)))))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, True])
+def test_guards_and_learning_rates_that_are_no_numbers_are_rejected(value, tiny, shards):
+    for name in ("loss_z", "grad_z"):
+        with pytest.raises(HandgradError, match=rf"\[train\] {name} is a number"):
+            Guard(**{name: value})
+        with pytest.raises(HandgradError, match=rf"\[optim\] --skip-{name.replace('_', '-')} is a number"):
+            OptimConfig(**{f"skip_{name}": value})
+    for name in ("lr", "final"):
+        with pytest.raises(HandgradError, match=rf"\[optim\] --{name} is a number"):
+            OptimConfig(**{name: value})
+    execution = Execution(3, extra_programs=(), backend="ref")
+    run = Trainer(tiny(), AdamW(), tokens(shards, 20, 60), execution=execution)
+    before = {name: w.copy() for name, w in run.params().items()}
+    with pytest.raises(HandgradError, match=r"\[train\] lr is a number"):
+        run.step(1, value)
+    assert run.last_step == 0 and all(np.array_equal(w, before[name]) for name, w in run.params().items())
+
+
+@pytest.mark.parametrize("value", [2**63, 10**30, True, 1.5, "3", -1])
+def test_counts_that_are_no_counts_are_rejected(value):
+    for make in (lambda: Execution(value), lambda: Execution(1, head_bytes=value), lambda: Start(value)):
+        with pytest.raises(HandgradError, match="is a whole number|below 2|a number from|at least 1|not negative"):
+            make()
+    for name in ("steps", "micro_batch", "threads", "seed", "val_every"):
+        with pytest.raises(HandgradError, match=rf"\[\w+\] --{name.replace('_', '-')} is "):
+            from_names({name: value})
 
 
 SHAPES = {"w": (37, 130), "norm": (301,)}  # a matrix, with weight decay, and a vector, without
@@ -93,6 +202,7 @@ def ours(optim, starts, grads, dtype, backend):
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
 @pytest.mark.parametrize(("backend", "dtype"), [("cpu", "f32"), ("cpu", "bf16"), ("ref", "f32")])
 def test_adamw_matches_pytorch_over_ten_steps(clip, backend, dtype):
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     starts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
     grads = [{name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(10)]

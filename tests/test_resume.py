@@ -1,6 +1,7 @@
 """A run that was stopped, killed or cut short goes on as if nothing had been: the same log, the same weights."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -145,7 +146,37 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
     saved = saved_settings(Config(run=RunConfig(resume=out)))
     assert (saved.run.steps, saved.optim.lr, saved.model.dropout, saved.checkpoint.save_every) == (6, 1e-4, 0.1, 4)
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 4, 5, 6]
-    assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"] == "from here on optim.lr is 0.0001, not 0.002"
+    assert log(out)[-1]["lr"] <= 1e-4 and log(out)[4]["event"].startswith(
+        "from here on optim.lr is 0.0001, not 0.002, run.steps is 6, not 4; the"
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_run_that_goes_on_to_another_step_says_how_the_rate_jumps(words, tmp_path, schedule):
+    """After 6 of 6 steps the cosine is near its end; of 12 steps, those 6 are half. A constant rate does not jump."""
+    c = config(words, tmp_path / "run", steps=6)
+    c = replace(c, optim=OptimConfig(lr=0.5, schedule=schedule, warmup=2))
+    assert train(c, quiet=True) == 0
+    assert train(replace(c, run=replace(c.run, steps=12, resume="auto")), quiet=True) == 0
+    lines = log(tmp_path / "run")
+    (event,) = [line["event"] for line in lines if "event" in line]
+    rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
+    if schedule == "constant":
+        assert event == "from here on run.steps is 12, not 6" and set(rates.values()) == {0.25, 0.5}
+        return
+    before = 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 3 / 4)) / 2)  # step 6 has done 3 of 4 steps after warm-up
+    after = 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 4 / 10)) / 2)  # step 7 has done 4 of 10
+    assert (rates[6], rates[7]) == (pytest.approx(before), pytest.approx(after))
+    jump = f"the learning rate goes from {before:.6g} to {after:.6g}"
+    assert event == f"from here on run.steps is 12, not 6; {jump}"
+
+
+def test_a_run_that_goes_on_unchanged_says_nothing(words, tmp_path):
+    c = config(words, tmp_path / "run", steps=8)
+    assert train(c, quiet=True) == 0
+    forget(tmp_path / "run", 8)
+    assert train(replace(c, run=replace(c.run, resume="auto", threads=2)), quiet=True) == 0
+    assert not [line for line in log(tmp_path / "run") if "event" in line]
 
 
 def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, capsys):

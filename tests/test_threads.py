@@ -5,11 +5,11 @@ import pytest
 
 import handgrad
 from handgrad.backends import open_backend
+from handgrad.core import limits
 from handgrad.core.dtypes import DTYPES
 from handgrad.ops import OPS
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.testing import case_arrays, case_program, run_case
-from handgrad.train import start
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -27,7 +27,7 @@ def test_ops_are_bit_exact_for_any_thread_count(op, dtype):
 def test_initial_weights_are_bit_exact_for_any_thread_count(tiny, shards, monkeypatch, dtype):
     data, found = handgrad.data.tokens(shards, 20, 60), []
     for cores in (1, 3):
-        monkeypatch.setattr(start.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         kind = dict(execution=handgrad.Execution(3, backend="ref"), precision=handgrad.Precision(dtype))
         run = handgrad.Trainer(tiny(), handgrad.optim.AdamW(), data, **kind, start=handgrad.Start(seed=7))
         found.append(run.params() | run._state())

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 
 from handgrad import io, models
 from handgrad.cli.__main__ import main
-from handgrad.data import id_dtype, write_shard
-from handgrad.train.config import Config
+from handgrad.data import id_dtype, tokens, write_shard
+from handgrad.train.config import Config, RunConfig
 from handgrad.train.outliers import WINDOW
+from handgrad.train.resolve import complete
 
 SHARDS = "handgrad data makes them; relative paths begin in this folder"
 TINY = (
@@ -141,7 +143,7 @@ def test_defaults_are_the_recipe():
     assert models.preset(c.model.preset) | {"vocab_size": 0} == dict(
         num_layers=4, num_heads=4, hidden_size=128, max_seq_len=64, vocab_size=0
     )
-    assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, 2000, "cosine", 100)
+    assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, 2000, "cosine", None)
     assert c.data.train == "shakespeare"
 
 
@@ -165,9 +167,28 @@ def test_sizes_by_preset_dial_and_flag(words, flags, sizes):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_schedules_by_name(words, schedule):
     assert train("--schedule", schedule, "--lr", "0.01") == 0
+    """Six steps, two of them warm-up. The last one has done 3 of 4 steps of the shape; wsd decays from step 5 on (0.8 * 6
+    = 4 steps are done before) and has done 1 of 2."""
     rates = [line["lr"] for line in log()]
-    final = {"cosine": 0.001, "linear": 0.0, "constant": 0.01, "wsd": 0.0}[schedule]
-    assert rates[:2] == [0.005, 0.01] and rates[-1] == pytest.approx(final)
+    last = {"cosine": 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2, "linear": 0.25, "constant": 1, "wsd": 1 - math.sqrt(0.5)}
+    assert rates[:3] == [0.005, 0.01, 0.01] and rates[-1] == pytest.approx(0.01 * last[schedule])
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (19, 1), (999, 99), (2000, 100), (0, 15)])
+def test_default_warmup_is_a_tenth_of_a_short_run(words, tiny, steps, warmup):
+    """steps 0 is an epoch: 5000 tokens in sequences of 32 and their targets are 156 steps of one sequence."""
+    data = tokens("words/train_*.bin", seq_len=32, batch_tokens=32)
+    c = Config(run=RunConfig(steps=steps, backend="cpu"))
+    c = complete(c, tiny(), data, Path("run"))
+    assert (c.optim.warmup, c.run.steps) == (warmup, steps or data.windows)
+    kept = complete(replace(c, optim=replace(c.optim, warmup=7)), tiny(), data, Path("run"))
+    assert kept.optim.warmup == 7
+
+
+def test_a_run_that_is_all_warmup_says_so_and_reaches_the_peak(words, capsys):
+    assert train("--warmup", "700", "--lr", "0.6") == 0
+    assert "all 6 steps are warm-up" in capsys.readouterr().out
+    assert [line["lr"] for line in log()] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 
 def test_folders_are_numbered(words):
@@ -235,6 +256,22 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
 )
 def test_mistakes_in_settings(words, told, flags, line):
     assert told(*flags.split()) == line
+
+
+@pytest.mark.parametrize("flag", ["--out", "--resume"])
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "nul\0byte", "half\udc80\ud800"])
+def test_a_name_that_the_system_does_not_take_is_one_line(words, told, flag, name):
+    line = told(flag, name)
+    assert line.startswith("[run] the run folder '") and "cannot be used: " in line and len(line) < 250
+
+
+def test_a_long_name_in_new_folders_leaves_none(words, told):
+    line = told("--out", f"x/{'y' * 250}/{'z' * 256}")
+    assert line.endswith("cannot be written: File name too long. hint: another --out")
+
+
+def test_a_team_of_too_many_threads_is_one_line(words, told):
+    assert told("--threads", "100000").startswith("[backend] threads is at most 1024")
 
 
 def test_a_model_that_does_not_fit_says_what_would_help(words, told):

@@ -3,6 +3,7 @@
 from handgrad.backends.base import Backend
 from handgrad.backends.ref import RefBackend
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import I64_MAX, whole
 from handgrad.core.precision import Precision
 
 
@@ -24,12 +25,12 @@ BACKENDS = {"ref": lambda threads, precision: RefBackend(), "cpu": _cpu, "cuda":
 def open_backend(name: str, threads: int = 0, precision: Precision = Precision()) -> Backend:
     """A backend by name; "auto" is cuda if there is a GPU and the packages for it, else cpu.
 
-    threads: of the cpu backend; 0: one per physical core
+    threads: of the cpu backend; 0: one per physical core that this process may use
     precision: of the run; the cuda backend chooses its kernels by `tf32` and `deterministic`
 
     Raises HandgradError for any other name, and if the hardware or a package is missing.
     """
-    if threads < 0:
+    if whole("backend", "threads", threads, -I64_MAX) < 0:
         raise HandgradError("backend", "threads is at least 1, or 0 for one per physical core", threads)
     return BACKENDS[resolve_name(name)](threads, precision)
 

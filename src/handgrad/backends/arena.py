@@ -11,6 +11,7 @@ import numpy as np
 
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
+from handgrad.core.limits import memory_limits
 from handgrad.core.plan import MIB, REGIONS, Plan
 from handgrad.core.program import Program
 from handgrad.core.scalars import STEP_SCALARS
@@ -65,11 +66,13 @@ class HostArena(HostMemory):
     def __init__(self, plan: Plan):
         self.plan = plan
         size = max(plan.nbytes, 1)
-        free = available_bytes()
+        free, limit = min(memory_limits())
         if size > free:
-            raise does_not_fit(plan, free)
-        # private, because Linux does not back shared anonymous memory with huge pages
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            raise does_not_fit(plan, free, f" ({limit})" if limit else "")
+        try:  # private, because Linux does not back shared anonymous memory with huge pages
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise does_not_fit(plan, free, f", but Linux does not give them: {error.strerror}") from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # Linux without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
@@ -106,10 +109,3 @@ def does_not_fit(plan: Plan, free: int, others: str = "") -> HandgradError:
         hint="a smaller micro_batch, recompute 'act' or 'block', a smaller head_mib; "
         "handgrad explain shows what each saves",
     )
-
-
-def available_bytes() -> int:
-    """Memory that can be allocated without swapping, bytes."""
-    with open("/proc/meminfo") as f:
-        fields = dict(line.split(":") for line in f)
-    return int(fields["MemAvailable"].split()[0]) * 1024

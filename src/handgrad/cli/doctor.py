@@ -1,4 +1,7 @@
-"""handgrad doctor: what is installed, what was found where, and what a run would be bound to. It changes nothing."""
+"""handgrad doctor: what is installed, what was found where, and what a run would be bound to. It changes nothing.
+
+A machine without a GPU lacks nothing: what only a GPU needs is optional there. With one, it is a problem.
+"""
 
 import os
 import platform
@@ -15,6 +18,7 @@ from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.cuda.libraries import folder_of
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import gpt2
@@ -22,22 +26,22 @@ from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
 from handgrad.train.record import record_train
 
-OK, MISSING, PROBLEM = "ok", "missing", "problem"
-COLOURS = {OK: "green", MISSING: "yellow", PROBLEM: "bold red"}
-CUDA = "pip install 'handgrad[cuda]'"
+OK, OPTIONAL, PROBLEM = "ok", "optional", "problem"
+COLOURS = {OK: "green", OPTIONAL: "dim", PROBLEM: "bold red"}
 LIBRARIES = (
-    # what, its package, the library's name, how it comes
-    ("cuda-bindings", "cuda-bindings", "", CUDA),
-    ("NVRTC", "nvidia-cuda-nvrtc", "nvrtc", CUDA),
-    ("cuBLASLt", "nvidia-cublas", "cublasLt", CUDA),
-    ("cuDNN frontend", "nvidia-cudnn-frontend", "", f"{CUDA}; without it attention is handgrad's own"),
-    ("cuDNN", "nvidia-cudnn-jit-cu13", "cudnn", f"{CUDA}; without it attention is handgrad's own"),
+    # what, its package, the library's name, what a GPU does without it
+    ("cuda-bindings", "cuda-bindings", "", ""),
+    ("NVRTC", "nvidia-cuda-nvrtc", "nvrtc", ""),
+    ("cuBLASLt", "nvidia-cublas", "cublasLt", ""),
+    ("cuDNN frontend", "nvidia-cudnn-frontend", "", "without it attention is handgrad's own"),
+    ("cuDNN", "nvidia-cudnn-jit-cu13", "cudnn", "without it attention is handgrad's own"),
 )
+NVIDIA, DISPLAY = "0x10de", "0x03"  # PCI vendor and class
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: "ok", "missing" or "problem", of what, in words, and what to do about it."""
+    """One line: "ok", "optional" or "problem", of what, in words, and what to do about it."""
 
     state: str
     name: str
@@ -54,17 +58,17 @@ MODULES = {"cuda-bindings": "cuda.bindings.driver", "nvidia-cudnn-frontend": "cu
 
 
 def main(argv: list[str]) -> int:
-    """Prints the findings; the exit code is 0 if the backend that `auto` means works, else 1."""
+    """Prints the findings; the exit code is 1 if one of them is a problem, else 0."""
     parse(Settings, argv, "doctor")
     console = Console(highlight=False, emoji=False)
-    works = False
+    problems = 0
     for f in examine():
-        works = f.state == OK  # the last one is about `auto`
+        problems += f.state == PROBLEM
         line = Text.assemble((f"{f.state:8}", COLOURS[f.state]), f" {f.name:15} {f.text}")
         console.print(line, soft_wrap=True)
         if f.hint:
             console.print(Text(f"{'':24} {f.hint}", style="dim"), soft_wrap=True)
-    return 0 if works else 1
+    return 1 if problems else 0
 
 
 def examine() -> Iterator[Finding]:
@@ -76,6 +80,24 @@ def examine() -> Iterator[Finding]:
             yield Finding(PROBLEM, name, str(error))
         except Exception as error:  # whatever a broken installation throws
             yield Finding(PROBLEM, name, f"{type(error).__name__}: {error}")
+
+
+def gpu_here(root: Path = Path("/")) -> str:
+    """The NVIDIA GPU that the machine has, by the system's files, whether it works or not; empty: none."""
+    for device in sorted(root.glob("sys/bus/pci/devices/*")):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == NVIDIA and kind.startswith(DISPLAY):
+            return f"an NVIDIA GPU at PCI {device.name}"
+    nodes = sorted(p.name for p in root.glob("dev/nvidia[0-9]*"))
+    return f"an NVIDIA GPU, /dev/{nodes[0]}" if nodes else ""
+
+
+def lacking() -> str:
+    """The state of what only a GPU needs, where it is not there."""
+    return PROBLEM if gpu_here() else OPTIONAL
 
 
 def host() -> Iterator[Finding]:
@@ -96,7 +118,9 @@ def driver() -> Iterator[Finding]:
 
         cuda = start()
     except HandgradError as error:
-        yield Finding(MISSING, "driver", error.rule, error.hint)
+        there = gpu_here()
+        hint = error.hint + ("; in a container: --gpus all" if there else "; only a GPU needs it")
+        yield Finding(lacking(), "driver", f"there is {there}, but {error.rule}" if there else error.rule, hint)
         return
     try:
         kernel = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text().split("\n")[0])
@@ -116,7 +140,9 @@ def gpus() -> Iterator[Finding]:
     except HandgradError:  # reported by the driver's line
         return
     if not found:
-        yield Finding(MISSING, "GPU", "the driver sees none", "CUDA_VISIBLE_DEVICES hides GPUs; nvidia-smi lists them")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "nvidia-smi lists them" if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden} hides them"
+        yield Finding(lacking() if hidden is None else OPTIONAL, "GPU", "the driver sees none", hint)
     for i, (name, (major, minor), total) in enumerate(found):
         text, which = f"{name}, compute capability {major}.{minor}", f"GPU {i}"
         try:
@@ -137,7 +163,8 @@ def gpus() -> Iterator[Finding]:
 
 def libraries() -> Iterator[Finding]:
     """What the CUDA backend loads: version, and where it lies."""
-    for name, package, library, hint in LIBRARIES:
+    for name, package, library, without in LIBRARIES:
+        hint = install("cuda") + (f"; {without}" if without else "")
         try:
             installed = f"{package} {version(package)}"
         except PackageNotFoundError:
@@ -149,7 +176,7 @@ def libraries() -> Iterator[Finding]:
             if installed:
                 yield Finding(PROBLEM, name, f"{installed} is installed, but does not load: {reason}", hint)
             else:
-                yield Finding(MISSING, name, "not installed", hint)
+                yield Finding(OPTIONAL if without else lacking(), name, "not installed", hint)
             continue
         yield Finding(OK, name, f"{installed or 'no package, but a library'} in {where}")
 
@@ -173,6 +200,9 @@ def compile_cache() -> Iterator[Finding]:
     except HandgradError:  # without the packages there is nothing to keep
         return
     place = folder()
+    if place is None:
+        yield Finding(lacking(), "cache", "none: this user has no home folder", "HANDGRAD_CACHE=FOLDER")
+        return
     files = [p for p in place.rglob("*") if p.is_file()] if place.is_dir() else []
     text = f"{place}, {len(files)} files, {sum(p.stat().st_size for p in files) / MIB:.1f} MiB"
     nearest = next(p for p in (place, *place.parents) if p.exists())
@@ -180,7 +210,7 @@ def compile_cache() -> Iterator[Finding]:
         yield Finding(OK, "cache", text)
     else:
         hint = "HANDGRAD_CACHE=FOLDER; else every start compiles again"
-        yield Finding(PROBLEM, "cache", f"{text}, not writable", hint)
+        yield Finding(lacking(), "cache", f"{text}, not writable", hint)
 
 
 def is_writable(folder: Path) -> bool:
@@ -195,7 +225,8 @@ def bound() -> Iterator[Finding]:
     notes = dict.fromkeys(f"{c.op.name}: {backend.note(c)}" for c in program.calls if backend.note(c))
     for note in notes:
         yield Finding(OK, "bound", note)
-    yield Finding(OK, "auto", f"the {backend.name} backend, {best_dtype(backend.name)}: {backend.hardware}")
+    none = "no GPU, so a run uses " if backend.name == "cpu" and not gpu_here() else ""
+    yield Finding(OK, "auto", f"{none}the {backend.name} backend, {best_dtype(backend.name)}: {backend.hardware}")
 
 
 CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {

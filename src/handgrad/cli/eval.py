@@ -44,7 +44,7 @@ class Eval:
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
     """cpu: C kernels; ref: the numpy oracle"""
     threads: int = 0
-    """CPU threads; 0: physical cores"""
+    """CPU threads; 0: the physical cores that this process may use"""
 
 
 def main(argv: list[str]) -> int:

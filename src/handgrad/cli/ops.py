@@ -29,7 +29,7 @@ class Ops:
     backend: Literal["cpu", "cuda"] = "cpu"
     """whose kernels are checked or timed"""
     threads: int = 0
-    """CPU threads; 0: physical cores"""
+    """CPU threads; 0: the physical cores that this process may use"""
 
 
 def main(argv: list[str]) -> int:

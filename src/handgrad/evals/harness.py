@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.evals.load import load_scorer
 from handgrad.infer.engine import Engine
 from handgrad.infer.load import load_run
@@ -25,8 +26,8 @@ def register() -> type:
         from lm_eval.api.registry import register_model
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
-        hint = "pip install 'handgrad[harness]'"
-        raise HandgradError("eval", "the harness is the package lm_eval", "none installed", hint=hint) from None
+        rule = "the harness is the package lm_eval"
+        raise HandgradError("eval", rule, "none installed", hint=install("harness")) from None
 
     class HandgradLM(TemplateLM):
         """One of our models behind the harness's interface. The scorer makes its own batches and ignores batch_size."""

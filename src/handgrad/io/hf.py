@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.io.weights import Weights
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -59,7 +60,7 @@ def download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        hint = "pip install 'handgrad[hub]', or give a local folder"
+        hint = f"{install('hub')}, or give a local folder"
         raise HandgradError("hf", f"hf:{name} needs the package huggingface_hub", "none", hint=hint) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))

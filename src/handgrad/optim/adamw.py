@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from handgrad.core.dtypes import F32, I16
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import F32_TINY, real
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
 from handgrad.ops import adamw
@@ -21,7 +22,8 @@ class AdamW:
     """AdamW's hyperparameters; the learning rate is a step scalar.
 
     Matrices and embeddings decay; biases and norms do not. `clip` is the largest global L2 norm of the gradients that
-    is not scaled down, 0 for no clipping.
+    is not scaled down, 0 for no clipping. Raises HandgradError for a number that is not finite or out of range: with it
+    an update would make NaN.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -30,11 +32,16 @@ class AdamW:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            raise HandgradError("optim", "both betas lie in [0, 1)", self.betas)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise HandgradError("optim", "betas are two numbers", repr(self.betas))
+        betas = tuple(real("optim", "beta", b) for b in self.betas)
+        if not all(0.0 <= b < 1.0 for b in betas):
+            raise HandgradError("optim", "both betas lie in [0, 1)", betas)
+        object.__setattr__(self, "betas", betas)
         for name in ("eps", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0.0:
-                raise HandgradError("optim", f"{name} is not negative", getattr(self, name))
+            object.__setattr__(self, name, real("optim", name, getattr(self, name), 0.0))
+        if self.eps < F32_TINY:  # a parameter that never had a gradient would become 0 / 0
+            raise HandgradError("optim", f"eps is at least {F32_TINY:.2g}, the smallest normal float32", self.eps)
 
     @property
     def groups(self) -> Groups:

@@ -4,12 +4,12 @@ No two settings have the same name, so a flag needs no group: --steps. What is 0
 rest (resolve.py); the result is saved.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import I64_MAX, real, whole
 
 SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
 
@@ -84,8 +84,8 @@ class OptimConfig:
     """largest global gradient norm; 0: no clipping"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """shape of the learning rate after warm-up"""
-    warmup: int = 100
-    """steps from 0 to the peak"""
+    warmup: int | None = None
+    """steps from 0 to the peak; None: 100, or a tenth of the steps if that is less"""
     final: float | None = None
     """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
     max_skipped: int = 10
@@ -96,7 +96,7 @@ class OptimConfig:
     """the same for the gradient norm"""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "lr warmup max_skipped skip_loss_z skip_grad_z" + (" final" if self.final is not None else ""))
+        _check(self, 0, "lr warmup final max_skipped skip_loss_z skip_grad_z")
 
 
 @dataclass(frozen=True)
@@ -237,17 +237,24 @@ def from_names(values: Mapping[str, Any]) -> Config:
 
 
 def _check(settings: Any, least: int, names: str) -> None:
-    """Raises HandgradError unless every field is of its type, and the named ones are finite and at least `least`."""
-    where = type(settings).__name__.removesuffix("Config").lower()
+    """Raises HandgradError unless every field is of its type, and numbers are finite and, if named, at
+    least `least`.
+
+    Numbers of numpy become Python's, which a checkpoint can keep.
+    """
+    group = type(settings).__name__.removesuffix("Config").lower()
+    bounds = dict.fromkeys(names.split(), least)
     for name, kind in get_type_hints(type(settings)).items():
         value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
+        kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
-            rule = None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
-        elif kind in (int, bool, str):
-            rule = None if type(value) is kind else f"of type {kind.__name__}"
-        else:
-            rule = None if type(value) in (int, float, *get_args(kind)) else "a number"
-        if rule is None and name in names.split() and not least <= value < math.inf:
-            rule = f"a number from {least} on"
-        if rule is not None:
-            raise HandgradError(where, f"{flag} is {rule}", repr(value))
+            if value not in kinds:
+                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value))
+        elif value is None and type(None) in kinds:
+            continue
+        elif float in kinds:
+            object.__setattr__(settings, name, real(group, flag, value, bounds.get(name)))
+        elif int in kinds:
+            object.__setattr__(settings, name, whole(group, flag, value, bounds.get(name, -I64_MAX)))
+        elif type(value) is not kind:
+            raise HandgradError(group, f"{flag} is of type {kind.__name__}", repr(value))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import I64_MAX, whole
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -20,7 +21,7 @@ class Execution:
     extra_programs   what the arena is planned for besides training: "val" for Trainer.evaluate, "sample" for
                      Trainer.generate, "score" for Trainer.scorer
     backend          "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"
-    threads          of the cpu backend; 0: the physical cores
+    threads          of the cpu backend; 0: the physical cores that this process may use
     check            "nan" looks at every output of every call and names the first that is not finite; slow
     guard            which updates are skipped as outliers
 
@@ -40,6 +41,8 @@ class Execution:
     guard: Guard = Guard()
 
     def __post_init__(self) -> None:
+        for name in ("micro_batch", "head_bytes", "threads"):
+            object.__setattr__(self, name, whole("execution", name, getattr(self, name), -I64_MAX))
         if self.micro_batch < 1:
             raise HandgradError("execution", "micro_batch is at least 1", self.micro_batch)
         if self.head_bytes < 0:

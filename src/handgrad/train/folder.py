@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from handgrad.models import preset
 from handgrad.train.config import SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
-UNRECORDED = ("out", "resume", "config", "steps", "threads", "verbose")  # changing these changes no result
+UNRECORDED = ("out", "resume", "config", "threads", "verbose")  # changing these changes no result
 RETIRED = {"head_chunks": 0}  # settings that only earlier versions had, with their defaults
 
 
 def run_folder(c: Config) -> Path:
-    """--resume's, --out, or runs/<data>-NNN: the next free number, or the last taken one to resume "auto"."""
+    """--resume's, --out, or runs/<data>-NNN: the next free number, or the last taken one to resume "auto".
+
+    Raises HandgradError for a name that the system does not take.
+    """
     r = c.run
+    for name in (r.out, r.resume):
+        check_name(name)
     if r.resume not in ("", "auto"):
         if r.out and Path(r.out) != Path(r.resume):
             rule = "--resume names the run folder, and --out the same or none"
@@ -39,6 +44,18 @@ def run_folder(c: Config) -> Path:
     taken = [int(p.name[len(stem) + 1 :]) for p in Path("runs").glob(f"{stem}-*") if p.name[len(stem) + 1 :].isdigit()]
     number = max(taken, default=0) + (0 if r.resume and taken else 1)
     return Path("runs") / f"{stem}-{number:03d}"
+
+
+def check_name(folder: str) -> None:
+    """Raises HandgradError if no file can be at this place: the name is too long, say, or another user's."""
+    try:
+        (Path(folder) / "log.jsonl").stat()
+    except (FileNotFoundError, NotADirectoryError):  # a file in the way is found when the folder is made
+        return
+    except (OSError, ValueError) as error:
+        shown = repr(folder if len(folder) <= 80 else folder[:77] + "...")
+        reason = getattr(error, "strerror", None) or str(error)  # a ValueError: a character that no name can hold
+        raise HandgradError("run", f"the run folder {shown} cannot be used: {reason}", hint="another --out") from None
 
 
 @contextmanager
@@ -59,6 +76,7 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
         (out / ".writable").unlink()
         held = lock(out)
     except OSError as error:
+        remove_empty(made)
         rule = f"the run folder '{out}' cannot be written: {error.strerror}"
         raise HandgradError("run", rule, hint="another --out") from None
     try:
@@ -67,10 +85,15 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
         held.close()
         for path in set(out.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for folder in made:
-            if not any(folder.iterdir()):  # another run may have begun beside it
-                folder.rmdir()
+        remove_empty(made)
         raise
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes those folders, the innermost first, in which nothing lies: another run may have begun beside it."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def lock(folder: Path) -> ExitStack:

@@ -4,6 +4,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from handgrad.core.number import real
+
 WINDOW = 128  # values; no score before the window is full
 
 
@@ -13,6 +15,10 @@ class Guard:
 
     loss_z: float = 0.0
     grad_z: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("loss_z", "grad_z"):
+            object.__setattr__(self, name, real("train", name, getattr(self, name), 0.0))
 
     @property
     def is_on(self) -> bool:

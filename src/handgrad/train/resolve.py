@@ -67,7 +67,7 @@ def resolve(c: Config, out: Path) -> Run:
     data = training_data(c, shards, model)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
-    lr = schedules.schedule(o.schedule, o.lr, min(o.warmup, r.steps), r.steps, o.final)
+    lr = schedule_of(c)
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(val_shards, data, model) if val_shards else None
@@ -194,17 +194,26 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     final = c.optim.final
     if final is None:
         final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
+    warmup = min(100, steps // 10) if c.optim.warmup is None else c.optim.warmup
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
     return replace(
         c,
         model=replace(c.model, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        optim=replace(c.optim, final=final),
+        optim=replace(c.optim, final=final, warmup=warmup),
         run=replace(c.run, out=str(out), steps=steps),
         compute=replace(c.compute, **found),
         eval=replace(c.eval, prompt=c.eval.prompt or "\n"),
     )
+
+
+def schedule_of(c: Config) -> schedules.Schedule:
+    """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
+    o, steps = c.optim, c.run.steps
+    assert o.warmup is not None  # `complete` has set it
+    warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
+    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final)
 
 
 def precision_of(h: ComputeConfig) -> Precision:

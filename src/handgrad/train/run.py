@@ -4,14 +4,15 @@ import json
 from dataclasses import asdict
 
 from handgrad.core.disk import write_text
+from handgrad.core.errors import HandgradError
 from handgrad.infer.load import TOKENIZER
 from handgrad.train.config import Config
-from handgrad.train.folder import SETTINGS, changes, claim, run_folder
+from handgrad.train.folder import SETTINGS, changes, claim, run_folder, saved_settings
 from handgrad.train.interrupt import EXIT_CODE
 from handgrad.train.log import RunLog
 from handgrad.train.loop import loop, sample
 from handgrad.train.report import write_report
-from handgrad.train.resolve import Run, resolve
+from handgrad.train.resolve import Run, resolve, schedule_of
 from handgrad.train.show import show
 
 
@@ -43,8 +44,10 @@ def train(c: Config, quiet: bool = False) -> int:
 
 
 def open_log(run: Run, quiet: bool) -> RunLog:
-    """The log of the run; if it resumes with other settings, a line says which."""
+    """The log of the run; if it resumes with other settings, a line says which, and how the learning rate jumps."""
     r, sent = run.config.run, run.config.log
+    changed = changes(run.out, run.config) if 0 < run.done < r.steps else ""
+    jump = rate_jump(run) if changed else ""
     log = RunLog(
         run.out,
         r.steps,
@@ -54,10 +57,23 @@ def open_log(run: Run, quiet: bool) -> RunLog:
         settings=asdict(run.config),
         quiet=quiet,
     )
-    changed = changes(run.out, run.config) if run.done else ""
-    if changed and run.done < r.steps:
-        log.event(run.done, f"from here on {changed}")
+    if changed:
+        log.event(run.done, f"from here on {changed}{jump}")
     return log
+
+
+def rate_jump(run: Run) -> str:
+    """How the learning rate jumps if the next step has another one than the saved settings give it, else nothing."""
+    saved = saved_settings(run.config)
+    if saved is None or saved.optim.warmup is None:
+        return ""
+    try:
+        before = schedule_of(saved)
+    except HandgradError:  # a schedule that only earlier versions allowed
+        return ""
+    if run.lr(run.done + 1) == before(run.done + 1):
+        return ""
+    return f"; the learning rate goes from {before(run.done):.6g} to {run.lr(run.done + 1):.6g}"
 
 
 def describe(run: Run) -> None:

@@ -35,7 +35,7 @@ def show(run: Run, given: Config) -> None:
     steps = run.config.run.steps
     if run.done == steps:
         console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
-    elif run.config.optim.warmup >= steps:
+    elif (run.config.optim.warmup or 0) >= steps:
         console.print(f" all {steps} steps are warm-up: --warmup", soft_wrap=True)
     console.print()
 

@@ -1,6 +1,5 @@
 """Start: the values that the parameters of a run begin with."""
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,8 @@ import numpy as np
 from handgrad.backends.arena import NUMPY
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
+from handgrad.core.limits import cpus
+from handgrad.core.number import whole
 from handgrad.core.params import Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -39,6 +40,7 @@ class Start:
     init: str | Weights = "random"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole("train", "seed", self.seed))
         if not isinstance(self.init, Weights) and self.init not in ("random", "llmc"):
             raise HandgradError("train", "weights start as 'random', 'llmc', or a model on disk", repr(self.init))
 
@@ -76,7 +78,7 @@ def drawing(p: Program, seed: int, splits: bool) -> Iterator[Parts]:
 
     splits: give bf16 and the low 16 bits, as `Precision.splits_weights` says
     """
-    threads, todo = min(len(os.sched_getaffinity(0)), MAX_THREADS), enumerate(p.params.values())
+    threads, todo = min(cpus(), MAX_THREADS), enumerate(p.params.values())
     pool, work = ThreadPoolExecutor(threads), lambda item: split(draw(item[1], seed, item[0]), splits)
     begun = deque(pool.submit(work, item) for item in islice(todo, PREFETCH * threads))  # not all: they are copies
 

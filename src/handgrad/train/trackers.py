@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 
 NAMES = {"loss": "loss/train", "val_loss": "loss/val"}
 
@@ -82,5 +83,4 @@ class Wandb:
 
 def missing(flag: str, package: str) -> HandgradError:
     """The error of a package that is an extra."""
-    hint = f"pip install 'handgrad[{package}]'"
-    return HandgradError("log", f"{flag} needs the package {package}", hint=hint)
+    return HandgradError("log", f"{flag} needs the package {package}", hint=install(package))

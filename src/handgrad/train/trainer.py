@@ -11,6 +11,7 @@ import numpy as np
 from handgrad.backends import open_backend
 from handgrad.backends.base import Backend, Executable
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import real, whole
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
@@ -142,7 +143,11 @@ class Trainer:
     # training -------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, lr: float) -> Step:
-        """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone."""
+        """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone.
+
+        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
+        """
+        step, lr = whole("train", "step", step, 1), real("train", "lr", lr, 0.0)
         sequences, names = self.execution.micro_batch, self.program.inputs
         batches = [
             self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)

@@ -7,9 +7,11 @@ import numpy as np
 
 from handgrad.backends.arena import HostArena
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.cpu.library import library, physical_threads, processor
+from handgrad.backends.cpu.library import library, processor
+from handgrad.core import limits
 from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import whole
 from handgrad.core.op import ONLY, Call, CpuKernel, MicroBatch, Op, resolve_number, resolve_pointer
 from handgrad.core.plan import Plan
 from handgrad.core.program import Program, Segment
@@ -88,14 +90,24 @@ def _pack(c: Call, program: Program, arena: HostArena, threads: int, micro_batch
 
 
 class CpuBackend(Backend):
-    """C kernels on `threads` threads (0: one per physical core). `isa` is the instruction set that they use."""
+    """C kernels on `threads` threads (0: as many as `limits.threads` says). `isa` is the instruction set that they use.
+
+    Raises HandgradError for more threads than can be started.
+    """
 
     name = "cpu"
     head_rows = 512
 
     def __init__(self, threads: int = 0):
+        if whole("backend", "threads", threads) > limits.MAX_THREADS:
+            rule = f"threads is at most {limits.MAX_THREADS}: every thread takes memory of its own"
+            raise HandgradError("backend", rule, threads, hint=f"this process may use {limits.cpus()} CPUs")
         self._lib = library()
-        self.threads = threads or physical_threads()
+        wanted = threads or limits.threads()
+        self.threads = 1 + limits.startable(wanted - 1)
+        if threads and self.threads < threads:
+            rule = f"threads is at most {self.threads}, which this process can start now"
+            raise HandgradError("backend", rule, threads, hint="ulimit -u, ulimit -v and the pids limit of a container")
         self.isa = self._lib.isa
         self.hardware = f"{processor()}, {self.threads} thread{'s' * (self.threads != 1)}, {self.isa}"
 

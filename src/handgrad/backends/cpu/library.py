@@ -14,18 +14,6 @@ PATH = Path(__file__).parent / "libhandgrad_cpu.so"
 RECOMPILE = "recompile the kernels: pip install -e ."
 
 
-def physical_threads() -> int:
-    """Physical cores that this process may use."""
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            return len(allowed)
-    return len(cores)
-
-
 def processor() -> str:
     """The processor's name, as Linux reports it."""
     try:

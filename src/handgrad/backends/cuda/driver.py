@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends.arena import NUMPY
-from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.launch import TMA_TILE
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
@@ -17,7 +17,7 @@ MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
 try:
     from cuda.bindings import driver as cu
 except ImportError as error:
-    raise HandgradError("cuda", f"the package cuda-bindings does not load: {error}", hint=INSTALL) from None
+    raise HandgradError("cuda", f"the package cuda-bindings does not load: {error}", hint=install("cuda")) from None
 
 
 def check(result: tuple) -> Any:

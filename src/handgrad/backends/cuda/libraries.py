@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-
-INSTALL = "pip install 'handgrad[cuda]'"
+from handgrad.core.install import install
 
 
 def load(name: str, package: str) -> ctypes.CDLL:
@@ -18,7 +17,7 @@ def load(name: str, package: str) -> ctypes.CDLL:
         return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
     except Exception as error:  # pathfinder raises exceptions of its own types
         reason = str(error).strip().split("\n")[0]
-        raise HandgradError("cuda", f"the package {package} does not load: {reason}", hint=INSTALL) from None
+        raise HandgradError("cuda", f"the package {package} does not load: {reason}", hint=install("cuda")) from None
 
 
 def path_of(name: str) -> Path:

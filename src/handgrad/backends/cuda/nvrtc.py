@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 from handgrad.backends.cuda import cache
-from handgrad.backends.cuda.libraries import INSTALL
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
+from handgrad.core.limits import cpus
 
 INCLUDE = Path(__file__).parent / "include"
 OPTIONS = ("-std=c++17",)
@@ -53,10 +54,10 @@ def compile_all(sources: Sequence[Source]) -> dict[Source, bytes]:
     """The cubin of every source, from the cache or compiled now on all cores."""
     found = _cached(sources)
     missing = [s for s in dict.fromkeys(sources) if s not in found]
-    workers = min(len(missing) // 2, len(os.sched_getaffinity(0)))
-    if workers > 1:
+    workers, place = min(len(missing) // 2, cpus()), cache.writable() if missing else None
+    if workers > 1 and place is not None:
         _headers()  # unpacks them before several processes need them
-        processes = [_start_compiler(missing[i::workers]) for i in range(workers)]
+        processes = [_start_compiler(missing[i::workers], place) for i in range(workers)]
         for process in processes:
             process.wait()
         found |= _cached(missing)
@@ -73,10 +74,10 @@ def _cached(sources: Sequence[Source]) -> dict[Source, bytes]:
     return {s: cubin for s, cubin in cubins.items() if cubin is not None}
 
 
-def _start_compiler(sources: Sequence[Source]) -> subprocess.Popen[str]:
-    """A process that compiles these sources and stores the cubins in the cache."""
+def _start_compiler(sources: Sequence[Source], place: Path) -> subprocess.Popen[str]:
+    """A process that compiles these sources and stores the cubins in this folder."""
     command = [sys.executable, "-c", f"import {__name__} as nvrtc; nvrtc.work()"]
-    environment = os.environ | {"HANDGRAD_CACHE": str(cache.folder())}
+    environment = os.environ | {"HANDGRAD_CACHE": str(place)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None
     process.stdin.write(json.dumps([asdict(s) for s in sources]))
@@ -116,7 +117,9 @@ def _nvrtc() -> ModuleType:
         nvrtc.nvrtcVersion()
         return nvrtc
     except (ImportError, RuntimeError) as error:
-        raise HandgradError("nvrtc", f"the package nvidia-cuda-nvrtc does not load: {error}", hint=INSTALL) from None
+        raise HandgradError(
+            "nvrtc", f"the package nvidia-cuda-nvrtc does not load: {error}", hint=install("cuda")
+        ) from None
 
 
 @once
@@ -125,11 +128,13 @@ def _headers() -> tuple[str, ...]:
     nvrtc = _nvrtc()
     _, major, minor = nvrtc.nvrtcVersion()
     if (major, minor) >= (13, 3):
-        folder = cache.folder() / f"headers-{compiler()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (status,) = nvrtc.nvrtcInstallBundledHeaders(str(folder).encode(), 0)[:1]
-        if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            return (str(folder),)
+        place = cache.writable()
+        if place is not None:
+            folder = place / f"headers-{compiler()}"
+            folder.mkdir(exist_ok=True)
+            (status,) = nvrtc.nvrtcInstallBundledHeaders(str(folder).encode(), 0)[:1]
+            if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                return (str(folder),)
     from cuda.pathfinder import find_nvidia_header_directory
 
     places = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.data.prepare.build import Jobs, Part, sha256_of
 from handgrad.data.prepare.text import size_of
 
@@ -75,7 +76,7 @@ def _library() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        hint = "pip install 'handgrad[hub]', or --source for local files"
+        hint = f"{install('hub')}, or --source for local files"
         raise HandgradError("data", "downloads go through huggingface_hub", "no such package", hint=hint) from None
     return huggingface_hub
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 from handgrad.data.prepare.workers import Job
 
 JOB_BYTES = 2**20
@@ -166,8 +167,8 @@ def parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        hint = "pip install 'handgrad[parquet]'"
-        raise HandgradError("data", "Parquet files are read by pyarrow", "no such package", hint=hint) from None
+        rule = "Parquet files are read by pyarrow"
+        raise HandgradError("data", rule, "no such package", hint=install("parquet")) from None
     return pyarrow.parquet
 
 

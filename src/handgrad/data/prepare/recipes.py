@@ -7,7 +7,6 @@ jsonl, parquet: in the order given; the first val_tokens tokens are val.
 text: the last val_fraction of the bytes is val.
 """
 
-import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.limits import cpus
 from handgrad.data.prepare.build import Jobs, Part, Progress, Settings, build
 from handgrad.data.prepare.hub import hub_files, hub_parts, local, local_part
 from handgrad.data.prepare.readers import archive, json_lines, readable, statements, stories, table
@@ -72,7 +72,7 @@ def prepare(
     else:
         val_tokens, val_flag = shard_tokens, "--shard-tokens"
     size = sum(part.size for part in parts)
-    workers = workers or min(os.cpu_count() or 1, 1 + size // _WORKER_BYTES)
+    workers = workers or min(cpus(), 1 + size // _WORKER_BYTES)
     settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace, val_flag)
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
