@@ -43,7 +43,7 @@ def expected(texts):
 
 
 def read(folder, split):
-    return [i for path in sorted(folder.glob(f"{split}_*.bin")) for i in data.open_shard(path).map().tolist()]
+    return [i for path in sorted(folder.glob(f"{split}_*.bin")) for i in data.open_shard(path).read().tolist()]
 
 
 def tables(folder, texts, files=3):

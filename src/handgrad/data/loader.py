@@ -27,7 +27,7 @@ from handgrad.data.shards import open_shard
 
 _MASK = 2**64 - 1
 _MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1024 is a common limit
+_OPEN_SHARDS = 256  # at a time: 1024 file descriptors are a common limit
 INPUTS = ("ids", "targets")  # what a batch can hold
 
 
@@ -121,7 +121,8 @@ class Tokens:
             longest = max(shard.count for shard in self.shards)
             rule = f"a shard must hold seq_len + 1 = {seq_len + 1} tokens"
             raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="use a shorter seq_len")
-        self._map = lru_cache(_OPEN_SHARDS)(lambda index: self.shards[index].map())
+        shards = self.shards  # not self: a cycle would keep the files open until the collector runs
+        self._open = lru_cache(_OPEN_SHARDS)(lambda index: shards[index].open())
 
     def _grid(self, count: int) -> tuple[int, int]:
         """Returns (windows in an epoch, shifts that keep them inside the shard) of a shard of `count` tokens."""
@@ -214,12 +215,18 @@ class Tokens:
         length = self.seq_len
         ids = np.zeros((rows, length), np.int32)
         targets = np.full((rows, length), IGNORE_INDEX, np.int32)
+        raw: dict[np.dtype, tuple[np.ndarray, list[int]]] = {}  # by the shards' dtype: ids as read, rows that have any
         for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
             index = bisect_right(ends, window)
             start = (window - (ends[index - 1] if index else 0)) * length + shift % self._num_shifts[index]
-            shard = self._map(index)
-            ids[row] = shard[start : start + length]
-            targets[row] = shard[start + 1 : start + 1 + length]
+            opened = self._open(index)
+            if opened.dtype not in raw:
+                raw[opened.dtype] = np.empty((rows, length + 1), opened.dtype), []
+            read, filled = raw[opened.dtype]
+            opened.read_into(read[row], start)
+            filled.append(row)
+        for read, filled in raw.values():
+            ids[filled], targets[filled] = read[filled, :-1], read[filled, 1:]
         if self.vocab_size is not None:
             self._check(ids, targets, windows, ends, self.vocab_size)
         arrays = {"ids": ids, "targets": targets}

@@ -181,7 +181,10 @@ def read_meta(folder: str | Path) -> dict | None:
 def _claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
-    building.mkdir(parents=True, exist_ok=True)
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:  # a zero byte in the name
+        raise HandgradError("data", f"{out_dir} must be a folder's name", error) from None
     with (building / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
