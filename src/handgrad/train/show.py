@@ -6,7 +6,7 @@ from itertools import zip_longest
 from rich.console import Console
 from rich.table import Table
 
-from handgrad.train.resolve import Run
+from handgrad.train.resolve import PACKAGED, Run
 
 
 def show(run: Run) -> None:
@@ -25,6 +25,8 @@ def show(run: Run) -> None:
     console.print(table)
     f, where, steps = run.facts, f"run folder {run.out}", run.config.run.steps
     console.print(f" {f['params']:,} parameters, {f['arena']} of memory, {f['hardware']}", soft_wrap=True)
+    if run.config.data.train == f"./{PACKAGED}":
+        console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     console.print(f" {where}, resumed at step {run.done}" if run.done else f" {where}", soft_wrap=True)
     if run.done == steps:
         console.print(" nothing left to do: raise --run.steps to continue", soft_wrap=True)

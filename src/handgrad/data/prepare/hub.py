@@ -10,7 +10,8 @@ from typing import Any
 
 from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Jobs, Part, sha256_of
+from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.build import Jobs, Part
 
 
 def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Part, sha256_of
+from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.build import Part
 from handgrad.data.prepare.workers import Job
 
 PIECE_BYTES = 2**18
