@@ -1,6 +1,7 @@
 """Token shards, the loader's guarantees, and building shards from text."""
 
 import doctest
+import errno
 import json
 import os
 import time
@@ -38,7 +39,7 @@ def test_shard_is_llmc_format(tmp_path, dtype, magic, version):
     raw = path.read_bytes()
     assert np.frombuffer(raw, "<i4", 256).tolist() == [magic, version, 3] + [0] * 253
     assert np.frombuffer(raw, dtype, offset=1024).tolist() == ids.tolist()
-    assert data.open_shard(path).map().tolist() == ids.tolist()
+    assert data.open_shard(path).read().tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("count", [2**31 + 7, 2**32 + 7])  # beyond int32, beyond the header's 32-bit count
@@ -53,7 +54,7 @@ def test_shard_over_2_gib(tmp_path, count):
         file.write(np.array([7, 8, 9], U16))
     shard = data.open_shard(path)
     assert shard.count == count
-    assert shard.map()[-3:].tolist() == [7, 8, 9]
+    assert shard.read(count - 3).tolist() == [7, 8, 9]
     last = data.tokens(path, 2, 2, shuffle=False)
     assert last.batch(last.windows - 1)["targets"].tolist() == [[8, 9]]
 
@@ -101,7 +102,7 @@ def test_failed_write_keeps_old_shard(tmp_path):
         data.write_shard(path, [[4], [65536]], U16)
     with pytest.raises(HandgradError, match="but got -1"):
         data.write_shard(path, [[-1]], U16)
-    assert data.open_shard(path).map().tolist() == [1, 2, 3]
+    assert data.open_shard(path).read().tolist() == [1, 2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
     with pytest.raises(HandgradError, match="must be writable, but got No such file"):
         data.write_shard(tmp_path / "none" / "a.bin", [[1]], U16)
@@ -308,12 +309,123 @@ def test_batch_time(tmp_path):
     assert np.median(batches) < 5 * np.median(additions)
 
 
+# files that change during a run ---------------------------------------------------------------------------------------
+
+
+def test_shard_that_shrinks_is_an_error(tmp_path):
+    """With mapped memory the process would die by SIGBUS. The bytes that are still there are read."""
+    tokens = make(tmp_path, [100_000], 64, 640, shuffle=False)
+    path = tmp_path / "train_000.bin"
+    assert tokens.batch(0)["ids"][0, 0] == 0
+    os.truncate(path, 1024 + 4 * 50_000)
+    assert tokens.batch(0)["ids"].ravel().tolist() == list(range(640 * 64))  # windows 0..639 end at id 40,960
+    with pytest.raises(HandgradError) as error:
+        tokens.batch(1)
+    expected = f"[data] {path} must not change during a run, but got 201,024 bytes, 401,024 before."
+    assert str(error.value) == expected and error.value.where == "data"
+
+
+def test_disk_that_fails_is_an_error(tmp_path, monkeypatch):
+    tokens = make(tmp_path, [100], 4, 24)
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    rule = r"train_000.bin must stay readable during a run, but got Input/output error at byte [\d,]+ of 1,424"
+    with pytest.raises(HandgradError, match=rule) as error:
+        tokens.batch(0)
+    assert error.value.where == "data"  # the training loop then saves
+
+
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: preadv(fd, [memoryview(to[0]).cast("B")[:3]], at))
+    assert make(tmp_path, [100], 4, 24, shuffle=False).batch(0)["targets"][5].tolist() == [21, 22, 23, 24]
+
+
+def test_file_replaced_by_renaming_is_read_on(tmp_path, monkeypatch):
+    """As long as it is open. Opened again, it is another file, which is refused; so are other sizes and headers."""
+    monkeypatch.setattr(loader, "_OPEN_SHARDS", 1)
+    tokens = make(tmp_path, [9, 9], 4, 1, shuffle=False)
+    path = tmp_path / "train_000.bin"
+    assert tokens.batch(0)["ids"].tolist() == [[0, 1, 2, 3]]
+    older = path.read_bytes()
+    data.write_shard(path, [np.arange(50, 59)], U32)
+    assert tokens.batch(1)["ids"].tolist() == [[4, 5, 6, 7]]
+    tokens.batch(2)  # another shard: the first is closed
+    with pytest.raises(HandgradError, match="train_000.bin must not change during a run, but got another file"):
+        tokens.batch(0)
+    shard = data.open_shard(path)
+    for raw, message in [
+        (older[:-4], "but got 1,056 bytes, 1,060 before"),
+        (older[:12] + b"\0" + older[13:], None),  # header words that nothing reads may differ
+        (np.array([20240520, 1, 18], "<u4").tobytes() + older[12:], "but got another header"),
+        (b"x" + older[1:], "magic number"),
+    ]:
+        path.write_bytes(raw)  # in place: the same inode
+        if message is None:
+            assert shard.read(7).tolist() == [7, 8]
+            continue
+        with pytest.raises(HandgradError, match=message):
+            shard.read()
+    path.unlink()
+    with pytest.raises(HandgradError, match="must stay readable during a run, but got No such file"):
+        shard.read()
+
+
+def test_shards_are_closed(tmp_path):
+    def open_files():
+        return sum(
+            os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(tmp_path)) for fd in os.listdir("/proc/self/fd")
+        )
+
+    tokens = make(tmp_path, [9] * 8, 4, 64)
+    tokens.batch(0)
+    assert open_files() == 8
+    del tokens
+    assert open_files() == 0
+    data.open_shard(tmp_path / "train_000.bin").read()
+    assert open_files() == 0
+
+
+def test_shards_of_both_formats_in_one_batch(tmp_path):
+    data.write_shard(tmp_path / "a.bin", [np.arange(9)], U16)
+    data.write_shard(tmp_path / "b.bin", [np.arange(70_000, 70_009)], U32)
+    batch = data.tokens(tmp_path / "*.bin", 4, 16, shuffle=False).batch(0)
+    assert batch["ids"][:, 0].tolist() == [0, 4, 70_000, 70_004]
+    assert batch["targets"][:, -1].tolist() == [4, 8, 70_004, 70_008]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "zero", "long", "denied"])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    """At once: a pipe would wait for a writer, and a device might never end."""
+    path, got = tmp_path / "a.bin", "a pipe, a socket or a device"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+        got = "a folder"
+    elif kind == "zero":
+        path, got = tmp_path / "a\0b", "not reachable: embedded null byte"
+    elif kind == "long":
+        path, got = tmp_path / ("x" * 300), "not reachable: File name too long"
+    else:
+        (tmp_path / "file").write_text("")
+        path, got = tmp_path / "file" / "a.bin", "not reachable: Not a directory"
+    with pytest.raises(HandgradError) as error:
+        data.open_shard(path)
+    assert f"which is {got}." in str(error.value)
+
+
 # text -----------------------------------------------------------------------------------------------------------------
 
 
 def read(folder, split):
     paths = sorted(folder.glob(f"{split}_*.bin"))
-    return np.concatenate([data.open_shard(path).map() for path in paths]).tolist()
+    return np.concatenate([data.open_shard(path).read() for path in paths]).tolist()
 
 
 def test_shakespeare(tmp_path):
@@ -402,7 +514,7 @@ def test_bad_text_leaves_folder_unchanged(tmp_path):
     for files, message in [
         ([good, bad], "bad.txt must be UTF-8 text, but got byte 0xff at offset 12"),
         ([tmp_path / "none.txt"], "none.txt, which is missing"),
-        ([tmp_path], "which is no file"),
+        ([tmp_path], "which is a folder"),
         ([], "must not be empty"),
     ]:
         with pytest.raises(HandgradError, match=message):
@@ -412,8 +524,22 @@ def test_bad_text_leaves_folder_unchanged(tmp_path):
         (tmp_path / "x.txt").write_text("X")
         data.prepare_text([tmp_path / "x.txt"], out, tokenizers.chars("abc"), val_fraction=0, replace=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    with pytest.raises(HandgradError, match="must be writable"):
-        data.prepare_text([good], good, tokenizer)
+    for name, got in [
+        ("good.txt", "Not a directory"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "embedded null byte"),
+    ]:
+        with pytest.raises(HandgradError, match=f"must be .*, but got {got}"):
+            data.prepare_text([good], tmp_path / name, tokenizer)
+
+
+def test_one_path_is_a_list_of_one(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    for one in (tmp_path / "a.txt", str(tmp_path / "a.txt")):
+        assert list(data.read_text(one)) == ["to be or not to be"]
+        meta = data.prepare_text(one, tmp_path / "out", tokenizers.chars(data.read_text(one)))
+        assert meta == data.prepare_text([one], tmp_path / "out", tokenizers.chars("to be or not to be"))
+        assert meta["source"]["first"] == "a.txt:0"
 
 
 def test_prepare_removes_older_shards(tmp_path):

@@ -140,9 +140,9 @@ def test_write_choices_argument_errors(tmp_path, items, message):
 
 
 def test_unreadable_and_unwritable_evaluation_file(tmp_path):
-    with pytest.raises(HandgradError, match="readable evaluation file, but got No such file"):
+    with pytest.raises(HandgradError, match="an evaluation file must be a file, but got .*none.bin, which is missing"):
         data.read_choices(tmp_path / "none.bin")
-    with pytest.raises(HandgradError, match="readable evaluation file"):
+    with pytest.raises(HandgradError, match="which is a folder"):
         data.read_choices(tmp_path)
     with pytest.raises(HandgradError, match="must be writable"):
         data.write_choices(tmp_path / "none" / "a.bin", ITEMS)

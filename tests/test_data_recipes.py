@@ -44,7 +44,7 @@ def expected(texts):
 
 
 def read(folder, split):
-    return [i for path in sorted(folder.glob(f"{split}_*.bin")) for i in data.open_shard(path).map().tolist()]
+    return [i for path in sorted(folder.glob(f"{split}_*.bin")) for i in data.open_shard(path).read().tolist()]
 
 
 def tables(folder, texts, files=3):
@@ -259,11 +259,12 @@ def test_questions_and_shards_share_checksums(tmp_path):
     (tmp_path / "q.csv").write_text("Why?,a,b,c,d,B\n")
     run(tmp_path / "out", "shakespeare")
     shards = set(data.check(tmp_path / "out"))
+    made = {"hellaswag_val.bin", "hellaswag_val.bin.json", "mmlu_test.bin", "mmlu_test.bin.json"}
     for recipe, name in (("hellaswag", "q.jsonl"), ("mmlu", "q.csv"), ("hellaswag", "q.jsonl")):
         data.prepare_questions(recipe, tmp_path / "out", tokenizers.gpt2(), tmp_path / name)
-    assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
+    assert set(data.check(tmp_path / "out")) == {*shards, *made}
     run(tmp_path / "out", "shakespeare")
-    assert set(data.check(tmp_path / "out")) == {*shards, "hellaswag_val.bin", "mmlu_test.bin"}
+    assert set(data.check(tmp_path / "out")) == {*shards, *made}
 
 
 # documents ------------------------------------------------------------------------------------------------------------

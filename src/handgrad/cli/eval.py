@@ -110,7 +110,7 @@ def own_val(run: Path) -> str:
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
-        _, val, _ = find_data(Config(data=DataConfig(train=settings["train"], val=settings["val"])), run)
+        _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings["val"])), run)
     except (OSError, ValueError, KeyError, TypeError):
         val = ""
     if not val:
@@ -125,7 +125,8 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
     T = trained_length(Path(a.run)) or m.source.model.max_seq_len
-    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size)
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
+    evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
 
 

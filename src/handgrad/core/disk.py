@@ -1,10 +1,32 @@
-"""Atomic, durable writes: a file appears under its name complete and on disk, or not at all."""
+"""Files: a read begins at a regular file, and a written file appears complete and on disk, or not at all."""
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
+
+
+def file_size(path: str | Path, what: str, where: str = "data") -> int:
+    """Returns the bytes of the regular file `path`. A link to one is one.
+
+    what: what the file is for, as a sentence begins: "a token shard"
+    where: the error's
+
+    Raises HandgradError for anything else, before it is opened: a pipe would wait forever, a device never end.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        got = "missing"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        got = f"not reachable: {getattr(error, 'strerror', None) or error}"
+    else:
+        if stat.S_ISREG(found.st_mode):
+            return found.st_size
+        got = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+    raise HandgradError(where, f"{what} must be a file", f"{path}, which is {got}")
 
 
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:

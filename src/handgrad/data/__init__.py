@@ -1,8 +1,9 @@
 """Token shards: reading batches from them, and writing them from text."""
 
-from handgrad.data.choices import Choices, read_choices, write_choices
+from handgrad.data.choices import Choices, read_choices, tokens_digest, tokens_record, write_choices
 from handgrad.data.loader import Tokens, find_shards, tokens
-from handgrad.data.prepare.build import check, read_meta
+from handgrad.data.meta import common_meta, read_meta
+from handgrad.data.prepare.build import check
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
 from handgrad.data.prepare.text import read_text, shakespeare
@@ -14,6 +15,7 @@ __all__ = [
     "ShardWriter",
     "Tokens",
     "check",
+    "common_meta",
     "find_shards",
     "id_dtype",
     "open_shard",
@@ -25,6 +27,8 @@ __all__ = [
     "read_text",
     "shakespeare",
     "tokens",
+    "tokens_digest",
+    "tokens_record",
     "write_choices",
     "write_random",
     "write_shard",

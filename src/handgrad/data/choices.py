@@ -13,14 +13,19 @@ All little-endian. Lengths, indices and ids are 16-bit words: at most 65,536 exa
 vocabulary of at most 65,536. llm.c itself reads only examples with four endings.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from handgrad.core.disk import write_whole
+from handgrad.core.disk import file_size, write_text, write_whole
 from handgrad.core.errors import HandgradError
+from handgrad.data.meta import read_json
 
 HEADER_BYTES = 256 * 4
 MAGIC, VERSION = 20240522, 1
@@ -42,8 +47,44 @@ class Choices:
     label: int
 
 
-def write_choices(path: str | Path, items: Iterable[Choices]) -> int:
+class Vocabulary(Protocol):
+    """What a record needs of a tokenizer: `handgrad.tokenizers.Tokenizer`, as far as it is used here."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def bytes_of(self, id: int) -> bytes: ...
+
+
+def tokens_digest(tokenizer: Vocabulary) -> str:
+    """Returns the SHA-256 of the bytes of all tokens, in the order of their ids."""
+    digest = hashlib.sha256()
+    for id in range(tokenizer.vocab_size):
+        token = tokenizer.bytes_of(id)
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()
+
+
+def tokens_record(path: str | Path) -> dict | None:
+    """Returns what <path>.json records of the tokenizer of the evaluation file `path`, None if there is no record.
+
+    Keys: tokenizer (its name), vocab_size, tokens (`tokens_digest`). Raises HandgradError if damaged.
+    """
+    beside = Path(f"{path}.json")
+    record = read_json(beside, "handgrad data hellaswag and mmlu write it")
+    for key, kind in {"tokenizer": str, "vocab_size": int, "tokens": str}.items():
+        if record is not None and not isinstance(record.get(key), kind):
+            raise HandgradError("data", f"{beside} must hold {key!r} of type {kind.__name__}", "another")
+    return record
+
+
+def write_choices(path: str | Path, items: Iterable[Choices], tokenizer: Vocabulary | None = None) -> int:
     """Writes `items` to the evaluation file `path`, complete or not at all, and returns their number.
+
+    tokenizer: of the ids; recorded in <path>.json (`tokens_record`)
 
     Raises HandgradError for an item that the format cannot hold, and for no items at all.
 
@@ -59,7 +100,13 @@ def write_choices(path: str | Path, items: Iterable[Choices]) -> int:
         raise HandgradError("data", f"{path} must get at least one example", "none")
     header = np.zeros(256, "<i4")
     header[:4] = MAGIC, VERSION, len(examples), max(len(example) for example in examples)
+    record = Path(f"{path}.json")
+    with suppress(OSError):  # one that does not go cannot be written beside either, which is reported next
+        record.unlink()  # an older file's
     write_whole(path, [header.tobytes(), *examples])
+    if tokenizer is not None:
+        about = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "tokens": tokens_digest(tokenizer)}
+        write_text(record, json.dumps(about, indent=2) + "\n")
     return len(examples)
 
 
@@ -69,6 +116,7 @@ def read_choices(path: str | Path) -> list[Choices]:
     Raises HandgradError for a file that is missing, truncated, too long, inconsistent, or of another format or version.
     """
     path = Path(path)
+    file_size(path, "an evaluation file")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -87,7 +135,7 @@ def read_choices(path: str | Path) -> list[Choices]:
         )
     if count < 1:
         raise HandgradError("data", f"{path} must hold at least one example", f"a header that counts {count}")
-    words = np.frombuffer(raw, "<u2", offset=HEADER_BYTES).tolist()
+    words = np.frombuffer(raw, "<u2", offset=HEADER_BYTES)
     items, start, found = [], 0, 0
     for index in range(count):
         item, stop = _unpack(words, start, index, path)
@@ -125,7 +173,7 @@ def _pack(index: int, item: Choices) -> bytes:
     return np.array(words, "<u2").tobytes()
 
 
-def _unpack(words: list[int], start: int, index: int, path: Path) -> tuple[Choices, int]:
+def _unpack(words: np.ndarray, start: int, index: int, path: Path) -> tuple[Choices, int]:
     """Returns (the example that begins at `start`, the index of the next one)."""
 
     def wrong(rule: str, got: object) -> HandgradError:
@@ -133,7 +181,7 @@ def _unpack(words: list[int], start: int, index: int, path: Path) -> tuple[Choic
 
     if start + _FIXED > len(words):
         raise wrong("the file must hold it", "its end")
-    mark, size, number, label, endings = words[start : start + _FIXED]
+    mark, size, number, label, endings = words[start : start + _FIXED].tolist()
     stop = start + size // 2
     if mark != _START:
         raise wrong(f"it must begin with {_START}", mark)
@@ -145,10 +193,10 @@ def _unpack(words: list[int], start: int, index: int, path: Path) -> tuple[Choic
         raise wrong("its label must be one of two or more endings", f"label {label}, {endings} endings")
     parts, at = [], start + _FIXED
     for _ in range(1 + endings):
-        length = words[at] if at < stop else 0
+        length = int(words[at]) if at < stop else 0
         if length == 0 or at + 1 + length > stop:
             raise wrong(f"its context and {endings} endings must fit its {size} bytes, none empty", f"length {length}")
-        parts.append(words[at + 1 : at + 1 + length])
+        parts.append(words[at + 1 : at + 1 + length].tolist())
         at += 1 + length
     if at != stop:
         raise wrong(f"its parts must fill its {size} bytes", 2 * (at - start))

@@ -13,6 +13,7 @@ possible window has been seen exactly once (except fewer than `seq_len` at the e
 
 import glob
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -23,11 +24,12 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.data.meta import common_meta
 from handgrad.data.shards import open_shard
 
 _MASK = 2**64 - 1
 _MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1024 is a common limit
+_OPEN_SHARDS = 256  # at a time: 1024 file descriptors are a common limit
 INPUTS = ("ids", "targets")  # what a batch can hold
 
 
@@ -40,18 +42,21 @@ def tokens(
     shuffle: bool = True,
     vocab_size: int | None = None,
     overfit: bool = False,
+    split: str = "train",
 ) -> "Tokens":
     """Returns the `Tokens` of all shards that match the glob `pattern`, in the order of their names.
 
+    pattern: a glob, or a folder made by `handgrad data`
     seq_len: tokens in a sequence
     batch_tokens: tokens in an optimizer step, over all ranks and micro-batches
     seed: selects the order and the shifts
     shuffle: False reads the windows in file order
     vocab_size: if given, the ids of every batch are checked against it
     overfit: every step reads the batch of the first
+    split: "train" or "val", of a folder
 
-    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens, or
-    batch_tokens is not a multiple of seq_len.
+    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens,
+    batch_tokens is not a multiple of seq_len, or the shards' folders are of different tokenizers (`common_meta`).
 
     >>> import tempfile
     >>> from handgrad.data.shards import write_shard, id_dtype
@@ -62,16 +67,40 @@ def tokens(
     array([[1, 2, 3, 4],
            [5, 6, 7, 8]], dtype=int32)
     """
-    return Tokens(pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit)
+    return Tokens(pattern, find_shards(pattern, split), seq_len, batch_tokens, seed, shuffle, vocab_size, overfit)
 
 
-def find_shards(pattern: str | Path) -> list[str]:
-    """Returns the paths that match a glob, sorted. Raises HandgradError if there is none."""
-    paths = sorted(glob.glob(str(pattern)))
-    if not paths:
+def find_shards(pattern: str | Path, split: str = "train") -> list[Path]:
+    """Returns the paths of the token shards that `pattern` names, sorted.
+
+    pattern: a glob; a folder stands for the shards of its `split`. What exists under the very name goes before what a
+        glob of that name matches, so names may hold *, ? and [
+
+    Raises HandgradError if there is none.
+    """
+    text = str(pattern)
+    folder, name = os.path.split(text)
+    if os.path.isfile(text):
+        return [Path(text)]
+    if os.path.isdir(text):
+        folder, name = text, f"{split}_*.bin"
+    found = glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name))
+    if not found:
         hint = "handgrad data makes them; relative paths begin in this folder"
-        raise HandgradError("data", f"at least one token shard must match {pattern}", "none", hint=hint)
-    return paths
+        rule = f"at least one token shard must match {os.path.join(folder, name)}"
+        raise HandgradError("data", rule, _why_none(folder), hint=hint)
+    return [Path(path) for path in sorted(found)]
+
+
+def _why_none(folder: str) -> str:
+    """Returns why no file matches: that of the folder, if it is one that cannot be read."""
+    try:
+        os.scandir(folder or ".").close()
+    except (FileNotFoundError, ValueError):
+        return "none"
+    except OSError as error:
+        return f"none: {error.strerror}"
+    return "none"
 
 
 class Tokens:
@@ -79,7 +108,9 @@ class Tokens:
 
     pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit: as given to `tokens`
     shards: list of Shard, in the order of their names
-    folder: Path of the first shard's folder
+    folder: Path of the folder that `meta` describes, else of the first shard's
+    meta: content of the folder's meta.json, None without; handgrad.tokenizers.load(data.meta["tokenizer"], data.folder)
+        is the tokenizer of the shards
     sequences: sequences in a step
     ahead: sequences read by earlier steps minus step * sequences; 0 unless a resumed run changed its batch_tokens
     windows: sequences in an epoch
@@ -88,6 +119,7 @@ class Tokens:
     def __init__(
         self,
         pattern: str | Path,
+        paths: Sequence[Path],
         seq_len: int,
         batch_tokens: int,
         seed: int,
@@ -101,7 +133,6 @@ class Tokens:
             below = max(batch_tokens // seq_len, 1) * seq_len
             rule = f"batch_tokens must be a multiple of seq_len {seq_len}"
             raise HandgradError("data", rule, batch_tokens, hint=f"{below} or {below + seq_len} would do")
-        paths = find_shards(pattern)
         self.pattern = str(pattern)
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens
@@ -110,7 +141,7 @@ class Tokens:
         self.vocab_size = vocab_size
         self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
-        self.folder = self.shards[0].path.parent
+        self.folder, self.meta = common_meta(paths) or (paths[0].parent, None)
         self.sequences = batch_tokens // seq_len
         self.ahead = 0
         grid = [self._grid(shard.count) for shard in self.shards]
@@ -121,7 +152,15 @@ class Tokens:
             longest = max(shard.count for shard in self.shards)
             rule = f"a shard must hold seq_len + 1 = {seq_len + 1} tokens"
             raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="use a shorter seq_len")
-        self._map = lru_cache(_OPEN_SHARDS)(lambda index: self.shards[index].map())
+        shards = self.shards  # not self: a cycle would keep the files open until the collector runs
+        self._open = lru_cache(_OPEN_SHARDS)(lambda index: shards[index].open())
+
+    def __repr__(self) -> str:
+        count = sum(shard.count for shard in self.shards)
+        return (
+            f"Tokens('{self.pattern}': {count:,} ids in {len(self.shards)} shards, {self.windows:,} windows of "
+            f"{self.seq_len}, {self.sequences} in a step)"
+        )
 
     def _grid(self, count: int) -> tuple[int, int]:
         """Returns (windows in an epoch, shifts that keep them inside the shard) of a shard of `count` tokens."""
@@ -214,12 +253,18 @@ class Tokens:
         length = self.seq_len
         ids = np.zeros((rows, length), np.int32)
         targets = np.full((rows, length), IGNORE_INDEX, np.int32)
+        raw: dict[np.dtype, tuple[np.ndarray, list[int]]] = {}  # by the shards' dtype: ids as read, rows that have any
         for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
             index = bisect_right(ends, window)
             start = (window - (ends[index - 1] if index else 0)) * length + shift % self._num_shifts[index]
-            shard = self._map(index)
-            ids[row] = shard[start : start + length]
-            targets[row] = shard[start + 1 : start + 1 + length]
+            opened = self._open(index)
+            if opened.dtype not in raw:
+                raw[opened.dtype] = np.empty((rows, length + 1), opened.dtype), []
+            read, filled = raw[opened.dtype]
+            opened.read_into(read[row], start)
+            filled.append(row)
+        for read, filled in raw.values():
+            ids[filled], targets[filled] = read[filled, :-1], read[filled, 1:]
         if self.vocab_size is not None:
             self._check(ids, targets, windows, ends, self.vocab_size)
         arrays = {"ids": ids, "targets": targets}

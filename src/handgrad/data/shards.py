@@ -11,6 +11,7 @@ file is always detected.
 """
 
 import os
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from handgrad.core.disk import flush
+from handgrad.core.disk import file_size, flush
 from handgrad.core.errors import HandgradError
 
 HEADER_BYTES = 256 * 4
@@ -38,20 +39,81 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shard:
-    """A token file whose header has been checked: its path, the dtype and the number of its ids."""
+    """A token file whose header has been checked.
+
+    path, dtype, count: of the file; the dtype and the number of its ids
+    file: its device and inode; another file under this path is another shard
+    """
 
     path: Path
     dtype: np.dtype
     count: int
+    file: tuple[int, int]
 
-    def map(self) -> np.ndarray:
-        """Returns the ids, (count,) uint16 or uint32, read-only and memory-mapped: only touched pages are read."""
+    def __repr__(self) -> str:
+        return f"Shard('{self.path}': {self.count:,} ids, {self.dtype.name})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return HEADER_BYTES + self.count * self.dtype.itemsize
+
+    def open(self) -> "OpenShard":
+        """Returns the shard with a file descriptor, for many reads. Raises HandgradError if the file has changed."""
+        return OpenShard(self)
+
+    def read(self, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Returns `count` ids from `start`, without a count all that follow, (n,) uint16 or uint32. See `OpenShard`."""
+        ids = np.empty(self.count - start if count is None else count, self.dtype)
+        self.open().read_into(ids, start)
+        return ids
+
+
+class OpenShard:
+    """A shard and its file descriptor, which is closed with the last reference to this object.
+
+    Ids are read by pread, not mapped: if the file shrinks or its disk fails, a read raises HandgradError, where an
+    access to mapped memory would end the process. A file replaced by renaming stays readable here.
+    """
+
+    def __init__(self, shard: Shard):
+        self.shard, self.dtype = shard, shard.dtype
         try:
-            return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.count,)))
-        except (OSError, ValueError) as error:
-            raise HandgradError("data", f"{self.path} must not change during a run", error) from None
+            self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait
+            weakref.finalize(self, os.close, self._descriptor)
+            raw = os.pread(self._descriptor, HEADER_BYTES, 0)
+        except OSError as error:
+            raise HandgradError("data", f"{shard.path} must stay readable during a run", error.strerror) from None
+        file, size = _identity(self._descriptor)
+        got = "another file" if file != shard.file else ""
+        if size != shard.nbytes:
+            got = f"{size:,} bytes, {shard.nbytes:,} before"
+        if got or _checked(shard.path, raw, size) != (shard.dtype, shard.count):
+            raise HandgradError("data", f"{shard.path} must not change during a run", got or "another header")
+
+    def read_into(self, ids: np.ndarray, start: int) -> None:
+        """Fills `ids`, (n,) contiguous and of the shard's dtype, with those from `start`.
+
+        Raises HandgradError if the file no longer holds them, or its disk fails.
+        """
+        at = HEADER_BYTES + start * self.dtype.itemsize
+        read = self._pread(ids, at)
+        while read < ids.nbytes:  # one read gives at most 2 GiB
+            read += self._pread(ids.view(np.uint8)[read:], at + read)
+
+    def _pread(self, into: np.ndarray, at: int) -> int:
+        """Reads at byte `at` as much as one call gives, and returns how many bytes that was."""
+        path, promised = self.shard.path, self.shard.nbytes
+        try:
+            if got := os.preadv(self._descriptor, [into], at):
+                return got
+        except OSError as error:
+            got_text = f"{error.strerror} at byte {at:,} of {promised:,}"
+            raise HandgradError("data", f"{path} must stay readable during a run", got_text) from None
+        size = _identity(self._descriptor)[1]
+        raise HandgradError("data", f"{path} must not change during a run", f"{size:,} bytes, {promised:,} before")
 
 
 def open_shard(path: str | Path) -> Shard:
@@ -62,19 +124,29 @@ def open_shard(path: str | Path) -> Shard:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_shard(folder + "/a.bin", [np.array([5, 6, 7])], id_dtype(10)).count
-    ...     open_shard(folder + "/a.bin").map().tolist()
+    ...     open_shard(folder + "/a.bin").read(start=1).tolist()
     3
-    [5, 6, 7]
+    [6, 7]
     """
     path = Path(path)
-    if not path.is_file():
-        raise HandgradError("data", "a token shard must be a file", f"{path}, which is {_kind(path)}")
+    file_size(path, "a token shard")
     try:
         with path.open("rb") as file:
             raw = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+            identity, size = _identity(file.fileno())
     except OSError as error:
         raise HandgradError("data", f"{path} must be readable", error.strerror) from None
+    return Shard(path, *_checked(path, raw, size), identity)
+
+
+def _identity(descriptor: int) -> tuple[tuple[int, int], int]:
+    """Returns ((device, inode), bytes) of an open file."""
+    found = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino), found.st_size
+
+
+def _checked(path: Path, raw: bytes, size: int) -> tuple[np.dtype, int]:
+    """Returns (dtype, number of ids) of a file of `size` bytes that begins with `raw`. HandgradError if they differ."""
     if size == 0:
         raise HandgradError("data", f"{path} must hold tokens", "an empty file")
     if len(raw) < HEADER_BYTES:
@@ -94,7 +166,7 @@ def open_shard(path: str | Path) -> Shard:
         raise HandgradError("data", rule, size, hint="a download or copy was truncated" if size < promised else "")
     if count == 0:
         raise HandgradError("data", f"{path} must hold tokens", "a header that counts 0")
-    return Shard(path, dtype, count)
+    return dtype, count
 
 
 class ShardWriter:
@@ -172,16 +244,10 @@ def write_shard(path: str | Path, pieces: Iterable[ArrayLike], dtype: np.dtype) 
     with ShardWriter(path, dtype) as writer:
         for ids in pieces:
             writer.append(ids)
-    return Shard(writer.path, writer.dtype, writer.count)
+    return open_shard(path)
 
 
 def write_random(path: str | Path, count: int, vocab_size: int, seed: int = 0) -> Shard:
     """Writes and returns a shard of `count` uniformly random ids below `vocab_size`, for benchmarks."""
     rng, dtype = np.random.default_rng(seed), id_dtype(vocab_size)
     return write_shard(path, [rng.integers(0, vocab_size, count)], dtype)
-
-
-def _kind(path: Path) -> str:
-    if not path.exists():
-        return "missing"
-    return "a folder" if path.is_dir() else "not a regular file"

@@ -1,6 +1,6 @@
 """Evaluation: benchmark tasks, scored by the losses of continuations."""
 
-from handgrad.evals.load import Loaded, load_scorer
+from handgrad.evals.load import Loaded, check_tokenizer, load_scorer
 from handgrad.evals.metrics import choice_metrics, evaluate, val_metrics, word_metrics
 from handgrad.evals.scoring import Scorer, record
 from handgrad.evals.tasks import TASKS, Item, find, read_items
@@ -10,6 +10,7 @@ __all__ = [
     "Item",
     "Loaded",
     "Scorer",
+    "check_tokenizer",
     "choice_metrics",
     "evaluate",
     "find",

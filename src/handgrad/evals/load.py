@@ -1,4 +1,4 @@
-"""load_scorer: opens a trained model for scoring."""
+"""load_scorer: opens a trained model for scoring; check_tokenizer: whether data are of its tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,12 @@ from pathlib import Path
 from handgrad.backends import open_backend
 from handgrad.backends.base import Backend
 from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.data import Tokens, tokens_digest
 from handgrad.evals.scoring import Scorer, record
 from handgrad.infer.load import Source, open_source
 from handgrad.models import declare
-from handgrad.tokenizers import Tokenizer
+from handgrad.tokenizers import Tokenizer, load
 
 BATCH_TOKENS = 2048  # at least: enough rows for a GEMM to run near its peak
 
@@ -40,3 +42,21 @@ def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", t
     for name, info in declared.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)
+
+
+def check_tokenizer(data: Tokens, tokenizer: Tokenizer, owner: str) -> None:
+    """Raises HandgradError if the data's meta.json names other tokens than those of `owner`'s tokenizer.
+
+    Data without a meta.json pass: their ids are checked against the vocabulary when they are read.
+    """
+    if data.meta is None:
+        return
+    other = load(data.meta["tokenizer"], data.folder)
+    if tokens_digest(other) != tokens_digest(tokenizer):
+        rule = f"{data.folder} must hold tokens of {described(tokenizer)}, the tokenizer of {owner}"
+        raise HandgradError("data", rule, f"those of {described(other)}", context=f"{data.folder}/meta.json says so")
+
+
+def described(tokenizer: Tokenizer) -> str:
+    """A tokenizer in an error message; two of one name differ in size, as a rule."""
+    return f"{tokenizer.name} ({tokenizer.vocab_size:,} tokens)"

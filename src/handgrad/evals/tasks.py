@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.data.choices import read_choices
+from handgrad.data.choices import read_choices, tokens_digest, tokens_record
+from handgrad.evals.load import described
 from handgrad.evals.scoring import Pair
 from handgrad.tokenizers import Tokenizer
 
@@ -197,7 +198,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 def _read_tokens(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Item]:
     """Questions of llm.c's evaluation file."""
-    questions = read_choices(path)[:most]
+    questions, record = read_choices(path)[:most], tokens_record(path)
+    if record is not None and record["tokens"] != tokens_digest(tokenizer):
+        rule = f"{path} must hold tokens of {described(tokenizer)}, the model's tokenizer"
+        got = f"those of {record['tokenizer']} ({record['vocab_size']:,} tokens)"
+        raise HandgradError("eval", rule, got, context=f"{path}.json says so", hint="a .jsonl fits every model")
     if not all(_spells(tokenizer, q.context) for q in questions):
         hint = "a .jsonl fits every model"
         raise HandgradError("eval", f"{path} holds tokens of the model's tokenizer", "another's", hint=hint)

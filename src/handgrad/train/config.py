@@ -50,7 +50,8 @@ class DataConfig:
     """What it reads."""
 
     train: str = "shakespeare"
-    """'shakespeare' (in the package), a folder made by `handgrad data`, or a glob of .bin token shards"""
+    """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
+    in the package"""
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0

@@ -2,6 +2,7 @@
 
 import glob
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer, micro_batches
+
+PACKAGED = "shakespeare"  # the word for the text in the package
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,18 @@ class Run:
 
 def resolve(c: Config, out: Path) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    shards, val_shards, meta = find_data(c, out)
-    hg_data.find_shards(shards)  # whether there are any, before the vocabulary is judged
-    tokenizer = tokenizers.load(meta["tokenizer"], Path(shards).parent) if meta else tokenizers.gpt2()
+    c = folder_first(c, out)
+    shards, val_shards = find_data(c, out)
+    tokenizer = tokenizer_of(shards)
     c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, meta["vocab_size"] if meta else tokenizer.vocab_size, source)
+    model = find_model(c, tokenizer.vocab_size, source)
     data = training_data(c, shards, model)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
-    val = validation_data(val_shards, data, model) if val_shards else None
+    val = validation_data(val_shards, data, model, tokenizer) if val_shards else None
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -109,20 +112,44 @@ def resolve(c: Config, out: Path) -> Run:
     )
 
 
-def find_data(c: Config, out: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """(train glob, val glob or "", meta). Packaged text is prepared inside the run folder; a folder has its split."""
+def folder_first(c: Config, out: Path) -> Config:
+    """The settings, with the word for the packaged text written as a folder if a folder of that name is here.
+
+    A run that was trained on the packaged text, in its own folder, goes on with it.
+    """
+    is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
+    if c.data.train != PACKAGED or is_own or not Path(PACKAGED).is_dir():
+        return c
+    return replace(c, data=replace(c.data, train=f"./{PACKAGED}"))
+
+
+def find_data(c: Config, out: Path) -> tuple[str, str]:
+    """(train glob, val glob or ""). Packaged text is prepared inside the run folder; a folder has its split."""
     d = c.data
-    if d.train == "shakespeare":
+    if d.train == PACKAGED:
         folder = out / "data"
         if not (folder / "meta.json").exists():
             text = hg_data.shakespeare()
-            hg_data.prepare_text([text], folder, tokenizers.chars(hg_data.read_text([text])))
-    elif Path(d.train).is_dir():
+            hg_data.prepare_text(text, folder, tokenizers.chars(hg_data.read_text(text)))
+    elif os.path.isdir(d.train):
         folder = Path(d.train)
     else:
-        return d.train, d.val, hg_data.read_meta(Path(d.train).parent)
+        return d.train, d.val
     own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
-    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own, hg_data.read_meta(folder)
+    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
+
+
+def tokenizer_of(shards: str) -> tokenizers.Tokenizer:
+    """The tokenizer that made these shards, by the meta.json of their folders; without one, GPT-2's."""
+    found = hg_data.common_meta(hg_data.find_shards(shards))
+    if found is None:
+        return tokenizers.gpt2()
+    folder, meta = found
+    tokenizer = tokenizers.load(meta["tokenizer"], folder)
+    if meta["vocab_size"] != tokenizer.vocab_size:
+        rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
+        raise HandgradError("data", rule, meta["vocab_size"])
+    return tokenizer
 
 
 def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
@@ -183,9 +210,11 @@ def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
     )
 
 
-def validation_data(shards: str, data: hg_data.Tokens, model: Model) -> hg_data.Tokens:
-    """The validation set, in sequences as long as the training data's."""
-    return hg_data.tokens(shards, data.seq_len, data.seq_len, shuffle=False, vocab_size=model.vocab_size)
+def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
+    """The validation set, in sequences as long as the training data's. HandgradError if it is of another tokenizer."""
+    val = hg_data.tokens(shards, data.seq_len, data.seq_len, shuffle=False, vocab_size=model.vocab_size, split="val")
+    evals.check_tokenizer(val, tokenizer, f"the training data in {data.folder}")
+    return val
 
 
 def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from handgrad.train.config import Config
 from handgrad.train.folder import flat
-from handgrad.train.resolve import Run
+from handgrad.train.resolve import PACKAGED, Run
 
 PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines tell
 
@@ -33,6 +33,8 @@ def show(run: Run, given: Config) -> None:
         table.add_row(" settings", "; ".join(filter(None, [in_words(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
     steps = run.config.run.steps
+    if run.config.data.train == f"./{PACKAGED}":
+        console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     if run.done == steps:
         console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
     elif (run.config.optim.warmup or 0) >= steps:

@@ -76,7 +76,8 @@ def _cached(sources: Sequence[Source]) -> dict[Source, bytes]:
 
 def _start_compiler(sources: Sequence[Source], place: Path) -> subprocess.Popen[str]:
     """A process that compiles these sources and stores the cubins in this folder."""
-    command = [sys.executable, "-c", f"import {__name__} as nvrtc; nvrtc.work()"]
+    # -P and the end of the path: a random.py in the current folder is not Python's
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path += {sys.path}; import {__name__} as n; n.work()"]
     environment = os.environ | {"HANDGRAD_CACHE": str(place)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None
@@ -100,7 +101,10 @@ def compile_one(source: Source) -> tuple[bytes, str]:
     nvrtc.nvrtcGetProgramLog(program, log)
     report = log.decode(errors="replace").rstrip("\0 \n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise HandgradError("nvrtc", f"{source.path} does not compile for {source.arch}: {status.name}\n{report}")
+        first = next((line for line in report.splitlines() if "error" in line), "no message")
+        error = HandgradError("nvrtc", f"{source.path} does not compile for {source.arch}: {status.name}", first)
+        error.add_note(report)  # the whole log, in the traceback of a test
+        raise error
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     cubin = bytes(size)
     nvrtc.nvrtcGetCUBIN(program, cubin)

@@ -21,6 +21,7 @@ import numpy as np
 
 from handgrad.core.disk import write_whole
 from handgrad.core.errors import HandgradError
+from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 
@@ -157,31 +158,14 @@ def check(folder: str | Path) -> dict[str, int]:
     return sizes
 
 
-def read_meta(folder: str | Path) -> dict | None:
-    """Returns the content of the folder's meta.json, or None if it has none (shards that `build` did not write).
-
-    Keys: tokenizer (for `handgrad.tokenizers.load`), vocab_size, dtype, train, val. Raises HandgradError if damaged.
-    """
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        return None
-    hint = "make it again: handgrad data RECIPE --replace"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("data", f"{path} must be JSON", error, hint=hint) from None
-    kinds = {"tokenizer": dict, "vocab_size": int, "dtype": str, "train": dict, "val": dict}
-    for key, kind in kinds.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise HandgradError("data", f"{path} must hold {key!r} of type {kind.__name__}", "another", hint=hint)
-    return meta
-
-
 @contextmanager
 def _claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
-    building.mkdir(parents=True, exist_ok=True)
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:  # a zero byte in the name
+        raise HandgradError("data", f"{out_dir} must be a folder's name", error) from None
     with (building / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -329,10 +313,10 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
 def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
     """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
     sums = {shard["name"]: shard["sha256"] for shard in done.shards}
-    (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for path in [*_tokenizer_files(building), building / "meta.json"]:
+    (building / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for path in [*_tokenizer_files(building), building / META]:
         sums[path.name] = sha256_of(path)
-    (out_dir / "meta.json").unlink(missing_ok=True)
+    (out_dir / META).unlink(missing_ok=True)
     for old in out_dir.iterdir():
         if _SHARD_NAME.fullmatch(old.name) and old.name not in sums:
             old.unlink()
@@ -352,13 +336,4 @@ def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
 
 
 def _tokenizer_files(building: Path) -> list[Path]:
-    return sorted(path for path in building.glob("*.json") if path.name not in (_PROGRESS, "meta.json"))
-
-
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of the file `path` in hexadecimal. Raises HandgradError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise HandgradError("data", f"{path} must be readable", error.strerror) from None
+    return sorted(path for path in building.glob("*.json") if path.name not in (_PROGRESS, META))

@@ -1,5 +1,6 @@
 """The files of a data set: on the Hugging Face hub, or local in the same layout."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -7,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install
-from handgrad.data.prepare.build import Jobs, Part, sha256_of
-from handgrad.data.prepare.text import size_of
+from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.build import Jobs, Part
 
 
 def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
@@ -19,19 +21,20 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
     Raises HandgradError if there are none.
     """
     path = Path(path)
-    if path.is_file():
+    if not path.is_dir():
+        file_size(path, "the source")
         return [path]
     for pattern in patterns:
         found = sorted(file for file in path.glob(pattern) if file.is_file())
         if found:
             return found
-    got = "no such file" if path.is_dir() else f"{path}, which is missing"
-    raise HandgradError("data", f"the source must be a file, or a folder with {' or '.join(patterns)}", got)
+    rule = f"the source must be a file, or a folder with {' or '.join(patterns)}"
+    raise HandgradError("data", rule, "no such file" if os.access(path, os.R_OK | os.X_OK) else f"{path}, not readable")
 
 
 def local_part(path: Path, jobs: Jobs, split: str = "") -> Part:
     """Returns the whole file `path` as a Part."""
-    return Part(path.name, size_of(path), sha256_of(path), lambda: path, jobs, split)
+    return Part(path.name, file_size(path, "a source"), sha256_of(path), lambda: path, jobs, split)
 
 
 def hub_parts(repo: str, patterns: Sequence[str], jobs: Jobs) -> list[Part]:

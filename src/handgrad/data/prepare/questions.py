@@ -11,7 +11,8 @@ from pathlib import Path
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
-from handgrad.data.prepare.build import sha256_of, write_sums
+from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.build import write_sums
 from handgrad.data.prepare.hub import hub_files, local
 from handgrad.data.prepare.readers import OPEN, parquet, readable, whole
 from handgrad.data.prepare.workers import Encoder
@@ -53,8 +54,9 @@ def prepare_questions(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
-    count = write_choices(path, items)
-    write_sums(path.parent, path.parent, {name: sha256_of(path)})
+    count = write_choices(path, items, tokenizer)
+    names = (name, f"{name}.json")
+    write_sums(path.parent, path.parent, {name: sha256_of(path.parent / name) for name in names})
     return path, count
 
 

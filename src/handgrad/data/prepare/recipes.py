@@ -18,7 +18,7 @@ from handgrad.core.limits import cpus
 from handgrad.data.prepare.build import Jobs, Part, Progress, Settings, build
 from handgrad.data.prepare.hub import hub_files, hub_parts, local, local_part
 from handgrad.data.prepare.readers import archive, json_lines, readable, statements, stories, table
-from handgrad.data.prepare.text import shakespeare, text_parts
+from handgrad.data.prepare.text import paths_of, shakespeare, text_parts
 from handgrad.data.prepare.workers import Encoder, Job
 
 RECIPES = ("shakespeare", "tinystories", "fineweb", "fineweb-edu", "openwebtext", "jsonl", "parquet", "text")
@@ -34,7 +34,7 @@ def prepare(
     tokenizer: Encoder,
     *,
     source: str | Path | None = None,
-    files: Sequence[str | Path] = (),
+    files: str | Path | Sequence[str | Path] = (),
     sample: str = "10B",
     column: str = "text",
     val_tokens: int = 2**20,
@@ -47,7 +47,7 @@ def prepare(
     """Builds the data set `recipe` in `out_dir` (see `build`) and returns the content of meta.json.
 
     source: the data set's file or folder as published; None downloads it
-    files: the input of jsonl, parquet and text
+    files: the input of jsonl, parquet and text: one path or several
     sample: "10B", "100B" or "350B" tokens of FineWeb
     column: the text column of jsonl and parquet
     val_tokens: the first tokens of jsonl and parquet, which become val
@@ -59,7 +59,7 @@ def prepare(
     """
     if not 0 <= val_fraction < 1:
         raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
-    parts = _parts(recipe, source, files, sample, column, val_fraction, Path(out_dir))
+    parts = _parts(recipe, source, paths_of(files), sample, column, val_fraction, Path(out_dir))
     wants_val, val_flag = True, ""
     if recipe == "text":
         val_tokens, wants_val = 0, val_fraction > 0
@@ -78,7 +78,7 @@ def prepare(
 
 
 def prepare_text(
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     out_dir: str | Path,
     tokenizer: Encoder,
     val_fraction: float = 0.1,
@@ -88,7 +88,8 @@ def prepare_text(
 ) -> dict:
     """Writes train_000000.bin.., val_000000.bin.. and meta.json of `files` into `out_dir`; returns meta.json's content.
 
-    Each file is a document. As in llm.c's shards, the tokenizer's end-of-text id precedes it, if there is one.
+    `files` is one path or several. Each is a document; as in llm.c's shards, the tokenizer's end-of-text id precedes
+    it, if there is one.
 
     tokenizer: a `handgrad.tokenizers.Tokenizer`; ids are uint16 if its vocabulary fits, else uint32
     val_fraction: share of the text's bytes, at the end, that becomes val; 0 writes no val shard
@@ -105,7 +106,7 @@ def prepare_text(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     text = Path(folder, "a.txt")
     ...     _ = text.write_text("to be or not to be")
-    ...     meta = prepare_text([text], folder, tokenizers.chars(text.read_text()), val_fraction=0.5)
+    ...     meta = prepare_text(text, folder, tokenizers.chars(text.read_text()), val_fraction=0.5)
     ...     meta["vocab_size"], meta["train"]
     (7, {'tokens': 9, 'bytes': 9, 'shards': ['train_000000.bin']})
     """
@@ -124,7 +125,7 @@ def prepare_text(
 def _parts(
     recipe: str,
     source: str | Path | None,
-    files: Sequence[str | Path],
+    files: Sequence[Path],
     sample: str,
     column: str,
     val_fraction: float,
@@ -143,7 +144,7 @@ def _parts(
         return _published(source, "Skylion007/openwebtext", patterns, also, _openwebtext)
     if recipe in ("jsonl", "parquet"):
         jobs = partial(json_lines if recipe == "jsonl" else table, column=column)
-        return [local_part(Path(file), jobs) for file in files]
+        return [local_part(file, jobs) for file in files]
     if recipe == "text":
         return text_parts(files, val_fraction)
     raise HandgradError("data", f"the recipe is one of {', '.join(RECIPES)}", f"'{recipe}'")

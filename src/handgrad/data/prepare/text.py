@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.build import Part, sha256_of
+from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.build import Part
 from handgrad.data.prepare.workers import Job
 
 PIECE_BYTES = 2**18
@@ -19,16 +21,22 @@ _LONGEST_WORD = 2**14  # bytes; a longer word is cut between any two characters
 _CUT = re.compile(rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe3-\xed][\x81-\xbf][\x80-\xbf])(?=[ \n])")
 
 
-def read_text(files: Iterable[str | Path]) -> Iterator[str]:
-    """Yields the text of `files` in pieces of up to 256 KiB. Raises HandgradError if one is missing or not UTF-8.
+def read_text(files: str | Path | Iterable[str | Path]) -> Iterator[str]:
+    """Yields the text of `files`, one path or several, in pieces of up to 256 KiB.
 
-    >>> sum(len(piece) for piece in read_text([shakespeare()]))
+    Raises HandgradError if one is missing or not UTF-8.
+
+    >>> sum(len(piece) for piece in read_text(shakespeare()))
     1123762
     """
-    for file in files:
-        path = Path(file)
-        for start, stop in _pieces(path, 0, size_of(path)):
+    for path in paths_of(files):
+        for start, stop in _pieces(path, 0, file_size(path, "a text")):
             yield read_span(path, start, stop)
+
+
+def paths_of(files: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Returns one path or several as a list."""
+    return [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
 
 
 def shakespeare() -> Path:
@@ -36,26 +44,17 @@ def shakespeare() -> Path:
     return Path(__file__).parent.parent / "shakespeare.txt"
 
 
-def size_of(path: Path) -> int:
-    """Returns the size of the file `path` in bytes. Raises HandgradError if it is not a file."""
-    if not path.is_file():
-        found = "which is no file" if path.exists() else "which is missing"
-        raise HandgradError("data", "a text must be a file", f"{path}, {found}")
-    return path.stat().st_size
-
-
-def text_parts(files: Sequence[str | Path], val_fraction: float) -> list[Part]:
-    """Returns the parts of `files` that are train, then those that are val, split at a character boundary.
+def text_parts(paths: Sequence[Path], val_fraction: float) -> list[Part]:
+    """Returns the parts of the files `paths` that are train, then those that are val, split at a character boundary.
 
     val_fraction: share of the bytes, at the end, that is val
 
     Raises HandgradError for a file that is missing, and if all are empty.
     """
-    paths = [Path(file) for file in files]
-    sizes = [size_of(path) for path in paths]
+    sizes = [file_size(path, "a text") for path in paths]
     left = int(sum(sizes) * (1 - val_fraction))
     if sum(sizes) == 0:
-        raise HandgradError("data", "the text must not be empty", f"0 bytes in {len(files)} files")
+        raise HandgradError("data", "the text must not be empty", f"0 bytes in {len(paths)} files")
     train: list[Part] = []
     val: list[Part] = []
     for path, size in zip(paths, sizes, strict=True):

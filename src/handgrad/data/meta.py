@@ -1,0 +1,90 @@
+"""meta.json: what `handgrad data` records beside shards, and which tokenizer made the shards of several folders."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from handgrad.core.disk import file_size
+from handgrad.core.errors import HandgradError
+
+META = "meta.json"
+LONGEST = 2**24  # bytes: a tokenizer of all 1.1 million characters, each as an escape, takes 13 MB
+MOST_TOKENS = 2**31 - 1  # in a vocabulary: ids are int32 in a batch
+
+
+def read_meta(folder: str | Path) -> dict | None:
+    """Returns the content of the folder's meta.json, or None if it has none (shards that `build` did not write).
+
+    Keys: tokenizer (for `handgrad.tokenizers.load`), vocab_size, dtype, train, val. Raises HandgradError if damaged.
+    """
+    path = Path(folder) / META
+    hint = "make it again: handgrad data RECIPE --replace"
+    meta = read_json(path, hint)
+    if meta is None:
+        return None
+    kinds = {"tokenizer": dict, "vocab_size": int, "dtype": str, "train": dict, "val": dict}
+    for key, kind in kinds.items():
+        if not isinstance(meta.get(key), kind):
+            raise HandgradError("data", f"{path} must hold {key!r} of type {kind.__name__}", "another", hint=hint)
+    if not 1 <= meta["vocab_size"] <= MOST_TOKENS:
+        rule = f"{path} must hold a 'vocab_size' of 1 to {MOST_TOKENS:,}"
+        raise HandgradError("data", rule, meta["vocab_size"], hint=hint)
+    for split in ("train", "val"):
+        if not isinstance(meta[split].get("tokens", 0), int):
+            rule = f"{path} must hold the number of {split} tokens"
+            raise HandgradError("data", rule, repr(meta[split]["tokens"]), hint=hint)
+    return meta
+
+
+def read_json(path: Path, hint: str) -> dict | None:
+    """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
+    if not path.exists():
+        return None
+    size = file_size(path, str(path))
+    if size > LONGEST:
+        raise HandgradError("data", f"{path} must have at most {LONGEST:,} bytes", f"{size:,}", hint=hint)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HandgradError("data", f"{path} must be JSON", error, hint=hint) from None
+    if not isinstance(found, dict):
+        raise HandgradError("data", f"{path} must be a JSON object", f"a {type(found).__name__}", hint=hint)
+    return found
+
+
+def common_meta(paths: Iterable[Path]) -> tuple[Path, dict] | None:
+    """Returns (a folder of these shards, its meta.json), or None if none of their folders has one.
+
+    Raises HandgradError if the meta.json of two folders name different tokenizers, or one folder has none.
+    """
+    metas = {folder: read_meta(folder) for folder in dict.fromkeys(path.parent for path in paths)}
+    described = [folder for folder, meta in metas.items() if meta is not None]
+    if not described:
+        return None
+    first, meta = described[0], metas[described[0]]
+    assert meta is not None
+    rule = f"shards that are read together must be of one tokenizer, as {first / META} describes it"
+    for folder, other in metas.items():
+        if other is None:
+            raise HandgradError("data", rule, f"{folder}, which has no {META}")
+        if folder != first and _identity(folder, other) != _identity(first, meta):
+            raise HandgradError("data", rule, f"another in {folder / META}")
+    return first, meta
+
+
+def _identity(folder: Path, meta: dict) -> list:
+    """Returns what two folders of one tokenizer have in common: its description, and the content of its file."""
+    spec = meta["tokenizer"]
+    path = spec.get("path")
+    return [spec, meta["vocab_size"], sha256_of(folder / path) if isinstance(path, str) else ""]
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of the file `path` in hexadecimal. Raises HandgradError if it cannot be read."""
+    file_size(path, str(path))
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise HandgradError("data", f"{path} must be readable", error.strerror) from None
