@@ -12,12 +12,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1000,
+    "core": 1100,
     "backends": 3300,
     "train": 2300,
     "optim": 350,
-    "data tokenizers": 1750,
-    "io": 750,
+    "data tokenizers": 1850,
+    "io": 800,
     "evals": 500,
     "infer": 500,
     "cli": 1050,

@@ -143,7 +143,7 @@ def test_p14_safetensors_reads_what_we_write(tmp_path):
     (tmp_path / "out").mkdir()
     source = open_source(tmp_path / "in")
     weights = replace(source.weights, fields=asdict(source.model) | {"dropout": 0.25})
-    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, eot=5)
+    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, ends=(5,))
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
     config = GPT2Config.from_pretrained(tmp_path / "out")
@@ -330,6 +330,7 @@ def test_p14_damaged_weights_are_refused(folder, how):
     ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
 )
 def test_p14_damaged_indices_are_refused(folder, index):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in told(open_source, folder)
 

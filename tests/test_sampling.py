@@ -57,7 +57,9 @@ def test_large_vocabulary_agrees_with_the_plain_definition():
     assert p.sum() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(top_k=3), Sampling(top_p=0.8), Sampling(1.3, 4, 0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.8), Sampling(1.3, 4, 0.9)]
+)
 def test_picks_follow_the_distribution(sampling):
     logits = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32))
     ids, p = candidates(logits, sampling)
@@ -87,7 +89,7 @@ def test_extreme_draws_pick_possible_tokens(draw):
         def random(self):
             return draw
 
-    sampler = Sampler(Sampling(), 7)
+    sampler = Sampler(Sampling(1.0), 7)
     sampler._rng = Fixed()
     logits = np.array([-math.inf, 0.1, -math.inf, 0.2, 0.3, -math.inf, -math.inf], np.float32)
     assert sampler.pick(logits) == (1 if draw == 0 else 4)
@@ -97,7 +99,7 @@ def test_the_seed_decides_the_picks():
     logits = np.linspace(0, 3, 100).astype(np.float32)
 
     def picks(seed):
-        sampler = Sampler(Sampling(seed=seed), 100)
+        sampler = Sampler(Sampling(1.0, seed=seed), 100)
         return [sampler.pick(logits) for _ in range(8)]
 
     assert picks(7) == picks(7) != picks(8)

@@ -19,6 +19,7 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     float: ("a number", float),
     float | None: ("a number or None", lambda word: word == "None" or float(word)),
     str: ("text", str),
+    str | None: ("text", str),
     tuple[str, ...]: ("text", str),
 }
 

@@ -134,7 +134,7 @@ class RunConfig:
     sample_tokens: int = 256
     """tokens of a sample; 0: no samples"""
     prompt: str = ""
-    """start of every sample; empty: a line break"""
+    """start of every sample; empty: a line break, or the end-of-text token if the data cannot spell one"""
     save_every: int = 1000
     """steps between checkpoints; 0: only after the last step"""
     keep_last: int = 2

@@ -136,7 +136,8 @@ def hellaswag(run: Run) -> float:
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights."""
     r = run.config.run
-    ids = run.trainer.generate(run.prompt, r.sample_tokens, replace(SAMPLING, seed=r.seed))
+    drawable = run.tokenizer.drawable()  # the model may have more rows
+    ids = run.trainer.generate(run.prompt, r.sample_tokens, replace(SAMPLING, seed=r.seed), drawable=drawable)
     return run.tokenizer.decode([*run.prompt, *ids])
 
 

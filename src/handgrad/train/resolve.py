@@ -199,7 +199,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
         replace(c.model, **settings_of(model)),
         replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
         replace(c.optim, final=final),
-        replace(c.run, out=str(out), steps=steps, prompt=c.run.prompt or "\n", **found),
+        replace(c.run, out=str(out), steps=steps, **found),
     )
 
 
@@ -219,12 +219,17 @@ def execution_of(c: Config, extra_programs: tuple[str, ...]) -> Execution:
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
-    """The tokens of the prompt of samples."""
+    """The tokens of the prompt of samples; of an empty one, those that say least."""
+    if not prompt:
+        return tokenizers.neutral_prompt(tokenizer)
     try:
-        return tokenizer.encode(prompt).tolist()
+        ids = tokenizer.encode(prompt).tolist()
     except HandgradError:
+        ids = []
+    if not ids:
         rule, hint = "--run.prompt is spelled with the data's characters", "another, or --run.sample-tokens 0"
-        raise HandgradError("run", rule, repr(prompt), hint=hint) from None
+        raise HandgradError("run", rule, repr(prompt), hint=hint)
+    return ids
 
 
 def check_readable(
