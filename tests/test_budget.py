@@ -12,15 +12,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1150,
+    "core": 1250,
     "backends": 3300,
     "train": 2300,
     "optim": 350,
-    "data tokenizers": 1950,
-    "io": 750,
+    "data tokenizers": 2050,
+    "io": 800,
     "evals": 500,
     "infer": 500,
-    "cli": 1050,
+    "cli": 1250,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

@@ -1,18 +1,22 @@
 """handgrad generate: what the flags do, and one line for whatever is wrong with a checkpoint or a prompt."""
 
+import inspect
 import io
 import json
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import handgrad as hg
 from handgrad.cli.__main__ import main
+from handgrad.cli.generate import Generate
 
 LINE = "the quick brown fox jumps over a lazy dog.\n"  # 43 letters: the model sees it begin everywhere
 TEXT = LINE * 200
@@ -120,6 +124,100 @@ def test_streaming(run):
         rest = process.stdout.read()
         assert len(rest) > 10_000 and time.perf_counter() - first > 0.05
     assert process.returncode == 0
+
+
+# handgrad.load --------------------------------------------------------------------------------------------------------
+
+
+def test_load_generates_what_the_command_line_prints(run, says):
+    loaded = hg.load(run, threads=1)
+    for flags, settings in (
+        (["--prompt", "the "], {}),
+        (["--prompt", "the ", "--seed", "3", "--top-k", "5"], {"seed": 3, "top_k": 5}),
+        (["--prompt", "the ", "--temperature", "2", "--top-p", "0.9"], {"temperature": 2.0, "top_p": 0.9}),
+        (["--prompt", "the ", "--temperature", "0", "--stop", "fox"], {"temperature": 0.0, "stop": ["fox"]}),
+    ):
+        assert says(*flags) == "the " + loaded.generate("the ", max_tokens=30, **settings) + "\n"
+        assert loaded.generate("the ", 30, **settings) == "".join(loaded.stream("the ", 30, **settings))
+    assert says() == "\n" + loaded.generate(max_tokens=30) + "\n"
+    assert loaded.generate("the quick", temperature=0, stop="over", max_tokens=99) == " brown fox jumps "
+
+
+def test_the_defaults_are_in_one_place(run):
+    loaded = hg.load(run, threads=1)
+    for how in (loaded.generate, loaded.stream):
+        defaults = {name: p.default for name, p in inspect.signature(how).parameters.items()}
+        own = {f.name: f.default for f in fields(Generate)}
+        assert {name: own[name] for name in defaults} == defaults
+    assert asdict(hg.Sampling()) == {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
+    assert len(loaded.generate("the ")) == 256
+
+
+def test_what_load_returns(run):
+    loaded = hg.load(run / "step_000150", dtype="bf16", backend="ref")
+    assert loaded.model.hidden_size == 32 and loaded.tokenizer.vocab_size == 29
+    assert repr(loaded).startswith("Loaded(GPT2(vocab_size=29, ") and repr(loaded).endswith("chars of 29 tokens)")
+    assert next(loaded.stream("the ")) in LINE
+
+
+@pytest.mark.parametrize("to", ["model.bin", "folder"])
+def test_load_takes_what_the_command_line_takes(run, tmp_path, to):
+    assert main(["convert", str(run), str(tmp_path / to)]) == 0
+    found = hg.load(tmp_path / to, threads=1).generate("the quick b", 30, temperature=0)
+    assert found == hg.load(run, threads=1).generate("the quick b", 30, temperature=0) == LINE[11:41]
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"prompt": ""}, "[generate] a prompt holds at least one character, but got an empty one."),
+        ({"prompt": "é"}, "[tokenizer] the text must be spelled with the 29 characters"),
+        ({"max_tokens": 0}, "[generate] max_tokens is at least 1, but got 0."),
+        ({"temperature": -1}, "[sample] temperature must be"),
+        ({"stop": [""]}, "[sample] a stop string must hold at least one character"),
+    ],
+)
+def test_load_refuses_values_at_once(run, given, part):
+    loaded = hg.load(run, threads=1)
+    with pytest.raises(hg.HandgradError) as error:
+        loaded.stream(**given)
+    assert str(error.value).startswith(part)
+    with pytest.raises(hg.HandgradError, match="no 'none'"):
+        hg.load("none")
+
+
+# vocabularies and prompts that do not fit -----------------------------------------------------------------------------
+
+SHORT = "--num-layers 1 --hidden-size 16 --num-heads 1 --seq-len 16 --micro-batch 2 --threads 1"
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Data of twelve characters, none of them a line break."""
+    (tmp_path / "digits.txt").write_text("0123456789 a" * 200)
+    assert main(f"data text {tmp_path}/digits.txt --out {tmp_path}/data --tokenizer chars --workers 1".split()) == 0
+    return tmp_path / "data"
+
+
+def test_a_run_samples_tokens_of_its_tokenizer_alone(digits, tmp_path, capsys):
+    """A model of 128 rows, fresh and thus without an opinion, samples twelve characters."""
+    flags = f"{SHORT} --steps 4 --sample-every 1 --lr 1e-9 --vocab-size 128".split()
+    assert main(["train", "--train", str(digits), "--out", str(tmp_path / "run"), *flags]) == 0
+    text = (tmp_path / "run" / "sample.txt").read_text()[:-1]
+    assert len(text) == 257 and set(text) <= set("0123456789 a") and len(set(text)) > 6
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--threads", "1", "--temperature", "3"]) == 0
+    assert set(capsys.readouterr().out) <= set("\n0123456789 a")
+    # and it resumes, although its prompt is no line break
+    flags = f"--resume {tmp_path}/run --steps 5".split()
+    assert main(["train", "--train", str(digits), *flags]) == 0
+
+
+def test_a_given_prompt_that_cannot_be_spelled_is_refused_before_training(digits, tmp_path, capsys):
+    for flag, value in (("--prompt", "\n"), ("--prompt", "b")):
+        words = ["train", "--train", str(digits), "--out", str(tmp_path / "run"), *SHORT.split(), flag, value]
+        assert main(words) == 2
+        assert "is spelled with the data's characters" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # prompts and flags out of range ---------------------------------------------------------------------------------------

@@ -1,22 +1,35 @@
 """P14: Hugging Face folders in and out, judged by transformers."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
+import tokenizers as tokenizers_library
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+)
 
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install
+from handgrad.infer import Sampling
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
+from handgrad.models import GPT2
 
 SHAPES = [  # vocabulary, longest sequence, layers, heads, width
     (97, 20, 2, 3, 36),
@@ -144,7 +157,7 @@ def test_p14_safetensors_reads_what_we_write(tmp_path):
     (tmp_path / "out").mkdir()
     source = open_source(tmp_path / "in")
     weights = replace(source.weights, fields=asdict(source.model) | {"dropout": 0.25})
-    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, eot=5)
+    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, ends=(5,))
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
     config = GPT2Config.from_pretrained(tmp_path / "out")
@@ -268,6 +281,385 @@ def test_p14_characters_and_other_tokenizers(tmp_path):
     assert tokenizers.from_folder(tmp_path / "none") is None
 
 
+# as transformers reads them -------------------------------------------------------------------------------------------
+
+
+def change_tensors(folder, do):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    do(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def head_that_differs(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": other((97, 36))}))
+
+
+def head_that_is_equal(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+
+
+def head_instead_of_the_table(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+
+
+def head_of_one_other_value(folder):
+    head_that_is_equal(folder)
+    change_tensors(folder, lambda t: t["lm_head.weight"][96, 35].add_(1))
+
+
+def stale_index(folder):
+    names = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def older_shards(folder):
+    torch_model(*SHAPES[0], initializer_range=1.0).save_pretrained(folder / "older", max_shard_size="20KB")
+    change_tensors(folder, lambda t: t["transformer.wte.weight"].mul_(2))
+    for path in (folder / "older").iterdir():
+        if path.name != "config.json":
+            path.rename(folder / path.name)
+    shutil.rmtree(folder / "older")
+
+
+def other_spellings(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, alias in ALIASES.items():
+        config[alias] = config.pop(key)
+    path.write_text(json.dumps(config))
+
+
+ALIASES = {value: key for key, value in GPT2Config.attribute_map.items()}
+
+
+def both_spellings(folder):
+    reconfigure(folder, num_attention_heads=3, hidden_size=36)
+
+
+def mixed_types(folder):
+    kinds = [torch.float16, torch.bfloat16, torch.float32]
+    change_tensors(folder, lambda t: t.update({name: x.to(kinds[i % 3]) for i, (name, x) in enumerate(t.items())}))
+
+
+def body_alone(folder):
+    change_tensors(folder, lambda t: [t.update({name.removeprefix("transformer."): t.pop(name)}) for name in list(t)])
+    reconfigure(folder, architectures=["GPT2Model"])
+
+
+def upcast(folder):
+    reconfigure(folder, reorder_and_upcast_attn=True)
+
+
+def neutral_keys(folder):
+    reconfigure(
+        folder, sliding_window=None, per_layer_config={}, is_causal=True, n_ctx=20, color="blue", dtype="bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        head_that_differs,
+        head_that_is_equal,
+        head_instead_of_the_table,
+        head_of_one_other_value,
+        stale_index,
+        older_shards,
+        other_spellings,
+        both_spellings,
+        mixed_types,
+        body_alone,
+        upcast,
+        neutral_keys,
+    ],
+)
+def test_odd_folders_give_transformers_logits_before_and_after_a_conversion(folder, tmp_path, how):
+    how(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    compare_logits(folder, theirs)
+    assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    again = loaded(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        a, b = theirs(ids).logits, again(ids).logits
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_every_key_of_gpt2s_config_is_read_or_changes_nothing():
+    """A key that a later transformers adds shows here."""
+    form = open_form()
+    read = {theirs for theirs, _ in form.fields.values()} | {key for keys, _ in form.shared.values() for key in keys}
+    read |= form.only({"hidden_size": 1}).keys() | hf.NEUTRAL.keys()
+    names_or_training = {"transformers_version", "architectures", "dtype", "initializer_range", "use_cache"}
+    outputs = {"output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"}
+    ends = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    own = {field.name for field in fields(GPT2Config)}
+    heads = {name for name in own if name.startswith("summary_")}
+    unused = {"chunk_size_feed_forward"}  # by the code of their GPT-2
+    known = read | names_or_training | outputs | ends | heads | unused
+    assert own - known == set()
+    assert dict(form.aliases) == {alias: key for key, alias in ALIASES.items()}
+
+
+def open_form():
+    return hf.Format(**GPT2.hugging_face)
+
+
+def test_dropout_of_a_folder_is_kept_by_conversions(folder, tmp_path):
+    reconfigure(folder, resid_pdrop=0.25, embd_pdrop=0.25, attn_pdrop=0.25)
+    assert open_source(folder).model.dropout == 0.25
+    assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    config = GPT2Config.from_pretrained(tmp_path / "out")
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.25,) * 3
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_pdrop")}))
+    assert open_source(folder).model.dropout == GPT2Config().resid_pdrop == 0.1
+    reconfigure(folder, attn_pdrop=0.2)
+    line = told(open_source, folder)
+    assert (
+        "has one value for resid_pdrop, embd_pdrop, attn_pdrop: a model here has one dropout, but got 0.1, 0.1, 0.2."
+        in line
+    )
+
+
+def test_shards_that_do_not_fit_their_index_are_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    path = folder / "model.safetensors.index.json"
+    good = json.loads(path.read_text())
+    first, *_, last = sorted(set(good["weight_map"].values()))
+
+    def refused(part, **changes):
+        path.write_text(json.dumps({"weight_map": {**good["weight_map"], **changes}}))
+        line = told(open_source, folder)
+        assert part in line, line
+        path.write_text(json.dumps(good))
+
+    assert open_source(folder).model.vocab_size == 97
+    name = next(name for name, file in good["weight_map"].items() if file == first)
+    refused("where it is, but got another file, or none.", **{name: last})
+    refused(
+        "holds transformer.more, as model.safetensors.index.json says, but got no such tensor.",
+        **{"transformer.more": last},
+    )
+    refused("exists: model.safetensors.index.json names it, but got no such file.", **{name: "gone.safetensors"})
+    save_file(load_file(folder / first), folder / "copy.safetensors")
+    refused("is in copy.safetensors, where it is, but got another file", more="copy.safetensors")
+    (folder / first).rename(folder / "kept")
+    assert f"{first} exists: model.safetensors.index.json names it, but got no such file." in told(open_source, folder)
+    os.mkfifo(folder / first)  # opening it would wait for ever
+    assert "but got no such file." in told(open_source, folder)
+    (folder / first).unlink()
+    (folder / first).mkdir()
+    assert "but got no such file." in told(open_source, folder)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    config = GPT2Config(vocab_size=97, n_positions=20, n_layer=2, n_head=3, n_embd=36, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    line = told(open_source, tmp_path)
+    assert "holds the tensors of its config.json alone, but got also score.weight." in line
+    assert line.endswith("hint: GPT2LMHeadModel is read here; this is ['GPT2ForSequenceClassification']")
+
+
+def test_a_tensor_with_and_without_the_prefix_is_refused(folder):
+    change_tensors(folder, lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"] + 1}))
+    assert "holds one tensor wpe.weight, but got two, the second in model.safetensors." in told(open_source, folder)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds a whole model, but got adapter_config.json of an adapter. hint: merge" in told(open_source, folder)
+
+
+# which tokens there are, and which of them end a text -----------------------------------------------------------------
+
+
+def small_bpe(*special):
+    """A byte-level BPE of a few words, with these special tokens first."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["the cat sat on the mat\n"] * 9, vocab_size=280, special_tokens=list(special))
+    return tokenizer
+
+
+def lay(folder, tokenizer=None, **files):
+    """Writes tokenizer.json, and other .json files by name."""
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (0,)),  # a bare tokenizer.json: <|endoftext|>, the first of the known names
+        ({"generation_config": {"eos_token_id": 3}, "config": {"eos_token_id": 2}}, (3,)),
+        ({"generation_config": {"eos_token_id": [2, 3, 2]}}, (2, 3)),
+        ({"generation_config": {}, "config": {"eos_token_id": 2}}, (2,)),
+        ({"config": {"eos_token_id": 2}, "tokenizer_config": {"eos_token": "<stop>"}}, (2,)),
+        ({"config": {"eos_token_id": 50256}, "tokenizer_config": {"eos_token": "<stop>"}}, (3,)),
+        ({"config": {"eos_token_id": 50256}}, (0,)),
+        ({"config": {"eos_token_id": [50256, 3]}}, (3,)),
+        ({"config": {"eos_token_id": None}}, ()),
+        ({"config": {"eos_token_id": None}, "tokenizer_config": {"eos_token": "<stop>"}}, (3,)),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, (2,)),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}}, ()),
+        ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, (0,)),
+        ({"tokenizer_config": {"eos_token": None}}, ()),
+        ({"special_tokens_map": {"eos_token": "<stop>"}}, (3,)),
+        ({"special_tokens_map": {"eos_token": {"content": "</s>"}}}, (2,)),
+    ],
+)
+def test_the_end_of_a_text_comes_from_the_models_files(tmp_path, files, ends):
+    lay(tmp_path, small_bpe("<|endoftext|>", "<pad>", "</s>", "<stop>"), **files)
+    for found in (tokenizers.from_folder(tmp_path), tokenizers.from_file(tmp_path / "tokenizer.json")):
+        assert found.ends == ends and found.eot == (ends[0] if ends else None)
+    (tmp_path / "kept").mkdir()
+    again = tokenizers.load(json.loads(json.dumps(found.save(tmp_path / "kept"))), tmp_path / "kept")
+    assert again.ends == ends
+    (tmp_path / "out").mkdir()
+    tokenizers.to_folder(found, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == found.eot
+    assert tokenizers.from_folder(tmp_path / "out").eot == found.eot
+
+
+def test_descriptions_of_earlier_versions_keep_their_end(tmp_path):
+    lay(tmp_path, small_bpe("<s>", "</s>"))
+    assert tokenizers.load({"kind": "file", "path": "tokenizer.json"}, tmp_path).ends == (1,)
+    assert tokenizers.from_file(tmp_path / "tokenizer.json").save(tmp_path) == {
+        "kind": "file",
+        "path": "tokenizer.json",
+    }
+    assert tokenizers.load({"kind": "chars", "characters": "ab"}).ends == ()
+
+
+def test_vocab_and_merges_keep_their_own_end_and_get_no_other(tmp_path):
+    tokenizer = small_bpe("<s>", "<pad>", "</s>", "<unk>")
+    tokenizer.save_model(str(tmp_path))
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    lay(tmp_path, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"} | words)
+    ours, theirs = tokenizers.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.vocab_size, ours.eot) == (len(theirs), theirs.eos_token_id) == (tokenizer.get_vocab_size(), 2)
+    assert ours.encode("the mat").tolist() == theirs("the mat")["input_ids"]
+
+
+def test_added_tokens_are_tokens(tmp_path):
+    tokenizer = small_bpe("<|endoftext|>")
+    tokenizer.save_model(str(tmp_path))
+    count = tokenizer.get_vocab_size()
+    about = {"eos_token": "<end>", "added_tokens_decoder": {str(count + 1): {"content": "<end>", "special": True}}}
+    lay(tmp_path, added_tokens={"<tab>": count}, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"} | about)
+    ours = tokenizers.from_folder(tmp_path)
+    assert (ours.vocab_size, ours.eot) == (count + 2, count + 1)
+    assert ours.encode("the<tab>mat").tolist()[1:-1].count(count) == 1
+    assert count + 1 not in ours.encode("the <end>")  # a special token that is spelled out is text
+    assert ours.decode([count, count + 1]) == "<tab><end>"
+    # ids with gaps stay where they are
+    lay(tmp_path, added_tokens={"<tab>": count + 5})
+    (tmp_path / "tokenizer_config.json").unlink()
+    ours = tokenizers.from_folder(tmp_path)
+    assert ours.vocab_size == count + 6 and not ours.drawable()[count : count + 5].any() and ours.drawable()[count + 5]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert "must have the id" in told(tokenizers.from_folder, tmp_path)
+
+
+def test_a_tokenizer_and_its_ends_go_through_all_conversions(tmp_path):
+    tokenizer = small_bpe("<s>", "<pad>", "</s>", "<stop>")
+    model = torch_model(tokenizer.get_vocab_size(), 20, 1, 2, 16)
+    model.generation_config.eos_token_id = [2, 3]
+    model.save_pretrained(tmp_path / "in")
+    lay(tmp_path / "in", tokenizer)
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "run")]) == 0
+    assert open_source(tmp_path / "run").tokenizer().ends == (2, 3)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    again = loaded(tmp_path / "out")
+    assert again.generation_config.eos_token_id == [2, 3]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 2
+    assert open_source(tmp_path / "out").tokenizer().ends == (2, 3)
+
+
+@pytest.mark.parametrize("end", [5, None])
+def test_characters_keep_their_end(tmp_path, end):
+    model = torch_model(97, 20, 1, 2, 16)
+    model.save_pretrained(tmp_path / "in")
+    tokenizers.to_folder(tokenizers.chars("".join(map(chr, range(256, 256 + 97)))), tmp_path / "in")
+    reconfigure(tmp_path / "in", eos_token_id=end)
+    (tmp_path / "in" / "generation_config.json").unlink()
+    ends = () if end is None else (end,)
+    at = tmp_path / "in"
+    for name in ("a.bin", "run", "out"):
+        assert main(["convert", str(at), str(tmp_path / name)]) == 0
+        at = tmp_path / name
+        found = open_source(at).tokenizer()
+        assert found.name == "chars" and found.ends == ends
+    assert loaded(at).generation_config.eos_token_id == end
+
+
+# ids that stand for no token are never drawn --------------------------------------------------------------------------
+
+
+def gaps(folder):
+    """A tokenizer that uses every third id below 60."""
+    vocab = {chr(256 + i): 3 * i for i in range(20)}
+    library = tokenizers_library.Tokenizer(tokenizers_library.models.BPE(vocab, []))
+    library.decoder = tokenizers_library.decoders.Fuse()
+    library.save(str(folder / "tokenizer.json"))
+    return set(vocab.values())
+
+
+def fewer(folder):
+    """A tokenizer of 64 characters."""
+    tokenizers.to_folder(tokenizers.chars("".join(map(chr, range(256, 256 + 64)))), folder)
+    return set(range(64))
+
+
+@pytest.mark.parametrize("lay_tokenizer", [gaps, fewer])
+def test_ids_without_a_token_are_never_drawn(tmp_path, lay_tokenizer):
+    """The model wants nothing but an id without a token: greedily, by chance, and in transformers after an export."""
+    model = torch_model(97, 20, 1, 2, 16, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "in")
+    known = lay_tokenizer(tmp_path / "in")
+
+    def loud(tensors):
+        tensors["transformer.ln_f.weight"].zero_()
+        tensors["transformer.ln_f.bias"].fill_(1)
+        tensors["lm_head.weight"].zero_()
+        tensors["lm_head.weight"][80 if lay_tokenizer is fewer else 1] = 9  # its logit is 144, the others' 0
+        tensors["lm_head.weight"][3] = 0.5
+
+    change_tensors(tmp_path / "in", loud)
+    engine, tokenizer = load_run(tmp_path / "in")
+    assert list(engine.generate([0], 5, Sampling(temperature=0))) == [3] * 5
+    drawn = list(engine.generate([0], 300, Sampling(temperature=30)))
+    assert set(drawn) <= known and len(set(drawn)) > 9 and len(tokenizer.decode(drawn)) == 300
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "run")]) == 0
+    assert list(load_run(tmp_path / "run")[0].generate([0], 5, Sampling(temperature=0))) == [3] * 5
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    theirs = loaded(tmp_path / "out")
+    with torch.no_grad():
+        assert theirs(torch.tensor([[0]])).logits[0, -1].argmax() not in known  # the logits are unchanged
+    prompt = torch.tensor([[0]])
+    greedy = theirs.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert greedy[0].tolist() == [0] + [3] * 5
+    torch.manual_seed(0)
+    out = theirs.generate(
+        prompt, max_new_tokens=19, do_sample=True, temperature=30.0, num_return_sequences=9, pad_token_id=0
+    )
+    assert set(out.flatten().tolist()) <= known
+    out = theirs.generate(prompt, max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)
+    assert set(out.flatten().tolist()) <= known
+
+
 # what is wrong --------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +692,38 @@ def reconfigure(folder, **changes):
         ({"activation_function": "relu"}, "has activation_function gelu_new or gelu_pytorch_tanh, but got relu."),
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx False, but got True."),
         ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-05, but got 1e-06."),
+        ({"layer_norm_epsilon": "1e-5"}, "has layer_norm_epsilon 1e-05, but got 1e-5."),
+        (
+            {"num_attention_heads": 2},
+            "has one value for n_head and its other name num_attention_heads, but got 3 and 2.",
+        ),
+        (
+            {"max_position_embeddings": 20.0},
+            "n_positions and its other name max_position_embeddings, but got 20 and 20.0.",
+        ),
+        ({"hidden_size": None}, "n_embd and its other name hidden_size, but got 36 and None."),
+        ({"num_hidden_layers": [2]}, "n_layer and its other name num_hidden_layers, but got 2 and [2]."),
+        ({"n_head": 3.0}, "gives a model whose num_heads is a whole number, but got 3.0."),
+        ({"n_layer": True}, "gives a model whose num_layers is a whole number, but got True."),
+        ({"n_positions": 10**12}, "gives a model whose max_seq_len is at most 2,147,483,647, but got 1000000000000."),
+        ({"n_embd": 3 * 10**8}, "in "),
+        ({"vocab_size": 2**31 - 1}, "transformer.wte.weight in"),
+        ({"tie_word_embeddings": 1}, "gives a model whose tie_embeddings is true or false, but got 1."),
+        ({"scale_attn_weights": 1}, "has scale_attn_weights True, but got 1."),
+        ({"scale_attn_weights": False}, "has scale_attn_weights True, but got False."),
+        ({"reorder_and_upcast_attn": 0}, "has reorder_and_upcast_attn False or True, but got 0."),
+        ({"add_cross_attention": True}, "has add_cross_attention False, but got True."),
+        ({"n_inner": 144.0}, "has n_inner None or 144, but got 144.0."),
+        ({"n_inner": ["\n" * 999]}, "has n_inner None or 144, but got ['\\n\\n"),
+        ({"resid_pdrop": 0.0}, "has one value for resid_pdrop, embd_pdrop, attn_pdrop: "),
+        ({"resid_pdrop": "0.1", "embd_pdrop": "0.1", "attn_pdrop": "0.1"}, "whose dropout is a number, but got '0.1'."),
+        ({"resid_pdrop": True, "embd_pdrop": True, "attn_pdrop": True}, "whose dropout is a number, but got True."),
+        ({"is_causal": False}, "has is_causal True, but got False."),
+        ({"is_causal": None}, "has is_causal True, but got None."),
+        ({"sliding_window": 4}, "has sliding_window None, but got 4."),
+        ({"per_layer_config": {"0": {"n_head": 1}}}, "has per_layer_config None or {}, but got {'0': {'n_head': 1}}."),
+        ({"quantization_config": {"load_in_8bit": True}}, "has quantization_config None, but got "),
+        ({"transformers_weights": "x.safetensors"}, "has transformers_weights None or model.safetensors, but got x."),
     ],
 )
 def test_p14_invalid_configs_are_refused(folder, changes, part):
@@ -331,8 +755,121 @@ def test_p14_damaged_weights_are_refused(folder, how):
     ["{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
 )
 def test_p14_damaged_indices_are_refused(folder, index):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in told(open_source, folder)
+
+
+def test_huge_configs_are_refused_before_memory_is_touched(folder):
+    reconfigure(folder, n_embd=36 * 10**6, vocab_size=2**31 - 1, n_positions=2**31 - 1)  # 10^17 numbers
+    assert "has shape (108000000,), but got (108,)." in within(folder)
+
+
+SCRIPT = """
+import sys, time
+from handgrad.infer.load import open_source
+from handgrad import tokenizers
+from handgrad.core.errors import HandgradError
+start = time.perf_counter()
+try:
+    source = open_source(sys.argv[1])
+    source.tokenizer()
+except HandgradError as error:
+    print(error)
+print(time.perf_counter() - start)
+print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def within(folder):
+    """The one line of error that a process gives within 2 s and 500 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    line, seconds, mib = done.stdout.splitlines()
+    assert float(seconds) < 2 and float(mib) < 500, done.stdout
+    return line
+
+
+def one_merge(vocab):
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("tokenizer.json", one_merge({"a": 0, "b": 2**31}), "must lie below 16,777,216, but got 2,147,483,648."),
+        ("tokenizer.json", one_merge({"a": 0, "b": 2**24}), "must lie below 16,777,216, but got 16,777,216."),
+        ("tokenizer.json", one_merge({"a": 0, "b": 2**64}), "must describe a tokenizer"),
+        ("tokenizer.json", one_merge({"a": 0, "b": -1}), "must describe a tokenizer"),
+        ("tokenizer.json", one_merge({"a": 0, "b": 0}), "must give every token an id of its own"),
+        ("tokenizer.json", "[" * 10**5, "must describe a tokenizer"),
+        ("tokenizer.json", " " * (48 * 2**20 + 1), "must have at most 50,331,648 bytes"),
+        (
+            "vocab.json",
+            json.dumps({"a": 0, "b": 2**31}),
+            "vocab.json gives ids in 0..16777215, but got 2147483648 for b.",
+        ),
+        ("vocab.json", json.dumps({"a": 0, "b": -1}), "but got -1 for b."),
+        ("vocab.json", json.dumps({"a": 0, "b\n": 1.0}), "but got 1.0 for 'b\\n'."),
+        ("vocab.json", json.dumps({"a": 0, "b": True}), "but got True for b."),
+        ("vocab.json", json.dumps({"a": 0, "b": [1]}), "but got [1] for b."),
+        ("vocab.json", json.dumps({"a": 0, "b": 0}), "must give every token an id of its own"),
+        ("vocab.json", '{"\\ud800": 0}', "must describe a tokenizer"),
+        ("vocab.json", "[" * 10**5, "vocab.json is JSON"),
+        ("vocab.json", "[]", "vocab.json holds an object, but got list."),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": 5}',
+            "gives eos_token as text, or as an object with a content, but got 5.",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": "x"}}', "as ids and tokens, but got -1 and x."),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "as an object, but got [1]."),
+        ("added_tokens.json", '{"x": 99999999999}', "but got "),
+        ("special_tokens_map.json", "{", "special_tokens_map.json is JSON"),
+        ("generation_config.json", '{"eos_token_id": [[1]]}', "as an id, a list of ids, or null, but got [[1]]."),
+        ("generation_config.json", '{"eos_token_id": true}', "as an id, a list of ids, or null, but got True."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ["x"]}}', "but got no such weight_map."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "\\ud800"}}', "but got no such weight_map."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "x\\u0000"}}', "but got no such weight_map."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "x\\ny"}}', "but got no such weight_map."),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "/dev/zero"}}', "but got no such weight_map."),
+        ("model.safetensors.index.json", "[" * 10**5, "is JSON"),
+        ("model.safetensors.index.json", " " * (6 * 2**20 + 1), "has at most 6,291,456 bytes, but got 6,291,457."),
+        ("config.json", '{"model_type": ' + "[" * 10**5, "is JSON"),
+        ("config.json", '{"model_type": "\\ud800\\n"}', "has the model_type gpt2, but got '\\ud800\\n'."),
+        ("config.json", '{"model_type": "gpt2", "n_layer": 1' + "0" * 5000 + "}", "is JSON"),
+    ],
+)
+def test_hostile_files_are_one_line_soon(folder, name, text, part):
+    if name.startswith("model.safetensors"):
+        (folder / "model.safetensors").unlink()
+    elif name != "tokenizer.json":
+        (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / name).write_text(text)
+    assert part in within(folder)
+
+
+def test_hostile_safetensors_are_one_line_soon(folder):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    size = 90 * 2**20
+    with path.open("wb") as file:  # a header of 90 MB, which the format allows
+        file.write(size.to_bytes(8, "little") + b"{" + b" " * (size - 2) + b"}" + raw)
+    assert "has at most 8,388,608 bytes, but got 94,371,840." in within(folder)
+    path.write_bytes(raw)
+    change_tensors(folder, lambda t: t.update({"new\nline": torch.zeros(1)}))
+    assert "but got also 'new\\nline'." in within(folder)
+    path.unlink()
+    os.mkfifo(path)
+    assert "holds model.safetensors or model.safetensors.index.json, but got neither." in within(folder)
 
 
 # the hub --------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ INSIDE = {
 OUTSIDE = {
     "numpy": "backends data io tokenizers infer evals train testing reference.py",
     "ml_dtypes": "backends io testing",
-    "ctypes": "backends",
+    "ctypes": "backends replace.py",
     "cuda": "backends",
     "cudnn": "backends",
     "safetensors": "io",

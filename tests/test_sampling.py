@@ -57,7 +57,9 @@ def test_large_vocabulary_agrees_with_the_plain_definition():
     assert p.sum() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(top_k=3), Sampling(top_p=0.8), Sampling(1.3, 4, 0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.8), Sampling(1.3, 4, 0.9)]
+)
 def test_picks_follow_the_distribution(sampling):
     logits = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32))
     ids, p = candidates(logits, sampling)
@@ -87,17 +89,40 @@ def test_extreme_draws_pick_possible_tokens(draw):
         def random(self):
             return draw
 
-    sampler = Sampler(Sampling(), 7)
+    sampler = Sampler(Sampling(1.0), 7)
     sampler._rng = Fixed()
     logits = np.array([-math.inf, 0.1, -math.inf, 0.2, 0.3, -math.inf, -math.inf], np.float32)
     assert sampler.pick(logits) == (1 if draw == 0 else 4)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(), Sampling(5.0, 3), Sampling(5.0, 0, 0.9), Sampling(5, 2, 0.9)]
+)
+def test_ids_without_a_token_are_never_picked(sampling):
+    """They have the largest logits, one of them NaN: past the tokenizer's end, and in gaps."""
+    logits = np.array([9, 0, 1, np.nan, 2, 9, 0, 9, 9], np.float32)
+    before, drawable = logits.copy(), np.array([False, True, True, False, True, False, True])
+    sampler = Sampler(sampling, 8, drawable)
+    picked = {sampler.pick(logits) for _ in range(300)}
+    assert picked <= {1, 2, 4, 6} and 4 in picked and (len(picked) > 1 or sampling.temperature == 0)
+    np.testing.assert_array_equal(logits, before)
+    with pytest.raises(HandgradError, match="must have a row for a token of its tokenizer, but got none"):
+        Sampler(sampling, 1, drawable)
+
+
+def test_drawable_ids_have_the_probabilities_of_a_model_without_the_others():
+    logits = np.random.default_rng(0).normal(0, 2, 40).astype(np.float32)
+    drawable = np.arange(40) % 3 == 0
+    fewer, all_ids = logits[drawable], np.flatnonzero(drawable)
+    ours, small = Sampler(Sampling(1.0), 40, drawable), Sampler(Sampling(1.0), fewer.size)
+    assert [ours.pick(logits) for _ in range(50)] == [all_ids[small.pick(fewer)] for _ in range(50)]
 
 
 def test_the_seed_decides_the_picks():
     logits = np.linspace(0, 3, 100).astype(np.float32)
 
     def picks(seed):
-        sampler = Sampler(Sampling(seed=seed), 100)
+        sampler = Sampler(Sampling(1.0, seed=seed), 100)
         return [sampler.pick(logits) for _ in range(8)]
 
     assert picks(7) == picks(7) != picks(8)

@@ -61,7 +61,7 @@ def test_greedy_generation_counts_and_stops(trained):
     run, _ = trained
     greedy = hg.Sampling(temperature=0.0)
     assert list(run.generate([5, 6, 7], 30, greedy)) == [(8 + i) % 10 for i in range(30)]
-    assert list(run.generate([8], 40, greedy, stop_id=3)) == [9, 0, 1, 2]
+    assert list(run.generate([8], 40, greedy, stop_ids=(3,))) == [9, 0, 1, 2]
 
 
 def test_resume_is_bit_exact(trained, tokens, tmp_path):

@@ -214,6 +214,18 @@ def test_ids_out_of_range(file_tokenizer):
                 list(tokenizer.stream([bad]))
 
 
+def test_the_neutral_prompt_is_a_line_break_if_it_can_be_spelled(file_tokenizer, tmp_path):
+    assert tokenizers.neutral_prompt(tokenizers.gpt2()) == [198]
+    assert tokenizers.neutral_prompt(file_tokenizer) == file_tokenizer.encode("\n").tolist()
+    assert tokenizers.neutral_prompt(tokenizers.chars("a\nb")) == [0]
+    assert tokenizers.neutral_prompt(tokenizers.chars("xyz")) == [0]
+    ends = tokenizers.load({"kind": "chars", "characters": "xyz", "eot": 2})
+    assert tokenizers.neutral_prompt(ends) == [2]
+    words = library.Tokenizer(library.models.WordLevel({"[UNK]": 3, "a": 5}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "tokenizer.json"))  # spells a line break as an unknown token
+    assert tokenizers.neutral_prompt(tokenizers.from_file(tmp_path / "tokenizer.json")) == [3]
+
+
 @pytest.mark.parametrize("text", ["a\udc80", "a\ud800", "a" * 5000 + "\ud800"])
 def test_lone_surrogate_is_an_error(file_tokenizer, text):
     for tokenizer in (tokenizers.gpt2(), file_tokenizer):
@@ -231,6 +243,10 @@ def test_lone_surrogate_is_an_error(file_tokenizer, text):
         ({"kind": "chars", "characters": "aa"}, "each once"),
         ({"kind": "chars", "characters": ""}, "each once"),
         ({"kind": "file", "path": 3}, "must have a path"),
+        ({"kind": "file", "path": "a\0"}, "must have a path"),
+        ({"kind": "chars", "characters": "ab", "eot": 2}, "must be among its ids, but got 2"),
+        ({"kind": "chars", "characters": "ab", "eot": -1}, "must be among its ids, but got -1"),
+        ({"kind": "chars", "characters": "ab", "eot": True}, "an id, a list of ids, or null, but got True"),
         ({"kind": "file", "path": "none.json"}, "no file"),
     ],
 )

@@ -3,7 +3,7 @@
 from handgrad import data, models, optim
 from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
-from handgrad.infer import Engine, Sampling
+from handgrad.infer import Engine, Sampling, load
 from handgrad.optim import schedules
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
@@ -22,6 +22,7 @@ __all__ = [
     "Trainer",
     "data",
     "explain",
+    "load",
     "models",
     "optim",
     "schedules",

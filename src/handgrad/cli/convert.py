@@ -1,10 +1,6 @@
 """handgrad convert SRC DST: a model between llm.c's .bin, Hugging Face folders and handgrad's run folders."""
 
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,20 +8,15 @@ from typing import Annotated, Literal
 import tyro
 
 from handgrad.cli.flags import parse
+from handgrad.core.disk import flush
 from handgrad.core.errors import HandgradError
+from handgrad.core.replace import beside, dead, replace, sweep, temporary
 from handgrad.infer.convert import to_hf, to_llmc, to_run
-from handgrad.infer.load import open_source
+from handgrad.infer.load import Source, open_source
+from handgrad.io import hf
+from handgrad.tokenizers import Tokenizer
 
-OF_A_MODEL = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "step_*",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-)
+OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", *hf.TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -42,11 +33,16 @@ class Convert:
     """dtype of the written weights; saved: the source's"""
     force: bool = False
     """replace a file, or a folder that holds only a model"""
+    push: str = ""
+    """hf:NAME: upload what was written to the Hugging Face hub (pip install 'handgrad[hub]', then hf auth login)"""
+    private: bool = False
+    """make the uploaded model private, if it is new"""
 
 
 def main(argv: list[str]) -> int:
     """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
+    check_push(a)
     dst, to, source = Path(a.dst), a.to, open_source(a.src)
     if to == "auto":
         to = "llmc" if dst.suffix == ".bin" else "hf" if source.kind == "handgrad" else "handgrad"
@@ -59,20 +55,15 @@ def main(argv: list[str]) -> int:
         tokenizer = None
         print(f"no tokenizer: {error}")
     table, step = dst.with_name(f"{dst.stem}_tokenizer.bin"), 0
-    for path in (dst, table) if to == "llmc" else (dst,):
-        check_free(path, a.force)
     try:
+        repair(dst, table)
+        for path in (dst, table) if to == "llmc" else (dst,):
+            check_free(path, a.force)
         dst.parent.mkdir(parents=True, exist_ok=True)
         if to == "llmc":
-            with replacing(table) as new_table, replacing(dst) as new:
-                to_llmc(source, new, dtype, tokenizer, new_table)
+            write_files(source, dst, table, dtype, tokenizer)
         else:
-            with replacing(dst) as new:
-                new.mkdir()
-                if to == "hf":
-                    to_hf(source, new, dtype, tokenizer)
-                else:
-                    step = to_run(source, new, dtype, tokenizer)
+            step = write_folder(source, dst, to, dtype, tokenizer)
     except OSError as error:
         raise HandgradError("convert", f"cannot write '{dst}': {error.strerror or error}") from None
     count = sum(math.prod(shape) for shape in source.weights.shapes.values())
@@ -81,7 +72,20 @@ def main(argv: list[str]) -> int:
         print(f"resume: handgrad train --resume {dst} --steps N --train DATA")
     elif to != "hf":
         print(f"train from it: handgrad train --init {dst} --train DATA")
+    if a.push:
+        written = [path for path in (dst, table) if to == "llmc" and path.exists()] or [dst]
+        print(f"uploaded: {hf.push(a.push.removeprefix('hf:'), written, a.private)}")
     return 0
+
+
+def check_push(a: Convert) -> None:
+    """Raises HandgradError if the upload that was asked for cannot begin: before the work, not after it."""
+    if a.push and not a.push.startswith("hf:"):
+        raise HandgradError("convert", "--push takes hf:NAME", f"'{a.push}'", hint=f"--push hf:{a.push}")
+    if a.private and not a.push:
+        raise HandgradError("convert", "--private goes with --push hf:NAME", "no --push")
+    if a.push:
+        hf.check_push(a.push.removeprefix("hf:"))
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -96,21 +100,51 @@ def check_free(path: Path, force: bool) -> None:
             raise HandgradError("convert", f"--force replaces a folder that holds only a model: '{path}'", others[0])
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name to write under. At the end of the block, what was written there replaces `path`."""
-    new, old = (path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
-    try:
-        yield new
-        if new.is_dir() and path.exists():  # rename does not replace a folder
-            path.rename(old)
-        if new.exists():
-            new.replace(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (new, old):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+def write_folder(source: Source, dst: Path, to: str, dtype: str, tokenizer: Tokenizer | None) -> int:
+    """Writes a Hugging Face folder, or a run folder; returns the step of the latter."""
+    step = 0
+    with temporary(dst) as new:
+        new.mkdir()
+        if to == "hf":
+            to_hf(source, new, dtype, tokenizer)
+        else:
+            step = to_run(source, new, dtype, tokenizer)
+        replace(new, dst)
+    return step
+
+
+def write_files(source: Source, dst: Path, table: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Writes a .bin and its table of tokens.
+
+    Two files cannot change at once. While they do, the model has no table rather than another model's, and `repair`
+    restores the older one or finishes.
+    """
+    with temporary(dst) as new, temporary(table) as new_table:
+        to_llmc(source, new, dtype, tokenizer, new_table)
+        old = beside(table, "old")
+        if table.exists() and not (new_table.exists() and table.read_bytes() == new_table.read_bytes()):
+            table.rename(old)
+            flush(table.parent)
+        try:
+            replace(new, dst)
+        except OSError:
+            if old.exists():
+                old.rename(table)
+            raise
+        if new_table.exists():
+            replace(new_table, table)
+        old.unlink(missing_ok=True)
+
+
+def repair(dst: Path, table: Path) -> None:
+    """Ends what conversions to these names that were killed have begun, and removes what they left."""
+    if not dst.parent.is_dir():
+        return
+    for pid in dead(table, "old"):
+        if not table.exists() and beside(dst, "tmp", pid).exists():  # the older model is still there
+            beside(table, "old", pid).rename(table)
+        elif not table.exists() and beside(table, "tmp", pid).exists():
+            beside(table, "tmp", pid).rename(table)
+        beside(table, "old", pid).unlink(missing_ok=True)
+    sweep(dst)
+    sweep(table)

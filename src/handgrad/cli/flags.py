@@ -24,6 +24,7 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int | None: ("a whole number or None", lambda word: word == "None" or int(word)),
     float | None: ("a number or None", lambda word: word == "None" or float(word)),
     str: ("text", str),
+    str | None: ("text", str),
     tuple[str, ...]: ("text", str),
 }
 # what other trainers call a flag: our name

@@ -1,14 +1,14 @@
 """handgrad generate RUN: continues a prompt with the newest checkpoint of a run folder, streaming to the terminal."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.infer.load import load_run
+from handgrad.infer.load import MAX_TOKENS, load
 from handgrad.infer.sampling import Sampling, StopStrings
 
 
@@ -18,17 +18,17 @@ class Generate:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
-    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
+    prompt: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = None
     """text to continue; -: standard input"""
-    max_tokens: int = 256
+    max_tokens: int = MAX_TOKENS
     """tokens to generate"""
-    temperature: float = 0.8
+    temperature: float = Sampling.temperature
     """0: always the likeliest token"""
-    top_k: int = 0
+    top_k: int = Sampling.top_k
     """sample from the k likeliest tokens; 0: all"""
-    top_p: float = 1.0
+    top_p: float = Sampling.top_p
     """sample from the likeliest tokens that hold this probability together"""
-    seed: int = 0
+    seed: int = Sampling.seed
     """seed of the sampling"""
     stop: tuple[str, ...] = ()
     """stop before any of these strings"""
@@ -43,20 +43,19 @@ class Generate:
 def main(argv: list[str]) -> int:
     """Prints the prompt and its continuation."""
     a = parse(Generate, argv, "generate")
-    sampling, stop = Sampling(a.temperature, a.top_k, a.top_p, a.seed), StopStrings(a.stop)
     if a.max_tokens < 1:
         raise HandgradError("generate", "--max-tokens is at least 1", a.max_tokens)
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed)  # wrong values show before the model is read
+    StopStrings(a.stop)
     prompt = read_prompt() if a.prompt == "-" else a.prompt
-    if not prompt:
+    if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    engine, tokenizer = load_run(a.run, a.dtype, a.backend, a.threads)
-    ids = tokenizer.encode(prompt).tolist()
-    print(prompt, end="", flush=True)
-    for piece in tokenizer.stream(engine.generate(ids, a.max_tokens, sampling, tokenizer.eot)):
-        print(stop.feed(piece), end="", flush=True)
-        if stop.found is not None:
-            break
-    print(stop.finish())
+    loaded = load(a.run, a.dtype, a.backend, a.threads)
+    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
+    print("\n" if prompt is None else prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 

@@ -5,7 +5,7 @@
 All other arguments are the harness's own. A program that calls the harness calls `register` first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from handgrad.core.errors import HandgradError
@@ -71,8 +71,8 @@ def register() -> type:
             until = settings.get("until") or []
             ids = self.tok_encode(context) or [self.eot_token_id]
             most, tokenizer = settings.get("max_gen_toks", 256), self._model.tokenizer
-            said = tokenizer.stream(self._engine.generate(ids, most, sampling(settings), tokenizer.eot))
-            return cut(said, StopStrings([until] if isinstance(until, str) else until))
+            said = tokenizer.stream(self._engine.generate(ids, most, sampling(settings), tokenizer.ends))
+            return "".join(StopStrings([until] if isinstance(until, str) else until).cut(said))
 
     return register_model("handgrad")(HandgradLM)
 
@@ -82,16 +82,6 @@ def sampling(settings: dict[str, Any]) -> Sampling:
     draws = settings.get("do_sample", settings.get("temperature", 0) > 0)
     temperature = settings.get("temperature", 1.0) if draws else 0.0
     return Sampling(temperature, settings.get("top_k", 0), settings.get("top_p", 1.0))
-
-
-def cut(pieces: Iterable[str], stop: StopStrings) -> str:
-    """The text of the pieces up to the first stop string."""
-    text = ""
-    for piece in pieces:
-        text += stop.feed(piece)
-        if stop.found is not None:
-            return text
-    return text + stop.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Text generation."""
 
 from handgrad.infer.engine import Engine
+from handgrad.infer.load import Loaded, load
 from handgrad.infer.sampling import Sampling
 
-__all__ = ["Engine", "Sampling"]
+__all__ = ["Engine", "Loaded", "Sampling", "load"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from handgrad import tokenizers
+from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, hf, llmc
@@ -23,9 +24,17 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         family = source.model.family
         raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
     form = hf.Format(**source.model.hugging_face)
-    hf.write(folder, form, source.weights, dtype, None if tokenizer is None else tokenizer.eot)
+    ends: tuple[int, ...] = ()
+    suppressed: list[int] = []
     if tokenizer is not None:
+        ends = tuple(id for id in tokenizer.ends if id < source.model.vocab_size)
+        drawable = np.zeros(source.model.vocab_size, bool)
+        known = tokenizer.drawable()[: drawable.size]
+        drawable[: known.size] = known
+        # cutting these rows off instead would change the probabilities of the others
+        suppressed = np.flatnonzero(~drawable).tolist()
         tokenizers.to_folder(tokenizer, folder)
+    hf.write(folder, form, source.weights, dtype, ends, suppressed)
 
 
 def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None, table: Path) -> None:
@@ -79,9 +88,9 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     }
     checkpoint.save(folder, step, params, flats, meta)
     if tokenizer is not None:
-        (folder / TOKENIZER).write_text(json.dumps(tokenizer.save(folder)) + "\n", encoding="utf-8")
+        write_text(folder / TOKENIZER, json.dumps(tokenizer.save(folder)) + "\n")
     if state is not None:  # settings that the flags of the resumed run override
         settings: dict[str, Any] = {"model": asdict(source.model), "data": {}, "optim": {"beta2": 0.95}}
         settings["run"] = {"dtype": dtype, "master_weights": has_master or dtype == "f32"}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     return step

@@ -1,6 +1,6 @@
 """Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -23,10 +23,21 @@ def record(model: Model, dtype: DType) -> tuple[Program, Program]:
 
 
 class Engine:
-    """Generates with the parameters in an arena that was planned with `record`'s programs."""
+    """Generates with the parameters in an arena that was planned with `record`'s programs.
 
-    def __init__(self, model: Model, programs: tuple[Program, Program], arena: Arena, backend: Backend):
+    drawable: which ids `generate` may yield, as `Tokenizer.drawable` says; None: all of the model's
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        programs: tuple[Program, Program],
+        arena: Arena,
+        backend: Backend,
+        drawable: np.ndarray | None = None,
+    ):
         self.model = model
+        self.drawable = drawable
         self._prefill, self._decode = programs
         self._arena = arena
         self._run = tuple(backend.bind(p, arena) for p in programs)
@@ -61,9 +72,16 @@ class Engine:
         self.position += count
 
     def generate(
-        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stop_id: int | None = None
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+        drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
-        """Yields up to `max_tokens` token ids after `prompt`; ends at `stop_id`.
+        """Yields up to `max_tokens` token ids after `prompt`; ends before any of `stop_ids`.
+
+        drawable: which ids may follow, (n,) bool; None: those of the engine
 
         The model sees at most max_seq_len tokens. When the window is full, the engine reads its newer half again from
         position 0, so generation has no end of its own. Of a longer prompt it reads the last max_seq_len tokens.
@@ -71,12 +89,13 @@ class Engine:
         bad = [t for t in prompt if not 0 <= t < self.model.vocab_size]
         if bad:
             raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
-        sampler, window = Sampler(sampling, self.model.vocab_size), list(prompt)[-self.model.max_seq_len :]
+        sampler = Sampler(sampling, self.model.vocab_size, self.drawable if drawable is None else drawable)
+        window = list(prompt)[-self.model.max_seq_len :]
         self.position = 0
         logits = self.logits(window)
         for i in range(max_tokens):
             token = sampler.pick(logits)
-            if token == stop_id:
+            if token in stop_ids:
                 return
             yield token
             if i + 1 == max_tokens:

@@ -1,7 +1,6 @@
 """Opens a model on disk by path or name, whoever wrote it, and makes an engine and a tokenizer from it."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -9,13 +8,16 @@ from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
 from handgrad.infer.engine import Engine, record
+from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, hf, llmc
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
+MAX_TOKENS = 256  # of a continuation, unless it is given
 KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
 
 
@@ -70,7 +72,76 @@ def load_run(
     arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
     for name, info in decode.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return Engine(source.model, programs, arena, engine_backend), tokenizer
+    return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable()), tokenizer
+
+
+@dataclass(frozen=True, repr=False)
+class Loaded:
+    """A model that is ready to continue text. `stream` and `generate` share one cache: finish one before the next."""
+
+    engine: Engine
+    tokenizer: tokenizers.Tokenizer
+
+    @property
+    def model(self) -> Model:
+        """The family and its sizes."""
+        return self.engine.model
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        seed: int = Sampling.seed,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """Returns the continuation of a prompt, without the prompt; the same as `stream`, joined."""
+        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop))
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = Sampling.temperature,
+        top_k: int = Sampling.top_k,
+        top_p: float = Sampling.top_p,
+        seed: int = Sampling.seed,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yields the continuation of a prompt as it is made.
+
+        prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one
+        max_tokens: at most;  temperature, top_k, top_p, seed: see `Sampling`;  stop: end before any of these strings
+
+        It ends at a token that ends texts. Raises HandgradError, at once, for a value out of range and for a prompt
+        that is empty or that the tokenizer cannot spell.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        if max_tokens < 1:
+            raise HandgradError("generate", "max_tokens is at least 1", max_tokens)
+        if prompt == "":
+            raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
+        tokenizer = self.tokenizer
+        ids = tokenizers.neutral_prompt(tokenizer) if prompt is None else tokenizer.encode(prompt).tolist()
+        if not ids:
+            raise HandgradError("generate", f"a prompt is spelled with tokens of {tokenizer.name}", repr(prompt))
+        tokens = self.engine.generate(ids, max_tokens, sampling, tokenizer.ends)
+        return stops.cut(tokenizer.stream(tokens))
+
+    def __repr__(self) -> str:
+        return f"Loaded({self.model}, tokenizer {self.tokenizer.name} of {self.tokenizer.vocab_size:,} tokens)"
+
+
+def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
+    """The model that `open_source` opens, ready to continue text; see `load_run` for what can be asked for and raised.
+
+    path: a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME
+    threads: of the CPU; 0: its physical cores
+    """
+    return Loaded(*load_run(path, dtype, backend, threads))
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
@@ -106,14 +177,10 @@ def _run(folder: Path) -> Source:
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
     path = run / TOKENIZER
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         hint = "checkpoints are read inside their run folder"
-        raise HandgradError("model", f"{path} says how text becomes tokens", "no such file", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("model", f"{path} is JSON", error) from None
-    return tokenizers.load(spec, run)
+        raise HandgradError("model", f"{path} says how text becomes tokens", "no such file", hint=hint)
+    return tokenizers.load(read_object(path, "model"), run)
 
 
 # others' --------------------------------------------------------------------------------------------------------------
@@ -139,7 +206,7 @@ def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:
     files = [path.with_name(f"{path.stem}_tokenizer.bin"), path.with_name("gpt2_tokenizer.bin")]
     for file in files:
         if file.is_file():
-            return tokenizers.from_tokens(llmc.read_tokenizer(file)[0])
+            return tokenizers.from_tokens(*llmc.read_tokenizer(file))
     return _by_size(model, files[0])
 
 

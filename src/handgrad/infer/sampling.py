@@ -1,7 +1,7 @@
 """Sampling: picks the next token from logits, and ends a stream of text at stop strings."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from handgrad.core.errors import HandgradError
 class Sampling:
     """How the next token is chosen. Raises HandgradError for a value out of range."""
 
-    temperature: float = 1.0
+    temperature: float = 0.8
     """logits are divided by it; 0: always the most likely token"""
     top_k: int = 0
     """choose among this many most likely tokens; 0: all"""
@@ -36,24 +36,34 @@ class Sampling:
 class Sampler:
     """Picks the tokens of one sequence: the same settings and logits give the same tokens on every machine.
 
+    drawable: (n,) bool, which ids may be picked; those from n on may not. None: all below vocab_size. A model may have
+    more rows than its tokenizer has tokens. Raises HandgradError if no id is left.
+
     >>> sampler = Sampler(Sampling(temperature=0.0), vocab_size=3)
     >>> sampler.pick(np.array([0.1, 2.0, 0.3, 9.0], np.float32))  # the fourth column is padding
     1
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int):
+    def __init__(self, sampling: Sampling, vocab_size: int, drawable: np.ndarray | None = None):
+        ids = np.arange(vocab_size) if drawable is None else np.flatnonzero(drawable[:vocab_size])
+        if ids.size == 0:
+            raise HandgradError("sample", "the model must have a row for a token of its tokenizer", "none")
         self.sampling = sampling
-        self.vocab_size = vocab_size
+        self.vocab_size = int(ids[-1]) + 1
+        self._gaps = np.setdiff1d(np.arange(self.vocab_size), ids)
         self._rng = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: np.ndarray) -> int:
         """Returns the id of the next token, below vocab_size. Ties go to the lowest id.
 
-        logits: (Vp,) float32 with Vp >= vocab_size; columns from vocab_size on are padding and never read
+        logits: (Vp,) float32 with Vp >= vocab_size; columns of ids that are not drawable are never read
 
         Raises HandgradError if a logit is NaN or +inf, or all are -inf.
         """
         logits = logits[: self.vocab_size]
+        if self._gaps.size:
+            logits = logits.copy()
+            logits[self._gaps] = -np.inf
         if self.sampling.temperature == 0:
             best = int(logits.argmax())  # a NaN wins
             _check_peak(logits[best])
@@ -71,7 +81,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
     Raises HandgradError if a logit is NaN or +inf, or all are -inf.
 
-    >>> ids, p = candidates(np.log([0.1, 0.4, 0.2, 0.3]), Sampling(top_k=3, top_p=0.7))
+    >>> ids, p = candidates(np.log([0.1, 0.4, 0.2, 0.3]), Sampling(temperature=1, top_k=3, top_p=0.7))
     >>> ids.tolist(), p.round(3).tolist()
     ([1, 3], [0.571, 0.429])
     """
@@ -133,6 +143,16 @@ class StopStrings:
             start -= _open_end(text, self.stops)
         self._held = text[start:] if self.found is None else ""
         return text[:start]
+
+    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Yields the text of `pieces` up to the first stop string."""
+        for piece in pieces:
+            if text := self.feed(piece):
+                yield text
+            if self.found is not None:
+                return
+        if text := self.finish():
+            yield text
 
     def finish(self) -> str:
         """Returns the text that was held back. Call it after the last piece."""

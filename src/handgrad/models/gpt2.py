@@ -31,6 +31,7 @@ def _hf_only(fields: Mapping[str, Any]) -> dict[str, tuple]:
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False, True),  # the same formula; our sums are float32 either way
         "add_cross_attention": (False,),
     }
 
@@ -60,12 +61,19 @@ class GPT2:
             "hidden_size": ("n_embd", 768),
             "tie_embeddings": ("tie_word_embeddings", True),
         },
-        "written": {"resid_pdrop": "dropout", "embd_pdrop": "dropout", "attn_pdrop": "dropout"},
+        "aliases": {
+            "max_position_embeddings": "n_positions",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "hidden_size": "n_embd",
+        },
+        "shared": {"dropout": (("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)},
         "only": _hf_only,
         "name": _hf_name,
         "prefix": "transformer.",
         "transposed": r"h\.\d+\..*\.c_\w+\.weight",  # their blocks store matrices (in, out)
         "ignored": r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight",  # causal masks of old versions, a tied head
+        "tied": ("tie_embeddings", "wte.weight", "lm_head.weight"),
     }
 
     def __post_init__(self) -> None:

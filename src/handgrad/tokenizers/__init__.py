@@ -1,15 +1,28 @@
 """Text to ids and back: GPT-2's byte-level BPE, characters, or any tokenizer.json."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import Tokenizer
+from handgrad.core.json_file import shown
+from handgrad.tokenizers.base import Tokenizer, neutral_prompt
 from handgrad.tokenizers.chars import CharTokenizer, chars
-from handgrad.tokenizers.file import from_file
+from handgrad.tokenizers.ends import id_list
+from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gpt2 import gpt2
 
-__all__ = ["Tokenizer", "chars", "from_file", "from_folder", "from_tokens", "gpt2", "load", "to_folder"]
+__all__ = [
+    "Tokenizer",
+    "chars",
+    "from_file",
+    "from_folder",
+    "from_tokens",
+    "gpt2",
+    "load",
+    "neutral_prompt",
+    "to_folder",
+]
 
 
 def load(spec: dict, folder: str | Path = ".") -> Tokenizer:
@@ -25,11 +38,22 @@ def load(spec: dict, folder: str | Path = ".") -> Tokenizer:
         characters = spec.get("characters")
         if not isinstance(characters, str) or not characters or len(set(characters)) != len(characters):
             rule = "a character tokenizer must list its characters, each once"
-            raise HandgradError("tokenizer", rule, repr(characters))
-        return CharTokenizer(characters)
+            raise HandgradError("tokenizer", rule, shown(characters))
+        return CharTokenizer(characters, _ends(spec, range(len(characters))) or ())
     if kind == "file":
         path = spec.get("path")
-        if not isinstance(path, str):
+        if not isinstance(path, str) or not path.isprintable():
             raise HandgradError("tokenizer", "a tokenizer of kind 'file' must have a path", repr(path))
-        return from_file(Path(folder) / path)
-    raise HandgradError("tokenizer", "a tokenizer's kind must be 'gpt2', 'chars' or 'file'", repr(kind))
+        library = read_library(Path(folder) / path)
+        return FileTokenizer(library, Path(path).name, _ends(spec, vocabulary(library, path).values()))
+    raise HandgradError("tokenizer", "a tokenizer's kind must be 'gpt2', 'chars' or 'file'", shown(repr(kind)))
+
+
+def _ends(spec: dict, ids: Collection[int]) -> tuple[int, ...] | None:
+    """The ids that end a text by a description; None if it says nothing, as those of earlier versions."""
+    if "eot" not in spec:
+        return None
+    found = id_list(spec["eot"], "a tokenizer gives eot")
+    if not set(found) <= set(ids):
+        raise HandgradError("tokenizer", "the eot of a tokenizer must be among its ids", shown(spec["eot"]))
+    return found

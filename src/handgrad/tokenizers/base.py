@@ -9,6 +9,10 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 
+# Ids lie below this: vocabularies have up to 2^18 tokens, and a table with a row per id stays small. A file may ask for
+# id 2^31.
+MAX_IDS = 2**24
+
 
 class Tokenizer(Protocol):
     """Text to ids and back."""
@@ -26,6 +30,15 @@ class Tokenizer(Protocol):
     @property
     def eot(self) -> int | None:
         """The end-of-text id, which separates documents; None if the tokenizer has none."""
+        ...
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that ends a text; the first is `eot`."""
+        ...
+
+    def drawable(self) -> np.ndarray:
+        """Returns which ids stand for a token, (vocab_size,) bool; the others must never be sampled."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -47,6 +60,22 @@ class Tokenizer(Protocol):
     def save(self, folder: str | Path) -> dict:
         """Returns a JSON-able description for `handgrad.tokenizers.load`; writes the files it needs into `folder`."""
         ...
+
+
+def neutral_prompt(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a line break; of the end-of-text token, or of the first token, if it cannot be spelled.
+
+    >>> from handgrad.tokenizers import chars
+    >>> neutral_prompt(chars("hello, world"))  # its first token is the space
+    [0]
+    """
+    try:
+        ids = tokenizer.encode("\n").tolist()
+    except HandgradError:
+        ids = []
+    if ids and "\n" in tokenizer.decode(ids):  # else it was dropped, or is an unknown token
+        return ids
+    return [int(tokenizer.drawable().argmax()) if tokenizer.eot is None else tokenizer.eot]
 
 
 def checked(ids: Iterable[int], vocab_size: int) -> Iterator[int]:

@@ -28,10 +28,11 @@ class CharTokenizer:
     """A `handgrad.tokenizers.Tokenizer`, made by `chars`. `characters[id]` is the character of an id."""
 
     name = "chars"
-    eot: int | None = None
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, ends: tuple[int, ...] = ()):
         self.characters = characters
+        self.ends = ends
+        self.eot = ends[0] if ends else None
         self.vocab_size = len(characters)
         points = _code_points(characters)
         self._id_of = np.full(points.max() + 1, -1, np.int32)
@@ -58,8 +59,11 @@ class CharTokenizer:
     def bytes_of(self, id: int) -> bytes:
         return self.characters[id].encode("utf-8", "surrogatepass")
 
+    def drawable(self) -> np.ndarray:
+        return np.ones(self.vocab_size, bool)
+
     def save(self, folder: str | Path) -> dict:
-        return {"kind": "chars", "characters": self.characters}
+        return {"kind": "chars", "characters": self.characters} | ({"eot": list(self.ends)} if self.ends else {})
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -7,26 +7,49 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import checked
+from handgrad.tokenizers.base import MAX_IDS, checked
+from handgrad.tokenizers.ends import ends_of, known_ends
 from handgrad.tokenizers.gpt2 import spelled_bytes
 
 FILE = "tokenizer.json"
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SEP]")  # by model family
+MOST_BYTES = 48 << 20  # of a tokenizer.json: the largest of a published vocabulary, 262,144 tokens, has 33 MB
 
 
 def from_file(path: str | Path) -> "FileTokenizer":
     """Returns the tokenizer that the tokenizer.json at `path` describes.
 
-    Its `eot` is the first of <|endoftext|>, <|end_of_text|>, <|im_end|>, <eos>, </s>, [SEP] in its vocabulary, else
-    None. The file's padding, truncation and added special tokens are turned off: the data loader cuts training text.
-    Raises HandgradError if the file is missing or invalid.
+    Which token ends a text is said by the files beside it, as `ends_of` describes. The file's padding, truncation and
+    added special tokens are turned off: the data loader cuts training text. Raises HandgradError if the file is missing
+    or invalid.
     """
     path = Path(path)
+    library = read_library(path)
+    return FileTokenizer(library, path.name, ends_of(path.parent, vocabulary(library, path)))
+
+
+def read_library(path: Path) -> tokenizers.Tokenizer:
+    """Returns the library's tokenizer of a tokenizer.json. Raises HandgradError if it is missing or invalid."""
     if not path.is_file():
         raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
+    if path.stat().st_size > MOST_BYTES:
+        raise HandgradError("tokenizer", f"{path} must have at most {MOST_BYTES:,} bytes", f"{path.stat().st_size:,}")
     with library_must(f"{path} must describe a tokenizer"):
-        return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), path.name)
+        return tokenizers.Tokenizer.from_file(str(path))
+
+
+def vocabulary(library: tokenizers.Tokenizer, source: object) -> dict[str, int]:
+    """Returns the id of every token. Raises HandgradError naming the source if an id is too large or given twice."""
+    known = library.get_vocab(with_added_tokens=True)
+    if not known:
+        raise HandgradError("tokenizer", f"{source} must describe a tokenizer", "no tokens")
+    if max(known.values()) >= MAX_IDS:
+        raise HandgradError("tokenizer", f"ids in {source} must lie below {MAX_IDS:,}", f"{max(known.values()):,}")
+    if len(set(known.values())) < len(known):
+        got = f"{len(known):,} tokens and {len(set(known.values())):,} ids"
+        raise HandgradError("tokenizer", f"{source} must give every token an id of its own", got)
+    return known
 
 
 @contextmanager
@@ -42,18 +65,20 @@ def library_must(rule: str) -> Iterator[None]:
 
 
 class FileTokenizer:
-    """A `handgrad.tokenizers.Tokenizer`, made by `from_file`. `library` is the `tokenizers.Tokenizer` behind it."""
+    """A `handgrad.tokenizers.Tokenizer`, made by `from_file`. `library` is the `tokenizers.Tokenizer` behind it.
 
-    def __init__(self, library: tokenizers.Tokenizer, name: str):
+    ends: the ids that end a text; None: as a tokenizer.json alone lets one guess
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...] | None = None):
         library.no_padding()
         library.no_truncation()
         library.encode_special_tokens = True  # as plain text
-        known = library.get_vocab(with_added_tokens=True)
-        if not known:
-            raise ValueError("it has no tokens")
+        known = vocabulary(library, name)
         self.name = name
         self.vocab_size = max(known.values()) + 1  # ids may have gaps
-        self.eot = next((known[end] for end in _ENDS if end in known), None)
+        self.ends = known_ends(known) if ends is None else ends
+        self.eot = self.ends[0] if self.ends else None
         self.library, self._spelled = library, spelled_bytes()
 
     def encode(self, text: str) -> np.ndarray:
@@ -92,7 +117,12 @@ class FileTokenizer:
     def _after(self, shown: list[int], pending: list[int]) -> str:
         return self.decode(shown + pending)[len(self.decode(shown)) :]
 
+    def drawable(self) -> np.ndarray:
+        found = np.zeros(self.vocab_size, bool)
+        found[list(self.library.get_vocab(with_added_tokens=True).values())] = True
+        return found
+
     def save(self, folder: str | Path) -> dict:
-        with library_must(f"{folder} must be writable"):
-            self.library.save(str(Path(folder) / FILE))
-        return {"kind": "file", "path": FILE}
+        write_text(Path(folder) / FILE, self.library.to_str(pretty=True))
+        guessed = known_ends(self.library.get_vocab(with_added_tokens=True))
+        return {"kind": "file", "path": FILE} | ({} if self.ends == guessed else {"eot": list(self.ends)})

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from handgrad.core.errors import HandgradError
-from handgrad.tokenizers.base import Tokenizer
+from handgrad.core.json_file import read_object, shown
+from handgrad.tokenizers.base import MAX_IDS, Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
-from handgrad.tokenizers.file import FILE, FileTokenizer, from_file, library_must
+from handgrad.tokenizers.ends import CONFIG, added_tokens, ends_of
+from handgrad.tokenizers.file import FILE, MOST_BYTES, FileTokenizer, library_must, read_library, vocabulary
 from handgrad.tokenizers.gpt2 import MERGES, GPT2Tokenizer, gpt2, spelled_bytes
 
-VOCAB, MERGED, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
+VOCAB, MERGED = "vocab.json", "merges.txt"
 
 
 def from_folder(folder: str | Path) -> Tokenizer | None:
@@ -26,18 +28,21 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
     """
     folder = Path(folder)
     if (folder / FILE).is_file():
-        found = from_file(folder / FILE)
+        library, name = read_library(folder / FILE), FILE
     elif (folder / VOCAB).is_file() and (folder / MERGED).is_file():
-        with library_must(f"{folder / VOCAB} and {MERGED} must describe a tokenizer"):
-            found = FileTokenizer(_byte_level(models.BPE.from_file(str(folder / VOCAB), str(folder / MERGED))), VOCAB)
+        library, name = _read_merges(folder), VOCAB
     else:
         return None
-    rules, vocab = _rules(found.library), found.library.get_vocab()
-    if found.vocab_size == gpt2().vocab_size and rules == _rules(_gpt2()):
+    _add(library, folder)
+    vocab = vocabulary(library, folder / name)
+    ends = ends_of(folder, vocab)
+    found = FileTokenizer(library, name, ends)
+    rules = _rules(library)
+    if found.vocab_size == gpt2().vocab_size and ends == gpt2().ends and rules == _rules(_gpt2()):
         return gpt2()
     characters = "".join(sorted(vocab, key=vocab.__getitem__))
     if len(characters) == len(vocab) == found.vocab_size and rules == _rules(_of_characters(characters)):
-        return CharTokenizer(characters)
+        return CharTokenizer(characters, ends)
     return found
 
 
@@ -46,8 +51,7 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
 
     Raises HandgradError if the folder is not writable.
     """
-    folder = Path(folder)
-    kind, config = "PreTrainedTokenizerFast", dict[str, str | None]()
+    folder, kind = Path(folder), "PreTrainedTokenizerFast"
     if isinstance(tokenizer, GPT2Tokenizer):
         kind, library = "GPT2Tokenizer", _gpt2()
         vocab = library.get_vocab(with_added_tokens=True)
@@ -60,16 +64,17 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         library = tokenizer.library
     else:
         raise HandgradError("tokenizer", "a tokenizer must be gpt2, chars or a tokenizer.json", tokenizer.name)
-    if tokenizer.eot is not None:
-        config = dict.fromkeys(("bos_token", "eos_token"), library.id_to_token(tokenizer.eot))
+    end = None if tokenizer.eot is None else library.id_to_token(tokenizer.eot)
+    config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, "bos_token": end, "eos_token": end}
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
-    text = json.dumps({"tokenizer_class": kind, "clean_up_tokenization_spaces": False, **config}, indent=2)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def from_tokens(tokens: Iterable[bytes]) -> Tokenizer:
+def from_tokens(tokens: Iterable[bytes], eot: int = 0) -> Tokenizer:
     """Returns the tokenizer that has these tokens, in the order of their ids: `gpt2()` or a CharTokenizer.
+
+    eot: the id that ends a text. 0 says nothing: llm.c's files have no other way to say that there is none.
 
     Raises HandgradError for other tables: without merges they do not define an encoding.
     """
@@ -83,15 +88,49 @@ def from_tokens(tokens: Iterable[bytes]) -> Tokenizer:
     if any(len(c) != 1 for c in characters) or len(set(characters)) < len(characters):
         rule = "a table of tokens can encode text if it is GPT-2's, or holds characters"
         raise HandgradError("tokenizer", rule, f"{len(tokens)} other tokens", hint="use a tokenizer.json")
-    return CharTokenizer("".join(characters))
+    return CharTokenizer("".join(characters), (eot,) if eot else ())
+
+
+def _read_merges(folder: Path) -> tokenizers.Tokenizer:
+    """Returns byte-level BPE from vocab.json and merges.txt, with the tokens that other files add."""
+    vocab: dict[str, Any] = read_object(folder / VOCAB, "tokenizer")
+    for id, text, _ in added_tokens(folder):  # in the vocabulary they keep their ids
+        if vocab.setdefault(text, id) != id:
+            got = f"{shown(vocab[text])} for {shown(text)}"
+            raise HandgradError("tokenizer", f"{folder / VOCAB} gives an added token its id {id}", got)
+    for text, id in vocab.items():
+        if type(id) is not int or not 0 <= id < MAX_IDS:
+            rule = f"{folder / VOCAB} gives ids in 0..{MAX_IDS - 1}"
+            raise HandgradError("tokenizer", rule, f"{shown(id)} for {shown(text)}")
+    if (folder / MERGED).stat().st_size > MOST_BYTES:
+        raise HandgradError("tokenizer", f"{folder / MERGED} must have at most {MOST_BYTES:,} bytes", "more")
+    with library_must(f"{folder / VOCAB} and {MERGED} must describe a tokenizer"):
+        lines = (folder / MERGED).read_text(encoding="utf-8").split("\n")  # other breaks are characters of tokens
+        pairs = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"a line of {MERGED} that is not two tokens")
+        return _byte_level(models.BPE(vocab, [(left, right) for left, right in pairs]))
+
+
+def _add(library: tokenizers.Tokenizer, folder: Path) -> None:
+    """Adds the tokens that a folder adds to its tokenizer, as transformers does."""
+    for id, text, flags in added_tokens(folder):
+        token = AddedToken(text, **{"normalized": False} | flags)
+        if id not in library.get_added_tokens_decoder():
+            with library_must(f"{folder} must add tokens that the library takes"):
+                (library.add_special_tokens if token.special else library.add_tokens)([token])
+        if library.token_to_id(text) != id:
+            got = f"{library.token_to_id(text)} for {shown(text)}"
+            raise HandgradError("tokenizer", f"an added token in {folder} must have the id {id} of its list", got)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Returns byte-level BPE with GPT-2's pre-tokenizer and its <|endoftext|>."""
+    """Returns byte-level BPE with GPT-2's pre-tokenizer, and its <|endoftext|> if the vocabulary has one."""
     library = tokenizers.Tokenizer(model)
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(["<|endoftext|>"])
+    if library.token_to_id("<|endoftext|>") is not None:
+        library.add_special_tokens(["<|endoftext|>"])
     return library
 
 

@@ -37,6 +37,7 @@ class GPT2Tokenizer:
     name = "gpt2"
     vocab_size = END_OF_TEXT + 1
     eot = END_OF_TEXT
+    ends = (END_OF_TEXT,)
 
     def __init__(self) -> None:
         self._encoding = tiktoken.Encoding(
@@ -65,6 +66,9 @@ class GPT2Tokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         return self._encoding.decode_single_token_bytes(id)
+
+    def drawable(self) -> np.ndarray:
+        return np.ones(self.vocab_size, bool)
 
     def save(self, folder: str | Path) -> dict:
         return {"kind": "gpt2"}

@@ -168,7 +168,7 @@ class EvalConfig:
     sample_tokens: int = 256
     """tokens of a sample; 0: no samples"""
     prompt: str = ""
-    """start of every sample; empty: a line break"""
+    """start of every sample; empty: a line break, or the end-of-text token if the data cannot spell one"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "val_every val_tokens eval_every sample_every sample_tokens")

@@ -136,8 +136,9 @@ def hellaswag(run: Run) -> float:
 
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights."""
-    c = run.config
-    ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, replace(SAMPLING, seed=c.run.seed))
+    c, drawable = run.config, run.tokenizer.drawable()  # the model may have more rows
+    sampling = replace(SAMPLING, seed=c.run.seed)
+    ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, drawable=drawable)
     return run.tokenizer.decode([*run.prompt, *ids])
 
 

@@ -233,7 +233,6 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
         optim=replace(c.optim, final=final, warmup=warmup),
         run=replace(c.run, out=str(out), steps=steps),
         compute=replace(c.compute, **found),
-        eval=replace(c.eval, prompt=c.eval.prompt or "\n"),
     )
 
 
@@ -268,12 +267,17 @@ def execution_of(
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
-    """The tokens of the prompt of samples."""
+    """The tokens of the prompt of samples; of an empty one, those that say least."""
+    if not prompt:
+        return tokenizers.neutral_prompt(tokenizer)
     try:
-        return tokenizer.encode(prompt).tolist()
+        ids = tokenizer.encode(prompt).tolist()
     except HandgradError:
+        ids = []
+    if not ids:
         rule, hint = "--prompt is spelled with the data's characters", "another, or --sample-tokens 0"
-        raise HandgradError("run", rule, repr(prompt), hint=hint) from None
+        raise HandgradError("run", rule, repr(prompt), hint=hint)
+    return ids
 
 
 def check_readable(

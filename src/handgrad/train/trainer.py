@@ -1,7 +1,7 @@
 """Trainer: one arena, the programs of a run bound to it, and what a loop calls: step, evaluate, generate, save."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -221,12 +221,18 @@ class Trainer:
         return total / max(counts, 1)
 
     def generate(
-        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = Sampling(), stop_id: int | None = None
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        stop_ids: Collection[int] = (),
+        drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
-        """Yields token ids after `prompt` with the current weights. It uses the arena: finish before the next step."""
+        """Yields token ids after `prompt` with the current weights, as `Engine.generate`; they are below the model's
+        vocabulary, or among `drawable`. It uses the arena: finish before the next step."""
         if self._engine is None:
             raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
-        return self._engine.generate(prompt, max_tokens, sampling, stop_id)
+        return self._engine.generate(prompt, max_tokens, sampling, stop_ids, drawable)
 
     def _start(
         self,
