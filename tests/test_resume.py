@@ -20,7 +20,7 @@ from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
 from handgrad.io import checkpoint
 from handgrad.train.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
-from handgrad.train.folder import lock, saved_settings
+from handgrad.train.folder import Lock, saved_settings
 from handgrad.train.outliers import WINDOW
 from handgrad.train.resolve import resolve
 from handgrad.train.run import train
@@ -167,7 +167,7 @@ def test_resume_takes_the_saved_settings_under_the_flags(words, tmp_path):
 def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, capsys):
     """What the first one writes meanwhile would be deleted with what the second had made."""
     shutil.copytree(whole("f32"), tmp_path / "run")
-    with lock(tmp_path / "run"):
+    with Lock(tmp_path / "run"):
         assert main(["train", "--run.resume", str(tmp_path / "run"), "--run.steps", "14"]) == 2
         rule = f"[run] another process is training in '{tmp_path}/run'."
         assert capsys.readouterr().err == rule + "\n"
@@ -305,8 +305,8 @@ def test_p10_t8_another_batch_begins_where_the_last_one_ended(words, tmp_path, b
 def test_the_streak_of_skipped_updates_goes_on(words, tmp_path):
     run = trainer(words, tmp_path)
     run.step(1, 1e-3)
-    run.params()["ln_f.weight"][0] = np.inf
-    with np.errstate(invalid="ignore"):
+    run.params()["ln_f.weight"][...] = 3e38  # finite; the logits are not
+    with np.errstate(invalid="ignore", over="ignore"):
         assert [run.step(step, 1e-3).skips for step in (2, 3)] == [1, 2]
         run.save(3)
         again = trainer(words, tmp_path)
@@ -389,7 +389,6 @@ def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
         ("config.json", b"{"),
         ("config.json", b"[]"),
         ("config.json", b'{"model": {}}'),
-        ("log.jsonl", b"x\n{}\n"),
         ("step_000012/run.json", b"{"),
         ("step_000012/run.json", b'{"step": 12}'),
         ("step_000012/model.safetensors", b""),
@@ -446,7 +445,7 @@ def long(words, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_path, number):
     out = tmp_path / "run"
     process = start(config(words, out, **LONG))
@@ -457,7 +456,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_pa
     step = log(out)[-1]["step"]
     assert 60 <= step < 400 and (out / f"step_{step:06d}" / "DONE").exists() and (out / "report.html").exists()
     assert "stopping after this step" in stdout
-    last = f"stopped after step {step}, saved in {out}\nresume: handgrad train --run.resume {out}\n"
+    last = f"stopped after step {step}, saved in {out}\nresume: handgrad train --resume {out}\n"
     assert stdout.endswith(last)
     assert main(["train", "--run.resume", str(out)]) == 0
     same(out, long, 400)
@@ -530,7 +529,7 @@ def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
     code += "resolve.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
     process = start(config(words, out), code)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == "\n[handgrad] interrupted.\n" and not out.exists()
+    assert process.returncode == 130 and stderr == "[handgrad] interrupted.\n" and not out.exists()
 
 
 def test_a_live_terminal_is_left_as_it_was(words, tmp_path):
