@@ -118,12 +118,7 @@ def save(
         _write_tensors(building / STATE, state)
         when_read()
         _complete_folder(building, text, before_done)
-        old = final.with_name(final.name + ".old")
-        if final.exists():
-            final.rename(old)
-        building.rename(final)
-        flush(out_dir)
-        _delete(old)
+        _give_name(building, final)
         prune(out_dir, keep_last, keep_every, but=step)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -144,6 +139,16 @@ def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -
         (folder / name).write_text(content, encoding="utf-8")
         flush(folder / name)
     flush(folder)
+
+
+def _give_name(folder: Path, final: Path) -> None:
+    """Makes a complete folder the checkpoint `final`, in place of an older one."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
+    flush(final.parent)
+    _delete(old)
 
 
 def is_finite(array: np.ndarray) -> bool:
