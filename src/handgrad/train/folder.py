@@ -74,10 +74,7 @@ class Lock:
 
     def renew(self) -> None:
         """Makes the folder again and locks it. Raises HandgradError if another run is there, or it cannot be made."""
-        rule, hint = (
-            f"the run folder '{self.folder}' was deleted or moved while the run wrote into it",
-            "leave it alone",
-        )
+        rule, hint = f"the run folder '{self.folder}' was deleted or moved during the run", "leave it alone"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any((self.folder / name).exists() for name in ("log.jsonl", SETTINGS)):
