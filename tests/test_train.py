@@ -6,17 +6,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from handgrad import io, models
 from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
 from handgrad.train.config import Config
 from handgrad.train.outliers import WINDOW
+from handgrad.train.trainer import Trainer
 
 SHARDS = "handgrad data makes them; relative paths begin in this folder"
 TINY = (
@@ -411,3 +414,87 @@ def test_settings_saved_with_a_checkpoint_describe_the_run(words):
     saved = io.load_meta("run/step_000006")
     assert saved["config"] == json.loads(Path("run/config.json").read_text())
     assert set(saved["config"]) == set(asdict(Config()))
+
+
+# divergence -----------------------------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, number, value):
+    """Writes a value into a weight before a step, once earlier checkpoints are complete."""
+    step = Trainer.step
+
+    def then(self, at, lr):
+        if at == number:
+            self.wait_saved()
+            self.params()["ln_f.weight"][...] = value
+        with np.errstate(all="ignore"):
+            return step(self, at, lr)
+
+    monkeypatch.setattr(Trainer, "step", then)
+
+
+EVERY_STEP = ["--run.save-every", "1", "--run.keep-last", "2", "--run.dtype", "f32", "--run.backend", "cpu"]
+
+
+def test_skipped_updates_replace_no_good_checkpoint(words, told, monkeypatch):
+    """Weights that are finite and whose loss is not: more skips than are kept checkpoints. Steps 3 and 4 stay."""
+    with monkeypatch.context() as patch:
+        spoil(patch, 5, 3e38)
+        line = told("--run.out", "run", *EVERY_STEP, "--run.steps", "20", "--run.max-skipped", "3", made=True)
+    assert line.startswith("[train] 4 updates in a row were skipped, the last at step 8: loss is ")
+    kept = [path.name for path in io.complete("run")]
+    assert kept == [f"step_{step:06d}" for step in (7, 6, 5, 4, 3)]
+    hint = f"delete {', '.join(kept[:3])} and resume run/step_000004, the last good checkpoint, by --resume run"
+    assert line.endswith(f"hint: {hint} with a lower --lr; --check nan names the call")
+    assert Path("run/report.html").exists()
+    for name in kept[:3]:
+        shutil.rmtree(Path("run") / name)
+    assert main(["train", "--run.resume", "run", "--run.steps", "10"]) == 0
+    assert [path.name for path in io.complete("run")] == ["step_000010", "step_000009"]  # and are then replaced
+
+
+def test_without_a_good_checkpoint_the_hint_names_none(words, told, monkeypatch):
+    spoil(monkeypatch, 1, 3e38)
+    line = told("--run.out", "run", *EVERY_STEP, "--run.max-skipped", "2", made=True)
+    assert "hint: there is no checkpoint from before them: start again with a lower --lr" in line
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(words, told, monkeypatch, value):
+    with monkeypatch.context() as patch:
+        spoil(patch, 5, value)
+        line = told("--run.out", "run", *EVERY_STEP, "--run.steps", "20", made=True)
+    rule = (
+        "[checkpoint] weights and optimizer state in a checkpoint must be finite, but got an infinite value or NaN in "
+    )
+    hint = "resume from run/step_000004, which is whole, with a lower learning rate"
+    assert line == f"{rule}'ln_f.weight' of step 5. hint: {hint}"
+    assert [path.name for path in io.complete("run")] == ["step_000004", "step_000003"]
+    assert main(["train", "--run.resume", "run", "--run.steps", "6", "--optim.lr", "1e-4"]) == 0
+
+
+@pytest.mark.parametrize(("file", "name"), [("model", "ln_f.weight"), ("state.rank00", "v.ln_f.weight")])
+def test_a_checkpoint_of_an_earlier_version_that_is_not_finite(words, told, file, name):
+    """Asked for by name it is refused; `auto` takes the one before, and the log says so."""
+    assert train(*EVERY_STEP) == 0
+    path = Path(f"run/step_000006/{file}.safetensors")
+    with safe_open(path, "np") as saved:
+        tensors = {key: saved.get_tensor(key) for key in saved.keys()}
+    tensors[name][1] = np.inf
+    io.checkpoint._write_tensors(path, tensors)
+    shown = name if file != "model" else f"param.{name}"
+    rule = "weights and optimizer state in a checkpoint must be finite, but got an infinite value or NaN in "
+    rule = f"[checkpoint] {rule}'{shown}' of run/step_000006. hint: delete this folder "
+    done = subprocess.run(
+        [sys.executable, "-m", "handgrad.cli", "train", "--run.resume", "run", "--run.steps", "8"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(rule) and done.stderr.count("\n") == 1
+    assert main(["train", "--run.out", "run", "--run.resume", "auto", "--run.steps", "8"]) == 0
+    event = next(line for line in log() if "passed over" in line.get("event", ""))
+    assert event["step"] == 5 and event["event"].startswith(f"passed over step_000006: {rule}")
+    assert [line["step"] for line in log() if "loss" in line] == list(range(1, 9))
+    with safe_open("run/step_000008/model.safetensors", "np") as saved:
+        assert all(np.isfinite(saved.get_tensor(key)).all() for key in saved.keys())

@@ -124,6 +124,7 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
         log.event(f.number, f"update skipped: {result.skipped}")
     if result.skips > r.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
+        trainer.wait_saved()
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")
 
 

@@ -86,18 +86,18 @@ def keep_folder(run: Run, log: RunLog, lock: Lock) -> bool:
 
 def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
     """Saves the steps before an error, and says so; or adds to the error why that is not possible."""
-    trainer = run.trainer
-    step = trainer.last_step
-    if step == run.done or trainer.skips > run.config.run.max_skipped:  # nothing new, or nothing good
+    step, is_good = run.trainer.last_step, run.trainer.skips <= run.config.run.max_skipped
+    if step == run.done:
         return
     try:
         keep_folder(run, log, lock)
-        if newest(run.out) != run.out / f"step_{step:06d}":
+        if is_good and newest(run.out) != run.out / f"step_{step:06d}":
             save(run, log, wait=True)
         finish(run, is_finished=False)
-        log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
+        if is_good:
+            log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
     except Exception as failure:
-        if str(failure) != str(error):
+        if getattr(failure, "rule", failure) != getattr(error, "rule", error):  # not the same once more
             error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
 
 
