@@ -12,9 +12,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1250,
+    "core": 1350,
     "backends": 3300,
-    "train": 2300,
+    "train": 2400,
     "optim": 350,
     "data tokenizers": 2050,
     "io": 800,

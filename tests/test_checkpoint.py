@@ -26,8 +26,8 @@ from handgrad.io import checkpoint
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TENSORS = {
     "h.0.w": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "h.0.b": np.array([1.5, -0.0, np.inf], BF16),
-    "scalar": np.array(np.nan, np.float32),
+    "h.0.b": np.array([1.5, -0.0, ml_dtypes.finfo(BF16).max], BF16),
+    "scalar": np.array(np.finfo(np.float32).smallest_subnormal, np.float32),
     "none": np.zeros((0, 4), np.float32),
 }
 STATE = {"m": np.full(5, 0.25, np.float32), "rng": np.array([2**63 + 1], np.uint64), "n": np.array(-3, np.int64)}
@@ -105,6 +105,64 @@ def test_newest_wants_done(tmp_path):
             load(path, {})
         with pytest.raises(HandgradError, match="no folder"):
             load(tmp_path / "step_000003", {})
+
+
+# what is not finite ---------------------------------------------------------------------------------------------------
+
+KINDS = [np.float64, np.float32, np.float16, BF16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_not_finite_is_found_wherever_it_is(kind, value, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PIECE", 8)
+    for size in (1, 8, 9, 40):
+        for at in range(size):
+            array = np.full(size, np.finfo(kind).max if kind is not BF16 else ml_dtypes.finfo(BF16).max, kind)
+            assert checkpoint.is_finite(array)
+            array[at] = value
+            assert not checkpoint.is_finite(array)
+    table = np.zeros((4, 6), kind)
+    table[2, 3] = value
+    assert not checkpoint.is_finite(table.T) and not checkpoint.is_finite(table[2:, 3])
+    assert checkpoint.is_finite(table[:2]) and checkpoint.is_finite(table[:0])
+    assert checkpoint.is_finite(np.array([2**63 + 1, 2**64 - 1], np.uint64))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_what_is_not_finite_does_not_replace_a_checkpoint(tmp_path, part):
+    """Neither in a weight nor in the optimizer state; the error names the tensor and the checkpoint that is left."""
+    io.save(tmp_path, 4, TENSORS, STATE, {})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    parts = [dict(TENSORS), dict(STATE)]
+    name = list(parts[part])[0]
+    parts[part][name] = np.full_like(parts[part][name], np.nan)
+    rule = rf"must be finite, but got an infinite value or NaN in '{name}' of step 5\. "
+    for step in (4, 5):
+        rule = rf"must be finite, but got an infinite value or NaN in '{name}' of step {step}\. "
+        with pytest.raises(checkpoint.NotFiniteError, match=rule + r"hint: resume from .*/step_000004, which is whole"):
+            io.save(tmp_path, step, *parts, {})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_belongs_to_a_checkpoint_is_flushed_before_it_counts(tmp_path):
+    """When `before_done` is called, the tensors and run.json are there and DONE is not; if it fails, nothing is."""
+    seen = []
+
+    def look():
+        (building,) = tmp_path.glob(".step_000001.tmp-*")
+        seen.extend(folders(building))
+        assert io.newest(tmp_path) is None
+
+    io.save(tmp_path, 1, TENSORS, STATE, {}, before_done=look)
+    assert seen == ["model.safetensors", "run.json", "state.rank00.safetensors"]
+
+    def fail():
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(HandgradError, match="step_000002 must be writable, but got Input/output error"):
+        io.save(tmp_path, 2, TENSORS, STATE, {}, before_done=fail)
+    assert folders(tmp_path) == ["step_000001"]
 
 
 # kills ----------------------------------------------------------------------------------------------------------------

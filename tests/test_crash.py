@@ -40,8 +40,8 @@ def test_p10_a_few_kills_of_whole_runs(tmp_path):
 FORGETS = """
 from handgrad.train.trainer import Trainer
 resume = Trainer.resume
-def forgetful(self):
-    step = resume(self)
+def forgetful(self, **how):
+    step = resume(self, **how)
     for name, values in self._state().items():
         if step and name.startswith("v."):
             values.fill(0)

@@ -13,12 +13,12 @@ import tokenizers as library
 from handgrad import data, evals, tokenizers
 from handgrad.core.errors import HandgradError
 from handgrad.train import resolve
-from handgrad.train.config import Config, DataConfig, ModelConfig, RunConfig
+from handgrad.train.config import from_names
 from handgrad.train.run import train
 
 TEXT = "0123456789 abc\n" * 400  # 15 characters
-TINY = ModelConfig(num_layers=1, num_heads=1, hidden_size=16)
-SHORT = RunConfig(micro_batch=2, steps=1, threads=1, sample_tokens=0, backend="cpu", dtype="f32")
+TINY = dict(num_layers=1, num_heads=1, hidden_size=16)
+SHORT = dict(micro_batch=2, steps=1, threads=1, sample_tokens=0, backend="cpu", dtype="f32")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def of_file(folder):
 
 
 def config(train_on="shakespeare", **changes):
-    return Config(model=TINY, data=DataConfig(train=train_on, seq_len=16, **changes), run=SHORT)
+    return from_names(TINY | SHORT | dict(train=train_on, seq_len=16) | changes)
 
 
 def trained(c, out="run"):
@@ -76,7 +76,7 @@ def test_a_resumed_run_keeps_its_data(here):
     """A folder that appears later does not replace the packaged text, nor the packaged text a folder that is gone."""
     trained(config())
     chars("shakespeare")
-    again = replace(config(), run=replace(SHORT, out="run", resume="run", steps=2))
+    again = config(out="run", resume="run", steps=2)
     assert resolve.folder_first(again, Path("run")).data.train == "shakespeare"
     assert resolve.resolve(again, Path("run")).tokenizer.vocab_size == 64
     saved, _ = trained(config(), "own")

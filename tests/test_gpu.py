@@ -284,7 +284,7 @@ def test_generation_equals_the_cpu(text):
     for run in runs:
         curve(run, 2)
     runs[0].load_params({n: np.array(w) for n, w in runs[1].params().items()})
-    greedy = hg.infer.Sampling(temperature=0.0)
+    greedy = hg.Sampling(temperature=0.0)
     got, want = (list(run.generate([1, 2, 3], 40, greedy)) for run in runs)
     assert got == want
 

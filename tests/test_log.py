@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from handgrad.core.errors import HandgradError
 from handgrad.train import log as log_module
 from handgrad.train.log import RunLog
-from handgrad.train.log_file import dump, read_log
+from handgrad.train.log_file import dump, read_log, rows
 from handgrad.train.log_text import clock, plain_line, short
 
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"]
@@ -129,23 +130,134 @@ def test_a_missing_log_has_no_lines(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def test_damage_before_the_last_line_is_named(tmp_path):
+def test_damage_costs_only_its_own_line(tmp_path):
     path = log_of(tmp_path, [1, 2, 3])
     path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": x'))
-    with pytest.raises(HandgradError, match=r"\[log\] every line of .* but got .* in line 2\. hint: "):
-        read_log(path)
+    assert [line["step"] for line in read_log(path)] == [1, 3]
+    assert [row.number for row in rows(path) if row.line is None] == [2]
+
+
+def test_resume_sets_a_damaged_row_aside_and_says_so(tmp_path):
+    path = log_of(tmp_path, range(1, 8))
+    before = path.read_bytes().splitlines(keepends=True)
+    bad = b'\xff{"step": 3, \n'
+    path.write_bytes(b"".join([*before[:2], bad, *before[3:]]))
+    for _ in range(2):  # a second time there is nothing more to set aside
+        with RunLog(tmp_path, 100, resumed_at=6, quiet=True):
+            pass
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[:5] == [*before[:2], *before[3:6]]
+    text = "1 of the log's rows were damaged and are now in log.jsonl.bad: row 3"
+    assert [json.loads(line) for line in after[5:]] == [{"step": 6, "event": text}]
+    assert (tmp_path / "log.jsonl.bad").read_bytes() == bad
+    assert list(streams(tmp_path / "main.log")["trl"]) == [0, 1, 3, 4, 5]
+
+
+def test_resume_names_the_steps_that_the_log_lacks(tmp_path):
+    log_of(tmp_path, range(1, 5))
+    for _ in range(2):  # said once
+        with RunLog(tmp_path, 100, resumed_at=6, quiet=True):
+            pass
+    events = [line for line in read_log(tmp_path / "log.jsonl") if "event" in line]
+    assert events == [{"step": 6, "event": "the log lacks step 5, 6"}]
+    with RunLog(tmp_path, 100, resumed_at=6, quiet=True) as log:
+        write(log, [7])
+    with RunLog(tmp_path, 100, resumed_at=7, quiet=True):
+        pass
+    assert len([line for line in read_log(tmp_path / "log.jsonl") if "event" in line]) == 1
+
+
+def test_a_whole_log_lacks_nothing(tmp_path):
+    log_of(tmp_path, range(1, 5))
+    with RunLog(tmp_path, 100, resumed_at=4, quiet=True):
+        pass
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+
+
+ODD = ['{"step": 2}', '{"step": 2, "loss": 1}', '{"step": 2, "seconds": NaN}', '{"step": 2, "seconds": Infinity}']
+
+
+@pytest.mark.parametrize("row", [*ODD, '{"step": 2, "event": 3}', '{"step": 2, "loss": 2, "lr": null}'])
+def test_resume_takes_lines_that_lack_figures(tmp_path, row):
+    path = log_of(tmp_path, [1])
+    path.write_bytes(path.read_bytes() + row.encode() + b"\n")
+    with RunLog(tmp_path, 100, resumed_at=2, quiet=True) as log:
+        assert 0 <= log.seconds < 60
+        write(log, [3])
+    assert row in path.read_text() and read_log(path)[-1]["step"] == 3
+
+
+class Short(io.FileIO):
+    """A file that takes at most 7 bytes at a time and, once `left` bytes are written, none."""
+
+    left = 10**9
+
+    def write(self, data):
+        if self.left <= 0:
+            raise OSError(28, "No space left on device")
+        count = super().write(bytes(data[: min(7, self.left)]))
+        self.left -= count
+        return count
+
+
+def test_short_writes_make_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "FileIO", Short)
+    log_of(tmp_path, [1, 2, 3])
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert len((tmp_path / "main.log").read_text().splitlines()) == 3
+
+
+def test_a_line_that_does_not_fit_leaves_no_half_of_it(tmp_path, monkeypatch):
+    """The next line, if the disk has room again, is not glued to it."""
+    monkeypatch.setattr(log_module, "FileIO", Short)
+    with RunLog(tmp_path, 5, quiet=True) as log:
+        write(log, [1])
+        log._file.left = 20
+        with pytest.raises(HandgradError, match="log.jsonl must be writable, but got No space left on device"):
+            write(log, [2])
+        log._file.left = 10**9
+        write(log, [3])
+    assert [json.loads(row)["step"] for row in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 3]
+
+
+def test_flush_syncs_both_files_and_their_folder(tmp_path, monkeypatch):
+    synced = []
+    with RunLog(tmp_path, 5, quiet=True) as log:
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+        log.flush()
+    assert synced == ["log.jsonl", "main.log", tmp_path.name]
+    log.flush()  # closed: there is nothing left to flush
+
+
+def test_a_deleted_log_is_noticed_and_written_again(tmp_path):
+    with RunLog(tmp_path, 5, quiet=True) as log:
+        write(log, [1, 2])
+        assert not log.is_deleted
+        (tmp_path / "log.jsonl").unlink()
+        (tmp_path / "main.log").unlink()
+        assert log.is_deleted
+        log.restore()
+        assert not log.is_deleted
+        write(log, [3])
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert len((tmp_path / "main.log").read_text().splitlines()) == 3
 
 
 @given(cut=st.integers(0, 500), at=st.integers(0, 499), byte=st.binary(max_size=3))
-def test_a_mutated_log_is_read_or_refused(tmp_path_factory, cut, at, byte):
+def test_a_mutated_log_keeps_what_was_not_mutated(tmp_path_factory, cut, at, byte):
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    good = b"".join(dump({"step": i, "loss": 1.5, "seconds": 2.0 * i}) for i in range(9))
+    lines = [dump({"step": i, "loss": 1.5, "seconds": 2.0 * i}) for i in range(9)]
+    good = b"".join(lines)
     path.write_bytes((good[:at] + byte + good[at + len(byte) :])[:cut])
-    try:
-        lines = read_log(path)
-    except HandgradError:
-        return
-    assert all(isinstance(line["step"], int) for line in lines)
+    found = read_log(path)
+    assert all(isinstance(line["step"], int) for line in found)
+    ends = [sum(map(len, lines[: i + 1])) for i in range(9)]
+    whole = [
+        i
+        for i, end in enumerate(ends)
+        if end <= min(cut, at) or (at + len(byte) + 1 < end - len(lines[i]) and end <= cut)
+    ]
+    assert set(whole) <= {line["step"] for line in found}
 
 
 DAMAGED = ["[]", "3", "{}", '{"step": -1}', '{"step": 1.5}', '{"step": 1, "loss": "x"}', "\0" * 64, "[" * 100_000]
@@ -153,10 +265,9 @@ DAMAGED += ['{"step": 1' + "0" * 5000 + "}", '{"step": 1, "loss": 1' + "0" * 400
 
 
 @pytest.mark.parametrize("row", DAMAGED)
-def test_what_is_not_a_line_is_refused(tmp_path, row):
-    (tmp_path / "log.jsonl").write_text(row + '\n{"step": 1}\n')
-    with pytest.raises(HandgradError, match="in line 1"):
-        read_log(tmp_path / "log.jsonl")
+def test_what_is_not_a_line_is_left_out(tmp_path, row):
+    (tmp_path / "log.jsonl").write_text('{"step": 7}\n' + row + '\n{"step": 1}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 7}, {"step": 1}]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -362,6 +473,34 @@ def test_weights_and_biases_gets_the_figures_and_one_run_however_often_it_is_res
     assert first["config"] == {"optim": {"lr": 1.0}} and first["resume"] == "allow" and len(first["id"]) == 16
     assert (step, again, end) == (1, 2, "finish")
     assert (figures["loss/train"], figures["loss/val"], figures["gpu/power"]) == (4.0, 2.0, 690.0) and len(figures) == 6
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), RuntimeError()])
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(tmp_path, wandb, monkeypatch, capsys, error):
+    with RunLog(tmp_path, 3, wandb="proj") as log:
+        write(log, [1])
+
+        def fail(*_, **__):
+            raise error
+
+        run = log._trackers[0]._run
+        monkeypatch.setattr(type(run), "log", fail)
+        monkeypatch.setattr(type(run), "finish", fail)
+        write(log, [2, 3])
+    lines = read_log(tmp_path / "log.jsonl")
+    text = f"Weights & Biases gets no more figures: {'no network at all' if str(error) else 'RuntimeError'}"
+    assert [line["step"] for line in lines] == [1, 2, 2, 3] and lines[2] == {"step": 2, "event": text}
+    assert text in capsys.readouterr().out
+
+
+def test_a_tracker_that_fails_at_its_end_is_told(tmp_path, wandb, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, 3, wandb="proj") as log:
+        write(log, [1])
+        monkeypatch.setattr(type(log._trackers[0]._run), "finish", fail)
+    assert "Weights & Biases failed at the end: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
 def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatch):

@@ -91,17 +91,20 @@ class ClockedBackend(CpuBackend):
         return self.now
 
 
+@pytest.mark.parametrize("guard", ["", " --skip-loss-z 50"])
 @pytest.mark.parametrize("is_asynchronous", [False, True])
-def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous):
-    """Validations, samples and checkpoints every few steps take time, and no step is charged for it."""
+def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous, guard):
+    """Validations, samples and checkpoints every few steps take time, and no step is charged for it; each is charged
+    for every call of its own, also one that is validated, and one whose update the host allows."""
     rng = np.random.default_rng(0)
     for name, count in (("train_0.bin", 5000), ("val_0.bin", 500)):
         write_shard(tmp_path / name, [rng.integers(0, 97, count)], id_dtype(97))
-    seconds, opened, write = {}, [], RunLog.step
+    seconds, rates, opened, programs, write = {}, {}, [], [], RunLog.step
 
     def step(self, number, **figures):
         seconds[number] = figures["step_seconds"]
         write(self, number, **figures)
+        rates[number] = self.tokens_per_second
 
     def open_clocked(threads, precision):
         opened.append(ClockedBackend(threads))
@@ -110,13 +113,19 @@ def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous):
 
     monkeypatch.setattr(RunLog, "step", step)
     monkeypatch.setitem(backends.BACKENDS, "cpu", open_clocked)
+    bind = ClockedBackend.bind
+    monkeypatch.setattr(ClockedBackend, "bind", lambda self, p, arena: programs.append(p) or bind(self, p, arena))
     flags = f"--train {tmp_path}/train_*.bin --val {tmp_path}/val_*.bin --out {tmp_path}/run"
     flags += " --num-layers 1 --num-heads 2 --hidden-size 32 --max-seq-len 32"
     flags += " --batch-tokens 128 --micro-batch 2 --threads 1 --backend cpu --dtype f32"
     flags += " --steps 24 --warmup 2 --val-every 3 --val-tokens 128 --save-every 5"
-    flags += " --sample-every 4 --sample-tokens 2 --prompt a"
+    flags += " --sample-every 4 --sample-tokens 2 --prompt a" + guard
     assert main(["train", *flags.split()]) == 0
-    assert sorted(seconds) == list(range(1, 25)) and len(set(seconds.values())) == 1
+    (train,) = (p for p in programs if p.trains)
+    part = {name: len(train.part(getattr(train.segments, name))) for name in ("forward_backward", "norm", "update")}
+    own = 2 * part["forward_backward"] + part["norm"] + part["update"]  # two micro-batches
+    assert seconds == {number: own for number in range(1, 25)}
+    assert rates == pytest.approx({number: 128 / own for number in range(1, 25)})
     (backend,) = opened  # once for the whole run
     assert backend.now > 1.1 * sum(seconds.values())  # the rest took time on the same clock
 

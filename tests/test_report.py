@@ -4,14 +4,16 @@ import os
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.train import log_file
 from handgrad.train.log import RunLog
-from handgrad.train.report import compare_runs, curves, write_report
+from handgrad.train.report import compare_runs, curves, read, write_report
 from handgrad.train.report.page import differences, figures
-from handgrad.train.report.read import read_run
+from handgrad.train.report.read import Points, read_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 VOID = {"meta", "br", "link", "img"}
@@ -149,7 +151,7 @@ def test_text_is_escaped(tmp_path):
 
 
 DAMAGED = [("config.json", "{"), ("config.json", "[]"), ("run.json", "3"), ("run.json", '{"summary": [1]}')]
-DAMAGED += [("run.json", "[" * 99_999), ("log.jsonl", "x\n{}\n")]
+DAMAGED += [("run.json", "[" * 99_999)]
 
 
 @pytest.mark.parametrize(("name", "text"), DAMAGED)
@@ -179,24 +181,72 @@ def test_the_same_run_gives_the_same_page(tmp_path):
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
 
 
-def test_thinning_keeps_spikes_and_ends():
-    points = [(step, step * 7919 % 101) for step in range(100_000)]
-    points[77_777] = (77_777, 900)
+def points_of(values):
+    return Points(np.arange(1, len(values) + 1), np.array(values, float))
+
+
+@pytest.mark.parametrize("count", [100_000, 99_999, 1203, 801])
+def test_thinning_keeps_spikes_and_ends(count):
+    values = np.arange(count) * 7919 % 101
+    values[count * 7 // 9], values[count - 3] = 900, -5
+    points = points_of(values)
     thin = curves.thin(points)
-    assert (
-        {(77_777, 900), points[0], points[-1]} <= set(thin)
-        and len(thin) <= 2 * curves.POINTS + 2
-        and thin == sorted(thin)
-    )
+    kept = list(zip(thin.steps.tolist(), thin.values.tolist()))
+    assert {(count * 7 // 9 + 1, 900), (count - 2, -5), (1, values[0]), (count, values[-1])} <= set(kept)
+    assert len(thin) <= 2 * curves.POINTS + 2 and kept == sorted(set(kept))
+    assert all(values[step - 1] == value for step, value in kept)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 799, 800])
+def test_short_curves_are_not_thinned(count):
+    assert curves.thin(points_of(range(count))).values.tolist() == list(range(count))
 
 
 def test_the_mean_of_a_line_is_the_line():
-    points = [(step, 5.0 - step / 500) for step in range(1, 1001)]
+    points = points_of([5.0 - step / 500 for step in range(1, 1001)])
     means, window = curves.running_mean(points)
     assert window == 21
     middle = slice(0, -10)  # near the end half of the window is missing
-    assert means[middle] == [(step, pytest.approx(value)) for step, value in points[middle]]
-    assert means[-1][1] == pytest.approx(points[-1][1], abs=0.02)
+    assert means.values[middle] == pytest.approx(points.values[middle])
+    assert means.values[-1] == pytest.approx(points.values[-1], abs=0.02)
+
+
+def test_a_report_leaves_out_damaged_rows_and_names_them(tmp_path):
+    log(tmp_path, [4.0, 3.0, 2.0, 1.0])
+    rows = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    rows[1] = b"\0" * 40 + b"\n"
+    (tmp_path / "log.jsonl").write_bytes(b"".join(rows) + b'{"step": 9, "lo')
+    path = write_report(tmp_path)
+    assert f"1 damaged rows in the log of {tmp_path.name} are left out: row 2" in Page(path).texts
+    (loss,) = drawn(path)["Loss, nats per token"]["series"]
+    assert (loss["x"], loss["y"]) == ([1, 3, 4], [4.0, 2.0, 1.0])
+
+
+def test_a_whole_log_names_no_damage(tmp_path):
+    log(tmp_path, [4.0, 3.0])
+    assert "damaged" not in write_report(tmp_path).read_text()
+
+
+def test_figures_too_large_for_a_float_are_left_out(tmp_path):
+    huge = "1" + "0" * 400
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "loss": 2, "gpu": {{"power": {huge}}}, "x": {huge}}}\n')
+    assert list(drawn(write_report(tmp_path))) == ["Loss, nats per token"]
+
+
+def test_every_line_of_a_log_is_read_once(tmp_path, monkeypatch):
+    """400,000 lines take seconds. The old reader walked through all of them once for each of 19 figures."""
+    log(tmp_path, [4.0] * 50)
+    looked = []
+
+    def counted(path):
+        for row in log_file.rows(path):
+            looked.append(row.number)
+            yield row
+
+    monkeypatch.setattr(read, "rows", counted)
+    run = read_run(tmp_path)
+    write_report(tmp_path)
+    assert looked == [*range(1, 52)] * 2 and not hasattr(run, "steps")
 
 
 def run_folder(folder, losses=(3.0, 2.5), settings=None, summary=None, **more):

@@ -21,7 +21,7 @@ from handgrad.cli.__main__ import main
 from handgrad.data import id_dtype, write_shard
 from handgrad.io import checkpoint
 from handgrad.train.config import Config, DataConfig, OptimConfig, RunConfig, from_names
-from handgrad.train.folder import lock, saved_settings
+from handgrad.train.folder import Lock, saved_settings
 from handgrad.train.outliers import WINDOW
 from handgrad.train.resolve import resolve
 from handgrad.train.run import train
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_unchanged_says_nothing(words, tmp_path):
 def test_a_second_process_leaves_a_run_folder_alone(words, whole, tmp_path, capsys):
     """What the first one writes meanwhile would be deleted with what the second had made."""
     shutil.copytree(whole("f32"), tmp_path / "run")
-    with lock(tmp_path / "run"):
+    with Lock(tmp_path / "run"):
         assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "14"]) == 2
         rule = f"[run] another process is training in '{tmp_path}/run'."
         assert capsys.readouterr().err == rule + "\n"
@@ -320,8 +320,8 @@ def test_p10_t8_another_batch_begins_where_the_last_one_ended(words, tmp_path, b
 def test_the_streak_of_skipped_updates_goes_on(words, tmp_path):
     run = trainer(words, tmp_path)
     run.step(1, 1e-3)
-    run.params()["ln_f.weight"][0] = np.inf
-    with np.errstate(invalid="ignore"):
+    run.params()["ln_f.weight"][...] = 3e38  # finite; the logits are not
+    with np.errstate(invalid="ignore", over="ignore"):
         assert [run.step(step, 1e-3).skips for step in (2, 3)] == [1, 2]
         run.save(3)
         again = trainer(words, tmp_path)
@@ -404,7 +404,6 @@ def test_resume_with_other_settings(whole, tmp_path, capsys, words_, part):
         ("config.json", b"{"),
         ("config.json", b"[]"),
         ("config.json", b'{"model": {}}'),
-        ("log.jsonl", b"x\n{}\n"),
         ("step_000012/run.json", b"{"),
         ("step_000012/run.json", b'{"step": 12}'),
         ("step_000012/model.safetensors", b""),
@@ -461,7 +460,7 @@ def long(words, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_exits_with_130(words, long, tmp_path, number):
     out = tmp_path / "run"
     process = start(config(words, out, **LONG))
@@ -545,7 +544,7 @@ def test_interrupted_before_the_first_step_leaves_nothing(words, tmp_path):
     code += "resolve.Trainer = lambda *_, **__: signal.raise_signal(signal.SIGINT)"
     process = start(config(words, out), code)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == "\n[handgrad] interrupted.\n" and not out.exists()
+    assert process.returncode == 130 and stderr == "[handgrad] interrupted.\n" and not out.exists()
 
 
 def test_a_live_terminal_is_left_as_it_was(words, tmp_path):

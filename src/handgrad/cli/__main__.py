@@ -1,13 +1,12 @@
-"""handgrad: a verb, then its flags. Every flag is a field of a dataclass; see `handgrad VERB --help`."""
+"""handgrad: a verb, then its flags. Every flag is a field of a dataclass; see `handgrad VERB --help`.
 
-import difflib
-import io
+What takes long to import is imported by `run`, once Ctrl-C is answered.
+"""
+
 import os
+import signal
 import sys
-from importlib import import_module
-from importlib.metadata import version
-
-from handgrad.core.errors import HandgradError
+from typing import Any
 
 VERBS = {
     "train": "train a model; without flags, a small GPT-2 on Shakespeare",
@@ -30,8 +29,14 @@ def usage() -> str:
     return f"usage: handgrad VERB [flags]\n\n{verbs}\n\nflags of a verb: handgrad VERB --help"
 
 
-def run(argv: list[str]) -> int:
-    """Runs the verb that the first word names; returns its exit code."""
+def run(argv: list[str], imported: Any) -> int:
+    """Runs the verb that the first word names; returns its exit code. Calls `imported` before the verb begins."""
+    import difflib
+    from importlib import import_module
+    from importlib.metadata import version
+
+    from handgrad.core.errors import HandgradError
+
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -42,29 +47,86 @@ def run(argv: list[str]) -> int:
         near = difflib.get_close_matches(argv[0], VERBS, 1)
         hint = f"did you mean handgrad {near[0]}?" if near else "handgrad --help"
         raise HandgradError("handgrad", f"the verb is one of {', '.join(VERBS)}", f"'{argv[0]}'", hint=hint)
-    return import_module(f"handgrad.cli.{argv[0]}").main(argv[1:])
+    verb = import_module(f"handgrad.cli.{argv[0]}").main
+    imported()
+    return verb(argv[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (reported in one line), 130 when interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    imported = interrupt_at_once()
+    from contextlib import redirect_stderr, redirect_stdout
+
+    from handgrad.core.output import Output, open_missing
+
+    open_missing()
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    out, err = Output(sys.stdout, refuse), Output(sys.stderr)
+    streams: Any = out, err
+    try:
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+            return answered(sys.argv[1:] if argv is None else argv, imported)
+    finally:
+        imported()
+        out.end()
+        err.end()
+
+
+def answered(argv: list[str], imported: Any) -> int:
+    """The exit code of a command line, its error told."""
+    from handgrad.core.errors import HandgradError
+
     try:
         try:
-            code = run(sys.argv[1:] if argv is None else argv)
-        except SystemExit:  # --help
-            code = 0
-        sys.stdout.flush()  # a reader that has left, as in `handgrad explain | head`, is noticed here
+            code = run(argv, imported)
+        except SystemExit as end:  # --help, or a reader that has left, as in `handgrad explain | head`
+            code = end.code if isinstance(end.code, int) else 0
+        sys.stdout.flush()
         return code
     except HandgradError as error:
-        print(error, file=sys.stderr)
+        print(error, *getattr(error, "__notes__", ()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\n[handgrad] interrupted.", file=sys.stderr)
+        print(interrupted(), end="", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # the reader has left at the last moment
         return 0
+
+
+def refuse(error: OSError) -> None:
+    """Ends a verb whose output cannot be written: silently if its reader has left, as other commands do."""
+    from handgrad.core.errors import HandgradError
+
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(0)
+    raise HandgradError("handgrad", f"standard output cannot be written: {error.strerror}")
+
+
+def interrupted() -> str:
+    """What a command that Ctrl-C ended says: on a terminal, below the ^C that stands there."""
+    return "\n" * os.isatty(2) + "[handgrad] interrupted.\n"
+
+
+def interrupt_at_once() -> Any:
+    """Has Ctrl-C end the process at once, until the function that it returns is called.
+
+    While modules are imported there is nothing to clean up, and C extensions turn KeyboardInterrupt into other errors.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return lambda: None
+
+    def end(*_: Any) -> None:
+        try:
+            os.write(2, interrupted().encode())
+        finally:
+            os._exit(130)
+
+    try:
+        signal.signal(signal.SIGINT, end)
+    except ValueError:  # only the main thread may
+        return lambda: None
+    return lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

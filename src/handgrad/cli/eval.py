@@ -1,7 +1,6 @@
 """handgrad eval RUN: validation loss and benchmark tasks of a trained model, as a table and in eval.json beside it."""
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,8 @@ def main(argv: list[str]) -> int:
     beside = m.source.path if m.source.kind == "hf" else m.source.path.parent
     path = Path(a.out) if a.out else beside / RESULTS
     console = Console(highlight=False, markup=False, emoji=False)
-    with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
+    bars = Console(stderr=True)
+    with Progress(console=bars, transient=True, disable=not bars.is_terminal) as progress:
         # read all tasks before computing anything, so that a mistake shows at once
         read = {name: questions(name, at, a, m) for name, at in places.items()}
         write_text(path, dumped(results_in(path)))

@@ -1,11 +1,50 @@
 """Files: a read begins at a regular file, and a written file appears complete and on disk, or not at all."""
 
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
+
+_TEMPORARY = re.compile(r"\..+\.tmp-(\d+)|.+\.(?:tmp|old)-(\d+)")
+
+
+def temporary(path: Path) -> Path:
+    """The name under which this process prepares the file or folder `path`, or deletes it: .<name>.tmp-<pid>."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def sweep(folder: Path, prefix: str = "", is_locked: bool = False) -> None:
+    """Deletes what processes that died left in a folder under temporary names that begin with `prefix`.
+
+    A process with the number in the name may be another one by now, so what it left would stay. is_locked: nobody but
+    this process writes such names, so all go. The number of this process is always of an earlier one: call it before
+    `temporary` names anything here.
+    """
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and path.name.lstrip(".").startswith(prefix):
+            if is_locked or not _is_alive(int(match[1] or match[2])):
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def file_size(path: str | Path, what: str, where: str = "data") -> int:
@@ -30,25 +69,45 @@ def file_size(path: str | Path, what: str, where: str = "data") -> int:
 
 
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
-    """Writes the concatenated `pieces` to `path`, replacing an older file. Raises HandgradError if that fails."""
+    """Writes the concatenated `pieces` to `path`, replacing an older file. Raises HandgradError if that fails.
+
+    What a link leads to is replaced, not the link. A pipe or a device, such as /dev/stdout, is written as it is.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    building = temporary(target)
+    is_special = target.exists() and not target.is_file()
     try:
-        with temporary.open("wb") as file:
+        with (target if is_special else building).open("wb") as file:
             file.writelines(pieces)
             file.flush()
+            if is_special:
+                return
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush(path.parent)
+        os.replace(building, target)
+        flush(target.parent)
     except OSError as error:
         raise HandgradError("disk", f"{path} must be writable", error.strerror) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
     """`write_whole` of a text in UTF-8; what UTF-8 cannot hold becomes a question mark."""
     write_whole(path, [text.encode(errors="replace")])
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Writes all of `data` at the end of an unbuffered file, or nothing. Raises the OSError that stopped it."""
+    end, left = file.seek(0, os.SEEK_END), memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) or 0 :]  # a write may be short; the next one raises why
+    except OSError:
+        with suppress(OSError):  # half a line would spoil the next one
+            file.truncate(end)
+        raise
 
 
 def flush(path: str | Path) -> None:

@@ -1,5 +1,5 @@
 """What handgrad keeps on disk: checkpoints."""
 
-from handgrad.io.checkpoint import Writer, load, load_meta, load_state, newest, prune, save
+from handgrad.io.checkpoint import Writer, complete, load, load_meta, load_state, newest, prune, save
 
-__all__ = ["Writer", "load", "load_meta", "load_state", "newest", "prune", "save"]
+__all__ = ["Writer", "complete", "load", "load_meta", "load_state", "newest", "prune", "save"]

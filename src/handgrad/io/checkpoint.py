@@ -8,21 +8,23 @@
 
 Saving step 500, and what is left if it is killed between two lines:
 
-    1  write step_000500.tmp-<pid>/{model, state}, then run.json, flush all     a .tmp- folder: never read
-    2  write DONE in it, flush DONE and the folder                              the same
-    3  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
-    4  rename the .tmp- folder to step_000500, flush the run folder             step_000500, complete
-    5  delete .old, then what keep_last and keep_every do not keep              deleted as .tmp- folders: never read
+    1  write .step_000500.tmp-<pid>/{model, state}, then run.json, flush all    a temporary folder: never read
+    2  have the caller flush what belongs to it, such as the log                the same
+    3  write DONE in it, flush DONE and the folder                              the same
+    4  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
+    5  rename the temporary folder to step_000500, flush the run folder         step_000500, complete
+    6  delete .old, then what keep_last and keep_every do not keep              under temporary names: never read
 
 A folder gets the name step_000500 only when it is complete and on disk, and renaming is atomic. DONE shows what a name
-cannot: whether a copy by other means was completed. The next save first removes .tmp- folders, and gives a .old folder
-its name back if its step is gone. Only one process saves into a run folder.
+cannot: whether a copy by other means was completed. The next save first removes temporary folders, and gives a .old
+folder its name back if its step is gone. Only one process saves into a run folder.
+
+Weights or state that are not finite are no checkpoint: nothing can be trained from them, and they would be the newest.
 
 `Writer` saves in a thread of its own, while training continues.
 """
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -36,7 +38,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from handgrad.core.disk import flush
+from handgrad.core.disk import flush, sweep, temporary
 from handgrad.core.errors import HandgradError
 
 MODEL = "model.safetensors"
@@ -58,6 +60,13 @@ _DTYPES = {  # safetensors' name: numpy's
     "U32": "uint32",
     "U8": "uint8",
 }
+_EXPONENTS: dict[str, np.unsignedinteger] = {  # the bits of the exponent, in an integer of the type's size
+    "float64": np.uint64(0x7FF << 52),
+    "float32": np.uint32(0xFF << 23),
+    "bfloat16": np.uint16(0xFF << 7),
+    "float16": np.uint16(0x1F << 10),
+}
+_PIECE = 2**16  # elements of which `is_finite` takes the exponents at a time
 
 
 def save(
@@ -70,6 +79,7 @@ def save(
     keep_last: int = 1,
     keep_every: int = 0,
     when_read: Callable[[], None] = lambda: None,
+    before_done: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a checkpoint and returns its folder, `out_dir`/step_<6 digits>; then prunes (see `prune`).
 
@@ -77,9 +87,10 @@ def save(
         copy; others are copied first
     meta: what JSON can hold; "step" is added
     when_read: called once, when the system has all arrays and they may change again
+    before_done: called once, when all but DONE is on disk: whatever must not be missing beside the checkpoint
 
-    Replaces a complete checkpoint of the same step. On failure (full disk, no permission) raises HandgradError, removes
-    the temporary folder and leaves every older checkpoint as it was.
+    Replaces a complete checkpoint of the same step. On failure (full disk, no permission) and for a value that is not
+    finite raises HandgradError, removes the temporary folder and leaves every older checkpoint as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -90,22 +101,24 @@ def save(
     _check_keep(keep_last, keep_every)
     out_dir = Path(out_dir)
     final = out_dir / f"step_{step:06d}"
-    building = _temporary(final)
+    building = temporary(final)
     try:
         text = json.dumps({**meta, "step": step}, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
+    good = newest(out_dir)
+    hint = f"resume from {good}, which is whole, with a lower learning rate" if good else "a lower learning rate"
+    for name, array in (*tensors.items(), *state.items()):
+        check_finite(f"step {step}", name, array, hint)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         _clean(out_dir)
         building.mkdir()
-        _fill(building, tensors, state, text, when_read)
-        old = final.with_name(final.name + ".old")
-        if final.exists():
-            final.rename(old)
-        building.rename(final)
-        flush(out_dir)
-        _delete(old)
+        _write_tensors(building / MODEL, tensors)
+        _write_tensors(building / STATE, state)
+        when_read()
+        _complete_folder(building, text, before_done)
+        _give_name(building, final)
         prune(out_dir, keep_last, keep_every, but=step)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -116,19 +129,55 @@ def save(
     return final
 
 
-def _fill(
-    folder: Path, tensors: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], meta: str, when_read: Callable
-) -> None:
-    """Writes the files of a checkpoint; DONE is the last one, and all are on disk when this returns."""
-    _write_tensors(folder / MODEL, tensors)
-    _write_tensors(folder / STATE, state)
-    when_read()
+def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -> None:
+    """Adds run.json and DONE to the tensors; DONE is the last file, and all are on disk when this returns."""
     flush(folder / MODEL)
     flush(folder / STATE)
     for name, content in ((META, meta), (DONE, "")):
+        if name == DONE:
+            before_done()
         (folder / name).write_text(content, encoding="utf-8")
         flush(folder / name)
     flush(folder)
+
+
+def _give_name(folder: Path, final: Path) -> None:
+    """Makes a complete folder the checkpoint `final`, in place of an older one."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
+    flush(final.parent)
+    _delete(old)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is infinite or NaN. Integers are finite.
+
+    Looks at the exponents, a piece at a time: they are all ones in what is not finite, in every type, and bfloat16 has
+    no fast comparison of its own.
+    """
+    exponent = _EXPONENTS.get(array.dtype.name)
+    if exponent is None:
+        return True
+    bits = np.ascontiguousarray(array).reshape(-1).view(exponent.dtype)
+    masked = np.empty(min(_PIECE, bits.size), exponent.dtype)
+    for at in range(0, bits.size, _PIECE):
+        piece = bits[at : at + _PIECE]
+        if np.bitwise_and(piece, exponent, out=masked[: piece.size]).max() == exponent:
+            return False
+    return True
+
+
+def check_finite(what: object, name: str, array: np.ndarray, hint: str) -> None:
+    """Raises NotFiniteError if the tensor `name` of a checkpoint, `what`, holds an infinite value or NaN."""
+    if not is_finite(array):
+        rule = "weights and optimizer state in a checkpoint must be finite"
+        raise NotFiniteError("checkpoint", rule, f"an infinite value or NaN in {name!r} of {what}", hint=hint)
+
+
+class NotFiniteError(HandgradError):
+    """The error of a checkpoint from which nothing can be trained, whether it is to be written or read."""
 
 
 class Writer:
@@ -215,8 +264,12 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
 
 def newest(out_dir: str | Path) -> Path | None:
     """Returns the folder of the complete checkpoint with the highest step in `out_dir`, or None."""
-    found = _checkpoints(Path(out_dir))
-    return found[max(found)] if found else None
+    return next(iter(complete(out_dir)), None)
+
+
+def complete(out_dir: str | Path) -> list[Path]:
+    """Returns the folders of the complete checkpoints in `out_dir`, the highest step first."""
+    return [path for _, path in sorted(_checkpoints(Path(out_dir)).items(), reverse=True)]
 
 
 def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, but: int | None = None) -> None:
@@ -314,8 +367,7 @@ def _checkpoints(out_dir: Path) -> dict[int, Path]:
 
 
 def _clean(out_dir: Path) -> None:
-    for path in out_dir.glob("step_*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    sweep(out_dir, "step_", is_locked=True)
     for old in out_dir.glob("step_*.old"):
         final = old.with_suffix("")
         if (final / DONE).is_file() or not (old / DONE).is_file():
@@ -328,13 +380,9 @@ def _clean(out_dir: Path) -> None:
 def _delete(folder: Path) -> None:
     """Deletes a checkpoint, if it exists, under a temporary name: half a folder never has a checkpoint's name."""
     if folder.exists():
-        temporary = _temporary(folder)
-        folder.rename(temporary)
-        shutil.rmtree(temporary)
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        going = temporary(folder)
+        folder.rename(going)
+        shutil.rmtree(going)
 
 
 def _check_keep(keep_last: int, keep_every: int) -> None:

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.disk import sweep, temporary
 from handgrad.core.errors import HandgradError
 from handgrad.io import newest
 from handgrad.models import preset
@@ -58,12 +59,57 @@ def check_name(folder: str) -> None:
         raise HandgradError("run", f"the run folder {shown} cannot be used: {reason}", hint="another --out") from None
 
 
-@contextmanager
-def claim(out: Path, resume: str) -> Iterator[ExitStack]:
-    """Makes the run folder and locks it for this process until the yielded lock is closed.
+class Lock:
+    """The lock of this process on a run folder, until it is closed or the process dies. A context manager.
 
-    If the block raises, everything is removed that was not there before. Raises HandgradError if the folder holds
-    another run, cannot be written, or another process trains in it.
+    Raises HandgradError if another process holds it, OSError if there is no such folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._handle = folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise HandgradError("run", f"another process is training in '{folder}'") from None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def is_lost(self) -> bool:
+        """Whether the name of the folder leads to another one, or nowhere: it was deleted, moved or replaced."""
+        try:
+            return not os.path.samestat(os.stat(self.folder), os.fstat(self._handle))
+        except OSError:
+            return True
+
+    def renew(self) -> None:
+        """Makes the folder again and locks it. Raises HandgradError if another run is there, or it cannot be made."""
+        rule, hint = f"the run folder '{self.folder}' was deleted or moved during the run", "leave it alone"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any((self.folder / name).exists() for name in ("log.jsonl", SETTINGS)):
+                raise HandgradError("run", f"{rule}, and another run is there now", hint=hint)
+            new = Lock(self.folder)
+        except OSError as error:
+            raise HandgradError("run", f"{rule}, and cannot be made again: {error.strerror}", hint=hint) from None
+        self._handle, new._handle = new._handle, self._handle
+        new.close()
+
+
+@contextmanager
+def claim(out: Path, resume: str) -> Iterator[Lock]:
+    """Makes the run folder, locks it for this process, and deletes what dead processes left there half written.
+
+    If the block raises, everything is removed that was not there before, and the lock is closed; otherwise it is the
+    caller's to close. Raises HandgradError if the folder holds another run, cannot be written, or another process
+    trains in it.
     """
     if (out / "log.jsonl").exists() and not resume:
         hint = f"--resume {out if newest(out) else f'auto --out {out}'}, or another --out"
@@ -71,20 +117,26 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        before = set(out.iterdir())
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-        held = lock(out)
+        held = Lock(out)
     except OSError as error:
         remove_empty(made)
-        rule = f"the run folder '{out}' cannot be written: {error.strerror}"
-        raise HandgradError("run", rule, hint="another --out") from None
+        raise unwritable(out, error) from None
+    try:
+        sweep(out)
+        before = set(out.iterdir())
+        temporary(out / "probe").touch()
+        temporary(out / "probe").unlink()
+    except OSError as error:
+        held.close()
+        remove_empty(made)
+        raise unwritable(out, error) from None
     try:
         yield held
     except BaseException:
         held.close()
-        for path in set(out.iterdir()) - before:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):  # somebody else has deleted it
+            for path in set(out.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         remove_empty(made)
         raise
 
@@ -96,16 +148,10 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def lock(folder: Path) -> ExitStack:
-    """Locks a folder until the result is closed or the process dies. Raises HandgradError if another holds it."""
-    held, handle = ExitStack(), os.open(folder, os.O_RDONLY)
-    held.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise HandgradError("run", f"another process is training in '{folder}'") from None
-    return held
+def unwritable(out: Path, error: OSError) -> HandgradError:
+    """The error of a run folder that cannot be made, locked or written."""
+    rule = f"the run folder '{out}' cannot be written: {error.strerror}"
+    return HandgradError("run", rule, hint="another --out")
 
 
 def saved_settings(c: Config) -> Config | None:

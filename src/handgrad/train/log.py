@@ -1,8 +1,12 @@
 """The log of a run: a JSON object a step in log.jsonl, llm.c's lines in main.log, a live line on a terminal."""
 
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from handgrad.core.disk import append, flush, write_whole
 from handgrad.core.errors import HandgradError
-from handgrad.train.log_file import drop_after, dump, main_log
+from handgrad.train.log_file import drop_after, dump, in_words, main_log
 from handgrad.train.log_text import clock, parts, plain_line
 from handgrad.train.trackers import TensorBoard, Wandb
 
@@ -30,14 +35,16 @@ class RunLog:
         in tensorboard/
     total_steps: where the run will end
     resumed_at: the step whose checkpoint the run resumes from. What an attempt that died wrote about later steps is
-        dropped, so that no step appears twice; 0, a fresh run, drops everything
-    wandb, settings: the project of Weights & Biases that the figures also go to, if any, and what it keeps with them
+        dropped, so that no step appears twice; 0, a fresh run, drops everything. An event names the rows that were no
+        lines and are now in log.jsonl.bad, and the steps that the log lacks
+    wandb, settings: the project of Weights & Biases that the figures also go to, if any, and what it keeps with them.
+        A tracker, either of the two, that fails later is dropped, and an event says so
     quiet: show nothing
 
     seconds: since the start of the run, earlier attempts included
     tokens_per_second: running mean over about 20 steps; the first step, which warms up, counts only until the second
 
-    Raises HandgradError if the folder cannot be written or an existing log is damaged before its last line.
+    Raises HandgradError if the folder cannot be written.
 
     >>> import tempfile
     >>> from handgrad.train.log_file import read_log
@@ -69,14 +76,15 @@ class RunLog:
             self._trackers.append(TensorBoard(Path(out_dir) / "tensorboard", resumed_at))
         if wandb:
             self._trackers.append(Wandb(wandb, Path(out_dir), settings or {}))
-        earlier = drop_after(self.path, resumed_at) if resumed_at else []
-        self._before = max((line["seconds"] for line in earlier if line.get("seconds")), default=0.0)
+        earlier, bad = drop_after(self.path, resumed_at) if resumed_at else ([], [])
+        seconds = (line["seconds"] for line in earlier if line.get("seconds"))
+        self._before = max(filter(math.isfinite, seconds), default=0.0)
         vals = [line["val_loss"] for line in earlier if line.get("val_loss")]
         self._val_loss = vals[-1] if vals else None
-        try:  # unbuffered: a line is one write, and kill -9 loses none
-            self._file = self.path.open("ab" if resumed_at else "wb", buffering=0)
-            self._main = self.path.with_name("main.log").open("wb", buffering=0)
-            self._main.write("".join(map(main_log, earlier)).encode())
+        try:
+            if resumed_at:
+                write_whole(self.path.with_name("main.log"), [main_log(line).encode() for line in earlier])
+            self._open("ab" if resumed_at else "wb")
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
         self._console = Console(quiet=quiet)
@@ -86,6 +94,8 @@ class RunLog:
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None  # step and time of this attempt's first report, for the ETA
         self._tokens = self._busy = 0.0  # tokens and seconds, both decayed alike: their ratio has no bias to correct
+        for text in lacks(earlier, bad, resumed_at):
+            self.event(resumed_at, text)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -136,8 +146,7 @@ class RunLog:
         line |= {"seconds": round(now, 3)}
         line |= {"gpu": gpu} if gpu else {}
         self._write(line)
-        for tracker in self._trackers:
-            tracker.add(line)
+        self._track(line)
         if not self._console.quiet:
             self._show(line, step_seconds, now)
 
@@ -150,24 +159,67 @@ class RunLog:
         """Shows text, above the live line if there is one. It does not enter the log."""
         self._console.print(Text(text), soft_wrap=True)
 
+    def flush(self) -> None:
+        """Returns once every line is on disk and survives a power failure. Raises the OSError that prevents it."""
+        for file in (self._file, self._main):
+            if not file.closed:
+                os.fsync(file.fileno())
+        flush(self.path.parent)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the log has no name any more: what is written to it would be lost."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
+    def restore(self) -> None:
+        """Writes the log, as far as it has come, under its name again, where a new run folder lies there.
+
+        Raises HandgradError if that fails.
+        """
+        for file in (self._file, self._main):
+            with open(f"/proc/self/fd/{file.fileno()}", "rb") as old:  # still has its content
+                write_whole(file.name, [old.read()])
+            file.close()
+        try:
+            self._open("ab")
+        except OSError as error:
+            raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
+
     def close(self) -> None:
         """Ends the live line and closes the files. Twice is harmless."""
         if self._live is not None:
             self._live.stop()
             self._live = None
         while self._trackers:
-            self._trackers.pop().close()
+            tracker = self._trackers.pop()
+            try:
+                tracker.close()
+            except Exception as error:
+                self.say(f"{tracker.NAME} failed at the end: {one_line(error)}")
         self._file.close()
         self._main.close()
 
+    def _open(self, mode: str) -> None:
+        """Unbuffered, so that kill -9 loses no line."""
+        self._file = FileIO(self.path, mode)
+        self._main = FileIO(self.path.with_name("main.log"), mode)
+
     def _write(self, line: dict) -> None:
         try:
-            for file, data in ((self._file, dump(line)), (self._main, main_log(line).encode())):
-                written = file.write(data)
-                if written < len(data):
-                    file.write(data[written:])  # raises what stopped the first: most often a full disk
+            append(self._file, dump(line))
+            append(self._main, main_log(line).encode())
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
+
+    def _track(self, line: dict) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.add(line)
+            except Exception as error:  # whatever it is: figures elsewhere are not worth a run
+                self._trackers.remove(tracker)
+                with suppress(Exception):
+                    tracker.close()
+                self.event(line["step"], f"{tracker.NAME} gets no more figures: {one_line(error)}")
 
     def _measure(self, tokens: float, step_seconds: float) -> None:
         if self._first is not None:  # the first step warms up caches and is left out of the mean
@@ -208,3 +260,22 @@ class RunLog:
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_row(*bar, Text("  ".join(shown.values()), no_wrap=True, overflow="ellipsis"))
         return table
+
+
+def lacks(earlier: list[dict], bad: list[int], resumed_at: int) -> Iterator[str]:
+    """What a log that is resumed lacks, as events that it does not hold yet.
+
+    earlier: its lines;  bad: the numbers of rows that were none
+    """
+    if bad:
+        yield f"{len(bad)} of the log's rows were damaged and are now in log.jsonl.bad: row {in_words(bad)}"
+    last = max((line["step"] for line in earlier if "loss" in line), default=resumed_at)
+    if last < resumed_at:
+        text = f"the log lacks step {in_words(range(last + 1, resumed_at + 1))}"
+        if not any(line.get("event") == text for line in earlier):
+            yield text
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or is if it says nothing, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -3,7 +3,9 @@
 import json
 import math
 import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from handgrad.core.disk import write_whole
 from handgrad.core.errors import HandgradError
@@ -11,26 +13,49 @@ from handgrad.core.errors import HandgradError
 KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
 
 
+class Row(NamedTuple):
+    """A row of a log.jsonl: its number from 1, its bytes, and what it says; None if that is no line of a log."""
+
+    number: int
+    raw: bytes
+    line: dict | None
+
+
+def rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a log.jsonl in order; none if there is no file. A last row that a crash tore is left out.
+
+    Raises HandgradError if the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line, is_whole = _parse(raw), raw.endswith(b"\n")
+                if line is not None or (is_whole and raw.strip()):
+                    yield Row(number, raw if is_whole else raw + b"\n", line)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HandgradError("log", f"{path} must be readable", error.strerror) from None
+
+
 def read_log(path: str | Path) -> list[dict]:
     """Returns the lines of a log.jsonl in order, as dicts; none if there is no file.
 
-    A last line that a crash tore is left out. Raises HandgradError if another line is not a JSON object with a step.
+    A row that is no JSON object with a step, such as a last one that a crash tore, is left out.
     """
-    try:
-        rows = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise HandgradError("log", f"{path} must be readable", error.strerror) from None
-    lines = []
-    for number, row in enumerate(rows, 1):
-        line = _parse(row)
-        if line is not None:
-            lines.append(line)
-        elif row and any(rows[number:]):
-            rule = f"every line of {path} must be a JSON object with a step"
-            raise HandgradError("log", rule, f"{row[:40]!r} in line {number}", hint="repair it or move it away")
-    return lines
+    return [row.line for row in rows(path) if row.line is not None]
+
+
+def in_words(numbers: Sequence[int]) -> str:
+    """Which rows or steps: all of a few, the ends of many.
+
+    >>> in_words([4]), in_words([4, 9, 11]), in_words(range(9, 13))
+    ('4', '4, 9, 11', '9, 10, 11, 12')
+    >>> in_words(range(9, 1013))
+    '9, 10, 11 .. 1012'
+    """
+    few = ", ".join(map(str, numbers[:3] if len(numbers) > 5 else numbers))
+    return f"{few} .. {numbers[-1]}" if len(numbers) > 5 else few
 
 
 def main_log(line: dict) -> str:
@@ -46,8 +71,8 @@ def main_log(line: dict) -> str:
     """
     step, text = line["step"], ""
     if "loss" in line:
-        loss, norm = (math.nan if line[key] is None else line[key] for key in ("loss", "grad_norm"))
-        text += f"s:{step - 1} trl:{loss:.4f} lr:{line['lr']:.6f} norm:{norm:.2f}\n"
+        loss, lr, norm = (math.nan if line.get(key) is None else line[key] for key in ("loss", "lr", "grad_norm"))
+        text += f"s:{step - 1} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}\n"
     for key, name in (("val_loss", "tel"), ("hellaswag", "eval")):
         text += f"s:{step} {name}:{line[key]:.4f}\n" if line.get(key) is not None else ""
     return text
@@ -63,14 +88,28 @@ def _parse(row: bytes) -> dict | None:
     """The dict of one line, its measured values as floats or None; None for what is no line of a log."""
     try:
         line = json.loads(row)
-        line |= {key: float(line[key]) for key in KEYS if line.get(key) is not None}
+        for key in KEYS:
+            value = line.get(key)
+            if value is not None and type(value) is not float:
+                line[key] = float(value)
         return line if 0 <= operator.index(line["step"]) < 2**63 else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 
-def drop_after(path: Path, step: int) -> list[dict]:
-    """Rewrites a log without the lines of later steps and without a torn end; returns the lines that stay."""
-    lines = [line for line in read_log(path) if line["step"] <= step]
-    write_whole(path, map(dump, lines))
-    return lines
+def drop_after(path: Path, step: int) -> tuple[list[dict], list[int]]:
+    """Rewrites a log without the lines of later steps and without a torn end.
+
+    Returns the lines that stay, and the numbers of the rows that were no lines: those are moved to <path>.bad.
+    """
+    kept, bad = [], []
+    for row in rows(path):
+        if row.line is None:
+            bad.append(row)
+        elif row.line["step"] <= step:
+            kept.append(row)
+    if bad:
+        aside = path.with_name(f"{path.name}.bad")
+        write_whole(aside, [*(row.raw for row in rows(aside)), *(row.raw for row in bad)])
+    write_whole(path, [row.raw for row in kept])
+    return [row.line for row in kept if row.line is not None], [row.number for row in bad]

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from handgrad import evals
 from handgrad.core.errors import HandgradError
 from handgrad.infer import Sampling
+from handgrad.io import checkpoint
 from handgrad.train.interrupt import Interrupt
 from handgrad.train.log import RunLog
 from handgrad.train.mfu import mfu
@@ -38,24 +41,21 @@ class Finished:
     due: Due
 
 
-def loop(run: Run, log: RunLog) -> bool:
-    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step."""
-    trainer, last, saved = run.trainer, run.config.run.steps, run.done
-    with Interrupt(log.say) as interrupt:
-        try:
-            for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
-                log_step(run, log, f)
-                if f.due.save:
-                    save(run, wait=f.due.stop or f.number == last)
-                    saved = f.number
-                if f.due.stop:
-                    return f.number == last
-                if f.due.sample:
-                    log.say(f"\n{sample(run)}\n")
-        except HandgradError as error:
-            if error.where == "data" and trainer.last_step > saved:  # bad tokens far into the data lose no work
-                save(run, wait=True)
-            raise
+def loop(run: Run, log: RunLog, interrupt: Interrupt, keep: Callable[[], bool]) -> bool:
+    """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step.
+
+    keep: called after every step, before anything is written; it returns whether the run folder had to be made again
+    """
+    trainer, last = run.trainer, run.config.run.steps
+    for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
+        is_renewed = keep()
+        log_step(run, log, f)
+        if f.due.save or is_renewed:
+            save(run, log, wait=f.due.stop or f.number == last)
+        if f.due.stop:
+            return f.number == last
+        if f.due.sample:
+            log.say(f"\n{sample(run)}\n")
     return True
 
 
@@ -125,7 +125,17 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
         log.event(f.number, f"update skipped: {result.skipped}")
     if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
-        raise HandgradError("train", what, hint="a lower --lr; --check nan names the call")
+        raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")
+
+
+def way_back(out: Path) -> str:
+    """How to go on from the last checkpoint in a run folder after which no update was skipped."""
+    found = checkpoint.complete(out)
+    later = list(takewhile(lambda path: checkpoint.load_meta(path).get("skips"), found))
+    if len(later) == len(found):
+        return "there is no checkpoint from before them: start again"
+    first = f"delete {', '.join(path.name for path in later)} and " if later else ""
+    return f"{first}resume {found[len(later)]}, the last good checkpoint, by --resume {out}"
 
 
 def hellaswag(run: Run) -> float:
@@ -135,14 +145,18 @@ def hellaswag(run: Run) -> float:
 
 
 def sample(run: Run) -> str:
-    """The prompt and its continuation, the same for the same weights."""
+    """The prompt and its continuation, the same for the same weights; or why there is none, which stops no run."""
     c, drawable = run.config, run.tokenizer.drawable()  # the model may have more rows
     sampling = replace(SAMPLING, seed=c.run.seed)
-    ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, drawable=drawable)
-    return run.tokenizer.decode([*run.prompt, *ids])
+    try:
+        ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, drawable=drawable)
+        return run.tokenizer.decode([*run.prompt, *ids])
+    except HandgradError as error:
+        return f"no sample: {error}"
 
 
-def save(run: Run, wait: bool) -> None:
-    """Writes a checkpoint of the step just done; without `wait`, while the next steps run."""
-    kept, trainer, config = run.config.checkpoint, run.trainer, asdict(run.config)
-    trainer.save(trainer.last_step, config, keep_last=kept.keep_last, keep_every=kept.keep_every, wait=wait)
+def save(run: Run, log: RunLog, wait: bool) -> None:
+    """Writes a checkpoint of the step just done; without `wait`, while the next steps run. The log is on disk first."""
+    kept, config = run.config.checkpoint, asdict(run.config)
+    keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every}
+    run.trainer.save(run.trainer.last_step, config, **keep, wait=wait, before_done=log.flush)

@@ -89,7 +89,7 @@ def resolve(c: Config, out: Path) -> Run:
             raise
         raise priced(error, model, data, execution, precision, backend) from None
     check_readable(data, val, trainer, hellaswag)
-    done = trainer.resume() if r.resume else 0
+    done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
     if done > r.steps:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params

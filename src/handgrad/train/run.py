@@ -1,16 +1,23 @@
 """train: a training run from its settings to its run folder: what comes before the loop and after it."""
 
 import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
+from handgrad.core.output import Output
 from handgrad.infer.load import TOKENIZER
+from handgrad.io import newest
 from handgrad.train.config import Config
-from handgrad.train.folder import SETTINGS, changes, claim, run_folder, saved_settings
-from handgrad.train.interrupt import EXIT_CODE
-from handgrad.train.log import RunLog
-from handgrad.train.loop import loop, sample
+from handgrad.train.folder import SETTINGS, Lock, changes, claim, run_folder, saved_settings
+from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
+from handgrad.train.log import RunLog, one_line
+from handgrad.train.loop import loop, sample, save
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve, schedule_of
 from handgrad.train.show import show
@@ -19,32 +26,41 @@ from handgrad.train.show import show
 def train(c: Config, quiet: bool = False) -> int:
     """Trains as the settings say. Returns the exit code: 0, or 130 when interrupted; a checkpoint is then written.
 
-    Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then.
+    Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then. Whatever is
+    raised later leaves a checkpoint of the last step, if it can be written. That nobody reads the output stops nothing.
     """
     out = run_folder(c)
-    with claim(out, c.run.resume) as lock:
-        run = resolve(c, out)
-        log = open_log(run, quiet)
-        if run.done < run.config.run.steps:
-            describe(run)
-    if not quiet:
-        show(run, c)
-    with lock, log:
-        is_finished = loop(run, log)
-        text = finish(run, is_finished)
-    last = run.trainer.last_step
-    if is_finished:  # below the live line, which has ended
-        log.say(f"\n{text}\n" if text else "")
-        log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
-        log.say(f"generate: handgrad generate {out} --prompt TEXT")
-    else:
-        log.say(f"stopped after step {last}, saved in {out}")
-        log.say(f"resume: handgrad train --resume {out}")
+    streams: Any = Output(sys.stdout, partial(unread, out)), Output(sys.stderr)
+    with redirect_stderr(streams[1]), redirect_stdout(streams[0]), as_ctrl_c():
+        with claim(out, c.run.resume) as lock:
+            run = resolve(c, out)
+            log = open_log(run, quiet)
+            if run.done < run.config.run.steps:
+                describe(run)
+            if not quiet:
+                show(run, c)
+        with lock, log, Interrupt(log.say) as interrupt:
+            try:
+                is_finished = loop(run, log, interrupt, partial(keep_folder, run, log, lock))
+                text = finish(run, is_finished)
+            except BaseException as error:
+                rescue(run, log, lock, error)
+                raise
+        farewell(run, log, is_finished, text)
     return 0 if is_finished else EXIT_CODE
 
 
+def unread(out: Path, error: OSError) -> None:
+    """Says, where somebody may still see it, that the output of a run is lost."""
+    what = f"the output cannot be written: {error.strerror}; training goes on, and its log is {out / 'log.jsonl'}"
+    print(f"[handgrad] {what}", file=sys.stderr)
+
+
 def open_log(run: Run, quiet: bool) -> RunLog:
-    """The log of the run; if it resumes with other settings, a line says which, and how the learning rate jumps."""
+    """The log of the run; if it resumes with other settings, a line says which, and how the learning rate jumps.
+
+    Another line says if it does not resume from the newest checkpoint.
+    """
     r, sent = run.config.run, run.config.log
     changed = changes(run.out, run.config) if 0 < run.done < r.steps else ""
     jump = rate_jump(run) if changed else ""
@@ -57,9 +73,55 @@ def open_log(run: Run, quiet: bool) -> RunLog:
         settings=asdict(run.config),
         quiet=quiet,
     )
+    if run.trainer.passed_over:
+        log.event(run.done, run.trainer.passed_over)
     if changed:
         log.event(run.done, f"from here on {changed}{jump}")
     return log
+
+
+def keep_folder(run: Run, log: RunLog, lock: Lock) -> bool:
+    """Makes the run folder again if it, or the log in it, was deleted or moved; whether that was so.
+
+    What was in it and is known is written again, and the lock is taken. Raises HandgradError if another run is there.
+    """
+    if lock.is_lost():
+        lock.renew()
+    elif not log.is_deleted:
+        return False
+    describe(run)
+    log.restore()
+    log.event(run.trainer.last_step, f"{run.out} or its log was deleted or moved; both are here again")
+    return True
+
+
+def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
+    """Saves the steps before an error, and says so; or adds to the error why that is not possible."""
+    trainer = run.trainer
+    step = trainer.last_step
+    if step == run.done or trainer.skips > run.config.optim.max_skipped:  # nothing new, or nothing good
+        return
+    try:
+        keep_folder(run, log, lock)
+        if newest(run.out) != run.out / f"step_{step:06d}":
+            save(run, log, wait=True)
+        finish(run, is_finished=False)
+        log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
+    except Exception as failure:
+        if str(failure) != str(error):
+            error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
+
+
+def farewell(run: Run, log: RunLog, is_finished: bool, text: str) -> None:
+    """The last lines, below the live line, which has ended."""
+    out, last = run.out, run.trainer.last_step
+    if is_finished:
+        log.say(f"\n{text}\n" if text else "")
+        log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
+        log.say(f"generate: handgrad generate {out} --prompt TEXT")
+    else:
+        log.say(f"stopped after step {last}, saved in {out}")
+        log.say(f"resume: handgrad train --resume {out}")
 
 
 def rate_jump(run: Run) -> str:

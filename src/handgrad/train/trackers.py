@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install
 
@@ -26,6 +27,8 @@ class TensorBoard:
 
     resumed_at: TensorBoard drops what an attempt that died wrote about later steps
     """
+
+    NAME = "TensorBoard"
 
     def __init__(self, folder: Path, resumed_at: int):
         try:
@@ -57,6 +60,8 @@ class Wandb:
     already sent stay: they are the same figures.
     """
 
+    NAME = "Weights & Biases"
+
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]):
         try:
             import wandb
@@ -64,13 +69,13 @@ class Wandb:
             raise missing("--wandb", "wandb") from None
         path = folder / "wandb-id.txt"
         if not path.exists():
-            path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+            write_text(path, secrets.token_hex(8) + "\n")
         name = path.read_text(encoding="utf-8").strip()
         try:
             self._run = wandb.init(
                 project=project, id=name, name=folder.name, dir=str(folder), config=settings, resume="allow"
             )
-        except wandb.Error as error:
+        except Exception as error:  # its own, or of the network below
             hint = "wandb login, or WANDB_MODE=offline"
             raise HandgradError("log", f"Weights & Biases refuses the run: {error}", hint=hint) from None
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ class Trainer:
         self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
-        self._skips = 0
+        self.skips = 0  # updates in a row that were skipped, up to the last step
         self.last_step = 0
+        self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
         initialize(train, self.arena, start, drawn)
 
@@ -176,8 +178,8 @@ class Trainer:
         def finish() -> tuple[float, float, str, int]:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
             skipped = self._skip_reason(loss, norm)
-            self._skips = self._skips + 1 if skipped else 0
-            return loss, norm, skipped, self._skips
+            self.skips = self.skips + 1 if skipped else 0
+            return loss, norm, skipped, self.skips
 
         self._pending = result = Step(finish)
         self.last_step = step
@@ -311,12 +313,19 @@ class Trainer:
         keep_last: int = 0,
         keep_every: int = 0,
         wait: bool = True,
+        before_done: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes a complete checkpoint of this step into the run folder.
 
-        keep_last: newest checkpoints that are kept, 0 for all;  keep_every: multiples of this step are never deleted
+        keep_last: newest checkpoints that are kept, 0 for all. While updates are skipped all are, since the weights
+            may have diverged: the last good ones stay
+        keep_every: multiples of this step are never deleted
+        before_done: called before the checkpoint counts, when it is on disk; by another thread
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
             the weights are read where they lie, and the next update waits for that; of a device's, a copy is made first
+
+        Raises HandgradError if it cannot be written, or the weights or the optimizer state are not finite: older
+        checkpoints are then as they were.
         """
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
@@ -329,11 +338,11 @@ class Trainer:
             "config": config or {},
             "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
-            "skips": self._skips,
+            "skips": self.skips,
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
         }
-        kept = {"keep_last": keep_last or sys.maxsize, "keep_every": keep_every}
-        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept)
+        kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
+        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=before_done)
         if wait:
             self.wait_saved()
 
@@ -341,12 +350,30 @@ class Trainer:
         """Waits until the last checkpoint is complete; raises what went wrong."""
         self._writer.wait()
 
-    def resume(self) -> int:
-        """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none."""
+    def resume(self, pass_over: bool = False) -> int:
+        """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none.
+
+        pass_over: of checkpoints that hold values that are not finite, take the one before, and say so in
+            `passed_over`. Otherwise, or if none is left, HandgradError names the first
+        """
         self.wait_saved()
-        path = checkpoint.newest(self._folder())
-        if path is None:
-            return 0
+        found, refusal = checkpoint.complete(self._folder()), None
+        for path in found:
+            try:
+                step = self._resume_from(path)
+            except checkpoint.NotFiniteError as error:
+                refusal = refusal or error
+                if not pass_over:
+                    break
+            else:
+                self.passed_over = f"passed over {found[0].name}: {refusal}" if refusal else ""
+                return step
+        if refusal:
+            raise refusal
+        return 0
+
+    def _resume_from(self, path: Path) -> int:
+        """Takes weights, state and position from a complete checkpoint; returns its step."""
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
         theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
@@ -361,8 +388,9 @@ class Trainer:
             raise HandgradError("resume", rule, self.program.dtype.name)
         weights = checkpoint.load(path, shapes(self.params()))
         state = checkpoint.load_state(path, shapes(self._state()))
-        for key, values in ({f"param.{name}": w for name, w in weights.items()} | dict(state)).items():
+        for key, values in chain(((f"param.{name}", w) for name, w in weights.items()), state.items()):
             vector, _, name = key.partition(".")
+            checkpoint.check_finite(path, key, values, hint=checkpoint.OLDER)
             if vector == STATE:
                 self.arena.write(self.program.states[name], values)
             else:
@@ -370,7 +398,7 @@ class Trainer:
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))
-        self._skips, self.last_step, self._pending = saved["skips"], saved["step"], None
+        self.skips, self.last_step, self._pending = saved["skips"], saved["step"], None
         # the next step begins where the last one ended, also if steps have another size from now on
         if not self.data.overfit:
             self.data.ahead = saved["tokens"] // self.data.seq_len - self.last_step * self.data.sequences

@@ -11,8 +11,9 @@ tail    the y axis leaves out the first steps, where a loss falls from far above
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from handgrad.train.report.read import Points, Run
 
@@ -39,7 +40,7 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     marks = [
         {"run": i, "x": event["step"], "text": str(event["event"])}
         for i, run in enumerate(runs)
-        for event in run.events[:EVENTS]
+        for event in run.log.events[:EVENTS]
     ]
     loss = [s for i, run in enumerate(runs) for s in _noisy(run.points("loss"), i, "train")]
     val = [s for i, run in enumerate(runs) for s in _series(run.points("val_loss"), i, "validation", "dots")]
@@ -51,7 +52,7 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
             _panel("Training loss, nats per token", loss, [], marks, wide=True, tail=True),
             _panel("Validation loss, nats per token", val, loss_lines, [], wide=True, tail=True),
         ]
-    measured = [s for i, run in enumerate(runs) for s in _series(_times(run.hellaswag(), 100), i, "", "dots")]
+    measured = [s for i, run in enumerate(runs) for s in _series(run.hellaswag() * 100, i, "", "dots")]
     norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]
     norms = [y for one in norm for y in one["y"]]
     is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
@@ -71,15 +72,15 @@ def _panel(title: str, series: list, lines: Sequence = (), marks: Sequence = (),
 
 
 def _each(runs: Sequence[Run], key: str, factor: float = 1) -> list[dict[str, Any]]:
-    return [s for i, run in enumerate(runs) for s in _series(run.points(key, factor), i)]
+    return [s for i, run in enumerate(runs) for s in _series(run.points(key) * factor, i)]
 
 
 def _series(points: Points, run: int, label: str = "", kind: str = "line") -> list[dict[str, Any]]:
     """The curve of these points, none if there are none."""
     points = thin(points)
-    values = [float(f"{value:.6g}") for _, value in points]
-    curve = {"run": run, "colour": run, "kind": kind, "label": label, "x": [step for step, _ in points], "y": values}
-    return [curve] if points else []
+    values = [float(f"{value:.6g}") for value in points.values.tolist()]
+    curve = {"run": run, "colour": run, "kind": kind, "label": label, "x": points.steps.tolist(), "y": values}
+    return [curve] if values else []
 
 
 def _noisy(points: Points, run: int, label: str = "") -> list[dict[str, Any]]:
@@ -95,38 +96,36 @@ def running_mean(points: Points) -> tuple[Points, int]:
 
     The window is centred, so that a mean does not lag; it shrinks at the start, and at the end loses its right half.
 
-    >>> running_mean([(step, 2.0 * step) for step in range(300)])[0][:2]
-    [(0, 0.0), (1, 2.0)]
+    >>> running_mean(Points(np.arange(300), 2.0 * np.arange(300)))[0].values[:2].tolist()
+    [0.0, 2.0]
     """
     count, reach = len(points), len(points) // 100
-    sums, means = [0.0, *accumulate(value for _, value in points)], []
-    for at, (step, _) in enumerate(points):
-        left = min(at, reach)
-        right = min(left, count - 1 - at)
-        means.append((step, (sums[at + right + 1] - sums[at - left]) / (left + right + 1)))
-    return means, 2 * reach + 1
+    at = np.arange(count)
+    left = np.minimum(at, reach)
+    right = np.minimum(left, count - 1 - at)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.concatenate([[0.0], np.cumsum(points.values)])
+        means = (sums[at + right + 1] - sums[at - left]) / (left + right + 1)
+    return Points(points.steps, means), 2 * reach + 1
 
 
 def thin(points: Points) -> Points:
     """At most about 2 POINTS of a curve: the lowest and the highest of each window, so that no spike is lost; and both
     ends.
     """
-    size = -(-len(points) // POINTS)
+    count = len(points)
+    size = -(-count // POINTS)
     if size <= 2:
         return points
-    kept = {points[0], points[-1]}
-    for at in range(0, len(points), size):
-        window = points[at : at + size]
-        kept |= {min(window, key=lambda p: p[1]), max(window, key=lambda p: p[1])}
-    return sorted(kept)
-
-
-def _times(points: Points, factor: float) -> Points:
-    return [(step, factor * value) for step, value in points]
+    starts = np.arange(0, count, size)
+    windows = np.full((len(starts), size), points.values[-1])  # the last one is filled up with its last value
+    windows.flat[:count] = points.values
+    kept = np.unique(np.concatenate([[0, count - 1], *(starts + find(windows, 1) for find in (np.argmin, np.argmax))]))
+    return points[kept[kept < count]]
 
 
 def _seconds(run: Run) -> list[list[float]]:
     """[steps, seconds since the start], at most about POINTS of either."""
-    points = run.points("seconds")
-    some = [*points[:: -(-len(points) // POINTS) or 1], *points[-1:]]
-    return [[step for step, _ in some], [seconds for _, seconds in some]]
+    points, count = run.points("seconds"), len(run.points("seconds"))
+    some = points[np.unique([*range(0, count, -(-count // POINTS) or 1), *range(count)[-1:]]).astype(int)]
+    return [some.steps.tolist(), some.values.tolist()]

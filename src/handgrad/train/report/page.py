@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from handgrad.train.log_file import in_words
 from handgrad.train.log_text import clock, short
 from handgrad.train.report.curves import curves, running_mean
 from handgrad.train.report.read import Run
@@ -32,6 +33,7 @@ def single(run: Run) -> str:
         f"<header><h1>{escape(title)}</h1><p>{escape(' · '.join(_about(run)))}</p></header>",
         _tiles(run),
         _plots([run]),
+        _damage([run]),
         _evals([run]),
         _events([run]),
         _text("Sample", run.sample),
@@ -49,6 +51,7 @@ def comparison(runs: Sequence[Run]) -> str:
     body = [
         f"<header><h1>{title}</h1><p>{escape(', '.join(run.name for run in runs))}</p></header>",
         _plots(runs),
+        _damage(runs),
         _table("Results", heads, _results(runs)),
         _table("Settings that differ", heads, differences(runs)) or "<p>The settings of all are the same.</p>",
         _evals(runs),
@@ -97,24 +100,24 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
     if losses := run.points("loss"):
         means, window = running_mean(losses)
         last = window // 2 + 1
-        remark = f"mean of the last {last} steps" if last > 1 else f"step {losses[-1][0]:,}"
-        found["train loss"] = f"{means[-1][1]:.4f}", remark
+        remark = f"mean of the last {last} steps" if last > 1 else f"step {losses.steps[-1]:,}"
+        found["train loss"] = f"{means.values[-1]:.4f}", remark
     if vals := run.points("val_loss"):
-        step, best = min(vals, key=lambda point: point[1])
-        found["best val loss"] = f"{best:.4f}", f"step {step:,}"
+        best = vals.values.argmin()
+        found["best val loss"] = f"{vals.values[best]:.4f}", f"step {vals.steps[best]:,}"
     if scores := run.hellaswag():
-        found["HellaSwag"] = f"{100 * scores[-1][1]:.1f} %", f"step {scores[-1][0]:,}"
+        found["HellaSwag"] = f"{100 * scores.values[-1]:.1f} %", f"step {scores.steps[-1]:,}"
     for key, name in {"params": "parameters", "tokens": "tokens seen"}.items():
         if isinstance(run.summary.get(key), int):
             found[name] = short(run.summary[key]), f"{run.summary[key]:,}"
     if (rate := run.median("tokens_per_second")) is not None:
         mfu = run.median("mfu")
         found["throughput"] = short(rate), f"tokens per second{f', {100 * mfu:.1f} % MFU' if mfu else ''}, median"
-    memory = [value for _, value in run.points("gpu.memory", 1 / 1024)]
+    memory = run.points("gpu.memory") * (1 / 1024)
     if isinstance(arena := run.summary.get("arena"), str):
-        found["memory"] = _gib(arena), f"planned; {max(memory):.1f} GiB on the GPU" if memory else "planned"
+        found["memory"] = _gib(arena), f"planned; {memory.values.max():.1f} GiB on the GPU" if memory else "planned"
     if seconds := run.points("seconds"):
-        found["wall time"] = clock(seconds[-1][1]), f"to step {seconds[-1][0]:,}"
+        found["wall time"] = clock(seconds.values[-1]), f"to step {seconds.steps[-1]:,}"
     return found
 
 
@@ -129,7 +132,7 @@ def _tiles(run: Run) -> str:
         f"<div><dt>{name}</dt><dd>{escape(value)}</dd><dd>{escape(remark)}</dd></div>"
         for name, (value, remark) in figures(run).items()
     )
-    return f"<dl>{''.join(cells)}</dl>" if run.steps else ""
+    return f"<dl>{''.join(cells)}</dl>" if run.log.steps else ""
 
 
 def _results(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
@@ -199,6 +202,17 @@ def _swatch(run: int) -> str:
     return f'<i style="--c:var(--c{run % 8})"></i>'
 
 
+def _damage(runs: Sequence[Run]) -> str:
+    """Which rows of the logs say nothing."""
+    lines = [
+        f"<p>{len(run.log.damaged)} damaged rows in the log of {escape(run.name)} are left out: row "
+        f"{in_words(run.log.damaged)}</p>"
+        for run in runs
+        if run.log.damaged
+    ]
+    return "".join(lines)
+
+
 def _evals(runs: Sequence[Run]) -> str:
     """What `handgrad eval` measured: of one run a column for each checkpoint, of several their newest."""
     columns = [(run, checkpoint) for run in runs for checkpoint in sorted(run.evals)[-(1 if len(runs) > 1 else 5) :]]
@@ -221,7 +235,7 @@ def _measured(tasks: Any) -> Iterator[tuple[str, str]]:
 
 
 def _events(runs: Sequence[Run]) -> str:
-    events = [(run.name, line) for run in runs for line in run.events]
+    events = [(run.name, line) for run in runs for line in run.log.events]
     if not events:
         return ""
     cells = (

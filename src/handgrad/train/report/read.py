@@ -2,16 +2,16 @@
 
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.errors import HandgradError
-from handgrad.train.log_file import read_log
+import numpy as np
 
-Points = Sequence[tuple[int, float]]  # (step, value)
+from handgrad.core.errors import HandgradError
+from handgrad.train.log_file import rows
 
 SIZES = ("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len")
 # OpenAI's GPT-2: sizes, name, loss on the validation set of llm.c's notebook, HellaSwag accuracy by llm.c's rule
@@ -24,50 +24,73 @@ OPENAI: dict[tuple[object, ...], tuple[str, float, float]] = {
 
 
 @dataclass(frozen=True)
+class Points:
+    """A logged figure: steps (n,) int64, and its values in them (n,) float64, all finite."""
+
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    values: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __mul__(self, factor: float) -> "Points":
+        return Points(self.steps, factor * self.values)
+
+    def __getitem__(self, at: Any) -> "Points":
+        """Some of the points, in the order of their numbers."""
+        return Points(self.steps[at], self.values[at])
+
+
+@dataclass(frozen=True)
+class Log:
+    """A log.jsonl: how many steps it has, its figures by name ("gpu.power" lies inside "gpu"), its events, and the
+    numbers of its damaged rows.
+    """
+
+    steps: int
+    figures: Mapping[str, Points]
+    events: Sequence[dict]
+    damaged: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder.
 
-    steps, events: lines of log.jsonl of either kind
+    log: log.jsonl
     config: config.json, the settings, nested;  summary: that of run.json, flat
     evals: eval.json: checkpoint -> task -> metric -> value
     sample, memory: texts, None where there is none
     """
 
     name: str
-    steps: list[dict]
-    events: list[dict]
+    log: Log
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     evals: Mapping[str, Any]
     sample: str | None
     memory: str | None
 
-    def points(self, key: str, scale: float = 1.0) -> Points:
-        """(step, value) wherever a value was logged and is finite; "gpu.power" looks inside "gpu"."""
-        outer, _, inner = key.partition(".")
-        found = []
-        for line in self.steps:
-            value = line.get(outer)
-            value = value.get(inner) if inner and isinstance(value, Mapping) else value
-            if isinstance(value, int | float) and math.isfinite(value):
-                found.append((line["step"], scale * value))
-        return found
+    def points(self, key: str) -> Points:
+        """A figure wherever it was logged and is finite; "gpu.power" looks inside "gpu"."""
+        return self.log.figures.get(key, Points())
 
     def hellaswag(self) -> Points:
-        """(step, accuracy by llm.c's rule), as logged while training and as `handgrad eval` measured later."""
-        found = dict(self.points("hellaswag"))
+        """Accuracy by llm.c's rule, as logged while training and as `handgrad eval` measured later."""
+        logged = self.points("hellaswag")
+        found = dict(zip(logged.steps.tolist(), logged.values.tolist()))
         for checkpoint, tasks in self.evals.items():
             task = tasks.get("hellaswag") if isinstance(tasks, Mapping) else None
-            value = task.get("acc_llmc") if isinstance(task, Mapping) else None
+            value = number(task.get("acc_llmc") if isinstance(task, Mapping) else None)
             step = checkpoint.removeprefix("step_")
-            if isinstance(value, int | float) and step.isdecimal():
-                found[int(step)] = float(value)
-        return sorted(found.items())
+            if value is not None and step.isdecimal():
+                found[int(step)] = value
+        return Points(np.array(sorted(found), np.int64), np.array([found[step] for step in sorted(found)], float))
 
     def median(self, key: str) -> float | None:
         """Of a logged value; None where there is none."""
-        values = [value for _, value in self.points(key)]
-        return statistics.median(values) if values else None
+        points = self.points(key)
+        return float(np.median(points.values)) if len(points) else None
 
     def openai(self) -> tuple[str, float, float] | None:
         """OpenAI's model of the very same sizes: its name, loss and HellaSwag accuracy."""
@@ -82,21 +105,56 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder, of which any file may be missing. Raises HandgradError if one is damaged."""
-    lines = read_log(folder / "log.jsonl")
+    """Reads a run folder, of which any file may be missing. Raises HandgradError if one but the log is damaged."""
+    log = read_columns(folder / "log.jsonl")
     summary = read_object(folder / "run.json").get("summary", {})
     if not isinstance(summary, Mapping):
         raise HandgradError("report", f"'summary' in {folder / 'run.json'} must be a JSON object", json.dumps(summary))
     return Run(
         name=folder.resolve().name,
-        steps=[line for line in lines if "event" not in line],
-        events=[line for line in lines if "event" in line],
+        log=log,
         config=read_object(folder / "config.json"),
         summary=summary,
         evals=read_object(folder / "eval.json"),
         sample=read_text(folder / "sample.txt"),
         memory=read_text(folder / "memory.txt"),
     )
+
+
+def read_columns(path: Path) -> Log:
+    """Reads a log in one pass: a long run has hundreds of thousands of lines."""
+    count, events, damaged = 0, [], []
+    columns: dict[str, tuple[array, array]] = {}
+    for at, _, line in rows(path):
+        if line is None:
+            damaged.append(at)
+        elif "event" in line:
+            events.append(line)
+        else:
+            count += 1
+            for key, value in numbers(line):
+                steps, values = columns.get(key) or columns.setdefault(key, (array("q"), array("d")))
+                steps.append(line["step"])
+                values.append(value)
+    figures = {key: Points(np.array(steps), np.array(values)) for key, (steps, values) in columns.items()}
+    return Log(count, figures, events, damaged)
+
+
+def numbers(line: dict) -> Iterator[tuple[str, float]]:
+    """The figures of a line of the log that are finite, with those inside "gpu"."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, v in value.items() if (found := number(v)) is not None)
+        elif (found := number(value)) is not None:
+            yield key, found
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float; None for all else."""
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # of an int
+        return None
 
 
 def read_text(path: Path) -> str | None:
