@@ -14,7 +14,7 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1350,
     "backends": 3300,
-    "train": 2400,
+    "train": 2700,
     "optim": 350,
     "data tokenizers": 2050,
     "io": 800,

@@ -101,7 +101,7 @@ def test_every_remedy_is_planned_for_real(tiny, shards, dtype):
 def test_the_same_arguments_give_the_same_plan(tiny, shards, changes):
     model, tokens = tiny(), data.tokens(shards, seq_len=16, batch_tokens=64)
     execution = Execution(4, backend="cpu", **changes)
-    run = Trainer(model, AdamW(), tokens, execution=execution)
+    run = Trainer(model, AdamW(), tokens, precision=Precision("f32"), execution=execution)
     page = explain(model, 16, execution=execution, backend=open_backend("cpu"), remedies=False)
     assert page.plan.region == run.plan.region
 

@@ -251,7 +251,15 @@ def trainer(model, shards, out=None, backend="cpu"):
     """A trainer with two micro-batches a step, planned for validation."""
     data = hg.data.tokens(shards, seq_len=10, batch_tokens=80, seed=5)
     execution = hg.Execution(micro_batch=4, extra_programs=("val",), backend=backend, threads=1)
-    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, start=hg.Start(seed=2), out=out)
+    return hg.Trainer(
+        model,
+        hg.optim.AdamW(),
+        data,
+        precision=hg.Precision("f32"),
+        execution=execution,
+        start=hg.Start(seed=2),
+        out=out,
+    )
 
 
 def arrays(trainer):

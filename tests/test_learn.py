@@ -318,7 +318,7 @@ def test_chapter_1_matches_package_losses(tmp_path):
     data = hg.data.tokens(tmp_path / "*.bin", seq_len=SMALL.max_seq_len, batch_tokens=6 * SMALL.max_seq_len)
     model = hg.models.GPT2(SMALL.vocab_size, SMALL.max_seq_len, SMALL.num_layers, SMALL.num_heads, SMALL.hidden_size)
     execution = hg.Execution(6, extra_programs=(), backend="cpu")
-    run = hg.Trainer(model, hg.optim.AdamW(betas=(0.9, 0.99)), data, execution=execution)
+    run = hg.Trainer(model, hg.optim.AdamW(betas=(0.9, 0.99)), data, precision=hg.Precision("f32"), execution=execution)
     params = {name: p.astype(np.float32) for name, p in run.params().items()}
     batches = [data.batch(step) for step in range(10)]
     theirs = [
@@ -410,7 +410,7 @@ def ten_steps(tmp_path_factory):
         data = hg.data.tokens(folder / "train.bin", seq_len=64, batch_tokens=4 * 64, shuffle=False)
         optim = hg.optim.AdamW(betas=(0.9, 0.95), weight_decay=0.2, clip=0.5)
         execution = hg.Execution(4, extra_programs=("sample",), backend=backend)
-        run = hg.Trainer(hg.models.GPT2(**sizes), optim, data, execution=execution)
+        run = hg.Trainer(hg.models.GPT2(**sizes), optim, data, precision=hg.Precision("f32"), execution=execution)
         if not start:
             rng = np.random.default_rng(6)
             start = {name: p + rng.normal(0, 0.05, p.shape).astype(np.float32) for name, p in run.params().items()}

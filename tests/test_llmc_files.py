@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import llmc
 from handgrad.io.weights import Weights
@@ -280,7 +281,9 @@ def test_p1_gradients_equal_a_debug_state(tmp_path, shards):
             return {"ids": debug["x"], "targets": debug["y"]}
 
     model, execution = open_source(tmp_path / "model.bin").model, Execution(B, extra_programs=(), backend="cpu")
-    trainer = Trainer(model, AdamW(), Batch(), execution=execution, start=Start(init=weights))
+    trainer = Trainer(
+        model, AdamW(), Batch(), precision=Precision("f32"), execution=execution, start=Start(init=weights)
+    )
     assert abs(trainer.step(1, 0.0).loss - loss.item()) < 1e-6
     for name, ours in trainer.grads().items():
         theirs = debug[f"d {name}"]  # the tolerance that llm.c's own float32 test has, without its factor of the value

@@ -63,7 +63,9 @@ def weights(shards, **sizes):
     model = GPT2(vocab_size=97, max_seq_len=20, num_heads=2, **sizes)
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=32)
     execution, start = hg.Execution(2, backend="cpu"), hg.Start(seed=1, init="llmc")
-    return model, hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, start=start).params()
+    return model, hg.Trainer(
+        model, hg.optim.AdamW(), data, precision=hg.Precision("f32"), execution=execution, start=start
+    ).params()
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6])  # at 6 llm.c's residual deviation is not the nearest float32

@@ -339,7 +339,12 @@ def test_initial_weights_are_seeded_and_scaled(tiny, shards):
     model = tiny(hidden_size=192, num_layers=3)
     a, b, other = (
         Trainer(
-            model, AdamW(), tokens, execution=Execution(1, extra_programs=(), backend="cpu"), start=Start(seed)
+            model,
+            AdamW(),
+            tokens,
+            precision=Precision("f32"),
+            execution=Execution(1, extra_programs=(), backend="cpu"),
+            start=Start(seed),
         ).params()
         for seed in (1, 1, 2)
     )

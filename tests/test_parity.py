@@ -63,7 +63,9 @@ def test_p3_ten_steps_on_one_batch_are_pytorchs(judge, shards, betas, decay, cli
     data = hg.data.tokens(shards, seq_len=64, batch_tokens=256, overfit=True)
     model = hg.models.GPT2(vocab_size=97, max_seq_len=64, num_layers=3, num_heads=4, hidden_size=64)
     execution = hg.Execution(micro_batch=4, backend="cpu")
-    run = hg.Trainer(model, hg.optim.AdamW(betas, 1e-8, decay, clip), data, execution=execution)
+    run = hg.Trainer(
+        model, hg.optim.AdamW(betas, 1e-8, decay, clip), data, precision=hg.Precision("f32"), execution=execution
+    )
     torch_model = judge.GPT2(97, 64, 3, 4, 64, vocab_padded=len(run.params()["wte.weight"]))
     torch_model.load({name: w.copy() for name, w in run.params().items()})
     ours = [run.step(step, 1e-3).loss for step in range(1, 11)]
@@ -78,7 +80,13 @@ def test_p3_without_overfit_every_step_has_its_own_batch(shards):
     losses = {}
     for overfit in (False, True):
         data = hg.data.tokens(shards, seq_len=16, batch_tokens=64, overfit=overfit)
-        run = hg.Trainer(model, hg.optim.AdamW(), data, execution=hg.Execution(micro_batch=2, backend="cpu"))
+        run = hg.Trainer(
+            model,
+            hg.optim.AdamW(),
+            data,
+            precision=hg.Precision("f32"),
+            execution=hg.Execution(micro_batch=2, backend="cpu"),
+        )
         losses[overfit] = [run.step(step, 0.0).loss for step in (1, 2, 3)]
     assert len(set(losses[True])) == 1 and len(set(losses[False])) == 3 and losses[True][0] == losses[False][0]
 
@@ -235,7 +243,9 @@ def test_p8_matrices_decay_and_others_do_not(tiny, shards):
     weights = {}
     for decay in (0.0, 0.5):
         execution = hg.Execution(micro_batch=4, backend="cpu")
-        run = hg.Trainer(tiny(), hg.optim.AdamW(weight_decay=decay), data, execution=execution)
+        run = hg.Trainer(
+            tiny(), hg.optim.AdamW(weight_decay=decay), data, precision=hg.Precision("f32"), execution=execution
+        )
         for info in run.params().values():
             info += 0.01
         run.step(1, 1e-2)
@@ -248,7 +258,7 @@ def test_p8_t9_spikes_and_what_is_not_finite_change_nothing(tiny, shards):
     """Also what llm.c lets through: a loss that is not finite."""
     data = hg.data.tokens(shards, seq_len=16, batch_tokens=64)
     execution = hg.Execution(micro_batch=4, backend="cpu", guard=hg.Guard(loss_z=3.0))
-    run = hg.Trainer(tiny(), hg.optim.AdamW(), data, execution=execution)
+    run = hg.Trainer(tiny(), hg.optim.AdamW(), data, precision=hg.Precision("f32"), execution=execution)
     for step in range(1, WINDOW + 1):
         run.step(step, 0.0)
     kept = {name: w.copy() for name, w in run.params().items()}

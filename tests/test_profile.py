@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from handgrad import Execution, Trainer, data
+from handgrad import Execution, Precision, Trainer, data
 from handgrad.cli.__main__ import main
 from handgrad.optim import AdamW
 from handgrad.train.profile import GROUPS, Profile, profile, title
@@ -14,7 +14,7 @@ from handgrad.train.profile import GROUPS, Profile, profile, title
 def found(tiny, shards):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
     execution = Execution(micro_batch=4, recompute="block", extra_programs=(), backend="cpu")
-    trainer = Trainer(tiny(), AdamW(), tokens, execution=execution)
+    trainer = Trainer(tiny(), AdamW(), tokens, precision=Precision("f32"), execution=execution)
     return profile(trainer, 3), trainer
 
 
@@ -41,7 +41,7 @@ def test_rows_add_up(found, by):
 def test_medians_of_the_traces(tiny, shards, monkeypatch):
     tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
     execution = Execution(micro_batch=4, extra_programs=(), backend="cpu")
-    trainer = Trainer(tiny(), AdamW(), tokens, execution=execution)
+    trainer = Trainer(tiny(), AdamW(), tokens, precision=Precision("f32"), execution=execution)
     speeds = iter([1.0, 5.0, 2.0])
 
     def trace(after):

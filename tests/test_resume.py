@@ -272,7 +272,7 @@ def trainer(words, out, micro_batch=4, batch_tokens=128):
     """A trainer on windows of 16 tokens."""
     model, execution = hg.models.GPT2(97, 16, 2, 2, 32), hg.Execution(micro_batch, backend="cpu")
     data = hg.data.tokens(f"{words}/train_*.bin", 16, batch_tokens, seed=5)
-    return hg.Trainer(model, hg.optim.AdamW(), data, execution=execution, out=out)
+    return hg.Trainer(model, hg.optim.AdamW(), data, precision=hg.Precision("f32"), execution=execution, out=out)
 
 
 def test_p10_t8_another_micro_batch_reads_the_same_tokens(words, tmp_path):

@@ -131,4 +131,11 @@ def test_a_backend_of_another_precision_is_refused(tokens):
     backend = open_backend("cpu")
     backend.tf32 = True
     with pytest.raises(hg.HandgradError, match="tf32=True"):
-        hg.Trainer(MODEL, hg.optim.AdamW(), tokens, execution=hg.Execution(micro_batch=4), backend=backend)
+        hg.Trainer(
+            MODEL,
+            hg.optim.AdamW(),
+            tokens,
+            precision=hg.Precision("f32"),
+            execution=hg.Execution(micro_batch=4),
+            backend=backend,
+        )

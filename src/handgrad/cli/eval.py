@@ -110,8 +110,8 @@ def own_val(run: Path) -> str:
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
-        _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings["val"])), run)
-    except (OSError, ValueError, KeyError, TypeError):
+        _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         val = ""
     if not val:
         hint = "--tasks val=GLOB, or the folder in which it was trained"

@@ -43,6 +43,9 @@ class Engine:
         self._run = tuple(backend.bind(p, arena) for p in programs)
         self.position = 0  # tokens in the cache
 
+    def __repr__(self) -> str:
+        return f"Engine({self.model}, {self.position} tokens in the cache)"
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Appends tokens to the cache; returns the logits (V,) f32 after the last one."""
         if len(ids) == 0:

@@ -1,6 +1,7 @@
 """Optimizers record their update onto a program; schedules are functions of the step."""
 
+from handgrad.optim import schedules
 from handgrad.optim.adamw import AdamW
 from handgrad.optim.record import Optimizer, record_step
 
-__all__ = ["AdamW", "Optimizer", "record_step"]
+__all__ = ["AdamW", "Optimizer", "record_step", "schedules"]

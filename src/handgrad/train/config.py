@@ -237,6 +237,12 @@ def from_names(values: Mapping[str, Any]) -> Config:
     return Config(**groups)
 
 
+def by_group(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by group from settings by name; values that are no settings are left out."""
+    groups = {name: [f.name for f in fields(kind)] for name, kind in get_type_hints(Config).items()}
+    return {group: {name: values[name] for name in names if name in values} for group, names in groups.items()}
+
+
 def _check(settings: Any, least: int, names: str) -> None:
     """Raises HandgradError unless every field is of its type, and numbers are finite and, if named, at
     least `least`.

@@ -5,16 +5,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.disk import sweep, temporary
+from handgrad.core.disk import sweep, temporary, write_text
 from handgrad.core.errors import HandgradError
+from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
 from handgrad.models import preset
+from handgrad.tokenizers import Tokenizer
 from handgrad.train.config import SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
@@ -101,6 +103,17 @@ class Lock:
             raise HandgradError("run", f"{rule}, and cannot be made again: {error.strerror}", hint=hint) from None
         self._handle, new._handle = new._handle, self._handle
         new.close()
+
+
+def describe(out: Path, settings: Mapping[str, Any], memory: str, tokenizer: Tokenizer | None) -> None:
+    """Writes what a reader, `handgrad generate` and a resumption need to know into a run folder.
+
+    settings: by group;  memory: the memory map;  tokenizer: None if it is not known
+    """
+    write_text(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    write_text(out / "memory.txt", memory + "\n")
+    if tokenizer is not None:
+        write_text(out / TOKENIZER, json.dumps(tokenizer.save(out)) + "\n")
 
 
 @contextmanager

@@ -150,6 +150,11 @@ class RunLog:
         if not self._console.quiet:
             self._show(line, step_seconds, now)
 
+    def validation(self, step: int, val_loss: float) -> None:
+        """Records a validation loss, in nats a token, that was measured after the line of a step was written."""
+        self._val_loss = float(val_loss)
+        self._write({"step": step, "val_loss": self._val_loss})
+
     def event(self, step: int, text: str) -> None:
         """Records that something happened at a step, such as a skipped update, and shows it."""
         self._write({"step": step, "event": text})

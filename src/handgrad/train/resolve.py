@@ -88,6 +88,7 @@ def resolve(c: Config, out: Path) -> Run:
         if error.where != "memory":
             raise
         raise priced(error, model, data, execution, precision, backend) from None
+    trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
     if done > r.steps:

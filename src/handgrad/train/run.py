@@ -11,10 +11,9 @@ from typing import Any
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.output import Output
-from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
 from handgrad.train.config import Config
-from handgrad.train.folder import SETTINGS, Lock, changes, claim, run_folder, saved_settings
+from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
 from handgrad.train.log import RunLog, one_line
 from handgrad.train.loop import loop, sample, save
@@ -36,7 +35,7 @@ def train(c: Config, quiet: bool = False) -> int:
             run = resolve(c, out)
             log = open_log(run, quiet)
             if run.done < run.config.run.steps:
-                describe(run)
+                describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
             if not quiet:
                 show(run, c)
         with lock, log, Interrupt(log.say) as interrupt:
@@ -89,7 +88,7 @@ def keep_folder(run: Run, log: RunLog, lock: Lock) -> bool:
         lock.renew()
     elif not log.is_deleted:
         return False
-    describe(run)
+    describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
     log.restore()
     log.event(run.trainer.last_step, f"{run.out} or its log was deleted or moved; both are here again")
     return True
@@ -136,13 +135,6 @@ def rate_jump(run: Run) -> str:
     if run.lr(run.done + 1) == before(run.done + 1):
         return ""
     return f"; the learning rate goes from {before(run.done):.6g} to {run.lr(run.done + 1):.6g}"
-
-
-def describe(run: Run) -> None:
-    """Writes what a reader, `handgrad generate` and a resumption need to know into the run folder."""
-    write_text(run.out / SETTINGS, json.dumps(asdict(run.config), indent=2) + "\n")
-    write_text(run.out / "memory.txt", run.trainer.plan.memory_map() + "\n")
-    write_text(run.out / TOKENIZER, json.dumps(run.tokenizer.save(run.out)) + "\n")
 
 
 def finish(run: Run, is_finished: bool) -> str:

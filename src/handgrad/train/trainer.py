@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends import open_backend
+from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import real, whole
@@ -25,6 +25,7 @@ from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.execution import Execution
+from handgrad.train.journal import Journal, settings_of
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
 from handgrad.train.start import Start, drawing, initialize, write_weight
@@ -60,6 +61,10 @@ class Step:
             self._values = self._finish()
         return self._values
 
+    def __repr__(self) -> str:
+        loss, grad_norm, skipped, _ = self.wait()
+        return f"Step(loss={loss:.4f}, grad_norm={grad_norm:.4f}{f', skipped={skipped!r}' if skipped else ''})"
+
     @property
     def loss(self) -> float:
         return self.wait()[0]
@@ -82,10 +87,11 @@ class Trainer:
 
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     execution            micro-batch, memory and backend: how a step is executed
-    precision            the element types
+    precision            the element types; None: the best of the backend, as `dtype auto` of the command line
     backend              an opened backend to run on; None opens the one that `execution` names
     start                the initial weights, and the seed of dropout
-    out                  the run folder, for save and resume
+    out                  the run folder, for save and resume. Steps, validations and settings are written into it, so
+                         that generate, eval, report and convert take it (keeps_journal False: checkpoints alone)
 
     Raises HandgradError where sizes do not fit together, the backend lacks the precision, or memory does not suffice.
 
@@ -105,12 +111,13 @@ class Trainer:
         data: Tokens,
         *,
         execution: Execution,
-        precision: Precision = Precision(),
+        precision: Precision | None = None,
         backend: Backend | None = None,
         start: Start = Start(),
         out: str | Path | None = None,
     ):
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
+        precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = execution, precision
         self.accumulation = micro_batches(data, execution.micro_batch)
         self._limit_ids(model, data)
@@ -131,11 +138,18 @@ class Trainer:
         self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
+        self.keeps_journal = out is not None
+        self._journal: Journal | None = None
+        self._resumed_at: int | None = None  # None: `resume` was not called
+        self._unwritten: tuple[int, float, Any, Step] | None = None  # number, lr, mark before it, of the last step
         self.skips = 0  # updates in a row that were skipped, up to the last step
         self.last_step = 0
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
         initialize(train, self.arena, start, drawn)
+
+    def __repr__(self) -> str:
+        return f"Trainer({self.model}, {self.precision.dtype}, step {self.last_step}, {self.backend.hardware})"
 
     @staticmethod
     def _limit_ids(model: Model, data: Tokens) -> None:
@@ -150,7 +164,8 @@ class Trainer:
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
         step, lr = whole("train", "step", step, 1), real("train", "lr", lr, 0.0)
-        sequences, names = self.execution.micro_batch, self.program.inputs
+        self._open_journal()
+        begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
             self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
             for k in range(self.accumulation)
@@ -164,6 +179,7 @@ class Trainer:
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
             self._pending.wait()  # at most one step in flight, so skip decisions stay in step order
+            self._write_journal()
         if self.backend.is_asynchronous:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
@@ -186,7 +202,24 @@ class Trainer:
         if guarded and not result.skipped:
             self._run(self._train, segments.update)
         result.end = self.backend.mark()
+        self._unwritten = step, lr, begin, result
         return result
+
+    def _open_journal(self) -> Journal | None:
+        """The log and the settings in the run folder, if this trainer keeps them."""
+        if self.keeps_journal and self._journal is None:
+            settings = settings_of(self.model, self.optim, self.data, self.execution, self.precision.dtype)
+            self._journal = Journal(self._folder(), self._resumed_at, settings, self.plan.memory_map(), self.data)
+        return self._journal
+
+    def _write_journal(self) -> Journal | None:
+        """Waits for the last step and writes its line, if the trainer keeps a log; returns it."""
+        journal = self._open_journal()
+        if journal is not None and self._unwritten is not None:
+            (step, lr, begin, r), self._unwritten = self._unwritten, None
+            seconds = self.backend.seconds(begin, r.end)
+            journal.step(step, r.loss, lr, r.grad_norm, r.skipped, self.data.batch_tokens, seconds)
+        return journal
 
     def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
@@ -220,7 +253,11 @@ class Trainer:
             self._start(self._loss, b)
             total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
-        return total / max(counts, 1)
+        loss = total / max(counts, 1)
+        journal = self._write_journal()
+        if journal is not None:
+            journal.validation(self.last_step, loss)
+        return loss
 
     def generate(
         self,
@@ -330,6 +367,9 @@ class Trainer:
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
             self._pending.wait()  # its outlier scores belong to the checkpoint
+        journal = self._write_journal()
+        if journal is not None:
+            before_done = journal.flush
         meta = {
             "step": step,
             **to_dict(self.model),
@@ -357,6 +397,7 @@ class Trainer:
             `passed_over`. Otherwise, or if none is left, HandgradError names the first
         """
         self.wait_saved()
+        self._journal, self._unwritten, self._resumed_at = None, None, 0
         found, refusal = checkpoint.complete(self._folder()), None
         for path in found:
             try:
@@ -367,6 +408,7 @@ class Trainer:
                     break
             else:
                 self.passed_over = f"passed over {found[0].name}: {refusal}" if refusal else ""
+                self._resumed_at = step
                 return step
         if refusal:
             raise refusal

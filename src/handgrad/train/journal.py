@@ -1,0 +1,71 @@
+"""Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from handgrad import tokenizers
+from handgrad.core.errors import HandgradError
+from handgrad.data import Tokens
+from handgrad.models import Model
+from handgrad.optim import AdamW, Optimizer
+from handgrad.train.config import by_group
+from handgrad.train.execution import Execution
+from handgrad.train.folder import describe
+from handgrad.train.log import RunLog
+
+
+class Journal:
+    """The log, the settings and the tokenizer in a run folder: `generate`, `eval`, `report` and `convert` read them.
+
+    out: the folder;  resumed_at: the step whose checkpoint the run resumes from, 0 to start over, None for a new run
+    settings: by group, what is known of them;  memory: the memory map
+
+    Raises HandgradError if the folder holds a run that was not resumed, or cannot be written.
+    """
+
+    def __init__(
+        self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Tokens
+    ):
+        if resumed_at is None and (out / "log.jsonl").exists():
+            raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
+        describe(out, settings, memory, tokenizer_of(data))
+        self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
+
+    def step(self, number: int, loss: float, lr: float, grad_norm: float, skipped: str, tokens: int, seconds: float):
+        """Writes the line of a step, and why it changed nothing if so."""
+        self._log.step(number, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, step_seconds=seconds)
+        if skipped:
+            self._log.event(number, f"update skipped: {skipped}")
+
+    def validation(self, number: int, loss: float) -> None:
+        """Writes the loss that was measured on other data after a step."""
+        self._log.validation(number, loss)
+
+    def flush(self) -> None:
+        """Returns once every line is on disk."""
+        self._log.flush()
+
+
+def settings_of(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
+    """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
+    values: dict[str, Any] = {"family": model.family, **asdict(model)}
+    values |= {"train": data.pattern, "seq_len": data.seq_len, "batch_tokens": data.batch_tokens}
+    values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
+    values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
+    if isinstance(optim, AdamW):
+        values |= {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.eps}
+        values |= {"weight_decay": optim.weight_decay, "clip": optim.clip}
+    return by_group(values)
+
+
+def tokenizer_of(data: Tokens) -> tokenizers.Tokenizer | None:
+    """The tokenizer of shards, from their folder's meta.json; GPT-2's where nothing says another and it can be."""
+    if data.meta is not None:
+        return tokenizers.load(data.meta["tokenizer"], data.folder)
+    gpt2 = tokenizers.gpt2()
+    return gpt2 if data.vocab_size is not None and data.vocab_size >= gpt2.vocab_size else None
