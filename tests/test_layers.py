@@ -24,6 +24,7 @@ INSIDE = {
     "train": "evals infer models optim data tokenizers io backends ops core",
     "testing": "models optim backends ops core",
     "cli": "train evals infer testing models optim data tokenizers io backends ops core",
+    "__main__": "cli",
     "__init__": "train infer models optim data core",  # the public names
 }
 # module: parts (or files) that may import it; the standard library is free, ctypes excepted

@@ -4,6 +4,7 @@ A name is imported when it is first used: the command line answers Ctrl-C before
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from handgrad.train.outliers import Guard
     from handgrad.train.start import Start
     from handgrad.train.trainer import Trainer
+
 
 __all__ = [
     "Engine",
@@ -51,6 +53,8 @@ _MODULES = {  # of the names that are no module of the same name here
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("handgrad")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _MODULES:
@@ -60,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -28,12 +28,16 @@ class Library:
 
     def __init__(self) -> None:
         if not PATH.exists():
-            hint = "pip install . compiles them; it needs a C compiler (gcc 11 or newer)"
+            hint = "pip install . compiles them; it needs a C compiler (gcc 11 or newer, or clang 14)"
             raise HandgradError("cpu", f"the compiled kernels are missing: there is no {PATH}", hint=hint)
         # Waiting threads spin for some microseconds, then sleep. With libgomp's default, milliseconds, a step is many
         # times slower as soon as another program needs a core.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        self._dll = ctypes.CDLL(str(PATH))
+        try:
+            self._dll = ctypes.CDLL(str(PATH))
+        except OSError as error:  # of a library that it needs: gcc's OpenMP, which not every system has
+            hint = "apt-get install libgomp1 (Fedora: libgomp)" if "libgomp" in str(error) else RECOMPILE
+            raise HandgradError("cpu", f"the compiled kernels do not load: {error}", hint=hint) from None
         widest = self._dll.hg_isa()
         while widest and getattr(self._dll, f"add_bf16_{ISAS[widest]}", None) is None:
             widest -= 1  # the compiler that built the library did not support it

@@ -71,7 +71,7 @@ INLINE vfloat vector_max(vfloat x, vfloat y) {
 }
 
 INLINE vfloat lanes_swapped(vfloat x, uint32_t distance) {
-  return __builtin_shuffle(x, (vbits)LANES ^ distance);
+  return SHUFFLE(x, x, (vbits)LANES ^ distance);
 }
 
 INLINE float max_of_lanes(vfloat x) {
@@ -189,8 +189,8 @@ static inline void transpose(unit *to, const unit *from, int64_t from_row) {
     for (int i = 0; i < VL; i++)
       if (!(i & s)) {
         vbits x = v[i], y = v[i + s];
-        v[i] = __builtin_shuffle(x, y, low);
-        v[i + s] = __builtin_shuffle(x, y, high);
+        v[i] = SHUFFLE(x, y, low);
+        v[i + s] = SHUFFLE(x, y, high);
       }
   }
 #pragma GCC unroll 16

@@ -31,6 +31,21 @@ typedef struct { void (*fn)(const void *); const void *args; } Entry;
 #define HG_PASTE3(x, y, z) x##_##y##_##z
 #define HG_NAME(x, y, z) HG_PASTE3(x, y, z)
 #define KERNEL(name) HG_NAME(name, HG_DTYPE, HG_ISA)  // linear_forward -> linear_forward_bf16_avx512
+// The lanes that the vector `at` names: of x from 0 on, then of y. clang lacks gcc's builtin, but makes a shuffle of this
+// loop where `at` is constant.
+#if __has_builtin(__builtin_shuffle)
+#define SHUFFLE(x, y, at) __builtin_shuffle(x, y, at)
+#else
+#define SHUFFLE(x, y, at)                                                                             \
+  ({                                                                                                  \
+    __typeof__(x) first_ = (x), second_ = (y), to_ = first_;                                          \
+    __typeof__(at) from_ = (at);                                                                      \
+    enum { N_ = sizeof to_ / sizeof to_[0] };                                                         \
+    for (int l = 0; l < N_; l++) to_[l] = from_[l] & N_ ? second_[from_[l] % N_] : first_[from_[l] % N_]; \
+    to_;                                                                                              \
+  })
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 #define ENTRY(name) EXPORT void KERNEL(name)(const name##_args *a)
 #define SCRATCH(name) EXPORT int64_t KERNEL(name##_scratch)  // bytes of scratch that entry `name` needs

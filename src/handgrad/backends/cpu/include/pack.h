@@ -51,7 +51,6 @@ static inline units four_units(const char *p, int64_t ld) {
 // quarters puts every unit into its lane group (as fast as a copy). That leaves the 4 x 4 transposes inside the groups:
 // two rounds of unpack.
 static inline void transpose(int32_t *dst, int stride, const void *src, int64_t ld) {
-#if __has_builtin(__builtin_shuffle)
   units low1, high1, low2, high2;
   for (int l = 0; l < LANES; l++) {
     int at = l / 4 * 4, other = l & 1 ? LANES : 0, from = l & 2 ? LANES : 0;
@@ -65,18 +64,13 @@ static inline void transpose(int32_t *dst, int stride, const void *src, int64_t 
     const char *p = (const char *)src + 4 * s;
     units r0 = four_units(p, ld), r1 = four_units(p + ld, ld);
     units r2 = four_units(p + 2 * ld, ld), r3 = four_units(p + 3 * ld, ld);
-    units a = __builtin_shuffle(r0, r1, low1), b = __builtin_shuffle(r0, r1, high1);
-    units c = __builtin_shuffle(r2, r3, low1), d = __builtin_shuffle(r2, r3, high1);
-    units column[4] = {__builtin_shuffle(a, c, low2), __builtin_shuffle(a, c, high2), __builtin_shuffle(b, d, low2),
-                       __builtin_shuffle(b, d, high2)};
+    units a = SHUFFLE(r0, r1, low1), b = SHUFFLE(r0, r1, high1);
+    units c = SHUFFLE(r2, r3, low1), d = SHUFFLE(r2, r3, high1);
+    units column[4] = {SHUFFLE(a, c, low2), SHUFFLE(a, c, high2), SHUFFLE(b, d, low2),
+                       SHUFFLE(b, d, high2)};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) memcpy(dst + (s + i) * stride, &column[i], sizeof(units));
   }
-#else
-  for (int u = 0; u < LANES; u++) {
-    for (int i = 0; i < LANES; i++) memcpy(dst + u * stride + i, (const char *)src + i * ld + 4 * u, 4);
-  }
-#endif
 }
 
 // One unit of each of LANES neighbours that are contiguous in memory; the next element of k is at p + ld.
