@@ -14,6 +14,8 @@ import sys
 import tarfile
 import time
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -461,6 +463,10 @@ def dies():
     os.kill(os.getpid(), signal.SIGKILL)
     yield ""
 
+def eats():
+    yield "fine"
+    raise MemoryError
+
 def refuses():
     yield "fine"
     raise HandgradError("data", "a rule", "a value", hint="a hint")
@@ -473,8 +479,65 @@ def test_worker_failure_is_reported(tmp_path, monkeypatch):
     jobs = importlib.import_module("failing_jobs")
     with pytest.raises(HandgradError, match="^.data. a rule, but got a value. hint: a hint$"):
         list(tokenize([(0, Job(jobs.refuses, ()))] * 9, tokenizers.gpt2(), 2))
-    with pytest.raises(HandgradError, match="must stay alive"):
-        list(tokenize([(0, Job(jobs.dies, ()))], tokenizers.gpt2(), 2))
+    begin = time.monotonic()
+    with pytest.raises(HandgradError, match="must stay alive, but got one that died. hint: .* use fewer workers"):
+        list(tokenize([(0, Job(jobs.dies, ()))] * 99, tokenizers.gpt2(), 2))
+    assert time.monotonic() - begin < 30
+    for workers in (1, 2):
+        with pytest.raises(HandgradError, match="tokenizing ran out of memory. hint: use fewer workers"):
+            list(tokenize([(0, Job(jobs.eats, ()))], tokenizers.gpt2(), workers))
+
+
+TRAP = """
+import importlib, sys
+if {is_child}:
+    open({mark!r}, "a").write(__name__ + " ")
+path, sys.path, name = sys.path, [p for p in sys.path if p not in ("", {here!r})], __name__
+del sys.modules[name]
+importlib.import_module(name)  # the real one, so that the process goes on
+sys.path = path
+"""
+
+
+def trapped(folder, is_child):
+    """A folder with modules named as Python's and the packages', which note in `imported` who imports them; that file."""
+    for name in ("random", "tempfile", "numpy", "tiktoken", "multiprocessing", "json"):
+        trap = TRAP.format(mark=str(folder / "imported"), here=str(folder), is_child=is_child)
+        (folder / f"{name}.py").write_text(trap)
+    return folder / "imported"
+
+
+def found():
+    """The environment in which a process finds this package from any folder."""
+    return os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[2])}
+
+
+@pytest.mark.parametrize("start", ["script", "-m", "-c"])
+def test_workers_do_not_import_from_the_current_folder(tmp_path, start):
+    """However this process was started. `-m` and `-c` look there themselves; workers look there last."""
+    here = tmp_path / "here"
+    here.mkdir()
+    mark = trapped(here, '"--multiprocessing-fork" in sys.orig_argv or "tracker" in str(sys.orig_argv)')
+    words = ["data", "text", str(data.shakespeare()), "--out", str(tmp_path / "out"), "--workers", "2"]
+    code = "import sys\nfrom handgrad.cli.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
+    (tmp_path / "run.py").write_text(code)
+    how = {"script": [str(tmp_path / "run.py")], "-m": ["-m", "handgrad.cli.__main__"], "-c": ["-c", code]}
+    done = subprocess.run([sys.executable, *how[start], *words], cwd=here, capture_output=True, text=True, env=found())
+    assert done.returncode == 0, done.stderr
+    assert not mark.exists(), mark.read_text()
+    assert data.read_meta(tmp_path / "out")["train"]["tokens"] > 300_000
+
+
+def test_compilers_do_not_import_from_the_current_folder(tmp_path, monkeypatch):
+    """The processes that compile CUDA kernels, too; no compiler is needed for none."""
+    nvrtc, started = importlib.import_module("handgrad.backends.cuda.nvrtc"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc.subprocess, "Popen", lambda command, **_: started.append(command) or mock.MagicMock())
+        nvrtc._start_compiler([])
+    mark = trapped(tmp_path, "True")
+    done = subprocess.run(started[0], cwd=tmp_path, capture_output=True, text=True, input="[]", env=found())
+    assert done.returncode == 0, done.stderr
+    assert not mark.exists(), mark.read_text()
 
 
 def test_workers_exit_with_killed_parent(tmp_path):

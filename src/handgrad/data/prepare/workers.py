@@ -132,11 +132,14 @@ def _ids(job: Job, tokenizer: Encoder) -> Ids:
     dtype = id_dtype(tokenizer.vocab_size)
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
     parts, replaced = [separator[:0]], 0
-    for text in job.read(*job.arguments):
-        whole, count = repaired(text)
-        replaced += count
-        parts += [separator, tokenizer.encode(whole).astype(dtype)]
-    ids = np.concatenate(parts)
+    try:
+        for text in job.read(*job.arguments):
+            whole, count = repaired(text)
+            replaced += count
+            parts += [separator, tokenizer.encode(whole).astype(dtype)]
+        ids = np.concatenate(parts)
+    except MemoryError:
+        raise HandgradError("data", "tokenizing ran out of memory", hint=FEWER) from None
     return Ids(ids[len(separator) :] if job.continues else ids, replaced)
 
 
@@ -162,5 +165,3 @@ def _work(job: Job) -> Ids | _Told:
         return _ids(job, _tokenizer)
     except HandgradError as error:
         return error.where, error.rule, None if error.got is None else str(error.got), error.hint
-    except MemoryError:
-        return "data", "a worker process ran out of memory", None, FEWER
