@@ -301,7 +301,7 @@ def test_halves_of_characters_are_replaced(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
     out = tmp_path / "out"
     assert main(f"data jsonl {tmp_path}/a.jsonl --val-tokens 0 --out {out} --workers 1".split()) == 0
-    assert "2 halves of characters in the text became U+FFFD" in capsys.readouterr().out
+    assert "halves of characters in the text, now U+FFFD: 2" in capsys.readouterr().out
     ids = data.open_shard(out / "train_000000.bin").read().tolist()
     gpt2 = tokenizers.gpt2()
     assert ids[:3] == [50256, 4210, 2124]

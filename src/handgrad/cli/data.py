@@ -142,7 +142,7 @@ def make(recipe: str, argv: list[str]) -> None:
     for split in ("train", "val"):
         print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {len(meta[split]['shards'])} shards")
     if "replaced" in meta:
-        print(f"{meta['replaced']:,} halves of characters in the text became U+FFFD")
+        print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
     print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --data.train {quote(out)}")
 
 

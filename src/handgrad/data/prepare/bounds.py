@@ -68,6 +68,11 @@ class Unfolding:
         line = self._counted(self._file.readline(min(LONGEST_DOCUMENT, self._most - self._read) + 1))
         return checked_line(line, self.path, self._read - len(line))
 
+    def tar(self) -> tarfile.TarFile:
+        """Returns the content as a tar archive, whose members are read in order."""
+        stream: Any = self
+        return tarfile.open(fileobj=stream, mode="r|")
+
     def _counted(self, raw: bytes) -> bytes:
         self._read += len(raw)
         if self._read > self._most:

@@ -175,7 +175,7 @@ def _archived(path: Path, start: int, size: int) -> Iterator[str]:
             file.seek(start)
             raw = file.read(size)
         shares = path.stat().st_size // max(size, 1)
-        with tarfile.open(fileobj=Unfolding(path, io.BytesIO(raw), size, ".xz", shares), mode="r|") as texts:
+        with Unfolding(path, io.BytesIO(raw), size, ".xz", shares).tar() as texts:
             for member in texts:
                 if member.isfile() and (content := texts.extractfile(member)):
                     if member.size > LONGEST_DOCUMENT:  # a sparse file takes no bytes in the archive

@@ -9,7 +9,6 @@ text: the last val_fraction of the bytes is val.
 
 import os
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -184,7 +183,7 @@ def _unpacked(archive: Path, folder: Path) -> list[Path]:
     """Returns the .json files of a tar archive, extracted into `folder` unless they are there already."""
     files, size = [], file_size(archive, "an archive")
     with readable(archive), archive.open("rb") as raw:
-        members = tarfile.open(fileobj=Unfolding(archive, raw, size, archive.suffix), mode="r|")
+        members = Unfolding(archive, raw, size, archive.suffix).tar()
         folder.mkdir(parents=True, exist_ok=True)
         for member in members:
             path = folder / Path(member.name).name
