@@ -153,8 +153,17 @@ def test_large_parquet_is_read_in_small_batches(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": rows, "n": range(3000)}), tmp_path / "a.parquet", row_group_size=1500)
     for size, most in ((2**30, 256), (2**10, 1)):
         monkeypatch.setattr(readers, "BATCH_BYTES", size)
-        assert max(len(batch) for batch in readers.batches(tmp_path / "a.parquet", 0, ["text"])) == most
+        assert max(len(batch) for batch in readers.batches(tmp_path / "a.parquet", 0, "text")) == most
         assert [text for g in (0, 1) for text in readers._rows(tmp_path / "a.parquet", g, "text")] == rows
+
+
+def test_column_with_a_dot_in_its_name(tmp_path):
+    """Its bytes are those of the column, not of none, nor of one whose name begins as its does."""
+    rows = [f"{i} " + os.urandom(500).hex() for i in range(1200)]
+    zeros = pa.DictionaryArray.from_arrays(pa.array([0] * 1200, pa.int32()), pa.array(["ab" * 2**20]))
+    pq.write_table(pa.table({"my.text": rows, "my.text2": zeros}), tmp_path / "a.parquet", compression="zstd")
+    assert [batch.num_columns for batch in readers.batches(tmp_path / "a.parquet", 0, "my.text")][0] == 1
+    assert list(readers._rows(tmp_path / "a.parquet", 0, "my.text")) == rows
 
 
 def test_archives_that_unfold(tmp_path):

@@ -76,7 +76,7 @@ def test_p12_shakespeare(tmp_path, monkeypatch):
     assert read(tmp_path / "out", "val") == ids[:32768] and read(tmp_path / "out", "train") == ids[32768:]
     monkeypatch.chdir(tmp_path)
     assert main(["data", "shakespeare", "--workers", "1"]) == 0
-    # not "shakespeare", which --data.train takes for the packaged text
+    # not "shakespeare", which --data.train takes for the packaged text, without a folder of that name
     assert everything(tmp_path / "plays") == everything(tmp_path / "out")
     assert meta["source"]["recipe"] == "shakespeare" and data.read_meta(tmp_path / "out") == meta
     tiny_shakespeare = "First Citizen:\nSpeak.\n\nAll:\nSpeak, speak.\n" * 4000

@@ -53,8 +53,8 @@ def prepare_questions(
     path = Path(out_dir) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise HandgradError("data", f"{out_dir} must be writable", getattr(error, "strerror", error)) from None
     count = write_choices(path, items, tokenizer)
     names = (name, f"{name}.json")
     write_sums(path.parent, path.parent, {name: sha256_of(path.parent / name) for name in names})

@@ -119,9 +119,9 @@ def table(path: Path, column: str) -> Iterator[tuple[int, Job]]:
 
 
 def _rows(path: Path, group: int, column: str) -> Iterator[str]:
-    for _ in batches(path, group, [column]):
+    for _ in batches(path, group, column):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
-    for batch in batches(path, group, [column]):
+    for batch in batches(path, group, column):
         for text in batch.column(0).to_pylist():
             rule = f"{path}, row group {group}: the column {column!r} must hold text"
             if not isinstance(text, str):
@@ -131,8 +131,8 @@ def _rows(path: Path, group: int, column: str) -> Iterator[str]:
             yield text
 
 
-def batches(path: Path, group: int, columns: list[str] | None = None) -> Iterator[Any]:
-    """Yields a row group of a Parquet file as record batches of at most BATCH_ROWS rows.
+def batches(path: Path, group: int, column: str | None = None) -> Iterator[Any]:
+    """Yields a row group of a Parquet file, all of it or a column, as record batches of at most BATCH_ROWS rows.
 
     A value is at most as long as its column before it is decompressed, which the file's metadata give: batches of a
     column of long values have few rows. A value that the file stores once may stand in every row, so what the rows
@@ -141,13 +141,14 @@ def batches(path: Path, group: int, columns: list[str] | None = None) -> Iterato
     with readable(path), parquet().ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
         about = file.metadata.row_group(group)
         chunks = [about.column(index) for index in range(about.num_columns)]
-        wanted = [chunk for chunk in chunks if not columns or chunk.path_in_schema.split(".")[0] in columns]
+        wanted = [chunk for chunk in chunks if column is None or f"{chunk.path_in_schema}.".startswith(f"{column}.")]
         decoded = sum(chunk.total_uncompressed_size for chunk in wanted)
         most = most_unfolded(sum(chunk.total_compressed_size for chunk in wanted), file.num_row_groups)
         error = too_large(path, most)
         if decoded > most:
             raise error
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(decoded, 1)))
+        columns = None if column is None else [column]
         for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             most -= batch.nbytes
             if most < 0:
