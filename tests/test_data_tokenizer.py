@@ -15,6 +15,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.train import resolve
 from handgrad.train.config import from_names
 from handgrad.train.run import train
+from handgrad.train.trainer import Trainer
 
 TEXT = "0123456789 abc\n" * 400  # 15 characters
 TINY = dict(num_layers=1, num_heads=1, hidden_size=16)
@@ -126,6 +127,26 @@ def test_why_no_shard_matches(here, word, got):
     with pytest.raises(HandgradError, match=f"but got {got}. hint: handgrad data makes them"):
         resolve.tokenizer_of(word)
     assert "\0" not in pytest.raises(HandgradError, resolve.find_data, config(word), here).value.args[0] if 0 else True
+
+
+def test_training_saves_when_its_data_shrink(here, monkeypatch):
+    """A copy in place that truncates a shard in step 3: the error names it, and the two steps done are on disk."""
+    data.prepare_text("my.txt", "p", tokenizers.chars(TEXT))
+    step = Trainer.step
+
+    def shrinks(self, number, *rest):
+        if number == 3:
+            os.truncate("p/train_000000.bin", 1024)
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", shrinks)
+    c = config("p")
+    with pytest.raises(HandgradError) as error:
+        train(replace(c, run=replace(c.run, steps=9, out="run")))
+    assert str(error.value) == (
+        "[data] p/train_000000.bin must not change during a run, but got 1,024 bytes, 11,824 before."
+    )
+    assert [path.name for path in Path("run").glob("step_*")] == ["step_000002"]
 
 
 # several folders ------------------------------------------------------------------------------------------------------

@@ -438,8 +438,28 @@ def test_P9_llmc_evaluation_files(folder, judge, tmp_path):
     ("name", "text", "line"),
     [
         ("hellaswag", "", "holds questions, but got none"),
-        ("hellaswag", "{", "holds a JSON object a line, but got Expecting property name"),
-        ("hellaswag", "[]", "holds a JSON object a line, but got unsupported operand"),
+        ("hellaswag", "{", "PATH, line 1: must be JSON, but got Expecting property name"),
+        ("hellaswag", "[]", "PATH, line 1: must be a JSON object, but got a list"),
+        ("hellaswag", "\nnull", "PATH, line 2: must be a JSON object, but got null"),
+        ("hellaswag", "3", "PATH, line 1: must be a JSON object, but got a number"),
+        ("hellaswag", '"{}"', "PATH, line 1: must be a JSON object, but got a text"),
+        ("hellaswag", "{}", "row 1 of PATH is a question of hellaswag, but got no 'ctx'"),
+        (
+            "hellaswag",
+            '{"ctx":' + "[" * 30_000,
+            "PATH, line 1: must be JSON, but got lists or objects nested too deeply",
+        ),
+        ("hellaswag", '{"ctx": ' + "1" * 10**6 + "}", "PATH, line 1: must be JSON, but got Exceeds the limit"),
+        (
+            "hellaswag",
+            '{"ctx": "a", "endings": null, "label": 0}',
+            "row 1 of PATH is a question of hellaswag, but got null under 'endings'",
+        ),
+        (
+            "hellaswag",
+            '{"ctx": [], "endings": ["b", "c"], "label": 0}',
+            "row 1 of PATH is a question of hellaswag, but got a list under 'ctx'",
+        ),
         (
             "hellaswag",
             '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
@@ -448,10 +468,36 @@ def test_P9_llmc_evaluation_files(folder, judge, tmp_path):
         (
             "hellaswag",
             '{"ctx": "a", "endings": ["b"], "label": ""}',
-            "row 1 of PATH is a question of hellaswag, but got invalid literal",
+            "row 1 of PATH is a question of hellaswag, but got '' under 'label', not a whole number",
         ),
         ("hellaswag", '{"ctx": "a", "label": 2}', "row 1 of PATH is a question of hellaswag, but got no 'endings'"),
-        ("lambada", '{"text": 3}', "row 1 of PATH is a question of lambada, but got 'int' object has no"),
+        ("lambada", '{"text": 3}', "row 1 of PATH is a question of lambada, but got a number under 'text'"),
+        (
+            "hellaswag",
+            '{"ctx": "a", "endings": ["b", 3], "label": 0}',
+            "row 1 of PATH is a question of hellaswag, but got a list under 'endings', not a list of texts",
+        ),
+        (
+            "hellaswag",
+            '{"ctx": "a", "endings": ["b", "c"], "label": 0.5}',
+            "row 1 of PATH is a question of hellaswag, but got 0.5 under 'label', not a whole number",
+        ),
+        (
+            "arc_easy",
+            '{"question": {"stem": "q", "choices": 3}, "answerKey": "A"}',
+            "is a question of arc_easy, but got",
+        ),
+        ("arc_easy", '{"question": "q", "choices": [], "answerKey": "A"}', "is a question of arc_easy, but got"),
+        (
+            "arc_easy",
+            '{"question": "q", "choices": {"text": ["a"], "label": 3}, "answerKey": "A"}',
+            "a number under 'label'",
+        ),
+        (
+            "winogrande",
+            '{"sentence": "a _ b", "option1": {}, "option2": "d", "answer": "1"}',
+            "an object under 'option1'",
+        ),
         (
             "mmlu",
             '{"question": "q", "choices": ["a"], "answer": "", "subject": "s"}',
@@ -463,14 +509,14 @@ def test_P9_llmc_evaluation_files(folder, judge, tmp_path):
 def test_P9_damaged_files(tmp_path, name, text, line):
     path = tmp_path / "a.jsonl"
     path.write_text(text and text + "\n")
-    with pytest.raises(HandgradError, match=re.escape("[eval]")) as caught:
+    with pytest.raises(HandgradError, match=r"^\[(eval|data)\]") as caught:
         evals.read_items(name, path, GPT)
     assert line.replace("PATH", str(path)) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_P9_damaged_compression_and_csv(tmp_path):
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a b"}\n' * 1000)[:60])
-    with pytest.raises(HandgradError, match="holds a JSON object a line, but got Compressed file ended"):
+    with pytest.raises(HandgradError, match="a.jsonl.xz must be readable and whole, but got Compressed file ended"):
         evals.read_items("lambada", tmp_path / "a.jsonl.xz", GPT)
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "x_test.csv").write_text("question\n")
@@ -583,7 +629,7 @@ def test_P9_own_paths_and_the_ref_backend(folder, capsys):
         ),
         (
             ["--tasks", "lambada=x.jsonl"],
-            "[eval] the questions of lambada are a file, but got 'x.jsonl', which is missing.",
+            "[eval] the questions of lambada must be a file, but got x.jsonl, which is missing.",
         ),
         (["--limit", "-1"], "[eval] --limit is at least 1, or 0 for all, but got -1."),
         (["--dtype", "f64"], "[eval] --dtype takes one of saved, f32, bf16, but got 'f64'."),

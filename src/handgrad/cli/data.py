@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Annotated, Literal
 
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> int:
     elif RECIPES[word][0] is Questions:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
-        print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {word}={path}")
+        print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {quote(f'{word}={path}')}")
     else:
         make(word, rest)
     return 0
@@ -140,7 +141,9 @@ def make(recipe: str, argv: list[str]) -> None:
         meta = data.prepare(recipe, out, tokenizer, progress=progress, **a)
     for split in ("train", "val"):
         print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {len(meta[split]['shards'])} shards")
-    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {out}")
+    if "replaced" in meta:
+        print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
+    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}")
 
 
 class bar:

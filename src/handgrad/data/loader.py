@@ -141,7 +141,9 @@ class Tokens:
         self.vocab_size = vocab_size
         self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
-        self.folder, self.meta = common_meta(paths) or (paths[0].parent, None)
+        described = common_meta(paths)
+        self.folder = described[0] if described else paths[0].parent
+        self.meta = described[1] if described else None
         self.sequences = batch_tokens // seq_len
         self.ahead = 0
         grid = [self._grid(shard.count) for shard in self.shards]

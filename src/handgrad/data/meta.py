@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def read_meta(folder: str | Path) -> dict | None:
 
 def read_json(path: Path, hint: str) -> dict | None:
     """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     size = file_size(path, str(path))
     if size > LONGEST:

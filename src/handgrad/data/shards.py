@@ -107,7 +107,7 @@ class OpenShard:
         """Reads at byte `at` as much as one call gives, and returns how many bytes that was."""
         path, promised = self.shard.path, self.shard.nbytes
         try:
-            if got := os.preadv(self._descriptor, [into], at):
+            if got := os.preadv(self._descriptor, [into.data], at):
                 return got
         except OSError as error:
             got_text = f"{error.strerror} at byte {at:,} of {promised:,}"

@@ -5,19 +5,18 @@ numbers. llm.c's evaluation files hold tokens, in llm.c's own wording.
 """
 
 import csv
-import gzip
-import json
-import lzma
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import read_choices, tokens_digest, tokens_record
+from handgrad.data.prepare.bounds import json_kind, json_rows, readable
 from handgrad.evals.load import described
 from handgrad.evals.scoring import Pair
 from handgrad.tokenizers import Tokenizer
@@ -60,12 +59,33 @@ def _choice(context: str, answers: list[str], label: int) -> Question:
     return Question(tuple((context, f" {a}") for a in answers), label, tuple(answers))
 
 
+def _text(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"{json_kind(row[key])} under {key!r}")
+    return row[key]
+
+
+def _texts(row: dict[str, Any], key: str) -> list[str]:
+    found = row[key]
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{json_kind(found)} under {key!r}, not a list of texts")
+    return found
+
+
+def _number(row: dict[str, Any], key: str) -> int:
+    """The whole number under the key; some benchmarks write it as text."""
+    found = row[key]
+    if isinstance(found, bool) or not str(found).isdecimal():
+        raise ValueError(f"{found!r} under {key!r}, not a whole number")
+    return int(found)
+
+
 def _hellaswag(row: dict[str, Any]) -> Question:
     """Official rows have the activity and two halves of the context; other rows have a context, used unchanged."""
     if "ctx_a" not in row:
-        return _choice(row["ctx"], row["endings"], int(row["label"]))
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _choice(_cleaned(context), [_cleaned(e) for e in row["endings"]], int(row["label"]))
+        return _choice(_text(row, "ctx"), _texts(row, "endings"), _number(row, "label"))
+    context = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
+    return _choice(_cleaned(context), [_cleaned(e) for e in _texts(row, "endings")], _number(row, "label"))
 
 
 def _cleaned(text: str) -> str:
@@ -74,35 +94,40 @@ def _cleaned(text: str) -> str:
 
 
 def _lambada(row: dict[str, Any]) -> Question:
-    context, _, word = row["text"].rpartition(" ")
+    context, _, word = _text(row, "text").rpartition(" ")
     return _choice(context, [word], 0)
 
 
 def _mmlu(row: dict[str, Any]) -> Question:
-    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True)]
-    about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
-    context = "\n".join([about, "", row["question"].strip(), *lines, "Answer:"])
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, _texts(row, "choices"), strict=True)]
+    subject = _text(row, "subject").replace("_", " ")
+    about = f"The following are multiple choice questions (with answers) about {subject}."
+    context = "\n".join([about, "", _text(row, "question").strip(), *lines, "Answer:"])
     answer = row["answer"]
-    return _choice(context, LETTERS, LETTERS.index(answer) if isinstance(answer, str) else int(answer))
+    return _choice(context, LETTERS, LETTERS.index(answer) if answer in LETTERS else _number(row, "answer"))
 
 
 def _piqa(row: dict[str, Any]) -> Question:
-    return _choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    answers = [_text(row, "sol1"), _text(row, "sol2")]
+    return _choice(f"Question: {_text(row, 'goal')}\nAnswer:", answers, _number(row, "label"))
 
 
 def _arc(row: dict[str, Any]) -> Question:
-    stem: Any = row["question"]
-    choices: Any = row.get("choices")
-    if isinstance(stem, dict):  # the official nesting; the hub's tables have another
-        stem, choices = stem["stem"], {key: [c[key] for c in stem["choices"]] for key in ("text", "label")}
-    return _choice(f"Question: {stem}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+    inner = row["question"]
+    if isinstance(inner, dict):  # the official nesting; the hub's tables have another
+        pairs = inner["choices"]
+        row = row | {"question": inner["stem"], "choices": {k: [c[k] for c in pairs] for k in ("text", "label")}}
+    choices, right = row["choices"], _text(row, "answerKey")
+    return _choice(
+        f"Question: {_text(row, 'question')}\nAnswer:", _texts(choices, "text"), _texts(choices, "label").index(right)
+    )
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
     """The options complete the context; the text after them is scored."""
-    before, _, after = row["sentence"].partition("_")
-    contexts = [before + row["option1"], before + row["option2"]]
-    return Question(tuple((c, f" {after.strip()}") for c in contexts), int(row["answer"]) - 1, tuple(contexts))
+    before, _, after = _text(row, "sentence").partition("_")
+    contexts = [before + _text(row, "option1"), before + _text(row, "option2")]
+    return Question(tuple((c, f" {after.strip()}") for c in contexts), _number(row, "answer") - 1, tuple(contexts))
 
 
 ROWS = "jsonl", "jsonl.xz", "jsonl.gz"
@@ -136,7 +161,7 @@ TASKS = {
 def find(name: str, folder: str | Path) -> Path:
     """The file of a task below a folder. Raises HandgradError if there is none."""
     for pattern in TASKS[name].files:
-        for path in sorted(Path(folder).glob(pattern)):
+        for path in sorted(Path(folder).glob(pattern)) if os.path.isdir(folder) else ():
             return path
     own = "hellaswag", "mmlu"
     get = f"handgrad data {name}, or " if name in own else ""
@@ -156,8 +181,8 @@ def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0
     Raises HandgradError for a file that is missing, damaged, of other rows, or whose tokens are not the model's.
     """
     path, most = Path(path), limit or None
-    if not path.exists():
-        raise HandgradError("eval", f"the questions of {name} are a file", f"'{path}', which is missing")
+    if not os.path.isdir(path):
+        file_size(path, f"the questions of {name}", "eval")
     if path.suffix == ".bin":
         return _read_tokens(path, tokenizer, most)
     items = []
@@ -226,30 +251,34 @@ def _spells(tokenizer: Tokenizer, ids: list[int]) -> bool:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl file, or of a folder of csv files named after subjects."""
+    if not os.path.isdir(path):
+        yield from _json_rows(path)
+        return
     where = ""
     try:
-        for place, row in _mmlu_rows(path) if path.is_dir() else _json_rows(path):
+        for place, row in _mmlu_rows(path):
             where = place
             yield row
-    except (OSError, EOFError, ValueError, TypeError, csv.Error, lzma.LZMAError, zlib.error) as error:
-        rule = f"{path} holds {'rows of question, choices and answer' if path.is_dir() else 'a JSON object a line'}"
+    except (OSError, ValueError, csv.Error) as error:
+        rule = f"{path} holds rows of question, choices and answer"
         raise HandgradError("eval", rule, error, context=f"after {where}" if where else "") from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a file; PIQA has its labels in a file beside it."""
-    labels = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
-    answers = iter(labels.read_text().split()) if labels.exists() else None
-    opens: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
-    with opens.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"line {number}", json.loads(line) | ({} if answers is None else {"label": next(answers, None)})
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; PIQA has its labels in a file beside it."""
+    beside = path.with_name(f"{path.name.split('.')[0]}-labels.lst")
+    labels = None
+    if beside.is_file():
+        with readable(beside):
+            labels = iter(beside.read_text(encoding="utf-8").split())
+    for _, row in json_rows(path):
+        yield row if labels is None else row | {"label": next(labels, None)}
 
 
 def _mmlu_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every question in a folder of csv files."""
     for file in sorted(folder.glob("*.csv")):
+        file_size(file, "a subject", "eval")
         subject = re.sub(r"_(test|val|dev)$", "", file.stem)
         with file.open(encoding="utf-8", newline="") as lines:
             for number, (question, *choices, answer) in enumerate(filter(None, csv.reader(lines)), 1):

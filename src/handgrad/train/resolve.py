@@ -119,7 +119,7 @@ def folder_first(c: Config, out: Path) -> Config:
     A run that was trained on the packaged text, in its own folder, goes on with it.
     """
     is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
-    if c.data.train != PACKAGED or is_own or not Path(PACKAGED).is_dir():
+    if c.data.train != PACKAGED or is_own or not os.path.isdir(PACKAGED):
         return c
     return replace(c, data=replace(c.data, train=f"./{PACKAGED}"))
 

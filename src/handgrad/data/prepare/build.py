@@ -9,6 +9,7 @@ follow the order of the source, not that of the workers.
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.core.disk import write_whole
+from handgrad.core.disk import file_size, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
@@ -32,7 +33,7 @@ _SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 Progress = Callable[[int, int, int], None]
-_Place = tuple[int, int, int]  # part, job, ids of the job before this place
+_Place = tuple[int, int, int, int]  # part, job, ids of the job before this place, halves replaced in all jobs so far
 _Piece = tuple[tuple[str, int], np.ndarray, _Place]  # (split, index of the shard), ids, the place after them
 
 
@@ -78,11 +79,15 @@ class Settings:
 
 @dataclass
 class _Done:
-    """Progress of a build: the next part and job, the ids of that job already written, and the shards so far."""
+    """Progress of a build: the next part and job, the ids of that job already written, and the shards so far.
+
+    replaced: halves of characters that became U+FFFD, in all jobs begun
+    """
 
     part: int = 0
     job: int = 0
     ids: int = 0
+    replaced: int = 0
     shards: list[dict] = field(default_factory=list)  # {"split", "name", "tokens", "sha256"}
 
     def tokens(self, split: str) -> int:
@@ -137,6 +142,8 @@ def check(folder: str | Path) -> dict[str, int]:
     """
     sums = Path(folder) / SUMS
     hint = "handgrad data writes folders with checksums"
+    if os.path.exists(sums):
+        file_size(sums, str(sums))
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -146,7 +153,7 @@ def check(folder: str | Path) -> dict[str, int]:
     for line in lines:
         digest, _, name = line.partition("  ")
         path = sums.parent / name
-        if not name or not path.is_file():
+        if not name or not os.path.isfile(path):
             raise HandgradError("data", f"{sums} must list files of its folder", repr(line))
         found = sha256_of(path)
         if found != digest:
@@ -256,7 +263,7 @@ def _write(
         shard = write_shard(building / name, _tracked(group, places), dtype)
         sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
-        done.part, done.job, done.ids = places[-1]
+        done.part, done.job, done.ids, done.replaced = places[-1]
         write_whole(building / _PROGRESS, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
 
 
@@ -273,9 +280,11 @@ def _pieces(
     """Yields the ids after `done` in pieces that do not cross shards."""
     sizes = list(accumulate((part.size for part in parts), initial=0))
     counts = {split: done.tokens(split) for split in _SPLITS}
-    skip, full = done.ids, settings.shard_tokens
-    for (index, number, read), ids in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
-        at, skip = skip, 0
+    skip, full, replaced = done.ids, settings.shard_tokens, done.replaced
+    for (index, number, read), found in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
+        at, ids = skip, found.ids
+        replaced += 0 if skip else found.replaced  # a job that was begun is counted
+        skip = 0
         while at < len(ids):
             split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
             left = full - counts[split] % full
@@ -285,7 +294,7 @@ def _pieces(
             shard = counts[split] // full
             counts[split] += len(piece)
             at += len(piece)
-            yield (split, shard), piece, (index, number, at)
+            yield (split, shard), piece, (index, number, at, replaced)
         progress(sizes[index] + read, sizes[-1], sum(counts.values()))
 
 
@@ -307,6 +316,8 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
         if all(part.split for part in parts):
             meta[split]["bytes"] = sum(part.size for part in parts if part.split == split)
         meta[split]["shards"] = [shard["name"] for shard in done.shards if shard["split"] == split]
+    if done.replaced:
+        meta["replaced"] = done.replaced  # halves of characters, by U+FFFD
     return meta
 
 

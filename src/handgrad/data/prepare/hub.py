@@ -21,7 +21,7 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
     Raises HandgradError if there are none.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         file_size(path, "the source")
         return [path]
     for pattern in patterns:

@@ -5,16 +5,17 @@ MMLU: the context is "Question: ...", a blank line, "Answer:"; the endings are t
 """
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
 from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.bounds import json_rows, readable
 from handgrad.data.prepare.build import write_sums
 from handgrad.data.prepare.hub import hub_files, local
-from handgrad.data.prepare.readers import OPEN, parquet, readable, whole
+from handgrad.data.prepare.readers import batches, parquet
 from handgrad.data.prepare.workers import Encoder
 
 LETTERS = "ABCD"
@@ -52,8 +53,8 @@ def prepare_questions(
     path = Path(out_dir) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise HandgradError("data", f"{out_dir} must be writable", getattr(error, "strerror", error)) from None
     count = write_choices(path, items, tokenizer)
     names = (name, f"{name}.json")
     write_sums(path.parent, path.parent, {name: sha256_of(path.parent / name) for name in names})
@@ -77,7 +78,7 @@ def _checked(text: object, answers: object, label: object, where: str) -> tuple[
     right = str(label)  # the hub's labels are strings
     if not right.isdecimal() or int(right) >= len(answers):
         raise HandgradError("data", f"{where}: one of the {len(answers)} answers must be right", repr(label))
-    return whole(text, where), [whole(answer, where) for answer in answers], int(right)
+    return text, answers, int(right)
 
 
 def _item(context: str, answers: list[str], label: int, tokenizer: Encoder) -> Choices:
@@ -87,18 +88,23 @@ def _item(context: str, answers: list[str], label: int, tokenizer: Encoder) -> C
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields (location for error messages, row) for each question in a file."""
-    with readable(path):
-        if path.suffix == ".parquet":
-            rows = parquet().read_table(path, use_threads=False).to_pylist()
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as lines:
-                read = filter(None, csv.reader(lines))  # csv yields [] for a blank line
-                rows = [{"question": q, "choices": choices, "answer": a} for q, *choices, a in read]
-        else:
-            with OPEN.get(path.suffix, open)(path, "rb") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()]
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise HandgradError("data", f"{where}: must be a JSON object", f"a {type(row).__name__}")
-        yield where, row
+    if path.suffix not in (".parquet", ".csv"):
+        yield from json_rows(path)
+        return
+    file_size(path, "a file of questions")
+    for number, row in enumerate(_table(path) if path.suffix == ".parquet" else _csv(path), 1):
+        yield f"{path}, row {number}", row
+
+
+def _table(path: Path) -> Iterator[dict]:
+    with readable(path), parquet().ParquetFile(path) as file:
+        groups = file.num_row_groups
+    for group in range(groups):
+        for batch in batches(path, group):
+            yield from batch.to_pylist()
+
+
+def _csv(path: Path) -> Iterator[dict]:
+    with readable(path), path.open(encoding="utf-8", newline="") as lines:
+        for question, *choices, answer in filter(None, csv.reader(lines)):  # csv yields [] for a blank line
+            yield {"question": question, "choices": choices, "answer": answer}

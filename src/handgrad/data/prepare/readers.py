@@ -4,27 +4,35 @@ The first takes the path of a file and yields (bytes of the file covered so far,
 writes the shards and reads as little as possible. The second runs in a worker process and yields documents.
 """
 
-import bz2
-import csv
-import gzip
 import io
 import json
-import lzma
 import random
 import re
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install
+from handgrad.data.prepare.bounds import (
+    BLOCK_BYTES,
+    LONGEST_DOCUMENT,
+    OPEN,
+    Unfolding,
+    blocks,
+    checked_line,
+    json_kind,
+    json_row,
+    most_unfolded,
+    readable,
+    too_large,
+)
 from handgrad.data.prepare.workers import Job
 
-JOB_BYTES = 2**20
-OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+BATCH_ROWS, BATCH_BYTES = 256, 2**24  # of a Parquet table, decoded at a time
+LONGEST_ARCHIVE = 2**28  # bytes of an .xz that is read whole
 BLANK_LINES = "\n\n"
 
 
@@ -58,20 +66,13 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
 def json_lines(path: Path, column: str) -> Iterator[tuple[int, Job]]:
     """JSON lines, plain or .gz, .xz, .bz2. Compressed files are not seekable, so they are decompressed here."""
     if path.suffix in OPEN:
-        yield from _packed_lines(path, column)
+        for read, at, lines in blocks(path):
+            yield read, Job(_lines, (path, lines, at, column))
         return
     size = path.stat().st_size
-    for start in range(0, size, JOB_BYTES):
-        stop = min(start + JOB_BYTES, size)
+    for start in range(0, size, BLOCK_BYTES):
+        stop = min(start + BLOCK_BYTES, size)
         yield stop, Job(_lines_between, (path, start, stop, column))
-
-
-def _packed_lines(path: Path, column: str) -> Iterator[tuple[int, Job]]:
-    with readable(path), path.open("rb") as raw, OPEN[path.suffix](raw) as lines:
-        at = 0
-        while block := lines.readlines(JOB_BYTES):
-            yield raw.tell(), Job(_lines, (path, block, at, column))
-            at += sum(map(len, block))
 
 
 def _lines_between(path: Path, start: int, stop: int, column: str) -> Iterator[str]:
@@ -79,9 +80,10 @@ def _lines_between(path: Path, start: int, stop: int, column: str) -> Iterator[s
     with readable(path), path.open("rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()
+            checked_line(file.readline(LONGEST_DOCUMENT + 1), path, start - 1)
         at = file.tell()
-        while at < stop and (line := file.readline()):
+        while at < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
+            checked_line(line, path, at)
             yield from _lines(path, [line], at, column)
             at += len(line)
 
@@ -90,31 +92,20 @@ def _lines(path: Path, lines: Iterable[bytes], at: int, column: str) -> Iterator
     for line in lines:
         if line.strip():
             where = f"{path}, line at byte {at}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise HandgradError("data", f"{where}: must be JSON", error) from None
-            yield _text(row, column, where)
+            yield _text(json_row(line, where), column, where)
         at += len(line)
 
 
 def _text(row: object, column: str, where: str) -> str:
-    text = row.get(column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        found = f"one with {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    if not isinstance(row, dict):
+        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row))
+    if column not in row:
+        found = f"one with {', '.join(map(repr, row))}" if row else "an empty one"
         hint = "--column names another column" if column == "text" else ""
         raise HandgradError("data", f"{where}: an object must hold text under {column!r}", found, hint=hint)
-    return whole(text, where)
-
-
-def whole(text: str, where: str) -> str:
-    """Returns `text`. Raises HandgradError for a lone surrogate, which an escape in JSON can produce."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        got = f"U+{ord(text[error.start]):04X} at {error.start}"
-        raise HandgradError("data", f"{where}: text must be of whole characters", got) from None
-    return text
+    if not isinstance(row[column], str):
+        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row[column]))
+    return row[column]
 
 
 def table(path: Path, column: str) -> Iterator[tuple[int, Job]]:
@@ -129,19 +120,47 @@ def table(path: Path, column: str) -> Iterator[tuple[int, Job]]:
 
 
 def _rows(path: Path, group: int, column: str) -> Iterator[str]:
-    with readable(path), parquet().ParquetFile(path) as file:
-        for batch in file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    rule = f"{path}, row group {group}: the column {column!r} must hold text"
-                    raise HandgradError("data", rule, f"a {type(text).__name__}")
-                yield text
+    for _ in batches(path, group, column):
+        pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
+    for batch in batches(path, group, column):
+        for text in batch.column(0).to_pylist():
+            rule = f"{path}, row group {group}: the column {column!r} must hold text"
+            if not isinstance(text, str):
+                raise HandgradError("data", rule, f"a {type(text).__name__}")
+            if len(text) > LONGEST_DOCUMENT:
+                raise HandgradError("data", f"{rule} of at most {LONGEST_DOCUMENT:,} characters", f"{len(text):,}")
+            yield text
+
+
+def batches(path: Path, group: int, column: str | None = None) -> Iterator[Any]:
+    """Yields a row group of a Parquet file, all of it or a column, as record batches of at most BATCH_ROWS rows.
+
+    A value is at most as long as its column before it is decompressed, which the file's metadata give: batches of a
+    column of long values have few rows. A value that the file stores once may stand in every row, so what the rows
+    hold is counted, too. Raises HandgradError for a damaged file, and for one that unfolds to too much.
+    """
+    with readable(path), parquet().ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
+        about = file.metadata.row_group(group)
+        chunks = [about.column(index) for index in range(about.num_columns)]
+        wanted = [chunk for chunk in chunks if column is None or f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+        decoded = sum(chunk.total_uncompressed_size for chunk in wanted)
+        most = most_unfolded(sum(chunk.total_compressed_size for chunk in wanted), file.num_row_groups)
+        error = too_large(path, most)
+        if decoded > most:
+            raise error
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(decoded, 1)))
+        columns = None if column is None else [column]
+        for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+            most -= batch.nbytes
+            if most < 0:
+                raise error
+            yield batch
 
 
 def archive(path: Path) -> Iterator[tuple[int, Job]]:
     """OpenWebText as published, .xz archives of text files, alone or several in a .tar: one job per .xz."""
     if path.suffix == ".xz":
-        size = path.stat().st_size
+        size = file_size(path, "a source")
         yield size, Job(_archived, (path, 0, size))
         return
     with readable(path), tarfile.open(path, "r:") as outer:
@@ -151,13 +170,19 @@ def archive(path: Path) -> Iterator[tuple[int, Job]]:
 
 
 def _archived(path: Path, start: int, size: int) -> Iterator[str]:
+    if size > LONGEST_ARCHIVE:
+        raise HandgradError("data", f"{path}: an .xz archive must have at most {LONGEST_ARCHIVE:,} bytes", f"{size:,}")
     with readable(path):
         with path.open("rb") as file:
             file.seek(start)
             raw = file.read(size)
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as texts:
+        shares = path.stat().st_size // max(size, 1)
+        with Unfolding(path, io.BytesIO(raw), size, ".xz", shares).tar() as texts:
             for member in texts:
                 if member.isfile() and (content := texts.extractfile(member)):
+                    if member.size > LONGEST_DOCUMENT:  # a sparse file takes no bytes in the archive
+                        rule = f"{path}: a text must have at most {LONGEST_DOCUMENT:,} bytes"
+                        raise HandgradError("data", rule, f"{member.size:,} in {member.name}")
                     text = content.read().decode("utf-8")
                     yield re.sub(r"\n{3,}", BLANK_LINES, text).strip()  # page extraction left runs of blank lines
 
@@ -170,16 +195,3 @@ def parquet() -> Any:
         rule = "Parquet files are read by pyarrow"
         raise HandgradError("data", rule, "no such package", hint=install("parquet")) from None
     return pyarrow.parquet
-
-
-DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised besides OSError and ValueError
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Re-raises what reading a damaged file raises in the block as a HandgradError that names `path`."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, *DAMAGE, RecursionError) as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise HandgradError("data", f"{path} must be readable and whole", reason) from None

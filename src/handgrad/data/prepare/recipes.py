@@ -8,16 +8,17 @@ text: the last val_fraction of the bytes is val.
 """
 
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
+from handgrad.data.prepare.bounds import Unfolding, most_unfolded, readable, too_large
 from handgrad.data.prepare.build import Jobs, Part, Progress, Settings, build
 from handgrad.data.prepare.hub import hub_files, hub_parts, local, local_part
-from handgrad.data.prepare.readers import archive, json_lines, readable, statements, stories, table
+from handgrad.data.prepare.readers import archive, json_lines, statements, stories, table
 from handgrad.data.prepare.text import paths_of, shakespeare, text_parts
 from handgrad.data.prepare.workers import Encoder, Job
 
@@ -180,14 +181,17 @@ def _tinystories(source: str | Path | None, out_dir: Path) -> list[Part]:
 
 def _unpacked(archive: Path, folder: Path) -> list[Path]:
     """Returns the .json files of a tar archive, extracted into `folder` unless they are there already."""
-    files = []
-    with readable(archive), tarfile.open(archive, "r:*") as members:
+    files, size = [], file_size(archive, "an archive")
+    with readable(archive), archive.open("rb") as raw:
+        members = Unfolding(archive, raw, size, archive.suffix).tar()
         folder.mkdir(parents=True, exist_ok=True)
         for member in members:
             path = folder / Path(member.name).name
             packed = members.extractfile(member) if member.isfile() and path.suffix == ".json" else None
             if packed is None:
                 continue
+            if member.size > most_unfolded(size):  # a sparse file takes no bytes in the archive
+                raise too_large(archive, most_unfolded(size))
             files.append(path)
             if not (path.is_file() and path.stat().st_size == member.size):
                 temporary = path.with_suffix(".tmp")

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,9 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from handgrad.core.errors import HandgradError
+from handgrad.data.prepare.bounds import repaired
 from handgrad.data.shards import id_dtype
 
 _AHEAD = 3  # jobs in flight per process
+_SAFE = "PYTHONSAFEPATH"
+FEWER = "use fewer workers"
 
 
 class Encoder(Protocol):
@@ -55,8 +60,16 @@ class Job:
 _Told = tuple[str, str, str | None, str]  # where, rule, got, hint: a HandgradError does not pickle
 
 
-def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields (key, ids) for each (key, job), in order; ids are (n,) in the shard dtype of the vocabulary.
+@dataclass(frozen=True)
+class Ids:
+    """ids: of a job, (n,) in the shard dtype of the vocabulary;  replaced: halves of characters read as U+FFFD"""
+
+    ids: np.ndarray
+    replaced: int
+
+
+def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) -> Iterator[tuple[Any, Ids]]:
+    """Yields (key, ids) for each (key, job), in order.
 
     An end-of-text id precedes every document, as in llm.c's shards, if the tokenizer has one.
 
@@ -69,23 +82,44 @@ def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) 
             yield key, _ids(job, tokenizer)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe: numpy and rich have threads
-    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
-    waiting: deque[tuple[Any, Future[np.ndarray | _Told]]] = deque()
+    with _folder_last():
+        pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
+    waiting: deque[tuple[Any, Future[Ids | _Told]]] = deque()
     try:
         for key, job in jobs:
-            waiting.append((key, pool.submit(_work, job)))
+            with _folder_last():  # a submission may start a process
+                waiting.append((key, pool.submit(_work, job)))
             if len(waiting) > _AHEAD * workers:
                 yield _result(waiting)
         while waiting:
             yield _result(waiting)
     except BrokenProcessPool:
-        hint = "if it ran out of memory, use fewer --workers"
-        raise HandgradError("data", "worker processes must stay alive", "one that died", hint=hint) from None
+        rule = "worker processes must stay alive"
+        raise HandgradError("data", rule, "one that died", hint=f"if it ran out of memory, {FEWER}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(waiting: deque[tuple[Any, Future[np.ndarray | _Told]]]) -> tuple[Any, np.ndarray]:
+@contextmanager
+def _folder_last() -> Iterator[None]:
+    """Processes started in the block look for modules in the current folder last: a random.py in it is not Python's.
+
+    Python puts the folder first for its own start (`-c`), and copies this process's path, where `python -m` put it.
+    """
+    here, saved, path = os.getcwd(), os.environ.get(_SAFE), list(sys.path)
+    if here != str(Path(__file__).parents[3]):  # where this package lies is not a folder of strangers
+        sys.path.sort(key=lambda entry: os.path.abspath(entry) == here)
+    os.environ[_SAFE] = "1"
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        os.environ.pop(_SAFE)
+        if saved is not None:
+            os.environ[_SAFE] = saved
+
+
+def _result(waiting: deque[tuple[Any, Future[Ids | _Told]]]) -> tuple[Any, Ids]:
     key, future = waiting.popleft()
     found = future.result()
     if isinstance(found, tuple):
@@ -94,14 +128,19 @@ def _result(waiting: deque[tuple[Any, Future[np.ndarray | _Told]]]) -> tuple[Any
     return key, found
 
 
-def _ids(job: Job, tokenizer: Encoder) -> np.ndarray:
+def _ids(job: Job, tokenizer: Encoder) -> Ids:
     dtype = id_dtype(tokenizer.vocab_size)
     separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
-    parts = [separator[:0]]
-    for text in job.read(*job.arguments):
-        parts += [separator, tokenizer.encode(text).astype(dtype)]
-    ids = np.concatenate(parts)
-    return ids[len(separator) :] if job.continues else ids
+    parts, replaced = [separator[:0]], 0
+    try:
+        for text in job.read(*job.arguments):
+            whole, count = repaired(text)
+            replaced += count
+            parts += [separator, tokenizer.encode(whole).astype(dtype)]
+        ids = np.concatenate(parts)
+    except MemoryError:
+        raise HandgradError("data", "tokenizing ran out of memory", hint=FEWER) from None
+    return Ids(ids[len(separator) :] if job.continues else ids, replaced)
 
 
 _tokenizer: Encoder  # of a worker process
@@ -121,7 +160,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: Job) -> np.ndarray | _Told:
+def _work(job: Job) -> Ids | _Told:
     try:
         return _ids(job, _tokenizer)
     except HandgradError as error:
