@@ -588,6 +588,15 @@ def test_a_tokenizer_and_its_ends_go_through_all_conversions(tmp_path):
     assert open_source(tmp_path / "out").tokenizer().ends == (2, 3)
 
 
+def test_ends_of_a_model_without_a_tokenizer_go_through_conversions(tmp_path):
+    model = torch_model(97, 20, 1, 2, 16)
+    model.generation_config.eos_token_id = 7
+    model.save_pretrained(tmp_path / "in")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "run")]) == 0
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert loaded(tmp_path / "out").generation_config.eos_token_id == 7
+
+
 @pytest.mark.parametrize("end", [5, None])
 def test_characters_keep_their_end(tmp_path, end):
     model = torch_model(97, 20, 1, 2, 16)
@@ -810,6 +819,8 @@ def one_merge(vocab):
         ("tokenizer.json", one_merge({"a": 0, "b": -1}), "must describe a tokenizer"),
         ("tokenizer.json", one_merge({"a": 0, "b": 0}), "must give every token an id of its own"),
         ("tokenizer.json", "[" * 10**5, "must describe a tokenizer"),
+        ("tokenizer.json", "{" + '"":1,' * (2**19 + 1), "must hold at most 524,288 keys, but got 524,289."),
+        ("tokenizer.json", "[" + "1," * (2**21 + 1), "must hold at most 2,097,152 items, but got 2,097,153."),
         ("tokenizer.json", " " * (48 * 2**20 + 1), "must have at most 50,331,648 bytes"),
         (
             "vocab.json",

@@ -24,7 +24,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         family = source.model.family
         raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
     form = hf.Format(**source.model.hugging_face)
-    ends: tuple[int, ...] = ()
+    ends = source.ends
     suppressed: list[int] = []
     if tokenizer is not None:
         ends = tuple(id for id in tokenizer.ends if id < source.model.vocab_size)
@@ -85,6 +85,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
         "skips": 0,
         "versions": {"handgrad": version("handgrad")},
         "converted_from": str(source.path),
+        "ends": source.ends,
     }
     checkpoint.save(folder, step, params, flats, meta)
     if tokenizer is not None:

@@ -27,6 +27,7 @@ class Source:
 
     kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
     weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
+    ends: ids that end a text, for a model whose tokenizer is missing
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Source:
     model: Model
     weights: Weights
     tokenizer: Callable[[], tokenizers.Tokenizer]
+    ends: tuple[int, ...] = ()
 
 
 def open_source(source: str | Path) -> Source:
@@ -42,9 +44,13 @@ def open_source(source: str | Path) -> Source:
     A folder that llm.c trains in stands for its newest complete model. Raises HandgradError if there is no model.
     """
     path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise HandgradError("model", f"a model is {KINDS}", error.strerror) from None
+    if is_file:
         return _llmc(path)
-    if not path.is_dir():
+    if not is_folder:
         raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint="handgrad train makes one")
     folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
     if folder is not None:
@@ -171,8 +177,9 @@ def _run(folder: Path) -> Source:
     program = declare(model)
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
     tensors = checkpoint.load(folder, expected)
+    ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
     weights = Weights(asdict(model), saved["dtype"], shapes(program), tensors.__getitem__)
-    return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent))
+    return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent), ends)
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
@@ -198,7 +205,8 @@ def _hugging_face(path: Path) -> Source:
     form = hf.Format(**family.hugging_face)
     model = build_from_file(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
-    return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model))
+    ends = tokenizers.model_ends(path, range(model.vocab_size)) or ()
+    return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model), ends)
 
 
 def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:

@@ -333,7 +333,7 @@ def _is_name(value: object) -> bool:
 
 def _open(file: Path) -> Any:
     """An open safetensors file."""
-    with file.open("rb") as raw:
+    with _readable(file, file.open, "rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
     if MOST_HEADER < size < file.stat().st_size:
         raise HandgradError("hf", f"the header of {file} has at most {MOST_HEADER:,} bytes", f"{size:,}")

@@ -7,7 +7,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer, neutral_prompt
 from handgrad.tokenizers.chars import CharTokenizer, chars
-from handgrad.tokenizers.ends import id_list
+from handgrad.tokenizers.ends import id_list, model_ends
 from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gpt2 import gpt2
@@ -19,7 +19,9 @@ __all__ = [
     "from_folder",
     "from_tokens",
     "gpt2",
+    "id_list",
     "load",
+    "model_ends",
     "neutral_prompt",
     "to_folder",
 ]

@@ -1,6 +1,6 @@
 """Which tokens end a text: what the files beside a tokenizer say, and what a tokenizer.json alone lets one guess."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,10 @@ def ends_of(folder: Path, vocab: Mapping[str, int]) -> tuple[int, ...]:
 
     Raises HandgradError if a file is damaged.
     """
-    ids, says_none = set(vocab.values()), False
-    for name in MODEL_FILES:
-        about = read_if_there(folder / name)
-        if "eos_token_id" in about:
-            found = id_list(about["eos_token_id"], f"{folder / name} gives eos_token_id")
-            known = tuple(id for id in found if id in ids)
-            if known:
-                return known
-            says_none |= not found
+    by_id = model_ends(folder, set(vocab.values()))
+    if by_id:
+        return by_id
+    says_none = by_id is not None
     files = [path for path in (folder / CONFIG, folder / SPECIAL) if path.is_file()]
     for path in files:
         about = read_object(path, "tokenizer")
@@ -40,6 +35,20 @@ def ends_of(folder: Path, vocab: Mapping[str, int]) -> tuple[int, ...]:
             return (vocab[token],)
         says_none |= "eos_token" in about and token is None
     return () if says_none or files else known_ends(vocab)
+
+
+def model_ends(folder: Path, ids: Container[int]) -> tuple[int, ...] | None:
+    """Returns the ids that end a text by the model's files, of those in `ids`; None if the files say nothing."""
+    says_none = False
+    for name in MODEL_FILES:
+        about = read_if_there(folder / name)
+        if "eos_token_id" in about:
+            found = id_list(about["eos_token_id"], f"{folder / name} gives eos_token_id")
+            known = tuple(id for id in found if id in ids)
+            if known:
+                return known
+            says_none |= not found
+    return () if says_none else None
 
 
 def known_ends(vocab: Mapping[str, int]) -> tuple[int, ...]:
