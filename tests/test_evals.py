@@ -553,7 +553,7 @@ def test_P9_out_names_the_results_file(folder, tmp_path, capsys):
         assert code == 2 and err.startswith(f"[eval] {tmp_path}/notes.md holds results of evaluations, but got")
         assert (tmp_path / "notes.md").read_text() == text
     code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/nowhere/x.json")
-    assert code == 2 and not out and err.startswith(f"[run] {tmp_path}/nowhere/x.json must be writable")
+    assert code == 2 and not out and err.startswith(f"[disk] {tmp_path}/nowhere/x.json must be writable")
 
 
 def test_P9_own_paths_and_the_ref_backend(folder, capsys):

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from handgrad.core.disk import flush
+from handgrad.core.disk import flush, temporary
 from handgrad.core.errors import HandgradError
 
 HEADER_BYTES = 256 * 4
@@ -115,7 +115,7 @@ class ShardWriter:
         self.path = Path(path)
         self.dtype = np.dtype(dtype)
         self.count = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        self._temporary = temporary(self.path)
 
     def __enter__(self) -> "ShardWriter":
         try:
