@@ -301,6 +301,15 @@ def test_ctrl_c_while_modules_are_imported(tmp_path, module, start):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "[handgrad] interrupted.\n")
 
 
+def test_ctrl_c_in_code_made_from_text_is_told_like_any_other(tmp_path):
+    """`dataclass` and `namedtuple` run such code when a module is imported."""
+    text = "import sys, types\nverb = sys.modules['handgrad.cli.train'] = types.ModuleType('handgrad.cli.train')\n"
+    (tmp_path / "sitecustomize.py").write_text(text + "verb.main = lambda argv: exec('raise KeyboardInterrupt')\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
+    done = subprocess.run([*HANDGRAD, "train"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "[handgrad] interrupted.\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["resolve.Trainer", "run.describe", "run.show"])
 def test_a_signal_before_the_first_step_leaves_nothing(words, tmp_path, number, place):

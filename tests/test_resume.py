@@ -370,6 +370,27 @@ def test_what_goes_wrong_while_writing_ends_the_run_at_the_next_step(words, tmp_
             run.step(step, 1e-3)
 
 
+def test_a_log_is_on_disk_before_its_checkpoint_counts(words, tmp_path, monkeypatch):
+    """A power cut leaves no checkpoint whose lines are lost: before DONE is made, they have been synced."""
+    out, synced, order = tmp_path / "run", {}, []
+    fsync = os.fsync
+
+    def noted(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path == out / "log.jsonl":
+            synced[path.name] = json.loads(path.read_text().splitlines()[-1])["step"]
+        if path == out / "main.log":
+            synced[path.name] = int(path.read_text().splitlines()[-1].split()[0][2:]) + 1
+        if path.name == checkpoint.DONE and out in path.parents:
+            step = int(path.parent.name[len(".step_") :][:6])
+            order.append((step, synced["log.jsonl"] >= step, synced["main.log"] >= step))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    assert train(config(words, out), quiet=True) == 0
+    assert order == [(4, True, True), (8, True, True), (12, True, True)]
+
+
 # what cannot be resumed -----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ What takes long to import is imported by `run`, once Ctrl-C is answered.
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
 
 VERBS = {
     "train": "train a model; without flags, a small GPT-2 on Shakespeare",
@@ -29,7 +29,7 @@ def usage() -> str:
     return f"usage: handgrad VERB [flags]\n\n{verbs}\n\nflags of a verb: handgrad VERB --help"
 
 
-def run(argv: list[str], imported: Any) -> int:
+def run(argv: list[str], imported: Callable[[], object]) -> int:
     """Runs the verb that the first word names; returns its exit code. Calls `imported` before the verb begins."""
     import difflib
     from importlib import import_module
@@ -55,17 +55,14 @@ def run(argv: list[str], imported: Any) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (reported in one line), 130 when interrupted."""
     imported = interrupt_at_once()
-    from contextlib import redirect_stderr, redirect_stdout
-
-    from handgrad.core.output import Output, open_missing
+    from handgrad.core.output import Output, open_missing, standard
 
     open_missing()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     out, err = Output(sys.stdout, refuse), Output(sys.stderr)
-    streams: Any = out, err
     try:
-        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        with standard(out, err):
             return answered(sys.argv[1:] if argv is None else argv, imported)
     finally:
         imported()
@@ -73,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         err.end()
 
 
-def answered(argv: list[str], imported: Any) -> int:
+def answered(argv: list[str], imported: Callable[[], object]) -> int:
     """The exit code of a command line, its error told."""
     from handgrad.core.errors import HandgradError
 
@@ -88,6 +85,7 @@ def answered(argv: list[str], imported: Any) -> int:
         print(error, *getattr(error, "__notes__", ()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        exec("")  # CPython would end by SIGINT, not by 130, if it came through exec of a text, as in `dataclass`
         print(interrupted(), end="", file=sys.stderr)
         return 130
     except SystemExit:  # the reader has left at the last moment
@@ -108,7 +106,7 @@ def interrupted() -> str:
     return "\n" * os.isatty(2) + "[handgrad] interrupted.\n"
 
 
-def interrupt_at_once() -> Any:
+def interrupt_at_once() -> Callable[[], object]:
     """Has Ctrl-C end the process at once, until the function that it returns is called.
 
     While modules are imported there is nothing to clean up, and C extensions turn KeyboardInterrupt into other errors.
@@ -116,7 +114,7 @@ def interrupt_at_once() -> Any:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return lambda: None
 
-    def end(*_: Any) -> None:
+    def end(*_: object) -> None:
         try:
             os.write(2, interrupted().encode())
         finally:

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 
 class Output:
@@ -44,6 +45,17 @@ class Output:
             self._is_lost = True
             discard(self._stream)
             self._lost(error)
+
+
+@contextmanager
+def standard(stdout: Output, stderr: Output) -> Iterator[None]:
+    """While the block runs, what is printed goes to these."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, stdout), cast(TextIO, stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def discard(stream: TextIO) -> None:

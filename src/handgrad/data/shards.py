@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from handgrad.core.disk import file_size, flush
+from handgrad.core.disk import file_size, flush, temporary
 from handgrad.core.errors import HandgradError
 
 HEADER_BYTES = 256 * 4
@@ -187,7 +187,7 @@ class ShardWriter:
         self.path = Path(path)
         self.dtype = np.dtype(dtype)
         self.count = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        self._temporary = temporary(self.path)
 
     def __enter__(self) -> "ShardWriter":
         try:

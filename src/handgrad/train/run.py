@@ -2,15 +2,13 @@
 
 import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
-from handgrad.core.output import Output
+from handgrad.core.output import Output, standard
 from handgrad.io import newest
 from handgrad.train.config import Config
 from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
@@ -29,8 +27,7 @@ def train(c: Config, quiet: bool = False) -> int:
     raised later leaves a checkpoint of the last step, if it can be written. That nobody reads the output stops nothing.
     """
     out = run_folder(c)
-    streams: Any = Output(sys.stdout, partial(unread, out)), Output(sys.stderr)
-    with redirect_stderr(streams[1]), redirect_stdout(streams[0]), as_ctrl_c():
+    with standard(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
         with claim(out, c.run.resume) as lock:
             run = resolve(c, out)
             log = open_log(run, quiet)
