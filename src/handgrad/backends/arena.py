@@ -69,7 +69,11 @@ class HostArena(HostMemory):
         if size > free:
             raise does_not_fit(plan, free)
         # private, because Linux does not back shared anonymous memory with huge pages
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:  # less than what is free: a limit of the process or of its container
+            rule = f"the system grants {size / MIB:.0f} MiB, of {free / MIB:.0f} that are free"
+            raise HandgradError("memory", rule, error.strerror, hint="ulimit -v shows the limit of a process") from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # Linux without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
