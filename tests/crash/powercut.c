@@ -42,7 +42,7 @@
 #endif
 
 typedef struct __ptrace_syscall_info Info;
-typedef enum { NONE, OPEN, WRITE, TRUNCATE, RENAME, UNLINK, MKDIR, RMDIR, FSYNC, MARK, UNKNOWN } Kind;
+typedef enum { NONE, OPEN, WRITE, TRUNCATE, RENAME, EXCHANGE, UNLINK, MKDIR, RMDIR, FSYNC, MARK, UNKNOWN } Kind;
 typedef struct {
   Kind kind;
   char path[PATH_MAX], other[PATH_MAX]; /* absolute */
@@ -173,7 +173,8 @@ static Kind classify(pid_t pid, const Info *in, Call *call) {
     int from = resolve(pid, plain ? cwd : (int)a[0], plain ? a[0] : a[1], call->path);
     int to = resolve(pid, plain ? cwd : (int)a[2], plain ? a[1] : a[3], call->other);
     if (!from && !to) return NONE;
-    return !from || !to || (nr == SYS_renameat2 && a[4] & ~1ull) ? UNKNOWN : RENAME; /* 1: RENAME_NOREPLACE */
+    unsigned long long flags = nr == SYS_renameat2 ? a[4] : 0;
+    return !from || !to || flags & RENAME_WHITEOUT ? UNKNOWN : flags & RENAME_EXCHANGE ? EXCHANGE : RENAME;
   }
   if (nr == SYS_unlink) return resolve(pid, cwd, a[0], call->path) ? UNLINK : NONE;
   if (nr == SYS_rmdir) return resolve(pid, cwd, a[0], call->path) ? RMDIR : NONE;
@@ -207,14 +208,15 @@ static void put_path(const char *path) {
 }
 
 static void record(const Call *call, long long result, long nr) {
-  static const char *names[] = {0, 0, "write", "truncate", "rename", "unlink", "mkdir", "rmdir", "fsync", "mark"};
+  static const char *names[] = {0,        0,        "write", "truncate", "rename", "exchange",
+                                "unlink", "mkdir", "rmdir", "fsync",    "mark"};
   if (call->kind == UNKNOWN) fprintf(journal, "unknown %ld", nr);
   else if (call->kind == OPEN) fputs(call->existed ? "truncate 0" : "create", journal);
   else fputs(names[call->kind], journal);
   if (call->kind == WRITE) fprintf(journal, " %lld %lld", call->at, result);
   if (call->kind == TRUNCATE) fprintf(journal, " %lld", call->size);
   put_path(call->path);
-  if (call->kind == RENAME) put_path(call->other);
+  if (call->kind == RENAME || call->kind == EXCHANGE) put_path(call->other);
   fputc('\n', journal);
   if (call->kind == WRITE) {
     fwrite(call->data, 1, result, journal);

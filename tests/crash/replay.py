@@ -2,7 +2,7 @@
 
 A kill leaves all that was done. A power cut leaves what was flushed, and any part of the rest: the bytes of a file
 since its last fsync, and the names in a folder (made, renamed, removed) since the folder's last fsync. A rename keeps
-both its names or neither.
+both its names or neither, and so does an exchange.
 """
 
 import random
@@ -106,10 +106,10 @@ class Disk:
         kind, *sizes = call.words
         path = sizes.pop()
         self.number += 1
-        if kind == "rename":
+        if kind in ("rename", "exchange"):
             (to, new), (source, old) = self.parent(path), self.parent(sizes.pop())
-            node = source.now[old]
-            source.set(self.number, old, None)
+            node, other = source.now[old], to.now.get(new) if kind == "exchange" else None
+            source.set(self.number, old, other)
             to.set(self.number, new, node)
         elif kind in ("create", "mkdir", "unlink", "rmdir"):
             folder, name = self.parent(path)

@@ -106,6 +106,21 @@ def test_a_rename_survives_with_both_names_or_with_neither(replay):
     assert left == {("old",), ("new",)}
 
 
+def test_an_exchange_survives_whole_or_not_at_all(replay):
+    disk = replay.Disk(replay.Folder())
+    for line, data in [
+        ("create ./a", b""),
+        ("write 0 1 ./a", b"1"),
+        ("fsync ./a", b""),
+        ("create ./b", b""),
+        ("fsync .", b""),
+    ]:
+        disk.do(replay.Call(line.split(), data))
+    disk.do(replay.Call(["exchange", "./a", "./b"]))
+    left = [tree for _, tree in replay.cuts(disk, random.Random(0), 50)]
+    assert all(tree in ({"a": b"1", "b": b""}, {"a": b"", "b": b"1"}) for tree in left) and left[0] != left[1]
+
+
 def test_flushed_bytes_survive_whatever_is_appended(replay):
     rng = random.Random(0)
     file = replay.File(b"one", [b"onetwo", b"onetwothree"])
