@@ -27,3 +27,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(HandgradError, match=r"\[disk\] .*a.txt must be writable, but got No space left on device"):
         disk.write_text(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_names_of_made_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(disk, "flush", flushed.append)
+    disk.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and sorted(flushed) == [tmp_path, tmp_path / "a"]
+    disk.make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 2

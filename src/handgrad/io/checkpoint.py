@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from handgrad.core.disk import flush
+from handgrad.core.disk import flush, make_folder
 from handgrad.core.errors import HandgradError
 
 MODEL = "model.safetensors"
@@ -96,7 +96,7 @@ def save(
     except (TypeError, ValueError) as error:
         raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(out_dir)
         _clean(out_dir)
         building.mkdir()
         _fill(building, tensors, state, text, when_read)
@@ -330,6 +330,7 @@ def _delete(folder: Path) -> None:
     if folder.exists():
         temporary = _temporary(folder)
         folder.rename(temporary)
+        flush(folder.parent)  # a power cut must not lose the new name and keep what follows
         shutil.rmtree(temporary)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.io import newest
 from handgrad.models import preset
@@ -53,7 +54,7 @@ def claim(out: Path, resume: str) -> Iterator[ExitStack]:
         raise HandgradError("run", f"'{out}' already holds a run", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         before = set(out.iterdir())
         (out / ".writable").touch()
         (out / ".writable").unlink()

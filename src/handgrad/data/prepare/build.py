@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.core.disk import write_whole
+from handgrad.core.disk import flush, make_folder, write_text, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
@@ -181,7 +181,7 @@ def read_meta(folder: str | Path) -> dict | None:
 def _claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
-    building.mkdir(parents=True, exist_ok=True)
+    make_folder(building)
     with (building / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -329,17 +329,21 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
 def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
     """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
     sums = {shard["name"]: shard["sha256"] for shard in done.shards}
-    (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_text(building / "meta.json", json.dumps(meta, indent=2) + "\n")
     for path in [*_tokenizer_files(building), building / "meta.json"]:
         sums[path.name] = sha256_of(path)
     (out_dir / "meta.json").unlink(missing_ok=True)
+    flush(out_dir)
     for old in out_dir.iterdir():
         if _SHARD_NAME.fullmatch(old.name) and old.name not in sums:
             old.unlink()
     write_sums(building, out_dir, sums)
     for name in [SUMS, *sums]:  # meta.json is last
+        if name == "meta.json":
+            flush(out_dir)  # a power cut must not keep its name alone
         if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
+    flush(out_dir)
     (building / _PROGRESS).unlink()
 
 

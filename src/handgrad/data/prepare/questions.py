@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
 from handgrad.data.prepare.build import sha256_of, write_sums
@@ -50,7 +51,7 @@ def prepare_questions(
     items = [_item(*question(row, where), tokenizer) for path in paths for where, row in _rows(path)]
     path = Path(out_dir) / name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
     count = write_choices(path, items)
