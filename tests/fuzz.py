@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -675,26 +676,27 @@ def script() -> int:
     a = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, resource.RLIM_INFINITY))
     os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    found: dict[str, tuple[int, str]] = {}
+    found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder) / "healthy")
         world = World(Path(folder) / "healthy", Path(folder) / "world")
         chosen = [e for e in entries(world) if any(word in e[0] for word in a.only.split(","))]
         for name, strategy, judge in chosen:
-            begin, before = time.perf_counter(), sum(times for times, _ in found.values())
+            begin, before = time.perf_counter(), found.total()
 
             def seen(problem: Problem | None) -> None:
+                if problem and problem.kind not in found:
+                    print(f"\n== {problem.kind}\n{problem.shown}\n", flush=True)
                 if problem:
-                    times, shown = found.get(problem.kind, (0, problem.shown))
-                    found[problem.kind] = times + 1, shown
+                    found[problem.kind] += 1
 
             each = -(-a.inputs // len(chosen))
             fuzzed(strategy, judge, each, seen)
-            wrong = sum(times for times, _ in found.values()) - before
+            wrong = found.total() - before
             print(f"{name}: {each} inputs, {wrong} wrong, {time.perf_counter() - begin:.0f} s", flush=True)
-    for kind, (times, shown) in found.items():
-        print(f"\n== {times} x {kind}\n{shown}")
-    print(f"\n{len(found)} kinds of problems")
+    for kind, times in found.most_common():
+        print(f"{times} x {kind}")
+    print(f"{len(found)} kinds of problems")
     return 1 if found else 0
 
 
