@@ -534,7 +534,7 @@ def test_compilers_do_not_import_from_the_current_folder(tmp_path, monkeypatch):
     nvrtc, started = importlib.import_module("handgrad.backends.cuda.nvrtc"), []
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc.subprocess, "Popen", lambda command, **_: started.append(command) or mock.MagicMock())
-        nvrtc._start_compiler([])
+        nvrtc._start_compiler([], tmp_path)
     mark = trapped(tmp_path, "True")
     done = subprocess.run(started[0], cwd=tmp_path, capture_output=True, text=True, input="[]", env=found())
     assert done.returncode == 0, done.stderr

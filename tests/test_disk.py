@@ -116,3 +116,12 @@ def test_append_writes_all_or_nothing(tmp_path):
         file.left = 99
         disk.append(file, b"abcdef")
     assert (tmp_path / "a").read_bytes() == b"0123456789abcdef"
+
+
+def test_the_names_of_made_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(disk, "flush", flushed.append)
+    disk.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and sorted(flushed) == [tmp_path, tmp_path / "a"]
+    disk.make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import json_values, mutations
 
 from handgrad import data, io, tokenizers
 from handgrad.core.errors import HandgradError
@@ -20,36 +21,6 @@ from handgrad.tokenizers.gpt2 import MERGES, read_ranks
 
 SECONDS = 2
 fuzz = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@st.composite
-def mutations(draw, head: int):
-    """A function bytes -> bytes that overwrites, flips, cuts, inserts and doubles within `head` of start or end."""
-    edits = []
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["set", "flip", "cut", "insert", "delete", "double"]))
-        edits.append((kind, draw(st.integers(0, head)), draw(st.binary(min_size=1, max_size=9)), draw(st.booleans())))
-
-    def mutate(raw: bytes) -> bytes:
-        for kind, place, new, from_end in edits:
-            place = len(raw) - place if from_end else place
-            place = min(max(place, 0), len(raw))
-            before, after = raw[:place], raw[place:]
-            if kind == "set":
-                raw = before + new + after[len(new) :]
-            elif kind == "flip" and after:
-                raw = before + bytes([after[0] ^ (1 << new[0] % 8)]) + after[1:]
-            elif kind == "cut":
-                raw = before
-            elif kind == "insert":
-                raw = before + new + after
-            elif kind == "delete":
-                raw = before + after[len(new) :]
-            elif kind == "double":
-                raw = before + after[:64] + after
-        return raw
-
-    return mutate
 
 
 def survives(read) -> None:
@@ -116,11 +87,6 @@ def test_safetensors_headers(folder, size, header):
     whole(folder)
     (path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header)
     survives(lambda: dict(io.load(path, {"w": ((2, 3), "float32")})))
-
-
-def json_values():
-    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    return st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
 
 
 @fuzz

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from handgrad.cli.flags import parse
-from handgrad.core.disk import flush
+from handgrad.core.disk import flush, make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.core.replace import beside, dead, replace, sweep, temporary
 from handgrad.infer.convert import to_hf, to_llmc, to_run
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         repair(dst, table)
         for path in (dst, table) if to == "llmc" else (dst,):
             check_free(path, a.force)
-        dst.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(dst.parent)
         if to == "llmc":
             write_files(source, dst, table, dtype, tokenizer)
         else:

@@ -110,6 +110,15 @@ def append(file: FileIO, data: bytes) -> None:
         raise
 
 
+def make_folder(path: str | Path) -> None:
+    """Makes a folder, and those above it, unless they exist; the names survive a power failure. Raises OSError."""
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        flush(folder.parent)
+
+
 def flush(path: str | Path) -> None:
     """Returns once what was written to a file, or the names in a folder, are on disk and survive a power failure."""
     handle = os.open(path, os.O_RDONLY)

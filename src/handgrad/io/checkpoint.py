@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from handgrad.core.disk import flush, sweep, temporary
+from handgrad.core.disk import flush, make_folder, sweep, temporary
 from handgrad.core.errors import HandgradError
 
 MODEL = "model.safetensors"
@@ -111,7 +111,7 @@ def save(
     for name, array in (*tensors.items(), *state.items()):
         check_finite(f"step {step}", name, array, hint)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(out_dir)
         _clean(out_dir)
         building.mkdir()
         _write_tensors(building / MODEL, tensors)
@@ -382,6 +382,7 @@ def _delete(folder: Path) -> None:
     if folder.exists():
         going = temporary(folder)
         folder.rename(going)
+        flush(folder.parent)  # a power cut must not lose the new name and keep what follows
         shutil.rmtree(going)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.disk import sweep, temporary, write_text
+from handgrad.core.disk import make_folder, sweep, temporary, write_text
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
@@ -95,7 +95,7 @@ class Lock:
         """Makes the folder again and locks it. Raises HandgradError if another run is there, or it cannot be made."""
         rule, hint = f"the run folder '{self.folder}' was deleted or moved during the run", "leave it alone"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if any((self.folder / name).exists() for name in ("log.jsonl", SETTINGS)):
                 raise HandgradError("run", f"{rule}, and another run is there now", hint=hint)
             new = Lock(self.folder)
@@ -129,7 +129,7 @@ def claim(out: Path, resume: str) -> Iterator[Lock]:
         raise HandgradError("run", f"'{out}' already holds a run", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         held = Lock(out)
     except OSError as error:
         remove_empty(made)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad import tokenizers
+from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.data import Tokens
 from handgrad.models import Model
@@ -30,7 +31,7 @@ class Journal:
         if resumed_at is None and (out / "log.jsonl").exists():
             raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
         except OSError as error:
             raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
         describe(out, settings, memory, tokenizer_of(data))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.core.disk import file_size, write_whole
+from handgrad.core.disk import file_size, flush, make_folder, write_text, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
@@ -170,7 +170,7 @@ def _claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
     try:
-        building.mkdir(parents=True, exist_ok=True)
+        make_folder(building)
     except ValueError as error:  # a zero byte in the name
         raise HandgradError("data", f"{out_dir} must be a folder's name", error) from None
     with (building / "lock").open("w") as lock:
@@ -324,17 +324,21 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
 def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
     """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
     sums = {shard["name"]: shard["sha256"] for shard in done.shards}
-    (building / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_text(building / META, json.dumps(meta, indent=2) + "\n")
     for path in [*_tokenizer_files(building), building / META]:
         sums[path.name] = sha256_of(path)
     (out_dir / META).unlink(missing_ok=True)
+    flush(out_dir)
     for old in out_dir.iterdir():
         if _SHARD_NAME.fullmatch(old.name) and old.name not in sums:
             old.unlink()
     write_sums(building, out_dir, sums)
     for name in [SUMS, *sums]:  # meta.json is last
+        if name == "meta.json":
+            flush(out_dir)  # a power cut must not keep its name alone
         if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
+    flush(out_dir)
     (building / _PROGRESS).unlink()
 
 

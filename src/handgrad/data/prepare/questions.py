@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import file_size, make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
 from handgrad.data.meta import sha256_of
@@ -52,7 +52,7 @@ def prepare_questions(
     items = [_item(*question(row, where), tokenizer) for path in paths for where, row in _rows(path)]
     path = Path(out_dir) / name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise HandgradError("data", f"{out_dir} must be writable", getattr(error, "strerror", error)) from None
     count = write_choices(path, items, tokenizer)
