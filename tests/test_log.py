@@ -349,6 +349,8 @@ def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
         with RunLog(tmp_path, 3) as log:
             write(log, [1])
             write(log, [2], val_loss=4.5)
+            with log.activity("validating"):
+                pass
             log.say("saved step_000002")
             write(log, [3])
     reader.join(timeout=10)
@@ -358,6 +360,9 @@ def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
     assert "step 1/3  loss 4.0000" in text and "saved step_000002" in text
     assert ("━" in text) == (width == 120)
     assert ("0:00 left" in text) == ("in all" in text) == (width > 40)
+    at_work, after = text.partition("validating")[::2]
+    assert not after or "tok/s" in after.partition("saved step_000002")[0], "the figures come back"
+    assert bool(after) == (width > 40) and "step 2/3" in at_work
     assert text.count("step 2/3 | loss 3.0000") == 1, "a validation leaves a line behind"
     assert "\x1b[?25l" not in text.replace("\x1b[?25l\x1b[?25h", ""), "the cursor is never hidden for long"
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from handgrad import data, models, optim
     from handgrad.core.errors import HandgradError
     from handgrad.core.precision import Precision
-    from handgrad.infer import Engine, Sampling, load
+    from handgrad.infer import Engine, Sampling
+    from handgrad.infer.load import load
     from handgrad.optim import schedules
     from handgrad.train.execution import Execution
     from handgrad.train.explain import explain
@@ -47,7 +48,7 @@ _MODULES = {  # of the names that are no module of the same name here
     "Start": "train.start",
     "Trainer": "train.trainer",
     "explain": "train.explain",
-    "load": "infer",
+    "load": "infer.load",
     "schedules": "optim",
 }
 

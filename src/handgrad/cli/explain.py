@@ -1,7 +1,7 @@
 """handgrad explain MODEL: the memory map, the price of every remedy, and every call, without allocating anything."""
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     if rest or accumulation < 1:
         rule = f"--batch-tokens is a multiple of micro-batch x seq-len = {a.compute.micro_batch} x {seq_len}"
         raise HandgradError("explain", rule, a.batch_tokens)
-    h = replace(a.compute, backend="cuda" if a.gpu else resolve_name(a.compute.backend))
+    name: Any = "cuda" if a.gpu else resolve_name(a.compute.backend)
+    h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
     backend, where, saving = planner(h, a.gpu, precision)

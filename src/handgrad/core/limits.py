@@ -60,13 +60,13 @@ def memory_limits(root: Path = ROOT) -> list[tuple[int, str]]:
     if _text(root / "proc/sys/vm/overcommit_memory").strip() == "2" and "CommitLimit" in info:
         found.append((info["CommitLimit"] - info.get("Committed_AS", 0), "vm.overcommit_memory is 2"))
     status = _fields(root / "proc/self/status")
-    for kind, used, name in (
+    for kind, taken, name in (
         (resource.RLIMIT_AS, "VmSize", "ulimit -v"),
         (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
     ):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            found.append((soft - status.get(used, 0), name))
+            found.append((soft - status.get(taken, 0), name))
     for folder, names in _groups(root, "memory", ("memory.max", "memory.current"), V1_MEMORY):
         most, used = (_number(folder / name) for name in names)
         if most is not None and used is not None:

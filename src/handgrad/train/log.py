@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class RunLog:
         self._console = Console(quiet=quiet)
         self._is_live = not quiet and sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
+        self._last: dict | None = None  # the line that it shows
         self._start = time.perf_counter()
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None  # step and time of this attempt's first report, for the ETA
@@ -163,6 +164,15 @@ class RunLog:
     def say(self, text: str) -> None:
         """Shows text, above the live line if there is one. It does not enter the log."""
         self._console.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def activity(self, text: str) -> Iterator[None]:
+        """Shows on the live line what happens between two steps, such as "validating", while the block runs."""
+        self._refresh(text)
+        try:
+            yield
+        finally:
+            self._refresh()
 
     def flush(self) -> None:
         """Returns once every line is on disk and survives a power failure. Raises the OSError that prevents it."""
@@ -246,9 +256,14 @@ class RunLog:
                 self._live = Live(console=self._console, auto_refresh=False)  # no thread: the kernels use every core
                 self._live.start()
                 self._console.show_cursor(True)  # a killed run must not leave the terminal without one
+            self._last = line
             self._live.update(self._live_line(line, now), refresh=True)
 
-    def _live_line(self, line: dict, now: float) -> Table:
+    def _refresh(self, activity: str = "") -> None:
+        if self._live is not None and self._last is not None:
+            self._live.update(self._live_line(self._last, self.seconds, activity), refresh=True)
+
+    def _live_line(self, line: dict, now: float, activity: str = "") -> Table:
         assert self._first is not None  # `step` sets it before it shows a line
         step, (first, began) = line["step"], self._first
         shown = parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
@@ -257,6 +272,8 @@ class RunLog:
         elif step > first:
             shown["time"] = clock((self.total_steps - step) * (now - began) / (step - first)) + " left"
         shown.pop("gpu", None)  # has been printed
+        if activity:
+            shown["tokens_per_second"] = activity  # no step runs
         for name in ("grad_norm", "lr"):  # of least use on a narrow screen
             if len("  ".join(shown.values())) >= self._console.width:
                 del shown[name]

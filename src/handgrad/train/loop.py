@@ -51,11 +51,14 @@ def loop(run: Run, log: RunLog, interrupt: Interrupt, keep: Callable[[], bool]) 
         is_renewed = keep()
         log_step(run, log, f)
         if f.due.save or is_renewed:
-            save(run, log, wait=f.due.stop or f.number == last)
+            with log.activity("saving"):
+                save(run, log, wait=f.due.stop or f.number == last)
         if f.due.stop:
             return f.number == last
         if f.due.sample:
-            log.say(f"\n{sample(run)}\n")
+            with log.activity("sampling"):
+                text = sample(run)
+            log.say(f"\n{text}\n")
     return True
 
 
@@ -108,17 +111,23 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
     """
     c, trainer, result, tokens = run.config, run.trainer, f.result, run.config.data.batch_tokens
     seconds = trainer.backend.seconds(f.begin, result.end)
-    val = run.val if f.due.val else None
+    val_loss = accuracy = None
+    if f.due.val and run.val is not None:
+        with log.activity("validating"):
+            val_loss = trainer.evaluate(run.val, c.eval.val_tokens or None)
+    if f.due.hellaswag:
+        with log.activity("HellaSwag"):
+            accuracy = hellaswag(run)
     log.step(
         f.number,
         loss=result.loss,
-        val_loss=None if val is None else trainer.evaluate(val, c.eval.val_tokens or None),
+        val_loss=val_loss,
         lr=run.lr(f.number),
         grad_norm=result.grad_norm,
         tokens=tokens,
         step_seconds=seconds,
         mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
-        hellaswag=hellaswag(run) if f.due.hellaswag else None,
+        hellaswag=accuracy,
         gpu=run.telemetry.read() if run.telemetry and every(c.log.telemetry_every, f.number) else None,
     )
     if result.skipped:
