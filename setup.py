@@ -97,7 +97,7 @@ def check_compiler() -> None:
 
 
 def is_manylinux(library: Path) -> bool:
-    """Whether a library runs on every system with the glibc of MANYLINUX, by the versions of its symbols and the names of
+    """Whether a library runs wherever the glibc is MANYLINUX or newer, by the versions of its symbols and the names of
     the libraries that it needs. One that needs OpenMP's does not."""
     if shutil.which("readelf") is None or not library.is_file():
         return False

@@ -7,9 +7,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
@@ -17,6 +14,18 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.install import install
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
+
+torch = pytest.importorskip("torch")
+load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
+transformers = pytest.importorskip("transformers")
+AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoTokenizer,
+    transformers.GPT2Config,
+    transformers.GPT2LMHeadModel,
+    transformers.GPT2TokenizerFast,
+)
 
 SHAPES = [  # vocabulary, longest sequence, layers, heads, width
     (97, 20, 2, 3, 36),
