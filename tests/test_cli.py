@@ -99,6 +99,10 @@ def test_help_is_quick():
         ("train --run.deterministic=yes", "[train] --run.deterministic takes nothing, but got 'yes'."),
         ("train --optim.final half", "[train] --optim.final takes a number or None, but got 'half'."),
         (
+            "train --optim.warmup soon",
+            "[train] --optim.warmup takes a whole number or None, but got 'soon'.",
+        ),
+        (
             "train --optim.schedule cosinus",
             "[train] --optim.schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
         ),

@@ -18,6 +18,7 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("a whole number", int),
     float: ("a number", float),
     float | None: ("a number or None", lambda word: word == "None" or float(word)),
+    int | None: ("a whole number or None", lambda word: word == "None" or int(word)),
     str: ("text", str),
     tuple[str, ...]: ("text", str),
 }
