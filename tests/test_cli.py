@@ -160,6 +160,10 @@ def test_completion_in_other_shells(name, capsys):
         ("train --deterministic=yes", "[train] --deterministic takes nothing, but got 'yes'."),
         ("train --final half", "[train] --final takes a number or None, but got 'half'."),
         (
+            "train --warmup soon",
+            "[train] --warmup takes a whole number or None, but got 'soon'.",
+        ),
+        (
             "train --schedule cosinus",
             "[train] --schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
         ),

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from handgrad import evals, tokenizers
 from handgrad.backends import open_backend
@@ -26,6 +24,9 @@ from handgrad.evals.metrics import choices
 from handgrad.evals.tasks import encode_pair
 from handgrad.models import GPT2, declare
 from handgrad.train.start import Start, initialize
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPT = tokenizers.gpt2()

@@ -10,17 +10,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
-import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2TokenizerFast,
-)
 
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
@@ -30,6 +20,15 @@ from handgrad.infer import Sampling
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
 from handgrad.models import GPT2
+
+torch = pytest.importorskip("torch")
+load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
+transformers = pytest.importorskip("transformers")
+AutoModelForCausalLM, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+GPT2Config, GPT2LMHeadModel = transformers.GPT2Config, transformers.GPT2LMHeadModel
+GPT2ForSequenceClassification = transformers.GPT2ForSequenceClassification
+GPT2TokenizerFast = transformers.GPT2TokenizerFast
 
 SHAPES = [  # vocabulary, longest sequence, layers, heads, width
     (97, 20, 2, 3, 36),

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -243,3 +244,27 @@ def test_startable_threads_are_counted_by_starting_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
     before, after = map(int, done.stdout.split())
     assert before == 3 and 0 < after < 100, done.stderr
+
+
+@pytest.mark.parametrize(("running", "count"), [(1, 10_000), (9, 10_000), (10, 1000), (40, 1000)])
+def test_threads_spin_only_where_cores_are_idle(machine, monkeypatch, running, count):
+    """16 CPUs, 8 threads: up to 8 other running threads leave every thread a CPU."""
+    library = import_module("handgrad.backends.cpu.library")
+    monkeypatch.setattr(library.os, "cpu_count", lambda: 16)
+    root = machine(files={"proc/loadavg": f"3.10 2.00 1.00 {running}/312 4711\n"})
+    assert library.spin_count(root) == count
+
+
+def test_no_load_average_is_an_idle_machine(tmp_path):
+    library = import_module("handgrad.backends.cpu.library")
+    assert library.spin_count(tmp_path) == library.SPINS_IDLE
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "passive")])
+def test_the_users_way_of_waiting_stays(name, value):
+    code = "import os; from handgrad.backends import open_backend; open_backend('cpu'); print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env | {name: value}, timeout=60
+    )
+    assert done.stdout.strip() == ("77" if name == "GOMP_SPINCOUNT" else "None")

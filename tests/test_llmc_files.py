@@ -6,11 +6,8 @@ import struct
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
@@ -23,6 +20,11 @@ from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
 from handgrad.train.start import Start
 from handgrad.train.trainer import Trainer
+
+torch = pytest.importorskip("torch")
+load_file = pytest.importorskip("safetensors.torch").load_file
+transformers = pytest.importorskip("transformers")
+GPT2Config, GPT2LMHeadModel = transformers.GPT2Config, transformers.GPT2LMHeadModel
 
 SHAPES = [  # vocabulary, longest sequence, layers, heads, width
     (97, 20, 2, 3, 36),

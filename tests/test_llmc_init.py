@@ -7,12 +7,13 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 import handgrad as hg
 from handgrad.core.errors import HandgradError
 from handgrad.models import GPT2
 from handgrad.train.llmc_init import Twister
+
+torch = pytest.importorskip("torch")
 
 SIZES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 100, 1000, 65537 * 16 + 5)
 

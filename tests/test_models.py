@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from handgrad import Trainer, data
 from handgrad.backends import open_backend
@@ -24,6 +22,9 @@ from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.execution import Execution
 from handgrad.train.record import record_loss, record_train
 from handgrad.train.start import Start, initialize
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 SPEC = importlib.util.spec_from_file_location("gpt2_torch", Path(__file__).parents[1] / "reference" / "gpt2_torch.py")
 reference = importlib.util.module_from_spec(SPEC)

@@ -30,7 +30,7 @@ def threads(root: Path = ROOT) -> int:
     """Threads that compute by default: one per physical core of `cpus`, at most OMP_NUM_THREADS."""
     allowed, cores = os.sched_getaffinity(0), set()
     for cpu in allowed:
-        siblings = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings = text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.strip() or f"cpu{cpu}")
     wanted = re.fullmatch(r"\s*0*([1-9]\d*)\s*(,.*)?", os.environ.get("OMP_NUM_THREADS", ""))
     return min(len(cores), _quota(root), int(wanted[1]) if wanted else MAX_THREADS)
@@ -57,7 +57,7 @@ def memory_limits(root: Path = ROOT) -> list[tuple[int, str]]:
     """(bytes that can still be allocated, the limit's name) of every limit on this process; the smallest one binds."""
     info = _fields(root / "proc/meminfo")
     found = [(info.get("MemAvailable", I64_MAX), "")]
-    if _text(root / "proc/sys/vm/overcommit_memory").strip() == "2" and "CommitLimit" in info:
+    if text(root / "proc/sys/vm/overcommit_memory").strip() == "2" and "CommitLimit" in info:
         found.append((info["CommitLimit"] - info.get("Committed_AS", 0), "vm.overcommit_memory is 2"))
     status = _fields(root / "proc/self/status")
     for kind, taken, name in (
@@ -68,12 +68,12 @@ def memory_limits(root: Path = ROOT) -> list[tuple[int, str]]:
         if soft != resource.RLIM_INFINITY:
             found.append((soft - status.get(taken, 0), name))
     for folder, names in _groups(root, "memory", ("memory.max", "memory.current"), V1_MEMORY):
-        most, used = (_number(folder / name) for name in names)
-        if most is not None and used is not None:
-            stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+        most, taken = (_number(folder / name) for name in names)
+        if most is not None and taken is not None:
+            stat = dict(line.split(" ", 1) for line in text(folder / "memory.stat").splitlines() if " " in line)
             prefix = "total_" if "total_inactive_file" in stat else ""
             cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            found.append((most - used + cache, f"{names[0]} of the control group '{folder.name}'"))
+            found.append((most - taken + cache, f"{names[0]} of the control group '{folder.name}'"))
     return [(max(free, 0), name) for free, name in found]
 
 
@@ -81,7 +81,7 @@ def _quota(root: Path) -> int:
     """CPUs by the smallest quota of the groups, rounded up: half a CPU more than n is used by n + 1 threads."""
     least = math.inf
     for folder, names in _groups(root, "cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        words = " ".join(_text(folder / name) for name in names).split()
+        words = " ".join(text(folder / name) for name in names).split()
         if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # else "max" or -1: no quota
             least = min(least, int(words[0]) / int(words[1]))
     return MAX_THREADS if least == math.inf else max(math.ceil(least), 1)
@@ -90,7 +90,7 @@ def _quota(root: Path) -> int:
 def _groups(root: Path, controller: str, v2: Names, v1: Names) -> Iterator[tuple[Path, Names]]:
     """(folder, names of its files) of the groups of both versions that this process is in, from its own outwards."""
     mounts = _mounts(root)
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text(root / "proc/self/cgroup").splitlines():
         number, names, path = line.split(":", 2)
         is_v2 = number == "0" and not names
         if not is_v2 and controller not in names.split(","):
@@ -111,7 +111,7 @@ def _groups(root: Path, controller: str, v2: Names, v1: Names) -> Iterator[tuple
 def _mounts(root: Path) -> list[tuple[str, list[str], str, Path]]:
     """(type, options, path inside the hierarchy, where) of every mounted hierarchy of control groups."""
     found = []
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         words, rest = before.split(), after.split()
         if len(words) > 4 and len(rest) > 2 and rest[0] in ("cgroup", "cgroup2"):
@@ -119,7 +119,7 @@ def _mounts(root: Path) -> list[tuple[str, list[str], str, Path]]:
     return found
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
     """The text of a file of the system; empty if there is none."""
     try:
         return path.read_text(errors="replace")
@@ -129,10 +129,10 @@ def _text(path: Path) -> str:
 
 def _number(path: Path) -> int | None:
     """The number in a file; None for "max" and where there is no file."""
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    word = text(path).strip()
+    return int(word) if word.isdigit() else None
 
 
 def _fields(path: Path) -> dict[str, int]:
     """Fields in kB of a file of lines "name: number kB", in bytes."""
-    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _text(path), re.M)}
+    return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text(path), re.M)}

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from handgrad.core import limits
 from handgrad.core.errors import HandgradError
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 PATH = Path(__file__).parent / "libhandgrad_cpu.so"
+SPINS_IDLE, SPINS_BUSY = 10_000, 1000  # measured: dev/LOG.md
 RECOMPILE = "recompile the kernels: pip install -e ."
 
 
@@ -23,6 +25,17 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def spin_count(root: Path = limits.ROOT) -> int:
+    """How often a waiting thread looks before it sleeps.
+
+    Some microseconds save the wake-up on idle cores. Where other processes need the cores, spinning takes their time
+    and ours: a step takes twice the CPU time. libgomp spins for milliseconds unless it is told when it is opened.
+    """
+    found = re.findall(r" (\d+)/\d+ ", limits.text(root / "proc/loadavg"))
+    others = int(found[0]) - 1 if found else 0  # running now, this thread not counted
+    return SPINS_BUSY if others + limits.threads(root) > (os.cpu_count() or 1) else SPINS_IDLE
+
+
 class Library:
     """libhandgrad_cpu.so, opened once per process. `isa`: HANDGRAD_ISA if set, else the widest of this machine."""
 
@@ -30,9 +43,8 @@ class Library:
         if not PATH.exists():
             hint = "pip install . compiles them; it needs a C compiler (gcc 11 or newer, or clang 14)"
             raise HandgradError("cpu", f"the compiled kernels are missing: there is no {PATH}", hint=hint)
-        # Waiting threads spin for some microseconds, then sleep. With libgomp's default, milliseconds, a step is many
-        # times slower as soon as another program needs a core.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count()))
         try:
             self._dll = ctypes.CDLL(str(PATH))
         except OSError as error:  # of a library that it needs: gcc's OpenMP, which not every system has
