@@ -39,7 +39,9 @@ def test_a_pipe_or_a_device_is_written_as_it_is(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "link"):
         found = []
-        reader = threading.Thread(target=lambda name=name, found=found: found.append((tmp_path / name).read_bytes()))
+        reader = threading.Thread(
+            target=lambda at=name, into=found: into.append((tmp_path / at).read_bytes()), daemon=True
+        )
         reader.start()
         disk.write_text(tmp_path / name, "text")
         reader.join(10)
