@@ -5,6 +5,10 @@
 // source    after Loshchilov & Hutter 2019, algorithm 2; order of operations as in torch.optim.AdamW
 #include "philox.h"
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+__asm__(".symver pow,pow@GLIBC_2.2.5");  // the newer version differs in errno alone, and needs glibc 2.29
+#endif
+
 #define BLOCK 512  // elements: random bits stay in L1; every block of every vector starts on a cache line
 
 // rest: 1 - beta. rate, root: the bias-corrected learning rate and factor of sqrt(v). decay: 1 - lr * weight_decay.
