@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import handgrad as hg
+from handgrad.backends.cpu.library import PATH
 from handgrad.core import install
 from handgrad.core.errors import HandgradError
 
@@ -277,3 +278,11 @@ def test_the_project_says_what_it_supports():
     assert all(name in light for name in ("pytest", "hypothesis", "ruff", "mypy")) and "torch" not in light
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert "## Unreleased" in changes and f"## {PROJECT['version']}" in changes
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_the_kernels_need_no_newer_glibc_than_the_wheel_says():
+    """So that .ci/wheel, which adds OpenMP's library, can name the wheel manylinux_2_28."""
+    text = subprocess.run(["readelf", "--wide", "-V", PATH], capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"\bGLIBC_([\d.]+)", text)}
+    assert versions and max(versions) <= script()["MANYLINUX"] == (2, 28)

@@ -390,3 +390,12 @@ def test_a_run_at_work_has_a_report(tmp_path):
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1.')
     assert drawn(write_report(run))["Loss, nats per token"]["series"][0]["x"] == [1, 2]
+
+
+@pytest.mark.parametrize("size", [[1], {"a": 1}, "12", None, 12.0, True, -5, 2**70])
+def test_sizes_of_any_kind_make_a_page(tmp_path, size):
+    """config.json is anybody's: a size may be a list."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    sizes = dict.fromkeys(("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len"), 12)
+    (tmp_path / "config.json").write_text(json.dumps({"model": sizes | {"num_layers": size}}))
+    assert "OpenAI GPT-2" not in write_report(tmp_path).read_text()

@@ -156,9 +156,12 @@ class RunLog:
         self._val_loss = float(val_loss)
         self._write({"step": step, "val_loss": self._val_loss})
 
-    def event(self, step: int, text: str) -> None:
-        """Records that something happened at a step, such as a skipped update, and shows it."""
-        self._write({"step": step, "event": text})
+    def event(self, step: int, text: str, **figures: float) -> None:
+        """Records that something happened at a step, such as a skipped update, and shows it.
+
+        figures: what it set, such as the learning rate from here on
+        """
+        self._write({"step": step, "event": text, **figures})
         self.say(f"step {step}/{self.total_steps} | {text}")
 
     def say(self, text: str) -> None:

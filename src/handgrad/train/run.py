@@ -72,7 +72,7 @@ def open_log(run: Run, quiet: bool) -> RunLog:
     if run.trainer.passed_over:
         log.event(run.done, run.trainer.passed_over)
     if changed:
-        log.event(run.done, f"from here on {changed}{jump}")
+        log.event(run.done, f"from here on {changed}{jump}", lr=run.lr(run.done + 1))
     return log
 
 

@@ -53,7 +53,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
-        ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocabulary {run.tokenizer.vocab_size:,}"),
+        ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),

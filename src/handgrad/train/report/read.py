@@ -95,7 +95,8 @@ class Run:
     def openai(self) -> tuple[str, float, float] | None:
         """OpenAI's model of the very same sizes: its name, loss and HellaSwag accuracy."""
         model = self.config.get("model")
-        return OPENAI.get(tuple(model.get(name) for name in SIZES)) if isinstance(model, Mapping) else None
+        sizes = [model.get(name) for name in SIZES] if isinstance(model, Mapping) else []
+        return OPENAI.get(tuple(sizes)) if all(type(size) is int for size in sizes) else None
 
     def batch_tokens(self) -> int | None:
         """Tokens in a step."""
