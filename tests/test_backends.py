@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def test_arena_larger_than_memory_is_rejected_with_its_regions():
         match=r"\[memory\] the arena fits in memory, \d+ MiB are free, but got \d+ MiB \(params 0 \| .* io \d+\)",
     ):
         open_backend("cpu").alloc(plan(p))
+
+
+def test_an_arena_that_the_system_does_not_grant_is_an_error():
+    """As under `ulimit -v`: free memory is not what a process may have."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    p = Program(F32)
+    p.emit(add, *(p.input(name, (1 << 20, 64), F32) for name in "ab"))
+    backend, layout = open_backend("cpu"), plan(p)
+    now = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, limit[1]))
+    try:
+        with pytest.raises(HandgradError, match=r"\[memory\] the system grants 768 MiB, .* got Cannot allocate memory"):
+            backend.alloc(layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 class Twice(Op):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from replay import Call, Disk, Tree, below, calls, cuts, grow, harvest, plant
@@ -223,13 +224,16 @@ def data(work: Path) -> Path:
 
 
 def log_of(tree: Tree) -> list[bytes]:
-    """The whole lines of log.jsonl, without the times."""
+    """The whole lines of log.jsonl that are of steps, without the times; an event may say what a power cut damaged."""
     found = []
     for row in (tree.get("log.jsonl") or b"").split(b"\n")[:-1]:
         try:
-            found.append(json.dumps({key: x for key, x in json.loads(row).items() if key not in TIMES}).encode())
+            line = json.loads(row)
         except ValueError:
             found.append(row)
+            continue
+        if "event" not in line:
+            found.append(json.dumps({key: x for key, x in line.items() if key not in TIMES}).encode())
     return found
 
 
@@ -264,7 +268,8 @@ def wrong_end(tree: Tree, whole: Tree) -> str:
     """What is wrong with a run that was stopped, resumed and ended."""
     kept = [f"step_{STEPS:06d}/model.safetensors", f"step_{STEPS:06d}/state.rank00.safetensors", "sample.txt"]
     wrong = [path for path in [*kept, "main.log"] if tree.get(path) != whole[path]]
-    wrong += ["log.jsonl"] if log_of(tree) != log_of(whole) else []
+    pairs = zip_longest(log_of(tree), log_of(whole))
+    wrong += [f"log.jsonl: {mine!r} for {theirs!r}" for mine, theirs in pairs if mine != theirs][:1]
     wrong += [path for path in ("report.html", "run.json", "config.json") if not tree.get(path)]
     return f"differs: {', '.join(wrong)}" if wrong else ""
 
