@@ -402,3 +402,9 @@ def test_bf16_to_f32_is_exact(model, tmp_path):
     a, b = (open_source(tmp_path / name).weights for name in "ab")
     assert all((a.tensor(name, "f32") == b.tensor(name)).all() for name in a.shapes)
     assert checkpoint.load_meta(tmp_path / "b" / "step_000000")["converted_from"].endswith("step_000000")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_destination_needs_a_name(model, told, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert "DST names a file or a folder" in told(model, name)

@@ -350,3 +350,17 @@ def test_null_text_is_called_null(tmp_path):
             prepare("jsonl", tmp_path / "out", tokenizers.gpt2(), files=tmp_path / "a.jsonl")
         expected = f"[data] {tmp_path}/a.jsonl, line at byte 0: an object must hold text under 'text', but got {got}."
         assert str(error.value) == expected
+
+
+def test_parquet_whose_text_is_no_unicode(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(HandgradError, match=r"a.parquet must be readable and whole, but got .*utf-8"):
+        list(readers._rows(tmp_path / "a.parquet", 0, "text"))
+
+
+def test_an_empty_archive_has_an_allowance():
+    assert bounds.most_unfolded(0, 0) == bounds.FREE

@@ -127,3 +127,9 @@ def test_the_names_of_made_folders_are_flushed(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "b").is_dir() and sorted(flushed) == [tmp_path, tmp_path / "a"]
     disk.make_folder(tmp_path / "a" / "b")
     assert len(flushed) == 2
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 400])
+def test_names_that_cannot_be_are_one_line(tmp_path, name):
+    with pytest.raises(HandgradError, match=r"^\[disk\] .* must be writable, but got"):
+        disk.write_text(tmp_path / name, "text")

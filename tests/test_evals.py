@@ -504,6 +504,11 @@ def test_P9_llmc_evaluation_files(folder, judge, tmp_path):
             '{"question": "q", "choices": ["a"], "answer": "", "subject": "s"}',
             "row 1 of PATH is a question of mmlu, but got",
         ),
+        (
+            "hellaswag",
+            json.dumps({"ctx": "a" * 70_000, "endings": ["b", "c"], "label": 0}),
+            "row 1 of PATH is a question of hellaswag, but got more than 65,536 characters",
+        ),
         ("piqa", '{"goal": "q", "sol1": "a", "sol2": "b"}', "row 1 of PATH is a question of piqa, but got no 'label'"),
     ],
 )

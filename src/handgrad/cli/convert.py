@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
         to = "llmc" if dst.suffix == ".bin" else "hf" if source.kind == "handgrad" else "handgrad"
     if (to == "llmc") != (dst.suffix == ".bin"):
         raise HandgradError("convert", "llm.c's models are files FILE.bin, all others folders", f"'{dst}' for {to}")
+    if not dst.name:
+        raise HandgradError("convert", "DST names a file or a folder", f"'{a.dst}'")
     dtype = source.weights.dtype if a.dtype == "saved" else a.dtype
     try:
         tokenizer = source.tokenizer()

@@ -74,9 +74,12 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
     What a link leads to is replaced, not the link. A pipe or a device, such as /dev/stdout, is written as it is.
     """
     path = Path(path)
-    target = Path(os.path.realpath(path))
-    building = temporary(target)
-    is_special = target.exists() and not target.is_file()
+    try:
+        target = Path(os.path.realpath(path))
+        building = temporary(target)
+        is_special = target.exists() and not target.is_file()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise HandgradError("disk", f"{path} must be writable", getattr(error, "strerror", error)) from None
     try:
         with (target if is_special else building).open("wb") as file:
             file.writelines(pieces)

@@ -23,6 +23,8 @@ from handgrad.tokenizers import Tokenizer
 
 LETTERS = ["A", "B", "C", "D"]
 
+LONGEST_TEXT = 2**16  # characters of a question with an answer; the benchmarks have up to 10,000
+
 
 @dataclass(frozen=True)
 class Question:
@@ -191,6 +193,8 @@ def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0
             question = TASKS[name].question(row)
             if not 0 <= question.label < len(question.answers):
                 raise ValueError(f"the label {question.label} of {len(question.answers)} answers")
+            if max(len(context) + len(answer) for context, answer in question.pairs) > LONGEST_TEXT:
+                raise ValueError(f"more than {LONGEST_TEXT:,} characters")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             got = f"no {error}" if isinstance(error, KeyError) else error
             raise HandgradError("eval", f"row {number} of {path} is a question of {name}", got) from None

@@ -37,7 +37,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def most_unfolded(packed: int, shares: int = 1) -> int:
     """Returns the bytes that `packed` bytes of a source may unfold to; `shares`: parts that FREE is divided among."""
-    return max(FREE // shares, MOST_UNFOLDED * packed)
+    return max(FREE // max(shares, 1), MOST_UNFOLDED * packed)
 
 
 def too_large(path: Path, most: int) -> HandgradError:

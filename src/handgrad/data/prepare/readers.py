@@ -123,7 +123,9 @@ def _rows(path: Path, group: int, column: str) -> Iterator[str]:
     for _ in batches(path, group, column):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
     for batch in batches(path, group, column):
-        for text in batch.column(0).to_pylist():
+        with readable(path):  # a column of text need not be UTF-8
+            texts = batch.column(0).to_pylist()
+        for text in texts:
             rule = f"{path}, row group {group}: the column {column!r} must hold text"
             if not isinstance(text, str):
                 raise HandgradError("data", rule, f"a {type(text).__name__}")
