@@ -7,7 +7,7 @@ import pytest
 from handgrad.cli.__main__ import main
 from handgrad.cli.flags import parse
 from handgrad.cli.train import from_file
-from handgrad.train.config import Config
+from handgrad.train.config import Config, from_names
 
 NAMES = {"lr": 3e-4, "steps": 7, "micro-batch": 2, "schedule": "wsd", "shuffle": False}
 TEXTS = {
@@ -16,6 +16,7 @@ TEXTS = {
         {"optim": {"lr": 3e-4, "schedule": "wsd"}, "run": {"steps": 7, "micro_batch": 2}, "data": {"shuffle": False}}
     ),
     "c.yaml": "lr: 3.0e-4\nsteps: 7\nmicro_batch: 2\nschedule: wsd\nshuffle: false\n",
+    "names.yaml": "learning-rate: 3e-4\nmax_steps: 7\nmicro-batch: 2\nschedule: wsd\nshuffle: false\n",
     "d.yml": "optim:\n  lr: 3.0e-4\n  schedule: wsd\nrun: {steps: 7}\ncompute: {micro-batch: 2}\nshuffle: no\n",
     "e.toml": 'lr = 3e-4\nsteps = 7\nschedule = "wsd"\n[compute]\nmicro_batch = 2\n[data]\nshuffle = false\n',
 }
@@ -25,7 +26,7 @@ TEXTS = {
 def test_every_kind_of_file_gives_the_same_settings(name, tmp_path):
     (tmp_path / name).write_text(TEXTS[name])
     argv = ["--config", str(tmp_path / name), "--micro-batch", "5"]
-    c = parse(Config, argv, "train", from_file(tmp_path / name, parse(Config, argv, "train"), None))
+    c = parse(Config, argv, "train", from_names(from_file(tmp_path / name)))
     assert (c.optim.lr, c.run.steps, c.optim.schedule, c.data.shuffle) == (3e-4, 7, "wsd", False)
     assert c.compute.micro_batch == 5  # the flag goes first
     assert c.optim.beta1 == Config().optim.beta1
@@ -43,6 +44,7 @@ def test_every_kind_of_file_gives_the_same_settings(name, tmp_path):
         ("a.yaml", "a: [", "[config] --config '"),
         ("a.yaml", "1: 2", "no names and values."),
         ("a.toml", "steps = ", "[config] --config '"),
+        ("a.yaml", "config: b.yaml", "names no other file of settings, but got 'b.yaml'."),
         ("a.ini", "steps = 3", "[config] --config is a file .json, .yaml, .yml, .toml, but got '"),
     ],
 )
@@ -65,3 +67,29 @@ def test_the_settings_of_a_run_start_another(tmp_path, capsys):
     assert differ == {("run", "out"), ("run", "config"), ("run", "seed")}
     shown = " ".join(capsys.readouterr().out.rpartition(" settings ")[2].split())
     assert "lr 0.0007" in shown and "seed 5" in shown
+
+
+SMALL = "--num-layers 1 --num-heads 2 --hidden-size 32 --max-seq-len 32 --micro-batch 2 --threads 1 --backend cpu"
+SMALL += " --val-tokens 64 --sample-tokens 0"
+
+
+def test_a_file_may_name_the_folder_and_the_run(tmp_path, monkeypatch):
+    """A run's saved settings, then the file's, then the flags, wherever `out` and `resume` stand."""
+    monkeypatch.chdir(tmp_path)
+    assert main(f"train {SMALL} --steps 2 --lr 0.5 --dropout 0.3".split()) == 0  # runs/shakespeare-001
+    (tmp_path / "mine.yaml").write_text("out: runs/mine\nsteps: 2\n")
+    assert main(f"train {SMALL} --config mine.yaml --resume auto".split()) == 0
+    optim, model = (json.loads((tmp_path / "runs/mine/config.json").read_text())[group] for group in ("optim", "model"))
+    assert (optim["lr"], model["dropout"]) == (2e-3, 0.0)
+    (tmp_path / "on.yaml").write_text("resume: runs/shakespeare-001\nsteps: 4\nlr: 0.25\n")
+    assert main("train --config on.yaml --lr 0.125".split()) == 0
+    saved = json.loads((tmp_path / "runs/shakespeare-001/config.json").read_text())
+    assert (saved["run"]["steps"], saved["optim"]["lr"], saved["model"]["dropout"]) == (4, 0.125, 0.3)
+
+
+def test_another_schedule_ends_where_its_own_default_says(tmp_path):
+    assert main(f"train {SMALL} --steps 2 --out {tmp_path}/a".split()) == 0
+    for schedule, final in (("constant", 1.0), ("linear", 0.0)):
+        argv = f"train --config {tmp_path}/a/config.json --schedule {schedule} --out {tmp_path}/{schedule}"
+        assert main(argv.split()) == 0
+        assert json.loads((tmp_path / schedule / "config.json").read_text())["optim"]["final"] == final

@@ -399,3 +399,24 @@ def test_sizes_of_any_kind_make_a_page(tmp_path, size):
     sizes = dict.fromkeys(("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len"), 12)
     (tmp_path / "config.json").write_text(json.dumps({"model": sizes | {"num_layers": size}}))
     assert "OpenAI GPT-2" not in write_report(tmp_path).read_text()
+
+
+def test_the_mean_behind_a_spike_is_the_mean():
+    """Differences of sums from the start would cancel: one value of 1e18 among 2.0s made every later mean 0."""
+    values = np.full(1000, 2.0)
+    values[100] = 1e18
+    means, window = curves.running_mean(Points(np.arange(1000), values))
+    assert window == 21 and len(means) == 1000
+    assert means.values[:90].tolist() == [2.0] * 90 and means.values[111:].tolist() == [2.0] * 889
+    rng = np.random.default_rng(0).normal(size=1234)
+    means, window = curves.running_mean(Points(np.arange(1234), rng))
+    reach = window // 2
+    for at in (0, 1, 5, reach, 600, 1233 - reach, 1232, 1233):
+        left = min(at, reach)
+        expected = rng[at - left : at + min(left, 1233 - at) + 1].mean()
+        assert means.values[at] == pytest.approx(expected, abs=1e-14)
+
+
+def test_means_that_overflow_are_left_out():
+    means, _ = curves.running_mean(Points(np.arange(1000), np.full(1000, 1e308)))
+    assert np.isfinite(means.values).all()

@@ -129,8 +129,8 @@ def write_files(source: Source, dst: Path, table: Path, dtype: str, tokenizer: T
             flush(table.parent)
         try:
             replace(new, dst)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C, too; after the exchange the new model has its own table, or none
+            if old.exists() and new.exists():
                 old.rename(table)
             raise
         if new_table.exists():

@@ -17,7 +17,7 @@ from handgrad.cli.flags import parse
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
-from handgrad.train.config import Config, DataConfig
+from handgrad.train.config import PACKAGED, Config, DataConfig
 from handgrad.train.folder import SETTINGS
 from handgrad.train.resolve import find_data
 
@@ -110,6 +110,8 @@ def own_val(run: Path) -> str:
     run = run.parent if run.resolve().name.startswith("step_") else run
     try:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
+        if settings["train"] == PACKAGED and not (run / "data" / "meta.json").exists():
+            raise KeyError("data")  # the run has not made its own
         _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         val = ""

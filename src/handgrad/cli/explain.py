@@ -10,6 +10,7 @@ from handgrad.backends.base import Planner
 from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import create, preset
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
     sizes = preset(a.model)
     sizes |= {"vocab_size": a.vocab_size} if a.vocab_size else {}
     model = create(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
-    seq_len = a.seq_len or model.max_seq_len
+    seq_len = whole("explain", "--seq-len", a.seq_len, 0) or model.max_seq_len
+    whole("explain", "--batch-tokens", a.batch_tokens, 0)
     accumulation, rest = divmod(a.batch_tokens or a.compute.micro_batch * seq_len, a.compute.micro_batch * seq_len)
     if rest or accumulation < 1:
         rule = f"--batch-tokens is a multiple of micro-batch x seq-len = {a.compute.micro_batch} x {seq_len}"

@@ -13,6 +13,7 @@ from handgrad import data
 from handgrad.backends import open_backend
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import whole
 from handgrad.models import create, preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     model = create(a.family, preset(a.model))
     precision, execution = precision_of(h), execution_of(h, ())
     backend = open_backend(h.backend, h.threads, precision)
-    T = a.seq_len or model.max_seq_len
+    T = whole("profile", "--seq-len", a.seq_len, 0) or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
         tokens = data.tokens(f"{folder}/random.bin", T, h.micro_batch * T)

@@ -1,53 +1,74 @@
 """handgrad train: a training run. With --resume it keeps the settings of the run; --config reads them from a file."""
 
 import json
+import math
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from handgrad.cli.flags import parse
+from handgrad.cli.flags import ALIASES, parse
+from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
-from handgrad.train.config import Config, from_names
+from handgrad.train.config import Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.run import train
 
+NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
 
 
 def main(argv: list[str]) -> int:
-    """Parses the flags, over the settings of a resumed run and those of a file, and trains."""
-    c = parse(Config, argv, "train")
+    """Parses the flags, over the settings of a file, over those of a resumed run, and trains."""
+    alone = parse(Config, argv, "train")
+    named = from_file(Path(alone.run.config)) if alone.run.config else {}
+    c = parse(Config, argv, "train", from_names(named)) if named else alone
     saved = saved_settings(c) if c.run.resume else None
-    if c.run.config:
-        saved = from_file(Path(c.run.config), c, saved)
-    return train(c if saved is None else parse(Config, argv, "train", saved))
+    if named or saved is not None:
+        base = leave_sizes(from_names((flat(asdict(saved)) if saved else {}) | named), alone)
+        c = parse(Config, argv, "train", base)
+        if c.optim.schedule != base.optim.schedule and c.optim.final == base.optim.final:
+            c = replace(c, optim=replace(c.optim, final=None))  # another schedule ends where its own default says
+    return train(c)
 
 
-def from_file(path: Path, c: Config, saved: Config | None) -> Config:
-    """The settings in a file, over those of the resumed run if there is one: defaults of the command line `c`.
-
-    Raises HandgradError if the file cannot be read, is of no known kind, or holds other names.
-    """
+def from_file(path: Path) -> dict[str, Any]:
+    """The settings in a file, by name. Raises HandgradError if it cannot be read or holds anything else."""
     if path.suffix not in READERS:
         raise HandgradError("config", f"--config is a file {', '.join(READERS)}", f"'{path}'")
+    file_size(path, "a file of settings", "config")
     try:
-        found = READERS[path.suffix](path.read_text(encoding="utf-8"))
-        values = by_name(found)
+        values = by_name(READERS[path.suffix](path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # YAML's takes several lines
         raise HandgradError("config", f"--config '{path}' holds settings", reason) from None
     if path.name == SETTINGS:  # of a run, which has its own folder
         values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
-    return leave_sizes(from_names((flat(asdict(saved)) if saved else {}) | values), c)
+    if "config" in values:
+        raise HandgradError("config", f"'{path}' names no other file of settings", repr(values["config"]))
+    from_names(values)
+    return values
 
 
 def by_name(found: Any) -> dict[str, Any]:
-    """Settings by name from what a file holds: groups as in a run's config.json, or names; dashes are underscores."""
+    """Settings by name from what a file holds: groups as in a run's config.json, or names as flags spell them."""
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError("no names and values")
     named = {name: value for name, value in found.items() if not isinstance(value, dict)}
     named |= current({name: value for name, value in found.items() if isinstance(value, dict)})
-    return {name.replace("-", "_"): value for name, value in named.items()}
+    values = {}
+    for name, value in named.items():
+        flag = name.replace("_", "-")
+        name = ALIASES.get(flag, flag).replace("-", "_")
+        values[name] = float(value) if name in NUMBERS and is_number(value) else value
+    return values
+
+
+def is_number(value: Any) -> bool:
+    """Whether a text is a number: to YAML, 1e-3 is text."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False

@@ -75,9 +75,9 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
     """
     path = Path(path)
     try:
-        target = Path(os.path.realpath(path))
+        is_special = path.exists() and not path.is_file()
+        target = path if is_special else Path(os.path.realpath(path))  # a pipe's real path leads nowhere
         building = temporary(target)
-        is_special = target.exists() and not target.is_file()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise HandgradError("disk", f"{path} must be writable", getattr(error, "strerror", error)) from None
     try:

@@ -43,7 +43,7 @@ def replace(new: Path, path: Path) -> None:
         path.rename(old)
         try:
             new.rename(path)
-        except OSError:
+        except BaseException:
             old.rename(path)
             raise
         old.rename(new)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, real, whole
 
+PACKAGED = "shakespeare"  # the word for the text in the package
 SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
 
 
@@ -49,7 +50,7 @@ class ModelConfig:
 class DataConfig:
     """What it reads."""
 
-    train: str = "shakespeare"
+    train: str = PACKAGED
     """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
     in the package"""
     val: str = ""

@@ -44,7 +44,9 @@ def run_folder(c: Config) -> Path:
     if r.out:
         return Path(r.out)
     stem = re.split(r"[*?\[]", Path(c.data.train).name)[0].strip("_-.") or "run"
-    taken = [int(p.name[len(stem) + 1 :]) for p in Path("runs").glob(f"{stem}-*") if p.name[len(stem) + 1 :].isdigit()]
+    taken = [
+        int(p.name[len(stem) + 1 :]) for p in Path("runs").glob(f"{stem}-*") if p.name[len(stem) + 1 :].isdecimal()
+    ]
     number = max(taken, default=0) + (0 if r.resume and taken else 1)
     return Path("runs") / f"{stem}-{number:03d}"
 
@@ -116,6 +118,11 @@ def describe(out: Path, settings: Mapping[str, Any], memory: str, tokenizer: Tok
         write_text(out / TOKENIZER, json.dumps(tokenizer.save(out)) + "\n")
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a folder holds a run, or a model, which a new run must not mix with."""
+    return (out / "log.jsonl").exists() or (out / SETTINGS).exists() or newest(out) is not None
+
+
 @contextmanager
 def claim(out: Path, resume: str) -> Iterator[Lock]:
     """Makes the run folder, locks it for this process, and deletes what dead processes left there half written.
@@ -124,7 +131,7 @@ def claim(out: Path, resume: str) -> Iterator[Lock]:
     caller's to close. Raises HandgradError if the folder holds another run, cannot be written, or another process
     trains in it.
     """
-    if (out / "log.jsonl").exists() and not resume:
+    if holds_run(out) and not resume:
         hint = f"--resume {out if newest(out) else f'auto --out {out}'}, or another --out"
         raise HandgradError("run", f"'{out}' already holds a run", hint=hint)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -213,6 +220,8 @@ def changes(out: Path, c: Config) -> str:
     except (OSError, ValueError, RecursionError):  # a converted model has none
         return ""
     found = []
+    if "lr" not in before:  # of a run from Python, which has its own schedule, or of a converted one
+        found.append(f"the learning rate is that of schedule {c.optim.schedule} with its peak at {c.optim.lr:g}")
     for name, value in flat(asdict(c)).items():
         was = before.get(name, value)
         if was != value and name not in UNRECORDED:

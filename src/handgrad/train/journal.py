@@ -1,5 +1,7 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,52 +12,103 @@ from handgrad.core.errors import HandgradError
 from handgrad.data import Tokens
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
-from handgrad.train.config import by_group
+from handgrad.train.config import PACKAGED, by_group
 from handgrad.train.execution import Execution
-from handgrad.train.folder import describe
+from handgrad.train.folder import SETTINGS, Lock, describe, flat, holds_run
 from handgrad.train.log import RunLog
+from handgrad.train.step import Step
 
 
 class Journal:
     """The log, the settings and the tokenizer in a run folder: `generate`, `eval`, `report` and `convert` read them.
 
-    out: the folder;  resumed_at: the step whose checkpoint the run resumes from, 0 to start over, None for a new run
-    settings: by group, what is known of them;  memory: the memory map
+    out: the folder, which no other process or trainer may write into until `close`
+    resumed_at: the step whose checkpoint the run resumes from, 0 to start over, None for a new run
+    settings: by group, what is known of them; a resumed folder keeps the others;  memory: the memory map
 
-    Raises HandgradError if the folder holds a run that was not resumed, or cannot be written.
+    Raises HandgradError if the folder holds a run that was not resumed, is in use, or cannot be written.
     """
 
     def __init__(
         self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Tokens
     ):
-        if resumed_at is None and (out / "log.jsonl").exists():
+        if resumed_at is None and holds_run(out):
             raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
         try:
             make_folder(out)
+            self._lock: Lock | None = Lock(out)
         except OSError as error:
             raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
-        describe(out, settings, memory, tokenizer_of(data))
-        self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
+        except HandgradError:
+            what = f"another process or Trainer writes into '{out}'"
+            raise HandgradError("train", what, hint="close() the other Trainer; or another out") from None
+        self._added: tuple[int, float, Step, Callable[[], float]] | None = None
+        self._tokens, known = data.batch_tokens, recorded(out) if resumed_at else {}
+        try:
+            merged = {group: known.get(group, {}) | values for group, values in settings.items()}
+            describe(out, merged, memory, tokenizer_of(data))
+            self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
+        except BaseException:
+            self._lock.close()
+            raise
 
-    def step(self, number: int, loss: float, lr: float, grad_norm: float, skipped: str, tokens: int, seconds: float):
-        """Writes the line of a step, and why it changed nothing if so."""
-        self._log.step(number, loss=loss, lr=lr, grad_norm=grad_norm, tokens=tokens, step_seconds=seconds)
-        if skipped:
-            self._log.event(number, f"update skipped: {skipped}")
+    def add(self, number: int, lr: float, result: Step, seconds: Callable[[], float]) -> None:
+        """Takes a step that may still be running; `write` writes its line.
+
+        seconds: returns how long it took, once it is over
+        """
+        self._added = number, lr, result, seconds
+
+    def write(self) -> None:
+        """Waits for the step that was added and writes its line, and why it changed nothing if so."""
+        if self._added is None:
+            return
+        number, lr, r, seconds = self._added
+        figures = {"loss": r.loss, "lr": lr, "grad_norm": r.grad_norm}
+        self._log.step(number, **figures, tokens=self._tokens, step_seconds=seconds())
+        self._added = None
+        if r.skipped:
+            self._log.event(number, f"update skipped: {r.skipped}")
 
     def validation(self, number: int, loss: float) -> None:
         """Writes the loss that was measured on other data after a step."""
+        self.write()
         self._log.validation(number, loss)
 
     def flush(self) -> None:
         """Returns once every line is on disk."""
         self._log.flush()
 
+    def close(self) -> None:
+        """Writes what is left and frees the folder. Twice is harmless."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            try:
+                self.write()
+            finally:
+                self._log.close()
+                lock.close()
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """The settings in a run folder by group, as far as they can be read."""
+    try:
+        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        flat(found)
+        return found
+    except (OSError, ValueError, RecursionError):
+        return {}
+
 
 def settings_of(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
     """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
     values: dict[str, Any] = {"family": model.family, **asdict(model)}
-    values |= {"train": data.pattern, "seq_len": data.seq_len, "batch_tokens": data.batch_tokens}
+    # to the command line the word is the text in the package; to `data.tokens` it was a folder
+    values |= {
+        "train": f"./{PACKAGED}" if data.pattern == PACKAGED else data.pattern,
+        "seq_len": data.seq_len,
+        "batch_tokens": data.batch_tokens,
+    }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
     if isinstance(optim, AdamW):

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,7 @@ class RunLog:
         self.path = Path(out_dir) / "log.jsonl"
         self.total_steps = total_steps
         self.tokens_per_second = 0.0
+        self._files = threading.Lock()  # a checkpoint's thread flushes them
         self._trackers: list[TensorBoard | Wandb] = []
         if tensorboard:
             self._trackers.append(TensorBoard(Path(out_dir) / "tensorboard", resumed_at))
@@ -179,10 +181,11 @@ class RunLog:
 
     def flush(self) -> None:
         """Returns once every line is on disk and survives a power failure. Raises the OSError that prevents it."""
-        for file in (self._file, self._main):
-            if not file.closed:
-                os.fsync(file.fileno())
-        flush(self.path.parent)
+        with self._files:
+            for file in (self._file, self._main):
+                if not file.closed:
+                    os.fsync(file.fileno())
+            flush(self.path.parent)
 
     @property
     def is_deleted(self) -> bool:
@@ -194,12 +197,13 @@ class RunLog:
 
         Raises HandgradError if that fails.
         """
-        for file in (self._file, self._main):
-            with open(f"/proc/self/fd/{file.fileno()}", "rb") as old:  # still has its content
-                write_whole(file.name, [old.read()])
-            file.close()
         try:
-            self._open("ab")
+            with self._files:
+                for file in (self._file, self._main):
+                    with open(f"/proc/self/fd/{file.fileno()}", "rb") as old:  # still has its content
+                        write_whole(file.name, [old.read()])
+                    file.close()
+                self._open("ab")
         except OSError as error:
             raise HandgradError("log", f"{self.path} must be writable", error.strerror) from None
 
@@ -214,8 +218,9 @@ class RunLog:
                 tracker.close()
             except Exception as error:
                 self.say(f"{tracker.NAME} failed at the end: {one_line(error)}")
-        self._file.close()
-        self._main.close()
+        with self._files:
+            self._file.close()
+            self._main.close()
 
     def _open(self, mode: str) -> None:
         """Unbuffered, so that kill -9 loses no line."""

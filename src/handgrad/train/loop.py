@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from handgrad.train.interrupt import Interrupt
 from handgrad.train.log import RunLog
 from handgrad.train.mfu import mfu
 from handgrad.train.resolve import Run
-from handgrad.train.trainer import Step, Trainer
+from handgrad.train.step import Step
+from handgrad.train.trainer import Trainer
 
 SAMPLING = Sampling(temperature=0.8, top_k=200)
 
@@ -46,11 +46,17 @@ def loop(run: Run, log: RunLog, interrupt: Interrupt, keep: Callable[[], bool]) 
 
     keep: called after every step, before anything is written; it returns whether the run folder had to be made again
     """
-    trainer, last = run.trainer, run.config.run.steps
-    for f in steps(trainer, run.lr, run.done + 1, last, partial(due_after, run, interrupt)):
-        is_renewed = keep()
+    trainer, last, is_renewed = run.trainer, run.config.run.steps, False
+
+    def due(number: int) -> Due:
+        usual = due_after(run, interrupt, number)
+        return replace(usual, save=usual.save or is_renewed)
+
+    for f in steps(trainer, run.lr, run.done + 1, last, due):
+        is_renewed = keep() or is_renewed
         log_step(run, log, f)
-        if f.due.save or is_renewed:
+        if f.due.save or (is_renewed and f.number == trainer.last_step):  # the log has every step of a checkpoint
+            is_renewed = False
             with log.activity("saving"):
                 save(run, log, wait=f.due.stop or f.number == last)
         if f.due.stop:

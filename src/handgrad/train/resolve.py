@@ -19,15 +19,13 @@ from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.config import SIZES, ComputeConfig, Config, ModelConfig
+from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer, micro_batches
-
-PACKAGED = "shakespeare"  # the word for the text in the package
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -96,16 +97,22 @@ def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
     trainer = run.trainer
     step = trainer.last_step
     if step == run.done or trainer.skips > run.config.optim.max_skipped:  # nothing new, or nothing good
+        with suppress(Exception):
+            trainer.wait_saved()  # the log is still open, and the folder locked
         return
     try:
         keep_folder(run, log, lock)
         if newest(run.out) != run.out / f"step_{step:06d}":
             save(run, log, wait=True)
-        finish(run, is_finished=False)
         log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
     except Exception as failure:
         if str(failure) != str(error):
             error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
+    try:
+        finish(run, is_finished=False)
+    except Exception as failure:
+        if str(failure) != str(error):
+            error.add_note(f"And there is no report: {one_line(failure)}")
 
 
 def farewell(run: Run, log: RunLog, is_finished: bool, text: str) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from handgrad.train.config import Config
+from handgrad.train.config import PACKAGED, Config
 from handgrad.train.folder import flat
-from handgrad.train.resolve import PACKAGED, Run
+from handgrad.train.resolve import Run
 
 PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines tell
 

@@ -1,6 +1,7 @@
 """Trainer: one arena, the programs of a run bound to it, and what a loop calls: step, evaluate, generate, save."""
 
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from itertools import chain
@@ -29,6 +30,7 @@ from handgrad.train.journal import Journal, settings_of
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
 from handgrad.train.start import Start, drawing, initialize, write_weight
+from handgrad.train.step import Step
 
 
 def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
@@ -39,47 +41,6 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
 def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What a checkpoint must hold to fill these arrays: name to (shape, dtype)."""
     return {name: (a.shape, a.dtype) for name, a in arrays.items()}
-
-
-class Step:
-    """What a step did. Where a device computes it, the values are awaited when they are first looked at.
-
-    loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
-    skips: how many updates in a row have been skipped, this one included
-    end: the backend's mark after the last launch of the step
-    """
-
-    end: Any
-
-    def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
-        self._finish = finish
-        self._values: tuple[float, float, str, int] | None = None
-
-    def wait(self) -> tuple[float, float, str, int]:
-        """Waits until the step is over; returns loss, grad_norm, skipped and skips."""
-        if self._values is None:
-            self._values = self._finish()
-        return self._values
-
-    def __repr__(self) -> str:
-        loss, grad_norm, skipped, _ = self.wait()
-        return f"Step(loss={loss:.4f}, grad_norm={grad_norm:.4f}{f', skipped={skipped!r}' if skipped else ''})"
-
-    @property
-    def loss(self) -> float:
-        return self.wait()[0]
-
-    @property
-    def grad_norm(self) -> float:
-        return self.wait()[1]
-
-    @property
-    def skipped(self) -> str:
-        return self.wait()[2]
-
-    @property
-    def skips(self) -> int:
-        return self.wait()[3]
 
 
 class Trainer:
@@ -141,7 +102,6 @@ class Trainer:
         self.keeps_journal = out is not None
         self._journal: Journal | None = None
         self._resumed_at: int | None = None  # None: `resume` was not called
-        self._unwritten: tuple[int, float, Any, Step] | None = None  # number, lr, mark before it, of the last step
         self.skips = 0  # updates in a row that were skipped, up to the last step
         self.last_step = 0
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
@@ -164,7 +124,7 @@ class Trainer:
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
         step, lr = whole("train", "step", step, 1), real("train", "lr", lr, 0.0)
-        self._open_journal()
+        journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
             self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
@@ -179,7 +139,8 @@ class Trainer:
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
             self._pending.wait()  # at most one step in flight, so skip decisions stay in step order
-            self._write_journal()
+            if journal is not None:
+                journal.write()
         if self.backend.is_asynchronous:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
@@ -202,7 +163,10 @@ class Trainer:
         if guarded and not result.skipped:
             self._run(self._train, segments.update)
         result.end = self.backend.mark()
-        self._unwritten = step, lr, begin, result
+        if journal is not None:
+            journal.add(step, lr, result, lambda: self.backend.seconds(begin, result.end))
+            if not self.backend.is_asynchronous:
+                journal.write()
         return result
 
     def _open_journal(self) -> Journal | None:
@@ -210,16 +174,15 @@ class Trainer:
         if self.keeps_journal and self._journal is None:
             settings = settings_of(self.model, self.optim, self.data, self.execution, self.precision.dtype)
             self._journal = Journal(self._folder(), self._resumed_at, settings, self.plan.memory_map(), self.data)
+            weakref.finalize(self, self._journal.close)
         return self._journal
 
-    def _write_journal(self) -> Journal | None:
-        """Waits for the last step and writes its line, if the trainer keeps a log; returns it."""
-        journal = self._open_journal()
-        if journal is not None and self._unwritten is not None:
-            (step, lr, begin, r), self._unwritten = self._unwritten, None
-            seconds = self.backend.seconds(begin, r.end)
-            journal.step(step, r.loss, lr, r.grad_norm, r.skipped, self.data.batch_tokens, seconds)
-        return journal
+    def close(self) -> None:
+        """Waits for the last step and checkpoint, writes what the log still lacks, and frees the run folder."""
+        self.wait_saved()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
     def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
@@ -254,9 +217,8 @@ class Trainer:
             total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
             counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
         loss = total / max(counts, 1)
-        journal = self._write_journal()
-        if journal is not None:
-            journal.validation(self.last_step, loss)
+        if self._journal is not None:  # reading a run leaves it as it is
+            self._journal.validation(self.last_step, loss)
         return loss
 
     def generate(
@@ -367,9 +329,15 @@ class Trainer:
         self.wait_saved()  # before there is a copy of another
         if self._pending is not None:
             self._pending.wait()  # its outlier scores belong to the checkpoint
-        journal = self._write_journal()
+        journal = self._open_journal()
+
+        def on_disk() -> None:
+            before_done()
+            if journal is not None:
+                journal.flush()
+
         if journal is not None:
-            before_done = journal.flush
+            journal.write()
         meta = {
             "step": step,
             **to_dict(self.model),
@@ -382,7 +350,7 @@ class Trainer:
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
         }
         kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
-        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=before_done)
+        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=on_disk)
         if wait:
             self.wait_saved()
 
@@ -396,8 +364,8 @@ class Trainer:
         pass_over: of checkpoints that hold values that are not finite, take the one before, and say so in
             `passed_over`. Otherwise, or if none is left, HandgradError names the first
         """
-        self.wait_saved()
-        self._journal, self._unwritten, self._resumed_at = None, None, 0
+        self.close()
+        self._resumed_at = None
         found, refusal = checkpoint.complete(self._folder()), None
         for path in found:
             try:
@@ -412,6 +380,10 @@ class Trainer:
                 return step
         if refusal:
             raise refusal
+        if self.last_step:
+            rule = f"no checkpoint in '{self.out}' to resume from, and this trainer is at step {self.last_step}"
+            raise HandgradError("train", rule, hint="a new Trainer starts over")
+        self._resumed_at = 0
         return 0
 
     def _resume_from(self, path: Path) -> int:

@@ -99,14 +99,27 @@ def running_mean(points: Points) -> tuple[Points, int]:
     >>> running_mean(Points(np.arange(300), 2.0 * np.arange(300)))[0].values[:2].tolist()
     [0.0, 2.0]
     """
-    count, reach = len(points), len(points) // 100
-    at = np.arange(count)
-    left = np.minimum(at, reach)
-    right = np.minimum(left, count - 1 - at)
+    reach, values = len(points) // 100, points.values
+    window = 2 * reach + 1
     with np.errstate(over="ignore", invalid="ignore"):
-        sums = np.concatenate([[0.0], np.cumsum(points.values)])
-        means = (sums[at + right + 1] - sums[at - left]) / (left + right + 1)
-    return Points(points.steps, means), 2 * reach + 1
+        first = np.cumsum(values[:window])[::2] / np.arange(1, window + 1, 2)
+        last = (np.cumsum(values[::-1][:window]) / np.arange(1, window + 1))[reach : 2 * reach][::-1]
+        means = np.concatenate([first, _window_sums(values, window)[1:] / window, last])
+    kept = np.isfinite(means)  # sums of very large values may overflow
+    return Points(points.steps[kept], means[kept]), window
+
+
+def _window_sums(values: np.ndarray, window: int) -> np.ndarray:
+    """The sums of every `window` neighbours.
+
+    Each is the end of one block of `window` values and the beginning of the next: differences of sums from the start
+    would cancel behind a spike.
+    """
+    blocks = np.pad(values, (0, -len(values) % window)).reshape(-1, window)
+    begins = np.cumsum(blocks, axis=1).reshape(-1)
+    ends = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].reshape(-1)
+    left = np.arange(len(values) - window + 1)
+    return begins[left + window - 1] + np.where(left % window == 0, 0.0, ends[left])
 
 
 def thin(points: Points) -> Points:
