@@ -67,10 +67,9 @@ def test_a_trainer_resumes_its_log_and_refuses_another_run(here):
         trainer().step(1, 1e-3)
     again = trainer()
     assert again.resume() == 3
-    with pytest.raises(hg.HandgradError, match=r"another process or Trainer writes into 'run'. hint: close\(\)"):
-        again.step(4, 1e-3)
-    first.close()
     again.step(4, 1e-3)
+    with pytest.raises(hg.HandgradError, match=r"another Trainer writes into '.*run'. hint: resume\(\)"):
+        first.step(5, 1e-3)
     again.save(4)
     assert [line["step"] for line in read_log("run/log.jsonl")] == [1, 2, 3, 4]
     started_over = trainer("other")
@@ -190,3 +189,11 @@ def test_a_folder_called_shakespeare_is_that_folder(here, capsys):
     run.close()
     assert json.loads((here / "run/config.json").read_text())["data"]["train"] == "./shakespeare"
     assert main("eval run --threads 1 --limit 2".split()) == 0 and not (here / "run/data").exists()
+
+
+def test_a_closed_trainer_goes_on(here):
+    run = trainer()
+    run.step(1, 1e-3)
+    run.close()
+    run.step(2, 1e-3)
+    assert [line["step"] for line in read_log("run/log.jsonl")] == [1, 2]

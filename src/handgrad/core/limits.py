@@ -68,12 +68,12 @@ def memory_limits(root: Path = ROOT) -> list[tuple[int, str]]:
         if soft != resource.RLIM_INFINITY:
             found.append((soft - status.get(taken, 0), name))
     for folder, names in _groups(root, "memory", ("memory.max", "memory.current"), V1_MEMORY):
-        most, taken = (_number(folder / name) for name in names)
-        if most is not None and taken is not None:
+        most, used = (_number(folder / name) for name in names)
+        if most is not None and used is not None:
             stat = dict(line.split(" ", 1) for line in text(folder / "memory.stat").splitlines() if " " in line)
             prefix = "total_" if "total_inactive_file" in stat else ""
             cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            found.append((most - taken + cache, f"{names[0]} of the control group '{folder.name}'"))
+            found.append((most - used + cache, f"{names[0]} of the control group '{folder.name}'"))
     return [(max(free, 0), name) for free, name in found]
 
 

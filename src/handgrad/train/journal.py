@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
@@ -18,11 +19,13 @@ from handgrad.train.folder import SETTINGS, Lock, describe, flat, holds_run
 from handgrad.train.log import RunLog
 from handgrad.train.step import Step
 
+_OPEN: WeakValueDictionary[Path, "Journal"] = WeakValueDictionary()  # by folder
+
 
 class Journal:
     """The log, the settings and the tokenizer in a run folder: `generate`, `eval`, `report` and `convert` read them.
 
-    out: the folder, which no other process or trainer may write into until `close`
+    out: the folder, which no other process may write into until `close`. Another trainer of this process takes it over
     resumed_at: the step whose checkpoint the run resumes from, 0 to start over, None for a new run
     settings: by group, what is known of them; a resumed folder keeps the others;  memory: the memory map
 
@@ -36,12 +39,12 @@ class Journal:
             raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
         try:
             make_folder(out)
+            self._out = out.resolve()
+            if self._out in _OPEN:
+                _OPEN[self._out].close()
             self._lock: Lock | None = Lock(out)
         except OSError as error:
             raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
-        except HandgradError:
-            what = f"another process or Trainer writes into '{out}'"
-            raise HandgradError("train", what, hint="close() the other Trainer; or another out") from None
         self._added: tuple[int, float, Step, Callable[[], float]] | None = None
         self._tokens, known = data.batch_tokens, recorded(out) if resumed_at else {}
         try:
@@ -51,6 +54,12 @@ class Journal:
         except BaseException:
             self._lock.close()
             raise
+        _OPEN[self._out] = self
+
+    def check_open(self) -> None:
+        """Raises HandgradError if another trainer has taken the folder over."""
+        if self._lock is None:
+            raise HandgradError("train", f"another Trainer writes into '{self._out}'", hint="resume() continues there")
 
     def add(self, number: int, lr: float, result: Step, seconds: Callable[[], float]) -> None:
         """Takes a step that may still be running; `write` writes its line.
@@ -64,8 +73,8 @@ class Journal:
         if self._added is None:
             return
         number, lr, r, seconds = self._added
-        figures = {"loss": r.loss, "lr": lr, "grad_norm": r.grad_norm}
-        self._log.step(number, **figures, tokens=self._tokens, step_seconds=seconds())
+        took = seconds()
+        self._log.step(number, loss=r.loss, lr=lr, grad_norm=r.grad_norm, tokens=self._tokens, step_seconds=took)
         self._added = None
         if r.skipped:
             self._log.event(number, f"update skipped: {r.skipped}")
@@ -86,6 +95,7 @@ class Journal:
             try:
                 self.write()
             finally:
+                _OPEN.pop(self._out, None)
                 self._log.close()
                 lock.close()
 

@@ -175,6 +175,8 @@ class Trainer:
             settings = settings_of(self.model, self.optim, self.data, self.execution, self.precision.dtype)
             self._journal = Journal(self._folder(), self._resumed_at, settings, self.plan.memory_map(), self.data)
             weakref.finalize(self, self._journal.close)
+        if self._journal is not None:
+            self._journal.check_open()
         return self._journal
 
     def close(self) -> None:
@@ -182,7 +184,7 @@ class Trainer:
         self.wait_saved()
         if self._journal is not None:
             self._journal.close()
-            self._journal = None
+            self._journal, self._resumed_at = None, self.last_step
 
     def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
@@ -365,7 +367,7 @@ class Trainer:
             `passed_over`. Otherwise, or if none is left, HandgradError names the first
         """
         self.close()
-        self._resumed_at = None
+        self._resumed_at = None  # until it has succeeded
         found, refusal = checkpoint.complete(self._folder()), None
         for path in found:
             try:
