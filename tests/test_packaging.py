@@ -286,3 +286,13 @@ def test_the_kernels_need_no_newer_glibc_than_the_wheel_says():
     text = subprocess.run(["readelf", "--wide", "-V", PATH], capture_output=True, text=True, check=True).stdout
     versions = {tuple(map(int, found.split("."))) for found in re.findall(r"\bGLIBC_([\d.]+)", text)}
     assert versions and max(versions) <= script()["MANYLINUX"] == (2, 28)
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(tmp_path):
+    """The package's files alone on the path, as on a machine without an index."""
+    code = "import sys; sys.path[:0] = [sys.argv[1]]; from handgrad.core import install; "
+    code += "install.version = lambda name: (_ for _ in ()).throw(install.PackageNotFoundError(name)); "
+    code += "import handgrad; print(handgrad.__version__)"
+    source = Path(__file__).parents[1] / "src"
+    done = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == tomllib.loads((source.parent / "pyproject.toml").read_text())["project"]["version"]

@@ -4,7 +4,6 @@ A name is imported when it is first used: the command line answers Ctrl-C before
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,7 +54,9 @@ _MODULES = {  # of the names that are no module of the same name here
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("handgrad")
+        from handgrad.core.install import own_version
+
+        return own_version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _MODULES:

@@ -33,15 +33,15 @@ def run(argv: list[str], imported: Callable[[], object]) -> int:
     """Runs the verb that the first word names; returns its exit code. Calls `imported` before the verb begins."""
     import difflib
     from importlib import import_module
-    from importlib.metadata import version
 
     from handgrad.core.errors import HandgradError
+    from handgrad.core.install import own_version
 
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(version("handgrad"))
+        print(own_version())
         return 0
     if argv[0] not in VERBS:
         near = difflib.get_close_matches(argv[0], VERBS, 1)

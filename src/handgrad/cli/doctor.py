@@ -18,7 +18,7 @@ from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.cuda.libraries import folder_of
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install, own_version
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import gpt2
@@ -103,7 +103,7 @@ def lacking() -> str:
 def host() -> Iterator[Finding]:
     """Versions of what runs this."""
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}"
-    yield Finding(OK, "handgrad", f"{version('handgrad')}, {system}")
+    yield Finding(OK, "handgrad", f"{own_version()}, {system}")
 
 
 def cpu() -> Iterator[Finding]:

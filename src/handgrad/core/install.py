@@ -1,9 +1,23 @@
-"""The command that installs an extra, as this package was installed: from its folder, a repository, or an index."""
+"""How this package was installed: its version, and the command that installs an extra in the same way."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+import re
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+
+def own_version() -> str:
+    """The version of handgrad: of the installed package, or of the clone whose files are used without an installation.
+
+    >>> own_version().count(".")
+    2
+    """
+    try:
+        return version("handgrad")
+    except PackageNotFoundError:
+        text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+        return re.findall(r'^version = "(.+)"', text, re.MULTILINE)[0]
 
 
 def install(extra: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from handgrad import tokenizers
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import own_version
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, hf, llmc
 from handgrad.io.weights import NUMPY, with_rows
@@ -83,7 +83,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
         "tokens": 0,  # none has been read in our order
         "outliers": {},
         "skips": 0,
-        "versions": {"handgrad": version("handgrad")},
+        "versions": {"handgrad": own_version()},
         "converted_from": str(source.path),
         "ends": source.ends,
     }

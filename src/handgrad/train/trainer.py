@@ -13,6 +13,7 @@ import numpy as np
 from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import own_version
 from handgrad.core.number import real, whole
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
@@ -349,7 +350,7 @@ class Trainer:
             "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "skips": self.skips,
-            "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
+            "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
         }
         kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
         self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=on_disk)
