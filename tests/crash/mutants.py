@@ -22,7 +22,7 @@ def log_is_not_flushed():
 def flushed_after_the_rename():
     """The files of a checkpoint are flushed only when its folder has its name."""
     fsync, save = os.fsync, checkpoint.save
-    forget(lambda path: "/step_" in path)
+    forget(lambda path: "step_" in path)  # under its temporary name, too
 
     def late(*args, **kwargs):
         path = save(*args, **kwargs)
