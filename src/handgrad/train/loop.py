@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -116,31 +117,41 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
     Raises HandgradError if too many updates in a row were skipped.
     """
     c, trainer, result, tokens = run.config, run.trainer, f.result, run.config.data.batch_tokens
-    seconds = trainer.backend.seconds(f.begin, result.end)
-    val_loss = accuracy = None
-    if f.due.val and run.val is not None:
-        with log.activity("validating"):
-            val_loss = trainer.evaluate(run.val, c.eval.val_tokens or None)
-    if f.due.hellaswag:
-        with log.activity("HellaSwag"):
-            accuracy = hellaswag(run)
-    log.step(
+    seconds = trainer.backend.seconds(f.begin, result.end) - result.waited
+    write = partial(
+        log.step,
         f.number,
         loss=result.loss,
-        val_loss=val_loss,
         lr=run.lr(f.number),
         grad_norm=result.grad_norm,
         tokens=tokens,
         step_seconds=seconds,
         mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
-        hellaswag=accuracy,
         gpu=run.telemetry.read() if run.telemetry and every(c.log.telemetry_every, f.number) else None,
     )
+    try:
+        found = measure(run, log, f)
+    except BaseException:
+        write()  # the step was done, whatever went wrong after it
+        raise
+    write(**found)
     if result.skipped:
         log.event(f.number, f"update skipped: {result.skipped}")
     if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")
+
+
+def measure(run: Run, log: RunLog, f: Finished) -> dict[str, Any]:
+    """What is due to be measured after a step: val_loss, and HellaSwag's accuracy."""
+    found: dict[str, Any] = {}
+    if f.due.val and run.val is not None:
+        with log.activity("validating"):
+            found["val_loss"] = run.trainer.evaluate(run.val, run.config.eval.val_tokens or None)
+    if f.due.hellaswag:
+        with log.activity("HellaSwag"):
+            found["hellaswag"] = hellaswag(run)
+    return found
 
 
 def way_back(out: Path) -> str:

@@ -102,6 +102,11 @@ def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
         return
     try:
         keep_folder(run, log, lock)
+    except Exception as failure:  # the folder is another's now
+        if str(failure) != str(error):
+            error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
+        return
+    try:
         if newest(run.out) != run.out / f"step_{step:06d}":
             save(run, log, wait=True)
         log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")

@@ -10,9 +10,11 @@ class Step:
     loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
     skips: how many updates in a row have been skipped, this one included
     end: the backend's mark after the last launch of the step
+    waited: seconds in it that the host waited for a checkpoint to have read the weights
     """
 
     end: Any
+    waited = 0.0
 
     def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
         self._finish = finish

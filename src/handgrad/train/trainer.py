@@ -144,8 +144,11 @@ class Trainer:
                 journal.write()
         if self.backend.is_asynchronous:
             self._writer.check()
+            waited = 0.0
         else:  # a checkpoint reads the weights in place
+            before = self.backend.mark()
             self._writer.wait_until_read()
+            waited = self.backend.seconds(before, self.backend.mark())
         guarded = self.execution.guard.is_on
         if guarded:  # the host decides on the update
             self._run(self._train, segments.norm)
@@ -160,12 +163,13 @@ class Trainer:
             return loss, norm, skipped, self.skips
 
         self._pending = result = Step(finish)
+        result.waited = waited
         self.last_step = step
         if guarded and not result.skipped:
             self._run(self._train, segments.update)
         result.end = self.backend.mark()
         if journal is not None:
-            journal.add(step, lr, result, lambda: self.backend.seconds(begin, result.end))
+            journal.add(step, lr, result, lambda: self.backend.seconds(begin, result.end) - result.waited)
             if not self.backend.is_asynchronous:
                 journal.write()
         return result
