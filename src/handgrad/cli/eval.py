@@ -112,12 +112,15 @@ def own_val(run: Path) -> str:
         settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
         if settings["train"] == PACKAGED and not (run / "data" / "meta.json").exists():
             raise KeyError("data")  # the run has not made its own
-        _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        train, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
+        if not val:  # of a run from Python, whose shards a glob names
+            beside = hg_data.find_shards(train)[0].parent
+            val = str(beside / "val_*.bin") if any(beside.glob("val_*.bin")) else ""
+    except (HandgradError, OSError, ValueError, KeyError, TypeError, AttributeError):
         val = ""
     if not val:
-        hint = "--tasks val=GLOB, or the folder in which it was trained"
-        raise HandgradError("eval", f"'{run}' names validation shards that can be seen from here", "none", hint=hint)
+        what = f"no validation shards are known for '{run}', or none can be seen from here"
+        raise HandgradError("eval", what, hint="--tasks val=GLOB")
     return val
 
 

@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
         raise HandgradError("report", "after the verb come run folders", "none", hint="handgrad report --help")
     for run in a.runs:
         if not (Path(run) / "log.jsonl").is_file():
-            raise HandgradError("report", "a run folder holds log.jsonl", f"'{run}'")
+            what = f"no log.jsonl in '{run}'" if Path(run).is_dir() else f"no folder '{run}'"
+            raise HandgradError("report", what, hint="run folders, such as runs/shakespeare-001")
     path = write_report(a.runs[0], a.out) if len(a.runs) == 1 else compare_runs(a.runs, a.out or "report.html")
     print(path)
     return 0

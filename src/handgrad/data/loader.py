@@ -87,6 +87,8 @@ def find_shards(pattern: str | Path, split: str = "train") -> list[Path]:
     found = glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name))
     if not found:
         hint = "handgrad data makes them; relative paths begin in this folder"
+        if os.path.exists(os.path.join(folder, "log.jsonl")):
+            hint = f"'{folder}' is a run folder; its own data, if it made any, lie in {os.path.join(folder, 'data')}"
         rule = f"at least one token shard must match {os.path.join(folder, name)}"
         raise HandgradError("data", rule, _why_none(folder), hint=hint)
     return [Path(path) for path in sorted(found)]

@@ -1,5 +1,6 @@
 """Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time."""
 
+import operator
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -82,18 +83,25 @@ class Engine:
         stop_ids: Collection[int] = (),
         drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
-        """Yields up to `max_tokens` token ids after `prompt`; ends before any of `stop_ids`.
+        """Yields up to `max_tokens` token ids after `prompt`; ends before any of `stop_ids`. Raises at once.
 
         drawable: which ids may follow, (n,) bool; None: those of the engine
 
         The model sees at most max_seq_len tokens. When the window is full, the engine reads its newer half again from
         position 0, so generation has no end of its own. Of a longer prompt it reads the last max_seq_len tokens.
         """
-        bad = [t for t in prompt if not 0 <= t < self.model.vocab_size]
+        try:
+            ids = [operator.index(t) for t in prompt]
+        except TypeError:
+            hint = "handgrad.load(path).generate takes text"
+            raise HandgradError("generate", "a prompt is a sequence of token ids", repr(prompt), hint=hint) from None
+        bad = [t for t in ids if not 0 <= t < self.model.vocab_size]
         if bad:
             raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
         sampler = Sampler(sampling, self.model.vocab_size, self.drawable if drawable is None else drawable)
-        window = list(prompt)[-self.model.max_seq_len :]
+        return self._tokens(ids[-self.model.max_seq_len :], max_tokens, sampler, stop_ids)
+
+    def _tokens(self, window: list[int], max_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[int]:
         self.position = 0
         logits = self.logits(window)
         for i in range(max_tokens):

@@ -14,6 +14,7 @@ from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, hf, llmc
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
+from handgrad.models.presets import HUGGING_FACE
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
@@ -51,7 +52,9 @@ def open_source(source: str | Path) -> Source:
     if is_file:
         return _llmc(path)
     if not is_folder:
-        raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint="handgrad train makes one")
+        on_hub = f"hf:{path} is a model of the Hugging Face hub"
+        hint = on_hub if str(path) in HUGGING_FACE else "handgrad train makes one"
+        raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint=hint)
     folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
     if folder is not None:
         return _run(folder)

@@ -84,8 +84,10 @@ def download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # of the network, the disk, the hub's answers
-        hint = "a local folder needs no network"
-        raise HandgradError("hf", f"hf:{name} can be downloaded", _reason(error), hint=hint) from None
+        reason, hint = _reason(error), "a local folder needs no network"
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            reason = "no answer from the hub, and no copy in its cache"
+        raise HandgradError("hf", f"hf:{name} can be downloaded", reason, hint=hint) from None
 
 
 def check_push(name: str) -> None:

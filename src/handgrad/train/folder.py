@@ -38,8 +38,7 @@ def run_folder(c: Config) -> Path:
             raise HandgradError("resume", rule, f"'{r.resume}' and '{r.out}'")
         if newest(r.resume) is None:
             what = f"no complete checkpoint in '{r.resume}'" if Path(r.resume).is_dir() else f"no folder '{r.resume}'"
-            hint = f"--resume auto --out {r.resume} starts afresh where there is none"
-            raise HandgradError("resume", what, hint=hint)
+            raise HandgradError("resume", what, hint=instead_of(Path(r.resume)))
         return Path(r.resume)
     if r.out:
         return Path(r.out)
@@ -49,6 +48,17 @@ def run_folder(c: Config) -> Path:
     ]
     number = max(taken, default=0) + (0 if r.resume and taken else 1)
     return Path("runs") / f"{stem}-{number:03d}"
+
+
+def instead_of(path: Path) -> str:
+    """What to write instead of --resume PATH, where no checkpoint is."""
+    if newest(path.parent) is not None and path.resolve().name.startswith("step_"):
+        return f"--resume {path.parent}"
+    if path.is_file() or any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return f"--init {path} starts a new run from a model"
+    if (path / "meta.json").exists():
+        return f"--train {path}"
+    return f"--resume auto --out {path} starts afresh where there is none"
 
 
 def check_name(folder: str) -> None:

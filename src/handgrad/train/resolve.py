@@ -22,6 +22,7 @@ from handgrad.optim import AdamW, schedules
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
+from handgrad.train.folder import saved_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
@@ -158,6 +159,10 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     """
     m, last = c.model, newest(out) if c.run.resume else None
     if last is not None:
+        saved = saved_settings(c)
+        if saved is not None and saved.model.init != m.init:
+            rule = f"a resumed run has its weights, from --init {saved.model.init}"
+            raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
         check_same_tokens(open_source(str(last)), tokenizer)
         return c, Start(c.run.seed), None
     if m.init in ("random", "llmc"):
@@ -197,6 +202,11 @@ def settings_of(model: Model) -> dict[str, Any]:
 def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
     """The batches that the settings ask for."""
     d, seq_len = c.data, c.data.seq_len or model.max_seq_len
+    paths = hg_data.find_shards(shards)
+    held_out = [path for path in paths if path.name.startswith("val_")]
+    if held_out and len(held_out) < len(paths):
+        hint = f"--train {held_out[0].parent}, which validates on them"
+        raise HandgradError("data", f"{d.train} names no validation shards", str(held_out[0]), hint=hint)
     batch_tokens = d.batch_tokens or c.compute.micro_batch * seq_len
     return hg_data.tokens(
         shards,

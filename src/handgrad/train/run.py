@@ -1,6 +1,7 @@
 """train: a training run from its settings to its run folder: what comes before the loop and after it."""
 
 import json
+import math
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -40,11 +41,19 @@ def train(c: Config, quiet: bool = False) -> int:
             try:
                 is_finished = loop(run, log, interrupt, partial(keep_folder, run, log, lock))
                 text = finish(run, is_finished)
+                check_converged(run)
             except BaseException as error:
                 rescue(run, log, lock, error)
                 raise
         farewell(run, log, is_finished, text)
     return 0 if is_finished else EXIT_CODE
+
+
+def check_converged(run: Run) -> None:
+    """Raises HandgradError if the last step's loss is not finite: the weights are of no use."""
+    if run.trainer.skips and not math.isfinite(run.trainer.last_loss):
+        what = f"the run diverged: the last {run.trainer.skips} updates were skipped, as the loss is no number"
+        raise HandgradError("train", what, hint="a lower --lr; --check nan names the call")
 
 
 def unread(out: Path, error: OSError) -> None:

@@ -1,5 +1,6 @@
 """Trainer: one arena, the programs of a run bound to it, and what a loop calls: step, evaluate, generate, save."""
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -44,6 +45,9 @@ def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], An
     return {name: (a.shape, a.dtype) for name, a in arrays.items()}
 
 
+MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch is 1563 of one sequence each
+
+
 class Trainer:
     """Trains a model. Everything is planned, allocated and bound here; a step allocates no tensor.
 
@@ -78,6 +82,7 @@ class Trainer:
         start: Start = Start(),
         out: str | Path | None = None,
     ):
+        check_kinds(optim, data, execution)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = execution, precision
@@ -105,6 +110,7 @@ class Trainer:
         self._resumed_at: int | None = None  # None: `resume` was not called
         self.skips = 0  # updates in a row that were skipped, up to the last step
         self.last_step = 0
+        self.last_loss = math.nan  # of the last step that was awaited
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
         initialize(train, self.arena, start, drawn)
@@ -159,6 +165,7 @@ class Trainer:
         def finish() -> tuple[float, float, str, int]:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
             skipped = self._skip_reason(loss, norm)
+            self.last_loss = loss
             self.skips = self.skips + 1 if skipped else 0
             return loss, norm, skipped, self.skips
 
@@ -215,6 +222,8 @@ class Trainer:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
         if self._loss is None:
             raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
+        if not hasattr(data, "sweep"):
+            raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
         self._limit_ids(self.model, data)
@@ -431,12 +440,27 @@ class Trainer:
         return self.out
 
 
+def check_kinds(optim: Any, data: Any, execution: Any) -> None:
+    """Raises HandgradError for arguments in another order, or none."""
+    kinds = (("optim", optim, "groups", "hg.optim.AdamW()"), ("data", data, "batch_tokens", "hg.data.tokens(...)"))
+    for name, value, needed, example in (
+        *kinds,
+        ("execution", execution, "micro_batch", "hg.Execution(micro_batch=4)"),
+    ):
+        if not hasattr(value, needed):
+            raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
+
+
 def micro_batches(data: Tokens, micro_batch: int) -> int:
     """How many micro-batches a step has. Raises HandgradError unless they fill it."""
     if data.batch_tokens % (micro_batch * data.seq_len):
         rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
         raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
-    return data.batch_tokens // (micro_batch * data.seq_len)
+    count = data.batch_tokens // (micro_batch * data.seq_len)
+    if count > MOST_MICRO_BATCHES:
+        rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"
+        raise HandgradError("train", rule, f"{count:,}", hint="a smaller batch_tokens or a larger micro_batch")
+    return count
 
 
 def check_precision(precision: Precision, backend: Backend) -> None:
