@@ -513,7 +513,7 @@ def test_a_process_that_ends_finishes_its_checkpoint(tmp_path):
     assert io.load(io.newest(tmp_path / "run"), {"w": ((10_000_000,), "float32")})["w"].all()
 
 
-@pytest.mark.parametrize(("backend", "how"), [("cpu", "without a copy"), ("cuda", "copied to the host's memory first")])
+@pytest.mark.parametrize(("backend", "how"), [("cpu", "without a copy"), ("cuda", "copied to host memory first")])
 def test_explain_tells_what_a_checkpoint_takes(tmp_path, capsys, backend, how):
     assert main(["explain", "tiny", "--backend", backend, "--micro-batch", "1"]) == 0
     line = capsys.readouterr().out.splitlines()[-2]

@@ -29,7 +29,7 @@ class Eval:
     """Model and tasks."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """run folder, one of its checkpoints, llm.c's .bin or a Hugging Face folder"""
+    """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
     tasks: str = "val"
     """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE gives a file"""
     data: str = "."
@@ -41,7 +41,7 @@ class Eval:
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """cpu: C kernels; ref: the numpy oracle"""
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
     threads: int = 0
     """CPU threads; 0: the physical cores that this process may use"""
 
