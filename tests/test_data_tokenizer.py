@@ -70,7 +70,7 @@ def test_without_a_folder_the_word_is_the_packaged_text(here, capsys):
     assert tokenizer.vocab_size == 64 and saved["data"]["train"] == "shakespeare"
     assert "trains on the folder" not in capsys.readouterr().out
     Path("shakespeare").write_text("a file is no folder")
-    assert resolve.folder_first(config(), Path("run2")).data.train == "shakespeare"
+    assert resolve.local_folder_first(config(), Path("run2")).data.train == "shakespeare"
 
 
 def test_a_resumed_run_keeps_its_data(here):
@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_its_data(here):
     trained(config())
     chars("shakespeare")
     again = config(out="run", resume="run", steps=2)
-    assert resolve.folder_first(again, Path("run")).data.train == "shakespeare"
+    assert resolve.local_folder_first(again, Path("run")).data.train == "shakespeare"
     assert resolve.resolve(again, Path("run")).tokenizer.vocab_size == 64
     saved, _ = trained(config(), "own")
     shutil.rmtree("shakespeare")

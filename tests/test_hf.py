@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.infer import Sampling
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
@@ -890,7 +890,7 @@ def test_p14_hf_names_need_huggingface_hub(monkeypatch):
     line = told(open_source, "hf:openai-community/gpt2")
     assert (
         line == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: "
-        f"{install('hub')}, or give a local folder"
+        f"{install_command('hub')}, or give a local folder"
     )
 
 

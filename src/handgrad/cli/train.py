@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from handgrad.cli.flags import parse
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.config import Config, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.run import train
@@ -37,8 +37,7 @@ def from_file(path: Path, c: Config, saved: Config | None) -> Config:
         found = READERS[path.suffix](path.read_text(encoding="utf-8"))
         values = by_name(found)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's takes several lines
-        raise HandgradError("config", f"--config '{path}' holds settings", reason) from None
+        raise HandgradError("config", f"--config '{path}' holds settings", one_line(error)) from None
     if path.name == SETTINGS:  # of a run, which has its own folder
         values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
     return leave_sizes(from_names((flat(asdict(saved)) if saved else {}) | values), c)

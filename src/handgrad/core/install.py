@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that installs an extra of handgrad, such as "cuda".
 
     A clone names itself, for there 'handgrad[cuda]' would be another package than the one in use.

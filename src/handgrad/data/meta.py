@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 
 META = "meta.json"
@@ -42,7 +42,7 @@ def read_json(path: Path, hint: str) -> dict | None:
     """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
     if not os.path.exists(path):
         return None
-    size = file_size(path, str(path))
+    size = require_file(path, str(path), "data")
     if size > LONGEST:
         raise HandgradError("data", f"{path} must have at most {LONGEST:,} bytes", f"{size:,}", hint=hint)
     try:
@@ -83,7 +83,7 @@ def _identity(folder: Path, meta: dict) -> list:
 
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of the file `path` in hexadecimal. Raises HandgradError if it cannot be read."""
-    file_size(path, str(path))
+    require_file(path, str(path), "data")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

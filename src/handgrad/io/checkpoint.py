@@ -39,7 +39,7 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from handgrad.core.disk import flush, make_folder, sweep, temporary
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
 
 MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
@@ -229,12 +229,12 @@ def load(path: str | Path, expected: Expected) -> "Tensors":
     Raises HandgradError if `path` is no complete checkpoint, the file is damaged, or a tensor is missing, unexpected,
     or of another shape or type. All are checked here, before the first is read.
     """
-    return Tensors(_complete(path) / MODEL, expected)
+    return Tensors(_checked_folder(path) / MODEL, expected)
 
 
 def load_state(path: str | Path, expected: Expected) -> "Tensors":
     """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`."""
-    return Tensors(_complete(path) / STATE, expected)
+    return Tensors(_checked_folder(path) / STATE, expected)
 
 
 def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
@@ -244,7 +244,7 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
 
     Raises HandgradError if `path` is no complete checkpoint, or its run.json is damaged or lacks a key.
     """
-    file = _complete(path) / META
+    file = _checked_folder(path) / META
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -319,8 +319,8 @@ def _readable(path: Path, read: Callable[..., Any], *args: Any, **kwargs: Any) -
     try:
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
-        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason, hint=OLDER) from None
+        rule = f"{path} must be a whole safetensors file"
+        raise HandgradError("checkpoint", rule, one_line(error), hint=OLDER) from None
 
 
 def _spec(shape: Sequence[int], dtype: str) -> str:
@@ -346,7 +346,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; use the umask, as for run.json
 
 
-def _complete(path: str | Path) -> Path:
+def _checked_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise HandgradError("checkpoint", "a checkpoint must be a folder", f"no folder {path}")

@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 
 from handgrad.core.disk import write_text
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.tokenizers.base import MAX_IDS, checked
 from handgrad.tokenizers.ends import ends_of, known_ends
 from handgrad.tokenizers.gpt2 import spelled_bytes
@@ -66,8 +66,7 @@ def library_must(rule: str) -> Iterator[None]:
     except (HandgradError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the library raises Exception, and its panics derive from BaseException
-        reason = " ".join(str(error).split())  # one line, even if it quotes a damaged file
-        raise HandgradError("tokenizer", rule, reason) from None
+        raise HandgradError("tokenizer", rule, one_line(error)) from None
 
 
 class FileTokenizer:

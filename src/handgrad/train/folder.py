@@ -56,9 +56,9 @@ def check_name(folder: str) -> None:
     except (FileNotFoundError, NotADirectoryError):  # a file in the way is found when the folder is made
         return
     except (OSError, ValueError) as error:
-        shown = repr(folder if len(folder) <= 80 else folder[:77] + "...")
         reason = getattr(error, "strerror", None) or str(error)  # a ValueError: a character that no name can hold
-        raise HandgradError("run", f"the run folder {shown} cannot be used: {reason}", hint="another --out") from None
+        rule = f"the run folder {folder!r} cannot be used: {reason}"
+        raise HandgradError("run", rule, hint="another --out") from None
 
 
 class Lock:

@@ -52,7 +52,7 @@ class Journal:
         self._log.flush()
 
 
-def settings_of(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
+def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
     """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
     values: dict[str, Any] = {"family": model.family, **asdict(model)}
     values |= {"train": data.pattern, "seq_len": data.seq_len, "batch_tokens": data.batch_tokens}

@@ -46,12 +46,12 @@ def read_log(path: str | Path) -> list[dict]:
     return [row.line for row in rows(path) if row.line is not None]
 
 
-def in_words(numbers: Sequence[int]) -> str:
+def abbreviated(numbers: Sequence[int]) -> str:
     """Which rows or steps: all of a few, the ends of many.
 
-    >>> in_words([4]), in_words([4, 9, 11]), in_words(range(9, 13))
+    >>> abbreviated([4]), abbreviated([4, 9, 11]), abbreviated(range(9, 13))
     ('4', '4, 9, 11', '9, 10, 11, 12')
-    >>> in_words(range(9, 1013))
+    >>> abbreviated(range(9, 1013))
     '9, 10, 11 .. 1012'
     """
     few = ", ".join(map(str, numbers[:3] if len(numbers) > 5 else numbers))

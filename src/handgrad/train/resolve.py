@@ -62,7 +62,7 @@ class Run:
 
 def resolve(c: Config, out: Path) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    c = folder_first(c, out)
+    c = local_folder_first(c, out)
     shards, val_shards = find_data(c, out)
     tokenizer = tokenizer_of(shards)
     c, start, source = find_start(c, out, tokenizer)
@@ -87,7 +87,7 @@ def resolve(c: Config, out: Path) -> Run:
     except HandgradError as error:
         if error.where != "memory":
             raise
-        raise priced(error, model, data, execution, precision, backend) from None
+        raise with_remedies(error, model, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
@@ -113,10 +113,10 @@ def resolve(c: Config, out: Path) -> Run:
     )
 
 
-def folder_first(c: Config, out: Path) -> Config:
-    """The settings, with the word for the packaged text written as a folder if a folder of that name is here.
+def local_folder_first(c: Config, out: Path) -> Config:
+    """The settings; `shakespeare` becomes ./shakespeare if that folder exists.
 
-    A run that was trained on the packaged text, in its own folder, goes on with it.
+    A run that was trained on the packaged text, in its own folder, continues with it.
     """
     is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
     if c.data.train != PACKAGED or is_own or not os.path.isdir(PACKAGED):
@@ -292,7 +292,7 @@ def check_readable(
         trainer.scorer.texts([pair for item in hellaswag for pair in item.pairs])
 
 
-def priced(
+def with_remedies(
     error: HandgradError,
     model: Model,
     data: hg_data.Tokens,

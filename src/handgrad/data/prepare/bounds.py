@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from handgrad.core.disk import file_size
-from handgrad.core.errors import HandgradError
+from handgrad.core.disk import require_file
+from handgrad.core.errors import HandgradError, one_line
 
 LONGEST_DOCUMENT = 2**25  # bytes. Common Crawl cuts pages at 5 MiB; an unabridged dictionary has 27 MB
 MOST_UNFOLDED = 256  # bytes for a byte of the source: text shrinks 3 to 20 times, lists of the same row 100 times
@@ -29,9 +29,8 @@ BLOCK_BYTES = 2**20  # of lines read together
 
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised besides OSError and ValueError
-_HALF = re.compile(
-    rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"
-)  # half a character in JSON: an escape, or bytes that json accepts
+# half a character in JSON: an escape, or bytes that json accepts
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
@@ -94,7 +93,7 @@ def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
     The file may be .gz, .xz or .bz2; places are in the decompressed text. Raises HandgradError for a damaged file, and
     for one that unfolds to too much.
     """
-    size = file_size(path, "a source")
+    size = require_file(path, "a source", "data")
     with readable(path), path.open("rb") as raw:
         text, at = Unfolding(path, raw, size, path.suffix), 0
         while block := text.read(BLOCK_BYTES):
@@ -160,5 +159,5 @@ def readable(path: Path) -> Iterator[None]:
     except RecursionError:
         raise HandgradError("data", f"{path} must be readable and whole", "JSON nested too deeply") from None
     except (OSError, EOFError, ValueError, *DAMAGE) as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = one_line(error).rstrip(".")
         raise HandgradError("data", f"{path} must be readable and whole", reason) from None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.core.disk import file_size, flush, make_folder, write_text, write_whole
+from handgrad.core.disk import flush, make_folder, require_file, write_text, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
@@ -143,7 +143,7 @@ def check(folder: str | Path) -> dict[str, int]:
     sums = Path(folder) / SUMS
     hint = "handgrad data writes folders with checksums"
     if os.path.exists(sums):
-        file_size(sums, str(sums))
+        require_file(sums, str(sums), "data")
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from handgrad.core.disk import file_size, make_folder
+from handgrad.core.disk import make_folder, require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
 from handgrad.data.meta import sha256_of
@@ -91,7 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix not in (".parquet", ".csv"):
         yield from json_rows(path)
         return
-    file_size(path, "a file of questions")
+    require_file(path, "a file of questions", "data")
     for number, row in enumerate(_table(path) if path.suffix == ".parquet" else _csv(path), 1):
         yield f"{path}, row {number}", row
 
