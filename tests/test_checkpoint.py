@@ -387,7 +387,7 @@ def test_damaged_between_opening_and_reading(tmp_path):
         ("", "must be JSON"),
         ('{"step": 1, "conf', "must be JSON"),
         ("[" * 10**5, "must be JSON"),
-        ("[]", "must hold an object, but got list"),
+        ("[]", "must hold a JSON object, but got list"),
         ("{}", "'step' of type int, but got nothing"),
         ('{"step": "1"}', "'step' of type int, but got str"),
         ('{"step": true}', "'step' of type int, but got bool"),

@@ -393,7 +393,7 @@ def test_invalid_arguments_are_refused(model, told, words, line):
 def test_folders_without_a_model_are_refused(tmp_path, told):
     assert f"but got '{tmp_path}', which holds no complete checkpoint." in told(tmp_path, tmp_path / "b")
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is JSON" in told(tmp_path, tmp_path / "b")
+    assert "config.json must be JSON" in told(tmp_path, tmp_path / "b")
     (tmp_path / "DONE_00000005").touch()
     (tmp_path / "config.json").unlink()
     assert "model_00000005.bin is a model of llm.c, but got no such file." in told(tmp_path, tmp_path / "b")

@@ -1,6 +1,7 @@
 """handgrad eval RUN: validation loss and benchmark tasks of a trained model, as a table and in eval.json beside it."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from handgrad import evals
 from handgrad.cli.flags import parse
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
+from handgrad.core.number import whole
 from handgrad.infer.load import open_source
+from handgrad.io.checkpoint import is_checkpoint
 from handgrad.train.config import Config, DataConfig
 from handgrad.train.folder import SETTINGS
 from handgrad.train.resolve import find_data
@@ -95,24 +99,19 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
     return name, own_val(Path(a.run)) if name == "val" else evals.find(name, a.data)
 
 
-def trained_length(run: Path) -> int:
-    """Tokens of a training sequence of a run; 0 for any other model."""
-    run = run.parent if run.resolve().name.startswith("step_") else run
-    try:
-        return int(json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]["seq_len"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def run_data(run: Path) -> dict[str, Any]:
+    """The settings in the group `data` of a run, or of the run of a checkpoint; none for any other model."""
+    path = (run.parent if is_checkpoint(run) else run) / SETTINGS
+    found = read_object(path, "eval").get("data") if os.path.exists(path) else None
+    return found if isinstance(found, dict) else {}
 
 
 def own_val(run: Path) -> str:
     """A glob of the run's validation shards."""
     open_source(str(run))  # raises if there is no model
-    run = run.parent if run.resolve().name.startswith("step_") else run
-    try:
-        settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
-        _, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        val = ""
+    run, settings = run.parent if is_checkpoint(run) else run, run_data(run)
+    paths = {name: settings[name] for name in ("train", "val") if name in settings}
+    _, val = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths else ("", "")
     if not val:
         hint = "--tasks val=GLOB, or the folder in which it was trained"
         raise HandgradError("eval", f"'{run}' names validation shards that can be seen from here", "none", hint=hint)
@@ -124,7 +123,8 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = trained_length(Path(a.run)) or m.source.model.max_seq_len
+    T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
+    T = T or m.source.model.max_seq_len
     shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
@@ -141,15 +141,11 @@ def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: d
 
 
 def results_in(path: Path) -> dict[str, Any]:
-    """The results in the file, by checkpoint and task."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or not all(isinstance(tasks, dict) for tasks in results.values()):
-            raise ValueError("other JSON")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("eval", f"{path} holds results of evaluations", error, hint="another --out") from None
+    """The results in the file, by checkpoint and task; none if there is no file."""
+    hint = "another --out"
+    results = read_object(path, "eval", hint=hint) if os.path.exists(path) else {}
+    if not all(isinstance(tasks, dict) for tasks in results.values()):
+        raise HandgradError("eval", f"{path} holds results of evaluations", "another JSON object", hint=hint)
     return results
 
 

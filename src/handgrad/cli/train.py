@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from handgrad.cli.flags import parse
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.config import Config, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
@@ -33,6 +34,7 @@ def from_file(path: Path, c: Config, saved: Config | None) -> Config:
     """
     if path.suffix not in READERS:
         raise HandgradError("config", f"--config is a file {', '.join(READERS)}", f"'{path}'")
+    require_file(path, "--config", "config")
     try:
         found = READERS[path.suffix](path.read_text(encoding="utf-8"))
         values = by_name(found)

@@ -40,6 +40,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from handgrad.core.disk import flush, make_folder, sweep, temporary
 from handgrad.core.errors import HandgradError, one_line
+from handgrad.core.json_file import read_object
 
 MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
@@ -245,12 +246,7 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
     Raises HandgradError if `path` is no complete checkpoint, or its run.json is damaged or lacks a key.
     """
     file = _checked_folder(path) / META
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("checkpoint", f"{file} must be JSON", error, hint=OLDER) from None
-    if not isinstance(meta, dict):
-        raise HandgradError("checkpoint", f"{file} must hold an object", type(meta).__name__)
+    meta = read_object(file, "checkpoint", hint=OLDER)
     for key, kind in {"step": int, **(expected or {})}.items():
         # JSON has one number type in two spellings, and True is an int to Python
         kinds = (int, float) if kind is float else kind
@@ -260,6 +256,11 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
     if meta["step"] < 0:
         raise HandgradError("checkpoint", f"{file} must hold a step of at least 0", meta["step"])
     return meta
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder, or what a link to one leads to, has the name of a checkpoint; it may be incomplete."""
+    return path.resolve().name.startswith("step_")
 
 
 def newest(out_dir: str | Path) -> Path | None:
