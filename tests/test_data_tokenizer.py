@@ -14,6 +14,7 @@ from handgrad import data, evals, tokenizers
 from handgrad.core.errors import HandgradError
 from handgrad.train import resolve
 from handgrad.train.config import from_names
+from handgrad.train.journal import tokenizer_of
 from handgrad.train.run import train
 from handgrad.train.trainer import Trainer
 
@@ -93,7 +94,7 @@ def test_folders_with_glob_characters(here, name):
     if name == "set [1]":
         chars("set 1")
     for word in (name, f"{name}/train_*.bin", f"{name}/train_000000.bin", f"./{name}/"):
-        assert resolve.tokenizer_of(word).vocab_size == 269, word
+        assert tokenizer_of(data.find_shards(word)).vocab_size == 269, word
         assert data.tokens(word, 16, 32).folder == Path(word if word == name else os.path.normpath(f"{name}"))
     saved, tokenizer = trained(config(name))
     assert saved["model"]["vocab_size"] == tokenizer.vocab_size == 269
@@ -125,7 +126,7 @@ def test_tokens_of_a_folder(here):
 )
 def test_why_no_shard_matches(here, word, got):
     with pytest.raises(HandgradError, match=f"but got {got}. hint: handgrad data makes them"):
-        resolve.tokenizer_of(word)
+        tokenizer_of(data.find_shards(word))
     assert "\0" not in pytest.raises(HandgradError, resolve.find_data, config(word), here).value.args[0] if 0 else True
 
 
@@ -192,7 +193,7 @@ def test_folders_without_meta_hold_tokens_of_gpt2(here):
     for name in ("p1", "p2"):
         Path(name).mkdir()
         data.write_shard(f"{name}/train_0.bin", [np.arange(40_000, 41_000)], np.dtype("<u4"))
-    assert resolve.tokenizer_of("p?/train_*.bin") is tokenizers.gpt2()
+    assert tokenizer_of(data.find_shards("p?/train_*.bin")) is tokenizers.gpt2()
     data.write_shard("p2/train_0.bin", [np.arange(60_000, 61_000)], np.dtype("<u4"))
     with pytest.raises(HandgradError, match="must hold ids below the vocabulary size 50257, but got 60"):
         resolve.resolve(config("p2/train_*.bin"), here)
@@ -210,7 +211,7 @@ def test_meta_of_another_size_than_its_tokenizer(here):
     ):
         path.write_text(json.dumps(meta | {"vocab_size": size}))
         with pytest.raises(HandgradError, match=message):
-            resolve.tokenizer_of("p")
+            tokenizer_of(data.find_shards("p"))
     path.write_text(json.dumps(meta | {"train": {"tokens": "many"}}))
     with pytest.raises(HandgradError, match="must hold the number of train tokens, but got 'many'"):
         data.read_meta("p")

@@ -16,7 +16,8 @@ from typing import Any
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import read_choices, tokens_digest, tokens_record
-from handgrad.data.prepare.bounds import json_kind, json_rows, readable
+from handgrad.data.json_lines import json_kind, json_rows
+from handgrad.data.prepare.bounds import readable
 from handgrad.evals.load import described
 from handgrad.evals.scoring import Pair
 from handgrad.tokenizers import Tokenizer

@@ -1,5 +1,6 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens
+from handgrad.data import Tokens, common_meta
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.config import by_group
@@ -34,7 +35,9 @@ class Journal:
             make_folder(out)
         except OSError as error:
             raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
-        describe(out, settings, memory, tokenizer_of(data))
+        tokenizer = tokenizer_of([shard.path for shard in data.shards])
+        is_known = data.meta is not None or (data.vocab_size or 0) >= tokenizer.vocab_size
+        describe(out, settings, memory, tokenizer if is_known else None)
         self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
 
     def step(self, number: int, loss: float, lr: float, grad_norm: float, skipped: str, tokens: int, seconds: float):
@@ -64,9 +67,17 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
     return by_group(values)
 
 
-def tokenizer_of(data: Tokens) -> tokenizers.Tokenizer | None:
-    """The tokenizer of shards, from their folder's meta.json; GPT-2's where nothing says another and it can be."""
-    if data.meta is not None:
-        return tokenizers.load(data.meta["tokenizer"], data.folder)
-    gpt2 = tokenizers.gpt2()
-    return gpt2 if data.vocab_size is not None and data.vocab_size >= gpt2.vocab_size else None
+def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:
+    """The tokenizer that made these shards, by the meta.json of their folders; without one, GPT-2's.
+
+    Raises HandgradError if a meta.json is damaged, or gives another vocabulary size than its tokenizer has.
+    """
+    found = common_meta(shards)
+    if found is None:
+        return tokenizers.gpt2()
+    folder, meta = found
+    tokenizer = tokenizers.load(meta["tokenizer"], folder)
+    if meta["vocab_size"] != tokenizer.vocab_size:
+        rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
+        raise HandgradError("data", rule, meta["vocab_size"])
+    return tokenizer

@@ -22,6 +22,7 @@ from handgrad.optim import AdamW, schedules
 from handgrad.train.config import SIZES, ComputeConfig, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
+from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
@@ -64,7 +65,7 @@ def resolve(c: Config, out: Path) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c = local_folder_first(c, out)
     shards, val_shards = find_data(c, out)
-    tokenizer = tokenizer_of(shards)
+    tokenizer = tokenizer_of(hg_data.find_shards(shards))
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
     data = training_data(c, shards, model)
@@ -138,19 +139,6 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
         return d.train, d.val
     own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
-
-
-def tokenizer_of(shards: str) -> tokenizers.Tokenizer:
-    """The tokenizer that made these shards, by the meta.json of their folders; without one, GPT-2's."""
-    found = hg_data.common_meta(hg_data.find_shards(shards))
-    if found is None:
-        return tokenizers.gpt2()
-    folder, meta = found
-    tokenizer = tokenizers.load(meta["tokenizer"], folder)
-    if meta["vocab_size"] != tokenizer.vocab_size:
-        rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
-        raise HandgradError("data", rule, meta["vocab_size"])
-    return tokenizer
 
 
 def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from handgrad.core.disk import make_folder, require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
+from handgrad.data.json_lines import json_rows
 from handgrad.data.meta import sha256_of
-from handgrad.data.prepare.bounds import json_rows, readable
+from handgrad.data.prepare.bounds import readable
 from handgrad.data.prepare.build import write_sums
 from handgrad.data.prepare.hub import hub_files, local
 from handgrad.data.prepare.readers import batches, parquet

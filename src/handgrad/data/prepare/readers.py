@@ -16,6 +16,7 @@ from typing import Any
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
+from handgrad.data.json_lines import json_kind, json_row
 from handgrad.data.prepare.bounds import (
     BLOCK_BYTES,
     LONGEST_DOCUMENT,
@@ -23,8 +24,6 @@ from handgrad.data.prepare.bounds import (
     Unfolding,
     blocks,
     checked_line,
-    json_kind,
-    json_row,
     most_unfolded,
     readable,
     too_large,
