@@ -22,9 +22,8 @@ MOST_BYTES, MOST_COLONS, MOST_COMMAS = 48 << 20, 1 << 19, 1 << 21
 def from_file(path: str | Path) -> "FileTokenizer":
     """Returns the tokenizer that the tokenizer.json at `path` describes.
 
-    Which token ends a text is said by the files beside it, as `ends_of` describes. The file's padding, truncation and
-    added special tokens are turned off: the data loader cuts training text. Raises HandgradError if the file is missing
-    or invalid.
+    The files beside it say which tokens end a text (`ends_of`). The file's padding, truncation and added special tokens
+    are turned off: the data loader cuts training text. Raises HandgradError if the file is missing or invalid.
     """
     path = Path(path)
     library = read_library(path)
