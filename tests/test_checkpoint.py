@@ -405,7 +405,7 @@ def test_damaged_run_json(tmp_path, text, message):
     (path / "run.json").write_text(json.dumps({"step": 1, "config": {}, "lr": 1}))
     assert io.load_meta(path, {"config": dict, "lr": float})["lr"] == 1
     (path / "run.json").unlink()
-    with pytest.raises(HandgradError, match="must be JSON"):
+    with pytest.raises(HandgradError, match="run.json must be a file, but got .*missing. hint: delete this folder"):
         io.load_meta(path)
 
 

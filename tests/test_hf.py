@@ -851,7 +851,11 @@ def one_merge(vocab):
         ("model.safetensors.index.json", '{"weight_map": {"a": "x\\ny"}}', "but got no such weight_map."),
         ("model.safetensors.index.json", '{"weight_map": {"a": "/dev/zero"}}', "but got no such weight_map."),
         ("model.safetensors.index.json", "[" * 10**5, "must be JSON"),
-        ("model.safetensors.index.json", " " * (6 * 2**20 + 1), "has at most 6,291,456 bytes, but got 6,291,457."),
+        (
+            "model.safetensors.index.json",
+            " " * (6 * 2**20 + 1),
+            "must have at most 6,291,456 bytes, but got 6,291,457.",
+        ),
         ("config.json", '{"model_type": ' + "[" * 10**5, "must be JSON"),
         ("config.json", '{"model_type": "\\ud800\\n"}', "has the model_type gpt2, but got '\\ud800\\n'."),
         ("config.json", '{"model_type": "gpt2", "n_layer": 1' + "0" * 5000 + "}", "must be JSON"),

@@ -49,6 +49,11 @@ def test_no_object_is_told_with_its_hint(path, content, line):
     assert text.startswith(f"[here] {path} {line}") and text.endswith("hint: another file")
 
 
+def test_a_missing_file_is_told_with_its_hint(path):
+    text = told(path, hint="another file")
+    assert text == f"[here] a.json must be a file, but got {path}, which is missing. hint: another file"
+
+
 def test_a_file_over_its_bound_is_not_read(path):
     path.write_text("{}")
     os.truncate(path, (6 << 20) + 1)

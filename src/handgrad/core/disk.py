@@ -47,11 +47,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def require_file(path: str | Path, what: str, where: str) -> int:
+def require_file(path: str | Path, what: str, where: str, hint: str = "") -> int:
     """Returns the bytes of the regular file `path`. A link to one is one.
 
     what: what the file is for, as a sentence begins: "a token shard"
-    where: the error's
+    where, hint: the error's
 
     Raises HandgradError for anything else, before it is opened: a pipe would wait forever, a device never end.
     """
@@ -65,7 +65,7 @@ def require_file(path: str | Path, what: str, where: str) -> int:
         if stat.S_ISREG(found.st_mode):
             return found.st_size
         got = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
-    raise HandgradError(where, f"{what} must be a file", f"{path}, which is {got}")
+    raise HandgradError(where, f"{what} must be a file", f"{path}, which is {got}", hint=hint)
 
 
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:

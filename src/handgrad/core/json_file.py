@@ -18,7 +18,7 @@ def read_object(path: Path, where: str, most: int = MOST_BYTES, hint: str = "") 
 
     A pipe or a device is refused before it is opened.
     """
-    size = require_file(path, path.name, where)
+    size = require_file(path, path.name, where, hint)
     if size > most:
         raise HandgradError(where, f"{path} must have at most {most:,} bytes", f"{size:,}", hint=hint)
     try:
