@@ -13,6 +13,7 @@ from handgrad.infer.load import TOKENIZER, _tokenizer_of_run
 from handgrad.io import load_meta
 from handgrad.train.config import from_names
 from handgrad.train.folder import saved_settings
+from handgrad.train.log_file import read_log
 from handgrad.train.report.read import object_in, read_text
 
 
@@ -69,6 +70,7 @@ READERS = {
     "run.json": (load_meta, "run.json"),
     "a report's objects": (lambda folder: object_in(folder / "config.json"), "config.json"),
     "a report's texts": (lambda folder: read_text(folder / "sample.txt"), "sample.txt"),
+    "log.jsonl": (lambda folder: read_log(folder / "log.jsonl"), "log.jsonl"),
     "meta.json": (read_meta, "meta.json"),
     "tokenizer-spec.json": (_tokenizer_of_run, TOKENIZER),
 }

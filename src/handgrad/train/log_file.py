@@ -3,11 +3,12 @@
 import json
 import math
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from handgrad.core.disk import write_whole
+from handgrad.core.disk import require_file, write_whole
 from handgrad.core.errors import HandgradError
 
 KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
@@ -26,14 +27,15 @@ def rows(path: str | Path) -> Iterator[Row]:
 
     Raises HandgradError if the file cannot be read.
     """
+    if not os.path.exists(path):
+        return
+    require_file(path, Path(path).name, "log")
     try:
         with Path(path).open("rb") as file:
             for number, raw in enumerate(file, 1):
                 line, is_whole = _parse(raw), raw.endswith(b"\n")
                 if line is not None or (is_whole and raw.strip()):
                     yield Row(number, raw if is_whole else raw + b"\n", line)
-    except FileNotFoundError:
-        return
     except OSError as error:
         raise HandgradError("log", f"{path} must be readable", error.strerror) from None
 
