@@ -17,51 +17,50 @@ PAGE = Path(__file__).with_name("from-llmc.md")
 
 # flag of train_gpt2.cu, its default, handgrad's flags, the difference
 FLAGS = [
-    ("-i", "tinyshakespeare", "data.train", "also a folder written by `handgrad data`, with its validation split"),
-    ("-j", "tinyshakespeare", "data.val", ""),
+    ("-i", "tinyshakespeare", "train", "also a folder written by `handgrad data`, with its validation split"),
+    ("-j", "tinyshakespeare", "val", ""),
     (
         "-e",
         "gpt2_124M_bf16.bin",
-        "model.preset model.depth model.num_layers model.num_heads model.hidden_size "
-        "model.max_seq_len model.vocab_size model.init",
+        "preset depth num_layers num_heads hidden_size max_seq_len vocab_size init",
         "the same descriptors (`d12`, `gpt3:c768`), or any size by separate flags; `--init llmc` draws the "
         "weights that llm.c draws for a descriptor, `--init FILE.bin` reads those of a file",
     ),
-    ("-o", "none", "run.out", "every run has a folder"),
-    ("-lg", "-1", "run.telemetry_every", "the GPU that the run uses, not GPU 0; also in the log"),
-    ("-n", "0", "run.save_every", "also after the last step, as in llm.c. A thread writes it while training continues"),
-    ("-nk", "0", "run.keep_last", "old checkpoints are deleted only after the new one is complete"),
-    ("-nm", "0", "run.keep_every", "must be a multiple of --save-every"),
+    ("-o", "none", "out", "every run has a folder"),
+    ("-lg", "-1", "telemetry_every", "the GPU that the run uses, not GPU 0; also in the log"),
+    ("-n", "0", "save_every", "also after the last step, as in llm.c. A thread writes it while training continues"),
+    ("-nk", "0", "keep_last", "old checkpoints are deleted only after the new one is complete"),
+    ("-nm", "0", "keep_every", "must be a multiple of --save-every"),
     (
         "-y",
         "0",
-        "run.resume",
+        "resume",
         "`-y 1` is `--resume auto`; also with another micro-batch or batch size, from the next unread token",
     ),
-    ("-b", "4", "run.micro_batch", ""),
-    ("-t", "1024", "data.seq_len", ""),
-    ("-d", "B T", "data.batch_tokens", "in tokens, as in llm.c"),
-    ("-x", "-1", "run.steps", "`-x -1` is `--steps 0`: one pass over the data"),
+    ("-b", "4", "micro_batch", ""),
+    ("-t", "1024", "seq_len", ""),
+    ("-d", "B T", "batch_tokens", "in tokens, as in llm.c"),
+    ("-x", "-1", "steps", "`-x -1` is `--steps 0`: one pass over the data"),
     (
         "-k",
         "cosine",
-        "optim.schedule",
+        "schedule",
         "the same four, step for step; by default linear and wsd end at 0, cosine at 0.1 of the peak. constant warms up, too (`--warmup 0`: as in llm.c)",
     ),
-    ("-l", "3e-4", "optim.lr", ""),
-    ("-u", "0", "optim.warmup", ""),
-    ("-q", "1.0", "optim.final", ""),
-    ("-c", "0.0", "optim.weight_decay", "on matrices and embeddings, as in llm.c"),
-    ("-sl", "0", "run.skip_loss_z", "checkpoints contain the window of 128 values"),
-    ("-sg", "0", "run.skip_grad_z", "as for -sl"),
-    ("-v", "20", "run.val_every", "0: never"),
-    ("-m", "20 batches", "run.val_tokens", "in tokens, so that the loss depends on neither B nor ranks; `-m -1` is 0"),
-    ("-s", "20", "run.sample_every", "also after the last step"),
-    ("-g", "64", "run.sample_tokens run.prompt", "with a key/value cache, up to the model's max_seq_len"),
-    ("-h", "0", "run.hellaswag run.eval_every", "takes the file's path; no padding to T"),
-    ("-a", "0", "data.overfit", "the first batch of the training data; in llm.c, of the validation data"),
-    ("-f", "1", "run.dtype", "`tf32`, `f32` or `bf16`, at run time, not at compile time"),
-    ("-w", "1", "run.master_weights", "a float32 stored as its bf16 value and the 16 low bits: 4 bytes, 6 in llm.c"),
+    ("-l", "3e-4", "lr", ""),
+    ("-u", "0", "warmup", ""),
+    ("-q", "1.0", "final", ""),
+    ("-c", "0.0", "weight_decay", "on matrices and embeddings, as in llm.c"),
+    ("-sl", "0", "skip_loss_z", "checkpoints contain the window of 128 values"),
+    ("-sg", "0", "skip_grad_z", "as for -sl"),
+    ("-v", "20", "val_every", "0: only after the last step"),
+    ("-m", "20 batches", "val_tokens", "in tokens, so that the loss depends on neither B nor ranks; `-m -1` is 0"),
+    ("-s", "20", "sample_every", "also after the last step"),
+    ("-g", "64", "sample_tokens prompt", "with a key/value cache, up to the model's max_seq_len"),
+    ("-h", "0", "hellaswag eval_every", "takes the file's path; no padding to T"),
+    ("-a", "0", "overfit", "the first batch of the training data; in llm.c, of the validation data"),
+    ("-f", "1", "dtype", "`tf32`, `f32` or `bf16`, at run time, not at compile time"),
+    ("-w", "1", "master_weights", "a float32 stored as its bf16 value and the 16 low bits: 4 bytes, 6 in llm.c"),
     (
         "-ge",
         "0",
@@ -69,7 +68,7 @@ FLAGS = [
         "automatic: fused into the GEMM if its algorithm supports it; `--deterministic` never fuses",
     ),
     ("-z", "0", "", "not yet: one process, no sharding"),
-    ("-r", "1", "run.recompute", "0 is `none`, 1 `act`, 2 `act_norm`; `block` keeps only the inputs of blocks"),
+    ("-r", "1", "recompute", "0 is `none`, 1 `act`, 2 `act_norm`; `block` keeps only the inputs of blocks"),
     ("-pn", "1", "", "not yet: one process, one GPU"),
     ("-pr", "0", "", "not yet"),
     ("-pg", "8", "", "not yet"),
@@ -80,26 +79,26 @@ FLAGS = [
 
 # constants of train_gpt2.cu: name, value, handgrad's flags
 FIXED = [
-    ("AdamW's betas", "0.9, 0.95", "optim.beta1 optim.beta2"),
-    ("AdamW's epsilon", "1e-8", "optim.eps"),
-    ("gradient clipping", "1.0", "optim.clip"),
-    ("seeds", "42, 1337, 13371337", "run.seed model.init"),
-    ("updates skipped in a row", "no limit", "run.max_skipped"),
-    ("log", "main.log", "run.tensorboard run.wandb"),
+    ("AdamW's betas", "0.9, 0.95", "beta1 beta2"),
+    ("AdamW's epsilon", "1e-8", "eps"),
+    ("gradient clipping", "1.0", "clip"),
+    ("seeds", "42, 1337, 13371337", "seed init"),
+    ("updates skipped in a row", "no limit", "max_skipped"),
+    ("log", "main.log", "tensorboard wandb"),
 ]
 
 # flags of train_gpt2.py, also of the other programs that have them: handgrad's
 OTHERS = [
-    ("--input_bin, --input_val_bin, --output_dir", "data.train data.val run.out"),
-    ("--model", "model.preset"),
-    ("--batch_size, --sequence_length, --total_batch_size", "run.micro_batch data.seq_len data.batch_tokens"),
-    ("--num_iterations", "run.steps"),
-    ("--learning_rate, --warmup_iters, --learning_rate_decay_frac", "optim.lr optim.warmup optim.final"),
-    ("--weight_decay, --grad_clip", "optim.weight_decay optim.clip"),
-    ("--val_loss_every, --val_max_steps, --sample_every", "run.val_every run.val_tokens run.sample_every"),
-    ("--overfit_single_batch", "data.overfit"),
-    ("--tensorcores, --dtype", "run.dtype"),
-    ("--device", "run.backend"),
+    ("--input_bin, --input_val_bin, --output_dir", "train val out"),
+    ("--model", "preset"),
+    ("--batch_size, --sequence_length, --total_batch_size", "micro_batch seq_len batch_tokens"),
+    ("--num_iterations", "steps"),
+    ("--learning_rate, --warmup_iters, --learning_rate_decay_frac", "lr warmup final"),
+    ("--weight_decay, --grad_clip", "weight_decay clip"),
+    ("--val_loss_every, --val_max_steps, --sample_every", "val_every val_tokens sample_every"),
+    ("--overfit_single_batch", "overfit"),
+    ("--tensorcores, --dtype", "dtype"),
+    ("--device", "backend"),
 ]
 
 PITFALLS = [
@@ -124,7 +123,7 @@ PITFALLS = [
     (
         "T7",
         "shards over 2 GiB cannot be read",
-        "shards are memory-mapped with 64-bit offsets; the file size determines the count, and the header must agree with it",
+        "shards are read by pread with 64-bit offsets; the file size determines the count, and the header must agree with it",
     ),
     (
         "T8",
@@ -159,7 +158,7 @@ PITFALLS = [
 
 
 def meanings() -> dict[str, tuple[str, object]]:
-    """Returns {flag without dashes, such as "run.save_every": (the text below its field, its default)}."""
+    """Returns {flag with underscores and without dashes, such as "save_every": (its text in one line, its default)}."""
     found = {}
     for group in fields(config.Config):
         kind = group.default_factory
@@ -169,7 +168,7 @@ def meanings() -> dict[str, tuple[str, object]]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 texts[field.target.id] = text.value.value.replace("<", "&lt;")
         for field in fields(kind):
-            found[f"{group.name}.{field.name}"] = texts[field.name], field.default
+            found[field.name] = " ".join(texts[field.name].split()), field.default
     return found
 
 

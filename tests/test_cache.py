@@ -91,7 +91,7 @@ def test_a_write_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == [] and cache.load("a") is None
 
 
-def test_no_folder_at_all(tmp_path, monkeypatch):
+def test_cache_without_any_folder(tmp_path, monkeypatch):
     spoil("a file in its place", tmp_path, monkeypatch)
 
     def none(*args, **more):

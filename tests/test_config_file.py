@@ -1,4 +1,4 @@
-"""--config FILE: the settings of a run, or names and values in JSON, YAML or TOML; flags go before them."""
+"""--config FILE: the settings of a run, or names and values in JSON, YAML or TOML. Flags override it."""
 
 import json
 

@@ -110,7 +110,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("ending", BOMBS)
-def test_packed_lines(tmp_path, ending):
+def test_compressed_json_lines_are_bounded(tmp_path, ending):
     path = BOMBS[ending](tmp_path / f"a.{ending}")
     assert path.stat().st_size < 2**17
     most = max(2**20, 256 * path.stat().st_size)

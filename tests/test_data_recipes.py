@@ -24,7 +24,7 @@ import tokenizers as library
 from handgrad import data, tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.data.prepare import bounds, build, hub, readers, recipes
 from handgrad.data.prepare.workers import Job, tokenize
 
@@ -684,7 +684,7 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, words):
     (tmp_path / "a.parquet").write_bytes(b"")
     assert main(words.split()) == 2
     extra = {"huggingface_hub": "hub", "pyarrow.parquet": "parquet"}[module]
-    assert f"no such package. hint: {install(extra)}" in capsys.readouterr().err
+    assert f"no such package. hint: {install_command(extra)}" in capsys.readouterr().err
 
 
 def test_missing_network_is_reported(monkeypatch, capsys):

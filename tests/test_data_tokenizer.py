@@ -14,6 +14,7 @@ from handgrad import data, evals, tokenizers
 from handgrad.core.errors import HandgradError
 from handgrad.train import resolve
 from handgrad.train.config import from_names
+from handgrad.train.journal import tokenizer_of
 from handgrad.train.run import train
 from handgrad.train.trainer import Trainer
 
@@ -70,7 +71,7 @@ def test_without_a_folder_the_word_is_the_packaged_text(here, capsys):
     assert tokenizer.vocab_size == 64 and saved["data"]["train"] == "shakespeare"
     assert "trains on the folder" not in capsys.readouterr().out
     Path("shakespeare").write_text("a file is no folder")
-    assert resolve.folder_first(config(), Path("run2")).data.train == "shakespeare"
+    assert resolve.local_folder_first(config(), Path("run2")).data.train == "shakespeare"
 
 
 def test_a_resumed_run_keeps_its_data(here):
@@ -78,7 +79,7 @@ def test_a_resumed_run_keeps_its_data(here):
     trained(config())
     chars("shakespeare")
     again = config(out="run", resume="run", steps=2)
-    assert resolve.folder_first(again, Path("run")).data.train == "shakespeare"
+    assert resolve.local_folder_first(again, Path("run")).data.train == "shakespeare"
     assert resolve.resolve(again, Path("run")).tokenizer.vocab_size == 64
     saved, _ = trained(config(), "own")
     shutil.rmtree("shakespeare")
@@ -93,7 +94,7 @@ def test_folders_with_glob_characters(here, name):
     if name == "set [1]":
         chars("set 1")
     for word in (name, f"{name}/train_*.bin", f"{name}/train_000000.bin", f"./{name}/"):
-        assert resolve.tokenizer_of(word).vocab_size == 269, word
+        assert tokenizer_of(data.find_shards(word)).vocab_size == 269, word
         assert data.tokens(word, 16, 32).folder == Path(word if word == name else os.path.normpath(f"{name}"))
     saved, tokenizer = trained(config(name))
     assert saved["model"]["vocab_size"] == tokenizer.vocab_size == 269
@@ -125,7 +126,7 @@ def test_tokens_of_a_folder(here):
 )
 def test_why_no_shard_matches(here, word, got):
     with pytest.raises(HandgradError, match=f"but got {got}. hint: handgrad data makes them"):
-        resolve.tokenizer_of(word)
+        tokenizer_of(data.find_shards(word))
     assert "\0" not in pytest.raises(HandgradError, resolve.find_data, config(word), here).value.args[0] if 0 else True
 
 
@@ -192,7 +193,7 @@ def test_folders_without_meta_hold_tokens_of_gpt2(here):
     for name in ("p1", "p2"):
         Path(name).mkdir()
         data.write_shard(f"{name}/train_0.bin", [np.arange(40_000, 41_000)], np.dtype("<u4"))
-    assert resolve.tokenizer_of("p?/train_*.bin") is tokenizers.gpt2()
+    assert tokenizer_of(data.find_shards("p?/train_*.bin")) is tokenizers.gpt2()
     data.write_shard("p2/train_0.bin", [np.arange(60_000, 61_000)], np.dtype("<u4"))
     with pytest.raises(HandgradError, match="must hold ids below the vocabulary size 50257, but got 60"):
         resolve.resolve(config("p2/train_*.bin"), here)
@@ -210,7 +211,7 @@ def test_meta_of_another_size_than_its_tokenizer(here):
     ):
         path.write_text(json.dumps(meta | {"vocab_size": size}))
         with pytest.raises(HandgradError, match=message):
-            resolve.tokenizer_of("p")
+            tokenizer_of(data.find_shards("p"))
     path.write_text(json.dumps(meta | {"train": {"tokens": "many"}}))
     with pytest.raises(HandgradError, match="must hold the number of train tokens, but got 'many'"):
         data.read_meta("p")

@@ -9,7 +9,7 @@ from handgrad import backends
 from handgrad.cli import doctor
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 
 NAMES = ["handgrad", "cpu backend", "driver", *(name for name, *_ in doctor.LIBRARIES), "auto"]
 
@@ -68,7 +68,7 @@ def test_no_gpu_packages_installed():
     states = {line[9:25].strip(): line.split()[0] for line in done.stdout.splitlines()}
     assert {states[name] for name, *_ in doctor.LIBRARIES} == {doctor.OPTIONAL}
     assert states["driver"] == doctor.OPTIONAL and states["auto"] == doctor.OK
-    assert install("cuda") in done.stdout and doctor.PROBLEM not in done.stdout
+    assert install_command("cuda") in done.stdout and doctor.PROBLEM not in done.stdout
 
 
 def test_gpus_are_listed_with_memory_and_peak(findings, monkeypatch):

@@ -8,7 +8,7 @@ from handgrad.core import errors
 from handgrad.core.errors import HandgradError
 
 
-def test_examples():
+def test_error_examples():
     result = doctest.testmod(errors)
     assert result.attempted == 3 and not result.failed
 

@@ -597,10 +597,14 @@ def test_P9_out_names_the_results_file(folder, tmp_path, capsys):
         and f"in {tmp_path}/x.json" in out
         and json.loads((tmp_path / "x.json").read_text())["step_000240"]["hellaswag (first 2)"]["count"] == 2
     )
-    for text in ("# notes", "[1, 2]", '{"a": 3}'):
+    for text, rule in (
+        ("# notes", "must be JSON"),
+        ("[1, 2]", "must hold a JSON object"),
+        ('{"a": 3}', "holds results"),
+    ):
         (tmp_path / "notes.md").write_text(text)
         code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/notes.md")
-        assert code == 2 and err.startswith(f"[eval] {tmp_path}/notes.md holds results of evaluations, but got")
+        assert code == 2 and err.startswith(f"[eval] {tmp_path}/notes.md {rule}") and "another --out" in err
         assert (tmp_path / "notes.md").read_text() == text
     code, out, err = evaluated(folder, capsys, *flags, f"{tmp_path}/nowhere/x.json")
     assert code == 2 and not out and err.startswith(f"[disk] {tmp_path}/nowhere/x.json must be writable")

@@ -349,7 +349,7 @@ def test_damaged_run_json_is_refused(copy, told, do, part):
 def test_missing_and_damaged_tokenizers_are_refused(copy, told):
     path = copy / "tokenizer-spec.json"
     path.write_text("{")
-    assert "tokenizer-spec.json is JSON" in told(copy)
+    assert "tokenizer-spec.json must be JSON" in told(copy)
     path.write_text('{"kind": "words"}')
     assert "a tokenizer's kind must be" in told(copy)
     path.unlink()

@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.infer import Sampling
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
@@ -832,8 +832,8 @@ def one_merge(vocab):
         ("vocab.json", json.dumps({"a": 0, "b": [1]}), "but got [1] for b."),
         ("vocab.json", json.dumps({"a": 0, "b": 0}), "must give every token an id of its own"),
         ("vocab.json", '{"\\ud800": 0}', "must describe a tokenizer"),
-        ("vocab.json", "[" * 10**5, "vocab.json is JSON"),
-        ("vocab.json", "[]", "vocab.json holds an object, but got list."),
+        ("vocab.json", "[" * 10**5, "vocab.json must be JSON"),
+        ("vocab.json", "[]", "vocab.json must hold a JSON object, but got list."),
         (
             "tokenizer_config.json",
             '{"eos_token": 5}',
@@ -842,7 +842,7 @@ def one_merge(vocab):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": "x"}}', "as ids and tokens, but got -1 and x."),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "as an object, but got [1]."),
         ("added_tokens.json", '{"x": 99999999999}', "but got "),
-        ("special_tokens_map.json", "{", "special_tokens_map.json is JSON"),
+        ("special_tokens_map.json", "{", "special_tokens_map.json must be JSON"),
         ("generation_config.json", '{"eos_token_id": [[1]]}', "as an id, a list of ids, or null, but got [[1]]."),
         ("generation_config.json", '{"eos_token_id": true}', "as an id, a list of ids, or null, but got True."),
         ("model.safetensors.index.json", '{"weight_map": {"a": ["x"]}}', "but got no such weight_map."),
@@ -850,11 +850,15 @@ def one_merge(vocab):
         ("model.safetensors.index.json", '{"weight_map": {"a": "x\\u0000"}}', "but got no such weight_map."),
         ("model.safetensors.index.json", '{"weight_map": {"a": "x\\ny"}}', "but got no such weight_map."),
         ("model.safetensors.index.json", '{"weight_map": {"a": "/dev/zero"}}', "but got no such weight_map."),
-        ("model.safetensors.index.json", "[" * 10**5, "is JSON"),
-        ("model.safetensors.index.json", " " * (6 * 2**20 + 1), "has at most 6,291,456 bytes, but got 6,291,457."),
-        ("config.json", '{"model_type": ' + "[" * 10**5, "is JSON"),
+        ("model.safetensors.index.json", "[" * 10**5, "must be JSON"),
+        (
+            "model.safetensors.index.json",
+            " " * (6 * 2**20 + 1),
+            "must have at most 6,291,456 bytes, but got 6,291,457.",
+        ),
+        ("config.json", '{"model_type": ' + "[" * 10**5, "must be JSON"),
         ("config.json", '{"model_type": "\\ud800\\n"}', "has the model_type gpt2, but got '\\ud800\\n'."),
-        ("config.json", '{"model_type": "gpt2", "n_layer": 1' + "0" * 5000 + "}", "is JSON"),
+        ("config.json", '{"model_type": "gpt2", "n_layer": 1' + "0" * 5000 + "}", "must be JSON"),
     ],
 )
 def test_hostile_files_are_one_line_soon(folder, name, text, part):
@@ -890,7 +894,7 @@ def test_p14_hf_names_need_huggingface_hub(monkeypatch):
     line = told(open_source, "hf:openai-community/gpt2")
     assert (
         line == "[hf] hf:openai-community/gpt2 needs the package huggingface_hub, but got none. hint: "
-        f"{install('hub')}, or give a local folder"
+        f"{install_command('hub')}, or give a local folder"
     )
 
 

@@ -58,7 +58,7 @@ def test_a_machine_without_limits_has_its_cores_and_its_free_memory(machine):
     assert limits.memory_limits(root) == [(8 * GIB, "")]
 
 
-def test_no_files_at_all(tmp_path, monkeypatch):
+def test_limits_without_system_files(tmp_path, monkeypatch):
     monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: {0, 3})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert (limits.cpus(tmp_path), limits.threads(tmp_path)) == (2, 2)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.train import log as log_module
 from handgrad.train.log import RunLog
 from handgrad.train.log_file import dump, read_log, rows
@@ -397,7 +397,7 @@ def test_without_the_package_tensorboard_nothing_is_touched(tmp_path, monkeypatc
     before = path.read_bytes()
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"] + ["tensorboard"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(HandgradError, match=r"hint: " + re.escape(install("tensorboard"))):
+    with pytest.raises(HandgradError, match=r"hint: " + re.escape(install_command("tensorboard"))):
         RunLog(tmp_path, 3, tensorboard=True)
     assert path.read_bytes() == before
 
@@ -514,5 +514,5 @@ def test_weights_and_biases_refused_or_not_installed(tmp_path, wandb, monkeypatc
     with pytest.raises(HandgradError, match="Weights & Biases refuses the run: no such project"):
         RunLog(tmp_path, 3, wandb="refused")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(HandgradError, match=r"--wandb needs .* hint: " + re.escape(install("wandb"))):
+    with pytest.raises(HandgradError, match=r"--wandb needs .* hint: " + re.escape(install_command("wandb"))):
         RunLog(tmp_path, 3, wandb="proj")

@@ -106,7 +106,7 @@ def test_invalid_schedule_is_rejected(arguments, text):
         schedules.schedule(*arguments)
 
 
-def test_step_zero_is_no_step():
+def test_schedule_refuses_step_zero():
     with pytest.raises(HandgradError, match=r"\[schedule\] step is a number from 1 on, but got 0"):
         schedules.linear(1.0, 0, 10)(0)
 

@@ -85,7 +85,7 @@ def is_whole(out, steps=8):
 
 
 def told(out, reason):
-    return f"[handgrad] the output cannot be written: {reason}; training goes on, and its log is {out / 'log.jsonl'}\n"
+    return f"[handgrad] the output cannot be written: {reason}; training continues; its log is {out / 'log.jsonl'}\n"
 
 
 # the stream -----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_slow_reader_is_not_lost(tmp_path):
     assert stream.getvalue() == "two"
 
 
-def test_a_stream_over_a_stream_is_one():
+def test_output_wraps_output_once():
     inner = Output(io.StringIO(), lambda error: pytest.fail("the inner one hears"))
     assert Output(inner)._stream is inner._stream and not Output(inner).isatty()
 

@@ -230,9 +230,9 @@ def test_hints_name_where_an_installed_copy_came_from(origin, command, monkeypat
     text = None if origin is None else json.dumps(origin)
     monkeypatch.setattr(install, "distribution", lambda name: type("D", (), {"read_text": lambda self, name: text})())
     monkeypatch.setattr(install, "__file__", str(tmp_path / "site-packages" / "handgrad" / "core" / "install.py"))
-    assert install.install("cuda") == command.format(clone)
+    assert install.install_command("cuda") == command.format(clone)
     monkeypatch.chdir(clone)
-    assert install.install("cuda") == command.format(".")
+    assert install.install_command("cuda") == command.format(".")
 
 
 @pytest.mark.parametrize("editable", [True, False])
@@ -241,9 +241,9 @@ def test_hints_in_a_clone_are_typed_there(editable, monkeypatch, tmp_path):
     monkeypatch.setattr(install, "__file__", str(tmp_path / "src" / "handgrad" / "core" / "install.py"))
     monkeypatch.setattr(install, "_origin", lambda: {"dir_info": {"editable": True}} if editable else {})
     monkeypatch.chdir(tmp_path)
-    assert install.install("hub") == ("pip install -e '.[hub]'" if editable else "pip install '.[hub]'")
+    assert install.install_command("hub") == ("pip install -e '.[hub]'" if editable else "pip install '.[hub]'")
     monkeypatch.chdir("/")
-    assert f"{tmp_path}[hub]" in install.install("hub")
+    assert f"{tmp_path}[hub]" in install.install_command("hub")
 
 
 def test_every_hint_comes_from_one_function_and_names_an_extra_that_exists():
@@ -252,7 +252,7 @@ def test_every_hint_comes_from_one_function_and_names_an_extra_that_exists():
         if path.name != "install.py" and not path.name.startswith("test_"):
             text = path.read_text(encoding="utf-8")
             assert "handgrad[" not in text, path
-            found |= set(re.findall(r"""\binstall\(["'](\w+)["']\)""", text))
+            found |= set(re.findall(r"""\binstall_command\(["'](\w+)["']\)""", text))
     assert {"cuda", "hub", "parquet", "harness"} <= found <= extras and {"wandb", "tensorboard"} <= extras
 
 

@@ -115,7 +115,7 @@ def test_p4_from_llmc_is_made_from_the_code():
 
 def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
     module = script(ROOT / "docs" / "from_llmc.py")
-    monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, ("-zz", "", "run.nonsense", "")])
+    monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, ("-zz", "", "nonsense", "")])
     with pytest.raises(KeyError):
         module.page()
 

@@ -10,7 +10,7 @@ import pytest
 from handgrad.backends.cpu import CpuBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.train.log import RunLog
 from handgrad.train.log_file import read_log
 from handgrad.train.telemetry import Telemetry, in_words
@@ -126,7 +126,7 @@ def test_a_card_that_cannot_be_read_is_named(nvml, bus, started, part):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(HandgradError, match=r"hint: " + re.escape(install("cuda"))):
+    with pytest.raises(HandgradError, match=r"hint: " + re.escape(install_command("cuda"))):
         Telemetry("0000:17:00.0")
 
 

@@ -106,6 +106,6 @@ def does_not_fit(plan: Plan, free: int, others: str = "") -> HandgradError:
         "memory",
         f"the arena fits in memory, {free / MIB:.0f} MiB are free{others}",
         f"{plan.nbytes / MIB:.0f} MiB ({parts})",
-        hint="a smaller micro_batch, recompute 'act' or 'block', a smaller head_mib; "
+        hint="a smaller micro_batch, recompute 'act' or 'block', a smaller head_bytes (--head-mib); "
         "handgrad explain shows what each saves",
     )

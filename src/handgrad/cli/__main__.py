@@ -55,23 +55,23 @@ def run(argv: list[str], imported: Callable[[], object]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (reported in one line), 130 when interrupted."""
     imported = interrupt_at_once()
-    from handgrad.core.output import Output, open_missing, standard
+    from handgrad.core.output import Output, open_missing, redirected
 
     open_missing()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    out, err = Output(sys.stdout, refuse), Output(sys.stderr)
+    out, err = Output(sys.stdout, end_verb), Output(sys.stderr)
     try:
-        with standard(out, err):
-            return answered(sys.argv[1:] if argv is None else argv, imported)
+        with redirected(out, err):
+            return run_reporting(sys.argv[1:] if argv is None else argv, imported)
     finally:
         imported()
         out.end()
         err.end()
 
 
-def answered(argv: list[str], imported: Callable[[], object]) -> int:
-    """The exit code of a command line, its error told."""
+def run_reporting(argv: list[str], imported: Callable[[], object]) -> int:
+    """Runs a command line and reports its error; returns the exit code."""
     from handgrad.core.errors import HandgradError
 
     try:
@@ -92,7 +92,7 @@ def answered(argv: list[str], imported: Callable[[], object]) -> int:
         return 0
 
 
-def refuse(error: OSError) -> None:
+def end_verb(error: OSError) -> None:
     """Ends a verb whose output cannot be written: silently if its reader has left, as other commands do."""
     from handgrad.core.errors import HandgradError
 

@@ -52,10 +52,10 @@ KINDS = {  # verb: the module and the name of the dataclass of its flags
     "convert": ("cli.convert", "Convert"),
     "report": ("cli.report", "Report"),
     "explain": ("cli.explain", "Explain"),
-    "profile": ("cli.profile", "Settings"),
+    "profile": ("cli.profile", "Profiling"),
     "data": ("cli.data", ""),
     "ops": ("cli.ops", "Ops"),
-    "doctor": ("cli.doctor", "Settings"),
+    "doctor": ("cli.doctor", "Doctor"),
     "completion": ("cli.completion", "Completion"),
 }
 

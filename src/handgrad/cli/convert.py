@@ -10,7 +10,7 @@ import tyro
 from handgrad.cli.flags import parse
 from handgrad.core.disk import flush, make_folder
 from handgrad.core.errors import HandgradError
-from handgrad.core.replace import beside, dead, replace, sweep, temporary
+from handgrad.core.replace import dead_writers, replace, restore, sibling, staged
 from handgrad.infer.convert import to_hf, to_llmc, to_run
 from handgrad.infer.load import Source, open_source
 from handgrad.io import hf
@@ -23,9 +23,9 @@ OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "s
 class Convert:
     """Source, destination and format."""
 
-    src: Annotated[str, tyro.conf.Positional]
-    """run folder, one of its checkpoints, a .bin of llm.c or its training folder, a Hugging Face folder, hf:NAME"""
-    dst: Annotated[str, tyro.conf.Positional]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """run folder, one of its checkpoints, a .bin of llm.c or its training folder, a Hugging Face folder, or hf:NAME"""
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """a new folder, or FILE.bin for llm.c"""
     to: Literal["auto", "hf", "llmc", "handgrad"] = "auto"
     """format; auto: llmc for FILE.bin, hf for a run folder, otherwise handgrad"""
@@ -34,7 +34,7 @@ class Convert:
     force: bool = False
     """replace a file, or a folder that holds only a model"""
     push: str = ""
-    """hf:NAME: upload what was written to the Hugging Face hub (pip install 'handgrad[hub]', then hf auth login)"""
+    """hf:NAME: upload what was written to the Hugging Face hub; needs the extra `hub`, and `hf auth login` once"""
     private: bool = False
     """make the uploaded model private, if it is new"""
 
@@ -105,7 +105,7 @@ def check_free(path: Path, force: bool) -> None:
 def write_folder(source: Source, dst: Path, to: str, dtype: str, tokenizer: Tokenizer | None) -> int:
     """Writes a Hugging Face folder, or a run folder; returns the step of the latter."""
     step = 0
-    with temporary(dst) as new:
+    with staged(dst) as new:
         new.mkdir()
         if to == "hf":
             to_hf(source, new, dtype, tokenizer)
@@ -121,9 +121,9 @@ def write_files(source: Source, dst: Path, table: Path, dtype: str, tokenizer: T
     Two files cannot change at once. While they do, the model has no table rather than another model's, and `repair`
     restores the older one or finishes.
     """
-    with temporary(dst) as new, temporary(table) as new_table:
+    with staged(dst) as new, staged(table) as new_table:
         to_llmc(source, new, dtype, tokenizer, new_table)
-        old = beside(table, "old")
+        old = sibling(table, "old")
         if table.exists() and not (new_table.exists() and table.read_bytes() == new_table.read_bytes()):
             table.rename(old)
             flush(table.parent)
@@ -142,11 +142,11 @@ def repair(dst: Path, table: Path) -> None:
     """Ends what conversions to these names that were killed have begun, and removes what they left."""
     if not dst.parent.is_dir():
         return
-    for pid in dead(table, "old"):
-        if not table.exists() and beside(dst, "tmp", pid).exists():  # the older model is still there
-            beside(table, "old", pid).rename(table)
-        elif not table.exists() and beside(table, "tmp", pid).exists():
-            beside(table, "tmp", pid).rename(table)
-        beside(table, "old", pid).unlink(missing_ok=True)
-    sweep(dst)
-    sweep(table)
+    for pid in dead_writers(table, "old"):
+        if not table.exists() and sibling(dst, "tmp", pid).exists():  # the older model is still there
+            sibling(table, "old", pid).rename(table)
+        elif not table.exists() and sibling(table, "tmp", pid).exists():
+            sibling(table, "tmp", pid).rename(table)
+        sibling(table, "old", pid).unlink(missing_ok=True)
+    restore(dst)
+    restore(table)

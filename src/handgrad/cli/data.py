@@ -20,7 +20,7 @@ USAGE = "handgrad data RECIPE [FILE...] [flags]"
 
 
 @dataclass(frozen=True)
-class Output:
+class Shards:
     """Where to write, with which tokenizer, in how many processes."""
 
     out: str = ""
@@ -36,7 +36,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class DataSet(Output):
+class DataSet(Shards):
     """A published data set."""
 
     source: str = ""
@@ -52,7 +52,7 @@ class FineWeb(DataSet):
 
 
 @dataclass(frozen=True)
-class Text(Output):
+class Text(Shards):
     """UTF-8 text files, one document each."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -62,7 +62,7 @@ class Text(Output):
 
 
 @dataclass(frozen=True)
-class Rows(Output):
+class Rows(Shards):
     """Files with one document per row."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()

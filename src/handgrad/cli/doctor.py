@@ -18,7 +18,7 @@ from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.cuda.libraries import folder_of
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install, own_version
+from handgrad.core.install import install_command, own_version
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import gpt2
@@ -50,7 +50,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Doctor:
     """No flags."""
 
 
@@ -59,7 +59,7 @@ MODULES = {"cuda-bindings": "cuda.bindings.driver", "nvidia-cudnn-frontend": "cu
 
 def main(argv: list[str]) -> int:
     """Prints the findings; the exit code is 1 if one of them is a problem, else 0."""
-    parse(Settings, argv, "doctor")
+    parse(Doctor, argv, "doctor")
     console = Console(highlight=False, emoji=False)
     problems = 0
     for f in examine():
@@ -164,7 +164,7 @@ def gpus() -> Iterator[Finding]:
 def libraries() -> Iterator[Finding]:
     """What the CUDA backend loads: version, and where it lies."""
     for name, package, library, without in LIBRARIES:
-        hint = install("cuda") + (f"; {without}" if without else "")
+        hint = install_command("cuda") + (f"; {without}" if without else "")
         try:
             installed = f"{package} {version(package)}"
         except PackageNotFoundError:

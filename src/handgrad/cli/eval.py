@@ -1,6 +1,7 @@
 """handgrad eval RUN: validation loss and benchmark tasks of a trained model, as a table and in eval.json beside it."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from handgrad import evals
 from handgrad.cli.flags import parse
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
+from handgrad.core.number import whole
 from handgrad.infer.load import open_source
+from handgrad.io.checkpoint import is_checkpoint
 from handgrad.train.config import PACKAGED, Config, DataConfig
 from handgrad.train.folder import SETTINGS
 from handgrad.train.resolve import find_data
@@ -29,7 +33,7 @@ class Eval:
     """Model and tasks."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """run folder, one of its checkpoints, llm.c's .bin or a Hugging Face folder"""
+    """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
     tasks: str = "val"
     """val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, with commas; NAME=FILE gives a file"""
     data: str = "."
@@ -41,7 +45,7 @@ class Eval:
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """cpu: C kernels; ref: the numpy oracle"""
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
     threads: int = 0
     """CPU threads; 0: the physical cores that this process may use"""
 
@@ -95,29 +99,23 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
     return name, own_val(Path(a.run)) if name == "val" else evals.find(name, a.data)
 
 
-def trained_length(run: Path) -> int:
-    """Tokens of a training sequence of a run; 0 for any other model."""
-    run = run.parent if run.resolve().name.startswith("step_") else run
-    try:
-        return int(json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]["seq_len"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def run_data(run: Path) -> dict[str, Any]:
+    """The settings in the group `data` of a run, or of the run of a checkpoint; none for any other model."""
+    path = (run.parent if is_checkpoint(run) else run) / SETTINGS
+    found = read_object(path, "eval").get("data") if os.path.exists(path) else None
+    return found if isinstance(found, dict) else {}
 
 
 def own_val(run: Path) -> str:
     """A glob of the run's validation shards."""
     open_source(str(run))  # raises if there is no model
-    run = run.parent if run.resolve().name.startswith("step_") else run
-    try:
-        settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))["data"]
-        if settings["train"] == PACKAGED and not (run / "data" / "meta.json").exists():
-            raise KeyError("data")  # the run has not made its own
-        train, val = find_data(Config(data=DataConfig(train=settings["train"], val=settings.get("val", ""))), run)
-        if not val:  # of a run from Python, whose shards a glob names
-            beside = hg_data.find_shards(train)[0].parent
-            val = str(beside / "val_*.bin") if any(beside.glob("val_*.bin")) else ""
-    except (HandgradError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        val = ""
+    run, settings = run.parent if is_checkpoint(run) else run, run_data(run)
+    paths = {name: settings[name] for name in ("train", "val") if name in settings}
+    is_gone = paths.get("train") == PACKAGED and not (run / "data" / "meta.json").exists()  # a run makes its own
+    train, val = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths and not is_gone else ("", "")
+    if train and not val:  # of a run from Python, whose shards a glob names
+        beside = Path(train).parent
+        val = f"{beside}/val_*.bin" if any(beside.glob("val_*.bin")) else ""
     if not val:
         what = f"no validation shards are known for '{run}', or none can be seen from here"
         raise HandgradError("eval", what, hint="--tasks val=GLOB")
@@ -129,7 +127,8 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = trained_length(Path(a.run)) or m.source.model.max_seq_len
+    T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
+    T = T or m.source.model.max_seq_len
     shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
@@ -146,15 +145,11 @@ def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: d
 
 
 def results_in(path: Path) -> dict[str, Any]:
-    """The results in the file, by checkpoint and task."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results, dict) or not all(isinstance(tasks, dict) for tasks in results.values()):
-            raise ValueError("other JSON")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("eval", f"{path} holds results of evaluations", error, hint="another --out") from None
+    """The results in the file, by checkpoint and task; none if there is no file."""
+    hint = "another --out"
+    results = read_object(path, "eval", hint=hint) if os.path.exists(path) else {}
+    if not all(isinstance(tasks, dict) for tasks in results.values()):
+        raise HandgradError("eval", f"{path} holds results of evaluations", "another JSON object", hint=hint)
     return results
 
 

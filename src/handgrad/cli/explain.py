@@ -24,7 +24,7 @@ class Explain:
     """Which run."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
-    """a preset: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
     gpu: Literal["", "a100", "4090", "h100", "h200", "b200"] = ""
@@ -78,7 +78,7 @@ def planner(h: ComputeConfig, name: str, precision: Precision) -> tuple[Planner,
     """(what plans the run, its name, how a checkpoint of its arena is written); `name`: of a GPU, or nothing."""
     if h.backend == "cuda":
         gpu = replace(GPUS[name or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
-        saving = "copied to the host's memory first, as much of it as that"
+        saving = "copied to host memory first, which needs that much there"
         return GpuPlanner(gpu), f"the cuda backend on an {PRODUCT_NAMES[name or 'h100']}", saving
     backend = open_backend(h.backend, h.threads, precision)
     return backend, f"the {backend.name} backend, {backend.hardware}", "written from where it lies, without a copy"

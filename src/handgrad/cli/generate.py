@@ -35,7 +35,7 @@ class Generate:
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """cpu: C kernels; ref: the numpy oracle"""
+    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
     threads: int = 0
     """CPU threads; 0: the physical cores that this process may use"""
 

@@ -21,10 +21,12 @@ from handgrad.testing import bench_case, check_case, gradcheck_op
 class Ops:
     """What to do with which ops."""
 
-    mode: Annotated[Literal["support", "check", "grad", "bench"], tyro.conf.Positional] = "support"
+    mode: Annotated[
+        Literal["support", "check", "grad", "bench"], tyro.conf.Positional, tyro.conf.arg(metavar="MODE")
+    ] = "support"
     """support: who implements what; check: error against the oracle over tolerance; grad: gradient rules against finite
     differences; bench: time, GB/s and GFLOP/s of the cases from real models"""
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OP...", help_behavior_hint="")] = ()
     """op names; none: all"""
     backend: Literal["cpu", "cuda"] = "cpu"
     """whose kernels are checked or timed"""

@@ -23,11 +23,11 @@ from handgrad.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Settings:
+class Profiling:
     """Which step, and how it is shown."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
-    """a preset: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 or any d<layers>, gpt3:c384 .. gpt3:c12288"""
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -43,7 +43,7 @@ class Settings:
 
 def main(argv: list[str]) -> int:
     """Prints the table; writes the trace."""
-    a = parse(Settings, argv, "profile")
+    a = parse(Profiling, argv, "profile")
     h = a.compute
     if a.steps < 1:
         raise HandgradError("profile", "--steps is at least 1", a.steps)

@@ -16,9 +16,9 @@ class Report:
     """Which runs, where to."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
-    """run folders, finished or still at work; several are compared"""
+    """run folders, finished or running; several are compared"""
     out: str = ""
-    """the page; empty: report.html, of one run in its folder, of several here"""
+    """file to write; empty: report.html, in the run's folder, or here for several runs"""
 
 
 def main(argv: list[str]) -> int:

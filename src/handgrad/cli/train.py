@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from handgrad.cli.flags import ALIASES, parse
-from handgrad.core.disk import file_size
-from handgrad.core.errors import HandgradError
+from handgrad.core.disk import require_file
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.config import Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.run import train
@@ -38,12 +38,11 @@ def from_file(path: Path) -> dict[str, Any]:
     """The settings in a file, by name. Raises HandgradError if it cannot be read or holds anything else."""
     if path.suffix not in READERS:
         raise HandgradError("config", f"--config is a file {', '.join(READERS)}", f"'{path}'")
-    file_size(path, "a file of settings", "config")
+    require_file(path, "--config", "config")
     try:
         values = by_name(READERS[path.suffix](path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's takes several lines
-        raise HandgradError("config", f"--config '{path}' holds settings", reason) from None
+        raise HandgradError("config", f"--config '{path}' holds settings", one_line(error)) from None
     if path.name == SETTINGS:  # of a run, which has its own folder
         values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
     if "config" in values:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from handgrad.core.errors import HandgradError
 
-_TEMPORARY = re.compile(r"\..+\.tmp-(\d+)|.+\.(?:tmp|old)-(\d+)")
+_TEMPORARY = re.compile(r"\.?(.+)\.tmp-(\d+)")
 
 
 def temporary(path: Path) -> Path:
@@ -28,13 +28,13 @@ def sweep(folder: Path, prefix: str = "", is_locked: bool = False) -> None:
     """
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and path.name.lstrip(".").startswith(prefix):
-            if is_locked or not _is_alive(int(match[1] or match[2])):
+        if match and match[1].startswith(prefix):
+            if is_locked or not is_alive(int(match[2])):
                 with suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether another process has this number."""
     if pid == os.getpid():
         return False
@@ -47,11 +47,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def file_size(path: str | Path, what: str, where: str = "data") -> int:
+def require_file(path: str | Path, what: str, where: str, hint: str = "") -> int:
     """Returns the bytes of the regular file `path`. A link to one is one.
 
     what: what the file is for, as a sentence begins: "a token shard"
-    where: the error's
+    where, hint: the error's
 
     Raises HandgradError for anything else, before it is opened: a pipe would wait forever, a device never end.
     """
@@ -65,7 +65,7 @@ def file_size(path: str | Path, what: str, where: str = "data") -> int:
         if stat.S_ISREG(found.st_mode):
             return found.st_size
         got = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
-    raise HandgradError(where, f"{what} must be a file", f"{path}, which is {got}")
+    raise HandgradError(where, f"{what} must be a file", f"{path}, which is {got}", hint=hint)
 
 
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:

@@ -37,6 +37,11 @@ class HandgradError(Exception):
         self.where, self.rule, self.got, self.hint = where, rule, got, hint
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, or is if it says nothing, in one line: it may quote line breaks out of a damaged file."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _prose(text: str) -> str:
     """A sentence, printable, with its long words and the whole made shorter."""
     words = re.sub(rf"\S{{{LONGEST_VALUE + 1},}}", lambda word: _shorter(word[0], LONGEST_VALUE), _printable(text))

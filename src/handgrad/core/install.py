@@ -20,7 +20,7 @@ def own_version() -> str:
         return re.findall(r'^version = "(.+)"', text, re.MULTILINE)[0]
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that installs an extra of handgrad, such as "cuda".
 
     A clone names itself, for there 'handgrad[cuda]' would be another package than the one in use.

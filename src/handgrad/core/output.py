@@ -48,7 +48,7 @@ class Output:
 
 
 @contextmanager
-def standard(stdout: Output, stderr: Output) -> Iterator[None]:
+def redirected(stdout: Output, stderr: Output) -> Iterator[None]:
     """While the block runs, what is printed goes to these."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, stdout), cast(TextIO, stderr)

@@ -1,5 +1,5 @@
 """What was written under a temporary name takes the place of an older file or folder. Whatever the instant at which the
-process dies, a complete one has the name, or `sweep` gives it back."""
+process dies, a complete one has the name, or `restore` gives it back."""
 
 import ctypes
 import errno
@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from handgrad.core.disk import flush
+from handgrad.core.disk import flush, is_alive
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
 @contextmanager
-def temporary(path: Path) -> Iterator[Path]:
+def staged(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write a file or folder under, for `replace`; removes what is left under it."""
     try:
-        yield beside(path, "tmp")
+        yield sibling(path, "tmp")
     finally:
-        remove(beside(path, "tmp"))
+        remove(sibling(path, "tmp"))
 
 
-def beside(path: Path, word: str, pid: int | None = None) -> Path:
+def sibling(path: Path, word: str, pid: int | None = None) -> Path:
     """The name of what a process (this one if None) keeps beside `path`: "tmp" is new, "old" was replaced."""
     return path.with_name(f"{path.name}.{word}-{os.getpid() if pid is None else pid}")
 
@@ -39,7 +39,7 @@ def replace(new: Path, path: Path) -> None:
     if not (path.is_dir() or (new.is_dir() and path.exists())):  # one rename does it
         os.replace(new, path)
     elif not exchange(new, path):
-        old = beside(path, "old")
+        old = sibling(path, "old")
         path.rename(old)
         try:
             new.rename(path)
@@ -65,31 +65,21 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def sweep(path: Path) -> None:
+def restore(path: Path) -> None:
     """Removes what dead processes left beside `path`. If nothing has the name, the newest older one gets it back."""
-    old = [beside(path, "old", pid) for pid in dead(path, "old")]
+    old = [sibling(path, "old", pid) for pid in dead_writers(path, "old")]
     if old and not os.path.lexists(path):
         max(old, key=lambda left: left.stat().st_mtime).rename(path)
         flush(path.parent)
     for word in ("tmp", "old"):
-        for pid in dead(path, word):
-            remove(beside(path, word, pid))
+        for pid in dead_writers(path, word):
+            remove(sibling(path, word, pid))
 
 
-def dead(path: Path, word: str) -> list[int]:
+def dead_writers(path: Path, word: str) -> list[int]:
     """The processes that have left something beside `path` and run no more, or are this one, which has not begun."""
     names = (re.fullmatch(rf"{re.escape(path.name)}\.{word}-(\d+)", p.name) for p in path.parent.glob("*"))
-    return [pid for name in names if name and ((pid := int(name[1])) == os.getpid() or not _runs(pid))]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+    return [pid for name in names if name and not is_alive(pid := int(name[1]))]
 
 
 def flush_tree(path: Path) -> None:

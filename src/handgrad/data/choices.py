@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from handgrad.core.disk import file_size, write_text, write_whole
+from handgrad.core.disk import require_file, write_text, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import read_json
 
@@ -116,7 +116,7 @@ def read_choices(path: str | Path) -> list[Choices]:
     Raises HandgradError for a file that is missing, truncated, too long, inconsistent, or of another format or version.
     """
     path = Path(path)
-    file_size(path, "an evaluation file")
+    require_file(path, "an evaluation file", "data")
     try:
         raw = path.read_bytes()
     except OSError as error:

@@ -73,8 +73,8 @@ def tokens(
 def find_shards(pattern: str | Path, split: str = "train") -> list[Path]:
     """Returns the paths of the token shards that `pattern` names, sorted.
 
-    pattern: a glob; a folder stands for the shards of its `split`. What exists under the very name goes before what a
-        glob of that name matches, so names may hold *, ? and [
+    pattern: a glob; a folder stands for the shards of its `split`. What exists under the very name takes precedence
+        over a glob's matches, so names may hold *, ? and [
 
     Raises HandgradError if there is none.
     """

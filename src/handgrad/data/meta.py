@@ -1,16 +1,15 @@
 """meta.json: what `handgrad data` records beside shards, and which tokenizer made the shards of several folders."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 
 META = "meta.json"
-LONGEST = 2**24  # bytes: a tokenizer of all 1.1 million characters, each as an escape, takes 13 MB
 MOST_TOKENS = 2**31 - 1  # in a vocabulary: ids are int32 in a batch
 
 
@@ -40,18 +39,7 @@ def read_meta(folder: str | Path) -> dict | None:
 
 def read_json(path: Path, hint: str) -> dict | None:
     """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
-    if not os.path.exists(path):
-        return None
-    size = file_size(path, str(path))
-    if size > LONGEST:
-        raise HandgradError("data", f"{path} must have at most {LONGEST:,} bytes", f"{size:,}", hint=hint)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("data", f"{path} must be JSON", error, hint=hint) from None
-    if not isinstance(found, dict):
-        raise HandgradError("data", f"{path} must be a JSON object", f"a {type(found).__name__}", hint=hint)
-    return found
+    return read_object(path, "data", MOST_OF_TOKENIZER, hint) if os.path.exists(path) else None
 
 
 def common_meta(paths: Iterable[Path]) -> tuple[Path, dict] | None:
@@ -83,7 +71,7 @@ def _identity(folder: Path, meta: dict) -> list:
 
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256 of the file `path` in hexadecimal. Raises HandgradError if it cannot be read."""
-    file_size(path, str(path))
+    require_file(path, str(path), "data")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import ArrayLike
 
-from handgrad.core.disk import file_size, flush, temporary
+from handgrad.core.disk import flush, require_file, temporary
 from handgrad.core.errors import HandgradError
 
 HEADER_BYTES = 256 * 4
@@ -129,7 +129,7 @@ def open_shard(path: str | Path) -> Shard:
     [6, 7]
     """
     path = Path(path)
-    file_size(path, "a token shard")
+    require_file(path, "a token shard", "data")
     try:
         with path.open("rb") as file:
             raw = file.read(HEADER_BYTES)

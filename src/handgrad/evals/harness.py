@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.evals.load import load_scorer
 from handgrad.infer.engine import Engine
 from handgrad.infer.load import load_run
@@ -27,7 +27,7 @@ def register() -> type:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError:
         rule = "the harness is the package lm_eval"
-        raise HandgradError("eval", rule, "none installed", hint=install("harness")) from None
+        raise HandgradError("eval", rule, "none installed", hint=install_command("harness")) from None
 
     class HandgradLM(TemplateLM):
         """One of our models behind the harness's interface. The scorer makes its own batches and ignores batch_size."""

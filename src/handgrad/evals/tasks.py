@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import read_choices, tokens_digest, tokens_record
-from handgrad.data.prepare.bounds import json_kind, json_rows, readable
+from handgrad.data.json_lines import json_kind, json_rows
+from handgrad.data.prepare.bounds import readable
 from handgrad.evals.load import described
 from handgrad.evals.scoring import Pair
 from handgrad.tokenizers import Tokenizer
@@ -184,7 +185,7 @@ def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0
     """
     path, most = Path(path), limit or None
     if not os.path.isdir(path):
-        file_size(path, f"the questions of {name}", "eval")
+        require_file(path, f"the questions of {name}", "eval")
     if path.suffix == ".bin":
         return _read_tokens(path, tokenizer, most)
     items = []
@@ -282,7 +283,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _mmlu_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every question in a folder of csv files."""
     for file in sorted(folder.glob("*.csv")):
-        file_size(file, "a subject", "eval")
+        require_file(file, "a subject", "eval")
         subject = re.sub(r"_(test|val|dev)$", "", file.stem)
         with file.open(encoding="utf-8", newline="") as lines:
             for number, (question, *choices, answer) in enumerate(filter(None, csv.reader(lines)), 1):

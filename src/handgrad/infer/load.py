@@ -8,7 +8,7 @@ from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.core.json_file import read_object
+from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, hf, llmc
@@ -55,7 +55,7 @@ def open_source(source: str | Path) -> Source:
         on_hub = f"hf:{path} is a model of the Hugging Face hub"
         hint = on_hub if str(path) in HUGGING_FACE else "handgrad train makes one"
         raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint=hint)
-    folder = path if path.resolve().name.startswith("step_") else checkpoint.newest(path)
+    folder = path if checkpoint.is_checkpoint(path) else checkpoint.newest(path)
     if folder is not None:
         return _run(folder)
     if hf.is_folder(path):
@@ -145,10 +145,10 @@ class Loaded:
 
 
 def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
-    """The model that `open_source` opens, ready to continue text; see `load_run` for what can be asked for and raised.
+    """The model that `open_source` opens, ready to continue text.
 
     path: a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME
-    threads: of the CPU; 0: its physical cores
+    dtype, backend, threads and errors as in `load_run`
     """
     return Loaded(*load_run(path, dtype, backend, threads))
 
@@ -187,10 +187,10 @@ def _run(folder: Path) -> Source:
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
     path = run / TOKENIZER
-    if not path.is_file():
+    if not path.exists():
         hint = "checkpoints are read inside their run folder"
         raise HandgradError("model", f"{path} says how text becomes tokens", "no such file", hint=hint)
-    return tokenizers.load(read_object(path, "model"), run)
+    return tokenizers.load(read_object(path, "model", MOST_OF_TOKENIZER), run)
 
 
 # others' --------------------------------------------------------------------------------------------------------------

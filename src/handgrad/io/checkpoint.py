@@ -39,7 +39,8 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from handgrad.core.disk import flush, make_folder, sweep, temporary
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
+from handgrad.core.json_file import read_object
 
 MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
@@ -229,12 +230,12 @@ def load(path: str | Path, expected: Expected) -> "Tensors":
     Raises HandgradError if `path` is no complete checkpoint, the file is damaged, or a tensor is missing, unexpected,
     or of another shape or type. All are checked here, before the first is read.
     """
-    return Tensors(_complete(path) / MODEL, expected)
+    return Tensors(_checked_folder(path) / MODEL, expected)
 
 
 def load_state(path: str | Path, expected: Expected) -> "Tensors":
     """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`."""
-    return Tensors(_complete(path) / STATE, expected)
+    return Tensors(_checked_folder(path) / STATE, expected)
 
 
 def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
@@ -244,13 +245,8 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
 
     Raises HandgradError if `path` is no complete checkpoint, or its run.json is damaged or lacks a key.
     """
-    file = _complete(path) / META
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HandgradError("checkpoint", f"{file} must be JSON", error, hint=OLDER) from None
-    if not isinstance(meta, dict):
-        raise HandgradError("checkpoint", f"{file} must hold an object", type(meta).__name__)
+    file = _checked_folder(path) / META
+    meta = read_object(file, "checkpoint", hint=OLDER)
     for key, kind in {"step": int, **(expected or {})}.items():
         # JSON has one number type in two spellings, and True is an int to Python
         kinds = (int, float) if kind is float else kind
@@ -260,6 +256,11 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
     if meta["step"] < 0:
         raise HandgradError("checkpoint", f"{file} must hold a step of at least 0", meta["step"])
     return meta
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder, or what a link to one leads to, has the name of a checkpoint; it may be incomplete."""
+    return path.resolve().name.startswith("step_")
 
 
 def newest(out_dir: str | Path) -> Path | None:
@@ -319,8 +320,8 @@ def _readable(path: Path, read: Callable[..., Any], *args: Any, **kwargs: Any) -
     try:
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())  # it may quote line breaks out of a damaged file
-        raise HandgradError("checkpoint", f"{path} must be a whole safetensors file", reason, hint=OLDER) from None
+        rule = f"{path} must be a whole safetensors file"
+        raise HandgradError("checkpoint", rule, one_line(error), hint=OLDER) from None
 
 
 def _spec(shape: Sequence[int], dtype: str) -> str:
@@ -346,7 +347,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; use the umask, as for run.json
 
 
-def _complete(path: str | Path) -> Path:
+def _checked_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise HandgradError("checkpoint", "a checkpoint must be a folder", f"no folder {path}")

@@ -16,9 +16,9 @@ import ml_dtypes  # noqa: F401  teaches numpy the name "bfloat16"
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from handgrad.core.disk import flush
-from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.disk import flush, write_text
+from handgrad.core.errors import HandgradError, one_line
+from handgrad.core.install import install_command
 from handgrad.core.json_file import read_object, shown
 from handgrad.io.weights import Weights
 
@@ -126,14 +126,14 @@ def _hub(name: str, otherwise: str) -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        hint = f"{install('hub')}, or {otherwise}"
+        hint = f"{install_command('hub')}, or {otherwise}"
         raise HandgradError("hf", f"{name} needs the package huggingface_hub", "none", hint=hint) from None
     return huggingface_hub
 
 
 def _reason(error: Exception) -> str:
     """An error of a library as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def is_folder(path: Path) -> bool:
@@ -248,11 +248,11 @@ def write(
         **end,
         "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype],
     }
-    _write_json(path / CONFIG, config)
+    write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
     if suppressed:
         end["suppress_tokens"] = list(suppressed)
     if ends or suppressed:
-        _write_json(path / GENERATION, end)
+        write_text(path / GENERATION, json.dumps(end, indent=2) + "\n")
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in weights.shapes.items():
@@ -273,11 +273,6 @@ def write(
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-    flush(path)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     flush(path)
 
 
@@ -359,4 +354,4 @@ def _readable(path: Path, read: Callable[..., Any], *args: Any, **kwargs: Any) -
     try:
         return read(*args, **kwargs)
     except (OSError, SafetensorError) as error:
-        raise HandgradError("hf", f"{path} is a whole safetensors file", " ".join(str(error).split())) from None
+        raise HandgradError("hf", f"{path} is a whole safetensors file", one_line(error)) from None

@@ -1,5 +1,6 @@
 """Which tokens end a text: what the files beside a tokenizer say, and what a tokenizer.json alone lets one guess."""
 
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def ends_of(folder: Path, vocab: Mapping[str, int]) -> tuple[int, ...]:
     if by_id:
         return by_id
     says_none = by_id is not None
-    files = [path for path in (folder / CONFIG, folder / SPECIAL) if path.is_file()]
+    files = [path for path in (folder / CONFIG, folder / SPECIAL) if os.path.exists(path)]
     for path in files:
         about = read_object(path, "tokenizer")
         default = KNOWN[0] if path.name == CONFIG and about.get("tokenizer_class") in GPT2_CLASSES else None
@@ -98,4 +99,4 @@ def added_tokens(folder: Path) -> list[tuple[int, str, dict[str, Any]]]:
 
 def read_if_there(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, an empty one if there is no such file."""
-    return read_object(path, "tokenizer") if path.is_file() else {}
+    return read_object(path, "tokenizer") if os.path.exists(path) else {}

@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 
 from handgrad.core.disk import write_text
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.tokenizers.base import MAX_IDS, checked
 from handgrad.tokenizers.ends import ends_of, known_ends
 from handgrad.tokenizers.gpt2 import spelled_bytes
@@ -22,9 +22,8 @@ MOST_BYTES, MOST_COLONS, MOST_COMMAS = 48 << 20, 1 << 19, 1 << 21
 def from_file(path: str | Path) -> "FileTokenizer":
     """Returns the tokenizer that the tokenizer.json at `path` describes.
 
-    Which token ends a text is said by the files beside it, as `ends_of` describes. The file's padding, truncation and
-    added special tokens are turned off: the data loader cuts training text. Raises HandgradError if the file is missing
-    or invalid.
+    The files beside it say which tokens end a text (`ends_of`). The file's padding, truncation and added special tokens
+    are turned off: the data loader cuts training text. Raises HandgradError if the file is missing or invalid.
     """
     path = Path(path)
     library = read_library(path)
@@ -66,8 +65,7 @@ def library_must(rule: str) -> Iterator[None]:
     except (HandgradError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the library raises Exception, and its panics derive from BaseException
-        reason = " ".join(str(error).split())  # one line, even if it quotes a damaged file
-        raise HandgradError("tokenizer", rule, reason) from None
+        raise HandgradError("tokenizer", rule, one_line(error)) from None
 
 
 class FileTokenizer:

@@ -22,7 +22,7 @@ class ModelConfig:
     family: str = "gpt2"
     """architecture, by the name that handgrad.models registers: gpt2"""
     preset: str = "tiny"
-    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl (or gpt2-124m .. gpt2-1558m), d6 .. d84, gpt3:c384 .. gpt3:c12288"""
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
     depth: int = 0
     """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What it reads."""
+    """Training data."""
 
     train: str = PACKAGED
     """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
@@ -103,7 +103,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long and where."""
+    """Length, run folder, seed."""
 
     steps: int = 2000
     """optimizer steps; 0: one epoch"""
@@ -112,11 +112,11 @@ class RunConfig:
     resume: str = ""
     """run folder whose newest complete checkpoint to resume; auto: the one in --out, or a new run"""
     seed: int = 1337
-    """of initial weights, data order, dropout and sampling"""
+    """seed of initial weights, data order, dropout and sampling"""
     check: Literal["off", "nan"] = "off"
     """nan: check every output of every call and name the first that is not finite; slow"""
     config: str = ""
-    """settings from a file: a run's config.json, or names and values in .json, .yaml or .toml. Flags go before it"""
+    """settings from a file: a run's config.json, or names and values in .json, .yaml or .toml. Flags override it"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "steps seed")
@@ -126,24 +126,24 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """On what a step runs, in which precision, in how much memory."""
+    """Backend, precision and memory of a step."""
 
     micro_batch: int = 12
     """sequences in one forward and backward pass"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
     """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
     threads: int = 0
-    """CPU threads; 0: physical cores"""
+    """CPU threads; 0: the physical cores that this process may use"""
     dtype: Literal["auto", "f32", "tf32", "bf16"] = "auto"
     """working dtype; tf32: float32 with TF32 matmuls on a GPU; auto: bf16 where the hardware multiplies it"""
     master_weights: bool = True
     """bf16 weights keep the low 16 bits of their float32; without, updates are rounded stochastically"""
     grad_dtype: Literal["f32", "bf16"] = "f32"
-    """of parameter gradients; bf16 needs a GPU"""
+    """dtype of parameter gradients; bf16 needs a GPU"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
-    """what backward computes again instead of keeping it"""
+    """outputs that backward recomputes: act: activation functions; act_norm: norms too; block: all but block inputs"""
     head_mib: int = 0
-    """MiB of the head's logits that exist at a time; 0: the backend's own size"""
+    """MiB of logits in one chunk of the head; 0: the backend's default"""
     deterministic: bool = False
     """the same bits whatever is recomputed, slower on a GPU; the other backends always give the same bits"""
 
@@ -154,16 +154,16 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured and sampled on the way."""
+    """Validation, HellaSwag and samples during training."""
 
     val_every: int = 250
-    """steps between validations; 0: never. The last step is always validated if a validation set exists"""
+    """steps between validations; 0: only after the last step"""
     val_tokens: int = 65536
     """tokens of a validation; 0: the whole set"""
     hellaswag: str = ""
     """HellaSwag as `handgrad data hellaswag` makes it, or .jsonl: its accuracy by llm.c's rule goes into the log"""
     eval_every: int = 250
-    """steps between evaluations on HellaSwag, and of nothing else; 0: only after the last step"""
+    """steps between HellaSwag evaluations; 0: only after the last step"""
     sample_every: int = 0
     """steps between samples; 0: only after the last step"""
     sample_tokens: int = 256
@@ -204,7 +204,7 @@ class LogConfig:
     wandb: str = ""
     """also send the figures to this project of Weights & Biases; empty: to none"""
     telemetry_every: int = 0
-    """steps between looks at the GPU's load, power, temperature and clocks; 0: never"""
+    """steps between readings of the GPU's load, power, temperature and clocks; 0: never"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "telemetry_every")

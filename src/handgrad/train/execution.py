@@ -16,8 +16,9 @@ class Execution:
     """How a step is executed. Trainer, explain and profile take it whole.
 
     micro_batch      sequences per forward and backward pass; a step accumulates as many passes as it needs
-    recompute        what backward computes again instead of keeping it: "none", "act", "act_norm" or "block"
-    head_bytes       bytes of the head's logits that exist at a time; 0: the backend's own size
+    recompute        outputs that backward recomputes: "none"; "act": activation functions; "act_norm": norms too;
+                     "block": all but the inputs of blocks
+    head_bytes       bytes of logits in one chunk of the head; 0: the backend's default
     extra_programs   what the arena is planned for besides training: "val" for Trainer.evaluate, "sample" for
                      Trainer.generate, "score" for Trainer.scorer
     backend          "auto" (cuda where there is a GPU, else cpu), "cpu", "cuda" or "ref"

@@ -13,6 +13,7 @@ from typing import Any
 
 from handgrad.core.disk import make_folder, sweep, temporary, write_text
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
 from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
 from handgrad.models import preset
@@ -68,9 +69,9 @@ def check_name(folder: str) -> None:
     except (FileNotFoundError, NotADirectoryError):  # a file in the way is found when the folder is made
         return
     except (OSError, ValueError) as error:
-        shown = repr(folder if len(folder) <= 80 else folder[:77] + "...")
         reason = getattr(error, "strerror", None) or str(error)  # a ValueError: a character that no name can hold
-        raise HandgradError("run", f"the run folder {shown} cannot be used: {reason}", hint="another --out") from None
+        rule = f"the run folder {folder!r} cannot be used: {reason}"
+        raise HandgradError("run", rule, hint="another --out") from None
 
 
 class Lock:
@@ -188,14 +189,14 @@ def saved_settings(c: Config) -> Config | None:
     """The settings in the run folder that `c` resumes, or None: defaults to parse the command line over."""
     out = run_folder(c)
     path = out / SETTINGS
-    if not path.is_file():
+    if not os.path.exists(path):
         return None
+    groups = read_object(path, "resume")
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
         values = current(groups)
         if not {"model", "data", "optim", "run"} <= groups.keys():
             raise ValueError("groups are missing")
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HandgradError("resume", f"'{path}' holds the settings of a run", error) from None
     saved = from_names(values)
     return leave_sizes(replace(saved, run=replace(saved.run, out=str(out))), c)
@@ -226,8 +227,8 @@ def flat(groups: Any) -> dict[str, Any]:
 def changes(out: Path, c: Config) -> str:
     """Which settings differ from those saved in a run folder, as a sentence; empty if none does."""
     try:
-        before = flat(json.loads((out / SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):  # a converted model has none
+        before = flat(read_object(out / SETTINGS, "resume"))
+    except (HandgradError, ValueError):  # a converted model has none
         return ""
     found = []
     if "lr" not in before:  # of a run from Python, which has its own schedule, or of a converted one

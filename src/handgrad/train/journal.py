@@ -1,7 +1,7 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens
+from handgrad.data import Tokens, common_meta
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.config import PACKAGED, by_group
@@ -48,8 +48,10 @@ class Journal:
         self._added: tuple[int, float, Step, Callable[[], float]] | None = None
         self._tokens, known = data.batch_tokens, recorded(out) if resumed_at else {}
         try:
+            tokenizer = tokenizer_of([shard.path for shard in data.shards])
+            is_known = data.meta is not None or (data.vocab_size or 0) >= tokenizer.vocab_size
             merged = {group: known.get(group, {}) | values for group, values in settings.items()}
-            describe(out, merged, memory, tokenizer_of(data))
+            describe(out, merged, memory, tokenizer if is_known else None)
             self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
         except BaseException:
             self._lock.close()
@@ -110,7 +112,7 @@ def recorded(out: Path) -> dict[str, Any]:
         return {}
 
 
-def settings_of(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
+def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
     """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
     values: dict[str, Any] = {"family": model.family, **asdict(model)}
     # to the command line the word is the text in the package; to `data.tokens` it was a folder
@@ -127,9 +129,17 @@ def settings_of(model: Model, optim: Optimizer, data: Tokens, execution: Executi
     return by_group(values)
 
 
-def tokenizer_of(data: Tokens) -> tokenizers.Tokenizer | None:
-    """The tokenizer of shards, from their folder's meta.json; GPT-2's where nothing says another and it can be."""
-    if data.meta is not None:
-        return tokenizers.load(data.meta["tokenizer"], data.folder)
-    gpt2 = tokenizers.gpt2()
-    return gpt2 if data.vocab_size is not None and data.vocab_size >= gpt2.vocab_size else None
+def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:
+    """The tokenizer that made these shards, by the meta.json of their folders; without one, GPT-2's.
+
+    Raises HandgradError if a meta.json is damaged, or gives another vocabulary size than its tokenizer has.
+    """
+    found = common_meta(shards)
+    if found is None:
+        return tokenizers.gpt2()
+    folder, meta = found
+    tokenizer = tokenizers.load(meta["tokenizer"], folder)
+    if meta["vocab_size"] != tokenizer.vocab_size:
+        rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
+        raise HandgradError("data", rule, meta["vocab_size"])
+    return tokenizer

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from handgrad.core.disk import append, flush, write_whole
-from handgrad.core.errors import HandgradError
-from handgrad.train.log_file import drop_after, dump, in_words, main_log
+from handgrad.core.errors import HandgradError, one_line
+from handgrad.train.log_file import abbreviated, drop_after, dump, main_log
 from handgrad.train.log_text import clock, parts, plain_line
 from handgrad.train.trackers import TensorBoard, Wandb
 
@@ -298,14 +298,9 @@ def lacks(earlier: list[dict], bad: list[int], resumed_at: int) -> Iterator[str]
     earlier: its lines;  bad: the numbers of rows that were none
     """
     if bad:
-        yield f"{len(bad)} of the log's rows were damaged and are now in log.jsonl.bad: row {in_words(bad)}"
+        yield f"{len(bad)} of the log's rows were damaged and are now in log.jsonl.bad: row {abbreviated(bad)}"
     last = max((line["step"] for line in earlier if "loss" in line), default=resumed_at)
     if last < resumed_at:
-        text = f"the log lacks step {in_words(range(last + 1, resumed_at + 1))}"
+        text = f"the log lacks step {abbreviated(range(last + 1, resumed_at + 1))}"
         if not any(line.get("event") == text for line in earlier):
             yield text
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, or is if it says nothing, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,11 +3,12 @@
 import json
 import math
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from handgrad.core.disk import write_whole
+from handgrad.core.disk import require_file, write_whole
 from handgrad.core.errors import HandgradError
 
 KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
@@ -26,14 +27,15 @@ def rows(path: str | Path) -> Iterator[Row]:
 
     Raises HandgradError if the file cannot be read.
     """
+    if not os.path.exists(path):
+        return
+    require_file(path, Path(path).name, "log")
     try:
         with Path(path).open("rb") as file:
             for number, raw in enumerate(file, 1):
                 line, is_whole = _parse(raw), raw.endswith(b"\n")
                 if line is not None or (is_whole and raw.strip()):
                     yield Row(number, raw if is_whole else raw + b"\n", line)
-    except FileNotFoundError:
-        return
     except OSError as error:
         raise HandgradError("log", f"{path} must be readable", error.strerror) from None
 
@@ -46,12 +48,12 @@ def read_log(path: str | Path) -> list[dict]:
     return [row.line for row in rows(path) if row.line is not None]
 
 
-def in_words(numbers: Sequence[int]) -> str:
+def abbreviated(numbers: Sequence[int]) -> str:
     """Which rows or steps: all of a few, the ends of many.
 
-    >>> in_words([4]), in_words([4, 9, 11]), in_words(range(9, 13))
+    >>> abbreviated([4]), abbreviated([4, 9, 11]), abbreviated(range(9, 13))
     ('4', '4, 9, 11', '9, 10, 11, 12')
-    >>> in_words(range(9, 1013))
+    >>> abbreviated(range(9, 1013))
     '9, 10, 11 .. 1012'
     """
     few = ", ".join(map(str, numbers[:3] if len(numbers) > 5 else numbers))

@@ -23,6 +23,7 @@ from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelC
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
+from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
@@ -61,9 +62,9 @@ class Run:
 
 def resolve(c: Config, out: Path) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    c = folder_first(c, out)
+    c = local_folder_first(c, out)
     shards, val_shards = find_data(c, out)
-    tokenizer = tokenizer_of(shards)
+    tokenizer = tokenizer_of(hg_data.find_shards(shards))
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
     data = training_data(c, shards, model)
@@ -86,7 +87,7 @@ def resolve(c: Config, out: Path) -> Run:
     except HandgradError as error:
         if error.where != "memory":
             raise
-        raise priced(error, model, data, execution, precision, backend) from None
+        raise with_remedies(error, model, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
@@ -112,10 +113,10 @@ def resolve(c: Config, out: Path) -> Run:
     )
 
 
-def folder_first(c: Config, out: Path) -> Config:
-    """The settings, with the word for the packaged text written as a folder if a folder of that name is here.
+def local_folder_first(c: Config, out: Path) -> Config:
+    """The settings; `shakespeare` becomes ./shakespeare if that folder exists.
 
-    A run that was trained on the packaged text, in its own folder, goes on with it.
+    A run that was trained on the packaged text, in its own folder, continues with it.
     """
     is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
     if c.data.train != PACKAGED or is_own or not os.path.isdir(PACKAGED):
@@ -137,19 +138,6 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
         return d.train, d.val
     own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
-
-
-def tokenizer_of(shards: str) -> tokenizers.Tokenizer:
-    """The tokenizer that made these shards, by the meta.json of their folders; without one, GPT-2's."""
-    found = hg_data.common_meta(hg_data.find_shards(shards))
-    if found is None:
-        return tokenizers.gpt2()
-    folder, meta = found
-    tokenizer = tokenizers.load(meta["tokenizer"], folder)
-    if meta["vocab_size"] != tokenizer.vocab_size:
-        rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
-        raise HandgradError("data", rule, meta["vocab_size"])
-    return tokenizer
 
 
 def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
@@ -300,7 +288,7 @@ def check_readable(
         trainer.scorer.texts([pair for item in hellaswag for pair in item.pairs])
 
 
-def priced(
+def with_remedies(
     error: HandgradError,
     model: Model,
     data: hg_data.Tokens,

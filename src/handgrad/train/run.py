@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.core.disk import write_text
-from handgrad.core.errors import HandgradError
-from handgrad.core.output import Output, standard
+from handgrad.core.errors import HandgradError, one_line
+from handgrad.core.output import Output, redirected
 from handgrad.io import newest
 from handgrad.train.config import Config
 from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
-from handgrad.train.log import RunLog, one_line
+from handgrad.train.log import RunLog
 from handgrad.train.loop import loop, sample, save
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve, schedule_of
@@ -26,10 +26,10 @@ def train(c: Config, quiet: bool = False) -> int:
     """Trains as the settings say. Returns the exit code: 0, or 130 when interrupted; a checkpoint is then written.
 
     Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then. Whatever is
-    raised later leaves a checkpoint of the last step, if it can be written. That nobody reads the output stops nothing.
+    raised later leaves a checkpoint of the last step, if it can be written. A closed output does not stop the run.
     """
     out = run_folder(c)
-    with standard(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
+    with redirected(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
         with claim(out, c.run.resume) as lock:
             run = resolve(c, out)
             log = open_log(run, quiet)
@@ -58,7 +58,7 @@ def check_converged(run: Run) -> None:
 
 def unread(out: Path, error: OSError) -> None:
     """Says, where somebody may still see it, that the output of a run is lost."""
-    what = f"the output cannot be written: {error.strerror}; training goes on, and its log is {out / 'log.jsonl'}"
+    what = f"the output cannot be written: {error.strerror}; training continues; its log is {out / 'log.jsonl'}"
     print(f"[handgrad] {what}", file=sys.stderr)
 
 

@@ -27,10 +27,10 @@ def show(run: Run, given: Config) -> None:
     changed = differences(given)
     every = flat(asdict(run.config))
     if run.config.log.verbose:
-        table.add_row(" settings", in_words(every))
+        table.add_row(" settings", as_flags(every))
     else:
         rest = "all others are the defaults" if changed else "the defaults"
-        table.add_row(" settings", "; ".join(filter(None, [in_words(changed), f"{rest}, which --verbose lists"])))
+        table.add_row(" settings", "; ".join(filter(None, [as_flags(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
     steps = run.config.run.steps
     if run.config.data.train == f"./{PACKAGED}":
@@ -38,7 +38,7 @@ def show(run: Run, given: Config) -> None:
     if run.done == steps:
         console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
     elif (run.config.optim.warmup or 0) >= steps:
-        console.print(f" all {steps} steps are warm-up: --warmup", soft_wrap=True)
+        console.print(f" all {steps} steps are warm-up; a smaller --warmup lets the rate decay", soft_wrap=True)
     console.print()
 
 
@@ -67,10 +67,10 @@ def differences(given: Config) -> dict[str, Any]:
     return {name: v for name, v in values.items() if v != defaults[name] and name not in PLACES}
 
 
-def in_words(settings: dict[str, Any]) -> str:
+def as_flags(settings: dict[str, Any]) -> str:
     """Settings as a line: names as flags spell them, and values.
 
-    >>> in_words({"lr": 0.001, "prompt": "a b", "shuffle": False})
+    >>> as_flags({"lr": 0.001, "prompt": "a b", "shuffle": False})
     "lr 0.001, prompt 'a b', no-shuffle"
     """
     words = []

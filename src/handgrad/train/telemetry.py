@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.core.plan import MIB
 
 # bits of NVML's reasons for clocks below their maximum; being idle and the user's own setting are left out
@@ -34,7 +34,7 @@ class Telemetry:
         try:
             import pynvml
         except ImportError:
-            what, hint = "--telemetry-every needs the package nvidia-ml-py", install("cuda")
+            what, hint = "--telemetry-every needs the package nvidia-ml-py", install_command("cuda")
             raise HandgradError("telemetry", what, hint=hint) from None
         self._nvml = pynvml
         try:

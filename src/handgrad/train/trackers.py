@@ -7,7 +7,7 @@ from typing import Any
 
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 
 NAMES = {"loss": "loss/train", "val_loss": "loss/val"}
 
@@ -88,4 +88,4 @@ class Wandb:
 
 def missing(flag: str, package: str) -> HandgradError:
     """The error of a package that is an extra."""
-    return HandgradError("log", f"{flag} needs the package {package}", hint=install(package))
+    return HandgradError("log", f"{flag} needs the package {package}", hint=install_command(package))

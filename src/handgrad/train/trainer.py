@@ -28,7 +28,7 @@ from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.execution import Execution
-from handgrad.train.journal import Journal, settings_of
+from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
 from handgrad.train.start import Start, drawing, initialize, write_weight
@@ -184,7 +184,7 @@ class Trainer:
     def _open_journal(self) -> Journal | None:
         """The log and the settings in the run folder, if this trainer keeps them."""
         if self.keeps_journal and self._journal is None:
-            settings = settings_of(self.model, self.optim, self.data, self.execution, self.precision.dtype)
+            settings = recorded_settings(self.model, self.optim, self.data, self.execution, self.precision.dtype)
             self._journal = Journal(self._folder(), self._resumed_at, settings, self.plan.memory_map(), self.data)
             weakref.finalize(self, self._journal.close)
         if self._journal is not None:

@@ -31,7 +31,7 @@ def spin_count(root: Path = limits.ROOT) -> int:
     Some microseconds save the wake-up on idle cores. Where other processes need the cores, spinning takes their time
     and ours: a step takes twice the CPU time. libgomp spins for milliseconds unless it is told when it is opened.
     """
-    found = re.findall(r" (\d+)/\d+ ", limits.text(root / "proc/loadavg"))
+    found = re.findall(r" (\d+)/\d+ ", limits.read_system_file(root / "proc/loadavg"))
     others = int(found[0]) - 1 if found else 0  # running now, this thread not counted
     return SPINS_BUSY if others + limits.threads(root) > (os.cpu_count() or 1) else SPINS_IDLE
 

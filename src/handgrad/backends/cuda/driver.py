@@ -9,7 +9,7 @@ import numpy as np
 
 from handgrad.backends.arena import NUMPY
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.launch import TMA_TILE
 
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
@@ -17,7 +17,8 @@ MIN_CAPABILITY = (8, 0)  # bf16 tensor cores
 try:
     from cuda.bindings import driver as cu
 except ImportError as error:
-    raise HandgradError("cuda", f"the package cuda-bindings does not load: {error}", hint=install("cuda")) from None
+    rule = f"the package cuda-bindings does not load: {error}"
+    raise HandgradError("cuda", rule, hint=install_command("cuda")) from None
 
 
 def check(result: tuple) -> Any:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 
 
 def load(name: str, package: str) -> ctypes.CDLL:
@@ -17,7 +17,8 @@ def load(name: str, package: str) -> ctypes.CDLL:
         return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
     except Exception as error:  # pathfinder raises exceptions of its own types
         reason = str(error).strip().split("\n")[0]
-        raise HandgradError("cuda", f"the package {package} does not load: {reason}", hint=install("cuda")) from None
+        rule = f"the package {package} does not load: {reason}"
+        raise HandgradError("cuda", rule, hint=install_command("cuda")) from None
 
 
 def path_of(name: str) -> Path:

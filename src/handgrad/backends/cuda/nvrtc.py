@@ -16,7 +16,7 @@ from types import ModuleType
 
 from handgrad.backends.cuda import cache
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.core.limits import cpus
 
 INCLUDE = Path(__file__).parent / "include"
@@ -122,7 +122,7 @@ def _nvrtc() -> ModuleType:
         return nvrtc
     except (ImportError, RuntimeError) as error:
         raise HandgradError(
-            "nvrtc", f"the package nvidia-cuda-nvrtc does not load: {error}", hint=install("cuda")
+            "nvrtc", f"the package nvidia-cuda-nvrtc does not load: {error}", hint=install_command("cuda")
         ) from None
 
 

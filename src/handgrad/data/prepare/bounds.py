@@ -1,4 +1,4 @@
-"""What a source may unfold to, and rows of JSON read within these bounds.
+"""What a source may unfold to.
 
 A compressed file, a Parquet table and an archive of a few kilobytes can stand for terabytes, and a line of JSON for a
 hundred times its own memory. Everything that is read of them passes through here and is refused at a bound, before it
@@ -9,9 +9,7 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
-import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from handgrad.core.disk import file_size
-from handgrad.core.errors import HandgradError
+from handgrad.core.disk import require_file
+from handgrad.core.errors import HandgradError, one_line
 
 LONGEST_DOCUMENT = 2**25  # bytes. Common Crawl cuts pages at 5 MiB; an unabridged dictionary has 27 MB
 MOST_UNFOLDED = 256  # bytes for a byte of the source: text shrinks 3 to 20 times, lists of the same row 100 times
@@ -29,10 +27,6 @@ BLOCK_BYTES = 2**20  # of lines read together
 
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised besides OSError and ValueError
-_HALF = re.compile(
-    rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"
-)  # half a character in JSON: an escape, or bytes that json accepts
-_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def most_unfolded(packed: int, shares: int = 1) -> int:
@@ -94,7 +88,7 @@ def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
     The file may be .gz, .xz or .bz2; places are in the decompressed text. Raises HandgradError for a damaged file, and
     for one that unfolds to too much.
     """
-    size = file_size(path, "a source")
+    size = require_file(path, "a source", "data")
     with readable(path), path.open("rb") as raw:
         text, at = Unfolding(path, raw, size, path.suffix), 0
         while block := text.read(BLOCK_BYTES):
@@ -106,52 +100,6 @@ def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
             at += len(block)
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (location for error messages, object) of each line of JSON that is not blank. See `blocks`, `json_row`."""
-    number = 0
-    for _, _, lines in blocks(path):
-        for line in lines:
-            number += 1
-            if line.strip():
-                where = f"{path}, line {number}"
-                row = json_row(line, where)
-                if not isinstance(row, dict):
-                    raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
-                if _HALF.search(line):
-                    row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
-                yield where, row
-
-
-def json_row(line: bytes, where: str) -> object:
-    """Returns the value of a line of JSON. Raises HandgradError if it is damaged, or nested too deeply."""
-    try:
-        return json.loads(line)
-    except RecursionError:
-        raise HandgradError("data", f"{where}: must be JSON", "lists or objects nested too deeply") from None
-    except ValueError as error:
-        raise HandgradError("data", f"{where}: must be JSON", error) from None
-
-
-def json_kind(value: object) -> str:
-    """Returns what JSON calls a value."""
-    kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
-
-
-def repaired(text: str) -> tuple[str, int]:
-    """Returns (`text` with U+FFFD for every lone half of a character, their number), as tiktoken reads it.
-
-    An escape in JSON can produce such a half; two that belong together become their character.
-
-    >>> repaired("a \\ud800 b")[1], repaired("\\ud83d\\ude00") == ("\\U0001f600", 0)
-    (1, True)
-    """
-    if not _HALVES.search(text):
-        return text, 0
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return whole, whole.count("\N{REPLACEMENT CHARACTER}") - text.count("\N{REPLACEMENT CHARACTER}")
-
-
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Re-raises what reading a damaged file raises in the block as a HandgradError that names `path`."""
@@ -160,5 +108,5 @@ def readable(path: Path) -> Iterator[None]:
     except RecursionError:
         raise HandgradError("data", f"{path} must be readable and whole", "JSON nested too deeply") from None
     except (OSError, EOFError, ValueError, *DAMAGE) as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = one_line(error).rstrip(".")
         raise HandgradError("data", f"{path} must be readable and whole", reason) from None

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from handgrad.core.disk import file_size, flush, make_folder, write_text, write_whole
+from handgrad.core.disk import flush, make_folder, require_file, write_text, write_whole
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
 from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
@@ -143,7 +144,7 @@ def check(folder: str | Path) -> dict[str, int]:
     sums = Path(folder) / SUMS
     hint = "handgrad data writes folders with checksums"
     if os.path.exists(sums):
-        file_size(sums, str(sums))
+        require_file(sums, str(sums), "data")
     try:
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -228,10 +229,10 @@ def _origin(recipe: str, parts: Sequence[Part], spec: dict) -> dict:
 def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
     """Returns the progress of an earlier run with the same plan; removes the files of any other."""
     try:
-        saved = json.loads((building / _PROGRESS).read_text(encoding="utf-8"))
+        saved = read_object(building / _PROGRESS, "data", most=2**26)
         done = _Done(**saved["done"])
         fits = saved["plan"] == plan and all(_is_intact(building, out_dir, **shard) for shard in done.shards)
-    except (HandgradError, OSError, ValueError, KeyError, TypeError):
+    except (HandgradError, OSError, KeyError, TypeError):
         fits = False
     if fits:
         return done

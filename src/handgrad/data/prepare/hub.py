@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
 from handgrad.data.meta import sha256_of
 from handgrad.data.prepare.build import Jobs, Part
 
@@ -22,7 +22,7 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
     """
     path = Path(path)
     if not os.path.isdir(path):
-        file_size(path, "the source")
+        require_file(path, "the source", "data")
         return [path]
     for pattern in patterns:
         found = sorted(file for file in path.glob(pattern) if file.is_file())
@@ -34,7 +34,7 @@ def local(path: str | Path, patterns: Sequence[str]) -> list[Path]:
 
 def local_part(path: Path, jobs: Jobs, split: str = "") -> Part:
     """Returns the whole file `path` as a Part."""
-    return Part(path.name, file_size(path, "a source"), sha256_of(path), lambda: path, jobs, split)
+    return Part(path.name, require_file(path, "a source", "data"), sha256_of(path), lambda: path, jobs, split)
 
 
 def hub_parts(repo: str, patterns: Sequence[str], jobs: Jobs) -> list[Part]:
@@ -79,7 +79,7 @@ def _library() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        hint = f"{install('hub')}, or --source for local files"
+        hint = f"{install_command('hub')}, or --source for local files"
         raise HandgradError("data", "downloads go through huggingface_hub", "no such package", hint=hint) from None
     return huggingface_hub
 

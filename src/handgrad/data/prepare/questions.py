@@ -8,11 +8,12 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from handgrad.core.disk import file_size, make_folder
+from handgrad.core.disk import make_folder, require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.choices import Choices, write_choices
+from handgrad.data.json_lines import json_rows
 from handgrad.data.meta import sha256_of
-from handgrad.data.prepare.bounds import json_rows, readable
+from handgrad.data.prepare.bounds import readable
 from handgrad.data.prepare.build import write_sums
 from handgrad.data.prepare.hub import hub_files, local
 from handgrad.data.prepare.readers import batches, parquet
@@ -91,7 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix not in (".parquet", ".csv"):
         yield from json_rows(path)
         return
-    file_size(path, "a file of questions")
+    require_file(path, "a file of questions", "data")
     for number, row in enumerate(_table(path) if path.suffix == ".parquet" else _csv(path), 1):
         yield f"{path}, row {number}", row
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
-from handgrad.core.install import install
+from handgrad.core.install import install_command
+from handgrad.data.json_lines import json_kind, json_row
 from handgrad.data.prepare.bounds import (
     BLOCK_BYTES,
     LONGEST_DOCUMENT,
@@ -23,8 +24,6 @@ from handgrad.data.prepare.bounds import (
     Unfolding,
     blocks,
     checked_line,
-    json_kind,
-    json_row,
     most_unfolded,
     readable,
     too_large,
@@ -162,7 +161,7 @@ def batches(path: Path, group: int, column: str | None = None) -> Iterator[Any]:
 def archive(path: Path) -> Iterator[tuple[int, Job]]:
     """OpenWebText as published, .xz archives of text files, alone or several in a .tar: one job per .xz."""
     if path.suffix == ".xz":
-        size = file_size(path, "a source")
+        size = require_file(path, "a source", "data")
         yield size, Job(_archived, (path, 0, size))
         return
     with readable(path), tarfile.open(path, "r:") as outer:
@@ -195,5 +194,5 @@ def parquet() -> Any:
         import pyarrow.parquet
     except ImportError:
         rule = "Parquet files are read by pyarrow"
-        raise HandgradError("data", rule, "no such package", hint=install("parquet")) from None
+        raise HandgradError("data", rule, "no such package", hint=install_command("parquet")) from None
     return pyarrow.parquet

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
 from handgrad.data.prepare.bounds import Unfolding, most_unfolded, readable, too_large
@@ -181,7 +181,7 @@ def _tinystories(source: str | Path | None, out_dir: Path) -> list[Part]:
 
 def _unpacked(archive: Path, folder: Path) -> list[Path]:
     """Returns the .json files of a tar archive, extracted into `folder` unless they are there already."""
-    files, size = [], file_size(archive, "an archive")
+    files, size = [], require_file(archive, "an archive", "data")
     with readable(archive), archive.open("rb") as raw:
         members = Unfolding(archive, raw, size, archive.suffix).tar()
         folder.mkdir(parents=True, exist_ok=True)

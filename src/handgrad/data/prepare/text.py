@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from handgrad.core.disk import file_size
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import sha256_of
 from handgrad.data.prepare.build import Part
@@ -30,7 +30,7 @@ def read_text(files: str | Path | Iterable[str | Path]) -> Iterator[str]:
     1123762
     """
     for path in paths_of(files):
-        for start, stop in _pieces(path, 0, file_size(path, "a text")):
+        for start, stop in _pieces(path, 0, require_file(path, "a text", "data")):
             yield read_span(path, start, stop)
 
 
@@ -51,7 +51,7 @@ def text_parts(paths: Sequence[Path], val_fraction: float) -> list[Part]:
 
     Raises HandgradError for a file that is missing, and if all are empty.
     """
-    sizes = [file_size(path, "a text") for path in paths]
+    sizes = [require_file(path, "a text", "data") for path in paths]
     left = int(sum(sizes) * (1 - val_fraction))
     if sum(sizes) == 0:
         raise HandgradError("data", "the text must not be empty", f"0 bytes in {len(paths)} files")

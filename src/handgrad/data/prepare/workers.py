@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.data.prepare.bounds import repaired
+from handgrad.data.json_lines import repaired
 from handgrad.data.shards import id_dtype
 
 _AHEAD = 3  # jobs in flight per process

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from handgrad.train.log_file import in_words
+from handgrad.train.log_file import abbreviated
 from handgrad.train.log_text import clock, short
 from handgrad.train.report.curves import curves, running_mean
 from handgrad.train.report.read import Run
@@ -206,7 +206,7 @@ def _damage(runs: Sequence[Run]) -> str:
     """Which rows of the logs say nothing."""
     lines = [
         f"<p>{len(run.log.damaged)} damaged rows in the log of {escape(run.name)} are left out: row "
-        f"{in_words(run.log.damaged)}</p>"
+        f"{abbreviated(run.log.damaged)}</p>"
         for run in runs
         if run.log.damaged
     ]

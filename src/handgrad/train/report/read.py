@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object
 from handgrad.train.log_file import rows
 
 SIZES = ("num_layers", "num_heads", "hidden_size", "vocab_size", "max_seq_len")
@@ -108,15 +111,15 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads a run folder, of which any file may be missing. Raises HandgradError if one but the log is damaged."""
     log = read_columns(folder / "log.jsonl")
-    summary = read_object(folder / "run.json").get("summary", {})
+    summary = object_in(folder / "run.json").get("summary", {})
     if not isinstance(summary, Mapping):
         raise HandgradError("report", f"'summary' in {folder / 'run.json'} must be a JSON object", json.dumps(summary))
     return Run(
         name=folder.resolve().name,
         log=log,
-        config=read_object(folder / "config.json"),
+        config=object_in(folder / "config.json"),
         summary=summary,
-        evals=read_object(folder / "eval.json"),
+        evals=object_in(folder / "eval.json"),
         sample=read_text(folder / "sample.txt"),
         memory=read_text(folder / "memory.txt"),
     )
@@ -160,20 +163,15 @@ def number(value: Any) -> float | None:
 
 def read_text(path: Path) -> str | None:
     """The text of a file, None if there is none."""
+    if not os.path.exists(path):
+        return None
+    require_file(path, path.name, "report")
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise HandgradError("report", f"{path} must be readable", error.strerror) from None
 
 
-def read_object(path: Path) -> dict:
+def object_in(path: Path) -> dict:
     """The object in a JSON file, empty if there is no file."""
-    try:
-        value = json.loads(read_text(path) or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise HandgradError("report", f"{path} must hold a JSON object", "something else")
-    return value
+    return read_object(path, "report") if os.path.exists(path) else {}

@@ -1,0 +1,59 @@
+"""Files of JSON lines, read within the bounds of a source: a damaged line is named, half a character is replaced."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from handgrad.core.errors import HandgradError
+from handgrad.data.prepare.bounds import blocks
+
+# half a character in JSON: an escape, or bytes that json accepts
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields (location for error messages, object) of each line of JSON that is not blank. See `blocks`, `json_row`."""
+    number = 0
+    for _, _, lines in blocks(path):
+        for line in lines:
+            number += 1
+            if line.strip():
+                where = f"{path}, line {number}"
+                row = json_row(line, where)
+                if not isinstance(row, dict):
+                    raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
+                if _HALF.search(line):
+                    row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
+                yield where, row
+
+
+def json_row(line: bytes, where: str) -> object:
+    """Returns the value of a line of JSON. Raises HandgradError if it is damaged, or nested too deeply."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise HandgradError("data", f"{where}: must be JSON", "lists or objects nested too deeply") from None
+    except ValueError as error:
+        raise HandgradError("data", f"{where}: must be JSON", error) from None
+
+
+def json_kind(value: object) -> str:
+    """Returns what JSON calls a value."""
+    kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def repaired(text: str) -> tuple[str, int]:
+    """Returns (`text` with U+FFFD for every lone half of a character, their number), as tiktoken reads it.
+
+    An escape in JSON can produce such a half; two that belong together become their character.
+
+    >>> repaired("a \\ud800 b")[1], repaired("\\ud83d\\ude00") == ("\\U0001f600", 0)
+    (1, True)
+    """
+    if not _HALVES.search(text):
+        return text, 0
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole, whole.count("\N{REPLACEMENT CHARACTER}") - text.count("\N{REPLACEMENT CHARACTER}")
