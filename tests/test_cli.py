@@ -10,16 +10,19 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import tokenizers as library
 
-from handgrad.cli.__main__ import VERBS, main
+from handgrad.cli.__main__ import OTHERS, VERBS, main
 from handgrad.cli.completion import KINDS
 from handgrad.cli.data import RECIPES
 from handgrad.cli.examples import EXAMPLES
-from handgrad.cli.flags import ALIASES, parse
+from handgrad.cli.flags import flags, parse
+from handgrad.cli.names import ALIASES, HINTS, SAME
 from handgrad.core.errors import HandgradError
+from handgrad.models import preset, presets
 from handgrad.train.config import Config, from_names
 
 TINY = (
@@ -165,7 +168,7 @@ def test_completion_in_other_shells(name, capsys):
         ),
         (
             "train --schedule cosinus",
-            "[train] --schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'.",
+            "[train] --schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'. hint: did you mean cosine?",
         ),
         (
             "train fast",
@@ -188,7 +191,7 @@ def test_completion_in_other_shells(name, capsys):
         ("generate", "[generate] after the verb come MODEL and flags, but got nothing. hint: handgrad generate --help"),
         (
             "generate a b",
-            "[generate] after the verb come MODEL and flags, but got 'a b'. hint: handgrad generate --help",
+            "[generate] after the verb come MODEL and flags, but got 'a b'. hint: --prompt b",
         ),
         (
             "data",
@@ -197,7 +200,22 @@ def test_completion_in_other_shells(name, capsys):
         ),
         ("data check", "[data] after check comes a folder, but got nothing."),
         ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
-        ("ops chekc", "[ops] MODE is one of support, check, grad, bench, but got 'chekc'."),
+        (
+            "generate --prompt X",
+            "[generate] after the verb come MODEL and flags, but got no MODEL. hint: handgrad generate --help",
+        ),
+        (
+            "ops chekc",
+            "[ops] MODE is one of support, check, grad, bench, but got 'chekc'. hint: did you mean check?",
+        ),
+        (
+            "ops check --backend gpu",
+            "[ops] --backend takes one of cpu, cuda, but got 'gpu'. hint: did you mean cuda?",
+        ),
+        (
+            "explain --gpu h1000",
+            "[explain] --gpu takes one of a100, 4090, h100, h200, b200, but got 'h1000'. hint: did you mean h100?",
+        ),
         ("explain --micro-batch 0", "[compute] --micro-batch is a number from 1 on, but got 0."),
         (
             "explain --head-mib -1",
@@ -217,14 +235,137 @@ def test_wrong_words(told, argv, line):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        ("explain gpt2-125m", ("[model] a preset is one of tiny, gpt2-124m,", "or d<layers>, but got 'gpt2-125m'.")),
-        ("ops check atention", ("[ops] an op is one of ", "'atention'")),
+        (
+            "explain gpt2-125m",
+            ("[model] a preset is tiny, gpt2,", "gpt3:c12288, but got 'gpt2-125m'. hint: did you mean gpt2-124m?"),
+        ),
+        ("explain gpt2-small", ("but got 'gpt2-small'. hint: did you mean gpt2?",)),
+        ("explain GPT3", ("but got 'GPT3'. hint: did you mean gpt3:c768?",)),
+        ("explain d0", ("but got 'd0'. hint: did you mean d6?",)),
+        ("ops check atention", ("[ops] an op is one of ", "'atention'. hint: did you mean attention?")),
+        ("eval nowhere --tasks hella", ("[eval] a task is one of val, ", "'hella'. hint: did you mean hellaswag?")),
+        ("data txt book.txt", ("[data] the recipe is one of ", "'txt'. hint: did you mean text?")),
+        (
+            "data hellaswag --tokenizer GPT-2",
+            ("[data] --tokenizer is gpt2, chars or a file tokenizer.json, but got 'GPT-2'. hint: did you mean gpt2?",),
+        ),
+        ("version", ("but got 'version'. hint: did you mean handgrad --version?",)),
+        ("sample runs/a", ("but got 'sample'. hint: did you mean handgrad generate?",)),
+        ("--steps 5", ("but got '--steps'. hint: handgrad train --steps 5",)),
+        ("--prompt 'To be' generate run", ("but got '--prompt'. hint: handgrad generate --prompt 'To be' run",)),
         ("explain tiny --seq-len 65", ("[train] the model reads at most 64 tokens, but got seq_len 65.",)),
     ],
 )
 def test_wrong_names(told, argv, parts):
-    line = told(*argv.split())
+    line = told(*shlex.split(argv))
     assert all(part in line for part in parts)
+
+
+def test_every_word_for_a_verb_or_a_preset_leads_to_one():
+    assert not set(OTHERS) & set(VERBS)
+    assert all(word == "--version" or word.split()[0] in VERBS for word in OTHERS.values())
+    assert all(preset(name) for name in presets.OTHERS.values())
+    for name in presets.OTHERS:
+        with pytest.raises(HandgradError, match="did you mean"):
+            preset(name)
+
+
+def test_other_trainers_names_are_listed():
+    page = (Path(__file__).parents[1] / "docs" / "other-trainers.md").read_text()
+    rows = [f"| `--{ours}` | {', '.join(f'`--{n}`' for n in names.split())} |" for ours, names in SAME.items()]
+    assert page.partition("| --- | --- |\n")[2].splitlines() == rows
+
+
+def test_help_names_the_aliases(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "names of other trainers work too, such as --max-iters for --steps" in text
+
+
+def test_help_of_data_check(capsys):
+    assert main("data check --help".split()) == 0
+    assert "check        FOLDER: verify its files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "ours"),
+    [
+        ("fp16", "bf16"),
+        ("float16", "bf16"),
+        ("BFloat16", "bf16"),
+        ("float32", "f32"),
+        ("FP32", "f32"),
+        ("TF32", "tf32"),
+    ],
+)
+def test_other_words_for_a_dtype(told, word, ours):
+    line = told("train", "--dtype", word)
+    assert line == f"[train] --dtype takes one of auto, f32, tf32, bf16, but got '{word}'. hint: did you mean {ours}?"
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        ("--compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
+        ("--compile=False", "leave it out: there is nothing to compile, the kernels are hand-written"),
+        ("--no-compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
+        ("--epochs 3", "--steps; --steps 0 is one epoch"),
+        ("--num_train_epochs=3", "--steps; --steps 0 is one epoch"),
+        (
+            "--gradient_accumulation_steps=8",
+            "--batch-tokens, a multiple of --micro-batch x --seq-len",
+        ),
+        ("--dataset openwebtext", "--train FOLDER, which handgrad data makes"),
+        ("--min_lr 1e-5", "--final, as a fraction of --lr"),
+        ("--optimizer adamw", "leave it out: AdamW is the only optimizer"),
+        ("--fp16", "--dtype bf16; there is no float16"),
+        ("--bf16", "--dtype bf16"),
+        ("--lr_scheduler cosine", "--schedule cosine, linear, constant or wsd"),
+        ("--context_length 1024", "--seq-len (tokens in a training sequence) or --max-seq-len (longest)"),
+        ("--eval_iters 20", "--val-tokens, in tokens"),
+        ("--num-samples 3", "repeat the command with another --seed"),
+        ("--model.n_layers 3", "did you mean --num-layers?"),
+    ],
+)
+def test_names_of_other_trainers_get_a_hint(told, argv, hint):
+    flag = "--" + argv.split()[0].split("=")[0][2:].replace("_", "-")
+    line = told("train", *argv.split())
+    assert line == f"[train] flags are those of --help, but got '{flag}'. hint: {hint}"
+
+
+def test_a_hint_names_only_flags_that_the_verb_has(told):
+    """What --num-samples means is told where there is a --seed; a hint for train is none for another verb."""
+    assert told("generate", "run", "--num-samples", "3").endswith("hint: repeat the command with another --seed")
+    assert told("report", "run", "--num-samples", "3").endswith("hint: handgrad report --help")
+    assert told("generate", "run", "--batch-size", "3").endswith("hint: handgrad generate --help")
+    known = [dict(flags(getattr(import_module(f"handgrad.{m}"), name))) for m, name in KINDS.values() if name]
+    for hint in HINTS.values():
+        named = re.findall(r"--[a-z-]+", hint)
+        assert not named or any(all(flag in verb for flag in named) for verb in known), hint
+    assert not set(HINTS) & (set(ALIASES) | {flag[2:] for flag in known[0]})
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("mydata", "--train mydata"),
+        ("'my data'", "--train 'my data'"),
+        ("c.json", "--config c.json"),
+        ("nowhere.yaml", "--config nowhere.yaml"),
+        ("runs/short", "--resume runs/short"),
+        ("hf", "--init hf"),
+        ("gpt2-medium", "--preset gpt2-medium"),
+        ("book.txt", "handgrad data text book.txt --out mydata, then handgrad train --train mydata"),
+        ("-b", "handgrad train --help; for llm.c's letters: docs/from-llmc.md"),
+    ],
+)
+def test_a_word_without_its_flag(told, tmp_path, word, hint):
+    for folder in ("mydata", "my data", "runs/short", "hf"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("c.json", "runs/short/log.jsonl", "hf/model.safetensors"):
+        (tmp_path / file).touch()
+    argv = shlex.split(f"--steps 5 {word}")
+    assert told("train", *argv) == f"[train] after the verb come flags, but got '{' '.join(argv)}'. hint: {hint}"
 
 
 def test_flags_take_both_spellings():
@@ -244,6 +385,10 @@ def test_flags_take_both_spellings():
         " --model.init llmc --run.out a",  # as they were called when `run` was one large group
         "--max-steps 5 --learning-rate 1e-3 --micro_batch 3 --no_shuffle --grad-clip 0.5"
         " --activation-checkpointing block --init-from llmc --out-dir a",
+        "--num_iterations 5 --learning_rate=1e-3 --per_device_train_batch_size 3 --no-shuffle --max_grad_norm 0.5"
+        " --recompute block --init_from=llmc --output_dir a",
+        "--max_iters=5 --lr 1e-3 --micro-batch-size 3 --no-shuffle --gradient-clipping 0.5 --recompute block --init llmc"
+        " --out a",
     ],
 )
 def test_every_name_of_a_flag_is_the_same_flag(argv):
@@ -335,7 +480,9 @@ def test_bad_texts(told, tmp_path):
     assert "latin.txt must be UTF-8 text, but got byte 0xef at offset 2." in told("data", "text", "latin.txt")
     assert "latin.txt must be UTF-8" in told("data", "text", "latin.txt", "--tokenizer", "chars")
     assert "half.json must describe a tokenizer" in told("data", "text", "a.txt", "--tokenizer", "half.json")
-    assert "no file gpt3" in told("data", "text", "a.txt", "--tokenizer", "gpt3")
+    assert told("data", "text", "a.txt", "--tokenizer", "gpt3").endswith("but got 'gpt3'. hint: did you mean gpt2?")
+    assert told("data", "text", "a.txt", "--tokenizer", "char").endswith("but got 'char'. hint: did you mean chars?")
+    assert "no file bpe" in told("data", "text", "a.txt", "--tokenizer", "bpe")
     assert "in_the_way must be writable" in told("data", "text", "a.txt", "--out", "in_the_way")
     assert "val_fraction must lie in 0..1" in told("data", "text", "a.txt", "--val-fraction", "1")
     assert "shard_tokens must be at least 1" in told("data", "text", "a.txt", "--shard-tokens", "0")

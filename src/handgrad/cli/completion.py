@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import tyro
 
-from handgrad.cli.flags import flags, parse
+from handgrad.cli.flags import choices, flags, parse
 
 BASH = """\
 _handgrad() {{
@@ -71,11 +71,6 @@ def words(verb: str) -> dict[str, tuple[str, ...]]:
     for kind in kinds:
         found |= {flag: choices(hint) for flag, hint in flags(kind)}
     return found
-
-
-def choices(hint: Any) -> tuple[str, ...]:
-    """The words that a flag of this type takes, none where they are not known."""
-    return tuple(word for word in get_args(hint) if word) if get_origin(hint) is Literal else ()
 
 
 def bash(found: dict[str, dict[str, tuple[str, ...]]]) -> str:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from handgrad import data, tokenizers
 from handgrad.cli.flags import parse
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
 
@@ -109,13 +109,15 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     """Runs the recipe `argv[0]` with the flags in the rest."""
     word, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if word in ("-h", "--help"):
+    if word in ("-h", "--help", "help") or (word == "check" and rest in (["-h"], ["--help"])):
         print(usage())
     elif word == "check":
         check(rest)
     elif word not in RECIPES:
         rule = f"the recipe is one of {', '.join([*RECIPES, 'check'])}"
-        raise HandgradError("data", rule, f"'{word}'" if word else "nothing", hint=USAGE)
+        raise HandgradError(
+            "data", rule, f"'{word}'" if word else "nothing", hint=did_you_mean(word, [*RECIPES, "check"]) or USAGE
+        )
     elif RECIPES[word][0] is Questions:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
@@ -169,7 +171,12 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
     """Returns the tokenizer that `word` names; the characters of `texts` for "chars"."""
     if word == "gpt2":
         return tokenizers.gpt2()
-    return tokenizers.chars(data.read_text(texts)) if word == "chars" else tokenizers.from_file(word)
+    if word == "chars":
+        return tokenizers.chars(data.read_text(texts))
+    near = "" if Path(word).exists() else did_you_mean(word, ["gpt2", "chars"])
+    if near:
+        raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
+    return tokenizers.from_file(word)
 
 
 def check(argv: list[str]) -> None:

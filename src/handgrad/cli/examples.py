@@ -1,4 +1,4 @@
-"""Command lines that --help shows, by verb."""
+"""Command lines that --help shows, by verb, and what it says below them."""
 
 EXAMPLES = {
     "train": """
@@ -45,3 +45,5 @@ handgrad ops bench linear --threads 2""",
 source <(handgrad completion bash)   # in ~/.bashrc; in ~/.zshrc with zsh
 handgrad completion fish > ~/.config/fish/completions/handgrad.fish""",
 }
+
+NOTES = {"train": "\n\nnames of other trainers work too, such as --max-iters for --steps: docs/other-trainers.md"}

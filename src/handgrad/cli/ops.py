@@ -11,7 +11,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.cuda.planner import GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import DTYPES
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.op import Case, Op
 from handgrad.ops import OPS
 from handgrad.testing import bench_case, check_case, gradcheck_op
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     a = parse(Ops, argv, "ops")
     unknown = [n for n in a.names if n not in OPS]
     if unknown:
-        raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
+        hint = did_you_mean(unknown[0], OPS)
+        raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'", hint=hint)
     chosen: list[Op] = [OPS[n] for n in a.names or OPS]
     if a.mode == "support":
         table, failed = support(chosen), False

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from handgrad.cli.flags import ALIASES, parse
+from handgrad.cli.flags import parse
+from handgrad.cli.names import ALIASES
 from handgrad.core.disk import file_size
 from handgrad.core.errors import HandgradError
 from handgrad.train.config import Config, OptimConfig, from_names
