@@ -23,6 +23,7 @@ from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, HINTS, SAME
 from handgrad.core.errors import HandgradError
 from handgrad.models import preset, presets
+from handgrad.ops import OPS
 from handgrad.train.config import Config, from_names
 
 TINY = (
@@ -433,6 +434,27 @@ def test_ops_support_check_and_grad(capsys):
     assert " ok" in capsys.readouterr().out
     assert main("ops bench fill --threads 1".split()) == 0
     assert "GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_ops_keeps_words_whole_in_a_pipe(columns):
+    """However narrow the terminal is said to be, a row is a line."""
+    done = shell(f"COLUMNS={columns} handgrad ops", stdin=subprocess.DEVNULL)
+    rows = dict(line.strip().split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(" "))
+    assert rows["op"].split() == ["oracle", "cpu", "cuda", "gradient", "cases"]
+    assert rows["embed"].split() == ["yes", "f32", "bf16", "f32", "bf16", "rule", rows["embed"].split()[-1]]
+    assert set(rows) == {"op", *OPS}
+    below = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line and not line.startswith(" "))
+    assert below == {name: f"{op.ins} -> {op.outs}" for name, op in OPS.items()}
+    assert max(map(len, done.stdout.partition("\n\n")[0].splitlines())) <= 80
+
+
+def test_ops_keeps_words_whole_on_a_terminal():
+    pty = f"{sys.executable} -c 'import pty, sys; pty.spawn(sys.argv[1:])'"  # a terminal; its output is captured
+    done = shell(f"TERM=xterm COLUMNS=80 LINES=24 {pty} handgrad ops", stdin=subprocess.DEVNULL)
+    words = [word for name, op in OPS.items() for word in (name, *op.ins.split(), *op.outs.split())]
+    assert "gradient" in done.stdout and set(words) <= set(done.stdout.replace(": ", " ").split())
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in done.stdout.splitlines()) <= 80
 
 
 def test_a_reader_that_leaves_early():

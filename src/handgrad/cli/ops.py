@@ -45,10 +45,15 @@ def main(argv: list[str]) -> int:
     else:
         mode = {"check": check, "grad": grad, "bench": bench}[a.mode]
         table, failed = mode(chosen, open_backend(a.backend, a.threads))
-    for column in table.columns[1:]:
-        column.overflow = "fold"
     table.columns[0].no_wrap = True
-    Console(highlight=False, markup=False, emoji=False).print(table)  # db:M:f32 is no picture of an M
+    console = Console(highlight=False, markup=False, emoji=False)  # db:M:f32 is no picture of an M
+    if not console.is_terminal:
+        console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.print(table)
+    if a.mode == "support":
+        console.print()
+        for op in chosen:
+            console.print(f"{op.name}: {op.ins} -> {op.outs}", soft_wrap=not console.is_terminal)
     return 1 if failed else 0
 
 
@@ -58,13 +63,13 @@ def sizes(case: Case) -> str:
 
 
 def support(ops: list[Op]) -> Table:
-    """Op by backend."""
+    """Op by backend; what they read and write is printed below."""
     backends = open_backend("cpu"), GpuPlanner("h100")
-    table = Table("op", "inputs", "outputs", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
+    table = Table("op", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
     for op in ops:
         rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
         has = ["f32 bf16" if b.has(op) else "-" for b in backends]
-        table.add_row(op.name, op.ins, op.outs, "yes", *has, rule, str(len(op.cases)))
+        table.add_row(op.name, "yes", *has, rule, str(len(op.cases)))
     return table
 
 
