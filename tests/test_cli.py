@@ -11,16 +11,19 @@ import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import tokenizers as library
 
+from handgrad import tokenizers
 from handgrad.cli.__main__ import OTHERS, VERBS, main
-from handgrad.cli.completion import KINDS
+from handgrad.cli.completion import KINDS, PLACES, Completion
 from handgrad.cli.data import RECIPES
 from handgrad.cli.examples import EXAMPLES
 from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, HINTS, SAME
+from handgrad.cli.ops import Ops
 from handgrad.core.errors import HandgradError
 from handgrad.models import preset, presets
 from handgrad.ops import OPS
@@ -102,6 +105,8 @@ def test_examples_are_command_lines(verb, capsys):
 
 
 def test_every_verb_has_examples_and_completion():
+    assert PLACES["ops"][0] == get_args(get_type_hints(Ops)["mode"])
+    assert PLACES["completion"][0] == get_args(get_type_hints(Completion)["shell"])
     assert {verb.split()[0] for verb in EXAMPLES} == set(VERBS) == set(KINDS)
     assert {verb.split()[1] for verb in EXAMPLES if verb.startswith("data ")} == set(RECIPES)
 
@@ -114,10 +119,27 @@ def test_every_verb_has_examples_and_completion():
         ("handgrad train --backend c", {"cpu", "cuda"}),
         ("handgrad data tinys", {"tinystories"}),
         ("handgrad report gpt", {"gpt2.bin"}),
+        ("handgrad train --preset gpt2-m", {"gpt2-medium"}),
+        ("handgrad train --preset = tin", {"tiny"}),  # how bash splits --preset=tin
+        ("handgrad train --init ll", {"llmc"}),
+        ("handgrad train --init gpt", {"gpt2.bin"}),
+        ("handgrad explain gpt2-x", {"gpt2-xl"}),
+        ("handgrad profile d8", {"d84"}),
+        ("handgrad explain --cal", {"--calls"}),
+        ("handgrad ops ch", {"check"}),
+        ("handgrad ops check lm_loss_", {"lm_loss_forward_backward"}),
+        ("handgrad completion z", {"zsh"}),
+        ("handgrad data text --tokenizer c", {"chars", "corpus"}),
+        ("handgrad data text --tokenizer g", {"gpt2", "gpt2.bin"}),
+        ("handgrad data c", {"check"}),
+        ("handgrad data check p", {"plays"}),
+        ("handgrad data text c", {"corpus"}),
     ],
 )
 def test_completion_in_bash(words, found, tmp_path, capsys):
     (tmp_path / "gpt2.bin").touch()
+    (tmp_path / "plays").mkdir()
+    (tmp_path / "corpus").touch()
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out + f"\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); "
     script += "_handgrad; echo ${COMPREPLY[@]}"
@@ -131,6 +153,12 @@ def test_completion_in_other_shells(name, capsys):
     assert main(["completion", name]) == 0
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS) and ("-l micro-batch" if name == "fish" else "--micro-batch") in text
+    if name == "fish":
+        two = "commandline -opc"
+        assert f"__fish_seen_subcommand_from explain; and test (count ({two})) -eq 2' -f -a 'tiny gpt2-124m" in text
+        assert f"__fish_seen_subcommand_from ops; and test (count ({two})) -gt 2' -f -a 'embed " in text
+        assert f"__fish_seen_subcommand_from data; and test (count ({two})) -eq 2' -f -a 'shakespeare " in text
+        assert "from data' -l tokenizer -r -a 'gpt2 chars'" in text and "from train' -l preset -x -a 'tiny " in text
     if shutil.which(name):
         subprocess.run([name, "-c", text], check=True)
 
@@ -319,8 +347,8 @@ def test_other_words_for_a_dtype(told, word, ours):
         ("--dataset openwebtext", "--train FOLDER, which handgrad data makes"),
         ("--min_lr 1e-5", "--final, as a fraction of --lr"),
         ("--optimizer adamw", "leave it out: AdamW is the only optimizer"),
-        ("--fp16", "--dtype bf16; there is no float16"),
-        ("--bf16", "--dtype bf16"),
+        ("--fp16", "--dtype bf16, tf32 or f32; there is no float16"),
+        ("--bf16", "--dtype bf16, tf32 or f32; there is no float16"),
         ("--lr_scheduler cosine", "--schedule cosine, linear, constant or wsd"),
         ("--context_length 1024", "--seq-len (tokens in a training sequence) or --max-seq-len (longest)"),
         ("--eval_iters 20", "--val-tokens, in tokens"),
@@ -354,16 +382,14 @@ def test_a_hint_names_only_flags_that_the_verb_has(told):
         ("c.json", "--config c.json"),
         ("nowhere.yaml", "--config nowhere.yaml"),
         ("runs/short", "--resume runs/short"),
-        ("hf", "--init hf"),
         ("gpt2-medium", "--preset gpt2-medium"),
-        ("book.txt", "handgrad data text book.txt --out mydata, then handgrad train --train mydata"),
         ("-b", "handgrad train --help; for llm.c's letters: docs/from-llmc.md"),
     ],
 )
 def test_a_word_without_its_flag(told, tmp_path, word, hint):
-    for folder in ("mydata", "my data", "runs/short", "hf"):
+    for folder in ("mydata", "my data", "runs/short"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("c.json", "runs/short/log.jsonl", "hf/model.safetensors"):
+    for file in ("c.json", "runs/short/log.jsonl"):
         (tmp_path / file).touch()
     argv = shlex.split(f"--steps 5 {word}")
     assert told("train", *argv) == f"[train] after the verb come flags, but got '{' '.join(argv)}'. hint: {hint}"
@@ -420,7 +446,11 @@ def test_explain(capsys):
     assert "attention" not in text and "7,2" not in text
     assert main([*argv, "--calls"]) == 0
     text = capsys.readouterr().out
-    assert "attention" in text and "arena" in text and "recompute block" in text and "1 threads" not in text
+    assert "attention" in text and "activations  " in text and "1 threads" not in text
+    assert "remedy" not in text  # none would save anything
+    assert main("explain tiny --threads 1".split()) == 0
+    saves = re.findall(r"^(?:recompute|micro-batch|head-mib) \w+ +[\d.]+ +([\d.-]+) ", capsys.readouterr().out, re.M)
+    assert saves and all(float(mib) > 0 for mib in saves)
 
 
 def test_ops_support_check_and_grad(capsys):
@@ -508,6 +538,47 @@ def test_bad_texts(told, tmp_path):
     assert "in_the_way must be writable" in told("data", "text", "a.txt", "--out", "in_the_way")
     assert "val_fraction must lie in 0..1" in told("data", "text", "a.txt", "--val-fraction", "1")
     assert "shard_tokens must be at least 1" in told("data", "text", "a.txt", "--shard-tokens", "0")
+
+
+@pytest.mark.parametrize(
+    ("characters", "last"),
+    [
+        (6, "a sequence of handgrad train takes 65 tokens, and the smaller part has 1: add text"),
+        (100, "train on it: handgrad train --train data --seq-len 9"),
+        (1000, "train on it: handgrad train --train data"),
+    ],
+)
+def test_a_text_too_short_to_train_on_says_so(tmp_path, monkeypatch, capsys, characters, last):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.txt").write_text((TEXT * 10)[:characters])
+    assert main("data text small.txt --tokenizer chars".split()) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith(last) and ("add text" in out) == (characters < 650)
+    assert out.count("tokens in 1 shard\n") == 2
+    if characters > 6:  # what it says works
+        argv = shlex.split(last)[shlex.split(last).index("train", 3) :]
+        assert main([*argv, *TINY, "--sample-tokens", "0"]) == 0
+
+
+def test_a_prompt_that_the_data_cannot_spell_is_named(told, tmp_path, capsys):
+    line = told("train", "--prompt", "Romeo & Zoë")
+    assert line.startswith("[run] --prompt is spelled with the data's characters, but got 'ë' at character 10. hint:")
+    hint = "hint: leave it out; a model trained with the gpt2 tokenizer reads every character"
+    with pytest.raises(HandgradError, match=hint):
+        tokenizers.chars("abc").encode("abd")
+
+
+def test_help_of_data(capsys):
+    assert main("data text --help".split()) == 0
+    text = capsys.readouterr().out
+    assert "FILE..." in text and "[STR" not in text
+    assert main("data shakespeare --help".split()) == 0
+    assert "empty: plays for shakespeare" in " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
+
+
+def test_profile_takes_a_vocabulary(capsys):
+    assert main("profile tiny --vocab-size 64 --steps 1 --micro-batch 1 --seq-len 16 --threads 1".split()) == 0
+    assert "tiny, 1 x 16 tokens" in capsys.readouterr().out
 
 
 def test_a_damaged_data_folder(told, tmp_path, capsys):

@@ -244,7 +244,7 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
         ),
         (
             "--sample-tokens 1 --prompt €",
-            "[run] --prompt is spelled with the data's characters, but got '€'. hint: another, or --sample-tokens 0",
+            "[run] --prompt is spelled with the data's characters, but got '€' at character 0. hint: another, or --sample-tokens 0",
         ),
         ("--train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
         (

@@ -21,16 +21,7 @@ VERBS = {
     "doctor": "what is installed, what was found, what would run",
     "completion": "a script that completes verbs and flags in bash, zsh or fish",
 }
-OTHERS = {  # words that are no verbs: what to type
-    "version": "--version",
-    "-V": "--version",
-    "-v": "--version",
-    "sample": "generate",
-    "benchmark": "ops bench",
-    "info": "doctor",
-    "tokenize": "data text",
-    "export": "convert",
-}
+OTHERS = {"version": "--version", "-V": "--version", "sample": "generate", "tokenize": "data text"}  # what is meant
 
 
 def usage() -> str:

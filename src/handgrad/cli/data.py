@@ -15,8 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from handgrad import data, tokenizers
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Output:
     """Where to write, with which tokenizer, in how many processes."""
 
     out: str = ""
-    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: named after the data set"""
+    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
+    files, otherwise named after the data set"""
     tokenizer: str = "gpt2"
     """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
     shard_tokens: int = 100_000_000
@@ -55,7 +58,7 @@ class FineWeb(DataSet):
 class Text(Output):
     """UTF-8 text files, one document each."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    files: Files = ()
     """the files"""
     val_fraction: float = 0.1
     """share of the text, at its end, that becomes the validation set"""
@@ -65,7 +68,7 @@ class Text(Output):
 class Rows(Output):
     """Files with one document per row."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    files: Files = ()
     """the files; JSON lines may be .gz, .xz or .bz2"""
     column: str = "text"
     """the column that holds the text"""
@@ -142,10 +145,17 @@ def make(recipe: str, argv: list[str]) -> None:
     with bar() as progress:
         meta = data.prepare(recipe, out, tokenizer, progress=progress, **a)
     for split in ("train", "val"):
-        print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {len(meta[split]['shards'])} shards")
+        count = len(meta[split]["shards"])
+        print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {count} shard{'s' * (count != 1)}")
     if "replaced" in meta:
         print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
-    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}")
+    least = min([a["shard_tokens"], *(meta[split]["tokens"] for split in ("train", "val") if meta[split]["shards"])])
+    wanted = preset("tiny")["max_seq_len"] + 1
+    if least < wanted:
+        print(f"a sequence of handgrad train takes {wanted} tokens, and the smaller part has {least}: add text")
+    if least > 1:
+        shorter = f" --seq-len {least - 1}" * (least < wanted)
+        print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}{shorter}")
 
 
 class bar:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tyro
 
 from handgrad.cli.examples import EXAMPLES, NOTES
-from handgrad.cli.names import ALIASES, VALUES, hint_for, place_of
+from handgrad.cli.names import ALIASES, hint_for, place_of
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.train.config import OTHER_WORDS
 
 Settings = TypeVar("Settings")
 # type of a field: what its flag takes, and what reads it
@@ -88,7 +89,7 @@ def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
         try:
             reads(value)
         except ValueError:
-            hint = did_you_mean(value, choices(known[flag]), VALUES)
+            hint = did_you_mean(value, choices(known[flag]), OTHER_WORDS)
             return HandgradError(verb, f"{flag} takes {takes}", f"'{value}'", hint=hint)
         while known[flag] == tuple[str, ...] and left and not left[0].startswith("--"):
             left.pop(0)

@@ -31,7 +31,6 @@ SAME = {  # our flag: theirs
     "prompt": "start",
     "recompute": "activation-checkpointing",
     "save-every": "save-interval save-steps",
-    "schedule": "lr-schedule",
     "seq-len": "seq-length sequence-length",
     "steps": "max-steps max-iters num-iterations train-iters",
     "train": "input-bin",
@@ -43,40 +42,28 @@ SAME = {  # our flag: theirs
 ALIASES = {name: ours for ours, names in SAME.items() for name in names.split()}
 
 _HINTS = {  # hint: names
-    "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)": "batch-size",
-    "--batch-tokens, in tokens: sequences x --seq-len": "global-batch-size train-batch-size",
+    "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)": "batch-size global-batch-size",
     "--batch-tokens, a multiple of --micro-batch x --seq-len": "gradient-accumulation-steps grad-accum-steps",
     "--seq-len (tokens in a training sequence) or --max-seq-len (longest)": "block-size context-length n-ctx",
     "--backend cpu or --backend cuda": "device gpu cpu cuda use-cuda use-gpu",
-    "--dtype bf16, tf32 or f32": "precision mixed-precision amp torch-dtype",
-    "--dtype bf16; there is no float16": "fp16 half",
-    "--dtype bf16": "bf16 bfloat16",
-    "--dtype tf32": "tf32 tensorcores",
-    "--dtype f32": "fp32 float32",
+    "--dtype bf16, tf32 or f32; there is no float16": "fp16 bf16 tf32 fp32 half amp precision mixed-precision",
     "--steps; --steps 0 is one epoch": "epoch epochs num-epochs num-train-epochs max-epochs",
     "--final, as a fraction of --lr": "min-lr",
     "--warmup, in steps": "warmup-ratio warmup-fraction lr-warmup-fraction warmup-tokens",
     "--schedule cosine, linear, constant or wsd": "lr-scheduler lr-scheduler-type scheduler lr-decay-style",
     "leave it out: AdamW is the only optimizer": "optimizer optim optimizer-type",
     "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
-    "leave it out: attention is always fused": "flash flash-attn flash-attention use-flash-attn",
     "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
     "leave it out: a run is one process on one GPU": "ddp fsdp zero-stage num-gpus gpus devices",
-    "--train FOLDER, which handgrad data makes": "dataset dataset-name data data-dir data-path train-file input text",
-    "leave it out: the tokenizer is that of the data, as handgrad data wrote it": "tokenizer tokenizer-name vocab-file",
+    "--train FOLDER, which handgrad data makes": "dataset data data-dir data-path train-file tokenizer",
     "--preset (named sizes) or --init (a model on disk)": "model model-name model-type model-name-or-path arch",
     "--resume RUN": "resume-from resume-from-checkpoint load ckpt checkpoint load-checkpoint",
     "--val-tokens, in tokens": "eval-iters val-max-steps eval-batches limit-val-batches",
-    "--overfit": "overfit-single-batch overfit-batches",
-    "--wandb PROJECT": "wandb-log use-wandb",
-    "--wandb PROJECT or --tensorboard": "report-to logger",
-    "handgrad eval RUN": "eval-only do-predict",
-    "handgrad generate RUN": "inference-only",
+    "--wandb PROJECT or --tensorboard": "wandb-log report-to",
+    "handgrad eval RUN, handgrad generate RUN": "eval-only inference-only",
     "repeat the command with another --seed": "num-samples num-return-sequences n-samples",
 }
 HINTS = {name: hint for hint, names in _HINTS.items() for name in names.split()}
-
-VALUES = dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "bf16") | {"float": "f32", "gpu": "cuda"}
 
 
 def hint_for(flag: str, known: Collection[str], verb: str) -> str:
@@ -100,12 +87,8 @@ def place_of(word: str, verb: str) -> str:
         return ""
     if path.suffix in (".json", ".yaml", ".yml", ".toml"):
         return f"--config {quote(word)}"
-    if path.suffix == ".txt":
-        return f"handgrad data text {quote(word)} --out mydata, then handgrad train --train mydata"
     if (path / "log.jsonl").exists():
         return f"--resume {quote(word)}"
-    if any(path.glob("model*.safetensors")):
-        return f"--init {quote(word)}"
     if path.is_dir() or path.suffix == ".bin":
         return f"--train {quote(word)}"
     return f"--preset {word}" if word in preset_names() else ""

@@ -270,12 +270,12 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     if not prompt:
         return tokenizers.neutral_prompt(tokenizer)
     try:
-        ids = tokenizer.encode(prompt).tolist()
-    except HandgradError:
-        ids = []
+        ids, found = tokenizer.encode(prompt).tolist(), repr(prompt)
+    except HandgradError as error:
+        ids, found = [], error.got or repr(prompt)  # the character
     if not ids:
         rule, hint = "--prompt is spelled with the data's characters", "another, or --sample-tokens 0"
-        raise HandgradError("run", rule, repr(prompt), hint=hint)
+        raise HandgradError("run", rule, found, hint=hint)
     return ids
 
 
