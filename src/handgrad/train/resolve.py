@@ -269,10 +269,11 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     """The tokens of the prompt of samples; of an empty one, those that say least."""
     if not prompt:
         return tokenizers.neutral_prompt(tokenizer)
+    found: object = repr(prompt)
     try:
-        ids, found = tokenizer.encode(prompt).tolist(), repr(prompt)
+        ids = tokenizer.encode(prompt).tolist()
     except HandgradError as error:
-        ids, found = [], error.got or repr(prompt)  # the character
+        ids, found = [], error.got or found  # the character
     if not ids:
         rule, hint = "--prompt is spelled with the data's characters", "another, or --sample-tokens 0"
         raise HandgradError("run", rule, found, hint=hint)
