@@ -14,13 +14,13 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1350,
     "backends": 3300,
-    "train": 2700,
+    "train": 2800,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,
     "evals": 500,
     "infer": 500,
-    "cli": 1250,
+    "cli": 1350,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

@@ -35,15 +35,35 @@ def test_every_kind_of_file_gives_the_same_settings(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("a.json", '{"stepps": 3}', "[config] settings are the flags of handgrad train, but got 'stepps'."),
+        (
+            "a.json",
+            '{"stepps": 3}',
+            "[config] settings are the flags of handgrad train, but got 'stepps'. hint: did you mean --steps?",
+        ),
+        ("a.yaml", "compile: true", "but got 'compile'. hint: leave it out: there is nothing to compile"),
+        ("a.toml", "gradient_accumulation_steps = 4", "hint: --batch-tokens, a multiple of --micro-batch x --seq-len"),
+        (
+            "a.yaml",
+            "schedule: cosin",
+            "[optim] --schedule is one of cosine, linear, constant, wsd, but got 'cosin'. hint: did",
+        ),
+        (
+            "a.json",
+            '{"backend": "gpu"}',
+            "[compute] --backend is one of auto, cpu, cuda, ref, but got 'gpu'. hint: did you mean cuda?",
+        ),
         ("a.json", '{"steps": "3"}', "[run] --steps is a whole number, but got '3'."),
         ("a.json", '{"steps": -3}', "[run] --steps is a number from 0 on, but got -3."),
         ("a.json", "[]", "no names and values."),
-        ("a.json", "{", "[config] --config '"),
+        ("a.json", "{", "is not json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)."),
+        ("a.json", '{"steps": 3,\n "lr": }', "is not json: Expecting value: line 2 column 8 (char 20)."),
         ("a.json", "[" * 100_000, "[config] --config '"),
-        ("a.yaml", "a: [", "[config] --config '"),
+        ("a.yaml", "a: [", "is not yaml: expected the node content, but found '<stream end>', line 1, column 5."),
+        ("a.yaml", "steps: 3\n lr: 1", "is not yaml: mapping values are not allowed here, line 2, column 4."),
+        ("a.yaml", "a: !b 1", "is not yaml: could not determine a constructor for the tag '!b', line 1, column 4."),
         ("a.yaml", "1: 2", "no names and values."),
-        ("a.toml", "steps = ", "[config] --config '"),
+        ("a.toml", "steps = ", "is not toml: Invalid value (at end of document)."),
+        ("a.toml", "steps = 3\nlr = x", "is not toml: Invalid value (at line 2, column 6)."),
         ("a.yaml", "config: b.yaml", "names no other file of settings, but got 'b.yaml'."),
         ("a.ini", "steps = 3", "[config] --config is a file .json, .yaml, .yml, .toml, but got '"),
     ],
@@ -53,6 +73,24 @@ def test_bad_files_are_one_line(name, text, line, tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
     out, err = capsys.readouterr()
     assert not out and line in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("train --config nowhere.json".split()) == 2
+    assert capsys.readouterr().err == "[config] --config 'nowhere.json': no such file.\n"
+    (tmp_path / "dir.json").mkdir()
+    assert main("train --config dir.json".split()) == 2
+    assert "--config must be a file, but got dir.json, which is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["book.txt", "book.txt/run"])
+def test_a_run_folder_that_is_a_file(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("a book")
+    assert main(["train", "--out", out]) == 2
+    line = f"[run] the run folder '{out}' cannot be written: 'book.txt' is a file. hint: another --out\n"
+    assert capsys.readouterr().err == line and (tmp_path / "book.txt").read_text() == "a book"
 
 
 def test_the_settings_of_a_run_start_another(tmp_path, capsys):

@@ -57,7 +57,10 @@ def names(folder):
 def test_convert_between_all_formats(model, tmp_path, capsys):
     assert main(["convert", str(model), str(tmp_path / "deep" / "run")]) == 0
     out = capsys.readouterr().out
-    assert "no tokenizer: " in out and "deep/run: 36,324 parameters, f32, from " in out and "--init" in out
+    assert out.splitlines()[0].startswith("no tokenizer: ")
+    needs = "it converts without one; handgrad generate and eval need a tokenizer beside the new model"
+    assert out.splitlines()[1] == needs
+    assert "deep/run: 36,324 parameters, f32, from " in out and "--init" in out
     assert names(tmp_path / "deep") == ["run"] and names(tmp_path / "deep" / "run") == ["step_000000"]
     assert main(["convert", str(tmp_path / "deep" / "run"), str(tmp_path / "folder")]) == 0  # handgrad's becomes hf
     assert names(tmp_path / "folder") == ["config.json", "model.safetensors"]
@@ -65,6 +68,23 @@ def test_convert_between_all_formats(model, tmp_path, capsys):
     assert (tmp_path / "again.bin").read_bytes() == model.read_bytes()
     assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "b"), "--to", "handgrad", "--dtype", "bf16"]) == 0
     assert open_source(tmp_path / "b").weights.dtype == "bf16"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".gguf", ".safetensors", ".onnx", ".PT", ".ckpt", ".zip"])
+def test_formats_that_are_not_written_are_refused(model, tmp_path, told, suffix):
+    """A folder named x.pt would be no file of PyTorch."""
+    for more in ([], ["--to", "hf"], ["--force"]):
+        line = told(model, tmp_path / f"x{suffix}", *more)
+        assert (
+            f"[convert] DST is a folder, or FILE.bin for llm.c, but got '{tmp_path}/x{suffix}'. hint: a folder" in line
+        )
+    assert names(tmp_path) == ["model.bin"]
+
+
+@pytest.mark.parametrize("name", ["gpt2.v1", "model-0.5", "run.d"])
+def test_other_dots_in_the_name_of_a_folder(model, tmp_path, name):
+    assert main(["convert", str(model), str(tmp_path / name)]) == 0
+    assert (tmp_path / name / "step_000000").is_dir()
 
 
 def test_the_newest_complete_model_of_a_folder_of_llmc(model, tmp_path):

@@ -108,7 +108,7 @@ def test_tokens_of_a_folder(here):
     assert val.meta == data.read_meta("p") and val.folder == Path("p")
     own = tokenizers.load(val.meta["tokenizer"], val.folder)
     assert own.decode(val.batch(0)["ids"][0]) == TEXT[5400:5416]  # 90 % of the text is train
-    assert repr(train_set) == "Tokens('p': 5,400 ids in 1 shards, 336 windows of 16, 2 in a step)"
+    assert repr(train_set) == "Tokens('p': 5,400 ids in 1 shard, 336 windows of 16, 2 in a step)"
     assert repr(train_set.shards[0]) == "Shard('p/train_000000.bin': 5,400 ids, uint16)"
     Path("empty").mkdir()
     with pytest.raises(HandgradError, match=r"must match empty/train_\*.bin, but got none"):

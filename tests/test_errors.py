@@ -10,7 +10,7 @@ from handgrad.core.errors import HandgradError
 
 def test_error_examples():
     result = doctest.testmod(errors)
-    assert result.attempted == 3 and not result.failed
+    assert result.attempted == 5 and not result.failed
 
 
 @pytest.mark.parametrize(

@@ -631,7 +631,7 @@ def test_P9_own_paths_and_the_ref_backend(folder, capsys):
     [
         (
             ["--tasks", "helaswag"],
-            "[eval] a task is one of val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, but got 'helaswag'.",
+            "[eval] a task is one of val, hellaswag, lambada, mmlu, piqa, arc_easy, arc_challenge, winogrande, but got 'helaswag'. hint: did you mean hellaswag?",
         ),
         (
             ["--tasks", "hellaswag", "--data", "nowhere"],

@@ -75,7 +75,8 @@ def test_every_remedy_is_planned_for_real(tiny, shards, dtype):
     model = tiny(max_seq_len=64, num_layers=3, dropout=0.1, vocab_size=9000)  # 9 or 18 MiB of logits
     tokens, execution = data.tokens(shards, seq_len=64, batch_tokens=8 * 64), Execution(8, backend="cpu")
     found = explain(model, 64, execution=execution, precision=Precision(dtype), backend=open_backend("cpu"))
-    kinds = set()
+    kinds, base = set(), found.plan.nbytes
+    assert all(base - nbytes >= 2**20 / 20 for _, nbytes, _ in found.remedies)
     for name, nbytes, flops in found.remedies:
         kind, value = name.rsplit(" ", 1)
         kinds.add(kind)

@@ -234,7 +234,10 @@ def test_a_given_prompt_that_cannot_be_spelled_is_refused_before_training(digits
         (["--top-p", "0"], "[sample] top_p must lie above 0 and at most at 1 (all tokens), but got 0.0."),
         (["--seed", "-1"], "[sample] seed must be 0 or more, but got -1."),
         (["--stop", ""], "[sample] a stop string must hold at least one character, but got an empty one."),
-        (["--dtype", "f16"], "[generate] --dtype takes one of saved, f32, bf16, but got 'f16'."),
+        (
+            ["--dtype", "f16"],
+            "[generate] --dtype takes one of saved, f32, bf16, but got 'f16'. hint: did you mean bf16?",
+        ),
     ],
 )
 def test_flags_out_of_range(run, told, flags, line):

@@ -298,6 +298,20 @@ def test_the_plain_line(tmp_path):
     assert plain_line(odd, 2, 0.0123) == "step 1/2 | loss nan | grad inf | lr 0.0e+0 | 0 tok/s | 12.3 ms"
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (89, "step 2000/2000 | loss 1.4321 | val 1.6543 | grad 0.41 | lr 2.0e-4 | 17.2k tok/s | 44.6 ms"),
+        (88, "step 2000/2000 | loss 1.4321 | val 1.6543 | grad 0.41 | 17.2k tok/s | 44.6 ms"),
+        (76, "step 2000/2000 | loss 1.4321 | val 1.6543 | 17.2k tok/s | 44.6 ms"),
+        (20, "step 2000/2000 | loss 1.4321 | val 1.6543 | 17.2k tok/s | 44.6 ms"),
+    ],
+)
+def test_a_narrow_terminal_still_shows_the_time_of_a_step(width, shown):
+    line = {"step": 2000, "loss": 1.4321, "val_loss": 1.6543, "grad_norm": 0.41, "lr": 2e-4}
+    assert plain_line(line | {"tokens_per_second": 17_200.0}, 2000, 0.0446, width) == shown
+
+
 def test_short_numbers():
     numbers = (0, 999, 999.6, 12_345, 999_600, 1.5e9, 2e12)
     assert [short(n) for n in numbers] == ["0", "999", "1.00k", "12.3k", "1.00M", "1.50B", "2.00T"]
@@ -329,8 +343,8 @@ def test_quiet_shows_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("width", [120, 80, 40])
-def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
+def on_a_terminal(monkeypatch, width, block):
+    """What a terminal of this width gets while `block` runs."""
     master, slave = os.openpty()
     shown = []
 
@@ -348,6 +362,16 @@ def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
     monkeypatch.setattr(log_module, "LIVE_SECONDS", 0.0)
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
+        block()
+    reader.join(timeout=10)
+    monkeypatch.undo()
+    os.close(master)
+    return b"".join(shown).decode()
+
+
+@pytest.mark.parametrize("width", [120, 80, 40])
+def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
+    def run():
         with RunLog(tmp_path, 3) as log:
             write(log, [1])
             write(log, [2], val_loss=4.5)
@@ -355,10 +379,8 @@ def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
                 pass
             log.say("saved step_000002")
             write(log, [3])
-    reader.join(timeout=10)
-    monkeypatch.undo()
-    os.close(master)
-    text = b"".join(shown).decode()
+
+    text = on_a_terminal(monkeypatch, width, run)
     assert "step 1/3  loss 4.0000" in text and "saved step_000002" in text
     assert ("━" in text) == (width == 120)
     assert ("0:00 left" in text) == ("in all" in text) == (width > 40)
@@ -367,6 +389,33 @@ def test_on_a_terminal_one_live_line(tmp_path, monkeypatch, width):
     assert bool(after) == (width > 40) and "step 2/3" in at_work
     assert text.count("step 2/3 | loss 3.0000") == 1, "a validation leaves a line behind"
     assert "\x1b[?25l" not in text.replace("\x1b[?25l\x1b[?25h", ""), "the cursor is never hidden for long"
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_a_run_that_stops_early_leaves_its_last_state(tmp_path, monkeypatch, width):
+    """No time left stays on the screen, and the step is the last one, whichever the live line showed."""
+
+    def run():
+        log = RunLog(tmp_path, 1000)
+        write(log, [1, 2])
+        monkeypatch.setattr(log_module, "LIVE_SECONDS", 1e9)
+        write(log, [3])  # not shown
+        log.close()
+        log.say("stopped after step 3")
+
+    last = on_a_terminal(monkeypatch, width, run).replace("\r", "").partition("stopped after")[0]
+    assert "step 2/1000" in last and "left" in last
+    final = last.rpartition("step ")[2]
+    assert final.startswith("3/1000  loss 2.0000") and "0:00 in all\n" in final and "left" not in final
+
+
+def test_every_printed_line_is_whole_on_a_terminal(tmp_path, monkeypatch):
+    def run():
+        with RunLog(tmp_path, 100_000) as log:
+            write(log, [54_321], val_loss=4.5, mfu=0.5, step_seconds=0.0446)
+
+    text = on_a_terminal(monkeypatch, 80, run)
+    assert " tok/s | mfu 50.0 | 44.6 ms" in text and "\u2026" not in text.partition("44.6 ms")[0]
 
 
 # TensorBoard --------------------------------------------------------------------------------------------------------

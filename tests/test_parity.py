@@ -125,7 +125,7 @@ def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
     [
         ("--train", "--train takes text"),
         ("--val", "--val takes text"),
-        ("--preset d0", "a preset is one of"),
+        ("--preset d0", "a preset is tiny, gpt2,"),
         ("--out", "--out takes text"),
         ("--telemetry-every -1", "a number from 0 on"),
         ("--save-every -1", "a number from 0 on"),

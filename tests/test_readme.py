@@ -69,6 +69,7 @@ def test_readme_flags_exist(folder):
             "profile",
         )
     )
+    helps += " --model --tasks"  # of the lm-evaluation-harness
     for flag in set(re.findall(r"--[a-z][a-z.\-]+", README)):
         assert flag in helps, flag
 

@@ -131,7 +131,7 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
     }
     assert (saved["data"]["seq_len"], saved["data"]["batch_tokens"]) == (32, 64)
     assert (saved["optim"]["final"], saved["optim"]["warmup"]) == (0.1, 2)
-    assert (saved["run"]["out"], saved["run"]["dtype"] in ("f32", "bf16")) == ("run", True)
+    assert (saved["run"]["out"], saved["compute"]["dtype"] in ("f32", "bf16")) == ("run", True)
     for group, values in saved.items():
         for name, value in values.items():
             shown = repr(value) if isinstance(value, str) else str(value)
@@ -224,7 +224,8 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
         ),
         (
             "--seq-len 33",
-            "[train] the model reads at most 32 tokens, but got seq_len 33. hint: --max-seq-len",
+            "[train] the model reads at most 32 tokens, but got seq_len 33. "
+            "hint: a shorter seq_len, or a model with a larger max_seq_len",
         ),
         (
             "--batch-tokens 100",
@@ -233,10 +234,10 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
         (
             "--batch-tokens 96",
             "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
-            "hint: --batch-tokens, --micro-batch",
+            "hint: another batch_tokens or micro_batch",
         ),
-        ("--head-mib -1", "[run] --head-mib is a number from 0 on, but got -1."),
-        ("--threads -1", "[run] --threads is a number from 0 on, but got -1."),
+        ("--head-mib -1", "[compute] --head-mib is a number from 0 on, but got -1."),
+        ("--threads -1", "[compute] --threads is a number from 0 on, but got -1."),
         ("--backend cpu --dtype tf32", "[train] dtype is f32 or bf16 on the cpu backend, but got 'tf32'."),
         (
             "--backend cpu --grad-dtype bf16",
@@ -244,7 +245,7 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
         ),
         (
             "--sample-tokens 1 --prompt €",
-            "[run] --prompt is spelled with the data's characters, but got '€'. hint: another, or --sample-tokens 0",
+            "[run] --prompt is spelled with the data's characters, but got '€' at character 0. hint: another, or --sample-tokens 0",
         ),
         ("--train nowhere", f"[data] at least one token shard must match nowhere, but got none. hint: {SHARDS}"),
         (
@@ -279,7 +280,7 @@ def test_a_team_of_too_many_threads_is_one_line(words, told):
 
 def test_a_model_that_does_not_fit_says_what_would_help(words, told):
     line = told("--preset", "gpt3:c12288", "--num-layers", "96", "--hidden-size", "12288")
-    assert line.startswith("[memory] the arena fits in memory") and "--recompute" in line
+    assert line.startswith("[memory] the arena fits in memory") and "recompute block saves" in line
 
 
 def damage(path, how):

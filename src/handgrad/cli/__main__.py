@@ -21,6 +21,7 @@ VERBS = {
     "doctor": "what is installed, what was found, what would run",
     "completion": "a script that completes verbs and flags in bash, zsh or fish",
 }
+OTHERS = {"version": "--version", "-V": "--version", "sample": "generate", "tokenize": "data text"}  # what is meant
 
 
 def usage() -> str:
@@ -31,10 +32,10 @@ def usage() -> str:
 
 def run(argv: list[str], imported: Callable[[], object]) -> int:
     """Runs the verb that the first word names; returns its exit code. Calls `imported` before the verb begins."""
-    import difflib
+    import shlex
     from importlib import import_module
 
-    from handgrad.core.errors import HandgradError
+    from handgrad.core.errors import HandgradError, did_you_mean
     from handgrad.core.install import own_version
 
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -44,8 +45,11 @@ def run(argv: list[str], imported: Callable[[], object]) -> int:
         print(own_version())
         return 0
     if argv[0] not in VERBS:
-        near = difflib.get_close_matches(argv[0], VERBS, 1)
-        hint = f"did you mean handgrad {near[0]}?" if near else "handgrad --help"
+        near = f"did you mean {OTHERS[argv[0]]}?" if argv[0] in OTHERS else did_you_mean(argv[0], VERBS)
+        hint = near.replace("mean", "mean handgrad", 1) or "handgrad --help"
+        if argv[0].startswith("--") and not near:  # a flag before its verb
+            verb = next((word for word in argv if word in VERBS), "train")
+            hint = f"handgrad {shlex.join([verb, *(word for word in argv if word != verb)])}"
         raise HandgradError("handgrad", f"the verb is one of {', '.join(VERBS)}", f"'{argv[0]}'", hint=hint)
     verb = import_module(f"handgrad.cli.{argv[0]}").main
     imported()

@@ -18,6 +18,8 @@ from handgrad.tokenizers import Tokenizer
 
 OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", *hf.TOKENIZER)
 
+FOREIGN = set(".pt .pth .ckpt .safetensors .gguf .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
+
 
 @dataclass(frozen=True)
 class Convert:
@@ -48,6 +50,9 @@ def main(argv: list[str]) -> int:
         to = "llmc" if dst.suffix == ".bin" else "hf" if source.kind == "handgrad" else "handgrad"
     if (to == "llmc") != (dst.suffix == ".bin"):
         raise HandgradError("convert", "llm.c's models are files FILE.bin, all others folders", f"'{dst}' for {to}")
+    if dst.suffix.lower() in FOREIGN:
+        hint = f"a folder such as '{dst.with_suffix('')}'; --to hf writes model.safetensors into it"
+        raise HandgradError("convert", "DST is a folder, or FILE.bin for llm.c", f"'{a.dst}'", hint=hint)
     if not dst.name:
         raise HandgradError("convert", "DST names a file or a folder", f"'{a.dst}'")
     dtype = source.weights.dtype if a.dtype == "saved" else a.dtype
@@ -56,6 +61,7 @@ def main(argv: list[str]) -> int:
     except HandgradError as error:
         tokenizer = None
         print(f"no tokenizer: {error}")
+        print("it converts without one; handgrad generate and eval need a tokenizer beside the new model")
     table, step = dst.with_name(f"{dst.stem}_tokenizer.bin"), 0
     try:
         repair(dst, table)

@@ -14,9 +14,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from handgrad import data, tokenizers
 from handgrad.cli.flags import parse
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Shards:
     """Where to write, with which tokenizer, in how many processes."""
 
     out: str = ""
-    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: named after the data set"""
+    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
+    files, otherwise named after the data set"""
     tokenizer: str = "gpt2"
     """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
     shard_tokens: int = 100_000_000
@@ -55,7 +58,7 @@ class FineWeb(DataSet):
 class Text(Shards):
     """UTF-8 text files, one document each."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    files: Files = ()
     """the files"""
     val_fraction: float = 0.1
     """share of the text, at its end, that becomes the validation set"""
@@ -65,7 +68,7 @@ class Text(Shards):
 class Rows(Shards):
     """Files with one document per row."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    files: Files = ()
     """the files; JSON lines may be .gz, .xz or .bz2"""
     column: str = "text"
     """the column that holds the text"""
@@ -109,13 +112,15 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     """Runs the recipe `argv[0]` with the flags in the rest."""
     word, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if word in ("-h", "--help"):
+    if word in ("-h", "--help", "help") or (word == "check" and rest in (["-h"], ["--help"])):
         print(usage())
     elif word == "check":
         check(rest)
     elif word not in RECIPES:
         rule = f"the recipe is one of {', '.join([*RECIPES, 'check'])}"
-        raise HandgradError("data", rule, f"'{word}'" if word else "nothing", hint=USAGE)
+        raise HandgradError(
+            "data", rule, f"'{word}'" if word else "nothing", hint=did_you_mean(word, [*RECIPES, "check"]) or USAGE
+        )
     elif RECIPES[word][0] is Questions:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
@@ -140,10 +145,17 @@ def make(recipe: str, argv: list[str]) -> None:
     with bar() as progress:
         meta = data.prepare(recipe, out, tokenizer, progress=progress, **a)
     for split in ("train", "val"):
-        print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {len(meta[split]['shards'])} shards")
+        count = len(meta[split]["shards"])
+        print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {count} shard{'s' * (count != 1)}")
     if "replaced" in meta:
         print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
-    print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}")
+    least = min([a["shard_tokens"], *(meta[split]["tokens"] for split in ("train", "val") if meta[split]["shards"])])
+    wanted = preset("tiny")["max_seq_len"] + 1
+    if least < wanted:
+        print(f"a sequence of handgrad train takes {wanted} tokens, and the smaller part has {least}: add text")
+    if least > 1:
+        shorter = f" --seq-len {least - 1}" * (least < wanted)
+        print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}{shorter}")
 
 
 class bar:
@@ -169,7 +181,12 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
     """Returns the tokenizer that `word` names; the characters of `texts` for "chars"."""
     if word == "gpt2":
         return tokenizers.gpt2()
-    return tokenizers.chars(data.read_text(texts)) if word == "chars" else tokenizers.from_file(word)
+    if word == "chars":
+        return tokenizers.chars(data.read_text(texts))
+    near = "" if Path(word).exists() else did_you_mean(word, ["gpt2", "chars"])
+    if near:
+        raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
+    return tokenizers.from_file(word)
 
 
 def check(argv: list[str]) -> None:

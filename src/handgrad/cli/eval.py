@@ -16,7 +16,7 @@ from handgrad import data as hg_data
 from handgrad import evals
 from handgrad.cli.flags import parse
 from handgrad.core.disk import write_text
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.json_file import read_object
 from handgrad.core.number import whole
 from handgrad.infer.load import open_source
@@ -93,7 +93,8 @@ def place(word: str, a: Eval) -> tuple[str, str | Path]:
     """(task, its file) of a word of --tasks."""
     name, equals, where = word.strip().partition("=")
     if name not in ("val", *evals.TASKS):
-        raise HandgradError("eval", f"a task is one of val, {', '.join(evals.TASKS)}", f"'{name}'")
+        hint = did_you_mean(name, ("val", *evals.TASKS))
+        raise HandgradError("eval", f"a task is one of val, {', '.join(evals.TASKS)}", f"'{name}'", hint=hint)
     if equals:
         return name, where
     return name, own_val(Path(a.run)) if name == "val" else evals.find(name, a.data)

@@ -1,4 +1,4 @@
-"""Command lines that --help shows, by verb."""
+"""Command lines that --help shows, by verb, and what it says below them."""
 
 EXAMPLES = {
     "train": """
@@ -27,15 +27,11 @@ handgrad explain tiny --calls""",
 handgrad profile gpt2 --micro-batch 64 --trace step.json
 handgrad profile tiny --by call""",
     "data shakespeare": "\nhandgrad data shakespeare --out plays",
-    "data tinystories": "\nhandgrad data tinystories",
     "data fineweb": "\nhandgrad data fineweb --sample 10B",
     "data fineweb-edu": "\nhandgrad data fineweb-edu --sample 10B",
-    "data openwebtext": "\nhandgrad data openwebtext",
     "data jsonl": "\nhandgrad data jsonl part1.jsonl part2.jsonl.gz --column text --out mydata",
     "data parquet": "\nhandgrad data parquet part1.parquet --out mydata --workers 8",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
-    "data hellaswag": "\nhandgrad data hellaswag",
-    "data mmlu": "\nhandgrad data mmlu",
     "ops": """
 handgrad ops
 handgrad ops check attention
@@ -45,3 +41,6 @@ handgrad ops bench linear --threads 2""",
 source <(handgrad completion bash)   # in ~/.bashrc; in ~/.zshrc with zsh
 handgrad completion fish > ~/.config/fish/completions/handgrad.fish""",
 }
+
+EXAMPLES |= {f"data {word}": f"\nhandgrad data {word}" for word in ("tinystories", "openwebtext", "hellaswag", "mmlu")}
+NOTES = {"train": "\n\nnames of other trainers work too, such as --max-iters for --steps: docs/other-trainers.md"}

@@ -27,8 +27,8 @@ class Explain:
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
-    gpu: Literal["", "a100", "4090", "h100", "h200", "b200"] = ""
-    """a GPU, which need not be in this machine, and the cuda backend; --backend cuda alone takes an h100"""
+    gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
+    """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
     """architecture, by the name that handgrad.models registers: gpt2"""
     seq_len: int = 0

@@ -3,7 +3,6 @@
 No two flags of a verb have the same name, so a group is never needed: --steps and --run.steps are the same flag.
 """
 
-import difflib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -13,8 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from handgrad.cli.examples import EXAMPLES
-from handgrad.core.errors import HandgradError
+from handgrad.cli.examples import EXAMPLES, NOTES
+from handgrad.cli.names import ALIASES, hint_for, place_of
+from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.train.config import OTHER_WORDS
 
 Settings = TypeVar("Settings")
 # type of a field: what its flag takes, and what reads it
@@ -27,30 +28,13 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     str | None: ("text", str),
     tuple[str, ...]: ("text", str),
 }
-# what other trainers call a flag: our name
-ALIASES = {
-    "activation-checkpointing": "recompute",
-    "grad-clip": "clip",
-    "init-from": "init",
-    "learning-rate": "lr",
-    "max-steps": "steps",
-    "min-lr-frac": "final",
-    "out-dir": "out",
-    "warmup-steps": "warmup",
-}
-# words that could mean several of our flags: which ones
-CHOICES = {
-    "batch-size": "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)",
-    "block-size": "--seq-len (tokens in a training sequence) or --max-seq-len (the model's longest)",
-    "device": "--backend cpu or --backend cuda",
-}
 EARLIER = "run"  # settings that once were in this group are still found in it
 
 
 def parse(kind: type[Settings], argv: list[str], verb: str, default: Settings | None = None) -> Settings:
     """The settings of a command line, over `default`. Raises HandgradError for unknown flags and bad values."""
     words = full_names(kind, argv)
-    about = "examples:" + EXAMPLES[verb].replace("\n", "\n  ")
+    about = "examples:" + EXAMPLES[verb].replace("\n", "\n  ") + NOTES.get(verb, "")
     read = partial(tyro.cli, kind, args=words, prog=f"handgrad {verb}", description=about)
     read = partial(read, config=(tyro.conf.OmitArgPrefixes,))
     try:
@@ -84,50 +68,59 @@ def full_names(kind: type, argv: list[str]) -> list[str]:
 
 def _mistake(kind: type, argv: list[str], verb: str) -> HandgradError:
     """What is wrong with this command line, in the house grammar."""
-    known = dict(flags(kind))
-    for word, following in zip(argv, [*argv[1:], ""]):
+    known, left, others = dict(flags(kind)), list(argv), []  # others: words that belong to no flag
+    while left:
+        word = left.pop(0)
         flag, equals, value = word.partition("=")
         if not flag.startswith("--"):
+            others.append(word)
             continue
         if flag not in known:
-            return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=_nearest(flag, known, verb))
+            return HandgradError(verb, "flags are those of --help", f"'{flag}'", hint=hint_for(flag, known, verb))
         if known[flag] is bool:
             if equals:
                 return HandgradError(verb, f"{flag} takes nothing", f"'{value}'")
             continue
-        value = value if equals else following
         takes, reads = _takes(known[flag])
-        if not value or (not equals and value.startswith("--")):
+        if not equals:
+            value = left.pop(0) if left and not left[0].startswith("--") else ""
+        if not value:
             return HandgradError(verb, f"{flag} takes {takes}", "nothing")
         try:
             reads(value)
         except ValueError:
-            return HandgradError(verb, f"{flag} takes {takes}", f"'{value}'")
+            hint = did_you_mean(value, choices(known[flag]), OTHER_WORDS)
+            return HandgradError(verb, f"{flag} takes {takes}", f"'{value}'", hint=hint)
+        while known[flag] == tuple[str, ...] and left and not left[0].startswith("--"):
+            left.pop(0)
+    return _misplaced(kind, argv, others, verb)
+
+
+def _misplaced(kind: type, argv: list[str], others: list[str], verb: str) -> HandgradError:
+    """What is wrong with the words of a command line that belong to no flag."""
     words = {name: hint for name, hint in _fields(kind) if name.isupper()}
-    for (name, hint), word in zip(words.items(), argv):
-        if get_origin(hint) is Literal and word not in get_args(hint):
-            return HandgradError(verb, f"{name} is {_takes(hint)[0]}", f"'{word}'")
+    for (name, hint), word in zip(words.items(), others):
+        if choices(hint) and word not in choices(hint):
+            near = did_you_mean(word, choices(hint))
+            return HandgradError(verb, f"{name} is {_takes(hint)[0]}", f"'{word}'", hint=near)
     rule = " ".join(["after the verb come", *words, "and flags"] if words else ["after the verb come flags"])
-    hint = f"handgrad {verb} --help" + ("; for llm.c's letters: docs/from-llmc.md" if verb == "train" else "")
+    if argv and len(others) < len(words):
+        return HandgradError(verb, rule, f"no {list(words)[len(others)]}", hint=f"handgrad {verb} --help")
+    hint = place_of(others[len(words)], verb) if len(others) > len(words) else ""
+    hint = hint or f"handgrad {verb} --help" + ("; for llm.c's letters: docs/from-llmc.md" if verb == "train" else "")
     return HandgradError(verb, rule, f"'{' '.join(argv)}'" if argv else "nothing", hint=hint)
-
-
-def _nearest(flag: str, known: dict[str, Any], verb: str) -> str:
-    """The hint for a flag that does not exist."""
-    name = flag.lstrip("-")
-    if name.rpartition(".")[2] in CHOICES:
-        return CHOICES[name.rpartition(".")[2]]
-    is_off = name.startswith("no-")  # --no-data.shuffle is --no-shuffle
-    name = ("no-" if is_off else "") + name.rpartition(".")[2].removeprefix("no-")
-    near = difflib.get_close_matches(f"--{name}", known, 1, cutoff=0.7)
-    return f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
 
 
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
     """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind)), get_args(kind).index
+    if choices(kind):
+        return "one of " + ", ".join(choices(kind)), get_args(kind).index
     return TAKES[kind]
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a flag of this type takes, none where they are not known."""
+    return tuple(word for word in get_args(kind) if word) if get_origin(kind) is Literal else ()
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any]]:

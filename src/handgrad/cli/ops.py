@@ -11,7 +11,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.cuda.planner import GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import DTYPES
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.op import Case, Op
 from handgrad.ops import OPS
 from handgrad.testing import bench_case, check_case, gradcheck_op
@@ -39,17 +39,23 @@ def main(argv: list[str]) -> int:
     a = parse(Ops, argv, "ops")
     unknown = [n for n in a.names if n not in OPS]
     if unknown:
-        raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'")
+        hint = did_you_mean(unknown[0], OPS)
+        raise HandgradError("ops", f"an op is one of {', '.join(OPS)}", f"'{unknown[0]}'", hint=hint)
     chosen: list[Op] = [OPS[n] for n in a.names or OPS]
     if a.mode == "support":
         table, failed = support(chosen), False
     else:
         mode = {"check": check, "grad": grad, "bench": bench}[a.mode]
         table, failed = mode(chosen, open_backend(a.backend, a.threads))
-    for column in table.columns[1:]:
-        column.overflow = "fold"
     table.columns[0].no_wrap = True
-    Console(highlight=False, markup=False, emoji=False).print(table)  # db:M:f32 is no picture of an M
+    console = Console(highlight=False, markup=False, emoji=False)  # db:M:f32 is no picture of an M
+    if not console.is_terminal:
+        console.width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.print(table)
+    if a.mode == "support":
+        console.print()
+        for op in chosen:
+            console.print(f"{op.name}: {op.ins} -> {op.outs}", soft_wrap=not console.is_terminal)
     return 1 if failed else 0
 
 
@@ -59,13 +65,13 @@ def sizes(case: Case) -> str:
 
 
 def support(ops: list[Op]) -> Table:
-    """Op by backend."""
+    """Op by backend; what they read and write is printed below."""
     backends = open_backend("cpu"), GpuPlanner("h100")
-    table = Table("op", "inputs", "outputs", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
+    table = Table("op", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
     for op in ops:
         rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
         has = ["f32 bf16" if b.has(op) else "-" for b in backends]
-        table.add_row(op.name, op.ins, op.outs, "yes", *has, rule, str(len(op.cases)))
+        table.add_row(op.name, "yes", *has, rule, str(len(op.cases)))
     return table
 
 

@@ -38,6 +38,8 @@ class Profiling:
     """architecture, by the name that handgrad.models registers: gpt2"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest"""
+    vocab_size: int = 0
+    """tokens in the vocabulary; 0: GPT-2's 50257"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
         raise HandgradError("profile", "--steps is at least 1", a.steps)
     if a.trace and not Path(a.trace).absolute().parent.is_dir():
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = create(a.family, preset(a.model))
+    model = create(a.family, preset(a.model) | ({"vocab_size": a.vocab_size} if a.vocab_size else {}))
     precision, execution = precision_of(h), execution_of(h, ())
     backend = open_backend(h.backend, h.threads, precision)
     T = whole("profile", "--seq-len", a.seq_len, 0) or model.max_seq_len

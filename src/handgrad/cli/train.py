@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from handgrad.cli.flags import ALIASES, parse
+from handgrad.cli.flags import flags, parse
+from handgrad.cli.names import ALIASES, hint_for
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.config import Config, OptimConfig, from_names
@@ -38,17 +39,33 @@ def from_file(path: Path) -> dict[str, Any]:
     """The settings in a file, by name. Raises HandgradError if it cannot be read or holds anything else."""
     if path.suffix not in READERS:
         raise HandgradError("config", f"--config is a file {', '.join(READERS)}", f"'{path}'")
+    if not path.exists():
+        raise HandgradError("config", f"--config '{path}': no such file")
     require_file(path, "--config", "config")
     try:
         values = by_name(READERS[path.suffix](path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, yaml.MarkedYAMLError) as error:
+        raise HandgradError("config", f"--config '{path}' is not {path.suffix[1:]}: {syntax(error)}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HandgradError("config", f"--config '{path}' holds settings", one_line(error)) from None
     if path.name == SETTINGS:  # of a run, which has its own folder
         values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
     if "config" in values:
         raise HandgradError("config", f"'{path}' names no other file of settings", repr(values["config"]))
+    known = dict(flags(Config))
+    for flag in (f"--{name.replace('_', '-')}" for name in values):
+        if flag not in known:
+            hint = hint_for(flag, known, "train")
+            raise HandgradError("config", "settings are the flags of handgrad train", f"'{flag[2:]}'", hint=hint)
     from_names(values)
     return values
+
+
+def syntax(error: Exception) -> str:
+    """What is wrong in a file, and in which line and column."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 def by_name(found: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The one error a user sees: `[where] rule, but got value. Context. Hint.`, or `[where] what failed. Context. Hint.`"""
 
+import difflib
 import re
+from collections.abc import Iterable, Mapping
 
 LONGEST_VALUE = 200  # characters of a value, or of a name without spaces; a file name on Linux has at most 255 bytes
 LONGEST_TEXT = 1000  # characters of a rule, a context or a hint: a dozen lines of a terminal
@@ -40,6 +42,21 @@ class HandgradError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, or is if it says nothing, in one line: it may quote line breaks out of a damaged file."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(word: str, choices: Iterable[str], others: Mapping[str, str] = {}) -> str:
+    """The hint for a word that is none of the choices: the one that is close; empty if none is.
+
+    others: words that mean a choice without being spelled like it
+
+    >>> did_you_mean("CPU", ["cpu", "cuda"]), did_you_mean("gpu", ["cpu", "cuda"], {"gpu": "cuda"})
+    ('did you mean cpu?', 'did you mean cuda?')
+    >>> did_you_mean("chek", ["check", "grad"]), did_you_mean("x", ["check", "grad"])
+    ('did you mean check?', '')
+    """
+    key, ours = word.lower(), {choice.lower(): choice for choice in choices if choice}
+    near = [others[key]] if others.get(key) in ours else difflib.get_close_matches(key, ours, 1)
+    return f"did you mean {ours[near[0]]}?" if near else ""
 
 
 def _prose(text: str) -> str:

@@ -160,10 +160,10 @@ class Tokens:
         self._open = lru_cache(_OPEN_SHARDS)(lambda index: shards[index].open())
 
     def __repr__(self) -> str:
-        count = sum(shard.count for shard in self.shards)
+        count, shards = sum(shard.count for shard in self.shards), len(self.shards)
         return (
-            f"Tokens('{self.pattern}': {count:,} ids in {len(self.shards)} shards, {self.windows:,} windows of "
-            f"{self.seq_len}, {self.sequences} in a step)"
+            f"Tokens('{self.pattern}': {count:,} ids in {shards} shard{'s' * (shards != 1)}, {self.windows:,} windows"
+            f" of {self.seq_len}, {self.sequences} in a step)"
         )
 
     def _grid(self, count: int) -> tuple[int, int]:

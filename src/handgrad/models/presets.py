@@ -1,9 +1,8 @@
 """Named sizes: GPT-2's four, every llm.c descriptor, and `d<layers>` for any depth."""
 
-import difflib
 from typing import Any
 
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models.gpt2 import GPT2
 
 # fmt: off
@@ -15,6 +14,18 @@ GPT2_SIZES = {
     "1558m": (48, 25, 1600),
 }
 HUGGING_FACE = {"gpt2": "124m", "gpt2-medium": "355m", "gpt2-large": "774m", "gpt2-xl": "1558m"}  # the hub's names
+OTHERS = {  # names that are no presets: the nearest
+    "gpt2-small": "gpt2",
+    "small": "gpt2",
+    "medium": "gpt2-medium",
+    "large": "gpt2-large",
+    "xl": "gpt2-xl",
+    "d0": "d6",
+    "gpt3": "gpt3:c768",
+    "gpt3-small": "gpt3:c768",
+    "gpt3-125m": "gpt3:c768",
+    "gpt3-175b": "gpt3:c12288",
+}
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
 DEPTHS = {
@@ -75,10 +86,9 @@ def preset(name: str) -> dict[str, Any]:
         depth = int(key[1:])
         row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
     if row is None:
-        near = difflib.get_close_matches(key, names(), 1)
-        hint = f"did you mean {near[0]}?" if near else ""
-        rule = "a preset is one of " + ", ".join(names()) + " or d<layers>"
-        raise HandgradError("model", rule, f"'{name}'", hint=hint)
+        sizes = "d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"
+        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}"
+        raise HandgradError("model", rule, f"'{name}'", hint=did_you_mean(key, names(), OTHERS))
     layers, heads, hidden = row
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)
 

@@ -46,7 +46,7 @@ class CharTokenizer:
         if unknown.any():
             where = int(np.argmax(unknown))
             rule = f"the text must be spelled with the {self.vocab_size} characters of the training text"
-            hint = "the gpt2 tokenizer encodes every character"
+            hint = "leave it out; a model trained with the gpt2 tokenizer reads every character"
             raise HandgradError("tokenizer", rule, f"{text[where]!r} at character {where}", hint=hint)
         return ids
 

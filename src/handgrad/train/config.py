@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.number import I64_MAX, real, whole
 
 PACKAGED = "shakespeare"  # the word for the text in the package
+OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "bf16")
 SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
 
 
@@ -257,7 +258,8 @@ def _check(settings: Any, least: int, names: str) -> None:
         kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
             if value not in kinds:
-                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value))
+                hint = did_you_mean(str(value), kinds, OTHER_WORDS)
+                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value), hint=hint)
         elif value is None and type(None) in kinds:
             continue
         elif float in kinds:

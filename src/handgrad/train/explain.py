@@ -24,7 +24,7 @@ class Explanation:
     program: Program
     plan: Plan
     rows: int
-    remedies: tuple[tuple[str, int, int], ...]  # what to change, arena bytes, flops of a micro-batch
+    remedies: tuple[tuple[str, int, int], ...]  # what to change to save memory, arena bytes, flops of a micro-batch
     note: Callable[[Call], str]  # what the backend binds a call to
 
     @property
@@ -53,7 +53,8 @@ class Explanation:
         for block, params, state, kept in at.by_block():
             lines.append(f"{block:8} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
         base = at.nbytes
-        lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
+        if self.remedies:
+            lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
         flops = sum(c.flops for c in p.calls)
         for name, nbytes, count in self.remedies:
             lines.append(
@@ -96,6 +97,8 @@ def explain(
     for name, other in options(model, seq_len, precision, execution, backend) if remedies else ():
         factor = execution.micro_batch // other.micro_batch
         train, its = lay_out(other, accumulation * factor)
+        if layout.nbytes - its.nbytes < MIB / 20:  # saves nothing that shows
+            continue
         prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
     return Explanation(program, layout, execution.micro_batch * seq_len, tuple(prices), backend.note)
 

@@ -181,7 +181,8 @@ def remove_empty(folders: list[Path]) -> None:
 
 def unwritable(out: Path, error: OSError) -> HandgradError:
     """The error of a run folder that cannot be made, locked or written."""
-    rule = f"the run folder '{out}' cannot be written: {error.strerror}"
+    file = next((path for path in (out, *out.parents) if os.path.isfile(path)), None)
+    rule = f"the run folder '{out}' cannot be written: " + (f"'{file}' is a file" if file else str(error.strerror))
     return HandgradError("run", rule, hint="another --out")
 
 

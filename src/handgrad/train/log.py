@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, OverflowMethod
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -20,7 +20,7 @@ from rich.text import Text
 from handgrad.core.disk import append, flush, write_whole
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.log_file import abbreviated, drop_after, dump, main_log
-from handgrad.train.log_text import clock, parts, plain_line
+from handgrad.train.log_text import clock, fitted, parts, plain_line
 from handgrad.train.trackers import TensorBoard, Wandb
 
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
@@ -92,7 +92,7 @@ class RunLog:
         self._console = Console(quiet=quiet)
         self._is_live = not quiet and sys.stdout.isatty() and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._last: dict | None = None  # the line that it shows
+        self._last: dict | None = None  # the newest line
         self._start = time.perf_counter()
         self._shown = -math.inf
         self._first: tuple[int, float] | None = None  # step and time of this attempt's first report, for the ETA
@@ -209,8 +209,9 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the live line and closes the files. Twice is harmless."""
-        if self._live is not None:
-            self._live.stop()
+        if self._live is not None and self._last is not None:
+            self._live.update(self._live_line(self._last, self.seconds, is_over=True))
+            self._live.stop()  # which draws it
             self._live = None
         while self._trackers:
             tracker = self._trackers.pop()
@@ -252,11 +253,11 @@ class RunLog:
 
     def _show(self, line: dict, step_seconds: float, now: float) -> None:
         wait = LIVE_SECONDS if self._is_live else PLAIN_SECONDS
+        self._last = line
         is_due = now - self._shown >= wait or line["step"] >= self.total_steps
         if "val_loss" in line or "gpu" in line or (is_due and not self._is_live):
-            text = Text(plain_line(line, self.total_steps, step_seconds))
-            overflow: OverflowMethod = "ellipsis" if self._is_live else "ignore"
-            self._console.print(text, no_wrap=True, overflow=overflow, crop=self._is_live)
+            width = self._console.width if self._is_live else math.inf
+            self.say(plain_line(line, self.total_steps, step_seconds, width))
         if is_due:
             self._shown = now
         if is_due and self._is_live:
@@ -264,27 +265,24 @@ class RunLog:
                 self._live = Live(console=self._console, auto_refresh=False)  # no thread: the kernels use every core
                 self._live.start()
                 self._console.show_cursor(True)  # a killed run must not leave the terminal without one
-            self._last = line
             self._live.update(self._live_line(line, now), refresh=True)
 
     def _refresh(self, activity: str = "") -> None:
         if self._live is not None and self._last is not None:
             self._live.update(self._live_line(self._last, self.seconds, activity), refresh=True)
 
-    def _live_line(self, line: dict, now: float, activity: str = "") -> Table:
+    def _live_line(self, line: dict, now: float, activity: str = "", is_over: bool = False) -> Table:
         assert self._first is not None  # `step` sets it before it shows a line
         step, (first, began) = line["step"], self._first
         shown = parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
-        if step >= self.total_steps:
+        if is_over or step >= self.total_steps:
             shown["time"] = clock(now) + " in all"
         elif step > first:
             shown["time"] = clock((self.total_steps - step) * (now - began) / (step - first)) + " left"
         shown.pop("gpu", None)  # has been printed
         if activity:
             shown["tokens_per_second"] = activity  # no step runs
-        for name in ("grad_norm", "lr"):  # of least use on a narrow screen
-            if len("  ".join(shown.values())) >= self._console.width:
-                del shown[name]
+        shown = fitted(shown, "  ", self._console.width - 1)
         room = min(self._console.width - LIVE_WIDTH, 30)  # not what this line leaves: the bar would change its length
         bar = [ProgressBar(self.total_steps, step, width=room)] if room >= 8 else []
         table = Table.grid(padding=(0, 1, 0, 0))

@@ -1,17 +1,27 @@
 """The lines of a log as people read them."""
 
+import math
+
 from handgrad.train.telemetry import in_words
 
 
-def plain_line(line: dict, total_steps: int, step_seconds: float) -> str:
-    """Returns a log line for people.
+def plain_line(line: dict, total_steps: int, step_seconds: float, width: float = math.inf) -> str:
+    """Returns a log line for people. One longer than `width` lacks the learning rate, or the gradient norm, too.
 
     >>> line = {"step": 1200, "loss": 3.412, "lr": 5.9e-4, "grad_norm": 0.4123, "tokens_per_second": 171_300.0}
     >>> plain_line(line | {"val_loss": 3.5}, 18865, 3.061)
     'step 1200/18865 | loss 3.4120 | val 3.5000 | grad 0.41 | lr 5.9e-4 | 171k tok/s | 3.06 s'
     """
     took = f"{step_seconds:.2f} s" if step_seconds >= 1 else f"{1e3 * step_seconds:.1f} ms"
-    return " | ".join([*parts(line, total_steps).values(), took])
+    return " | ".join(fitted(parts(line, total_steps) | {"took": took}, " | ", width).values())
+
+
+def fitted(shown: dict[str, str], between: str, width: float) -> dict[str, str]:
+    """The pieces without those of least use, as far as the line would be longer than `width` columns."""
+    for name in ("lr", "grad_norm"):
+        if len(between.join(shown.values())) > width:
+            shown = {key: text for key, text in shown.items() if key != name}
+    return shown
 
 
 def short(number: float) -> str:

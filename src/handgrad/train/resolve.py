@@ -19,6 +19,7 @@ from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
+from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
@@ -27,7 +28,7 @@ from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
-from handgrad.train.trainer import Trainer, micro_batches
+from handgrad.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -267,13 +268,14 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     """The tokens of the prompt of samples; of an empty one, those that say least."""
     if not prompt:
         return tokenizers.neutral_prompt(tokenizer)
+    found: object = repr(prompt)
     try:
         ids = tokenizer.encode(prompt).tolist()
-    except HandgradError:
-        ids = []
+    except HandgradError as error:
+        ids, found = [], error.got or found  # the character
     if not ids:
         rule, hint = "--prompt is spelled with the data's characters", "another, or --sample-tokens 0"
-        raise HandgradError("run", rule, repr(prompt), hint=hint)
+        raise HandgradError("run", rule, found, hint=hint)
     return ids
 
 

@@ -27,6 +27,7 @@ from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
+from handgrad.train.checks import check_kinds, check_precision, micro_batches
 from handgrad.train.execution import Execution
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
@@ -43,9 +44,6 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
 def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What a checkpoint must hold to fill these arrays: name to (shape, dtype)."""
     return {name: (a.shape, a.dtype) for name, a in arrays.items()}
-
-
-MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch is 1563 of one sequence each
 
 
 class Trainer:
@@ -438,39 +436,3 @@ class Trainer:
         if self.out is None:
             raise HandgradError("train", "this trainer has no run folder", hint="Trainer(..., out='runs/name')")
         return self.out
-
-
-def check_kinds(optim: Any, data: Any, execution: Any) -> None:
-    """Raises HandgradError for arguments in another order, or none."""
-    kinds = (("optim", optim, "groups", "hg.optim.AdamW()"), ("data", data, "batch_tokens", "hg.data.tokens(...)"))
-    for name, value, needed, example in (
-        *kinds,
-        ("execution", execution, "micro_batch", "hg.Execution(micro_batch=4)"),
-    ):
-        if not hasattr(value, needed):
-            raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
-
-
-def micro_batches(data: Tokens, micro_batch: int) -> int:
-    """How many micro-batches a step has. Raises HandgradError unless they fill it."""
-    if data.batch_tokens % (micro_batch * data.seq_len):
-        rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
-        raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
-    count = data.batch_tokens // (micro_batch * data.seq_len)
-    if count > MOST_MICRO_BATCHES:
-        rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"
-        raise HandgradError("train", rule, f"{count:,}", hint="a smaller batch_tokens or a larger micro_batch")
-    return count
-
-
-def check_precision(precision: Precision, backend: Backend) -> None:
-    """Raises HandgradError unless the backend computes in these element types."""
-    for name, known in (("dtype", backend.dtypes), ("grad_dtype", backend.grad_dtypes)):
-        value = getattr(precision, name)
-        if value not in known:
-            rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
-            raise HandgradError("train", rule, f"'{value}'")
-    if precision.tf32 != backend.tf32 or precision.deterministic > backend.deterministic:
-        opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
-        hint = "open_backend(name, precision=...) with the trainer's precision"
-        raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)

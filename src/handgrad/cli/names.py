@@ -1,0 +1,94 @@
+"""What other trainers call a flag: our name if it means the same in the same unit, otherwise a hint.
+
+The names are those of nanoGPT, llm.c's train_gpt2.py, Hugging Face's Trainer and model configs, and Megatron-LM.
+"""
+
+import difflib
+import re
+from collections.abc import Collection
+from pathlib import Path
+from shlex import quote
+
+from handgrad.models import names as preset_names
+
+SAME = {  # our flag: theirs
+    "batch-tokens": "total-batch-size",
+    "beta1": "adam-beta1",
+    "beta2": "adam-beta2",
+    "clip": "grad-clip gradient-clipping max-grad-norm",
+    "eps": "adam-eps adam-epsilon",
+    "final": "min-lr-frac learning-rate-decay-frac",
+    "hidden-size": "n-embd d-model",
+    "init": "init-from",
+    "keep-last": "save-total-limit",
+    "lr": "learning-rate",
+    "max-seq-len": "n-positions max-position-embeddings",
+    "max-tokens": "max-new-tokens",
+    "micro-batch": "micro-batch-size device-batch-size per-device-train-batch-size",
+    "num-heads": "n-head num-attention-heads",
+    "num-layers": "n-layer num-hidden-layers",
+    "out": "out-dir output-dir",
+    "prompt": "start",
+    "recompute": "activation-checkpointing",
+    "save-every": "save-interval save-steps",
+    "seq-len": "seq-length sequence-length",
+    "steps": "max-steps max-iters num-iterations train-iters",
+    "train": "input-bin",
+    "val": "input-val-bin",
+    "val-every": "eval-interval eval-steps val-loss-every",
+    "wandb": "wandb-project",
+    "warmup": "warmup-steps warmup-iters lr-warmup-iters",
+}
+ALIASES = {name: ours for ours, names in SAME.items() for name in names.split()}
+
+_HINTS = {  # hint: names
+    "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)": "batch-size global-batch-size",
+    "--batch-tokens, a multiple of --micro-batch x --seq-len": "gradient-accumulation-steps grad-accum-steps",
+    "--seq-len (tokens in a training sequence) or --max-seq-len (longest)": "block-size context-length n-ctx",
+    "--backend cpu or --backend cuda": "device gpu cpu cuda use-cuda use-gpu",
+    "--dtype bf16, tf32 or f32; there is no float16": "fp16 bf16 tf32 fp32 half amp precision mixed-precision",
+    "--steps; --steps 0 is one epoch": "epoch epochs num-epochs num-train-epochs max-epochs",
+    "--final, as a fraction of --lr": "min-lr",
+    "--warmup, in steps": "warmup-ratio warmup-fraction lr-warmup-fraction warmup-tokens",
+    "--schedule cosine, linear, constant or wsd": "lr-scheduler lr-scheduler-type scheduler lr-decay-style",
+    "leave it out: AdamW is the only optimizer": "optimizer optim optimizer-type",
+    "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
+    "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
+    "leave it out: a run is one process on one GPU": "ddp fsdp zero-stage num-gpus gpus devices",
+    "--train FOLDER, which handgrad data makes": "dataset data data-dir data-path train-file tokenizer",
+    "--preset (named sizes) or --init (a model on disk)": "model model-name model-type model-name-or-path arch",
+    "--resume RUN": "resume-from resume-from-checkpoint load ckpt checkpoint load-checkpoint",
+    "--val-tokens, in tokens": "eval-iters val-max-steps eval-batches limit-val-batches",
+    "--wandb PROJECT or --tensorboard": "wandb-log report-to",
+    "handgrad eval RUN, handgrad generate RUN": "eval-only inference-only",
+    "repeat the command with another --seed": "num-samples num-return-sequences n-samples",
+}
+HINTS = {name: hint for hint, names in _HINTS.items() for name in names.split()}
+
+
+def hint_for(flag: str, known: Collection[str], verb: str) -> str:
+    """The hint for a flag, such as "--block-size", that the verb does not have; known: its flags."""
+    last = flag.lstrip("-").rpartition(".")[2]
+    hint = HINTS.get(last.removeprefix("no-"), "")
+    if hint and all(named in known for named in re.findall(r"--[a-z-]+", hint)):
+        return hint
+    is_off = flag.startswith("--no-")  # --no-data.shuffle is --no-shuffle
+    name = "no-" * is_off + last.removeprefix("no-")
+    near = difflib.get_close_matches(f"--{name}", known, 1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else f"handgrad {verb} --help"
+
+
+def place_of(word: str, verb: str) -> str:
+    """The flag that a word without one was meant for, with the word; empty if that cannot be told."""
+    path = Path(word)
+    if verb == "generate":
+        return f"--prompt {quote(word)}"
+    if verb != "train" or word.startswith("-"):
+        return ""
+    if path.suffix in (".json", ".yaml", ".yml", ".toml"):
+        return f"--config {quote(word)}"
+    if (path / "log.jsonl").exists():
+        return f"--resume {quote(word)}"
+    if path.is_dir() or path.suffix == ".bin":
+        return f"--train {quote(word)}"
+    return f"--preset {word}" if word in preset_names() else ""

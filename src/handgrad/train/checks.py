@@ -1,0 +1,46 @@
+"""Checks of what a Trainer is given, before anything is recorded."""
+
+from typing import Any
+
+from handgrad.backends.base import Backend
+from handgrad.core.errors import HandgradError
+from handgrad.core.precision import Precision
+from handgrad.data import Tokens
+
+MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch is 1563 of one sequence each
+
+
+def check_kinds(optim: Any, data: Any, execution: Any) -> None:
+    """Raises HandgradError for arguments in another order, or none."""
+    kinds = (("optim", optim, "groups", "hg.optim.AdamW()"), ("data", data, "batch_tokens", "hg.data.tokens(...)"))
+    for name, value, needed, example in (
+        *kinds,
+        ("execution", execution, "micro_batch", "hg.Execution(micro_batch=4)"),
+    ):
+        if not hasattr(value, needed):
+            raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
+
+
+def micro_batches(data: Tokens, micro_batch: int) -> int:
+    """How many micro-batches a step has. Raises HandgradError unless they fill it."""
+    if data.batch_tokens % (micro_batch * data.seq_len):
+        rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
+        raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
+    count = data.batch_tokens // (micro_batch * data.seq_len)
+    if count > MOST_MICRO_BATCHES:
+        rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"
+        raise HandgradError("train", rule, f"{count:,}", hint="a smaller batch_tokens or a larger micro_batch")
+    return count
+
+
+def check_precision(precision: Precision, backend: Backend) -> None:
+    """Raises HandgradError unless the backend computes in these element types."""
+    for name, known in (("dtype", backend.dtypes), ("grad_dtype", backend.grad_dtypes)):
+        value = getattr(precision, name)
+        if value not in known:
+            rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
+            raise HandgradError("train", rule, f"'{value}'")
+    if precision.tf32 != backend.tf32 or precision.deterministic > backend.deterministic:
+        opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
+        hint = "open_backend(name, precision=...) with the trainer's precision"
+        raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)
