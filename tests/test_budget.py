@@ -12,9 +12,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1350,
-    "backends": 3300,
-    "train": 2700,
+    "core": 1560,
+    "backends": 3350,
+    "train": 2790,
     "optim": 350,
     "data tokenizers": 2150,
     "io": 800,

@@ -13,7 +13,7 @@ from handgrad.core.op import ONLY
 from handgrad.data import id_dtype, write_shard
 from handgrad.train.log import RunLog
 from handgrad.train.loop import Due, steps
-from handgrad.train.trainer import Step
+from handgrad.train.step import Step
 
 NOTHING = Due(val=False, hellaswag=False, sample=False, save=False, stop=False)
 SAVE = Due(val=False, hellaswag=False, sample=False, save=True, stop=False)

@@ -141,6 +141,9 @@ class ComputeConfig:
     """of parameter gradients; bf16 needs a GPU"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """what backward computes again instead of keeping it"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """of several ranks (mpiexec -n 4 handgrad train), each holds only its share of: 1 the optimizer state, 2 the
+    gradients too, 3 the parameters too; 0: of nothing"""
     head_mib: int = 0
     """MiB of the head's logits that exist at a time; 0: the backend's own size"""
     deterministic: bool = False
@@ -256,7 +259,7 @@ def _check(settings: Any, least: int, names: str) -> None:
         kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
             if value not in kinds:
-                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value))
+                raise HandgradError(group, f"{flag} is one of {', '.join(map(str, kinds))}", repr(value))
         elif value is None and type(None) in kinds:
             continue
         elif float in kinds:

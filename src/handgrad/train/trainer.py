@@ -11,8 +11,10 @@ import numpy as np
 
 from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
+from handgrad.backends.mpi import open_comm
 from handgrad.core.errors import HandgradError
-from handgrad.core.number import real, whole
+from handgrad.core.number import real
+from handgrad.core.number import whole as whole_number
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
@@ -28,58 +30,14 @@ from handgrad.train.execution import Execution
 from handgrad.train.journal import Journal, settings_of
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
+from handgrad.train.shards import GRAD, PARAM, expected, expected_state, state, whole
 from handgrad.train.start import Start, drawing, initialize, write_weight
+from handgrad.train.step import Step
 
 
 def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
     """The family and the fields of a model's dictionary side by side."""
     return {"family": d["family"], **d["model"]}
-
-
-def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a checkpoint must hold to fill these arrays: name to (shape, dtype)."""
-    return {name: (a.shape, a.dtype) for name, a in arrays.items()}
-
-
-class Step:
-    """What a step did. Where a device computes it, the values are awaited when they are first looked at.
-
-    loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
-    skips: how many updates in a row have been skipped, this one included
-    end: the backend's mark after the last launch of the step
-    """
-
-    end: Any
-
-    def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
-        self._finish = finish
-        self._values: tuple[float, float, str, int] | None = None
-
-    def wait(self) -> tuple[float, float, str, int]:
-        """Waits until the step is over; returns loss, grad_norm, skipped and skips."""
-        if self._values is None:
-            self._values = self._finish()
-        return self._values
-
-    def __repr__(self) -> str:
-        loss, grad_norm, skipped, _ = self.wait()
-        return f"Step(loss={loss:.4f}, grad_norm={grad_norm:.4f}{f', skipped={skipped!r}' if skipped else ''})"
-
-    @property
-    def loss(self) -> float:
-        return self.wait()[0]
-
-    @property
-    def grad_norm(self) -> float:
-        return self.wait()[1]
-
-    @property
-    def skipped(self) -> str:
-        return self.wait()[2]
-
-    @property
-    def skips(self) -> int:
-        return self.wait()[3]
 
 
 class Trainer:
@@ -88,7 +46,8 @@ class Trainer:
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     execution            micro-batch, memory and backend: how a step is executed
     precision            the element types; None: the best of the backend, as `dtype auto` of the command line
-    backend              an opened backend to run on; None opens the one that `execution` names
+    backend              an opened backend to run on; None opens the one that `execution` names. Where mpiexec has
+                         started several ranks, all of them make the same trainer and the same calls
     start                the initial weights, and the seed of dropout
     out                  the run folder, for save and resume. Steps, validations and settings are written into it, so
                          that generate, eval, report and convert take it (keeps_journal False: checkpoints alone)
@@ -119,16 +78,18 @@ class Trainer:
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = execution, precision
-        self.accumulation = micro_batches(data, execution.micro_batch)
+        self.comm = open_comm() if backend is None else backend.comm
+        self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
         self._limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
-        self.backend = backend or open_backend(execution.backend, execution.threads, precision)
+        self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
         programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
+        self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
@@ -138,7 +99,8 @@ class Trainer:
         self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
-        self.keeps_journal = out is not None
+        self.keeps_journal = out is not None and self.comm.rank == 0
+        self.is_torn = False  # an error has ended an update halfway: parameters of two steps
         self._journal: Journal | None = None
         self._resumed_at: int | None = None  # None: `resume` was not called
         self._unwritten: tuple[int, float, Any, Step] | None = None  # number, lr, mark before it, of the last step
@@ -163,18 +125,20 @@ class Trainer:
 
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
-        step, lr = whole("train", "step", step, 1), real("train", "lr", lr, 0.0)
+        step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
         self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
-            self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
+            self.data.batch(
+                step - 1, self.ranks.rank, self.ranks.world, micro_batch=sequences, micro_step=k, names=names
+            )
             for k in range(self.accumulation)
         ]
-        counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
+        counts = max(int(self.comm.total(sum(num_targets(b) for b in batches))), 1)  # of all ranks
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
         for k, b in enumerate(batches):
-            self.arena.write_scalars(self.program, micro_step=k)
+            self.arena.write_scalars(self.program, micro_step=k * self.ranks.world + self.ranks.rank)
             micro_batch = MicroBatch(first=k == 0, last=k + 1 == len(batches))
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
@@ -184,7 +148,7 @@ class Trainer:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
             self._writer.wait_until_read()
-        guarded = self.execution.guard.is_on
+        guarded, self.is_torn = self.execution.guard.is_on, True
         if guarded:  # the host decides on the update
             self._run(self._train, segments.norm)
         else:  # the norm's kernel does: it knows what is not finite
@@ -201,7 +165,7 @@ class Trainer:
         self.last_step = step
         if guarded and not result.skipped:
             self._run(self._train, segments.update)
-        result.end = self.backend.mark()
+        result.end, self.is_torn = self.backend.mark(), False
         self._unwritten = step, lr, begin, result
         return result
 
@@ -242,18 +206,20 @@ class Trainer:
         self._train.run_each(after)
 
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
-        """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
+        """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
+        the number of ranks."""
         if self._loss is None:
             raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
         self._limit_ids(self.model, data)
         total, counts = 0.0, 0
-        for b in data.sweep(self.execution.micro_batch, max_tokens, names=self._loss.program.inputs):
+        names, mine = self._loss.program.inputs, (self.ranks.rank, self.ranks.world)
+        for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
             self._start(self._loss, b)
-            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
-            counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
-        loss = total / max(counts, 1)
+            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)  # of all ranks
+            counts += num_targets(b)
+        loss = total / max(self.comm.total(counts), 1)
         journal = self._write_journal()
         if journal is not None:
             journal.validation(self.last_step, loss)
@@ -268,7 +234,8 @@ class Trainer:
         drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
         """Yields token ids after `prompt` with the current weights, as `Engine.generate`; they are below the model's
-        vocabulary, or among `drawable`. It uses the arena: finish before the next step."""
+        vocabulary, or among `drawable`. It uses the arena: finish before the next step. With zero 3 all ranks take
+        part; otherwise one rank can do it alone."""
         if self._engine is None:
             raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
         return self._engine.generate(prompt, max_tokens, sampling, stop_ids, drawable)
@@ -309,28 +276,22 @@ class Trainer:
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, np.ndarray]:
-        """What a resume needs besides weights: every vector of the optimizer as <vector>.<parameter>, such as
-        m.wte.weight, and every state of the program as state.<name>."""
-        vectors = [v for name, v in self.plan.vectors.items() if name not in ("param", "grad")]
-        found = {
-            f"{v.name}.{name}": self.arena.read_part(v.name, info.tensor)
-            for v in vectors
-            for name, info in self.program.params.items()
-            if v.covers(info.tensor)
-        }
-        return found | {f"{STATE}.{name}": self.arena.read(t) for name, t in self.program.states.items()}
+        """What a resume needs besides weights (`shards.state`)."""
+        return state(self.arena, self.comm, self.program)
 
     def tokens(self, step: int) -> int:
         """Tokens that have been read when a step is done."""
         return (self.data.ahead + step * self.data.sequences) * self.data.seq_len
 
     def params(self) -> dict[str, np.ndarray]:
-        """The weights by name, in the working dtype; on the host, views of them."""
-        return {name: self.arena.read_part("param", info.tensor) for name, info in self.program.params.items()}
+        """The weights by name, in the working dtype; on the host, views of them. With zero 3 all ranks call this, and
+        rank 0 alone gets them, as copies."""
+        return dict(whole(self.arena, self.comm, self.program, PARAM))
 
     def grads(self) -> dict[str, np.ndarray]:
-        """The gradients by name, before clipping; on the host, views. They hold until anything else runs."""
-        return {name: self.arena.read_part("grad", info.tensor) for name, info in self.program.params.items()}
+        """The gradients by name, before clipping; on the host, views. They hold until anything else runs. With zero 1
+        to 3 all ranks call this, and rank 0 alone gets them, as copies."""
+        return dict(whole(self.arena, self.comm, self.program, GRAD))
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
         """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
@@ -352,14 +313,15 @@ class Trainer:
         wait: bool = True,
         before_done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes a complete checkpoint of this step into the run folder.
+        """Writes a complete checkpoint of this step into the run folder. All ranks call this, and rank 0 writes.
 
         keep_last: newest checkpoints that are kept, 0 for all. While updates are skipped all are, since the weights
             may have diverged: the last good ones stay
         keep_every: multiples of this step are never deleted
         before_done: called before the checkpoint counts, when it is on disk; by another thread
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
-            the weights are read where they lie, and the next update waits for that; of a device's, a copy is made first
+            the weights are read where they lie, and the next update waits for that; of a device's, and of what ranks
+            hold shares of, a copy is made first
 
         Raises HandgradError if it cannot be written, or the weights or the optimizer state are not finite: older
         checkpoints are then as they were.
@@ -370,11 +332,14 @@ class Trainer:
         journal = self._write_journal()
         if journal is not None:
             before_done = journal.flush
+        params, held = self.params(), self._state()
+        if self.comm.rank > 0:
+            return
         meta = {
             "step": step,
             **to_dict(self.model),
             "dtype": self.program.dtype.name,
-            "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
+            "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
             "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
@@ -382,7 +347,7 @@ class Trainer:
             "versions": {name: version(name) for name in ("handgrad", "numpy", "safetensors")},
         }
         kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
-        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=before_done)
+        self._writer.save(self._folder(), step, params, held, meta, **kept, before_done=before_done)
         if wait:
             self.wait_saved()
 
@@ -398,7 +363,8 @@ class Trainer:
         """
         self.wait_saved()
         self._journal, self._unwritten, self._resumed_at = None, None, 0
-        found, refusal = checkpoint.complete(self._folder()), None
+        paths, refusal = self.comm.agree([str(path) for path in checkpoint.complete(self._folder())])[0], None
+        found = [Path(path) for path in paths]
         for path in found:
             try:
                 step = self._resume_from(path)
@@ -428,9 +394,9 @@ class Trainer:
         if saved["dtype"] != self.program.dtype.name:
             rule = f"the checkpoint was trained with dtype {saved['dtype']}"
             raise HandgradError("resume", rule, self.program.dtype.name)
-        weights = checkpoint.load(path, shapes(self.params()))
-        state = checkpoint.load_state(path, shapes(self._state()))
-        for key, values in chain(((f"param.{name}", w) for name, w in weights.items()), state.items()):
+        weights = checkpoint.load(path, expected(self.arena, self.program, [PARAM], prefix=False))
+        held = checkpoint.load_state(path, expected_state(self.arena, self.program))
+        for key, values in chain(((f"{PARAM}.{name}", w) for name, w in weights.items()), held.items()):
             vector, _, name = key.partition(".")
             checkpoint.check_finite(path, key, values, hint=checkpoint.OLDER)
             if vector == STATE:
@@ -452,12 +418,20 @@ class Trainer:
         return self.out
 
 
-def micro_batches(data: Tokens, micro_batch: int) -> int:
-    """How many micro-batches a step has. Raises HandgradError unless they fill it."""
-    if data.batch_tokens % (micro_batch * data.seq_len):
-        rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """How many targets of a micro-batch count."""
+    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))
+
+
+def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
+    """How many micro-batches a step has on each rank. Raises HandgradError unless they fill it."""
+    tokens = world * micro_batch * data.seq_len
+    if data.batch_tokens % tokens:
+        factors = f"micro_batch x seq_len{' x ranks' * (world > 1)}"
+        numbers = f"{micro_batch} x {data.seq_len}{f' x {world}' * (world > 1)}"
+        rule = f"batch_tokens is a multiple of {factors} = {numbers}"
         raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
-    return data.batch_tokens // (micro_batch * data.seq_len)
+    return data.batch_tokens // tokens
 
 
 def check_precision(precision: Precision, backend: Backend) -> None:
