@@ -470,3 +470,22 @@ def test_error_on_one_rank_ends_all_with_one_message_and_a_checkpoint(text):
 def test_mistake_on_all_ranks_is_told_once_and_leaves_no_folder(text):
     told = finish(start(2, "--steps 5 --batch-tokens 777", "run"), 2)
     assert told.count("batch_tokens") == 1 and not Path("run").exists()
+
+
+# docs/distributed.md ---------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+
+
+@processes
+def test_commands_of_the_page_work(tmp_path):
+    commands = re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].splitlines()
+    assert commands[0] == "pip install '.[mpi]'" and len(commands) == 5
+    for command in commands[1:]:
+        line = command.replace("handgrad", f"{sys.executable} -m handgrad.cli.__main__", 1)
+        line = line.replace("mpiexec", str(MPIEXEC), 1).replace(
+            "--backend cpu --steps", "--backend cpu --threads 1 --steps"
+        )
+        done = subprocess.run(line.split(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "exchanged in a step" in done.stdout and (tmp_path / "runs" / "two" / "step_000040" / "DONE").exists()

@@ -49,7 +49,7 @@ class HostMemory(Arena):
 
     def operands(self, c: Call, program: Program, micro_batch: MicroBatch) -> SimpleNamespace:
         """What `Op.exchange` gets of a call: the memory of its tensors, its sizes and attributes."""
-        views = {}
+        views: dict[str, Any] = {}
         for args, tensors in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)):
             views |= {a.name: self.view(t) for a, t in zip(args, tensors) if t is not None and a.name != "scalars"}
         accumulates = lambda out: c.accumulates(out, micro_batch)  # noqa: E731

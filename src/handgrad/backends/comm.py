@@ -127,10 +127,10 @@ class Comm(ABC):
             received = [buffer[r, : own.size] for r in range(self.world)]
             self.swap([_bytes(a) for a in pieces], [_bytes(a) for a in received])
             received[self.rank] = own
-            total = received[0].astype(sums)
+            total: Any = received[0].astype(sums)
             for other in received[1:]:
                 total += other.astype(sums, copy=False)
-            target = out[at : at + own.size]
+            target: Any = out[at : at + own.size]
             target[...] = target.astype(sums, copy=False) + total if adds else total
 
 

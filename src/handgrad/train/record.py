@@ -14,7 +14,6 @@ from handgrad.evals import record as record_scorer
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import Model, forward_loss
 from handgrad.ops import add, collectives
-from handgrad.ops.collectives import all_gather
 from handgrad.optim import Optimizer, record_step
 from handgrad.train.execution import Execution
 
@@ -49,16 +48,18 @@ def record(
     """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
     ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
-    sizes = {"chunks": chunks, "accumulates": accumulates}
+    train = record_train(
+        model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
+    )
     programs = Programs(
-        record_train(model, optim, seq_len, precision, execution, **sizes, ranks=ranks),
+        train,
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
         record_engine(model, precision.working) if "sample" in extra else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
-    first, *others = programs
-    for p in others if ranks.shares(3) > 1 else ():
-        gather_parameters(p, first, all_gather)
+    for p in programs if ranks.shares(3) > 1 else ():
+        if p is not train:
+            gather_parameters(p, train, collectives.all_gather)
     if programs.loss is not None and ranks.world > 1:
         sum_losses(programs.loss, collectives.sum_losses)
     return programs

@@ -30,7 +30,8 @@ class CpuExecutable(Executable):
 
     def __init__(self, program: Program, arena: HostArena, threads: int, comm: Comm):
         self.program, self.arena, self.threads, self._lib = program, arena, threads, library()
-        self._comm, self._error = comm, None
+        self._comm = comm
+        self._error: BaseException | None = None
         self._bound: dict[MicroBatch, tuple[np.ndarray, np.ndarray, list]] = {}
         self._entries(ONLY)  # so that errors are raised now, before anything runs
 
