@@ -56,16 +56,20 @@ class HostMemory(Arena):
         values = {"scalars": self.scalars(program), "accumulates": accumulates, **c.sizes, **c.attrs, **views}
         return SimpleNamespace(**values)
 
-    def read_part(self, flat: str, param: Tensor) -> np.ndarray:
+    def part(self, flat: str, param: Tensor) -> np.ndarray:
+        """The memory of a parameter's slice of a flat vector, or, 1-D, of the elements of it that this rank holds."""
         start, low, high = self.plan.vectors[flat].piece(param)
         piece = self.vector(flat)[start : start + high - low]
         return piece.reshape(param.shape) if high - low == param.size else piece
+
+    def read_part(self, flat: str, param: Tensor) -> np.ndarray:
+        return self.part(flat, param)
 
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
         start, low, high = self.plan.vectors[flat].piece(param)
         if high - low < param.size:
             values = np.broadcast_to(values, param.shape).reshape(-1)[low:high]
-        self.read_part(flat, param)[...] = values
+        self.part(flat, param)[...] = values
 
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:
         values = self.scalars(program).copy()
