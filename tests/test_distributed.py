@@ -466,6 +466,59 @@ def test_error_on_one_rank_ends_all_with_one_message_and_a_checkpoint(text):
     assert "saved step 4" in told and (Path("run") / "step_000004" / "DONE").exists()
 
 
+FULL = """
+import resource, sys
+from handgrad.backends.mpi import open_comm
+from handgrad.cli.__main__ import main
+if open_comm().rank == 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes of a file
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+BUG = """
+import sys
+from handgrad.cli.__main__ import main
+from handgrad.train import loop
+due = loop.due_after
+def due_after(run, interrupt, number):
+    if run.trainer.comm.rank == 1 and number == 7:
+        raise ZeroDivisionError("a bug")
+    return due(run, interrupt, number)
+loop.due_after = due_after
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@processes
+@pytest.mark.parametrize(
+    ("script", "code", "told", "steps"),
+    [(FULL, 2, "must be writable, but got", 0), (BUG, 1, "ZeroDivisionError: a bug", 7)],
+    ids=["full disk", "bug"],
+)
+def test_failure_of_one_rank_ends_all(text, script, code, told, steps):
+    flags = f"{FLAGS} --steps 20 --micro-batch 2 --save-every 10 --out run".split()
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-c", script, *flags]
+    env = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    begin = time.monotonic()
+    output = finish(
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), code
+    )
+    assert told in output and time.monotonic() - begin < 30, output
+    assert not steps or (Path("run") / f"step_{steps:06d}" / "DONE").exists(), output
+
+
+@processes
+def test_second_signal_to_one_rank_ends_all_at_once(text):
+    process = start(2, "--steps 1000 --micro-batch 2 --batch-tokens 6400000 --save-every 0", "run")
+    lines = []
+    while not (number := re.search(r"1 is process (\d+)", "".join(lines))):
+        lines.append(process.stdout.readline())
+    time.sleep(0.5)
+    for _ in range(2):
+        os.kill(int(number[1]), signal.SIGTERM)
+        time.sleep(0.2)
+    finish(process, 130)
+
+
 @processes
 def test_mistake_on_all_ranks_is_told_once_and_leaves_no_folder(text):
     told = finish(start(2, "--steps 5 --batch-tokens 777", "run"), 2)

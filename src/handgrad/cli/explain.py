@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
     backend, where, saving = planner(h, a.gpu, precision)
+    if a.ranks > 1 and name == "cuda":
+        raise HandgradError("explain", "the cuda backend runs one rank", f"--ranks {a.ranks}", hint="--backend cpu")
     if a.ranks > 1:
         backend.comm = Planned(a.ranks)
     page = explain(model, seq_len, execution=execution, precision=precision, backend=backend, accumulation=accumulation)

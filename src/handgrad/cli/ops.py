@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
         table, failed = support(chosen), False
     else:
         mode = {"check": check, "grad": grad, "bench": bench}[a.mode]
-        table, failed = mode(chosen, open_backend(a.backend, a.threads))
+        backend = open_backend(a.backend, a.threads)
+        table, failed = mode([op for op in chosen if backend.has(op)], backend)
     for column in table.columns[1:]:
         column.overflow = "fold"
     table.columns[0].no_wrap = True
