@@ -25,6 +25,7 @@ from handgrad.backends.arena import HostMemory
 from handgrad.backends.comm import Alone, Planned, RankError, Threads, open_threads
 from handgrad.backends.cpu import CpuBackend
 from handgrad.backends.ref import RefBackend
+from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.core.params import FLAT_ALIGN
 from handgrad.core.tensor import IGNORE_INDEX
@@ -343,9 +344,7 @@ def test_mpiexec_without_mpi4py_is_one_line(monkeypatch):
     monkeypatch.setattr(mpi, "_OPEN", [])
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(
-        HandgradError, match=r"has started 2 ranks, and they need mpi4py.*hint: pip install '\.\[mpi\]'"
-    ):
+    with pytest.raises(HandgradError, match=r"has started 2 ranks, and they need mpi4py.*hint: pip install .*\[mpi\]'"):
         mpi.open_comm()
 
 
@@ -523,6 +522,12 @@ def test_second_signal_to_one_rank_ends_all_at_once(text):
 def test_mistake_on_all_ranks_is_told_once_and_leaves_no_folder(text):
     told = finish(start(2, "--steps 5 --batch-tokens 777", "run"), 2)
     assert told.count("batch_tokens") == 1 and not Path("run").exists()
+
+
+@pytest.mark.parametrize("value", ["4", "-1", "x"])
+def test_zero_is_one_of_four(value, capsys):
+    assert main(["train", "--zero", value]) == 2
+    assert "--zero takes one of 0, 1, 2, 3, but got" in capsys.readouterr().err
 
 
 # docs/distributed.md ---------------------------------------------------------------------------------------------------

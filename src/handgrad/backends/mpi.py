@@ -16,6 +16,7 @@ import numpy as np
 
 from handgrad.backends.comm import Alone, Comm, RankError
 from handgrad.core.errors import HandgradError
+from handgrad.core.install import install
 
 _OPEN: list[Comm] = []
 STARTED = (("PMI_SIZE", "MPI_LOCALNRANKS"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"))  # world, local
@@ -43,12 +44,11 @@ def _open(world: int, local: int) -> "Mpi":
         mpi4py.rc.finalize = False  # after an error it would wait for ranks that have ended
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-        hint = "pip install '.[mpi]' brings both mpi4py and mpiexec"
         rule = f"mpiexec has started {world} ranks, and they need mpi4py: {error}"
-        raise HandgradError("mpi", rule, hint=hint) from None
+        raise HandgradError("mpi", rule, hint=f"{install('mpi')} brings both it and mpiexec") from None
     if MPI.COMM_WORLD.size != world:
         rule = f"mpiexec has started {world} ranks, and mpi4py uses its MPI library"
-        hint = "the mpiexec of the same library: that of pip install '.[mpi]' is in the bin folder of its Python"
+        hint = f"the mpiexec of the same library: that of {install('mpi')} is in the bin folder of its Python"
         found = f"{MPI.Get_library_version().split()[0]}, which sees {MPI.COMM_WORLD.size}"
         raise HandgradError("mpi", rule, found, hint=hint)
     comm = Mpi(MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup())

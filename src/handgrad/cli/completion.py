@@ -75,7 +75,7 @@ def words(verb: str) -> dict[str, tuple[str, ...]]:
 
 def choices(hint: Any) -> tuple[str, ...]:
     """The words that a flag of this type takes, none where they are not known."""
-    return tuple(word for word in get_args(hint) if word) if get_origin(hint) is Literal else ()
+    return tuple(str(word) for word in get_args(hint) if word != "") if get_origin(hint) is Literal else ()
 
 
 def bash(found: dict[str, dict[str, tuple[str, ...]]]) -> str:

@@ -126,7 +126,8 @@ def _nearest(flag: str, known: dict[str, Any], verb: str) -> str:
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
     """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind)), get_args(kind).index
+        words = [str(word) for word in get_args(kind)]
+        return "one of " + ", ".join(words), words.index
     return TAKES[kind]
 
 
