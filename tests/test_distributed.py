@@ -519,9 +519,12 @@ def test_second_signal_to_one_rank_ends_all_at_once(text):
 
 
 @processes
-def test_mistake_on_all_ranks_is_told_once_and_leaves_no_folder(text):
-    told = finish(start(2, "--steps 5 --batch-tokens 777", "run"), 2)
-    assert told.count("batch_tokens") == 1 and not Path("run").exists()
+@pytest.mark.parametrize(
+    ("flags", "word"), [("--batch-tokens 777", "batch_tokens"), ("--zero 9", "--zero takes one of")]
+)
+def test_mistake_on_all_ranks_is_told_once_and_leaves_no_folder(text, flags, word):
+    told = finish(start(2, f"--steps 5 {flags}", "run"), 2)
+    assert told.count(word) == told.count("but got") == 1 and not Path("run").exists()
 
 
 @pytest.mark.parametrize("value", ["4", "-1", "x"])

@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from handgrad.backends.mpi import open_comm
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.train.config import Config, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
+from handgrad.train.ranks import together
 from handgrad.train.run import train
 
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
@@ -19,11 +21,13 @@ READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
 
 def main(argv: list[str]) -> int:
     """Parses the flags, over the settings of a resumed run and those of a file, and trains."""
-    c = parse(Config, argv, "train")
-    saved = saved_settings(c) if c.run.resume else None
-    if c.run.config:
-        saved = from_file(Path(c.run.config), c, saved)
-    return train(c if saved is None else parse(Config, argv, "train", saved))
+    with together(open_comm()):
+        c = parse(Config, argv, "train")
+        saved = saved_settings(c) if c.run.resume else None
+        if c.run.config:
+            saved = from_file(Path(c.run.config), c, saved)
+        c = c if saved is None else parse(Config, argv, "train", saved)
+    return train(c)
 
 
 def from_file(path: Path, c: Config, saved: Config | None) -> Config:

@@ -57,7 +57,7 @@ def together(comm: Comm) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if comm.world == 1:
+        if comm.world == 1 or isinstance(error, SystemExit):  # --help
             raise
         code = exit_code(error)
         comm.fail(str(error) or type(error).__name__, code)
