@@ -12,15 +12,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1350,
-    "backends": 3300,
-    "train": 2800,
+    "core": 1560,
+    "backends": 3350,
+    "train": 2950,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,
     "evals": 500,
     "infer": 500,
-    "cli": 1350,
+    "cli": 1400,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

@@ -18,6 +18,7 @@ from handgrad.cli.__main__ import main
 from handgrad.core.backward import POLICIES
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Op
 from handgrad.data import id_dtype, write_shard
 from handgrad.launch import Launches
 from handgrad.models import GPT2
@@ -46,7 +47,7 @@ def steady():
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if type(op).cuda is not Op.cuda])
 def test_op(gpu, name, dtype):
     for case in OPS[name].cases:
         for e in check_case(OPS[name], case, gpu, DTYPES[dtype]):
@@ -353,7 +354,7 @@ def test_compute_sanitizer_is_silent():
         "from handgrad.testing import check_case; from handgrad.core.dtypes import F32, BF16;"
         "from handgrad.core.precision import Precision\n"
         "gpu = open_backend('cuda', precision=Precision(deterministic=True))\n"
-        "for op in OPS.values():\n"
+        "for op in filter(gpu.has, OPS.values()):\n"
         "    small = [c for c in op.cases if not c.real]\n"
         "    for case in small if op.name.startswith('attention') else small[:3]:\n"
         "        for dtype in (F32, BF16): check_case(op, case, gpu, dtype)\n"

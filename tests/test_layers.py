@@ -34,6 +34,7 @@ OUTSIDE = {
     "ctypes": "backends replace.py",
     "cuda": "backends",
     "cudnn": "backends",
+    "mpi4py": "backends",
     "safetensors": "io",
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",

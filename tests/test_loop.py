@@ -106,7 +106,7 @@ def test_step_times_are_the_steps_own(tmp_path, monkeypatch, is_asynchronous, gu
         write(self, number, **figures)
         rates[number] = self.tokens_per_second
 
-    def open_clocked(threads, precision):
+    def open_clocked(threads, precision, comm):
         opened.append(ClockedBackend(threads))
         opened[-1].is_asynchronous = is_asynchronous
         return opened[-1]

@@ -1,38 +1,43 @@
 """Backends turn a list of calls into running code. `BACKENDS` is the table of all."""
 
 from handgrad.backends.base import Backend
+from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.ref import RefBackend
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.precision import Precision
 
 
-def _cpu(threads: int, precision: Precision) -> Backend:
+def _cpu(threads: int, precision: Precision, comm: Comm) -> Backend:
     from handgrad.backends.cpu import CpuBackend
 
-    return CpuBackend(threads)
+    return CpuBackend(threads, comm)
 
 
-def _cuda(threads: int, precision: Precision) -> Backend:
+def _cuda(threads: int, precision: Precision, comm: Comm) -> Backend:
+    if comm.world > 1:
+        raise HandgradError("backend", "the cuda backend runs one rank", comm.world, hint="backend 'cpu'")
     from handgrad.backends.cuda.backend import CudaBackend
 
     return CudaBackend(precision.tf32, precision.deterministic)
 
 
-BACKENDS = {"ref": lambda threads, precision: RefBackend(), "cpu": _cpu, "cuda": _cuda}
+BACKENDS = {"ref": lambda threads, precision, comm: RefBackend(comm=comm), "cpu": _cpu, "cuda": _cuda}
 
 
-def open_backend(name: str, threads: int = 0, precision: Precision = Precision()) -> Backend:
+def open_backend(name: str, threads: int = 0, precision: Precision = Precision(), comm: Comm = Alone()) -> Backend:
     """A backend by name; "auto" is cuda if there is a GPU and the packages for it, else cpu.
 
     threads: of the cpu backend; 0: one per physical core that this process may use
     precision: of the run; the cuda backend chooses its kernels by `tf32` and `deterministic`
 
+    comm: the ranks that train together
+
     Raises HandgradError for any other name, and if the hardware or a package is missing.
     """
     if whole("backend", "threads", threads, -I64_MAX) < 0:
         raise HandgradError("backend", "threads is at least 1, or 0 for one per physical core", threads)
-    return BACKENDS[resolve_name(name)](threads, precision)
+    return BACKENDS[resolve_name(name)](threads, precision, comm)
 
 
 def resolve_name(name: str) -> str:

@@ -4,6 +4,7 @@ import mmap
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import numpy as np
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import memory_limits
+from handgrad.core.op import Call, MicroBatch
 from handgrad.core.plan import MIB, REGIONS, Plan
 from handgrad.core.program import Program
 from handgrad.core.scalars import STEP_SCALARS
@@ -31,8 +33,8 @@ class HostMemory(Arena):
         """The tensor's memory."""
 
     @abstractmethod
-    def part(self, flat: str, param: Tensor) -> np.ndarray:
-        """The memory of a parameter's slice of a flat vector."""
+    def vector(self, name: str) -> np.ndarray:
+        """The memory of a flat vector."""
 
     @abstractmethod
     def scalars(self, program: Program) -> Any:
@@ -45,10 +47,28 @@ class HostMemory(Arena):
     def write(self, tensor: Tensor, values: Any) -> None:
         self.view(tensor)[...] = values
 
+    def operands(self, c: Call, program: Program, micro_batch: MicroBatch) -> SimpleNamespace:
+        """What `Op.exchange` gets of a call: the memory of its tensors, its sizes and attributes."""
+        views: dict[str, Any] = {}
+        for args, tensors in ((c.op.in_args, c.ins), (c.op.out_args, c.outs)):
+            views |= {a.name: self.view(t) for a, t in zip(args, tensors) if t is not None and a.name != "scalars"}
+        accumulates = lambda out: c.accumulates(out, micro_batch)  # noqa: E731
+        values = {"scalars": self.scalars(program), "accumulates": accumulates, **c.sizes, **c.attrs, **views}
+        return SimpleNamespace(**values)
+
+    def part(self, flat: str, param: Tensor) -> np.ndarray:
+        """The memory of a parameter's slice of a flat vector, or, 1-D, of the elements of it that this rank holds."""
+        start, low, high = self.plan.vectors[flat].piece(param)
+        piece = self.vector(flat)[start : start + high - low]
+        return piece.reshape(param.shape) if high - low == param.size else piece
+
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
         return self.part(flat, param)
 
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
+        start, low, high = self.plan.vectors[flat].piece(param)
+        if high - low < param.size:
+            values = np.broadcast_to(values, param.shape).reshape(-1)[low:high]
         self.part(flat, param)[...] = values
 
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:
@@ -91,9 +111,9 @@ class HostArena(HostMemory):
         start = self.plan.offset[tensor]
         return self.bytes[start : start + tensor.nbytes].view(NUMPY[tensor.dtype.name]).reshape(tensor.shape)
 
-    def part(self, flat: str, param: Tensor) -> np.ndarray:
-        start, dtype = self.plan.part(flat, param)
-        return self.bytes[start : start + param.size * dtype.size].view(NUMPY[dtype.name]).reshape(param.shape)
+    def vector(self, name: str) -> np.ndarray:
+        v, start = self.plan.vectors[name], self.plan.start[name]
+        return self.bytes[start : start + v.nbytes].view(NUMPY[v.dtype.name])
 
     def scalars(self, program: Program) -> Any:
         return self.view(program.scalars).view(STEP_SCALARS_DTYPE)[0:1].view(np.recarray)[0]

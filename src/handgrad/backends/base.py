@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from handgrad.backends.comm import Alone, Comm
 from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan, plan
 from handgrad.core.program import Program, Segment
+from handgrad.core.ranks import Ranks
 from handgrad.core.tensor import Tensor
 
 
@@ -48,11 +50,12 @@ class Arena(ABC):
 
     @abstractmethod
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
-        """A parameter's slice of a flat vector ("param", "grad", "m", ...), in its shape. On the host it is a view."""
+        """A parameter's slice of a flat vector ("param", "grad", "m", ...), in its shape; of a sharded vector the
+        elements of it that this rank holds. On the host it is a view."""
 
     @abstractmethod
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
-        """Fills a parameter's slice of a flat vector."""
+        """Fills a parameter's slice of a flat vector, or what this rank holds of it, with the values of all of it."""
 
     @abstractmethod
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:
@@ -72,6 +75,7 @@ class Planner(ABC):
 
     name: str
     head_rows: int  # rows of a chunk of logits, unless Execution.head_bytes is set
+    comm: Comm = Alone()  # the ranks that its programs exchange values with
     is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
 
     @property
@@ -79,6 +83,10 @@ class Planner(ABC):
         """Most bytes of a chunk of logits: head_rows rows of GPT-2's padded vocabulary in float32. A larger vocabulary
         gets fewer rows."""
         return self.head_rows * 50304 * 4
+
+    def ranks(self, zero: int) -> Ranks:
+        """The ranks for which it plans, this one among them, with a ZeRO stage."""
+        return Ranks(self.comm.rank, self.comm.world, zero)
 
     @abstractmethod
     def has(self, op: Op) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, HostArena, HostMemory
 from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.backends.comm import Alone, Comm
 from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan
 from handgrad.core.program import Program, Segment
@@ -31,19 +32,18 @@ class ExactArena(HostMemory):
         self._scalars: dict[int, np.ndarray] = {}
 
     def view(self, tensor: Tensor) -> np.ndarray:
+        if tensor in self.plan.inside:
+            base, start = self.plan.inside[tensor]
+            return self.view(base).reshape(-1)[start : start + tensor.size].reshape(tensor.shape)
         if tensor.flat:
             start = self.plan.programs[0].element(tensor)
-            return self._vector(tensor.flat)[start : start + tensor.size].reshape(tensor.shape)
+            return self.vector(tensor.flat)[start : start + tensor.size].reshape(tensor.shape)
         key = tensor.name if tensor.role is Role.STATE else tensor  # programs share a state by its name
         if key not in self._arrays:
             self._arrays[key] = np.zeros(tensor.shape, np.int32 if tensor.dtype.name == "i32" else np.float64)
         return self._arrays[key]
 
-    def part(self, flat: str, param: Tensor) -> np.ndarray:
-        start = self.plan.vectors[flat].start(param)
-        return self._vector(flat)[start : start + param.size].reshape(param.shape)
-
-    def _vector(self, name: str) -> np.ndarray:
+    def vector(self, name: str) -> np.ndarray:
         return self._flat.setdefault(name, np.zeros(self.plan.vectors[name].size))
 
     def scalars(self, program: Program) -> Any:
@@ -53,8 +53,8 @@ class ExactArena(HostMemory):
 class RefExecutable(Executable):
     """Runs each call's `ref` in list order."""
 
-    def __init__(self, program: Program, arena: HostMemory, poison: bool):
-        self.program, self.arena, self.poison = program, arena, poison
+    def __init__(self, program: Program, arena: HostMemory, poison: bool, comm: Comm):
+        self.program, self.arena, self.poison, self.comm = program, arena, poison, comm
         self.scalars = arena.scalars(program)
 
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
@@ -70,6 +70,9 @@ class RefExecutable(Executable):
                 after(c, time.perf_counter() - begin)
 
     def _call(self, c: Call, micro_batch: MicroBatch) -> None:
+        if c.op.communicates:
+            c.op.exchange(self.comm, self.arena.operands(c, self.program, micro_batch))
+            return
         exact = isinstance(self.arena, ExactArena)
         kept = np.float64 if exact else NUMPY[c.dtype.name]
         v = SimpleNamespace(
@@ -108,7 +111,8 @@ class RefBackend(Backend):
     hardware = "numpy"
     head_rows = 512
 
-    def __init__(self, exact: bool = True, poison: bool = False):
+    def __init__(self, exact: bool = True, poison: bool = False, comm: Comm = Alone()):
+        self.comm = comm
         self.exact = exact
         self.poison = poison and not exact
 
@@ -123,4 +127,4 @@ class RefBackend(Backend):
 
     def bind(self, program: Program, arena: Arena) -> RefExecutable:
         assert isinstance(arena, HostMemory)
-        return RefExecutable(program, arena, self.poison)
+        return RefExecutable(program, arena, self.poison, self.comm)

@@ -7,6 +7,7 @@ import tyro
 
 from handgrad.backends import open_backend, resolve_name
 from handgrad.backends.base import Planner
+from handgrad.backends.comm import Planned
 from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
@@ -34,7 +35,9 @@ class Explain:
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest"""
     batch_tokens: int = 0
-    """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
+    """tokens in an optimizer step; 0: one micro-batch a rank. More accumulates gradients"""
+    ranks: int = 1
+    """processes that train together (mpiexec -n); the page is that of one of them"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: GPT-2's 50257"""
     dropout: float = ModelConfig.dropout
@@ -54,18 +57,25 @@ def main(argv: list[str]) -> int:
     model = create(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
     seq_len = whole("explain", "--seq-len", a.seq_len, 0) or model.max_seq_len
     whole("explain", "--batch-tokens", a.batch_tokens, 0)
-    accumulation, rest = divmod(a.batch_tokens or a.compute.micro_batch * seq_len, a.compute.micro_batch * seq_len)
+    least = whole("explain", "--ranks", a.ranks, 1) * a.compute.micro_batch * seq_len
+    accumulation, rest = divmod(a.batch_tokens or least, least)
     if rest or accumulation < 1:
         rule = f"--batch-tokens is a multiple of micro-batch x seq-len = {a.compute.micro_batch} x {seq_len}"
+        rule += f", times {a.ranks} ranks" if a.ranks > 1 else ""
         raise HandgradError("explain", rule, a.batch_tokens)
     name: Any = "cuda" if a.gpu else resolve_name(a.compute.backend)
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
     backend, where, saving = planner(h, a.gpu, precision)
+    if a.ranks > 1 and name == "cuda":
+        raise HandgradError("explain", "the cuda backend runs one rank", f"--ranks {a.ranks}", hint="--backend cpu")
+    if a.ranks > 1:
+        backend.comm = Planned(a.ranks)
     page = explain(model, seq_len, execution=execution, precision=precision, backend=backend, accumulation=accumulation)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
-    print(f"{a.model}, {precision.dtype}, a step of {micro_batches}\n")
+    each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""
+    print(f"{a.model}, {precision.dtype}, a step of {micro_batches}{each}\n")
     print(page)
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")

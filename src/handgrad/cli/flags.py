@@ -113,14 +113,15 @@ def _misplaced(kind: type, argv: list[str], others: list[str], verb: str) -> Han
 
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
     """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
-    if choices(kind):
-        return "one of " + ", ".join(choices(kind)), get_args(kind).index
+    if get_origin(kind) is Literal:
+        words = choices(kind)
+        return "one of " + ", ".join(words), words.index
     return TAKES[kind]
 
 
 def choices(kind: Any) -> tuple[str, ...]:
     """The words that a flag of this type takes, none where they are not known."""
-    return tuple(word for word in get_args(kind) if word) if get_origin(kind) is Literal else ()
+    return tuple(str(word) for word in get_args(kind) if word != "") if get_origin(kind) is Literal else ()
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any]]:

@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
         table, failed = support(chosen), False
     else:
         mode = {"check": check, "grad": grad, "bench": bench}[a.mode]
-        table, failed = mode(chosen, open_backend(a.backend, a.threads))
+        backend = open_backend(a.backend, a.threads)
+        table, failed = mode([op for op in chosen if backend.has(op)], backend)
     table.columns[0].no_wrap = True
     console = Console(highlight=False, markup=False, emoji=False)  # db:M:f32 is no picture of an M
     if not console.is_terminal:

@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
+from handgrad.backends.mpi import open_comm
 from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, hint_for
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.train.config import Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
+from handgrad.train.ranks import together
 from handgrad.train.run import train
 
 NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
@@ -23,6 +25,13 @@ READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
 
 def main(argv: list[str]) -> int:
     """Parses the flags, over the settings of a file, over those of a resumed run, and trains."""
+    with together(open_comm()):
+        c = settings(argv)
+    return train(c)
+
+
+def settings(argv: list[str]) -> Config:
+    """The settings of a command line, over those of its file, over those of the run that it resumes."""
     alone = parse(Config, argv, "train")
     named = from_file(Path(alone.run.config)) if alone.run.config else {}
     c = parse(Config, argv, "train", from_names(named)) if named else alone
@@ -32,7 +41,7 @@ def main(argv: list[str]) -> int:
         c = parse(Config, argv, "train", base)
         if c.optim.schedule != base.optim.schedule and c.optim.final == base.optim.final:
             c = replace(c, optim=replace(c.optim, final=None))  # another schedule ends where its own default says
-    return train(c)
+    return c
 
 
 def from_file(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 
-PHASE = dict(zip(Phase, ("fwd", "re", "bwd", "nrm", "upd")))
+PHASE = dict(zip(Phase, ("fwd", "re", "bwd", "nrm", "upd", "com")))
 
 
 def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
@@ -19,7 +19,7 @@ def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
 def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
     """One call of the listing."""
     outs = [
-        ("+= " if arg.inout and arg.name not in c.first else "") + _tensor(t, c, plan)
+        ("+= " if arg.inout and arg.name not in c.first | c.overwrites else "") + _tensor(t, c, plan)
         for arg, t in zip(c.op.out_args, c.outs)
         if t is not None
     ]

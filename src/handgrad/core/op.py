@@ -54,6 +54,7 @@ class Phase(StrEnum):
     BACKWARD = auto()
     NORM = auto()
     UPDATE = auto()
+    COMMUNICATE = auto()  # between ranks, within whichever segment it is recorded
 
 
 class When(Enum):
@@ -108,6 +109,7 @@ class Op:
     undefined: str = ""  # names of outputs that are only workspaces: their values after the call have no meaning
     kept: str = ""  # names of outputs that even the policy "block" keeps, because recomputing them is expensive
     starts_gradient: bool = False  # computes the gradient of its inputs itself, in the forward phase (lm_loss)
+    communicates: bool = False  # `exchange` runs it, on every backend whose memory is the host's
     overlap: int = 0  # how many calls after it may run concurrently, unless they use what it writes
     ill_conditioned: bool = False  # large intermediates cancel or are exponentiated: one ulp of an input moves outputs
     cpu: CpuKernel | None = None
@@ -170,6 +172,11 @@ class Op:
         """
         raise NotImplementedError
 
+    def exchange(self, comm: Any, v: Any) -> None:
+        """Runs a call of an op that communicates. `v` holds its inputs and outputs as arrays to read and write, sizes,
+        attributes, the step scalars and `accumulates`; `comm` is the engine (backends/comm.py)."""
+        raise NotImplementedError
+
     def sample(self, rng: Any, arg: Arg, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         """A random array for an input of a case; None means the default, a standard normal."""
         return None
@@ -198,6 +205,7 @@ class Call:
     dtype: DType  # the program's working dtype
     first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
     when: When = When.ALWAYS
+    overwrites: frozenset[str] = frozenset()  # inout outputs that it writes anew in every micro-batch
 
     def __getattr__(self, name: str) -> Any:  # a Tensor, or None if it is absent
         for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):
@@ -217,7 +225,7 @@ class Call:
 
     def accumulates(self, out: str, micro_batch: MicroBatch) -> bool:
         """Whether inout output `out` already holds a value of this step, so that the call adds to it."""
-        return not (micro_batch.first and out in self.first)
+        return not (out in self.overwrites or (micro_batch.first and out in self.first))
 
 
 RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not name.startswith("_")} | {"scratch"}

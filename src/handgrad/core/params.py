@@ -2,14 +2,16 @@
 
 Parameters, gradients and optimizer state are flat vectors in one order: block by block, and within a block group by
 group, each parameter aligned to FLAT_ALIGN elements. A bucket (one block, one group of the optimizer) is a contiguous
-slice of every vector that covers it. The optimizer and the global norm work on slices, and so would shards.
+slice of every vector that covers it. The optimizer and the norm work on slices. A rank's share of a bucket is the
+rank-th of `world` equal parts; a sharded vector holds the shares of one rank, bucket after bucket.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
+from handgrad.core.ranks import ALONE, Ranks
 from handgrad.core.tensor import Role, Tensor
 
 FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so that a parameter is aligned in every vector
@@ -67,9 +69,16 @@ class Bucket:
     def name(self) -> str:
         return f"{self.block}.{self.group}" if self.group else self.block
 
+    def places(self) -> Iterator[tuple[Tensor, int]]:
+        """Its parameters, with the element of the bucket at which each starts."""
+        at = 0
+        for p in self.members:
+            yield p.tensor, at
+            at += padded_size(p.tensor)
 
-def lay_out(params: Sequence[Param], groups: Groups) -> tuple[Bucket, ...]:
-    """The buckets of parameters in their flat order."""
+
+def lay_out(params: Sequence[Param], groups: Groups, world: int = 1) -> tuple[Bucket, ...]:
+    """The buckets of parameters in their flat order, each padded so that every rank's share is aligned."""
     members: dict[tuple[str, str], list[Param]] = {}
     for block in dict.fromkeys(p.block for p in params):
         for group in groups.names:
@@ -82,7 +91,7 @@ def lay_out(params: Sequence[Param], groups: Groups) -> tuple[Bucket, ...]:
         members[p.block, group].append(p)
     buckets, at = [], 0
     for (block, group), found in members.items():
-        size = sum(padded_size(p.tensor) for p in found)
+        size = up(sum(padded_size(p.tensor) for p in found), world * FLAT_ALIGN)
         if found:
             buckets.append(Bucket(block, group, at, size, tuple(found)))
         at += size
@@ -91,26 +100,33 @@ def lay_out(params: Sequence[Param], groups: Groups) -> tuple[Bucket, ...]:
 
 def padded_size(param: Tensor) -> int:
     """Elements of a parameter in a flat vector, padding included."""
-    return -(-param.size // FLAT_ALIGN) * FLAT_ALIGN
+    return up(param.size, FLAT_ALIGN)
+
+
+def up(size: int, multiple: int) -> int:
+    """A size rounded up to a multiple."""
+    return -(-size // multiple) * multiple
 
 
 class Vector:
     """A flat vector over some buckets, in their order and without gaps between them.
 
-    sharded: each rank holds a shard; otherwise every rank holds the whole vector.
+    sharded: each rank holds its shares; otherwise every rank holds the whole vector.
     """
 
-    def __init__(self, name: str, dtype: DType, role: Role, buckets: Sequence[Bucket], sharded: bool):
-        self.name, self.dtype, self.role, self.buckets, self.sharded = name, dtype, role, tuple(buckets), sharded
+    def __init__(
+        self, name: str, dtype: DType, role: Role, buckets: Sequence[Bucket], sharded: bool, ranks: Ranks = ALONE
+    ):
+        self.name, self.dtype, self.role, self.buckets = name, dtype, role, tuple(buckets)
+        self.ranks, self.shares = ranks, ranks.world if sharded else 1
         self._bucket: dict[Bucket, int] = {}
-        self._param: dict[str, int] = {}
+        self._param: dict[str, tuple[Bucket, int]] = {}  # its bucket, and its place in it
         self.size = 0  # elements, alignment included
         for bucket in self.buckets:
-            self._bucket[bucket] = at = self.size
-            for p in bucket.members:
-                self._param[p.tensor.name] = at
-                at += padded_size(p.tensor)
-            self.size = at
+            self._bucket[bucket] = self.size
+            for tensor, place in bucket.places():
+                self._param[tensor.name] = bucket, place
+            self.size += bucket.size // self.shares
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +137,21 @@ class Vector:
         return param.name in self._param
 
     def start(self, param: Tensor) -> int:
-        """The element at which a parameter's slice starts."""
-        return self._param[param.name]
+        """The element at which a parameter's slice starts, in a vector that is not sharded."""
+        bucket, at = self._param[param.name]
+        return self._bucket[bucket] + at
+
+    def piece(self, param: Tensor, shares: int = 0) -> tuple[int, int, int]:
+        """(start, low, high): where this rank's elements of a parameter start in the vector, and which they are.
+
+        shares: of a vector that is not sharded, how many a bucket is divided into; the elements of one share
+        """
+        bucket, at = self._param[param.name]
+        share = bucket.size // (shares or self.shares)
+        begin = self.ranks.rank * share if share < bucket.size else 0
+        low, high = max(at, begin), min(at + param.size, begin + share)
+        start = self._bucket[bucket] + low - (begin if self.shares > 1 else 0)
+        return (start, low - at, high - at) if low < high else (0, 0, 0)
 
     def bucket_start(self, bucket: Bucket) -> int:
         """The element at which a bucket's slice starts."""

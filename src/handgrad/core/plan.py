@@ -46,6 +46,7 @@ class Plan:
     scratch: dict[Call, int] = field(default_factory=dict)
     start: dict[str, int] = field(default_factory=dict)  # flat vector: first byte
     region: dict[str, tuple[int, int]] = field(default_factory=dict)  # name: (start, bytes)
+    inside: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)  # as in the programs
     peak: dict[int, tuple[int, Call | None]] = field(default_factory=dict)  # program index: live bytes, call
 
     @property
@@ -64,7 +65,7 @@ class Plan:
         return {name: v for name, v in self.programs[0].vectors.items() if name in self.start}
 
     def part(self, vector: str, param: Tensor) -> tuple[int, DType]:
-        """First byte and element type of a parameter's slice of a flat vector."""
+        """First byte and element type of a parameter's slice of a flat vector that is not sharded."""
         v = self.vectors[vector]
         return self.start[vector] + v.start(param) * v.dtype.size, v.dtype
 
@@ -84,10 +85,12 @@ class Plan:
         """Per block: bytes of parameters, of gradients and optimizer state, and of activations that backward reads."""
         p = self.programs[0]
         rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-        state = [v for name, v in self.vectors.items() if name != "param"]
+        vectors = self.vectors
+        state = [v for name, v in vectors.items() if name != "param"]
         for info in p.params.values():
-            rows[info.block][0] += info.tensor.nbytes
-            rows[info.block][1] += sum(info.tensor.size * v.dtype.size for v in state if v.covers(info.tensor))
+            rows[info.block][0] += info.tensor.nbytes // vectors["param"].shares
+            held = (info.tensor.size * v.dtype.size // v.shares for v in state if v.covers(info.tensor))
+            rows[info.block][1] += sum(held)
         read_later = {t for c in p.calls if c.phase is not Phase.FORWARD for t in c.ins if is_activation(t)}
         for t, c in p.producer.items():
             if c.phase is Phase.FORWARD and t in read_later:
@@ -105,7 +108,7 @@ def lifetimes(p: Program, scratch: Scratch, concurrent: bool = False) -> list[Li
     spans = []
     ends = [join - 1 for join in joins(p)] if concurrent else range(len(p.calls))
     for i, (c, end) in enumerate(zip(p.calls, ends)):
-        for t in (*c.outs, *c.ins):
+        for t in (p.inside[t][0] if t in p.inside else t for t in (*c.outs, *c.ins)):
             if t is not None and is_activation(t):
                 first.setdefault(t, i)
                 last[t] = max(end, last.get(t, 0))
@@ -209,7 +212,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = 
             at = _place_states(result, at)
         result.region[region] = (start, at - start)
     _place_slices(result)
-    shared = "grad" in vectors and not primary.accumulates
+    shared = "grad" in vectors and not primary.accumulates and vectors["grad"].shares == 1
     start = result.region["grads"][0] if shared else at
     top = at - start
     for i, p in enumerate(programs):
@@ -220,6 +223,10 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = 
                 result.scratch[owner] = start + offset
             else:
                 result.offset[owner] = start + offset
+        for t, (base, first) in p.inside.items():
+            if base in offsets:  # else no call uses it
+                result.offset[t] = result.offset[base] + first * t.dtype.size
+        result.inside |= p.inside
         result.peak[i] = peak_of(p, spans, fixed)
         top = max(top, size)
     result.region["activations"] = (at, start + top - at)
@@ -258,8 +265,9 @@ def _place_slices(result: Plan) -> None:
             if known is None or known.tensor.shape != info.tensor.shape or p.dtype is not primary.dtype:
                 rule = "programs that share an arena declare the same parameters"
                 raise HandgradError("plan", rule, f"'{name}' in only one of them")
-            result.offset[info.tensor] = result.part("param", known.tensor)[0]
-            if name in p.grads:
+            if primary.vectors["param"].shares == 1:
+                result.offset[info.tensor] = result.part("param", known.tensor)[0]
+            if name in p.grads and primary.vectors["grad"].shares == 1:
                 result.offset[p.grads[name]] = result.part("grad", known.tensor)[0]
     for t, first in primary.starts.items():
         result.offset[t] = result.start[t.flat] + first * t.dtype.size

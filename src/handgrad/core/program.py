@@ -12,6 +12,7 @@ from handgrad.core.dtypes import BYTE, F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call, Op, Phase, When, bind_dims
 from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector, lay_out
+from handgrad.core.ranks import ALONE, Ranks
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
 
@@ -61,6 +62,8 @@ class Program:
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
+    ranks: Ranks = ALONE
+    inside: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)  # a part of an activation: it, first element
 
     def __post_init__(self) -> None:
         self.scalars = Tensor("scalars", (STEP_SCALARS_BYTES,), BYTE, Role.SCALARS)
@@ -255,16 +258,16 @@ class Program:
     def buckets(self) -> tuple[Bucket, ...]:
         """The flat order of all parameters. The first read fixes it."""
         if self._buckets is None:
-            self._buckets = lay_out(tuple(self.params.values()), self._groups)
+            self._buckets = lay_out(tuple(self.params.values()), self._groups, self.ranks.world)
         return self._buckets
 
     @property
     def vectors(self) -> dict[str, Vector]:
         """The flat vectors: "param" and, if there are gradients, "grad", both over all buckets; and optimizer state."""
         if self.params and "param" not in self._vectors:
-            self._vectors["param"] = Vector("param", self.dtype, Role.PARAM, self.buckets, sharded=False)
+            self._vectors["param"] = self._vector("param", self.dtype, Role.PARAM, 3)
         if self.grads and "grad" not in self._vectors:
-            self._vectors["grad"] = Vector("grad", self.grad_dtype, Role.GRAD, self.buckets, sharded=False)
+            self._vectors["grad"] = self._vector("grad", self.grad_dtype, Role.GRAD, 2)
         return self._vectors
 
     def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
@@ -272,14 +275,46 @@ class Program:
         checkpoints save it."""
         if name in self.vectors or name == STATE:
             raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
-        vector = Vector(name, dtype, Role.STATE, self.buckets if buckets is None else buckets, sharded)
+        if not sharded and self.ranks.shares(1) > 1:
+            rule = f"with zero {self.ranks.zero} every vector of the optimizer can be sharded"
+            raise HandgradError("optim", rule, f"'{name}', which cannot", hint="zero 0")
+        vector = self._vector(name, dtype, Role.STATE, 1 if sharded else None, buckets)
         self._vectors[name] = vector
         return vector
 
+    def _vector(
+        self, name: str, dtype: DType, role: Role, stage: int | None, buckets: Sequence[Bucket] | None = None
+    ) -> Vector:
+        """A vector that is sharded from this ZeRO stage on (None: never)."""
+        is_sharded = stage is not None and self.ranks.zero >= stage
+        return Vector(name, dtype, role, self.buckets if buckets is None else buckets, is_sharded, self.ranks)
+
     def slice(self, vector: str, bucket: Bucket) -> Tensor:
-        """A handle on a bucket's slice of a flat vector."""
+        """A handle on the part of a bucket that this rank updates, in a flat vector: its share, or all of it."""
+        v, shares = self.vectors[vector], self.ranks.shares(1)
+        size = bucket.size // shares
+        start = v.bucket_start(bucket) + (self.ranks.rank * size if v.shares < shares else 0)
+        return self._part(f"{bucket.name}.{vector}", v, start, size)
+
+    def share_start(self, bucket: Bucket) -> int:
+        """The element of the flat order of all parameters at which that part starts."""
+        shares = self.ranks.shares(1)
+        return bucket.start + (self.ranks.rank * bucket.size // shares if shares > 1 else 0)
+
+    def bucket(self, vector: str, bucket: Bucket) -> Tensor:
+        """A handle on a whole bucket in a flat vector that is not sharded."""
         v = self.vectors[vector]
-        return self._part(f"{bucket.name}.{vector}", v, v.bucket_start(bucket), bucket.size)
+        return self._part(f"{bucket.name}.{vector}s", v, v.bucket_start(bucket), bucket.size)
+
+    def part_of(self, base: Tensor, start: int, name: str, shape: tuple[int, ...], role: Role) -> Tensor:
+        """A handle on a part of an activation, from element `start` on. A gradient in it has the role of one."""
+        part = Tensor(name, shape, base.dtype, role)
+        self.inside[part] = base, start
+        return part
+
+    def mark_written(self, grad: Tensor) -> None:
+        """Says of a slice that calls recorded so far write it."""
+        self._written.add(grad)
 
     def whole(self, vector: str) -> Tensor:
         """A handle on a whole flat vector."""

@@ -33,7 +33,10 @@ def _spans(p: Program, tensors: tuple[Tensor | None, ...]) -> list[Span]:
     """The memory of tensors. Slices of one flat vector may overlap under different handles."""
     spans: list[Span] = []
     for t in tensors:
-        if t is not None and t.flat:
+        if t in p.inside:
+            base, start = p.inside[t]
+            spans.append((base, start, start + t.size))
+        elif t is not None and t.flat:
             start = p.element(t)
             spans.append((t.flat, start, start + t.size))
         elif t is not None:

@@ -12,6 +12,7 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.share_norm.op import share_norm
 
 _ALL = (
     embed,
@@ -34,6 +35,7 @@ _ALL = (
     add,
     fill,
     global_norm,
+    share_norm,
     adamw,
 )
 OPS = {op.name: op for op in _ALL}

@@ -66,7 +66,7 @@ class AdamW:
                 "v": g.slice("v", bucket),
                 "low": g.slice("low", bucket) if "low" in g.vectors else None,
             },
-            start=bucket.start,
+            start=g.share_start(bucket),
             beta1=self.betas[0],
             beta2=self.betas[1],
             eps=self.eps,

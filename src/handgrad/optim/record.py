@@ -2,10 +2,14 @@
 
 from typing import Protocol
 
+from handgrad.core.communicate import Collectives, communicate, publish, record_norm
 from handgrad.core.op import Phase
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
-from handgrad.ops import fill, global_norm
+from handgrad.ops import fill, global_norm, share_norm
+from handgrad.ops.collectives import all_gather, all_gather_f32, all_reduce, reduce_scatter, sum_losses
+
+COLLECTIVES = Collectives(all_reduce, reduce_scatter, all_gather, all_gather_f32, sum_losses, share_norm, fill)
 
 
 class Optimizer(Protocol):
@@ -31,18 +35,24 @@ class Optimizer(Protocol):
 def record_step(g: Program, optim: Optimizer) -> None:
     """Appends the norm of all gradients, then one update per bucket, to a program that has its backward.
 
-    Between the two segments the host can decide to skip the update.
+    Between the two segments the host can decide to skip the update. Among several ranks, `communicate` has inserted
+    what they exchange.
     """
     g.group_by(optim.groups)
     g.phase = Phase.BACKWARD
     for info in g.params.values():
         if not g.is_written(g.grad(info.tensor)):  # no call uses this parameter: its gradient is zero
             g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
+    communicate(g, COLLECTIVES)
     g.phase = Phase.NORM
-    g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)
+    if g.ranks.shares(1) > 1:
+        record_norm(g, COLLECTIVES, global_norm, optim.clip)
+    else:
+        g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)
     g.phase = Phase.UPDATE
     optim.declare(g)
     for bucket in g.buckets:
         with g.block(bucket.block, prefix=False):
             optim.update(g, bucket)
+            publish(g, bucket, all_gather)
     g.phase = Phase.FORWARD

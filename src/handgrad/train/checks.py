@@ -21,12 +21,15 @@ def check_kinds(optim: Any, data: Any, execution: Any) -> None:
             raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
 
 
-def micro_batches(data: Tokens, micro_batch: int) -> int:
-    """How many micro-batches a step has. Raises HandgradError unless they fill it."""
-    if data.batch_tokens % (micro_batch * data.seq_len):
-        rule = f"batch_tokens is a multiple of micro_batch x seq_len = {micro_batch} x {data.seq_len}"
+def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
+    """How many micro-batches a step has on each rank. Raises HandgradError unless they fill it."""
+    tokens = world * micro_batch * data.seq_len
+    if data.batch_tokens % tokens:
+        factors = f"micro_batch x seq_len{' x ranks' * (world > 1)}"
+        numbers = f"{micro_batch} x {data.seq_len}{f' x {world}' * (world > 1)}"
+        rule = f"batch_tokens is a multiple of {factors} = {numbers}"
         raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
-    count = data.batch_tokens // (micro_batch * data.seq_len)
+    count = data.batch_tokens // tokens
     if count > MOST_MICRO_BATCHES:
         rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"
         raise HandgradError("train", rule, f"{count:,}", hint="a smaller batch_tokens or a larger micro_batch")

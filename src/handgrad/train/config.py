@@ -143,6 +143,9 @@ class ComputeConfig:
     """dtype of parameter gradients; bf16 needs a GPU"""
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """outputs that backward recomputes: act: activation functions; act_norm: norms too; block: all but block inputs"""
+    zero: Literal[0, 1, 2, 3] = 1
+    """of several ranks (mpiexec -n 4 handgrad train), each holds only its share of: 1 the optimizer state, 2 the
+    gradients too, 3 the parameters too; 0: of nothing"""
     head_mib: int = 0
     """MiB of logits in one chunk of the head; 0: the backend's default"""
     deterministic: bool = False
@@ -258,8 +261,9 @@ def _check(settings: Any, least: int, names: str) -> None:
         kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
             if value not in kinds:
-                hint = did_you_mean(str(value), kinds, OTHER_WORDS)
-                raise HandgradError(group, f"{flag} is one of {', '.join(kinds)}", repr(value), hint=hint)
+                words = [str(kind) for kind in kinds]
+                hint = did_you_mean(str(value), words, OTHER_WORDS)
+                raise HandgradError(group, f"{flag} is one of {', '.join(words)}", repr(value), hint=hint)
         elif value is None and type(None) in kinds:
             continue
         elif float in kinds:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
+from handgrad.core.ranks import STAGES
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -25,6 +26,8 @@ class Execution:
     threads          of the cpu backend; 0: the physical cores that this process may use
     check            "nan" looks at every output of every call and names the first that is not finite; slow
     guard            which updates are skipped as outliers
+    zero             the ZeRO stage of several ranks: each holds only its share of 1 the optimizer state, 2 the
+                     gradients too, 3 the parameters too; 0: of nothing
 
     Raises HandgradError for another word or a size that cannot be.
 
@@ -40,6 +43,7 @@ class Execution:
     threads: int = 0
     check: str = "off"
     guard: Guard = Guard()
+    zero: int = 1
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "head_bytes", "threads"):
@@ -48,6 +52,8 @@ class Execution:
             raise HandgradError("execution", "micro_batch is at least 1", self.micro_batch)
         if self.head_bytes < 0:
             raise HandgradError("execution", "head_bytes is not negative", self.head_bytes)
+        if whole("execution", "zero", self.zero, 0) not in STAGES:
+            raise HandgradError("execution", f"zero is one of {', '.join(map(str, STAGES))}", self.zero)
         words = [("recompute", self.recompute, tuple(POLICIES)), ("check", self.check, CHECKS)]
         words += [("an extra program", word, EXTRA_PROGRAMS) for word in self.extra_programs]
         for name, word, known in words:

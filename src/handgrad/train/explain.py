@@ -7,7 +7,7 @@ from handgrad.backends.base import Planner
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES
 from handgrad.core.listing import listing
-from handgrad.core.op import Call
+from handgrad.core.op import Call, When
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
@@ -25,12 +25,25 @@ class Explanation:
     plan: Plan
     rows: int
     remedies: tuple[tuple[str, int, int], ...]  # what to change to save memory, arena bytes, flops of a micro-batch
+    accumulation: int  # micro-batches of a step on each rank
     note: Callable[[Call], str]  # what the backend binds a call to
 
     @property
     def flops_per_token(self) -> float:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
         return sum(c.flops for c in self.program.calls) / self.rows
+
+    def traffic(self) -> list[tuple[str, int, int]]:
+        """What a rank exchanges in a step: (op, its calls, bytes that the rank sends to the others)."""
+        found: dict[str, list[int]] = {}
+        stop = self.program.segments.forward_backward.stop
+        for i, c in enumerate(self.program.calls):
+            if c.op.communicates and all(t is not self.program.scalars for t in c.outs):
+                turns = self.accumulation if i < stop and c.when is When.ALWAYS else 1
+                row = found.setdefault(c.op.name, [0, 0])
+                row[0] += turns
+                row[1] += turns * sent(c, self.program.ranks.world)
+        return [(name, calls, nbytes) for name, (calls, nbytes) in found.items()]
 
     def calls(self) -> str:
         """Every call with its shapes, offsets, source line and the kernel that it is bound to."""
@@ -52,6 +65,9 @@ class Explanation:
         ]
         for block, params, state, kept in at.by_block():
             lines.append(f"{block:8} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
+        if p.ranks.world > 1:
+            lines += ["", f"{'exchanged in a step':24} {'calls':>8} {'sent by a rank, MiB':>20}"]
+            lines += [f"{name:24} {calls:8} {nbytes / MIB:20.1f}" for name, calls, nbytes in self.traffic()]
         base = at.nbytes
         if self.remedies:
             lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
@@ -78,7 +94,8 @@ def explain(
 
     The plan is the one that Trainer makes from the same objects: `plan.nbytes` equals its arena, to the byte.
 
-    backend: whose kernels' scratch is counted; the default one needs none.  accumulation: micro-batches in a step
+    backend: whose kernels' scratch is counted; the default one needs none. The ranks are those of its `comm`
+    accumulation: micro-batches of a step, on each rank
     remedies: whether what would save memory is priced, each by a plan of its own
 
     >>> import handgrad as hg
@@ -100,7 +117,13 @@ def explain(
         if layout.nbytes - its.nbytes < MIB / 20:  # saves nothing that shows
             continue
         prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
-    return Explanation(program, layout, execution.micro_batch * seq_len, tuple(prices), backend.note)
+    return Explanation(program, layout, execution.micro_batch * seq_len, tuple(prices), accumulation, backend.note)
+
+
+def sent(c: Call, world: int) -> int:
+    """Bytes that a rank sends in one exchange: its part to every other rank, for a sum also the sum of its part."""
+    whole = max(t.nbytes for t in (*c.ins, *c.outs) if t is not None)
+    return whole // world * (world - 1) * (1 if any(c.ins) else 2)
 
 
 def options(

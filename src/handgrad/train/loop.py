@@ -14,10 +14,12 @@ from handgrad.io import checkpoint
 from handgrad.train.interrupt import Interrupt
 from handgrad.train.log import RunLog
 from handgrad.train.mfu import mfu
+from handgrad.train.ranks import Silence
 from handgrad.train.resolve import Run
 from handgrad.train.step import Step
 from handgrad.train.trainer import Trainer
 
+Log = RunLog | Silence
 SAMPLING = Sampling(temperature=0.8, top_k=200)
 
 
@@ -42,10 +44,12 @@ class Finished:
     due: Due
 
 
-def loop(run: Run, log: RunLog, interrupt: Interrupt, keep: Callable[[], bool]) -> bool:
+def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> bool:
     """Steps to the end, or until the user stops it; False for the latter. Both leave a checkpoint of the last step.
 
     keep: called after every step, before anything is written; it returns whether the run folder had to be made again
+
+    All ranks do the same, and agree on what only one of them knows.
     """
     trainer, last, is_renewed = run.trainer, run.config.run.steps, False
 
@@ -54,7 +58,7 @@ def loop(run: Run, log: RunLog, interrupt: Interrupt, keep: Callable[[], bool]) 
         return replace(usual, save=usual.save or is_renewed)
 
     for f in steps(trainer, run.lr, run.done + 1, last, due):
-        is_renewed = keep() or is_renewed
+        is_renewed = trainer.comm.any(keep()) or is_renewed
         log_step(run, log, f)
         if f.due.save or (is_renewed and f.number == trainer.last_step):  # the log has every step of a checkpoint
             is_renewed = False
@@ -95,7 +99,7 @@ def steps(
 
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
     """What is due after a step."""
-    c, is_stopped = run.config, interrupt.requested
+    c, is_stopped = run.config, run.trainer.comm.any(interrupt.requested)
     is_last = number == c.run.steps
     return Due(
         val=run.val is not None and (is_last or every(c.eval.val_every, number)),
@@ -111,7 +115,7 @@ def every(count: int, number: int) -> bool:
     return count > 0 and number % count == 0
 
 
-def log_step(run: Run, log: RunLog, f: Finished) -> None:
+def log_step(run: Run, log: Log, f: Finished) -> None:
     """Waits for a step, evaluates if that is due, and writes the line of the log.
 
     Raises HandgradError if too many updates in a row were skipped.
@@ -142,7 +146,7 @@ def log_step(run: Run, log: RunLog, f: Finished) -> None:
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")
 
 
-def measure(run: Run, log: RunLog, f: Finished) -> dict[str, Any]:
+def measure(run: Run, log: Log, f: Finished) -> dict[str, Any]:
     """What is due to be measured after a step: val_loss, and HellaSwag's accuracy."""
     found: dict[str, Any] = {}
     if f.due.val and run.val is not None:
@@ -150,7 +154,7 @@ def measure(run: Run, log: RunLog, f: Finished) -> dict[str, Any]:
             found["val_loss"] = run.trainer.evaluate(run.val, run.config.eval.val_tokens or None)
     if f.due.hellaswag:
         with log.activity("HellaSwag"):
-            found["hellaswag"] = hellaswag(run)
+            found["hellaswag"] = hellaswag(run) if takes_part(run) else None
     return found
 
 
@@ -170,8 +174,16 @@ def hellaswag(run: Run) -> float:
     return evals.evaluate("hellaswag", run.hellaswag, run.trainer.scorer)["acc_llmc"][0]
 
 
+def takes_part(run: Run) -> bool:
+    """Whether this rank runs the model where one rank's result counts: rank 0 alone, unless it needs others' shares."""
+    ranks = run.trainer.ranks
+    return ranks.rank == 0 or ranks.shares(3) > 1
+
+
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights; or why there is none, which stops no run."""
+    if not takes_part(run):
+        return ""
     c, drawable = run.config, run.tokenizer.drawable()  # the model may have more rows
     sampling = replace(SAMPLING, seed=c.run.seed)
     try:
@@ -181,7 +193,7 @@ def sample(run: Run) -> str:
         return f"no sample: {error}"
 
 
-def save(run: Run, log: RunLog, wait: bool) -> None:
+def save(run: Run, log: Log, wait: bool) -> None:
     """Writes a checkpoint of the step just done; without `wait`, while the next steps run. The log is on disk first."""
     kept, config = run.config.checkpoint, asdict(run.config)
     keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every}

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
+from handgrad.core.communicate import gather_parameters, sum_losses
 from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
+from handgrad.core.ranks import ALONE, Ranks
 from handgrad.evals import record as record_scorer
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import Model, forward_loss
-from handgrad.ops import add
+from handgrad.ops import add, collectives
 from handgrad.optim import Optimizer, record_step
 from handgrad.train.execution import Execution
 
@@ -43,14 +45,24 @@ def record(
     *,
     accumulates: bool,
 ) -> Programs:
-    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`."""
+    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
+    ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
-    return Programs(
-        record_train(model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates),
+    train = record_train(
+        model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
+    )
+    programs = Programs(
+        train,
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
         record_engine(model, precision.working) if "sample" in extra else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
+    for p in programs if ranks.shares(3) > 1 else ():
+        if p is not train:
+            gather_parameters(p, train, collectives.all_gather)
+    if programs.loss is not None and ranks.world > 1:
+        sum_losses(programs.loss, collectives.sum_losses)
+    return programs
 
 
 def record_train(
@@ -62,8 +74,9 @@ def record_train(
     *,
     chunks: int,
     accumulates: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Program:
-    """The list of one step: forward, backward | norm | update.
+    """The list of one step of one of the `ranks`: forward, backward | norm | update.
 
     chunks: of the head's logits.  accumulates: a step has several micro-batches.
     """
@@ -77,6 +90,7 @@ def record_train(
         accumulates=accumulates,
         grad_dtype=precision.gradients,
         master=precision.master_weights,
+        ranks=ranks,
     )
     forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     backward(p, add, drop=POLICIES[execution.recompute])

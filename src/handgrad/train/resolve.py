@@ -12,6 +12,7 @@ import handgrad.data as hg_data
 from handgrad import evals, tokenizers
 from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.backends.base import Backend
+from handgrad.backends.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
@@ -26,6 +27,7 @@ from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
+from handgrad.train.ranks import first
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -41,7 +43,7 @@ class Run:
     prompt           token ids that every sample begins with; none: no samples
     hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
-    peak_flops       FLOP/s of the hardware in this precision, None if unknown
+    peak_flops       FLOP/s of the hardware of all ranks in this precision, None if unknown
     done             steps already done
     facts            what the settings do not say, for the summary
     """
@@ -61,14 +63,13 @@ class Run:
     facts: dict[str, Any]
 
 
-def resolve(c: Config, out: Path) -> Run:
+def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    c = local_folder_first(c, out)
-    shards, val_shards = find_data(c, out)
+    c, shards, val_shards = settle_data(c, out, comm)
     tokenizer = tokenizer_of(hg_data.find_shards(shards))
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model)
+    data = training_data(c, shards, model, comm.world)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
@@ -79,7 +80,7 @@ def resolve(c: Config, out: Path) -> Run:
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
-    backend = open_backend(h.backend, h.threads, precision)
+    backend = open_backend(h.backend, h.threads, precision, comm)
     optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
     try:
         trainer = Trainer(
@@ -96,7 +97,9 @@ def resolve(c: Config, out: Path) -> Run:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
     facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
-    facts |= {"hardware": backend.hardware, "dtype": h.dtype}
+    each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
+    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
+    peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
         out=out,
@@ -106,12 +109,23 @@ def resolve(c: Config, out: Path) -> Run:
         val=val,
         prompt=prompt,
         hellaswag=hellaswag,
-        telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every else None,
+        telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
         flops_per_token=model.flops_per_token(num_params, data.seq_len),
-        peak_flops=backend.peak_flops(h.dtype),
+        peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
     )
+
+
+def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
+    """(the settings, train glob, val glob or ""). Rank 0 looks, and prepares what is missing, for all."""
+
+    def look() -> list[str]:
+        chosen = local_folder_first(c, out)
+        return [chosen.data.train, *find_data(chosen, out)]
+
+    train, shards, val_shards = first(comm, look)
+    return replace(c, data=replace(c.data, train=train)), shards, val_shards
 
 
 def local_folder_first(c: Config, out: Path) -> Config:
@@ -188,15 +202,15 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model) -> hg_data.Tokens:
-    """The batches that the settings ask for."""
+def training_data(c: Config, shards: str, model: Model, world: int) -> hg_data.Tokens:
+    """The batches that the settings ask for, of so many ranks."""
     d, seq_len = c.data, c.data.seq_len or model.max_seq_len
     paths = hg_data.find_shards(shards)
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
         hint = f"--train {held_out[0].parent}, which validates on them"
         raise HandgradError("data", f"{d.train} names no validation shards", str(held_out[0]), hint=hint)
-    batch_tokens = d.batch_tokens or c.compute.micro_batch * seq_len
+    batch_tokens = d.batch_tokens or world * c.compute.micro_batch * seq_len
     return hg_data.tokens(
         shards,
         seq_len,
@@ -261,6 +275,7 @@ def execution_of(
         threads=h.threads,
         check=check,
         guard=guard,
+        zero=h.zero,
     )
 
 
@@ -299,7 +314,7 @@ def with_remedies(
     backend: Backend,
 ) -> HandgradError:
     """The error of an arena that does not fit, with what each remedy would save."""
-    count = micro_batches(data, execution.micro_batch)
+    count = micro_batches(data, execution.micro_batch, backend.comm.world)
     page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, accumulation=count)
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from handgrad.backends.comm import Comm
+from handgrad.backends.mpi import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected
@@ -16,7 +19,8 @@ from handgrad.train.config import Config
 from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
 from handgrad.train.log import RunLog
-from handgrad.train.loop import loop, sample, save
+from handgrad.train.loop import Log, loop, sample, save
+from handgrad.train.ranks import Silence, exit_code, first, together
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve, schedule_of
 from handgrad.train.show import show
@@ -28,25 +32,37 @@ def train(c: Config, quiet: bool = False) -> int:
     Raises HandgradError for a mistake; before the run folder is made, if the mistake can be known by then. Whatever is
     raised later leaves a checkpoint of the last step, if it can be written. A closed output does not stop the run.
     """
-    out = run_folder(c)
-    with redirected(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
-        with claim(out, c.run.resume) as lock:
-            run = resolve(c, out)
-            log = open_log(run, quiet)
-            if run.done < run.config.run.steps:
-                describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
-            if not quiet:
-                show(run, c)
-        with lock, log, Interrupt(log.say) as interrupt:
-            try:
-                is_finished = loop(run, log, interrupt, partial(keep_folder, run, log, lock))
-                text = finish(run, is_finished)
-                check_converged(run)
-            except BaseException as error:
-                rescue(run, log, lock, error)
-                raise
-        farewell(run, log, is_finished, text)
+    comm = open_comm()
+    with together(comm):
+        out = Path(first(comm, lambda: str(run_folder(c))))
+        with redirected(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
+            is_finished = train_in(out, c, comm, quiet)
     return 0 if is_finished else EXIT_CODE
+
+
+def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
+    """Trains in a run folder, which rank 0 claims; whether the run has reached its end."""
+    leads = comm.rank == 0
+    with claim(out, c.run.resume) if leads else nullcontext() as lock:
+        run = resolve(c, out, comm)
+        processes = comm.agree(os.getpid())
+        log = open_log(run, quiet) if leads else Silence()
+        if leads and run.done < run.config.run.steps:
+            describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
+        if leads and not quiet:
+            show(run, c, processes)
+    with lock or nullcontext(), log, Interrupt(log.say) as interrupt:
+        try:
+            keep = partial(keep_folder, run, log, lock) if lock else lambda: False
+            is_finished = loop(run, log, interrupt, keep)
+            text = finish(run, is_finished)
+            check_converged(run)
+        except BaseException as error:
+            rescue(run, log, lock, error)
+            raise
+    if leads:
+        farewell(run, log, is_finished, text)
+    return is_finished
 
 
 def check_converged(run: Run) -> None:
@@ -86,7 +102,7 @@ def open_log(run: Run, quiet: bool) -> RunLog:
     return log
 
 
-def keep_folder(run: Run, log: RunLog, lock: Lock) -> bool:
+def keep_folder(run: Run, log: Log, lock: Lock) -> bool:
     """Makes the run folder again if it, or the log in it, was deleted or moved; whether that was so.
 
     What was in it and is known is written again, and the lock is taken. Raises HandgradError if another run is there.
@@ -101,22 +117,32 @@ def keep_folder(run: Run, log: RunLog, lock: Lock) -> bool:
     return True
 
 
-def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
-    """Saves the steps before an error, and says so; or adds to the error why that is not possible."""
-    trainer = run.trainer
+def rescue(run: Run, log: Log, lock: Lock | None, error: BaseException) -> None:
+    """Saves the steps before an error, and says so; or adds to the error why that is not possible.
+
+    Several ranks save if the error has reached all of them after the same step, with its parameters and states whole.
+    """
+    trainer, comm = run.trainer, run.trainer.comm
     step = trainer.last_step
+    comm.fail(str(error) or type(error).__name__, exit_code(error))
     if step == run.done or trainer.skips > run.config.optim.max_skipped:  # nothing new, or nothing good
         with suppress(Exception):
             trainer.wait_saved()  # the log is still open, and the folder locked
         return
     try:
-        keep_folder(run, log, lock)
+        trainer.comm = comm.after_failure()
+        states = trainer.comm.agree([step, trainer.is_torn])
+        if states != [[step, False]] * comm.world and comm.world > 1:
+            error.add_note("The steps since the last checkpoint are lost: the ranks stopped at different places.")
+            return
+        if lock:
+            keep_folder(run, log, lock)
     except Exception as failure:  # the folder is another's now
         if str(failure) != str(error):
             error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
         return
     try:
-        if newest(run.out) != run.out / f"step_{step:06d}":
+        if first(trainer.comm, lambda: newest(run.out) != run.out / f"step_{step:06d}"):
             save(run, log, wait=True)
         log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
     except Exception as failure:
@@ -129,7 +155,7 @@ def rescue(run: Run, log: RunLog, lock: Lock, error: BaseException) -> None:
             error.add_note(f"And there is no report: {one_line(failure)}")
 
 
-def farewell(run: Run, log: RunLog, is_finished: bool, text: str) -> None:
+def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
     """The last lines, below the live line, which has ended."""
     out, last = run.out, run.trainer.last_step
     if is_finished:
@@ -156,8 +182,11 @@ def rate_jump(run: Run) -> str:
 
 
 def finish(run: Run, is_finished: bool) -> str:
-    """Writes the summary, the page and, if the run has reached its end, a last sample; returns it, or no text."""
+    """Writes the summary, the page and, if the run has reached its end, a last sample; returns it, or no text. Rank 0
+    does; the others take part in the sample."""
     text = sample(run) if is_finished and run.prompt else ""
+    if run.trainer.comm.rank > 0:
+        return ""
     if text:
         write_text(run.out / "sample.txt", text + "\n")
     summary = run.facts | {"tokens": run.trainer.tokens(run.trainer.last_step)}

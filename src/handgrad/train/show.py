@@ -13,10 +13,10 @@ from handgrad.train.resolve import Run
 PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines tell
 
 
-def show(run: Run, given: Config) -> None:
+def show(run: Run, given: Config, processes: list[int]) -> None:
     """Prints five facts and the settings that differ from the defaults; all of them with --verbose.
 
-    given: the settings before they were resolved
+    given: the settings before they were resolved;  processes: of the ranks, by which mpiexec names one that dies
     """
     console = Console(highlight=False, markup=False, emoji=False)
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -24,6 +24,9 @@ def show(run: Run, given: Config) -> None:
     table.add_column(overflow="fold")
     for name, text in facts(run):
         table.add_row(f" {name}", text)
+    if len(processes) > 1:
+        named = ", ".join(f"{rank} is process {number}" for rank, number in enumerate(processes))
+        table.add_row(" ranks", f"{named}; zero {run.config.compute.zero}")
     changed = differences(given)
     every = flat(asdict(run.config))
     if run.config.log.verbose:

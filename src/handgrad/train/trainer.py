@@ -13,9 +13,11 @@ import numpy as np
 
 from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
+from handgrad.backends.mpi import open_comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
-from handgrad.core.number import real, whole
+from handgrad.core.number import real
+from handgrad.core.number import whole as whole_number
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
@@ -32,6 +34,7 @@ from handgrad.train.execution import Execution
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
+from handgrad.train.shards import GRAD, PARAM, expected, expected_state, state, whole
 from handgrad.train.start import Start, drawing, initialize, write_weight
 from handgrad.train.step import Step
 
@@ -41,18 +44,14 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
     return {"family": d["family"], **d["model"]}
 
 
-def shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What a checkpoint must hold to fill these arrays: name to (shape, dtype)."""
-    return {name: (a.shape, a.dtype) for name, a in arrays.items()}
-
-
 class Trainer:
     """Trains a model. Everything is planned, allocated and bound here; a step allocates no tensor.
 
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     execution            micro-batch, memory and backend: how a step is executed
     precision            the element types; None: the best of the backend, as `dtype auto` of the command line
-    backend              an opened backend to run on; None opens the one that `execution` names
+    backend              an opened backend to run on; None opens the one that `execution` names. Where mpiexec has
+                         started several ranks, all of them make the same trainer and the same calls
     start                the initial weights, and the seed of dropout
     out                  the run folder, for save and resume. Steps, validations and settings are written into it, so
                          that generate, eval, report and convert take it (keeps_journal False: checkpoints alone)
@@ -84,16 +83,18 @@ class Trainer:
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = execution, precision
-        self.accumulation = micro_batches(data, execution.micro_batch)
+        self.comm = open_comm() if backend is None else backend.comm
+        self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
         self._limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
-        self.backend = backend or open_backend(execution.backend, execution.threads, precision)
+        self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
         programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
+        self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)
         self.arena = self.backend.alloc(self.plan)
         self._train = self.backend.bind(train, self.arena)
@@ -103,7 +104,8 @@ class Trainer:
         self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
-        self.keeps_journal = out is not None
+        self.keeps_journal = out is not None and self.comm.rank == 0
+        self.is_torn = False  # an error has ended an update halfway: parameters of two steps
         self._journal: Journal | None = None
         self._resumed_at: int | None = None  # None: `resume` was not called
         self.skips = 0  # updates in a row that were skipped, up to the last step
@@ -128,18 +130,20 @@ class Trainer:
 
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
-        step, lr = whole("train", "step", step, 1), real("train", "lr", lr, 0.0)
+        step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
         journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
-            self.data.batch(step - 1, micro_batch=sequences, micro_step=k, names=names)
+            self.data.batch(
+                step - 1, self.ranks.rank, self.ranks.world, micro_batch=sequences, micro_step=k, names=names
+            )
             for k in range(self.accumulation)
         ]
-        counts = max(sum(int(np.count_nonzero(b["targets"] != IGNORE_INDEX)) for b in batches), 1)
+        counts = max(int(self.comm.total(sum(num_targets(b) for b in batches))), 1)  # of all ranks
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
         segments = self.program.segments
         for k, b in enumerate(batches):
-            self.arena.write_scalars(self.program, micro_step=k)
+            self.arena.write_scalars(self.program, micro_step=k * self.ranks.world + self.ranks.rank)
             micro_batch = MicroBatch(first=k == 0, last=k + 1 == len(batches))
             self._start(self._train, b, segments.forward_backward, micro_batch)
         if self._pending is not None:
@@ -153,7 +157,7 @@ class Trainer:
             before = self.backend.mark()
             self._writer.wait_until_read()
             waited = self.backend.seconds(before, self.backend.mark())
-        guarded = self.execution.guard.is_on
+        guarded, self.is_torn = self.execution.guard.is_on, True
         if guarded:  # the host decides on the update
             self._run(self._train, segments.norm)
         else:  # the norm's kernel does: it knows what is not finite
@@ -172,7 +176,7 @@ class Trainer:
         self.last_step = step
         if guarded and not result.skipped:
             self._run(self._train, segments.update)
-        result.end = self.backend.mark()
+        result.end, self.is_torn = self.backend.mark(), False
         if journal is not None:
             journal.add(step, lr, result, lambda: self.backend.seconds(begin, result.end) - result.waited)
             if not self.backend.is_asynchronous:
@@ -217,7 +221,8 @@ class Trainer:
         self._train.run_each(after)
 
     def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
-        """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size."""
+        """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
+        the number of ranks."""
         if self._loss is None:
             raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
         if not hasattr(data, "sweep"):
@@ -226,11 +231,12 @@ class Trainer:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
         self._limit_ids(self.model, data)
         total, counts = 0.0, 0
-        for b in data.sweep(self.execution.micro_batch, max_tokens, names=self._loss.program.inputs):
+        names, mine = self._loss.program.inputs, (self.ranks.rank, self.ranks.world)
+        for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
             self._start(self._loss, b)
-            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)
-            counts += int(np.count_nonzero(b["targets"] != IGNORE_INDEX))
-        loss = total / max(counts, 1)
+            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)  # of all ranks
+            counts += num_targets(b)
+        loss = total / max(self.comm.total(counts), 1)
         if self._journal is not None:  # reading a run leaves it as it is
             self._journal.validation(self.last_step, loss)
         return loss
@@ -244,7 +250,8 @@ class Trainer:
         drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
         """Yields token ids after `prompt` with the current weights, as `Engine.generate`; they are below the model's
-        vocabulary, or among `drawable`. It uses the arena: finish before the next step."""
+        vocabulary, or among `drawable`. It uses the arena: finish before the next step. With zero 3 all ranks take
+        part; otherwise one rank can do it alone."""
         if self._engine is None:
             raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
         return self._engine.generate(prompt, max_tokens, sampling, stop_ids, drawable)
@@ -285,28 +292,22 @@ class Trainer:
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, np.ndarray]:
-        """What a resume needs besides weights: every vector of the optimizer as <vector>.<parameter>, such as
-        m.wte.weight, and every state of the program as state.<name>."""
-        vectors = [v for name, v in self.plan.vectors.items() if name not in ("param", "grad")]
-        found = {
-            f"{v.name}.{name}": self.arena.read_part(v.name, info.tensor)
-            for v in vectors
-            for name, info in self.program.params.items()
-            if v.covers(info.tensor)
-        }
-        return found | {f"{STATE}.{name}": self.arena.read(t) for name, t in self.program.states.items()}
+        """What a resume needs besides weights (`shards.state`)."""
+        return state(self.arena, self.comm, self.program)
 
     def tokens(self, step: int) -> int:
         """Tokens that have been read when a step is done."""
         return (self.data.ahead + step * self.data.sequences) * self.data.seq_len
 
     def params(self) -> dict[str, np.ndarray]:
-        """The weights by name, in the working dtype; on the host, views of them."""
-        return {name: self.arena.read_part("param", info.tensor) for name, info in self.program.params.items()}
+        """The weights by name, in the working dtype; on the host, views of them. With zero 3 all ranks call this, and
+        rank 0 alone gets them, as copies."""
+        return dict(whole(self.arena, self.comm, self.program, PARAM))
 
     def grads(self) -> dict[str, np.ndarray]:
-        """The gradients by name, before clipping; on the host, views. They hold until anything else runs."""
-        return {name: self.arena.read_part("grad", info.tensor) for name, info in self.program.params.items()}
+        """The gradients by name, before clipping; on the host, views. They hold until anything else runs. With zero 1
+        to 3 all ranks call this, and rank 0 alone gets them, as copies."""
+        return dict(whole(self.arena, self.comm, self.program, GRAD))
 
     def load_params(self, params: dict[str, np.ndarray]) -> None:
         """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
@@ -328,14 +329,15 @@ class Trainer:
         wait: bool = True,
         before_done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes a complete checkpoint of this step into the run folder.
+        """Writes a complete checkpoint of this step into the run folder. All ranks call this, and rank 0 writes.
 
         keep_last: newest checkpoints that are kept, 0 for all. While updates are skipped all are, since the weights
             may have diverged: the last good ones stay
         keep_every: multiples of this step are never deleted
         before_done: called before the checkpoint counts, when it is on disk; by another thread
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
-            the weights are read where they lie, and the next update waits for that; of a device's, a copy is made first
+            the weights are read where they lie, and the next update waits for that; of a device's, and of what ranks
+            hold shares of, a copy is made first
 
         Raises HandgradError if it cannot be written, or the weights or the optimizer state are not finite: older
         checkpoints are then as they were.
@@ -352,11 +354,14 @@ class Trainer:
 
         if journal is not None:
             journal.write()
+        params, held = self.params(), self._state()
+        if self.comm.rank > 0:
+            return
         meta = {
             "step": step,
             **to_dict(self.model),
             "dtype": self.program.dtype.name,
-            "stored": next(iter(self.params().values())).dtype.name,  # float64 where the ref backend trained
+            "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
             "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
@@ -364,7 +369,7 @@ class Trainer:
             "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
         }
         kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
-        self._writer.save(self._folder(), step, self.params(), self._state(), meta, **kept, before_done=on_disk)
+        self._writer.save(self._folder(), step, params, held, meta, **kept, before_done=on_disk)
         if wait:
             self.wait_saved()
 
@@ -380,7 +385,8 @@ class Trainer:
         """
         self.close()
         self._resumed_at = None  # until it has succeeded
-        found, refusal = checkpoint.complete(self._folder()), None
+        paths, refusal = self.comm.agree([str(path) for path in checkpoint.complete(self._folder())])[0], None
+        found = [Path(path) for path in paths]
         for path in found:
             try:
                 step = self._resume_from(path)
@@ -414,9 +420,9 @@ class Trainer:
         if saved["dtype"] != self.program.dtype.name:
             rule = f"the checkpoint was trained with dtype {saved['dtype']}"
             raise HandgradError("resume", rule, self.program.dtype.name)
-        weights = checkpoint.load(path, shapes(self.params()))
-        state = checkpoint.load_state(path, shapes(self._state()))
-        for key, values in chain(((f"param.{name}", w) for name, w in weights.items()), state.items()):
+        weights = checkpoint.load(path, expected(self.arena, self.program, [PARAM], prefix=False))
+        held = checkpoint.load_state(path, expected_state(self.arena, self.program))
+        for key, values in chain(((f"{PARAM}.{name}", w) for name, w in weights.items()), held.items()):
             vector, _, name = key.partition(".")
             checkpoint.check_finite(path, key, values, hint=checkpoint.OLDER)
             if vector == STATE:
@@ -436,3 +442,8 @@ class Trainer:
         if self.out is None:
             raise HandgradError("train", "this trainer has no run folder", hint="Trainer(..., out='runs/name')")
         return self.out
+
+
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """How many targets of a micro-batch count."""
+    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))

@@ -1,0 +1,81 @@
+"""What differs between the ranks of a run: rank 0 writes, shows and prints errors; the others follow it in silence."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+from handgrad.backends.comm import Comm, RankError
+from handgrad.core.errors import HandgradError
+from handgrad.train.interrupt import EXIT_CODE
+
+T = TypeVar("T")
+
+
+class Silence:
+    """The log of a rank that keeps none."""
+
+    is_deleted = False
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def step(self, step: int, **figures: Any) -> None:
+        pass
+
+    def event(self, step: int, text: str, **figures: Any) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def activity(self, text: str) -> Any:
+        return nullcontext()
+
+    def flush(self) -> None:
+        pass
+
+    def restore(self) -> None:
+        pass
+
+
+def first(comm: Comm, work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, something that JSON can hold. The others wait for it: it may write files."""
+    return comm.agree(work() if comm.rank == 0 else None)[0]
+
+
+@contextmanager
+def together(comm: Comm) -> Iterator[None]:
+    """An error that ends the block on one rank ends it on all, with one exit code. Rank 0 prints it.
+
+    Raises SystemExit with the code where there are several ranks, unless the error is of no kind that users make:
+    it is raised where it came up.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if comm.world == 1 or isinstance(error, SystemExit):  # --help
+            raise
+        code = exit_code(error)
+        comm.fail(str(error) or type(error).__name__, code)
+        if comm.rank == 0 and isinstance(error, HandgradError):
+            print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
+        try:
+            comm.after_failure().exchange()  # mpiexec ends all once one has: not before rank 0 has printed
+        except HandgradError:  # a rank that does not answer
+            pass
+        if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):
+            raise SystemExit(code) from None
+        raise
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code with which an error ends a process."""
+    if isinstance(error, RankError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_CODE
+    return 2 if isinstance(error, HandgradError) else 1
