@@ -369,7 +369,8 @@ def test_damaged_safetensors(tmp_path, damage):
     }
     if damage != "gone":
         file.write_bytes(content[damage])
-    with pytest.raises(HandgradError, match="must be a whole safetensors file"):
+    rule = "must be a file, but got .* missing" if damage == "gone" else "must be a whole safetensors file"
+    with pytest.raises(HandgradError, match=rule):
         io.load(path, expected(TENSORS))
 
 
@@ -534,3 +535,15 @@ def test_bench_stall_runs():
     done = subprocess.run([*command, "--rounds", "1", "--steps", "2"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3 and len(done.stdout.splitlines()[-1].split()) == 7
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "missing"])
+def test_tensors_that_are_no_file_are_one_line(tmp_path, kind):
+    """A pipe would wait for a writer for ever, and /dev/zero never end."""
+    io.save(tmp_path, 1, {"w": np.ones(3, np.float32)}, {}, {})
+    path = tmp_path / "step_000001" / "model.safetensors"
+    path.unlink()
+    if kind != "missing":
+        os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    with pytest.raises(HandgradError, match=r"^\[checkpoint\] a checkpoint's tensors must be a file, but got "):
+        io.load(tmp_path / "step_000001", {"w": ((3,), "float32")})

@@ -597,3 +597,17 @@ def test_standard_input_as_a_prompt_must_be_text(told, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ok\xff")))
     line = told("generate", "run", "--prompt", "-")
     assert line == "[generate] a prompt is UTF-8 text, but got byte 0xff at offset 2."
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "data text a.txt --tokenizer LONG",
+        "train --config LONG.json",
+        "train LONG",
+        "report LONG",
+        "profile tiny --trace LONG/a",
+    ],
+)
+def test_names_that_are_too_long_are_one_line(told, argv):
+    assert told(*argv.replace("LONG", "9" * 400).split())

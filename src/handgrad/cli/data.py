@@ -1,5 +1,6 @@
 """handgrad data RECIPE: writes token shards from text and evaluation files from questions; verifies checksums."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -183,7 +184,7 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
         return tokenizers.gpt2()
     if word == "chars":
         return tokenizers.chars(data.read_text(texts))
-    near = "" if Path(word).exists() else did_you_mean(word, ["gpt2", "chars"])
+    near = "" if os.path.exists(word) else did_you_mean(word, ["gpt2", "chars"])
     if near:
         raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
     return tokenizers.from_file(word)

@@ -4,6 +4,7 @@ The names are those of nanoGPT, llm.c's train_gpt2.py, Hugging Face's Trainer an
 """
 
 import difflib
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -87,8 +88,8 @@ def place_of(word: str, verb: str) -> str:
         return ""
     if path.suffix in (".json", ".yaml", ".yml", ".toml"):
         return f"--config {quote(word)}"
-    if (path / "log.jsonl").exists():
+    if os.path.exists(path / "log.jsonl"):
         return f"--resume {quote(word)}"
-    if path.is_dir() or path.suffix == ".bin":
+    if os.path.isdir(path) or path.suffix == ".bin":
         return f"--train {quote(word)}"
     return f"--preset {word}" if word in preset_names() else ""

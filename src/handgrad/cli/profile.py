@@ -1,5 +1,6 @@
 """handgrad profile MODEL: runs a few steps on random tokens; shows each call's time beside its lower bound."""
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     h = a.compute
     if a.steps < 1:
         raise HandgradError("profile", "--steps is at least 1", a.steps)
-    if a.trace and not Path(a.trace).absolute().parent.is_dir():
+    if a.trace and not os.path.isdir(Path(a.trace).absolute().parent):
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
     model = create(a.family, preset(a.model) | ({"vocab_size": a.vocab_size} if a.vocab_size else {}))
     precision, execution = precision_of(h), execution_of(h, ())

@@ -1,7 +1,7 @@
 """handgrad report RUN...: the page of a run, or of several side by side, that any browser shows without a network."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     if not a.runs:
         raise HandgradError("report", "after the verb come run folders", "none", hint="handgrad report --help")
     for run in a.runs:
-        if not (Path(run) / "log.jsonl").is_file():
-            what = f"no log.jsonl in '{run}'" if Path(run).is_dir() else f"no folder '{run}'"
+        if not os.path.isfile(os.path.join(run, "log.jsonl")):
+            what = f"no log.jsonl in '{run}'" if os.path.isdir(run) else f"no folder '{run}'"
             raise HandgradError("report", what, hint="run folders, such as runs/shakespeare-001")
     path = write_report(a.runs[0], a.out) if len(a.runs) == 1 else compare_runs(a.runs, a.out or "report.html")
     print(path)

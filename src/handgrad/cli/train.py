@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def from_file(path: Path) -> dict[str, Any]:
     """The settings in a file, by name. Raises HandgradError if it cannot be read or holds anything else."""
     if path.suffix not in READERS:
         raise HandgradError("config", f"--config is a file {', '.join(READERS)}", f"'{path}'")
-    if not path.exists():
+    if not os.path.exists(path):
         raise HandgradError("config", f"--config '{path}': no such file")
     require_file(path, "--config", "config")
     try:

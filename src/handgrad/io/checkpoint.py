@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from handgrad.core.disk import flush, make_folder, sweep, temporary
+from handgrad.core.disk import flush, make_folder, require_file, sweep, temporary
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.json_file import read_object
 
@@ -288,6 +288,7 @@ class Tensors(Mapping):
     def __init__(self, path: Path, expected: Expected):
         self._path = path
         # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
+        require_file(path, "a checkpoint's tensors", "checkpoint", OLDER)
         self._file = _readable(path, safe_open, path, "np", backend="pread")
         names = set(_readable(path, self._file.keys))
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())

@@ -1,5 +1,6 @@
 """Any tokenizer.json, through the `tokenizers` library: byte-level and other BPE, Unigram, WordPiece."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def from_file(path: str | Path) -> "FileTokenizer":
 
 def read_library(path: Path) -> tokenizers.Tokenizer:
     """Returns the library's tokenizer of a tokenizer.json. Raises HandgradError if it is missing or invalid."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
     if path.stat().st_size > MOST_BYTES:
         raise HandgradError("tokenizer", f"{path} must have at most {MOST_BYTES:,} bytes", f"{path.stat().st_size:,}")

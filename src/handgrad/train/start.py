@@ -105,7 +105,8 @@ def split(values: np.ndarray, splits: bool) -> Parts:
     if not splits:
         return {"param": values}
     high, low = split_weight(np.ascontiguousarray(values, np.float32))
-    return {"param": high.astype(NUMPY["bf16"]), "low": low}
+    with np.errstate(invalid="ignore"):  # a model on disk may hold NaN, which a checkpoint refuses by name
+        return {"param": high.astype(NUMPY["bf16"]), "low": low}
 
 
 def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
