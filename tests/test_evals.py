@@ -578,10 +578,7 @@ def test_P9_val_is_the_loss_of_training_and_bits_of_its_bytes(folder, capsys):
 def test_P9_a_model_without_validation_shards(folder, judge, capsys):
     capsys.readouterr()
     assert main(["eval", f"{folder}/hf"]) == 2
-    assert (
-        "names validation shards that can be seen from here, but got none. hint: --tasks val=GLOB"
-        in capsys.readouterr().err
-    )
+    assert "or none can be seen from here. hint: --tasks val=GLOB" in capsys.readouterr().err
     path = folder / "tasks" / "lambada_test.jsonl"
     assert main(["eval", f"{folder}/hf", "--tasks", f"lambada={path}", "--threads", "1"]) == 0
     assert main(["eval", f"{folder}/run", "--tasks", f"lambada={path}", "--threads", "1"]) == 0
