@@ -12,7 +12,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1560,
+    "core": 1600,
     "backends": 3350,
     "train": 2950,
     "optim": 200,

@@ -134,3 +134,10 @@ def test_the_names_of_made_folders_are_flushed(tmp_path, monkeypatch):
 def test_names_that_cannot_be_are_one_line(tmp_path, name):
     with pytest.raises(HandgradError, match=r"^\[disk\] .* must be writable, but got"):
         disk.write_text(tmp_path / name, "text")
+
+
+def test_a_pipe_that_nobody_reads_is_an_error(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(disk, "PIPE_SECONDS", 0.0)
+    with pytest.raises(HandgradError, match="pipe must be writable, but got No such device or address"):
+        disk.write_text(tmp_path / "pipe", "text")

@@ -1,16 +1,20 @@
 """Files: a read begins at a regular file, and a written file appears complete and on disk, or not at all."""
 
+import errno
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from handgrad.core.errors import HandgradError
 
+PIPE_SECONDS = 1.0  # for the reader of a pipe to open it
 _TEMPORARY = re.compile(r"\.?(.+)\.tmp-(\d+)")
 
 
@@ -71,7 +75,8 @@ def require_file(path: str | Path, what: str, where: str, hint: str = "") -> int
 def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
     """Writes the concatenated `pieces` to `path`, replacing an older file. Raises HandgradError if that fails.
 
-    What a link leads to is replaced, not the link. A pipe or a device, such as /dev/stdout, is written as it is.
+    What a link leads to is replaced, not the link. A pipe or a device, such as /dev/stdout, is written as it is; a pipe
+    that nobody reads is an error.
     """
     path = Path(path)
     try:
@@ -81,7 +86,7 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise HandgradError("disk", f"{path} must be writable", getattr(error, "strerror", error)) from None
     try:
-        with (target if is_special else building).open("wb") as file:
+        with _open_special(path) if is_special else building.open("wb") as file:
             file.writelines(pieces)
             file.flush()
             if is_special:
@@ -94,6 +99,21 @@ def write_whole(path: str | Path, pieces: Iterable[bytes]) -> None:
     finally:
         with suppress(OSError):
             building.unlink()
+
+
+def _open_special(path: Path) -> BinaryIO:
+    """Opens a pipe or a device for writing. Without a reader a pipe waits for ever: one has PIPE_SECONDS to come."""
+    end = time.monotonic() + PIPE_SECONDS
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            os.set_blocking(handle, True)
+            return os.fdopen(handle, "wb")
 
 
 def write_text(path: str | Path, text: str) -> None:
