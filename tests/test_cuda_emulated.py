@@ -84,7 +84,8 @@ def test_case(op, case, dtype, variant):
 
 
 def test_every_op_of_the_table_has_a_cuda_form():
-    assert [op.name for op in OPS.values() if type(op).cuda is Op.cuda] == []
+    without = [op.name for op in OPS.values() if type(op).cuda is Op.cuda]
+    assert without == ["share_norm"]  # of several ranks, which run on the CPU alone
 
 
 def steps(shards, backend, *, dtype="f32", hidden_size=36):

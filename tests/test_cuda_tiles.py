@@ -1,6 +1,7 @@
 """Which cluster of our GEMMs computes which tiles: split_k.cuh and exp_tiles.cuh, compiled for this machine."""
 
 import random
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,8 +73,17 @@ def gives(folder: Path, text: str, gemms: list[tuple[int, int, int, int]]) -> li
     options += [f"-DSPLIT={int('SplitK' in text)}", "-w", "-O1", "-o", folder / "main", folder / "main.cc"]
     subprocess.run(["g++", "-std=c++17", *map(str, options)], check=True)
     asked = "\n".join(" ".join(map(str, (*g, launched(g)[0]))) for g in gemms)
-    said = subprocess.run([folder / "main"], input=asked, capture_output=True, text=True, check=True, timeout=60).stdout
+    with (folder / "said.txt").open("wb") as file:  # a mutant may never end: what it says must not fill the memory
+        subprocess.run(
+            [folder / "main"], input=asked.encode(), stdout=file, check=True, timeout=60, preexec_fn=limit_files
+        )
+    said = (folder / "said.txt").read_text()
     return [[line.split() for line in one.strip().splitlines()] for one in said.split("end\n")[:-1]]
+
+
+def limit_files():
+    """Ends this process if it writes a file of more than 256 MiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
 
 
 def judge(gemm: tuple[int, int, int, int], lines: list[list[str]]) -> None:
