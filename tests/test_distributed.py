@@ -507,10 +507,11 @@ def test_failure_of_one_rank_ends_all(text, script, code, told, steps):
 
 @processes
 def test_second_signal_to_one_rank_ends_all_at_once(text):
-    process = start(2, "--steps 1000 --micro-batch 2 --batch-tokens 6400000 --save-every 0", "run")
+    process = start(2, "--steps 1000 --micro-batch 2 --batch-tokens 640000 --save-every 0", "run")
     lines = []
     while not (number := re.search(r"1 is process (\d+)", "".join(lines))):
         lines.append(process.stdout.readline())
+        assert lines[-1], lines  # the ranks have ended
     time.sleep(0.5)
     for _ in range(2):
         os.kill(int(number[1]), signal.SIGTERM)
