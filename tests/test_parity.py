@@ -21,7 +21,7 @@ from handgrad.train.outliers import WINDOW
 ROOT = Path(__file__).parents[1]
 ROWS = "p1 p2 p3 p4 p5 p8 p9 p10 p12 p13 p14 p15".split()
 LLMC = (
-    "-i -j -e -o -lg -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -v -m -s -g -h -a -f -w -ge -r -pn -pr -pg -pi -ps -pf"
+    "-i -j -e -o -lg -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -v -m -s -g -h -a -f -w -ge -z -r -pn -pr -pg -pi -ps -pf"
 ).split()
 
 
