@@ -547,3 +547,17 @@ def test_tensors_that_are_no_file_are_one_line(tmp_path, kind):
         os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
     with pytest.raises(HandgradError, match=r"^\[checkpoint\] a checkpoint's tensors must be a file, but got "):
         io.load(tmp_path / "step_000001", {"w": ((3,), "float32")})
+
+
+def test_a_save_leaves_what_others_write_beside_it(tmp_path):
+    """`handgrad convert run/step_000001 run/step_000001.bin` is at work while the run saves."""
+    others = [f"step_000001.bin.tmp-{os.getppid()}", f"step_000001-hf.tmp-{os.getppid()}"]
+    dead = [
+        f".step_000001.tmp-{os.getppid()}",
+        f"step_000001.tmp-{os.getppid()}",
+        f".step_000001.old.tmp-{os.getppid()}",
+    ]
+    for name in (*others, *dead):
+        (tmp_path / name).mkdir()
+    io.save(tmp_path, 2, {"w": np.ones(3, np.float32)}, {}, {})
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "step_000002"])

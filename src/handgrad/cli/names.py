@@ -39,6 +39,7 @@ SAME = {  # our flag: theirs
     "val-every": "eval-interval eval-steps val-loss-every",
     "wandb": "wandb-project",
     "warmup": "warmup-steps warmup-iters lr-warmup-iters",
+    "zero": "zero-stage",
 }
 ALIASES = {name: ours for ours, names in SAME.items() for name in names.split()}
 
@@ -55,7 +56,7 @@ _HINTS = {  # hint: names
     "leave it out: AdamW is the only optimizer": "optimizer optim optimizer-type",
     "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
     "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
-    "leave it out: a run is one process on one GPU": "ddp fsdp zero-stage num-gpus gpus devices",
+    "leave it out: mpiexec starts ranks, on CPUs; a run has one GPU": "ddp fsdp num-gpus gpus devices",
     "--train FOLDER, which handgrad data makes": "dataset data data-dir data-path train-file tokenizer",
     "--preset (named sizes) or --init (a model on disk)": "model model-name model-type model-name-or-path arch",
     "--resume RUN": "resume-from resume-from-checkpoint load ckpt checkpoint load-checkpoint",

@@ -60,14 +60,14 @@ def communicate(p: Program, ops: Collectives) -> None:
 
 def gather_parameters(p: Program, primary: Program, all_gather: Op) -> None:
     """Has a program gather the parameters that ranks hold shares of, a bucket at a time: before the first call of a
-    stretch of blocks that reads it, into an activation that ends with the last one.
+    span of blocks that reads it, into an activation that ends with the last one.
 
     primary: the program that lays out the parameters
     """
     known = {t.name: (bucket, place) for bucket in primary.buckets for t, place in bucket.places()}
     mine: Places = {info.tensor: known[name] for name, info in p.params.items()}
     edits: Edits = defaultdict(list)
-    for bucket, uses in _stretches(p, mine, lambda c: c.ins):
+    for bucket, uses in _spans(p, mine, lambda c: c.ins):
         base = Tensor(f"{bucket.name}.gathered", (bucket.size,), primary.dtype, Role.ACT)
         parts = {t: p.part_of(base, mine[t][1], t.name, t.shape, Role.PARAM) for t in _distinct(uses)}
         for i, _ in uses:
@@ -152,7 +152,7 @@ def _shard_gradients(p: Program, ops: Collectives) -> None:
             p.calls[-1].overwrites = frozenset({"x"})
         p.emit(ops.reduce_scatter, base, into={"share": shares[bucket]})
 
-    for bucket, uses in _stretches(p, of, lambda c: c.outs):
+    for bucket, uses in _spans(p, of, lambda c: c.outs):
         base = Tensor(f"d {bucket.name}", (bucket.size,), p.grad_dtype, Role.ACT)
         parts = {t: p.part_of(base, of[t][1], t.name, t.shape, Role.GRAD) for t in _distinct(uses)}
         is_new = set(parts)
@@ -173,7 +173,7 @@ def _gradients(p: Program) -> Places:
     return {p.grad(t): (bucket, place) for bucket in p.buckets for t, place in bucket.places()}
 
 
-def _stretches(
+def _spans(
     p: Program, of: Places, tensors: Callable[[Call], Iterable[Tensor | None]]
 ) -> Iterator[tuple[Bucket, list[Use]]]:
     """The uses of each bucket's tensors, cut where calls of a whole other block lie between two of them: a tied head

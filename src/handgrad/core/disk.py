@@ -23,16 +23,18 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def sweep(folder: Path, prefix: str = "", is_locked: bool = False) -> None:
-    """Deletes what processes that died left in a folder under temporary names that begin with `prefix`.
+def sweep(folder: Path, names: str = ".*", is_locked: bool = False) -> None:
+    """Deletes what processes that died left in a folder under the temporary names of what matches `names`.
 
-    A process with the number in the name may be another one by now, so what it left would stay. is_locked: nobody but
-    this process writes such names, so all go. The number of this process is always of an earlier one: call it before
-    `temporary` names anything here.
+    names: a regular expression
+    is_locked: nobody but this process writes such names, so all go. Otherwise what an unrelated process of the same
+        number seems to own stays
+
+    The number of this process is always of an earlier one: call it before `temporary` names anything here.
     """
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and match[1].startswith(prefix):
+        if match and re.fullmatch(names, match[1]):
             if is_locked or not is_alive(int(match[2])):
                 with suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -369,7 +369,7 @@ def _checkpoints(out_dir: Path) -> dict[int, Path]:
 
 
 def _clean(out_dir: Path) -> None:
-    sweep(out_dir, "step_", is_locked=True)
+    sweep(out_dir, _STEP.pattern, is_locked=True)  # not step_000500.bin, which `convert` writes here
     for old in out_dir.glob("step_*.old"):
         final = old.with_suffix("")
         if (final / DONE).is_file() or not (old / DONE).is_file():

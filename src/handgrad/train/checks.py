@@ -12,11 +12,12 @@ MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch
 
 def check_kinds(optim: Any, data: Any, execution: Any) -> None:
     """Raises HandgradError for arguments in another order, or none."""
-    kinds = (("optim", optim, "groups", "hg.optim.AdamW()"), ("data", data, "batch_tokens", "hg.data.tokens(...)"))
-    for name, value, needed, example in (
-        *kinds,
+    kinds = (
+        ("optim", optim, "groups", "hg.optim.AdamW()"),
+        ("data", data, "batch_tokens", "hg.data.tokens(...)"),
         ("execution", execution, "micro_batch", "hg.Execution(micro_batch=4)"),
-    ):
+    )
+    for name, value, needed, example in kinds:
         if not hasattr(value, needed):
             raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
 

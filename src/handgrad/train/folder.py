@@ -225,11 +225,20 @@ def flat(groups: Any) -> dict[str, Any]:
     return {name: value for values in groups.values() for name, value in values.items()}
 
 
+def recorded(out: Path) -> dict[str, dict[str, Any]]:
+    """The settings in a run folder by group; none if they cannot be read."""
+    try:
+        groups = read_object(out / SETTINGS, "resume")
+        flat(groups)
+    except (HandgradError, ValueError):
+        return {}
+    return groups
+
+
 def changes(out: Path, c: Config) -> str:
     """Which settings differ from those saved in a run folder, as a sentence; empty if none does."""
-    try:
-        before = flat(read_object(out / SETTINGS, "resume"))
-    except (HandgradError, ValueError):  # a converted model has none
+    before = flat(recorded(out))
+    if not before:  # a converted model has none
         return ""
     found = []
     if "lr" not in before:  # of a run from Python, which has its own schedule, or of a converted one

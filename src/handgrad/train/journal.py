@@ -1,6 +1,5 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.config import PACKAGED, by_group
 from handgrad.train.execution import Execution
-from handgrad.train.folder import SETTINGS, Lock, describe, flat, holds_run
+from handgrad.train.folder import Lock, describe, holds_run, recorded
 from handgrad.train.log import RunLog
 from handgrad.train.step import Step
 
@@ -100,16 +99,6 @@ class Journal:
                 _OPEN.pop(self._out, None)
                 self._log.close()
                 lock.close()
-
-
-def recorded(out: Path) -> dict[str, Any]:
-    """The settings in a run folder by group, as far as they can be read."""
-    try:
-        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-        flat(found)
-        return found
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
