@@ -122,8 +122,7 @@ def test_every_curve_is_drawn_whole(pages):
 )
 def test_every_run_is_seen_in_its_colour(pages, tmp_path, scheme, colours, page_colour):
     """Of the pixels of a screenshot; a run that is not in the page leaves none of its colour."""
-    from PIL import Image
-
+    Image = pytest.importorskip("PIL.Image", reason="pillow reads the screenshots")
     for page, runs in zip(pages, (1, 3)):
         shot = tmp_path / "page.png"
         browse(
