@@ -85,6 +85,20 @@ class Sdpa:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """What ranks exchange, by NCCL: "all_reduce", "reduce_scatter" or "all_gather", from `send` into `receive`.
+
+    count: elements of an all_reduce, else of a rank's share;  dtype: "f64", "f32" or "bf16"
+    """
+
+    kind: str
+    send: str
+    receive: str
+    count: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Launches:
     """The launches of one call, its bytes of scratch, and a note for the listing.
 
@@ -92,7 +106,7 @@ class Launches:
     this one.
     """
 
-    steps: tuple[Kernel | Gemm | Sdpa, ...]
+    steps: tuple[Kernel | Gemm | Sdpa | Collective, ...]
     scratch: int = 0
     note: str = ""
     alternative: "Launches | None" = None

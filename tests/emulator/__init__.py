@@ -40,6 +40,7 @@ import numpy as np
 from handgrad import backends
 from handgrad.backends.arena import NUMPY, HostArena
 from handgrad.backends.base import Backend, Executable
+from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.cuda.planner import GPUS, describe
 from handgrad.backends.ref import RefBackend
 from handgrad.core.arguments import kernel_words
@@ -47,7 +48,7 @@ from handgrad.core.dtypes import DType
 from handgrad.core.op import ONLY, Call, Case, MicroBatch, Op, resolve_number, resolve_pointer
 from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Tensor
-from handgrad.launch import Gemm, Gpu, Kernel, Launches, Sdpa, pointer_word, type_defines
+from handgrad.launch import Collective, Gemm, Gpu, Kernel, Launches, Sdpa, pointer_word, type_defines
 from handgrad.ops.linear import reference
 from handgrad.testing import case_program
 
@@ -60,6 +61,7 @@ FLAGS = (
     f"-ftrivial-auto-var-init=pattern -fsanitize={TRAPS} -fsanitize-undefined-trap-on-error -DHG_HOST=1"
 ).split()
 NAN = 0xFF  # a byte of NaN in f32 and in bf16
+TYPES = {"f64": np.float64, **NUMPY}  # of a collective
 H100, SMALL = GPUS["h100"], describe("sm_89", 3, 99 << 10, 8 << 20, has_library_attention=False)
 
 
@@ -77,10 +79,10 @@ class KernelFault(AssertionError):
 class EmulatedBackend(Backend):
     """What the cuda backend binds in a variant, on the host."""
 
-    name, hardware, head_rows = "emulated", "fibres", 512
+    name, hardware, head_rows, is_concurrent = "emulated", "fibres", 512, True
 
-    def __init__(self, variant: Variant = Variant(), reverse: bool = False):
-        self.variant, self.gpu, self.reverse = variant, variant.gpu, reverse
+    def __init__(self, variant: Variant = Variant(), reverse: bool = False, comm: Comm = Alone()):
+        self.variant, self.gpu, self.reverse, self.comm = variant, variant.gpu, reverse, comm
 
     def has(self, op: Op) -> bool:
         return type(op).cuda is not Op.cuda
@@ -149,11 +151,13 @@ class EmulatedExecutable(Executable):
             at = self.arena.plan.scratch[c]
             self.arena.bytes[at : at + scratch] = NAN
 
-    def _bind(self, step: Kernel | Gemm | Sdpa, c: Call, i: int, micro_batch: MicroBatch) -> Callable[[], None]:
+    def _bind(self, step: Kernel | Gemm | Sdpa | Collective, c: Call, i: int, micro_batch: MicroBatch) -> Callable[[], None]:
         if is_emulated(step, c):
             return self._kernel(step, c, micro_batch)
         if isinstance(step, Gemm):
             return self._gemm(step, c, micro_batch)
+        if isinstance(step, Collective):
+            return lambda: self._collective(step, c)
         if isinstance(step, Kernel) and step.entry in STAND_INS:
             return lambda: STAND_INS[step.entry](self, step, c, micro_batch)
         return lambda: self.oracle.run(Segment(i, i + 1), micro_batch)
@@ -201,6 +205,32 @@ class EmulatedExecutable(Executable):
                 raise KernelFault(f"{where}, defines {k.defines}, grid {grid}, block {k.block}: {fault}")
 
         return run
+
+    # collectives ----------------------------------------------------------------------------------------------------
+
+    def _collective(self, step: Collective, c: Call) -> None:
+        """What NCCL does, in place where it would, by the engine of the backend."""
+        world, comm, dtype = self.backend.comm.world, self.backend.comm, np.dtype(TYPES[step.dtype])
+        shares = {"all_reduce": (1, 1), "reduce_scatter": (world, 1), "all_gather": (1, world)}[step.kind]
+        send, receive = (self._span(w, c, n * step.count, dtype) for w, n in zip((step.send, step.receive), shares))
+        if step.kind == "all_reduce":
+            assert send is receive or np.shares_memory(send, receive), step
+            if step.count == 1:
+                receive[0] = comm.total(receive[0])
+            else:
+                comm.all_reduce(receive)
+        elif step.kind == "reduce_scatter":
+            comm.reduce_scatter(send, receive, False)
+        else:
+            comm.all_gather(send, receive)
+
+    def _span(self, word: str, c: Call, count: int, dtype: np.dtype) -> np.ndarray:
+        """The memory that a word of a collective names: whole elements inside its tensor."""
+        at, tensor = self._at(word, c)
+        whole = self.program.scalars if tensor is None else tensor
+        start, nbytes = self.arena.plan.offset[whole], count * dtype.itemsize
+        assert start <= at and at + nbytes <= start + whole.nbytes and at % dtype.itemsize == 0, (word, c)
+        return self.arena.bytes[at : at + nbytes].view(dtype)
 
     # GEMMs ----------------------------------------------------------------------------------------------------------
 
@@ -312,7 +342,7 @@ def variants(op: Op, case: Case, dtype: DType) -> dict[str, Variant]:
     return wanted
 
 
-def is_emulated(step: Kernel | Gemm | Sdpa, c: Call) -> bool:
+def is_emulated(step: Kernel | Gemm | Sdpa | Collective, c: Call) -> bool:
     """Whether a step runs as the kernel that it is: all but library calls and wgmma kernels."""
     return isinstance(step, Kernel) and '#include "wgmma' not in (c.op.folder / step.file).read_text()
 

@@ -15,11 +15,9 @@ def _cpu(threads: int, precision: Precision, comm: Comm) -> Backend:
 
 
 def _cuda(threads: int, precision: Precision, comm: Comm) -> Backend:
-    if comm.world > 1:
-        raise HandgradError("backend", "the cuda backend runs one rank", comm.world, hint="backend 'cpu'")
     from handgrad.backends.cuda.backend import CudaBackend
 
-    return CudaBackend(precision.tf32, precision.deterministic)
+    return CudaBackend(precision.tf32, precision.deterministic, comm=comm)
 
 
 BACKENDS = {"ref": lambda threads, precision, comm: RefBackend(comm=comm), "cpu": _cpu, "cuda": _cuda}

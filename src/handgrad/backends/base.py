@@ -86,7 +86,7 @@ class Planner(ABC):
 
     def ranks(self, zero: int) -> Ranks:
         """The ranks for which it plans, this one among them, with a ZeRO stage."""
-        return Ranks(self.comm.rank, self.comm.world, zero)
+        return Ranks(self.comm.rank, self.comm.world, zero, overlaps=self.is_concurrent)
 
     @abstractmethod
     def has(self, op: Op) -> bool:

@@ -1,5 +1,5 @@
-"""comm: what ranks exchange, on arrays in host memory. `Alone` is one rank, `open_threads` makes ranks of threads, and
-mpi.py ranks of processes.
+"""comm: what ranks exchange, on arrays in host memory. `Alone` is one rank, `open_threads` makes ranks of threads;
+sockets.py and mpi.py move the bytes between processes, which world.py finds.
 
 Sums are in the order of the ranks, so they are the same bits on every rank and in every run: a rank receives its part
 of an array from all others, adds the parts itself, and sends the sum.
@@ -8,7 +8,7 @@ of an array from all others, adds the parts itself, and sends the sum.
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ CHUNK = 1 << 20  # elements that are received at a time from each rank: 4 MiB of
 
 
 class RankError(HandgradError):
-    """The error of another rank. code: the exit code with which that one ends."""
+    """The error of another rank. code: the exit code with which that one ends; is_gone: it does not answer any more."""
 
-    def __init__(self, rank: int, text: str, code: int = 2):
+    def __init__(self, rank: int, text: str, code: int = 2, is_gone: bool = False):
         super().__init__(f"rank {rank}", text.removesuffix("."))
-        self.rank, self.code = rank, code
+        self.rank, self.code, self.is_gone = rank, code, is_gone
 
 
 class Comm(ABC):
@@ -33,6 +33,7 @@ class Comm(ABC):
     rank: int
     world: int
     local: int = 1  # ranks on this machine
+    local_rank: int = 0  # this one's number among them
 
     @abstractmethod
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
@@ -44,6 +45,21 @@ class Comm(ABC):
     @abstractmethod
     def fail(self, text: str, code: int = 2) -> None:
         """Tells all others that this rank ends: their next call, or the one they wait in, raises RankError."""
+
+    def check(self) -> None:
+        """Raises RankError if another rank is known to have failed."""
+
+    def telling(self, hook: Callable) -> Callable:
+        """An excepthook that also tells the others of an error that ends this process."""
+
+        def tell(kind: Any, error: Any, trace: Any) -> None:
+            hook(kind, error, trace)
+            self.fail(f"{kind.__name__}: {error}", 1)
+
+        return tell
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        """Has `listener` called, by another thread, as soon as another rank has failed."""
 
     @abstractmethod
     def after_failure(self) -> "Comm":
@@ -172,7 +188,8 @@ class Threads(Comm):
     """A rank that is a thread of this process, for tests."""
 
     def __init__(self, rank: int, world: int, shared: _Shared):
-        self.rank, self.world, self._shared, self.local = rank, world, shared, world
+        self.rank, self.world, self._shared = rank, world, shared
+        self.local, self.local_rank = world, rank
 
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         shared = self._shared

@@ -1,12 +1,12 @@
-"""mpi: ranks are processes that mpiexec has started. MPI moves bytes; comm.py adds them up.
+"""mpi: ranks are processes that mpiexec has started. MPI moves bytes; comm.py adds them up, and watch.py tells of
+failures.
 
-While a rank waits it also listens for the error of another one, so that nobody waits for a rank that has ended. If a
-process dies, mpiexec ends all others.
+If a process dies, mpiexec ends all others.
 """
 
 import atexit
-import json
-import os
+import importlib.util
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,45 +14,40 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.comm import Alone, Comm, RankError
+from handgrad.backends.comm import Comm, RankError
+from handgrad.backends.mesh import LIMIT, Listener, Peer, addresses, connect
+from handgrad.backends.watch import Watch
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
 
-_OPEN: list[Comm] = []
-STARTED = (("PMI_SIZE", "MPI_LOCALNRANKS"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"))  # world, local
 SPINS = 200  # looks at a message before the first sleep: some 50 us
 SLEEP = 50e-6  # seconds between looks from then on
 LAST_SECONDS = 20.0  # how long a rank waits for the others after an error
 
 
-def open_comm() -> Comm:
-    """The ranks of this process, found at first use: `Alone` unless mpiexec has started several.
-
-    Raises HandgradError without mpi4py, or if it uses another MPI library than mpiexec.
-    """
-    if not _OPEN:
-        sizes = [(int(os.environ[size]), os.environ.get(local)) for size, local in STARTED if size in os.environ]
-        world, local = max(sizes, default=(1, None))
-        _OPEN.append(_open(world, int(local or world)) if world > 1 else Alone())
-    return _OPEN[0]
+def has_mpi4py() -> bool:
+    """Whether mpi4py is installed."""
+    return importlib.util.find_spec("mpi4py") is not None
 
 
-def _open(world: int, local: int) -> "Mpi":
+def open_mpi(world: int, local_rank: int, local: int) -> "Mpi":
+    """The ranks that mpiexec has started. Raises HandgradError if mpi4py uses another MPI library than mpiexec."""
     try:
         import mpi4py
 
         mpi4py.rc.finalize = False  # after an error it would wait for ranks that have ended
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-        rule = f"mpiexec has started {world} ranks, and they need mpi4py: {error}"
+        rule = f"mpiexec has started {world} ranks, and mpi4py does not load: {error}"
         raise HandgradError("mpi", rule, hint=f"{install_command('mpi')} brings both it and mpiexec") from None
     if MPI.COMM_WORLD.size != world:
         rule = f"mpiexec has started {world} ranks, and mpi4py uses its MPI library"
         hint = f"the mpiexec of the same library: that of {install_command('mpi')} is in the bin folder of its Python"
         found = f"{MPI.Get_library_version().split()[0]}, which sees {MPI.COMM_WORLD.size}"
         raise HandgradError("mpi", rule, found, hint=hint)
-    comm = Mpi(MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup())
-    comm.local = local
+    comm = Mpi(MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup())
+    comm.local, comm.local_rank = local, local_rank
+    comm.open_watch()
     atexit.register(comm.close)
     sys.excepthook = comm.telling(sys.excepthook)
     return comm
@@ -61,14 +56,23 @@ def _open(world: int, local: int) -> "Mpi":
 class Mpi(Comm):
     """A rank that is a process.
 
-    data, errors, last: communicators for what is exchanged, for errors, and for the exchange after an error
+    data, last: communicators for what is exchanged, and for the exchange after an error
     """
 
-    def __init__(self, MPI: Any, data: Any, errors: Any, last: Any, limit: float = 0.0):
-        self._MPI, self._data, self._errors, self._last, self._limit = MPI, data, errors, last, limit
+    def __init__(self, MPI: Any, data: Any, last: Any, limit: float = 0.0):
+        self._MPI, self._data, self._last, self._limit = MPI, data, last, limit
         self.rank, self.world = data.rank, data.size
         self._kept: list[Any] = []  # arrays and requests of messages that nobody may receive any more
-        self._is_over = False
+        self._watch: Watch | None = None
+
+    def open_watch(self) -> None:
+        """Connects the ranks by TCP, too, for failures: MPI tells of none."""
+        listener, end = Listener(), time.monotonic() + LIMIT
+        told = self.agree([addresses(), listener.port, secrets.token_hex(8)])
+        peers, run = [Peer(hosts, port) for hosts, port, _ in told], told[0][2]
+        links = connect(self.rank, peers, run, listener, ("watch",), end)
+        listener.close()
+        self._watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
 
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         others = [(self.rank + k) % self.world for k in range(1, self.world)]
@@ -85,43 +89,28 @@ class Mpi(Comm):
         while not self._MPI.Request.Testall(requests):
             looks += 1
             if looks > SPINS:
-                self._listen()
+                self.check()
                 time.sleep(SLEEP)
                 if self._limit and time.monotonic() - begin > self._limit:
                     raise HandgradError("ranks", f"every rank answers within {self._limit:.0f} s")
 
-    def _listen(self) -> None:
-        if self._errors is not None and self._errors.Iprobe():
-            status = self._MPI.Status()
-            self._errors.Probe(status=status)
-            message = bytearray(status.Get_count(self._MPI.BYTE))
-            self._errors.Recv([message, self._MPI.BYTE], status.Get_source())
-            text, code = json.loads(message)
-            self._is_over = True
-            raise RankError(status.Get_source(), text, code)
+    def check(self) -> None:
+        if self._watch is not None:
+            self._watch.check()
 
     def fail(self, text: str, code: int = 2) -> None:
-        if self._is_over:  # all know
-            return
-        self._is_over = True
-        message = json.dumps([text, code]).encode()
-        requests = [self._errors.Isend([message, self._MPI.BYTE], r) for r in range(self.world) if r != self.rank]
-        self._kept.append((requests, message))
-        self._MPI.Request.Testall(requests)
+        if self._watch is not None:
+            self._watch.fail(text, code)
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        if self._watch is not None:
+            self._watch.on_failure(listener)
 
     def after_failure(self) -> Comm:
-        return Mpi(self._MPI, self._last, None, self._last, LAST_SECONDS)
-
-    def telling(self, hook: Callable) -> Callable:
-        """An excepthook that also tells the others of an error that ends this process."""
-
-        def tell(kind: Any, error: Any, trace: Any) -> None:
-            hook(kind, error, trace)
-            self.fail(f"{kind.__name__}: {error}", 1)
-
-        return tell
+        return Mpi(self._MPI, self._last, self._last, LAST_SECONDS)
 
     def close(self) -> None:
         """Ends MPI, unless a rank has failed: then the process just ends."""
-        if not self._is_over:
+        if self._watch is not None and not self._watch.is_over:
+            self._watch.close()
             self._MPI.Finalize()

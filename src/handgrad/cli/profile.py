@@ -17,7 +17,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.models import create, preset
 from handgrad.optim import AdamW
-from handgrad.train.config import ComputeConfig, ModelConfig
+from handgrad.train.config import ComputeConfig, ModelConfig, WorldConfig
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.trainer import Trainer
@@ -42,6 +42,7 @@ class Profiling:
     vocab_size: int = 0
     """tokens in the vocabulary; 0: GPT-2's 50257"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
 
 
 def main(argv: list[str]) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from handgrad.backends.mpi import open_comm
+from handgrad.backends.world import open_comm
 from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, hint_for
+from handgrad.cli.world import asked
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.train.config import Config, OptimConfig, from_names
+from handgrad.train.config import Config, OptimConfig, WorldConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.ranks import together
 from handgrad.train.run import train
@@ -26,7 +27,7 @@ READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load,
 
 def main(argv: list[str]) -> int:
     """Parses the flags, over the settings of a file, over those of a resumed run, and trains."""
-    with together(open_comm()):
+    with together(open_comm(asked("train", argv))):
         c = settings(argv)
     return train(c)
 
@@ -62,6 +63,9 @@ def from_file(path: Path) -> dict[str, Any]:
         values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
     if "config" in values:
         raise HandgradError("config", f"'{path}' names no other file of settings", repr(values["config"]))
+    for name in (f.name for f in fields(WorldConfig) if f.name in values):
+        rule = "ranks belong to a command: each starts its own"
+        raise HandgradError("config", rule, f"'{name}' in '{path}'", hint=f"the flag --{name.replace('_', '-')}")
     known = dict(flags(Config))
     for flag in (f"--{name.replace('_', '-')}" for name in values):
         if flag not in known:

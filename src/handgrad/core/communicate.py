@@ -60,21 +60,27 @@ def communicate(p: Program, ops: Collectives) -> None:
 
 def gather_parameters(p: Program, primary: Program, all_gather: Op) -> None:
     """Has a program gather the parameters that ranks hold shares of, a bucket at a time: before the first call of a
-    span of blocks that reads it, into an activation that ends with the last one.
+    span of blocks that reads it, or a block earlier where collectives overlap, into an activation that ends with the
+    last one.
 
     primary: the program that lays out the parameters
     """
     known = {t.name: (bucket, place) for bucket in primary.buckets for t, place in bucket.places()}
     mine: Places = {info.tensor: known[name] for name, info in p.params.items()}
     edits: Edits = defaultdict(list)
+    runs = _runs(p)
     for bucket, uses in _spans(p, mine, lambda c: c.ins):
+        at = uses[0][0]
+        if primary.ranks.overlaps:
+            at = runs.index(max(runs[at] - 1, 0))
         base = Tensor(f"{bucket.name}.gathered", (bucket.size,), primary.dtype, Role.ACT)
         parts = {t: p.part_of(base, mine[t][1], t.name, t.shape, Role.PARAM) for t in _distinct(uses)}
         for i, _ in uses:
             p.calls[i].ins = tuple(parts.get(t, t) if t is not None else None for t in p.calls[i].ins)
         share = primary.slice("param", bucket)
+        p.starts[share] = primary.element(share)
         record = partial(p.emit, all_gather, share, into={"full": base})
-        edits[uses[0][0]].append((bucket, record))
+        edits[at].append((bucket, record))
     _insert(p, edits)
 
 
@@ -129,7 +135,7 @@ def _reduce_gradients(p: Program, ops: Collectives) -> None:
         if p.ranks.zero == 0:
             p.emit(ops.all_reduce, into={"x": full})
         else:
-            p.emit(ops.reduce_scatter, full, into={"share": share})
+            p.emit(ops.reduce_scatter, full, into={"share": share}, rank=p.ranks.rank)
             p.calls[-1].overwrites = frozenset({"share"})
 
     edits: Edits = defaultdict(list)
@@ -141,16 +147,17 @@ def _reduce_gradients(p: Program, ops: Collectives) -> None:
 def _shard_gradients(p: Program, ops: Collectives) -> None:
     """ZeRO 2 and 3: a bucket's gradients are an activation, written anew in every micro-batch. Its sum over ranks is
     added to the own share behind the last writer, and its memory is free again."""
-    ends, of = joins(p), _gradients(p)
+    ends, of, runs = joins(p), _gradients(p), _runs(p)
     edits: Edits = defaultdict(list)
     shares = {bucket: p.slice("grad", bucket) for bucket in p.buckets}
 
-    def reduce(bucket: Bucket, base: Tensor, written: list[tuple[int, int]]) -> None:
+    def reduce(bucket: Bucket, base: Tensor, written: list[tuple[int, int]], overlap: int) -> None:
         for start, stop in _gaps(bucket.size, written):  # the norm and the update read them
             gap = p.part_of(base, start, f"{base.name}.gap", (stop - start,), Role.GRAD)
             p.emit(ops.fill, into={"x": gap}, n=stop - start, value=0.0)
             p.calls[-1].overwrites = frozenset({"x"})
-        p.emit(ops.reduce_scatter, base, into={"share": shares[bucket]})
+        p.emit(ops.reduce_scatter, base, into={"share": shares[bucket]}, rank=p.ranks.rank)
+        p.calls[-1].overlap = overlap
 
     for bucket, uses in _spans(p, of, lambda c: c.outs):
         base = Tensor(f"d {bucket.name}", (bucket.size,), p.grad_dtype, Role.ACT)
@@ -164,7 +171,8 @@ def _shard_gradients(p: Program, ops: Collectives) -> None:
             c.outs = tuple(parts.get(t, t) if t is not None else None for t in c.outs)
         at = max(ends[i] for i, _ in uses)
         written = [(of[t][1], t.size) for t in parts]
-        edits[at].append((bucket, partial(reduce, bucket, base, written)))
+        overlap = sum(run <= runs[min(at, len(runs) - 1)] + 1 for run in runs[at:])  # a block later its memory is free
+        edits[at].append((bucket, partial(reduce, bucket, base, written, overlap)))
     _insert(p, edits)
 
 
@@ -179,11 +187,8 @@ def _spans(
     """The uses of each bucket's tensors, cut where calls of a whole other block lie between two of them: a tied head
     and embedding use one bucket at both ends of the list. A block's first call may write for its neighbour."""
     found: dict[Bucket, list[Use]] = defaultdict(list)
-    run, runs, block = 0, [], ""
+    runs = _runs(p)
     for i, c in enumerate(p.calls):
-        if c.phase is not Phase.COMMUNICATE and c.block != block:
-            run, block = run + 1, c.block
-        runs.append(run)
         for t in tensors(c):
             if t is not None and t in of:
                 found[of[t][0]].append((i, t))
@@ -193,6 +198,16 @@ def _spans(
             if k == len(uses) or runs[uses[k][0]] - runs[uses[k - 1][0]] > 1:
                 yield bucket, uses[begin:k]
                 begin = k
+
+
+def _runs(p: Program) -> list[int]:
+    """For every call, the number of blocks that the list has entered before it: the index of its run of calls."""
+    run, runs, block = -1, [], None
+    for c in p.calls:
+        if run < 0 or (c.phase is not Phase.COMMUNICATE and c.block != block):
+            run, block = run + 1, c.block
+        runs.append(run)
+    return runs
 
 
 def _distinct(uses: list[Use]) -> list[Tensor]:

@@ -109,7 +109,7 @@ class Op:
     undefined: str = ""  # names of outputs that are only workspaces: their values after the call have no meaning
     kept: str = ""  # names of outputs that even the policy "block" keeps, because recomputing them is expensive
     starts_gradient: bool = False  # computes the gradient of its inputs itself, in the forward phase (lm_loss)
-    communicates: bool = False  # `exchange` runs it, on every backend whose memory is the host's
+    communicates: bool = False  # ranks exchange values: `exchange` runs it where memory is the host's
     overlap: int = 0  # how many calls after it may run concurrently, unless they use what it writes
     ill_conditioned: bool = False  # large intermediates cancel or are exponentiated: one ulp of an input moves outputs
     cpu: CpuKernel | None = None
@@ -206,6 +206,7 @@ class Call:
     first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
     when: When = When.ALWAYS
     overwrites: frozenset[str] = frozenset()  # inout outputs that it writes anew in every micro-batch
+    overlap: int | None = None  # how many later calls may run while it does, if not as many as its op says
 
     def __getattr__(self, name: str) -> Any:  # a Tensor, or None if it is absent
         for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):

@@ -16,6 +16,7 @@ class Ranks:
     world  how many there are
     zero   the ZeRO stage (Rajbhandari et al. 2020). A rank holds only its share of: from 1 on the optimizer state, from
            2 on the gradients too, from 3 on the parameters too
+    overlaps  collectives run beside computation: parameters are gathered a block before they are read
 
     Raises HandgradError for numbers that cannot be.
     """
@@ -23,6 +24,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     zero: int = 0
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         if whole("ranks", "world", self.world, 1) <= whole("ranks", "rank", self.rank, 0):

@@ -4,7 +4,6 @@ A call whose op has an `overlap` of n may run on a second stream while the n cal
 reads or writes what it writes, or writes what it reads, waits for it.
 """
 
-from handgrad.core.op import Call
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
@@ -13,20 +12,18 @@ Span = tuple[object, int, int]  # a tensor or the name of a flat vector; first e
 
 def joins(p: Program) -> list[int]:
     """For every call the index of the call that waits for it: the next one, unless the call overlaps."""
-    return [_join(p, i) for i in range(len(p.calls))]
+    spans = [(_spans(p, c.ins), _spans(p, c.outs)) for c in p.calls]
+    return [_join(p, spans, i) for i in range(len(p.calls))]
 
 
-def _join(p: Program, i: int) -> int:
-    early = p.calls[i]
-    end = min(i + 1 + early.op.overlap, len(p.calls))
-    return next((j for j in range(i + 1, end) if _conflict(p, early, p.calls[j])), end)
-
-
-def _conflict(p: Program, early: Call, late: Call) -> bool:
-    """Whether one of two calls writes what the other one reads or writes."""
-    reads, writes = _spans(p, early.ins), _spans(p, early.outs)
-    late_reads, late_writes = _spans(p, late.ins), _spans(p, late.outs)
-    return _intersect(writes, late_reads + late_writes) or _intersect(reads, late_writes)
+def _join(p: Program, spans: list[tuple[list[Span], list[Span]]], i: int) -> int:
+    early, (reads, writes) = p.calls[i], spans[i]
+    end = min(i + 1 + (early.op.overlap if early.overlap is None else early.overlap), len(p.calls))
+    for j in range(i + 1, end):
+        late_reads, late_writes = spans[j]
+        if _intersect(writes, late_reads + late_writes) or _intersect(reads, late_writes):
+            return j
+    return end
 
 
 def _spans(p: Program, tensors: tuple[Tensor | None, ...]) -> list[Span]:

@@ -144,8 +144,8 @@ class ComputeConfig:
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """outputs that backward recomputes: act: activation functions; act_norm: norms too; block: all but block inputs"""
     zero: Literal[0, 1, 2, 3] = 1
-    """of several ranks (mpiexec -n 4 handgrad train), each holds only its share of: 1 the optimizer state, 2 the
-    gradients too, 3 the parameters too; 0: of nothing"""
+    """of several ranks, each holds only its share of: 1 the optimizer state, 2 the gradients too, 3 the parameters
+    too; 0: of nothing"""
     head_mib: int = 0
     """MiB of logits in one chunk of the head; 0: the backend's default"""
     deterministic: bool = False
@@ -154,6 +154,23 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         _check(self, 1, "micro_batch")
         _check(self, 0, "threads head_mib")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Several ranks: processes that train together, one a GPU. It belongs to a command, not to the run."""
+
+    ranks: int = 0
+    """how many ranks; this command starts them on this machine. 0: those that a launcher has started, or one"""
+    rank: int | None = None
+    """the number of this one of --ranks, from 0, each started by a command of its own; None: this command starts all"""
+    ranks_per_machine: int = 0
+    """with --rank: how many are on each machine, one a GPU; 0: all"""
+    rendezvous: str = ""
+    """where ranks on several machines meet: HOST:PORT of rank 0, or a file that all see"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "ranks rank ranks_per_machine")
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -49,7 +49,8 @@ def first(comm: Comm, work: Callable[[], T]) -> T:
 
 @contextmanager
 def together(comm: Comm) -> Iterator[None]:
-    """An error that ends the block on one rank ends it on all, with one exit code. Rank 0 prints it.
+    """An error that ends the block on one rank ends it on all, with one exit code. Rank 0 prints it; if it is rank 0
+    that is gone, rank 1 does.
 
     Raises SystemExit with the code where there are several ranks, unless the error is of no kind that users make:
     it is raised where it came up.
@@ -61,15 +62,20 @@ def together(comm: Comm) -> Iterator[None]:
             raise
         code = exit_code(error)
         comm.fail(str(error) or type(error).__name__, code)
-        if comm.rank == 0 and isinstance(error, HandgradError):
+        if comm.rank == spokesman(error) and isinstance(error, HandgradError):
             print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
         try:
-            comm.after_failure().exchange()  # mpiexec ends all once one has: not before rank 0 has printed
+            comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
         except HandgradError:  # a rank that does not answer
             pass
         if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):
             raise SystemExit(code) from None
         raise
+
+
+def spokesman(error: BaseException) -> int:
+    """The rank that prints an error."""
+    return 1 if isinstance(error, RankError) and error.is_gone and error.rank == 0 else 0
 
 
 def exit_code(error: BaseException) -> int:

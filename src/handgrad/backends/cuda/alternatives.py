@@ -35,6 +35,14 @@ class Alternatives:
         first = self._planner.launches(c)
         return first if first.alternative is None else first.alternatives()[self._known.get(key(c, first), 0)]
 
+    def choices(self) -> dict[str, int]:
+        """All choices."""
+        return self._known
+
+    def take(self, choices: dict[str, int]) -> None:
+        """Adopts choices that were made on another GPU of the same model."""
+        self._known = dict(choices)
+
     def untimed(self, calls: list[Call]) -> dict[str, Call]:
         """By key: one call of each kind whose alternatives are worth timing and have not been timed."""
         if self._planner.gpu.deterministic:

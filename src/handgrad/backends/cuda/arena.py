@@ -11,6 +11,7 @@ import numpy as np
 from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, does_not_fit
 from handgrad.backends.base import Arena
 from handgrad.backends.cuda.driver import Device
+from handgrad.core.dtypes import DType
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
 from handgrad.core.scalars import INPUT_BYTES, OUTPUTS
@@ -50,15 +51,23 @@ class CudaArena(Arena):
         self._write(self.plan.offset[tensor], array)
 
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
-        start, dtype = self.plan.part(flat, param)
-        out = np.empty(param.shape, NUMPY[dtype.name])
-        self.device.to_host(out.ctypes.data, self.address + start, out.nbytes)
-        self.device.sync()
+        start, low, high, dtype = self._piece(flat, param)
+        out = np.empty(param.shape if high - low == param.size else high - low, NUMPY[dtype.name])
+        if out.size:
+            self.device.to_host(out.ctypes.data, self.address + start, out.nbytes)
+            self.device.sync()
         return out
 
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
-        start, dtype = self.plan.part(flat, param)
-        self._write(start, np.ascontiguousarray(np.broadcast_to(values, param.shape), NUMPY[dtype.name]))
+        start, low, high, dtype = self._piece(flat, param)
+        whole = np.broadcast_to(values, param.shape)
+        self._write(start, np.ascontiguousarray(whole.reshape(-1)[low:high], NUMPY[dtype.name]))
+
+    def _piece(self, flat: str, param: Tensor) -> tuple[int, int, int, DType]:
+        """(byte of the arena, first, end, type) of the elements of a parameter that this rank holds in a vector."""
+        vector = self.plan.vectors[flat]
+        start, low, high = vector.piece(param)
+        return self.plan.start[flat] + start * vector.dtype.size, low, high, vector.dtype
 
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:
         read = self._fetch(self.plan.offset[program.scalars], STEP_SCALARS_DTYPE.itemsize, STEP_SCALARS_DTYPE, (1,))

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.cuda import cudnn as attention
 from handgrad.backends.cuda.alternatives import AddressOf, Alternatives
 from handgrad.backends.cuda.arena import CudaArena
@@ -17,6 +18,7 @@ from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor
 from handgrad.backends.cuda.gemm_autotune import tune_gemms
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
+from handgrad.backends.cuda.nccl import Nccl
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.backends.cuda.planner import GpuPlanner, describe
@@ -27,7 +29,7 @@ from handgrad.core.plan import Plan, aligned
 from handgrad.core.program import Program, Segment
 from handgrad.core.streams import joins
 from handgrad.core.tensor import Tensor
-from handgrad.launch import Gemm, Gpu, Kernel, Launches, pointer_word, tensor_map_shape, type_defines
+from handgrad.launch import Collective, Gemm, Gpu, Kernel, Launches, pointer_word, tensor_map_shape, type_defines
 
 Launch = Callable[[], None]  # starts one launch
 AHEAD = 4  # max graph launches in flight; beyond a few thousand queued kernels the driver busy-waits
@@ -45,7 +47,7 @@ class CudaExecutable(Executable):
         self._compiled = compile_all([s for c, launches in self._chosen for s in backend.sources(c, launches)])
         self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(self._chosen))]}
         self._fork = self.device.event()
-        self._done = {i: self.device.event() for i in range(len(self._chosen)) if self._overlaps(i)}
+        self._done = {i: self.device.event() for i in range(len(self._chosen)) if self._is_beside(i)}
         self._graphs: dict[tuple[Segment, MicroBatch], Graph | None] = {}
         self._replays = deque(self.device.event(blocking=True) for _ in range(AHEAD))
 
@@ -92,11 +94,17 @@ class CudaExecutable(Executable):
     def _overlaps(self, i: int) -> bool:
         return self._joins[i] > i + 1
 
+    def _is_beside(self, i: int) -> bool:
+        """Whether a call has another stream than the main one. Collectives share one: they must not change order."""
+        return self._overlaps(i) or self.program.calls[i].op.communicates
+
     def _stream(self, i: int) -> Any:
+        if self.program.calls[i].op.communicates:
+            return self.device.exchange
         return self.device.side if self._overlaps(i) else self.device.stream
 
     def _launch(self, segment: Segment, kind: MicroBatch) -> None:
-        """Starts the calls of a segment. Calls that overlap others run on the side stream, from a fork to a join."""
+        """Starts the calls of a segment. Calls beside the main stream run on another one, from a fork to a join."""
         device, starts = self.device, self._starts_of(kind)
         waiting: dict[int, list[Any]] = {}  # by the call that waits: events of overlapping calls
         for i in range(segment.start, segment.stop):
@@ -104,24 +112,26 @@ class CudaExecutable(Executable):
                 device.follow(event, device.stream)
             if not kind.runs(self.program.calls[i].when):
                 continue
-            if self._overlaps(i):
+            stream = self._stream(i)
+            if self._is_beside(i):
                 device.record(self._fork)
-                device.follow(self._fork, device.side)
+                device.follow(self._fork, stream)
             for start in starts[i]:
                 start()
-            if self._overlaps(i):
-                device.record(self._done[i], device.side)
+            if self._is_beside(i):
+                device.record(self._done[i], stream)
                 waiting.setdefault(self._joins[i], []).append(self._done[i])
         for event in (event for events in waiting.values() for event in events):
             device.follow(event, device.stream)
 
 
 class CudaBackend(Backend):
-    """One GPU.
+    """One GPU, that of this rank.
 
     tf32: float32 matmuls run on tensor cores, with operands rounded to TF32
     deterministic: runs are bit-identical for every recompute policy; no autotuning
     cudnn: use cuDNN's attention if it is installed
+    comm: the ranks that train together, each on a GPU of its own
     """
 
     name = GpuPlanner.name
@@ -132,15 +142,17 @@ class CudaBackend(Backend):
     is_asynchronous = True
     truncated_terms = 16  # k of one mma instruction
 
-    def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True):
+    def __init__(self, tf32: bool = False, deterministic: bool = False, cudnn: bool = True, comm: Comm = Alone()):
+        self.comm = comm
         with ThreadPoolExecutor(1) as pool:  # while the driver creates its context
             pool.submit(_open_libraries)
-            self.device = Device()
+            self.device = Device(comm.local_rank)
         self.pci_bus, self.tf32, self.deterministic = self.device.pci_bus, tf32, deterministic
         self.graphs = Graphs(self.device)
         self._blas = CublasLt(self.graphs, deterministic)
         self._cudnn: attention.Cudnn | None = None  # opened when the first call needs it
         self._modules: dict[bytes, Module] = {}
+        self._nccl = Nccl(self.device, comm, deterministic) if comm.world > 1 else None
         d = self.device
         self.gpu = describe(
             d.arch,
@@ -186,6 +198,25 @@ class CudaBackend(Backend):
 
     def alloc(self, plan: Plan) -> CudaArena:
         calls = [c for program in plan.programs for c in program.calls]
+        leads = self.comm.rank == 0
+        if not leads:  # rank 0 compiles and decides for all: they agree to the bit, and start once
+            self._take(self.comm.agree(None)[0])
+        self._prepare(calls)
+        if leads and self.comm.world > 1:
+            self.comm.agree(self._choices())
+        return CudaArena(self.device, plan)
+
+    def _choices(self) -> list[Any]:
+        """What autotuning has chosen, as text."""
+        return [self._blas.choices(), self._alternatives.choices()]
+
+    def _take(self, choices: list[Any]) -> None:
+        """Adopts the choices of another rank, which has the same GPU and libraries."""
+        self._blas.take(choices[0])
+        self._alternatives.take(choices[1])
+
+    def _prepare(self, calls: list[Call]) -> None:
+        """Compiles all kernels that the calls may need, and tunes what is not tuned yet."""
         untimed = self._alternatives.untimed(calls)
         needed = [(c, self.launches(c)) for c in calls]
         needed += [(c, launches) for c in untimed.values() for launches in self._all(c)]
@@ -195,7 +226,6 @@ class CudaBackend(Backend):
         compiled = compiling.result()
         bind = partial(self._bind, compiled=compiled, stream=self.device.stream)
         self._alternatives.tune(untimed, bind, self.scratch)
-        return CudaArena(self.device, plan)
 
     def bind(self, program: Program, arena: Arena) -> CudaExecutable:
         assert isinstance(arena, CudaArena)
@@ -265,6 +295,10 @@ class CudaBackend(Backend):
                 starts.append(bind_kernel(step, c, function, stream, address, micro_batch))
             elif isinstance(step, Gemm):
                 starts.append(self._bind_gemm(step, c, stream, address, workspace, micro_batch))
+            elif isinstance(step, Collective):
+                assert self._nccl is not None, c  # the list of one rank has none
+                where = address(step.send), address(step.receive)
+                starts.append(partial(self._nccl.start, step.kind, *where, step.count, step.dtype, stream))
             else:
                 if self._cudnn is None:
                     self._cudnn = attention.Cudnn(self.graphs)

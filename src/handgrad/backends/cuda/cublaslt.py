@@ -203,6 +203,14 @@ class CublasLt:
         self._known |= {repr(astuple(p)): bytes(h).hex() for p, h in chosen.items()}
         cache.store(self._file, json.dumps(self._known).encode())
 
+    def choices(self) -> dict[str, str]:
+        """All chosen algorithms, as text."""
+        return self._known
+
+    def take(self, choices: dict[str, str]) -> None:
+        """Adopts algorithms that were chosen on another GPU of the same model."""
+        self._known = dict(choices)
+
     def peak(self, dtype: str, tf32: bool) -> float:
         """Measured FLOP/s of a large GEMM, in place of the peak of a GPU that is not in the table."""
         p, device = GemmProblem(8192, 8192, 8192, False, True, dtype, dtype, dtype, "", False, tf32), self.device

@@ -1,6 +1,7 @@
 """The CUDA driver: devices, memory, streams, events and modules, as thin functions over cuda-bindings."""
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from functools import cache as once
 from typing import Any
@@ -46,7 +47,13 @@ def start() -> int:
 
 
 class Device:
-    """One GPU: its primary context, a main stream, and a side stream for calls that overlap later ones."""
+    """One GPU: its primary context, a main stream, a side stream for calls that overlap later ones, and one for
+    collectives.
+
+    failure: of another rank; it has ended what the host waited for, and is raised there
+    """
+
+    failure: HandgradError | None = None
 
     def __init__(self, index: int = 0):
         version = start()
@@ -73,6 +80,8 @@ class Device:
         self.stream = check(cu.cuStreamCreate(flags))
         _, first = check(cu.cuCtxGetStreamPriorityRange())
         self.side = check(cu.cuStreamCreateWithPriority(flags, first))  # high priority
+        self.exchange = check(cu.cuStreamCreate(flags))
+        self._waits_since: float | None = None
 
     def _attribute(self, name: str) -> int:
         kind = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -118,7 +127,7 @@ class Device:
 
     def sync(self) -> None:
         """Waits until the main stream is idle."""
-        check(cu.cuStreamSynchronize(self.stream))
+        self._wait(cu.cuStreamSynchronize, self.stream)
 
     def event(self, timing: bool = False, blocking: bool = False) -> Any:
         """A CUDA event. timing: it records its time; blocking: the host sleeps while it waits, instead of spinning."""
@@ -135,7 +144,21 @@ class Device:
 
     def wait(self, event: Any) -> None:
         """Blocks the host until the event has completed."""
-        check(cu.cuEventSynchronize(event))
+        self._wait(cu.cuEventSynchronize, event)
+
+    def _wait(self, call: Callable, what: Any) -> None:
+        self._waits_since = time.monotonic()
+        try:
+            check(call(what))
+        finally:
+            self._waits_since = None
+        if self.failure is not None:
+            raise self.failure
+
+    def waited(self) -> float:
+        """Seconds that the host has waited for the device by now; 0: it does not wait."""
+        since = self._waits_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Seconds between two timing events. Waits for the later one."""

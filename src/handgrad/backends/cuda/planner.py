@@ -6,7 +6,7 @@ from handgrad.backends.base import Planner
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call, Op
 from handgrad.core.plan import aligned
-from handgrad.launch import Gemm, Gpu, Kernel, Launches, Sdpa
+from handgrad.launch import Collective, Gemm, Gpu, Kernel, Launches, Sdpa
 
 GEMM_WORKSPACE = 32 << 20  # bytes: NVIDIA's recommendation for Hopper
 WORTH_TUNING = 1e9  # FLOP: smaller calls run the library's first proposal and the first alternative
@@ -70,7 +70,7 @@ class GpuPlanner(Planner):
 
 
 def _scratch(launches: Launches) -> int:
-    library = [s for s in launches.steps if not isinstance(s, Kernel)]
+    library = [s for s in launches.steps if not isinstance(s, Kernel | Collective)]
     workspaces = [GEMM_WORKSPACE if isinstance(s, Gemm) else attention_workspace(s) for s in library]
     return aligned(launches.scratch) + max(workspaces, default=0)
 

@@ -1,9 +1,14 @@
-"""Collectives: what ranks exchange inside a step. A backend's engine runs them (backends/comm.py); see README.md."""
+"""Collectives: what ranks exchange inside a step. On the host an engine runs them (backends/comm.py), on GPUs NCCL does;
+see README.md."""
 
 from typing import Any
 
-from handgrad.core.op import Op
-from handgrad.core.scalars import STEP_SCALARS_BYTES
+from handgrad.core.op import Call, Op
+from handgrad.core.scalars import INPUT_BYTES, OUTPUTS, STEP_SCALARS_BYTES
+from handgrad.launch import Collective, Gpu, Kernel, Launches
+
+THREADS = 256  # of a CUDA block
+FREELY = 1 << 30  # calls that may run beside a collective: all, until one uses what it writes
 
 
 class AllReduce(Op):
@@ -12,24 +17,39 @@ class AllReduce(Op):
     name = "all_reduce"
     outs = "+x:n:grad"
     communicates = True
+    overlap = FREELY
 
     def exchange(self, comm: Any, v: Any) -> None:
         comm.all_reduce(v.x)
 
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return Launches((Collective("all_reduce", "x", "x", c.x.size, c.x.dtype.name),))
+
 
 class ReduceScatter(Op):
-    """share = this rank's part of the sum of all ranks' full; += if share holds a value of this step.
+    """share = part `rank` of the sum of all ranks' full; += if share holds a value of this step.
 
-    `share` may be that part of `full` itself.
+    `share` may be that part of `full` itself. Where it is not, a GPU leaves the sum in `full`, too.
     """
 
     name = "reduce_scatter"
     ins = "full:n:grad"
     outs = "+share:m:grad"
+    attrs = {"rank": int}
     communicates = True
+    overlap = FREELY
 
     def exchange(self, comm: Any, v: Any) -> None:
         comm.reduce_scatter(v.full, v.share, v.accumulates("share"))
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        m, dtype = c.share.size, c.share.dtype
+        if "share" in c.overwrites:
+            return Launches((Collective("reduce_scatter", "full", "share", m, dtype.name),))
+        part, vec = f"full@{c.attrs['rank'] * c.share.nbytes}", 16 // dtype.size
+        grid, defines = min(-(-m // (THREADS * vec)), 8 * gpu.sms), {"VEC": vec, "THREADS": THREADS}
+        add = Kernel("add_share_kernel", f"share {part} | m accumulate.share", grid, THREADS, 0, defines)
+        return Launches((Collective("reduce_scatter", "full", part, m, dtype.name), add))
 
 
 class AllGather(Op):
@@ -39,9 +59,13 @@ class AllGather(Op):
     ins = "share:m"
     outs = "+full:n"
     communicates = True
+    overlap = FREELY
 
     def exchange(self, comm: Any, v: Any) -> None:
         comm.all_gather(v.share, v.full)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return _gather(c)
 
 
 class AllGatherF32(Op):
@@ -51,9 +75,13 @@ class AllGatherF32(Op):
     ins = "share:m:f32"
     outs = "+full:n:f32"
     communicates = True
+    overlap = FREELY
 
     def exchange(self, comm: Any, v: Any) -> None:
         comm.all_gather(v.share, v.full)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        return _gather(c)
 
 
 class SumLosses(Op):
@@ -65,6 +93,15 @@ class SumLosses(Op):
 
     def exchange(self, comm: Any, v: Any) -> None:
         v.scalars.loss_sum = comm.total(float(v.scalars.loss_sum))
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        assert OUTPUTS[0][:2] == ("loss_sum", "f64")
+        at = f"scalars@{INPUT_BYTES}"
+        return Launches((Collective("all_reduce", at, at, 1, "f64"),))
+
+
+def _gather(c: Call) -> Launches:
+    return Launches((Collective("all_gather", "share", "full", c.share.size, c.share.dtype.name),))
 
 
 all_reduce, reduce_scatter, sum_losses = AllReduce(), ReduceScatter(), SumLosses()

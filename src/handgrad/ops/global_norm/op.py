@@ -4,10 +4,19 @@ from typing import Any
 
 from handgrad.core.op import Call, CpuKernel, Op, case
 from handgrad.core.scalars import STEP_SCALARS_BYTES
+from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.global_norm import reference
 
 THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of the one that adds all partial sums
+
+
+def sizes(grad: Tensor, gpu: Gpu) -> dict[str, int]:
+    """The sizes of the kernels that add up the squares of these gradients: what squares.cuh needs."""
+    vec = 16 // grad.dtype.size
+    vec = vec if grad.size % vec == 0 else 1
+    blocks = min(-(-grad.size // (THREADS * vec)), 8 * gpu.sms)
+    return {"VEC": vec, "BLOCKS": blocks, "THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
 
 
 class GlobalNorm(Op):
@@ -34,10 +43,8 @@ class GlobalNorm(Op):
         return (None,)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        n, vec = c.sizes["n"], 16 // c.grad.dtype.size
-        vec = vec if n % vec == 0 else 1
-        blocks = min(-(-n // (THREADS * vec)), 8 * gpu.sms)
-        defines = {"VEC": vec, "BLOCKS": blocks, "THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
+        defines = sizes(c.grad, gpu)
+        blocks = defines["BLOCKS"]
         return Launches(
             (
                 Kernel("global_norm_kernel", "scratch grad | n", blocks, THREADS, 0, defines),

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from handgrad.core.op import CpuKernel, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, case
+from handgrad.launch import Gpu, Kernel, Launches
+from handgrad.ops.global_norm.op import SUM_THREADS, THREADS, sizes
 from handgrad.ops.share_norm import reference
 
 
@@ -22,6 +24,17 @@ class ShareNorm(Op):
 
     def ref(self, v: Any) -> tuple:
         return (reference.share_norm(v.x),)
+
+    def cuda(self, c: Call, gpu: Gpu) -> Launches:
+        defines = sizes(c.x, gpu)
+        blocks = defines["BLOCKS"]
+        return Launches(
+            (
+                Kernel("share_norm_kernel", "scratch x | n", blocks, THREADS, 0, defines),
+                Kernel("share_norm_sum_kernel", "y scratch |", 1, SUM_THREADS, 0, defines),
+            ),
+            scratch=8 * blocks,
+        )
 
 
 share_norm = ShareNorm()

@@ -1,0 +1,157 @@
+"""nccl: the ranks' collectives on GPUs, by NCCL through ctypes.
+
+The communicator does not block, so that a thread can abort it when another rank has failed: a kernel of NCCL waits for
+ever for a rank that is gone.
+"""
+
+import ctypes
+import os
+import threading
+import time
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from typing import Any
+
+from handgrad.backends.comm import Comm, RankError
+from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.libraries import load
+from handgrad.core.errors import HandgradError
+
+SUCCESS, IN_PROGRESS, SUM = 0, 7, 0  # ncclResult_t, ncclRedOp_t
+TYPES = {"f32": 7, "f64": 8, "bf16": 9}  # ncclDataType_t
+UNDEFINED = -(2**31)  # an int of ncclConfig_t that keeps its default
+MAGIC, VERSION = 0xCAFEBEEF, 22800  # of ncclConfig_t; later versions only append fields
+LIMIT = 60.0  # seconds until a call of the library is done
+GRACE, TOLD_GRACE = 1.0, 15.0  # seconds of waiting after which a rank that is gone, or has failed, ends the wait
+EXIT = 10.0  # seconds after an abort at which the process ends, whatever it waits for
+# Multicast sums differ from call to call, so a run would not repeat
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0"}
+STEADY = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}  # whatever the sizes
+
+
+class Id(ctypes.Structure):
+    """ncclUniqueId."""
+
+    _fields_ = [("bytes", ctypes.c_ubyte * 128)]
+
+
+class Config(ctypes.Structure):
+    """ncclConfig_t of VERSION."""
+
+    _fields_ = [
+        ("size", c_size_t),
+        ("magic", c_uint),
+        ("version", c_uint),
+        ("blocking", c_int),
+        ("cga_cluster_size", c_int),
+        ("min_ctas", c_int),
+        ("max_ctas", c_int),
+        ("net_name", c_char_p),
+        ("split_share", c_int),
+        ("traffic_class", c_int),
+        ("comm_name", c_char_p),
+        ("collnet_enable", c_int),
+        ("cta_policy", c_int),
+        ("shrink_share", c_int),
+        ("nvls_ctas", c_int),
+        ("channels_per_net_peer", c_int),
+        ("nvlink_centric_sched", c_int),
+    ]
+
+
+_P, _N, _I = c_void_p, c_size_t, c_int
+CALLS: dict[str, list[Any]] = {
+    "ncclGetVersion": [_P],
+    "ncclGetUniqueId": [_P],
+    "ncclCommInitRankConfig": [_P, _I, Id, _I, _P],
+    "ncclCommGetAsyncError": [_P, _P],
+    "ncclCommAbort": [_P],
+    "ncclAllReduce": [_P, _P, _N, _I, _I, _P, _P],
+    "ncclReduceScatter": [_P, _P, _N, _I, _I, _P, _P],
+    "ncclAllGather": [_P, _P, _N, _I, _P, _P],
+}
+
+
+class Nccl:
+    """The ranks' communicator on their GPUs. All ranks open it together.
+
+    deterministic: one algorithm for all sizes
+
+    Raises HandgradError where two ranks have the same GPU, or other ranks have another model.
+    """
+
+    def __init__(self, device: Device, comm: Comm, deterministic: bool):
+        self._device, self._comm = device, comm
+        check_gpus(device, comm)
+        os.environ.update(NO_MULTICAST | (STEADY if deterministic else {}))
+        self._dll = load("nccl", "nvidia-nccl-cu13")
+        for name, types in CALLS.items():
+            function = getattr(self._dll, name)
+            function.argtypes, function.restype = types, c_int
+        self._dll.ncclGetErrorString.restype = c_char_p
+        found = c_int()
+        self._dll.ncclGetVersion(byref(found))
+        self.version = found.value
+        unique = Id()
+        if comm.rank == 0:
+            self._check("ncclGetUniqueId", self._dll.ncclGetUniqueId(byref(unique)))
+        unique = Id.from_buffer_copy(bytes.fromhex(comm.agree(bytes(unique).hex())[0]))
+        config = Config(**{name: UNDEFINED for name, kind in Config._fields_ if kind is c_int})  # type: ignore[arg-type]
+        config.size, config.magic, config.version, config.blocking = ctypes.sizeof(Config), MAGIC, VERSION, 0
+        self._handle = c_void_p()
+        status = self._dll.ncclCommInitRankConfig(byref(self._handle), comm.world, unique, comm.rank, byref(config))
+        self._check("ncclCommInitRankConfig", status, pause=1e-3)
+        comm.on_failure(self._watch)
+
+    def start(self, kind: str, send: int, receive: int, count: int, dtype: str, stream: Any) -> None:
+        """Starts a collective on a stream, from one address to another; `count` as in launch.Collective."""
+        dll, on, kind_of = self._dll, int(stream), TYPES[dtype]
+        if kind == "all_reduce":
+            status = dll.ncclAllReduce(send, receive, count, kind_of, SUM, self._handle, on)
+        elif kind == "reduce_scatter":
+            status = dll.ncclReduceScatter(send, receive, count, kind_of, SUM, self._handle, on)
+        else:
+            status = dll.ncclAllGather(send, receive, count, kind_of, self._handle, on)
+        if status:
+            self._check(kind, status)
+
+    def _check(self, what: str, status: int, pause: float = 0.0) -> None:
+        """Waits until a call is done: until then nothing of it is on its stream. Raises HandgradError if it failed."""
+        end = time.monotonic() + LIMIT
+        while status == IN_PROGRESS:
+            time.sleep(pause)
+            self._comm.check()
+            found = c_int()
+            self._dll.ncclCommGetAsyncError(self._handle, byref(found))
+            status = found.value
+            if status == IN_PROGRESS and time.monotonic() > end:
+                raise HandgradError("nccl", f"{what} is done within {LIMIT:.0f} s", "no end", hint="NCCL_DEBUG=INFO")
+        if status != SUCCESS:
+            text = self._dll.ncclGetErrorString(status).decode()
+            raise HandgradError("nccl", f"{what} failed: {text}", hint="NCCL_DEBUG=INFO says more")
+
+    def _watch(self, failure: RankError) -> None:
+        """Ends a wait for a rank that has failed: aborts the communicator if the host waits for the device too long."""
+
+        def look() -> None:
+            grace = GRACE if failure.is_gone else TOLD_GRACE
+            while self._device.waited() < grace:
+                time.sleep(0.1)
+            self._device.failure = failure  # before the abort, which ends the wait as if all were well
+            ending = threading.Timer(EXIT, os._exit, [failure.code])
+            ending.daemon = True
+            ending.start()
+            self._dll.ncclCommAbort(self._handle)  # returns once the graphs are gone, or never
+
+        threading.Thread(target=look, daemon=True).start()
+
+
+def check_gpus(device: Device, comm: Comm) -> None:
+    """Raises HandgradError unless every rank has a GPU of its own, and all have the same model."""
+    told = comm.agree([os.uname().nodename, device.pci_bus, device.name])
+    for rank, (host, bus, name) in enumerate(told):
+        first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
+        if first != rank:
+            hint = "no more ranks on a machine than it has GPUs; nvidia-smi -L lists them"
+            raise HandgradError("ranks", f"every rank has a GPU of its own, but ranks {first} and {rank} share one", name, hint=hint)
+        if name != told[0][2]:
+            raise HandgradError("ranks", f"all ranks have the GPU of rank 0, {told[0][2]}", f"{name} on rank {rank}")

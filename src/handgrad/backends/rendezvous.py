@@ -1,0 +1,143 @@
+"""rendezvous: ranks that were started apart find each other, at an address of rank 0 or by a file that all of them see.
+
+Each rank tells rank 0 where it listens, and gets the addresses of all. An error of rank 0 reaches everyone who asks.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from handgrad.backends.mesh import LIMIT, PAUSE, Listener, Peer, addresses, ask, left, send
+from handgrad.core.disk import write_text
+from handgrad.core.errors import HandgradError
+from handgrad.core.install import own_version
+
+LOOPBACK = "127.0.0.1"
+Table = tuple[list[Peer], str]  # where every rank listens; what only the ranks of this run know
+
+
+def meet(rank: int, world: int, where: str, run: str, listener: Listener, end: float) -> Table:
+    """Where all ranks listen. Raises HandgradError, at the time `end`, if one does not come.
+
+    where: "HOST:PORT", at which rank 0 listens, or the path of a file that rank 0 writes
+    run: a name of this run; ranks of another one are turned away
+    """
+    if rank == 0:
+        return _lead(world, where, run, listener, end)
+    hello = {"run": run, "rank": rank, "world": world, "port": listener.port, "hosts": addresses()}
+    hello["version"] = own_version()
+    answer, host = _ask(hello, where, end)
+    if "error" in answer:
+        raise HandgradError("ranks", answer["error"])
+    (hosts, port), *others = answer["peers"]
+    return [Peer([host, *hosts], port), *(Peer(*other) for other in others)], answer["run"]  # it was reached at `host`
+
+
+def listen(rank: int, where: str) -> Listener:
+    """The listener of a rank that `meet` takes. Raises HandgradError if rank 0 cannot have the port."""
+    host, port = address(where) or ("", 0)
+    own = LOOPBACK if host in (LOOPBACK, "localhost") else ""
+    try:
+        return Listener(own, port if rank == 0 else 0)
+    except OSError as error:
+        rule = f"rank 0 listens at port {port}: {error.strerror}"
+        raise HandgradError("ranks", rule, hint="another port in --rendezvous HOST:PORT") from None
+
+
+def address(where: str) -> tuple[str, int] | None:
+    """The host and port of "HOST:PORT"; None for anything else, a path."""
+    host, colon, port = where.rpartition(":")
+    return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and int(port) < 1 << 16 else None
+
+
+def _lead(world: int, where: str, run: str, listener: Listener, end: float) -> Table:
+    """Rank 0: waits for all others, and tells each where all listen."""
+    token = secrets.token_hex(8)
+    own = [addresses(), listener.port]
+    file = None if address(where) else Path(where)
+    if file is not None:
+        write_text(file, json.dumps({"hosts": own[0], "port": own[1]}))
+    waiting: dict[int, tuple[socket.socket, list]] = {}
+    try:
+        error = ""
+        while len(waiting) < world - 1 and not error:
+            try:
+                connection, hello = listener.accept(end)
+            except TimeoutError:
+                missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
+                error = f"all {world} ranks come within {LIMIT:.0f} s, but these have not: {missing}"
+                break
+            if hello.get("run") != run or not isinstance(hello.get("rank"), int):
+                connection.close()
+                continue
+            error = _mistake(hello, world, waiting)
+            waiting[hello["rank"]] = connection, [hello.get("hosts"), hello.get("port")]
+        peers = [own, *(waiting[r][1] for r in sorted(waiting))]
+        for connection, _ in waiting.values():
+            with connection:
+                _tell(connection, {"error": error} if error else {"peers": peers, "run": token})
+    finally:
+        if file is not None:
+            file.unlink(missing_ok=True)
+    if error:
+        raise HandgradError("ranks", error)
+    return [Peer(*peer) for peer in peers], token
+
+
+def _mistake(hello: dict[str, Any], world: int, waiting: dict[int, Any]) -> str:
+    """What is wrong with a rank that has come, if anything."""
+    rank = hello["rank"]
+    if hello.get("world") != world:
+        return f"rank 0 is one of {world} ranks, and rank {rank} one of {hello.get('world')}"
+    if not 0 < rank < world or rank in waiting:
+        return f"every rank has a number of its own below {world}, but two have {rank}"
+    if hello.get("version") != own_version():
+        return f"all ranks run handgrad {own_version()}, but rank {rank} runs {hello.get('version')}"
+    return ""
+
+
+def _tell(connection: socket.socket, answer: dict[str, Any]) -> None:
+    try:
+        send(connection, answer)
+    except OSError:  # it has given up, which all will see when they connect
+        pass
+
+
+def _ask(hello: dict[str, Any], where: str, end: float) -> tuple[dict, str]:
+    """The answer of rank 0, and the host at which it was reached."""
+    while time.monotonic() < end:
+        for host, port in _places(where):
+            answered = ask(host, port, hello, left(end) + 1)
+            if answered is not None:
+                answered[0].close()
+                return answered[1], host
+        time.sleep(PAUSE)
+    rule = f"rank 0 answers at {where} within {LIMIT:.0f} s" if address(where) else f"rank 0 writes '{where}'"
+    hint = "is rank 0 running, and is --rendezvous the same for all?"
+    raise HandgradError("ranks", rule, "no answer", hint=hint)
+
+
+def _places(where: str) -> Iterator[tuple[str, int]]:
+    """Where rank 0 may listen. A file of an earlier run may lie there still: nobody answers at what it names."""
+    at = address(where)
+    if at is not None:
+        yield at
+        return
+    try:
+        found = json.loads(Path(where).read_text())
+        yield from ((host, found["port"]) for host in found["hosts"])
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet
+        return
+
+
+def same_machine(world: int) -> str:
+    """A file for ranks that one launcher has started on this machine: it is named by their parent process."""
+    parent = os.getppid()
+    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # a process number is used again
+    folder = os.environ.get("TMPDIR", "/tmp")
+    return f"{folder}/handgrad-{os.getuid()}-{parent}-{started}-{world}"

@@ -1,0 +1,113 @@
+"""sockets: ranks are processes that exchange arrays by TCP, without any package. comm.py adds them up."""
+
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from handgrad.backends.comm import Comm, RankError
+from handgrad.backends.mesh import Links
+from handgrad.backends.watch import Watch
+from handgrad.core.errors import HandgradError
+
+CHANNELS = ("watch", "data", "last")  # of a connection: for failures, for arrays, for the exchange after a failure
+LOOK = 200  # milliseconds between looks at the watch while a rank waits
+BUFFER = 4 << 20  # bytes that the kernel may hold of an array under way
+LAST_SECONDS = 10.0  # how long a rank waits for the others after an error
+
+
+class Sockets(Comm):
+    """A rank that is a process. limit: seconds after which waiting is an error, 0: none."""
+
+    def __init__(self, rank: int, world: int, links: Links, watch: Watch | None, limit: float = 0.0):
+        self.rank, self.world, self._watch, self._limit = rank, world, watch, limit
+        self._last = {r: link for (r, channel), link in links.items() if channel == "last"}
+        self._data = {r: link for (r, channel), link in links.items() if channel == "data"}
+        for link in self._data.values():
+            for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                link.setsockopt(socket.SOL_SOCKET, side, BUFFER)
+
+    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+        self.check()
+        out = {r: memoryview(send[r]) for r in self._data if send[r].size}
+        into = {r: memoryview(receive[r]) for r in self._data if receive[r].size}
+        begin = time.monotonic()
+        while out or into:
+            if not (self._send(out) + self._receive(into)):
+                self._wait(out, into, begin)
+
+    def _send(self, out: dict[int, memoryview]) -> int:
+        """Sends what the sockets take now; returns the bytes."""
+        count = 0
+        for r, part in list(out.items()):
+            try:
+                sent = self._data[r].send(part)
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise self._gone(r) from None
+            count += sent
+            if sent < len(part):
+                out[r] = part[sent:]
+            else:
+                del out[r]
+        return count
+
+    def _receive(self, into: dict[int, memoryview]) -> int:
+        """Receives what has arrived; returns the bytes."""
+        count = 0
+        for r, part in list(into.items()):
+            try:
+                got = self._data[r].recv_into(part)
+            except BlockingIOError:
+                continue
+            except OSError:
+                got = 0
+            if not got:
+                raise self._gone(r)
+            count += got
+            if got < len(part):
+                into[r] = part[got:]
+            else:
+                del into[r]
+        return count
+
+    def _wait(self, out: dict[int, memoryview], into: dict[int, memoryview], begin: float) -> None:
+        poll = select.poll()
+        for r in {*out, *into}:
+            poll.register(self._data[r], select.POLLOUT * (r in out) | select.POLLIN * (r in into))
+        poll.poll(LOOK)
+        self.check()
+        if self._limit and time.monotonic() - begin > self._limit:
+            raise HandgradError("ranks", f"every rank answers within {self._limit:.0f} s")
+
+    def _gone(self, rank: int) -> RankError:
+        """The error of a rank whose connection has ended: what the watch knows of it, a moment later."""
+        end = time.monotonic() + 2.0
+        while self._watch is not None and time.monotonic() < end:
+            self.check()
+            time.sleep(0.01)
+        return RankError(rank, "its process has ended", 1, is_gone=True)
+
+    def check(self) -> None:
+        if self._watch is not None:
+            self._watch.check()
+
+    def fail(self, text: str, code: int = 2) -> None:
+        if self._watch is not None:
+            self._watch.fail(text, code)
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        if self._watch is not None:
+            self._watch.on_failure(listener)
+
+    def after_failure(self) -> Comm:
+        links = {(r, "data"): link for r, link in self._last.items()}
+        return Sockets(self.rank, self.world, links, None, LAST_SECONDS)
+
+    def close(self) -> None:
+        """Says that this rank has done its work."""
+        if self._watch is not None:
+            self._watch.close()

@@ -1,0 +1,109 @@
+"""watch: a thread by which a rank learns at once that another one has failed, has ended, or does not answer any more.
+
+Each rank sends every other one a beat a second, whatever its main thread waits for.
+"""
+
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from handgrad.backends.comm import RankError
+
+BEAT = 1.0  # seconds
+SILENCE = 20.0  # seconds without a beat after which a rank counts as gone
+BYE = "bye"
+
+
+class Watch(threading.Thread):
+    """Watches the other ranks on a connection to each. `failure` is the first error that is known, or None.
+
+    fate: why the process of a rank has ended, if that can be known
+    is_over: an error has ended the run, of this rank or of another one
+    """
+
+    def __init__(self, rank: int, links: dict[int, socket.socket], fate: Callable[[int], str] = lambda rank: ""):
+        super().__init__(daemon=True)
+        self.rank, self.failure = rank, None
+        self._links, self._fate = dict(links), fate
+        self._heard = dict.fromkeys(links, time.monotonic())
+        self._text = dict.fromkeys(links, "")
+        self._listeners: list[Callable[[RankError], None]] = []
+        self.is_over = False
+        self.start()
+
+    failure: RankError | None
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        """Has this called, by the thread, with the failure."""
+        self._listeners.append(listener)
+        if self.failure is not None:
+            listener(self.failure)
+
+    def check(self) -> None:
+        """Raises the failure, if there is one."""
+        if self.failure is not None:
+            self.is_over = True
+            raise self.failure
+
+    def fail(self, text: str, code: int) -> None:
+        """Tells all others of an error of this rank, unless one is known."""
+        if not self.is_over:
+            self.is_over = True
+            self._tell(json.dumps([text, code]))
+
+    def close(self) -> None:
+        """Tells all others that this rank has done its work."""
+        self._tell(BYE)
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while self._links:
+            try:
+                ready = select.select(list(self._links.values()), [], [], BEAT)[0]
+            except (OSError, ValueError):  # a socket that another thread has closed
+                return
+            now = time.monotonic()
+            if now - last > 5 * BEAT:  # this process was stopped itself: the others' beats lie in the sockets
+                self._heard = dict.fromkeys(self._heard, now)
+            last = now
+            for rank in [r for r, link in self._links.items() if link in ready]:
+                self._read(rank, now)
+            for rank in [r for r in self._links if now - self._heard[r] > SILENCE]:
+                text = f"it has not answered for {SILENCE:.0f} s: its process is stopped, or its machine is unreachable"
+                self._end(RankError(rank, text, 1, is_gone=True))
+            self._tell("")
+
+    def _read(self, rank: int, now: float) -> None:
+        try:
+            raw = self._links[rank].recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            raw = b""
+        if not raw:
+            del self._links[rank]
+            self._end(RankError(rank, self._fate(rank) or "its process has ended", 1, is_gone=True))
+            return
+        self._heard[rank] = now
+        *lines, self._text[rank] = (self._text[rank] + raw.decode()).split("\n")
+        for line in filter(None, lines):
+            if line == BYE:
+                self._links.pop(rank, None)
+            else:
+                self._end(RankError(rank, *json.loads(line)))
+
+    def _end(self, failure: RankError) -> None:
+        if self.failure is None:
+            self.failure = failure
+            for listener in self._listeners:
+                listener(failure)
+
+    def _tell(self, line: str) -> None:
+        for link in list(self._links.values()):
+            try:
+                link.send(line.encode() + b"\n")
+            except OSError:  # gone, which reading tells, or stopped for long
+                pass
