@@ -19,6 +19,7 @@ import pytest
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import Op
 from handgrad.core.precision import Precision
+from handgrad.core.ranks import Ranks
 from handgrad.infer import engine
 from handgrad.launch import Kernel, tensor_map_shape
 from handgrad.models import GPT2
@@ -48,6 +49,8 @@ def programs():
         if precision.gradients is F32:
             yield record_loss(model, 1024, precision, execution, chunks=1)
             yield from engine.record(model, precision.working)
+        ranks = Ranks(1, 2, zero=2, overlaps=True)
+        yield record_train(model, AdamW(), 1024, precision, execution, chunks=1, accumulates=True, ranks=ranks)
 
 
 def launches(calls, name):

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
 from handgrad.testing import case_arrays, case_program, check_case, run_case
+from handgrad.optim.record import COLLECTIVES as USED
+from rank_threads import on_ranks
 from tests.emulator import (
     H100,
     INCLUDE,
@@ -31,6 +33,8 @@ from tests.emulator import (
     source,
     variants,
 )
+
+COLLECTIVES = [getattr(USED, f.name) for f in fields(USED)]
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not shutil.which("g++"), reason="the emulator needs g++ on x86-64"
@@ -83,17 +87,17 @@ def test_case(op, case, dtype, variant):
         assert np.array_equal(one[name], other[name]), f"{name} depends on the order of the threads"
 
 
-def test_every_op_of_the_table_has_a_cuda_form():
-    without = [op.name for op in OPS.values() if type(op).cuda is Op.cuda]
-    assert without == ["share_norm"]  # of several ranks, which run on the CPU alone
+def test_every_op_has_a_cuda_form():
+    assert all(type(op).cuda is not Op.cuda for op in [*OPS.values(), *COLLECTIVES])
 
 
-def steps(shards, backend, *, dtype="f32", hidden_size=36):
-    """(losses, gradient norms) of three steps of two micro-batches, a validation loss, and the trainer."""
+def steps(shards, backend, *, dtype="f32", hidden_size=36, micro_batch=2, zero=1, count=3):
+    """(losses, gradient norms) of a few steps of four sequences, a validation loss, and the trainer."""
     tokens = data.tokens(shards, seq_len=33, batch_tokens=132)
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=hidden_size, dropout=0.1)
-    run = Trainer(model, AdamW(), tokens, execution=Execution(2), precision=Precision(dtype), backend=backend)
-    done = [run.step(step, lr=1e-2) for step in range(1, 4)]
+    execution, kinds = Execution(micro_batch, zero=zero), Precision(dtype)
+    run = Trainer(model, AdamW(), tokens, execution=execution, precision=kinds, backend=backend)
+    done = [run.step(step, lr=1e-2) for step in range(1, count + 1)]
     return np.array([s.loss for s in done]), np.array([s.grad_norm for s in done]), run.evaluate(tokens, 264), run
 
 
@@ -121,6 +125,21 @@ def test_training(shards, name):
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
     np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)
     np.testing.assert_allclose(val, exact[2], rtol=rtol)
+
+
+@pytest.mark.parametrize("zero, micro_batch, dtype", [(0, 2, "f32"), (1, 1, "bf16"), (2, 1, "f32"), (3, 1, "f32")])
+def test_ranks(shards, zero, micro_batch, dtype):
+    """Two ranks, each with the launches of the cuda backend, train as one; the sums are in NCCL's places."""
+    sizes = dict(micro_batch=micro_batch, count=2)
+
+    def work(comm):
+        return steps(shards, EmulatedBackend(comm=comm), zero=zero, dtype=dtype, **sizes)
+
+    exact, rtol = steps(shards, RefBackend(), **sizes), 2e-5 if dtype == "f32" else 5e-3  # as above
+    for loss, norm, val, _ in on_ranks(2, work):
+        np.testing.assert_allclose(loss, exact[0], rtol=rtol)
+        np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)
+        np.testing.assert_allclose(val, exact[2], rtol=rtol)
 
 
 # what must be caught ------------------------------------------------------------------------------------------------

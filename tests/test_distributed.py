@@ -21,7 +21,7 @@ import pytest
 
 import handgrad as hg
 from handgrad.backends.arena import HostMemory
-from handgrad.backends.comm import Alone, Planned, RankError, Threads, open_threads
+from handgrad.backends.comm import Planned, RankError, Threads
 from handgrad.backends.cpu import CpuBackend
 from handgrad.backends.ref import RefBackend, RefExecutable
 from handgrad.cli.__main__ import main
@@ -36,6 +36,7 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2
 from handgrad.ops import collectives
 from handgrad.tokenizers import chars
+from rank_threads import on_ranks
 
 SEQUENCES, SEQ_LEN, STEPS, LR = 24, 8, 20, 3e-3
 WIDTH = 24
@@ -80,27 +81,6 @@ def trainer(comm, micro_batch, zero, backend=None, out=None, recompute="act", **
         start=hg.Start(3),
         out=out,
     )
-
-
-def on_ranks(world, work):
-    """What work(comm) returns on each rank, all of them threads. The error of a rank is raised here."""
-    results, errors = [None] * world, []
-
-    def run(comm):
-        try:
-            results[comm.rank] = work(comm)
-        except BaseException as error:
-            errors.append(error)
-            comm.fail(str(error))
-
-    threads = [threading.Thread(target=run, args=(c,)) for c in (open_threads(world) if world > 1 else [Alone()])]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise next((e for e in errors if not isinstance(e, RankError)), errors[0])
-    return results
 
 
 def steps(run, first=1, last=STEPS):

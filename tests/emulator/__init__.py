@@ -26,6 +26,7 @@ import re
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -61,6 +62,7 @@ FLAGS = (
     f"-ftrivial-auto-var-init=pattern -fsanitize={TRAPS} -fsanitize-undefined-trap-on-error -DHG_HOST=1"
 ).split()
 NAN = 0xFF  # a byte of NaN in f32 and in bf16
+ONE_AT_A_TIME = threading.Lock()  # the runtime has one set of fibres; ranks of a test are threads
 TYPES = {"f64": np.float64, **NUMPY}  # of a collective
 H100, SMALL = GPUS["h100"], describe("sm_89", 3, 99 << 10, 8 << 20, has_library_attention=False)
 
@@ -200,7 +202,8 @@ class EmulatedExecutable(Executable):
         floats = sum(1 << i for i, kind in enumerate(kinds) if kind == "f")
 
         def run() -> None:
-            fault = lib.launch(entry, packed, len(slots), floats, grid, k.block, k.shared, self.backend.reverse)
+            with ONE_AT_A_TIME:
+                fault = lib.launch(entry, packed, len(slots), floats, grid, k.block, k.shared, self.backend.reverse)
             if fault:
                 raise KernelFault(f"{where}, defines {k.defines}, grid {grid}, block {k.block}: {fault}")
 

@@ -158,7 +158,7 @@ class Op:
         """Bytes that one call must move: every argument once (inout outputs twice)."""
         total = sum(t.nbytes for t in c.ins if t is not None)
         for arg, out in zip(self.out_args, c.outs):
-            total += 0 if out is None else out.nbytes * (2 if arg.inout and arg.name not in c.first else 1)
+            total += 0 if out is None else out.nbytes * (2 if arg.inout and not c.begins(arg.name) else 1)
         return total
 
     def cuda(self, c: "Call", gpu: Any) -> Any:
@@ -227,6 +227,10 @@ class Call:
     def accumulates(self, out: str, micro_batch: MicroBatch) -> bool:
         """Whether inout output `out` already holds a value of this step, so that the call adds to it."""
         return not (out in self.overwrites or (micro_batch.first and out in self.first))
+
+    def begins(self, out: str) -> bool:
+        """Whether there is a micro-batch in which the call writes inout output `out` anew."""
+        return out in self.overwrites or out in self.first
 
 
 RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not name.startswith("_")} | {"scratch"}

@@ -87,7 +87,7 @@ class EmbedBackward(Op):
     def nbytes(self, c: Call) -> int:
         """Counts the rows of dwte that tokens read and write, and all of dwte if it is set to zero first."""
         rows = 2 * min(c.sizes["N"], c.sizes["V"]) * c.sizes["C"] * c.dwte.dtype.size
-        table = c.dwte.nbytes if "dwte" in c.first else 0
+        table = c.dwte.nbytes if c.begins("dwte") else 0
         return c.ids.nbytes + c.dy.nbytes + rows + table + (0 if c.dwpe is None else 2 * c.dwpe.nbytes)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
@@ -102,7 +102,7 @@ class EmbedBackward(Op):
         if c.dwpe is not None:
             grid = -(-c.sizes["Tmax"] * accesses // THREADS)
             steps.append(Kernel("embed_position_kernel", "dwpe dy | T Tmax accumulate.dwpe", grid, THREADS, 0, d))
-        if "dwte" in c.first:
+        if c.begins("dwte"):
             steps.append(Kernel("embed_zero_kernel", "dwte | V accumulate.dwte", 8 * gpu.sms, THREADS, 0, d))
         steps += [
             Kernel("embed_sort_kernel", "scratch ids", chunks, CHUNK // 2, 0, d),
