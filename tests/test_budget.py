@@ -14,7 +14,7 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
     "backends": 3350,
-    "train": 2950,
+    "train": 3170,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,

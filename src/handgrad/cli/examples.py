@@ -22,6 +22,7 @@ handgrad report runs/shakespeare-001
 handgrad report runs/a runs/b --out compare.html""",
     "explain": """
 handgrad explain gpt2 --gpu h100 --micro-batch 64 --batch-tokens 524288
+handgrad explain gpt2-xl --gpu h200 --ranks 64 --nodes 8 --zero 3
 handgrad explain tiny --calls""",
     "profile": """
 handgrad profile gpt2 --micro-batch 64 --trace step.json

@@ -18,6 +18,7 @@ from handgrad.models import create, preset
 from handgrad.train.config import ComputeConfig, ModelConfig
 from handgrad.train.explain import explain
 from handgrad.train.resolve import execution_of, precision_of
+from handgrad.train.scaling import Cluster, GpuRanks
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,13 @@ class Explain:
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch a rank. More accumulates gradients"""
     ranks: int = 1
-    """processes that train together (mpiexec -n); the page is that of one of them"""
+    """processes that train together, on CPUs (mpiexec -n) or one on each GPU; the page is that of one of them"""
+    nodes: int = 1
+    """machines that ranks on GPUs are divided among"""
+    link: Annotated[Literal["", "nvlink", "pcie", "ib"], tyro.conf.arg(metavar="LINK")] = ""
+    """between the GPUs of a machine: nvlink or pcie. Machines are joined by ib: InfiniBand, 400 Gbit/s for each GPU"""
+    mfu: float = 0.0
+    """MFU that one GPU reaches, for the time of a step of several, such as 0.5; 0: as measured for the nearest model"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: GPT-2's 50257"""
     dropout: float = ModelConfig.dropout
@@ -63,20 +70,21 @@ def main(argv: list[str]) -> int:
         rule = f"--batch-tokens is a multiple of micro-batch x seq-len = {a.compute.micro_batch} x {seq_len}"
         rule += f", times {a.ranks} ranks" if a.ranks > 1 else ""
         raise HandgradError("explain", rule, a.batch_tokens)
-    name: Any = "cuda" if a.gpu else resolve_name(a.compute.backend)
+    name: Any = "cuda" if a.gpu or (a.compute.backend == "auto" and on_gpus(a)) else resolve_name(a.compute.backend)
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
-    backend, where, saving = planner(h, a.gpu, precision)
-    if a.ranks > 1 and name == "cuda":
-        raise HandgradError("explain", "the cuda backend runs one rank", f"--ranks {a.ranks}", hint="--backend cpu")
-    if a.ranks > 1:
-        backend.comm = Planned(a.ranks)
+    if on_gpus(a) and (name != "cuda" or a.ranks == 1):
+        rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
+        raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
+    backend, where, saving = planner(h, a, precision)
     page = explain(model, seq_len, execution=execution, precision=precision, backend=backend, accumulation=accumulation)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""
     print(f"{a.model}, {precision.dtype}, a step of {micro_batches}{each}\n")
     print(page)
+    if a.ranks > 1 and not page.prediction:
+        print("\nlinks between CPUs are not known; for the time of a step on GPUs: --gpu h200")
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
     print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
@@ -84,11 +92,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def planner(h: ComputeConfig, name: str, precision: Precision) -> tuple[Planner, str, str]:
-    """(what plans the run, its name, how a checkpoint of its arena is written); `name`: of a GPU, or nothing."""
+def on_gpus(a: Explain) -> bool:
+    """Whether a flag says that the ranks run on GPUs, besides --gpu and --backend."""
+    return a.nodes != 1 or bool(a.link or a.mfu)
+
+
+def planner(h: ComputeConfig, a: Explain, precision: Precision) -> tuple[Planner, str, str]:
+    """(what plans the run, its name, how a checkpoint of its arena is written)."""
     if h.backend == "cuda":
-        gpu = replace(GPUS[name or "h100"], tf32=precision.tf32, deterministic=precision.deterministic)
-        saving = "copied to host memory first, which needs that much there"
-        return GpuPlanner(gpu), f"the cuda backend on an {PRODUCT_NAMES[name or 'h100']}", saving
+        name, saving = a.gpu or "h100", "copied to host memory first, which needs that much there"
+        where = f"the cuda backend on an {PRODUCT_NAMES[name]}"
+        if a.ranks > 1:
+            return GpuRanks(Cluster(name, a.ranks, a.nodes, a.link, a.mfu), precision), where, saving
+        gpu = replace(GPUS[name], tf32=precision.tf32, deterministic=precision.deterministic)
+        return GpuPlanner(gpu), where, saving
     backend = open_backend(h.backend, h.threads, precision)
+    if a.ranks > 1:
+        backend.comm = Planned(a.ranks)
     return backend, f"the {backend.name} backend, {backend.hardware}", "written from where it lies, without a copy"

@@ -7,14 +7,15 @@ from handgrad.backends.base import Planner
 from handgrad.backends.ref import RefBackend
 from handgrad.core.backward import POLICIES
 from handgrad.core.listing import listing
-from handgrad.core.op import Call, When
+from handgrad.core.op import Call
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
-from handgrad.train.record import head_rows, logits_row_bytes, record
+from handgrad.train.record import head_chunks, head_rows, logits_row_bytes, record, record_train
+from handgrad.train.scaling import Cluster, Exchange, GpuRanks, Prediction, exchanges, predict
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,17 @@ class Explanation:
     remedies: tuple[tuple[str, int, int], ...]  # what to change to save memory, arena bytes, flops of a micro-batch
     accumulation: int  # micro-batches of a step on each rank
     note: Callable[[Call], str]  # what the backend binds a call to
+    cluster: Cluster | None = None  # the GPUs that the ranks run on
+    prediction: Prediction | None = None  # of the time of a step on them
 
     @property
     def flops_per_token(self) -> float:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
         return sum(c.flops for c in self.program.calls) / self.rows
 
-    def traffic(self) -> list[tuple[str, int, int]]:
-        """What a rank exchanges in a step: (op, its calls, bytes that the rank sends to the others)."""
-        found: dict[str, list[int]] = {}
-        stop = self.program.segments.forward_backward.stop
-        for i, c in enumerate(self.program.calls):
-            if c.op.communicates and all(t is not self.program.scalars for t in c.outs):
-                turns = self.accumulation if i < stop and c.when is When.ALWAYS else 1
-                row = found.setdefault(c.op.name, [0, 0])
-                row[0] += turns
-                row[1] += turns * sent(c, self.program.ranks.world)
-        return [(name, calls, nbytes) for name, (calls, nbytes) in found.items()]
+    def traffic(self) -> list[Exchange]:
+        """What a rank exchanges in a step; the seconds are 0 without a cluster."""
+        return exchanges(self.program, self.accumulation, self.cluster.seconds if self.cluster else lambda c: 0.0)
 
     def calls(self) -> str:
         """Every call with its shapes, offsets, source line and the kernel that it is bound to."""
@@ -66,8 +61,12 @@ class Explanation:
         for block, params, state, kept in at.by_block():
             lines.append(f"{block:8} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
         if p.ranks.world > 1:
-            lines += ["", f"{'exchanged in a step':24} {'calls':>8} {'sent by a rank, MiB':>20}"]
-            lines += [f"{name:24} {calls:8} {nbytes / MIB:20.1f}" for name, calls, nbytes in self.traffic()]
+            is_timed, title = self.cluster is not None, "exchanged in a step"
+            lines += ["", f"{title:24} {'calls':>8} {'sent by a rank, MiB':>20}" + f"{'ms':>10}" * is_timed]
+            for e in self.traffic():
+                row = f"{e.name:24} {e.calls:8} {e.nbytes / MIB:20.1f}"
+                lines.append(row + f"{1e3 * e.seconds:10.2f}" * is_timed)
+        lines += ["", str(self.prediction)] if self.prediction else []
         base = at.nbytes
         if self.remedies:
             lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
@@ -94,7 +93,8 @@ def explain(
 
     The plan is the one that Trainer makes from the same objects: `plan.nbytes` equals its arena, to the byte.
 
-    backend: whose kernels' scratch is counted; the default one needs none. The ranks are those of its `comm`
+    backend: whose kernels' scratch is counted; the default one needs none. The ranks are those of its `comm`; of a
+        cluster (`GpuRanks`) the time of a step is predicted, too
     accumulation: micro-batches of a step, on each rank
     remedies: whether what would save memory is priced, each by a plan of its own
 
@@ -117,13 +117,21 @@ def explain(
         if layout.nbytes - its.nbytes < MIB / 20:  # saves nothing that shows
             continue
         prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
-    return Explanation(program, layout, execution.micro_batch * seq_len, tuple(prices), accumulation, backend.note)
-
-
-def sent(c: Call, world: int) -> int:
-    """Bytes that a rank sends in one exchange: its part to every other rank, for a sum also the sum of its part."""
-    whole = max(t.nbytes for t in (*c.ins, *c.outs) if t is not None)
-    return whole // world * (world - 1) * (1 if any(c.ins) else 2)
+    rows, cluster, prediction = execution.micro_batch * seq_len, None, None
+    if isinstance(backend, GpuRanks):
+        cluster = backend.cluster
+        chunks = head_chunks(model, seq_len, precision, execution, backend)
+        alone = record_train(model, optim, seq_len, precision, execution, chunks=chunks, accumulates=True)
+        prediction = predict(
+            program,
+            alone,
+            cluster,
+            dtype=precision.dtype,
+            tokens=rows,
+            flops_per_token=model.flops_per_token(program.num_params, seq_len),
+            accumulation=accumulation,
+        )
+    return Explanation(program, layout, rows, tuple(prices), accumulation, backend.note, cluster, prediction)
 
 
 def options(
