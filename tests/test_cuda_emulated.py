@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from rank_threads import on_ranks
 
 from handgrad import Execution, Precision, Trainer, data
 from handgrad.backends.ref import RefBackend
@@ -17,9 +18,8 @@ from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2
 from handgrad.ops import OPS
 from handgrad.optim import AdamW
-from handgrad.testing import case_arrays, case_program, check_case, run_case
 from handgrad.optim.record import COLLECTIVES as USED
-from rank_threads import on_ranks
+from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
     H100,
     INCLUDE,

@@ -11,13 +11,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rank_threads import on_ranks
 
 import handgrad as hg
 from handgrad.backends.arena import HostMemory
@@ -36,7 +36,6 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2
 from handgrad.ops import collectives
 from handgrad.tokenizers import chars
-from rank_threads import on_ranks
 
 SEQUENCES, SEQ_LEN, STEPS, LR = 24, 8, 20, 3e-3
 WIDTH = 24

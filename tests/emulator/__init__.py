@@ -153,7 +153,9 @@ class EmulatedExecutable(Executable):
             at = self.arena.plan.scratch[c]
             self.arena.bytes[at : at + scratch] = NAN
 
-    def _bind(self, step: Kernel | Gemm | Sdpa | Collective, c: Call, i: int, micro_batch: MicroBatch) -> Callable[[], None]:
+    def _bind(
+        self, step: Kernel | Gemm | Sdpa | Collective, c: Call, i: int, micro_batch: MicroBatch
+    ) -> Callable[[], None]:
         if is_emulated(step, c):
             return self._kernel(step, c, micro_batch)
         if isinstance(step, Gemm):

@@ -164,8 +164,8 @@ def _mpich(env: Mapping[str, str]) -> Place | None:
 def _mpi(by: str, found: list[int] | None) -> Place | None:
     if found is None:
         return None
-    is_one_machine = found[1] == found[3]
-    return Place(by, *found, where=same_machine(found[1]) if is_one_machine else "")
+    rank, world, local_rank, local = found
+    return Place(by, rank, world, local_rank, local, same_machine(world) if local == world else "")
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:

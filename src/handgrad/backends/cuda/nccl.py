@@ -95,8 +95,9 @@ class Nccl:
         if comm.rank == 0:
             self._check("ncclGetUniqueId", self._dll.ncclGetUniqueId(byref(unique)))
         unique = Id.from_buffer_copy(bytes.fromhex(comm.agree(bytes(unique).hex())[0]))
-        config = Config(**{name: UNDEFINED for name, kind in Config._fields_ if kind is c_int})  # type: ignore[arg-type]
-        config.size, config.magic, config.version, config.blocking = ctypes.sizeof(Config), MAGIC, VERSION, 0
+        config = Config(
+            ctypes.sizeof(Config), MAGIC, VERSION, 0, *[UNDEFINED] * 3, None, *[UNDEFINED] * 2, None, *[UNDEFINED] * 6
+        )
         self._handle = c_void_p()
         status = self._dll.ncclCommInitRankConfig(byref(self._handle), comm.world, unique, comm.rank, byref(config))
         self._check("ncclCommInitRankConfig", status, pause=1e-3)
@@ -152,6 +153,8 @@ def check_gpus(device: Device, comm: Comm) -> None:
         first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
         if first != rank:
             hint = "no more ranks on a machine than it has GPUs; nvidia-smi -L lists them"
-            raise HandgradError("ranks", f"every rank has a GPU of its own, but ranks {first} and {rank} share one", name, hint=hint)
+            raise HandgradError(
+                "ranks", f"every rank has a GPU of its own, but ranks {first} and {rank} share one", name, hint=hint
+            )
         if name != told[0][2]:
             raise HandgradError("ranks", f"all ranks have the GPU of rank 0, {told[0][2]}", f"{name} on rank {rank}")
