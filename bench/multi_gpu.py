@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_step import HEADER_BYTES, TASKS, VOCAB, Task  # noqa: E402
 
 TINY = Task("d2", 2, 2, 128, 1, 32, 512, 1, 1)
-SMALL = {"vocab_size": 512, "max_seq_len": 128, "num_layers": 3, "num_heads": 4, "hidden_size": 256}
+SMALL = {"vocab_size": 512, "max_seq_len": 128, "num_layers": 3, "num_heads": 4, "hidden_size": 128}
 SEQUENCES, STEPS = 16, 20  # of a step of the small model, which 1, 2, 4 and 8 ranks divide
 RESULT = "RESULT "
 Result = dict

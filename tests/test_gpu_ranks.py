@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from handgrad.backends import why_no_cuda
-from handgrad.data import id_dtype, write_shard
+from handgrad.data import prepare_text
+from handgrad.tokenizers import chars
 
 pytestmark = pytest.mark.gpu
 FLAGS = (
@@ -24,17 +25,16 @@ FLAGS += "--val-every 10 --vocab-size 97 --train data/train_*.bin --val data/val
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, with shards of 97 words that follow each other with some regularity."""
+    """A folder to work in, with a folder of tokens."""
     if not why_no_cuda():
         from handgrad.backends.cuda.driver import find_gpus
 
         if len(find_gpus()) < 2:
             pytest.skip("needs two GPUs")
     monkeypatch.chdir(tmp_path)
-    ids = np.cumsum(np.random.default_rng(0).integers(0, 4, 200_000)) % 97
-    Path("data").mkdir()
-    write_shard("data/train_0.bin", [ids], id_dtype(97))
-    write_shard("data/val_0.bin", [ids[:20_000]], id_dtype(97))
+    words = "".join(np.random.default_rng(2).choice(list("abcdefgh \n"), 60_000).tolist())
+    Path("words.txt").write_text(words)
+    prepare_text([Path("words.txt")], "text", chars(words))
     return tmp_path
 
 
