@@ -8,9 +8,10 @@ PyTorch's DistributedDataParallel.
 Correctness: losses of 20 steps of a small model on W ranks with ZeRO 0 to 3 against one rank with the same global batch;
 the same run twice, bit for bit; a run that is saved and resumed on 1, W and 1 ranks.
 
-Speed: median ms of a step over rounds, tok/s, MFU by llm.c's formula, device memory of a rank, and exposed
-communication: the same steps with every collective left out, in turn with whole ones, and the difference of the
-medians. "no overlap": a collective ends before the next call starts. Every contender is a set of processes, one a GPU.
+Speed: median ms of a step over rounds, tok/s, MFU by llm.c's formula, device memory of a rank, the milliseconds of a
+step in which computation waits for other ranks ("exposed"), and the step of the slowest rank with every collective left
+out, measured in turn with whole steps ("alone"). "no overlap": a collective ends before the next call starts. Every
+contender is a set of processes, one a GPU; one GPU is measured before and after all others.
 """
 
 import argparse
@@ -85,9 +86,10 @@ def speed(job: dict) -> Result:
         for _ in range(count):
             last = run.step(run.last_step + 1, 1e-4)
         loss[0] = last.loss
+        exposed.append(1e3 * last.exposed)
         return 1e3 * (time.perf_counter() - begin) / count
 
-    loss, whole, alone = [0.0], [], []
+    loss, whole, alone, exposed = [0.0], [], [], []
     steps(3)
     silent = without_collectives(run) if world > 1 and job["silent"] else None
     for _ in range(job["rounds"]):
@@ -95,13 +97,15 @@ def speed(job: dict) -> Result:
         if silent:
             with silent:
                 alone.append(steps(job["steps"]))
+    everyone = run.comm.agree([statistics.median(alone or [0.0]), statistics.median(exposed)])
     params = run.program.num_params
     flops, peak = model.flops_per_token(params, task.T), run.backend.peak_flops(precision.dtype)
     ms = statistics.median(whole)
     mib = used_mib(run)
     return {
         "ms": whole,
-        "alone": alone,
+        "alone_ms": [ms for ms, _ in everyone],
+        "exposed_ms": [ms for _, ms in everyone],
         "loss": loss[0],
         "tok_s": 1e3 * task.step_tokens / ms,
         "mfu": peak and 1e3 * task.step_tokens / ms * flops / peak / world,
@@ -258,7 +262,7 @@ def brief(r: Result) -> str:
         return head + r["failed"]
     if job["what"] == "losses":
         return head + f"{r['losses'][0]:.4f} .. {r['losses'][-1]:.6f} {r['weights'][:8]}"
-    alone = f", {statistics.median(r['alone']):.1f} alone" if r.get("alone") else ""
+    alone = f", alone {r['alone_ms']}, exposed {r['exposed_ms']}" if "alone_ms" in r else ""
     return head + f"{statistics.median(r['ms']):.1f} ms{alone}, {r['tok_s']:,.0f} tok/s, {r['used_mib']:,.0f} MiB"
 
 
@@ -310,29 +314,34 @@ def race(name: str, a: argparse.Namespace, folder: Path) -> list[Result]:
             found += ranks(1, [base], folder, limit)
             continue
         jobs = [base | {"zero": zero} for zero in a.zeros]
+        jobs += [base | {"zero": zero, "overlap": False} for zero in (a.zeros[0], a.zeros[-1])]
         jobs[0]["silent"] = a.backend == "cuda"
-        if not is_large:
-            jobs.append(base | {"overlap": False})
         found += ranks(world, jobs, folder, limit)
         if not a.no_torch and task.torch_mib:
             found += ranks(world, [base | {"what": "ddp"}], folder, limit)
+    if 1 in a.worlds and len(a.worlds) > 1:  # again: a GPU that has grown hot is slower
+        for again in ranks(1, [base], folder, limit):
+            one = next(r for r in found if r["world"] == 1)
+            one["ms"] += again["ms"]
+            one["tok_s"] = 1e3 * task.step_tokens / statistics.median(one["ms"])
     return found
 
 
 def table(found: list[Result]) -> list[str]:
-    head = (
-        f"{'model':7} {'W':>2} {'what':22} {'ms a step':>10} {'tok/s':>11} {'MFU':>6} {'x W=1':>6} {'exposed ms':>10}"
-    )
+    head = f"{'model':7} {'W':>2} {'what':22} {'ms a step':>10} {'tok/s':>11} {'MFU':>6} {'x W=1':>6} {'exposed ms':>10} {'alone ms':>9}"
     lines = [head + f" {'arena MiB':>10} {'used MiB':>9}"]
     one = {r["job"]["model"]: r["tok_s"] for r in found if r["job"]["what"] == "speed" and r["world"] == 1}
     for r in found:
         job, ms = r["job"], statistics.median(r["ms"])
         what = "PyTorch DDP" if job["what"] == "ddp" else f"zero {job['zero']}" if r["world"] > 1 else "one GPU"
         what += "" if job["overlap"] else ", no overlap"
-        exposed = f"{ms - statistics.median(r['alone']):.2f}" if r.get("alone") else "-"
+        exposed = f"{max(r['exposed_ms']):.2f}" if r.get("exposed_ms") and r["world"] > 1 else "-"
+        alone = f"{max(r['alone_ms']):.2f}" if any(r.get("alone_ms", [])) else "-"
         ratio = r["tok_s"] / one[job["model"]] if job["model"] in one else float("nan")
         line = f"{job['model']:7} {r['world']:2} {what:22} {ms:10.2f} {r['tok_s']:11,.0f} {100 * (r.get('mfu') or 0):5.1f}%"
-        lines.append(line + f" {ratio:6.3f} {exposed:>10} {r.get('arena_mib', 0):10,.0f} {r['used_mib']:9,.0f}")
+        lines.append(
+            line + f" {ratio:6.3f} {exposed:>10} {alone:>9} {r.get('arena_mib', 0):10,.0f} {r['used_mib']:9,.0f}"
+        )
     return lines
 
 

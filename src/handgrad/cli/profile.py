@@ -12,13 +12,17 @@ from rich.table import Table
 
 from handgrad import data
 from handgrad.backends import open_backend
+from handgrad.backends.comm import Comm
+from handgrad.backends.world import open_comm
 from handgrad.cli.flags import parse
+from handgrad.cli.world import asked
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.models import create, preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, WorldConfig
 from handgrad.train.profile import Profile, Row, profile
+from handgrad.train.ranks import together
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.trainer import Trainer
 
@@ -46,8 +50,14 @@ class Profiling:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table; writes the trace."""
-    a = parse(Profiling, argv, "profile")
+    """Prints the table; writes the trace. Of several ranks, rank 0 does."""
+    comm = open_comm(asked("profile", argv))
+    with together(comm):
+        return profile_on(comm, parse(Profiling, argv, "profile"))
+
+
+def profile_on(comm: Comm, a: Profiling) -> int:
+    """Runs the steps on all ranks."""
     h = a.compute
     if a.steps < 1:
         raise HandgradError("profile", "--steps is at least 1", a.steps)
@@ -55,19 +65,23 @@ def main(argv: list[str]) -> int:
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
     model = create(a.family, preset(a.model) | ({"vocab_size": a.vocab_size} if a.vocab_size else {}))
     precision, execution = precision_of(h), execution_of(h, ())
-    backend = open_backend(h.backend, h.threads, precision)
+    backend = open_backend(h.backend, h.threads, precision, comm)
     T = whole("profile", "--seq-len", a.seq_len, 0) or model.max_seq_len
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
-        tokens = data.tokens(f"{folder}/random.bin", T, h.micro_batch * T)
+        tokens = data.tokens(f"{folder}/random.bin", T, comm.world * h.micro_batch * T)
         trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
         limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": backend.peak_bandwidth()}
         found = profile(trainer, a.steps, **limits)
-    show(found, a.by, f"{a.model}, {h.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
+    if comm.rank > 0:
+        return 0
+    each = f"{comm.world} ranks, each " if comm.world > 1 else ""
+    show(found, a.by, f"{a.model}, {each}{h.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
         f"a whole step takes {1e3 * found.step_seconds:.3f} ms,"
-        f" {h.micro_batch * T / found.step_seconds:,.0f} tokens a second"
+        f" {comm.world * h.micro_batch * T / found.step_seconds:,.0f} tokens a second"
     )
+    show_links(found)
     if backend.is_asynchronous:
         print(
             "each call is launched and awaited alone, which adds some microseconds: short calls look slower than they"
@@ -115,6 +129,15 @@ def show(found: Profile, by: str, headline: str) -> None:
             f" {found.flops_limit / 1e12:,.1f} TFLOP/s; data that lie in a cache already can beat it"
         )
     console.print("\n" + note, soft_wrap=True)
+
+
+def show_links(found: Profile) -> None:
+    """Prints what ranks exchange, and how much of it computation waits for."""
+    for name, calls, nbytes, seconds in found.links():
+        speed = f"{nbytes / max(seconds, 1e-9) / 1e9:,.2f} GB/s" if nbytes > 1e6 else "its latency"
+        print(f"{name}: {calls} calls send {nbytes / 1e6:,.1f} MB from a rank in {1e3 * seconds:.3f} ms, {speed}")
+    if found.links():
+        print(f"computation waits {1e3 * found.exposed:.3f} ms of a whole step for other ranks")
 
 
 def cells(row: Row, total: float) -> list[str]:

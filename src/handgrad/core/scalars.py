@@ -17,6 +17,7 @@ OUTPUTS = (  # written by kernels
     ("loss_sum", "f64", "sum of the losses of the step's micro-batches, nats"),
     ("grad_norm", "f32", "global L2 norm of the gradients"),
     ("grad_scale", "f32", "clip factor that the optimizer applies; 0: no update, the gradients are not finite"),
+    ("exposed_ns", "u64", "nanoseconds that computation has waited for other ranks, in all steps so far"),
 )
 STEP_SCALARS = INPUTS + OUTPUTS
 

@@ -122,6 +122,7 @@ class RunLog:
         val_loss: float | None = None,
         mfu: float | None = None,
         hellaswag: float | None = None,
+        exposed: float | None = None,
         gpu: dict[str, Any] | None = None,
     ) -> None:
         """Records one update.
@@ -130,6 +131,7 @@ class RunLog:
         loss, val_loss: nats a token; val_loss only where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
         hellaswag: accuracy, 0 to 1, where it was measured
+        exposed: seconds that computation waited for other ranks, where there are several
         gpu: what `Telemetry.read` returned, where it was read
         mfu: model flops as a fraction of the hardware's peak, where that is known
         tokens, step_seconds: of this update alone, without validation, sampling and saving
@@ -146,6 +148,7 @@ class RunLog:
         line |= {"lr": float(lr), "grad_norm": float(grad_norm)}
         line |= {"tokens_per_second": round(self.tokens_per_second, 1)}
         line |= {} if mfu is None else {"mfu": round(mfu, 4)}
+        line |= {} if exposed is None else {"exposed_ms": round(1e3 * exposed, 3)}
         line |= {"seconds": round(now, 3)}
         line |= {"gpu": gpu} if gpu else {}
         self._write(line)

@@ -18,7 +18,7 @@ def plain_line(line: dict, total_steps: int, step_seconds: float, width: float =
 
 def fitted(shown: dict[str, str], between: str, width: float) -> dict[str, str]:
     """The pieces without those of least use, as far as the line would be longer than `width` columns."""
-    for name in ("lr", "grad_norm"):
+    for name in ("exposed", "lr", "grad_norm"):
         if len(between.join(shown.values())) > width:
             shown = {key: text for key, text in shown.items() if key != name}
     return shown
@@ -60,6 +60,8 @@ def parts(line: dict, total_steps: int) -> dict[str, str]:
     shown["tokens_per_second"] = f"{short(line['tokens_per_second'])} tok/s"
     if "mfu" in line:
         shown["mfu"] = f"mfu {100 * line['mfu']:.1f}"
+    if "exposed_ms" in line:
+        shown["exposed"] = f"exposed {line['exposed_ms']:.1f} ms"
     if "gpu" in line:
         shown["gpu"] = in_words(line["gpu"])
     return shown

@@ -20,6 +20,7 @@ from handgrad.train.step import Step
 from handgrad.train.trainer import Trainer
 
 Log = RunLog | Silence
+WARM, SLOW = 5, 0.25  # steps until a step is typical; the share of it in waiting for other ranks that is worth a line
 SAMPLING = Sampling(temperature=0.8, top_k=200)
 
 
@@ -131,6 +132,7 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
         tokens=tokens,
         step_seconds=seconds,
         mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
+        exposed=result.exposed if trainer.ranks.world > 1 else None,
         gpu=run.telemetry.read() if run.telemetry and every(c.log.telemetry_every, f.number) else None,
     )
     try:
@@ -141,6 +143,10 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
     write(**found)
     if result.skipped:
         log.event(f.number, f"update skipped: {result.skipped}")
+    if f.number == run.done + WARM and result.exposed > SLOW * seconds:
+        share = f"{100 * result.exposed / seconds:.0f} % of a step"
+        remedy = "more --batch-tokens exchange less often, and handgrad profile --ranks shows the bandwidth reached"
+        log.event(f.number, f"computation waits for other ranks {share}: {remedy}")
     if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")

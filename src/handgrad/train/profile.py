@@ -9,6 +9,8 @@ from pathlib import Path
 
 from handgrad.core.listing import PHASE
 from handgrad.core.op import Call
+from handgrad.core.streams import joins
+from handgrad.train.scaling import sent
 from handgrad.train.trainer import Trainer
 
 GROUPS = ("op", "phase", "block", "call")
@@ -33,6 +35,9 @@ class Profile:
 
     seconds         of each call, median over the traces
     step_seconds    of a whole step, median
+    exposed         seconds of it in which computation waited for other ranks, median
+    sent            bytes that this rank sends to others in each call
+    joins           for every call the index of the one that waits for it
     flops_limit     FLOP/s of the hardware's matmuls, None if unknown
     bytes_limit     bytes/s of its memory, None if unknown
     """
@@ -40,6 +45,9 @@ class Profile:
     calls: tuple[Call, ...]
     seconds: tuple[float, ...]
     step_seconds: float
+    exposed: float
+    sent: tuple[int, ...]
+    joins: tuple[int, ...]
     flops_limit: float | None = None
     bytes_limit: float | None = None
 
@@ -75,15 +83,41 @@ class Profile:
             sum(bounds) if len(bounds) == len(calls) else None,
         )
 
+    def links(self) -> list[tuple[str, int, int, float]]:
+        """What this rank exchanges by op: (name, calls, bytes that it sends, seconds of each call by itself)."""
+        found: dict[str, list[float]] = {}
+        for c, nbytes, seconds in zip(self.calls, self.sent, self.seconds):
+            if c.op.communicates:
+                row = found.setdefault(c.op.name, [0, 0, 0.0])
+                row[:] = row[0] + 1, row[1] + nbytes, row[2] + seconds
+        return [(name, int(calls), int(nbytes), seconds) for name, (calls, nbytes, seconds) in found.items()]
+
+    def starts(self) -> list[float]:
+        """When each call starts, in seconds: computation in one lane, what ranks exchange in another. A call that uses
+        the result of an exchange waits for it."""
+        now = free = 0.0
+        ends: list[tuple[int, float]] = []  # of exchanges: the call that waits, and when it may start
+        found = []
+        for i, (c, seconds) in enumerate(zip(self.calls, self.seconds)):
+            now = max([now, *(end for join, end in ends if join <= i)])
+            if c.op.communicates:
+                found.append(max(now, free))
+                free = found[-1] + seconds
+                ends.append((self.joins[i], free))
+            else:
+                found.append(now)
+                now += seconds
+        return found
+
     def write_trace(self, path: str | Path) -> None:
-        """Writes the calls as a Chrome trace (https://ui.perfetto.dev reads it): end to end, a track for each phase."""
+        """Writes the calls as a Chrome trace (https://ui.perfetto.dev reads it): end to end, a track for each phase.
+        What ranks exchange runs beside computation."""
         tracks = {phase: i for i, phase in enumerate(dict.fromkeys(c.phase for c in self.calls))}
         events: list[dict] = [
             {"ph": "M", "pid": 0, "tid": track, "name": "thread_name", "args": {"name": phase}}
             for phase, track in tracks.items()
         ]
-        at = 0.0
-        for c, seconds in zip(self.calls, self.seconds):
+        for c, seconds, at in zip(self.calls, self.seconds, self.starts()):
             events.append(
                 {
                     "ph": "X",
@@ -96,7 +130,6 @@ class Profile:
                     "args": arguments(c, seconds),
                 }
             )
-            at += seconds
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
@@ -134,10 +167,15 @@ def profile(
     results[-1].wait()  # the queue is empty when the traces begin
     marks = [result.end for result in results[warm - 1 :]]
     step_seconds = statistics.median(trainer.backend.seconds(*pair) for pair in pairwise(marks))
+    exposed = statistics.median(result.exposed for result in results[warm:])
     traces = [trace(trainer) for _ in range(steps)]
-    calls = tuple(c for c, _ in traces[0])
+    calls, p = tuple(c for c, _ in traces[0]), trainer.program
+    at = {c: i for i, c in enumerate(calls)}
+    ends = [at.get(p.calls[end], end) if end < len(p.calls) else len(calls) for end in joins(p)]
+    sizes = tuple(sent(c, p.ranks.world) if c.op.communicates else 0 for c in calls)
     medians = tuple(statistics.median(seconds for _, seconds in same) for same in zip(*traces))
-    return Profile(calls, medians, step_seconds, flops_limit, bytes_limit)
+    waits = tuple(end for c, end in zip(p.calls, ends) if c in at)
+    return Profile(calls, medians, step_seconds, exposed, sizes, waits, flops_limit, bytes_limit)
 
 
 def trace(trainer: Trainer) -> list[tuple[Call, float]]:

@@ -11,10 +11,11 @@ class Step:
     skips: how many updates in a row have been skipped, this one included
     end: the backend's mark after the last launch of the step
     waited: seconds in it that the host waited for a checkpoint to have read the weights
+    exposed: seconds in it that computation waited for other ranks
     """
 
     end: Any
-    waited = 0.0
+    waited = exposed = 0.0
 
     def __init__(self, finish: Callable[[], tuple[float, float, str, int]]):
         self._finish = finish

@@ -110,6 +110,7 @@ class Trainer:
         self._resumed_at: int | None = None  # None: `resume` was not called
         self.skips = 0  # updates in a row that were skipped, up to the last step
         self.last_step = 0
+        self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
@@ -166,6 +167,8 @@ class Trainer:
 
         def finish() -> tuple[float, float, str, int]:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
+            result.exposed = 1e-9 * (int(scalars().exposed_ns) - self._exposed_ns)
+            self._exposed_ns = int(scalars().exposed_ns)
             skipped = self._skip_reason(loss, norm)
             self.last_loss = loss
             self.skips = self.skips + 1 if skipped else 0

@@ -68,7 +68,7 @@ class CpuExecutable(Executable):
         def run(_: Any) -> None:
             if self._error is None:
                 try:
-                    c.op.exchange(self._comm, operands)
+                    self.arena.exchange(self._comm, c, operands)
                 except BaseException as error:
                     self._error = error
 

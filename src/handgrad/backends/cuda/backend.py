@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
@@ -47,6 +48,8 @@ class CudaExecutable(Executable):
         self._compiled = compile_all([s for c, launches in self._chosen for s in backend.sources(c, launches)])
         self._starts = {ONLY: [self._bind(i, ONLY) for i in range(len(self._chosen))]}
         self._fork = self.device.event()
+        has_ranks = any(c.op.communicates for c in program.calls)
+        self._clock = backend.clock(arena.address + arena.plan.offset[program.scalars]) if has_ranks else None
         self._done = {i: self.device.event() for i in range(len(self._chosen)) if self._is_beside(i)}
         self._graphs: dict[tuple[Segment, MicroBatch], Graph | None] = {}
         self._replays = deque(self.device.event(blocking=True) for _ in range(AHEAD))
@@ -106,10 +109,9 @@ class CudaExecutable(Executable):
     def _launch(self, segment: Segment, kind: MicroBatch) -> None:
         """Starts the calls of a segment. Calls beside the main stream run on another one, from a fork to a join."""
         device, starts = self.device, self._starts_of(kind)
-        waiting: dict[int, list[Any]] = {}  # by the call that waits: events of overlapping calls
+        waiting: dict[int, list[int]] = {}  # by the call that waits: the overlapping calls
         for i in range(segment.start, segment.stop):
-            for event in waiting.pop(i, ()):
-                device.follow(event, device.stream)
+            self._wait(waiting.pop(i, []))
             if not kind.runs(self.program.calls[i].when):
                 continue
             stream = self._stream(i)
@@ -120,9 +122,19 @@ class CudaExecutable(Executable):
                 start()
             if self._is_beside(i):
                 device.record(self._done[i], stream)
-                waiting.setdefault(self._joins[i], []).append(self._done[i])
-        for event in (event for events in waiting.values() for event in events):
-            device.follow(event, device.stream)
+                waiting.setdefault(self._joins[i], []).append(i)
+        self._wait([i for calls in waiting.values() for i in calls])
+
+    def _wait(self, calls: list[int]) -> None:
+        """Has the main stream wait for overlapping calls; the time that it waits for collectives is counted."""
+        own = [i for i in calls if not self.program.calls[i].op.communicates]
+        for i in own:
+            self.device.follow(self._done[i], self.device.stream)
+        if len(own) < len(calls) and self._clock is not None:
+            self._clock[0]()
+            for i in calls:
+                self.device.follow(self._done[i], self.device.stream)
+            self._clock[1]()
 
 
 class CudaBackend(Backend):
@@ -305,6 +317,14 @@ class CudaBackend(Backend):
                 names = ("qkv", "y", "lse", *(("dy", "dqkv") if step.direction == "backward" else ()))
                 starts.append(self._cudnn.bind(step, {n: address(n) for n in names}, workspace))
         return starts
+
+    def clock(self, scalars: int) -> tuple[Launch, Launch]:
+        """Functions that begin and end a wait for collectives; the step scalars at this address count its time."""
+        source = Source(str(Path(__file__).with_name("wait.cu")), self.gpu.arch, (("HG_BF16", 0), ("HG_GRAD_BF16", 0)))
+        module = self._module(compile_all([source])[source])
+        begin, end = (module.function(f"wait_{name}_kernel", 0) for name in ("begin", "end"))
+        start = partial(launcher, grid=(1, 1, 1), block=1, shared=0, args=[ctypes.c_void_p(scalars)])
+        return start(self.device.stream, begin), start(self.device.stream, end)
 
     def _module(self, cubin: bytes) -> Module:
         if cubin not in self._modules:

@@ -13,4 +13,5 @@ typedef struct {
   double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that the optimizer applies; 0: no update
+  uint64_t exposed_ns;  // out: nanoseconds that computation has waited for other ranks, in all steps so far
 } StepScalars;

@@ -106,6 +106,7 @@ struct StepScalars {
   double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that the optimizer applies; 0: no update, the gradients are not finite
+  u64 exposed_ns;      // out: nanoseconds that computation has waited for other ranks, in all steps so far
 };
 
 // Philox4x32-10 (Salmon et al., SC 2011): the same bits for the same counter on every backend.

@@ -43,6 +43,12 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
 }
+// A clock that all multiprocessors share, in nanoseconds.
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
 // 2^x to 2 ULP; subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
