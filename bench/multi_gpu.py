@@ -5,8 +5,8 @@ PyTorch's DistributedDataParallel.
     python bench/multi_gpu.py --worlds 1 2 --models 124m --no-torch
     python bench/multi_gpu.py --smoke --worlds 1 2    tiny models on CPU ranks, to test this script
 
-Correctness: losses of 20 steps of a small model on W ranks with ZeRO 0 to 3 against one rank with the same global batch;
-the same run twice, bit for bit; a run that is saved and resumed on 1, W and 1 ranks.
+Correctness: losses of 20 steps of a small model on W ranks with ZeRO 0 to 3 against one rank with the same global
+batch; the same run twice, bit for bit; a run that is saved and resumed on 1 and on W ranks.
 
 Speed: median ms of a step over rounds, tok/s, MFU by llm.c's formula, device memory of a rank, the milliseconds of a
 step in which computation waits for other ranks ("exposed"), and the step of the slowest rank with every collective left
@@ -218,7 +218,7 @@ def worker(path: str) -> None:
             os._exit(1)
 
 
-# the parent ------------------------------------------------------------------------------------------------------------
+# the parent -----------------------------------------------------------------------------------------------------------
 
 
 def ranks(world: int, jobs: list[dict], folder: Path, seconds: float) -> list[Result]:
@@ -328,8 +328,8 @@ def race(name: str, a: argparse.Namespace, folder: Path) -> list[Result]:
 
 
 def table(found: list[Result]) -> list[str]:
-    head = f"{'model':7} {'W':>2} {'what':22} {'ms a step':>10} {'tok/s':>11} {'MFU':>6} {'x W=1':>6} {'exposed ms':>10} {'alone ms':>9}"
-    lines = [head + f" {'arena MiB':>10} {'used MiB':>9}"]
+    head = f"{'model':7} {'W':>2} {'what':22} {'ms a step':>10} {'tok/s':>11} {'MFU':>6} {'x W=1':>6}"
+    lines = [head + f" {'exposed ms':>10} {'alone ms':>9} {'arena MiB':>10} {'used MiB':>9}"]
     one = {r["job"]["model"]: r["tok_s"] for r in found if r["job"]["what"] == "speed" and r["world"] == 1}
     for r in found:
         job, ms = r["job"], statistics.median(r["ms"])
@@ -338,10 +338,10 @@ def table(found: list[Result]) -> list[str]:
         exposed = f"{max(r['exposed_ms']):.2f}" if r.get("exposed_ms") and r["world"] > 1 else "-"
         alone = f"{max(r['alone_ms']):.2f}" if any(r.get("alone_ms", [])) else "-"
         ratio = r["tok_s"] / one[job["model"]] if job["model"] in one else float("nan")
-        line = f"{job['model']:7} {r['world']:2} {what:22} {ms:10.2f} {r['tok_s']:11,.0f} {100 * (r.get('mfu') or 0):5.1f}%"
-        lines.append(
-            line + f" {ratio:6.3f} {exposed:>10} {alone:>9} {r.get('arena_mib', 0):10,.0f} {r['used_mib']:9,.0f}"
-        )
+        mfu = f"{100 * r['mfu']:5.1f}%" if r.get("mfu") else f"{'-':>6}"
+        line = f"{job['model']:7} {r['world']:2} {what:22} {ms:10.2f} {r['tok_s']:11,.0f} {mfu} {ratio:6.3f}"
+        arena = f"{r['arena_mib']:10,.0f}" if "arena_mib" in r else f"{'-':>10}"
+        lines.append(line + f" {exposed:>10} {alone:>9} {arena} {r['used_mib']:9,.0f}")
     return lines
 
 

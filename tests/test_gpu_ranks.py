@@ -17,10 +17,7 @@ from handgrad.data import prepare_text
 from handgrad.tokenizers import chars
 
 pytestmark = pytest.mark.gpu
-FLAGS = (
-    "--preset tiny --backend cuda --seq-len 64 --max-seq-len 64 --batch-tokens 1024 --no-shuffle --sample-tokens 16 "
-)
-FLAGS += "--val-every 10 --vocab-size 97 --train data/train_*.bin --val data/val_*.bin --hidden-size 256"
+FLAGS = "--preset tiny --backend cuda --batch-tokens 1024 --no-shuffle --sample-tokens 16 --val-every 10 --train text"
 
 
 @pytest.fixture

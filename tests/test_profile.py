@@ -1,13 +1,17 @@
 """handgrad profile: every call once, sums that agree, bounds where they are known, a trace that a viewer can read."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from rank_threads import on_ranks
 
 from handgrad import Execution, Precision, Trainer, data
+from handgrad.backends.cpu import CpuBackend
 from handgrad.cli.__main__ import main
 from handgrad.optim import AdamW
-from handgrad.train.profile import GROUPS, Profile, profile, title
+from handgrad.train.profile import GROUPS, profile, title
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_medians_of_the_traces(tiny, shards, monkeypatch):
 def test_the_bound_is_the_longer_of_bytes_and_flops(found):
     p, _ = found
     assert p.bound(p.calls[0]) is None and p.rows()[0].bound is None
-    limited = Profile(p.calls, p.seconds, p.step_seconds, flops_limit=1e12, bytes_limit=1e10)
+    limited = replace(p, flops_limit=1e12, bytes_limit=1e10)
     for c in p.calls:
         assert limited.bound(c) == max(c.flops / 1e12, c.op.nbytes(c) / 1e10)
     assert sum(r.bound for r in limited.rows()) == pytest.approx(sum(limited.bound(c) for c in p.calls))
@@ -118,3 +122,26 @@ def test_mistakes_are_one_line(flags, line, capsys):
 def test_titles_name_the_call(found):
     p, _ = found
     assert title(p.calls[0]).startswith("fwd embed embed N=64")
+
+
+def test_what_ranks_exchange_has_a_lane_of_its_own(tiny, shards):
+    """A call that uses the result of an exchange starts after it; other calls do not wait for it."""
+
+    def work(comm):
+        tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
+        execution = Execution(micro_batch=2, extra_programs=(), backend="cpu", zero=1)
+        backend = CpuBackend(1, comm)
+        run = Trainer(tiny(), AdamW(), tokens, precision=Precision("f32"), execution=execution, backend=backend)
+        return profile(run, 1), run.program
+
+    p, program = on_ranks(2, work)[0]
+    buckets = sum(b.size for b in program.buckets)
+    links = {name: (calls, nbytes) for name, calls, nbytes, _ in p.links()}
+    assert links["reduce_scatter"] == (len(program.buckets), 4 * buckets // 2)
+    assert links["all_gather"] == links["reduce_scatter"] and p.exposed > 0
+    p = replace(p, seconds=(1.0,) * len(p.calls))
+    starts, exchanges = np.array(p.starts()), [i for i, c in enumerate(p.calls) if c.op.communicates]
+    assert all(np.diff(starts[exchanges]) >= 1.0)  # one after another
+    assert all(np.diff(np.delete(starts, exchanges)) >= 1.0)
+    assert all(starts[p.joins[i]] >= starts[i] + 1.0 for i in exchanges if p.joins[i] < len(starts))
+    assert starts.max() + 1.0 < len(starts)  # some of them overlap

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,18 @@ def test_clusters_of_unknown_parts_are_refused():
     for wrong in (dict(gpu="v100"), dict(link="token ring"), dict(ranks=1)):
         with pytest.raises(HandgradError, match="explain"):
             Cluster(**dict(gpu="h200", ranks=2) | wrong)
+
+
+MEASURED = json.loads((Path(__file__).parents[1] / "bench" / "results" / "multi_gpu.json").read_text())
+STEPS = [r for r in MEASURED if r["job"]["what"] == "speed" and r["world"] > 1 and r["job"]["overlap"]]
+
+
+@pytest.mark.parametrize("r", STEPS, ids=lambda r: f"{r['job']['model']}-zero{r['job']['zero']}-{r['call']}")
+def test_predictions_are_within_a_tenth_of_measured_steps(r):
+    """Of two H200: bench/results/multi_gpu.txt."""
+    name, zero = r["job"]["model"], r["job"]["zero"]
+    micro_batch, accumulation = {"124m": (64, 4), "1558m": (8, 16)}[name]
+    sizes = dict(micro_batch=micro_batch, accumulation=accumulation, recompute="none", extra_programs=())
+    found = page(name, ranks=r["world"], zero=zero, **sizes)
+    assert found.prediction.step == pytest.approx(1e-3 * statistics.median(r["ms"]), rel=0.1)
+    assert found.plan.nbytes / 2**20 == r["arena_mib"]  # memory to the byte

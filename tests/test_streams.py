@@ -70,6 +70,6 @@ def test_every_weight_gradient_of_gpt2_overlaps_the_call_after_it():
 
 
 def test_mutation_without_conflicts_is_caught(monkeypatch):
-    monkeypatch.setattr(streams, "_conflict", lambda p, early, late: False)
+    monkeypatch.setattr(streams, "_intersect", lambda some, others: False)
     with pytest.raises(AssertionError):
         test_reader_of_a_gradient_waits_for_its_writer()

@@ -9,11 +9,14 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
+
+if TYPE_CHECKING:
+    from handgrad.backends.watch import Watch
 
 MESSAGE = 1 << 26  # bytes that go to one rank at a time, at most
 CHUNK = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache
@@ -34,6 +37,8 @@ class Comm(ABC):
     world: int
     local: int = 1  # ranks on this machine
     local_rank: int = 0  # this one's number among them
+    watch: "Watch | None" = None  # tells of failures, where ranks are processes
+    leave: Callable[[int], None] = staticmethod(lambda code: None)  # before this process ends, by an error, with a code
 
     @abstractmethod
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
@@ -42,12 +47,15 @@ class Comm(ABC):
         The arrays are contiguous. Raises RankError if another rank has failed.
         """
 
-    @abstractmethod
     def fail(self, text: str, code: int = 2) -> None:
         """Tells all others that this rank ends: their next call, or the one they wait in, raises RankError."""
+        if self.watch is not None:
+            self.watch.fail(text, code)
 
     def check(self) -> None:
         """Raises RankError if another rank is known to have failed."""
+        if self.watch is not None:
+            self.watch.check()
 
     def telling(self, hook: Callable) -> Callable:
         """An excepthook that also tells the others of an error that ends this process."""
@@ -60,6 +68,8 @@ class Comm(ABC):
 
     def on_failure(self, listener: Callable[[RankError], None]) -> None:
         """Has `listener` called, by another thread, as soon as another rank has failed."""
+        if self.watch is not None:
+            self.watch.on_failure(listener)
 
     @abstractmethod
     def after_failure(self) -> "Comm":

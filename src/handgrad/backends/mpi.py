@@ -9,12 +9,12 @@ import importlib.util
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from handgrad.backends.comm import Comm, RankError
+from handgrad.backends.comm import Comm
 from handgrad.backends.mesh import LIMIT, Listener, Peer, addresses, connect
 from handgrad.backends.watch import Watch
 from handgrad.core.errors import HandgradError
@@ -63,7 +63,6 @@ class Mpi(Comm):
         self._MPI, self._data, self._last, self._limit = MPI, data, last, limit
         self.rank, self.world = data.rank, data.size
         self._kept: list[Any] = []  # arrays and requests of messages that nobody may receive any more
-        self._watch: Watch | None = None
 
     def open_watch(self) -> None:
         """Connects the ranks by TCP, too, for failures: MPI tells of none."""
@@ -72,7 +71,7 @@ class Mpi(Comm):
         peers, run = [Peer(hosts, port) for hosts, port, _ in told], told[0][2]
         links = connect(self.rank, peers, run, listener, ("watch",), end)
         listener.close()
-        self._watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
+        self.watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
 
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         others = [(self.rank + k) % self.world for k in range(1, self.world)]
@@ -94,23 +93,11 @@ class Mpi(Comm):
                 if self._limit and time.monotonic() - begin > self._limit:
                     raise HandgradError("ranks", f"every rank answers within {self._limit:.0f} s")
 
-    def check(self) -> None:
-        if self._watch is not None:
-            self._watch.check()
-
-    def fail(self, text: str, code: int = 2) -> None:
-        if self._watch is not None:
-            self._watch.fail(text, code)
-
-    def on_failure(self, listener: Callable[[RankError], None]) -> None:
-        if self._watch is not None:
-            self._watch.on_failure(listener)
-
     def after_failure(self) -> Comm:
         return Mpi(self._MPI, self._last, self._last, LAST_SECONDS)
 
     def close(self) -> None:
         """Ends MPI, unless a rank has failed: then the process just ends."""
-        if self._watch is not None and not self._watch.is_over:
-            self._watch.close()
+        if self.watch is not None and not self.watch.is_over:
+            self.watch.close()
             self._MPI.Finalize()

@@ -3,7 +3,7 @@
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ class Sockets(Comm):
     """A rank that is a process. limit: seconds after which waiting is an error, 0: none."""
 
     def __init__(self, rank: int, world: int, links: Links, watch: Watch | None, limit: float = 0.0):
-        self.rank, self.world, self._watch, self._limit = rank, world, watch, limit
+        self.rank, self.world, self.watch, self._limit = rank, world, watch, limit
         self._last = {r: link for (r, channel), link in links.items() if channel == "last"}
         self._data = {r: link for (r, channel), link in links.items() if channel == "data"}
         for link in self._data.values():
@@ -31,8 +31,8 @@ class Sockets(Comm):
 
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         self.check()
-        out = {r: memoryview(send[r]) for r in self._data if send[r].size}
-        into = {r: memoryview(receive[r]) for r in self._data if receive[r].size}
+        out = {r: memoryview(send[r].data) for r in self._data if send[r].size}
+        into = {r: memoryview(receive[r].data) for r in self._data if receive[r].size}
         begin = time.monotonic()
         while out or into:
             if not (self._send(out) + self._receive(into)):
@@ -86,22 +86,10 @@ class Sockets(Comm):
     def _gone(self, rank: int) -> RankError:
         """The error of a rank whose connection has ended: what the watch knows of it, a moment later."""
         end = time.monotonic() + 2.0
-        while self._watch is not None and time.monotonic() < end:
+        while self.watch is not None and time.monotonic() < end:
             self.check()
             time.sleep(0.01)
         return RankError(rank, "its process has ended", 1, is_gone=True)
-
-    def check(self) -> None:
-        if self._watch is not None:
-            self._watch.check()
-
-    def fail(self, text: str, code: int = 2) -> None:
-        if self._watch is not None:
-            self._watch.fail(text, code)
-
-    def on_failure(self, listener: Callable[[RankError], None]) -> None:
-        if self._watch is not None:
-            self._watch.on_failure(listener)
 
     def after_failure(self) -> Comm:
         links = {(r, "data"): link for r, link in self._last.items()}
@@ -109,5 +97,5 @@ class Sockets(Comm):
 
     def close(self) -> None:
         """Says that this rank has done its work."""
-        if self._watch is not None:
-            self._watch.close()
+        if self.watch is not None:
+            self.watch.close()

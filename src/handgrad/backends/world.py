@@ -79,8 +79,8 @@ def open_comm(asked: Asked = Asked()) -> Comm:
 def _open(asked: Asked, env: Mapping[str, str]) -> Comm:
     if OWN in env:
         rank, world, port, run = env[OWN].split()
-        place = Place("handgrad", int(rank), int(world), int(rank), int(world), f"{LOOPBACK}:{port}", run)
-        return open_sockets(place, listen(place.rank, place.where))
+        own = Place("handgrad", int(rank), int(world), int(rank), int(world), f"{LOOPBACK}:{port}", run)
+        return open_sockets(own, listen(own.rank, own.where))
     place = launched(env)
     if asked.ranks > 1 or asked.rank is not None:
         if place is not None and place.world > 1:

@@ -21,6 +21,7 @@ from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_se
 from handgrad.train.ranks import together
 from handgrad.train.run import train
 
+RANKS = [f.name for f in fields(WorldConfig)]  # settings of a command, not of a run
 NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
 
@@ -60,10 +61,11 @@ def from_file(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HandgradError("config", f"--config '{path}' holds settings", one_line(error)) from None
     if path.name == SETTINGS:  # of a run, which has its own folder
-        values = {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
+        own = {"out", "resume", "config", *RANKS}
+        values = {name: value for name, value in values.items() if name not in own}
     if "config" in values:
         raise HandgradError("config", f"'{path}' names no other file of settings", repr(values["config"]))
-    for name in (f.name for f in fields(WorldConfig) if f.name in values):
+    for name in (name for name in RANKS if name in values):
         rule = "ranks belong to a command: each starts its own"
         raise HandgradError("config", rule, f"'{name}' in '{path}'", hint=f"the flag --{name.replace('_', '-')}")
     known = dict(flags(Config))

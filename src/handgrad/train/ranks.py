@@ -68,6 +68,7 @@ def together(comm: Comm) -> Iterator[None]:
             comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
         except HandgradError:  # a rank that does not answer
             pass
+        comm.leave(code)
         if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):
             raise SystemExit(code) from None
         raise

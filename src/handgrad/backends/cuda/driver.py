@@ -129,6 +129,11 @@ class Device:
         """Waits until the main stream is idle."""
         self._wait(cu.cuStreamSynchronize, self.stream)
 
+    def is_busy(self) -> bool:
+        """Whether work is queued on any of the streams."""
+        streams = (self.stream, self.side, self.exchange)
+        return any(cu.cuStreamQuery(s)[0] == cu.CUresult.CUDA_ERROR_NOT_READY for s in streams)
+
     def event(self, timing: bool = False, blocking: bool = False) -> Any:
         """A CUDA event. timing: it records its time; blocking: the host sleeps while it waits, instead of spinning."""
         kinds = cu.CUevent_flags

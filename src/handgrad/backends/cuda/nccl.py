@@ -4,8 +4,10 @@ The communicator does not block, so that a thread can abort it when another rank
 ever for a rank that is gone.
 """
 
+import atexit
 import ctypes
 import os
+import sys
 import threading
 import time
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
@@ -102,6 +104,7 @@ class Nccl:
         status = self._dll.ncclCommInitRankConfig(byref(self._handle), comm.world, unique, comm.rank, byref(config))
         self._check("ncclCommInitRankConfig", status, pause=1e-3)
         comm.on_failure(self._watch)
+        comm.leave = self._leave
 
     def start(self, kind: str, send: int, receive: int, count: int, dtype: str, stream: Any) -> None:
         """Starts a collective on a stream, from one address to another; `count` as in launch.Collective."""
@@ -144,6 +147,17 @@ class Nccl:
             self._dll.ncclCommAbort(self._handle)  # returns once the graphs are gone, or never
 
         threading.Thread(target=look, daemon=True).start()
+
+    def _leave(self, code: int) -> None:
+        """Ends the process where the GPU waits for a rank that has ended: what Python frees would wait for the GPU."""
+        end = time.monotonic() + GRACE
+        while self._device.is_busy() and time.monotonic() < end:
+            time.sleep(0.01)
+        if self._device.failure is not None or self._device.is_busy():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            atexit._run_exitfuncs()  # which end the ranks that this one has started
+            os._exit(code)
 
 
 def check_gpus(device: Device, comm: Comm) -> None:

@@ -107,6 +107,7 @@ class NormBackward(Op):
         case(N=9, C=33, without="ds dhb"),
         case(N=5, C=2072),
         case(N=5, C=2072, without="dhb"),
+        case(N=300, C=256),
         case(N=3, C=1037),
         case(N=1024, C=768, real="gpt2-124m, B=4 T=256"),
     )

@@ -33,11 +33,16 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
-// The same for data that no kernel reads again soon: L2 evicts it first.
+// The same for data that no kernel reads again soon: L2 evicts it first. NVRTC 13.0 makes an illegal instruction of the
+// hint where copies follow each other closely (norm_backward of 256 columns).
 __device__ __forceinline__ void copy_async_streaming(void *shared, const void *global) {
+#if __CUDACC_VER_MAJOR__ == 13 && __CUDACC_VER_MINOR__ < 3
+  copy_async(shared, global);
+#else
   asm volatile("{.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
                "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, first;}"
                :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+#endif
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending> __device__ __forceinline__ void copy_async_wait() {
