@@ -135,7 +135,11 @@ PITFALLS = [
         "the host derives every wait from the memory that calls touch (core/streams.py); a test delays each collective "
         "as far as it allows and compares bits",
     ),
-    ("T5", "counts for NCCL are four times too large", "a count is the number of elements of a tensor, next to its dtype"),
+    (
+        "T5",
+        "counts for NCCL are four times too large",
+        "a count is the number of elements of a tensor, next to its dtype",
+    ),
     ("T6", "gpt3:c5140, the 13B, always aborts", "`gpt3:c5140` has 5120 channels: 40 heads of 128"),
     (
         "T7",
