@@ -67,14 +67,25 @@ FLAGS = [
         "",
         "automatic: fused into the GEMM if its algorithm supports it; `--deterministic` never fuses",
     ),
-    ("-z", "0", "zero", "0 and 1 are llm.c's; on CPUs (docs/distributed.md)"),
+    ("-z", "0", "zero", "0 and 1 are llm.c's (docs/distributed.md)"),
     ("-r", "1", "recompute", "0 is `none`, 1 `act`, 2 `act_norm`; `block` keeps only the inputs of blocks"),
-    ("-pn", "1", "", "`mpiexec -n N handgrad train` on CPUs; not yet on GPUs"),
-    ("-pr", "0", "", "not yet"),
-    ("-pg", "8", "", "not yet"),
-    ("-pi", "mpi", "", "not yet (its help calls it -pm)"),
-    ("-ps", "", "", "not yet"),
-    ("-pf", "", "", "not yet (its help calls it -pp)"),
+    (
+        "-pn",
+        "1",
+        "ranks",
+        "without --rank it starts all ranks on this machine (`--gpus 8`), with no mpirun; ranks that mpirun, Slurm or "
+        "torchrun has started are recognised without it",
+    ),
+    ("-pr", "0", "rank", "only where each rank is started by a command of its own"),
+    ("-pg", "8", "ranks_per_machine", ""),
+    (
+        "-pi",
+        "mpi",
+        "rendezvous",
+        "`tcp` is `HOST:PORT`, `fs` a file; `mpi` needs none on one machine (its help calls it -pm)",
+    ),
+    ("-ps", "", "rendezvous", "the HOST of `HOST:PORT`: the machine of rank 0"),
+    ("-pf", "", "rendezvous", "a file, not a folder (its help calls it -pp)"),
 ]
 
 # constants of train_gpt2.cu: name, value, handgrad's flags
@@ -99,6 +110,7 @@ OTHERS = [
     ("--overfit_single_batch", "overfit"),
     ("--tensorcores, --dtype", "dtype"),
     ("--device", "backend"),
+    ("--zero_stage", "zero"),
 ]
 
 PITFALLS = [
@@ -117,8 +129,17 @@ PITFALLS = [
         "the quick start aborts on 8 GPUs: a validation shard is too short",
         "a shard needs seq_len + 1 tokens; the last validation batch is padded with ignored targets",
     ),
-    ("T4", "the all-gather of sharded weights does not wait for AdamW", "weights are not sharded yet"),
-    ("T5", "counts for NCCL are four times too large", "NCCL is not used yet"),
+    (
+        "T4",
+        "the all-gather of sharded weights does not wait for AdamW",
+        "the host derives every wait from the memory that calls touch (core/streams.py); a test delays each collective "
+        "as far as it allows and compares bits",
+    ),
+    (
+        "T5",
+        "counts for NCCL are four times too large",
+        "a count is the number of elements of a tensor, next to its dtype",
+    ),
     ("T6", "gpt3:c5140, the 13B, always aborts", "`gpt3:c5140` has 5120 channels: 40 heads of 128"),
     (
         "T7",
@@ -232,7 +253,6 @@ def page() -> str:
         "| `--inference_only` | `handgrad generate`, `handgrad eval` |",
         "| `--compile`, `--flash` | always |",
         "| `--write_tensors` | `handgrad convert` |",
-        "| `--zero_stage` | `--zero` |",
         "",
         "Other programs: `handgrad profile` replaces profile_gpt2.cu, `handgrad ops bench` the benchmarks of dev/cuda,",
         "`handgrad ops check`, `handgrad ops grad` and `pytest` the test programs, `handgrad convert` export_hf.py.",

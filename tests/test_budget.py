@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
-    "backends": 3350,
-    "train": 3170,
+    "backends": 4200,
+    "train": 3250,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,
     "evals": 500,
     "infer": 500,
-    "cli": 1400,
+    "cli": 1450,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,9 +80,37 @@ def test_gpus_are_listed_with_memory_and_peak(findings, monkeypatch):
     monkeypatch.setattr(driver, "find_gpus", lambda: cards)
     monkeypatch.setattr(driver, "Device", Device)
     lines = list(doctor.gpus())
-    assert [f.name for f in lines] == ["GPU 0", "peaks", "GPU 1", "peaks"]
+    assert [f.name for f in lines] == ["GPU 0", "peaks", "GPU 1", "peaks", "several GPUs"]
     assert "9.0, 132 SMs, 71,680 of 81,920 MiB free" in lines[0].text and "another process" in lines[0].hint
     assert "989.4" in lines[1].text and "measured" in lines[3].text
+    assert lines[4].text == "handgrad train --gpus 2 uses all 2"
+
+
+def test_one_gpu_is_not_several(monkeypatch):
+    pytest.importorskip("cuda.bindings")
+    from handgrad.backends.cuda import driver
+
+    monkeypatch.setattr(driver, "find_gpus", lambda: [("NVIDIA H200", (9, 0), 141 << 30)])
+    monkeypatch.setattr(driver, "Device", Device)
+    assert [f.name for f in doctor.gpus()] == ["GPU 0", "peaks"]
+
+
+def test_nccl_is_found_with_its_version_or_the_hint_installs_it(monkeypatch):
+    versions = {"nvidia-nccl-cu13": "2.28.9"}
+    monkeypatch.setattr(doctor, "load", lambda library, package: Path(f"/lib/lib{library}.so.2"))
+    monkeypatch.setattr(doctor, "version", versions.__getitem__)
+    monkeypatch.setattr(doctor, "LIBRARIES", [row for row in doctor.LIBRARIES if row[0] == "NCCL"])
+    (line,) = doctor.libraries()
+    assert (line.state, line.text) == (doctor.OK, "nvidia-nccl-cu13 2.28.9 in /lib/libnccl.so.2")
+
+    def none(*args):
+        raise doctor.PackageNotFoundError("nccl")
+
+    monkeypatch.setattr(doctor, "version", none)
+    monkeypatch.setattr(doctor, "load", none)
+    (line,) = doctor.libraries()
+    assert (line.state, line.text) == (doctor.OPTIONAL, "not installed")
+    assert line.hint == f"{install_command('cuda')}; only several GPUs need it"
 
 
 def test_gpu_held_by_another_process_is_a_problem(monkeypatch):
@@ -151,7 +180,7 @@ def test_a_gpu_without_its_driver_is_a_problem_and_what_to_do_is_said(monkeypatc
     assert "install one; in a container: --gpus all" in out
 
 
-def test_a_gpu_without_its_libraries_is_a_problem_but_cudnn_is_optional(monkeypatch):
+def test_a_gpu_without_its_libraries_is_a_problem_but_cudnn_and_nccl_are_optional(monkeypatch):
     def gone(name):
         raise doctor.PackageNotFoundError(name)
 
@@ -163,7 +192,7 @@ def test_a_gpu_without_its_libraries_is_a_problem_but_cudnn_is_optional(monkeypa
         monkeypatch.setattr(doctor, name, value)
     states = {f.name: f.state for f in doctor.libraries()}
     assert [name for name, state in states.items() if state == doctor.PROBLEM] == ["cuda-bindings", "NVRTC", "cuBLASLt"]
-    assert [name for name, state in states.items() if state == doctor.OPTIONAL] == ["cuDNN frontend", "cuDNN"]
+    assert [name for name, state in states.items() if state == doctor.OPTIONAL] == ["cuDNN frontend", "cuDNN", "NCCL"]
 
 
 def test_unwritable_cache_is_a_problem_where_there_is_a_gpu(findings, monkeypatch, tmp_path):

@@ -35,6 +35,7 @@ LIBRARIES = (
     ("cuBLASLt", "nvidia-cublas", "cublasLt", ""),
     ("cuDNN frontend", "nvidia-cudnn-frontend", "", "without it attention is handgrad's own"),
     ("cuDNN", "nvidia-cudnn-jit-cu13", "cudnn", "without it attention is handgrad's own"),
+    ("NCCL", "nvidia-nccl-cu13", "nccl", "only several GPUs need it"),
 )
 NVIDIA, DISPLAY = "0x10de", "0x03"  # PCI vendor and class
 
@@ -159,6 +160,8 @@ def gpus() -> Iterator[Finding]:
             yield Finding(OK, "peaks", "of a GPU that the table does not list: a matmul is measured instead")
         else:
             yield Finding(OK, "peaks", f"bf16 {known.bf16:g} TFLOP/s, tf32 {known.tf32:g}, memory {known.gbps:,} GB/s")
+    if len(found) > 1:
+        yield Finding(OK, "several GPUs", f"handgrad train --gpus {len(found)} uses all {len(found)}")
 
 
 def libraries() -> Iterator[Finding]:

@@ -4,6 +4,7 @@ EXAMPLES = {
     "train": """
 handgrad train
 handgrad train --train mydata --preset gpt2 --micro-batch 16 --batch-tokens 524288 --lr 6e-4 --steps 5000
+handgrad train --gpus 8 --train mydata --preset gpt2 --micro-batch 64 --batch-tokens 524288 --lr 6e-4 --steps 5000
 handgrad train --resume runs/shakespeare-001 --steps 4000
 handgrad train --config runs/shakespeare-001/config.json --lr 1e-3""",
     "generate": """

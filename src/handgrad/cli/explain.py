@@ -38,7 +38,7 @@ class Explain:
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch a rank. More accumulates gradients"""
     ranks: int = 1
-    """processes that train together, on CPUs (mpiexec -n) or one on each GPU; the page is that of one of them"""
+    """processes that train together, on CPUs or one on each GPU; the page is that of one of them"""
     nodes: int = 1
     """machines that ranks on GPUs are divided among"""
     link: Annotated[Literal["", "nvlink", "pcie", "ib"], tyro.conf.arg(metavar="LINK")] = ""

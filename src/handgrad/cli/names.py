@@ -57,7 +57,7 @@ _HINTS = {  # hint: names
     "leave it out: AdamW is the only optimizer": "optimizer optim optimizer-type",
     "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
     "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
-    "--ranks, one a GPU (--gpus is the same); --zero says what they divide": "ddp fsdp devices",
+    "--ranks, one a GPU; --zero says what they divide": "ddp fsdp devices",
     "--train FOLDER, which handgrad data makes": "dataset data data-dir data-path train-file tokenizer",
     "--preset (named sizes) or --init (a model on disk)": "model model-name model-type model-name-or-path arch",
     "--resume RUN": "resume-from resume-from-checkpoint load ckpt checkpoint load-checkpoint",

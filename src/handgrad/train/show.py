@@ -16,7 +16,7 @@ PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines
 def show(run: Run, given: Config, processes: list[int]) -> None:
     """Prints five facts and the settings that differ from the defaults; all of them with --verbose.
 
-    given: the settings before they were resolved;  processes: of the ranks, by which mpiexec names one that dies
+    given: the settings before they were resolved;  processes: of the ranks, by which mpiexec names one
     """
     console = Console(highlight=False, markup=False, emoji=False)
     table = Table.grid(padding=(0, 2, 0, 0))

@@ -50,7 +50,7 @@ class Trainer:
     model, optim, data   what to train, how, on what; data.batch_tokens is one optimizer step
     execution            micro-batch, memory and backend: how a step is executed
     precision            the element types; None: the best of the backend, as `dtype auto` of the command line
-    backend              an opened backend to run on; None opens the one that `execution` names. Where mpiexec has
+    backend              an opened backend to run on; None opens the one that `execution` names. Where a launcher has
                          started several ranks, all of them make the same trainer and the same calls
     start                the initial weights, and the seed of dropout
     out                  the run folder, for save and resume. Steps, validations and settings are written into it, so
