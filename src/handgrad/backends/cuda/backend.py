@@ -15,7 +15,7 @@ from handgrad.backends.cuda import cudnn as attention
 from handgrad.backends.cuda.alternatives import AddressOf, Alternatives
 from handgrad.backends.cuda.arena import CudaArena
 from handgrad.backends.cuda.cublaslt import CublasLt, GemmProblem
-from handgrad.backends.cuda.driver import Device, Mark, Module, launcher, tensor_map
+from handgrad.backends.cuda.driver import Device, Mark, Module, count, launcher, tensor_map
 from handgrad.backends.cuda.gemm_autotune import tune_gemms
 from handgrad.backends.cuda.graph import Graph, Graphs
 from handgrad.backends.cuda.libraries import load
@@ -158,7 +158,7 @@ class CudaBackend(Backend):
         self.comm = comm
         with ThreadPoolExecutor(1) as pool:  # while the driver creates its context
             pool.submit(_open_libraries)
-            self.device = Device(comm.local_rank)
+            self.device = Device(comm.local_rank if count() > 1 else 0)  # a launcher may show each rank its own
         self.pci_bus, self.tf32, self.deterministic = self.device.pci_bus, tf32, deterministic
         self.graphs = Graphs(self.device)
         self._blas = CublasLt(self.graphs, deterministic)

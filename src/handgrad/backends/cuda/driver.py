@@ -60,10 +60,9 @@ class Device:
         if version < 13000:
             rule = f"the NVIDIA driver is too old: it supports CUDA {version // 1000}.{version % 1000 // 10}, not 13"
             raise HandgradError("cuda", rule, hint="install driver 580 or newer")
-        count = check(cu.cuDeviceGetCount())
-        if index >= count:
+        if index >= count():
             hint = "CUDA_VISIBLE_DEVICES may hide some; nvidia-smi lists all; backend 'cpu' needs no GPU"
-            raise HandgradError("cuda", f"GPU {index} exists", f"{count} GPUs", hint=hint)
+            raise HandgradError("cuda", f"GPU {index} exists", f"{count()} GPUs", hint=hint)
         self.handle = check(cu.cuDeviceGet(index))
         self.name = check(cu.cuDeviceGetName(128, self.handle)).split(b"\0")[0].decode()
         self.version = version
@@ -246,11 +245,17 @@ def tensor_map(address: int, rows: int, columns: int) -> ctypes.Array:
     return (ctypes.c_uint64 * 16)(*[int(word) for word in check(tensor).opaque])
 
 
+def count() -> int:
+    """GPUs that this process sees."""
+    start()
+    return check(cu.cuDeviceGetCount())
+
+
 def find_gpus() -> list[tuple[str, tuple[int, int], int]]:
     """(name, compute capability, bytes of memory) of every GPU. Raises HandgradError if there is no driver."""
     start()
     found = []
-    for i in range(check(cu.cuDeviceGetCount())):
+    for i in range(count()):
         handle = check(cu.cuDeviceGet(i))
         kinds = cu.CUdevice_attribute
         major = check(cu.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
