@@ -307,8 +307,9 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_file_of_an_earlier_run_is_passed_over(tmp_path, answer):
+def test_file_of_an_earlier_run_is_passed_over(tmp_path, answer, monkeypatch):
     """Its port is another program's by now."""
+    monkeypatch.setattr(mesh, "ATTEMPT", 0.5)
     file = tmp_path / "meet"
     with service(ANSWERS[answer]) as port:
         file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": port}))
@@ -349,7 +350,7 @@ def test_programs_that_are_no_ranks_do_not_disturb(where):
 
 def test_rank_of_another_run_is_turned_away(where):
     """The run's own ranks meet all the same."""
-    calls = [arrival(0, 2, where, "a"), arrival(1, 2, where, "b", 1.0), arrival(1, 2, where, "a", delay=0.4)]
+    calls = [arrival(0, 2, where, "a"), arrival(1, 2, where, "b", 0.7), arrival(1, 2, where, "a", delay=0.4)]
     (first, other, second), _ = in_threads(calls)
     assert_met([first, second])
     assert isinstance(other, HandgradError) and "hint: is rank 0 running" in str(other)
@@ -414,9 +415,9 @@ def test_a_rendezvous_without_checks_is_caught(where, monkeypatch):
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_rank_that_never_comes_is_named_by_all_others(where, missing, monkeypatch, tmp_path):
-    monkeypatch.setattr(rendezvous, "LIMIT", 1.0)
-    results, seconds = in_threads([arrival(r, 3, where, seconds=1.0) for r in range(3) if r != missing])
-    refused(results, f"all 3 ranks come within 1 s, but these have not: {missing}")
+    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in range(3) if r != missing])
+    refused(results, f"all 3 ranks come within 0 s, but these have not: {missing}")
     assert seconds < 2.5 and not list(tmp_path.iterdir())
 
 
@@ -597,18 +598,35 @@ def test_rank_that_is_silent_is_noticed(fast):
         assert w.failure.rank == 1 and w.failure.is_gone and "it has not answered for" in str(w.failure)
 
 
-def test_a_watch_that_was_stopped_itself_does_not_blame_others(fast, monkeypatch):
-    """Its clock jumps, as after SIGSTOP and SIGCONT: that is no silence of others."""
+def failure_after_a_stop(monkeypatch):
+    """What a watch knows after its clock has jumped, as after SIGSTOP and SIGCONT of all ranks: no beats wait."""
     offset, real = [0.0], time.monotonic
     monkeypatch.setattr(watch.time, "monotonic", lambda: real() + offset[0])
     with linked(2) as links:
-        watches = [Watch(r, own) for r, own in enumerate(links_of(links))]
-        time.sleep(0.2)
+        own = links_of(links)
+        w = Watch(0, own[0])
+        time.sleep(0.1)
         offset[0] += 100.0
-        time.sleep(0.5)
-        assert all(w.failure is None for w in watches)
-        for w in watches:
-            w.close()
+        time.sleep(0.15)
+        for _ in range(10):
+            own[1][0].send(b"\n")
+            time.sleep(0.04)
+        own[1][0].send(b"bye\n")
+        w.join(3)
+        return w.failure
+
+
+def test_a_watch_that_was_stopped_itself_does_not_blame_others(fast, monkeypatch):
+    assert failure_after_a_stop(monkeypatch) is None
+
+
+def test_a_watch_that_counts_its_own_stop_is_caught(fast, monkeypatch):
+    """Mutation: `run` never sees that its own clock has jumped."""
+    code = Watch.run.__code__
+    longer = code.replace(co_consts=tuple(10**6 if c == 5 else c for c in code.co_consts))
+    assert longer.co_consts != code.co_consts
+    monkeypatch.setattr(Watch, "run", type(Watch.run)(longer, Watch.run.__globals__))
+    assert "it has not answered" in str(failure_after_a_stop(monkeypatch))
 
 
 def test_error_of_a_rank_reaches_all_others_once(fast):
