@@ -46,7 +46,7 @@ class Comm(ABC):
     def fail(self, text: str, code: int = 2) -> None:
         """Tells all others that this rank ends: their next call, or the one they wait in, raises RankError."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """Raises RankError if another rank is known to have failed."""
 
     def telling(self, hook: Callable) -> Callable:
@@ -58,7 +58,7 @@ class Comm(ABC):
 
         return tell
 
-    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:  # noqa: B027
         """Has `listener` called, by another thread, as soon as another rank has failed."""
 
     @abstractmethod
