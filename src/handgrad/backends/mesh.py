@@ -6,11 +6,12 @@ the other one belongs to the same run: a port may be another program's by now.
 
 import fcntl
 import json
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from handgrad.core.errors import HandgradError
 LIMIT = 28.0  # seconds until all ranks have found each other
 ATTEMPT = 2.0  # seconds for an answer on one address
 PAUSE = 0.02  # seconds between two attempts
+LOOK = 0.2  # seconds between looks at whether waiting still makes sense
 LONGEST = 1 << 20  # bytes of a message
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: an interface's IPv4 address
 Link = tuple[int, str]  # another rank, and the channel
@@ -97,7 +99,7 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
     """A connection to a rank that has answered as that rank of this run."""
     while True:
         for host in peer.hosts:
-            answered = ask(host, peer.port, hello, ATTEMPT)
+            answered = ask(host, peer.port, hello)
             if answered is not None:
                 connection, answer = answered
                 if answer == {"run": hello["run"], "rank": rank}:
@@ -109,15 +111,20 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
         time.sleep(PAUSE)
 
 
-def ask(host: str, port: int, message: dict[str, Any], seconds: float) -> tuple[socket.socket, dict] | None:
-    """A connection to what listens there, and its answer within so many seconds; None if there is none."""
+def ask(
+    host: str, port: int, message: dict[str, Any], waits: Callable[[], bool] = lambda: False
+) -> tuple[socket.socket, dict] | None:
+    """A connection to what listens there, and its answer; None if there is none within `ATTEMPT` seconds, which count
+    once `waits` is false."""
     try:
         connection = socket.create_connection((host, port), ATTEMPT)
     except OSError:
         return None
     try:
         send(connection, message)
-        connection.settimeout(seconds)
+        while waits() and not select.select([connection], [], [], LOOK)[0]:
+            pass
+        connection.settimeout(ATTEMPT)
         return connection, receive(connection)
     except (OSError, ValueError):
         connection.close()

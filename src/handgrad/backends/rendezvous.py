@@ -5,14 +5,16 @@ Each rank tells rank 0 where it listens, and gets the addresses of all. An error
 
 import json
 import os
+import re
 import secrets
+import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handgrad.backends.mesh import LIMIT, PAUSE, Listener, Peer, addresses, ask, left, send
+from handgrad.backends.mesh import LIMIT, LOOK, PAUSE, Listener, Peer, addresses, ask, send
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
@@ -21,17 +23,25 @@ LOOPBACK = "127.0.0.1"
 Table = tuple[list[Peer], str]  # where every rank listens; what only the ranks of this run know
 
 
-def meet(rank: int, world: int, where: str, run: str, listener: Listener, end: float) -> Table:
+def nobody() -> str:
+    """For ranks that know nothing of each other's processes."""
+    return ""
+
+
+def meet(
+    rank: int, world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str] = nobody
+) -> Table:
     """Where all ranks listen. Raises HandgradError, at the time `end`, if one does not come.
 
     where: "HOST:PORT", at which rank 0 listens, or the path of a file that rank 0 writes
     run: a name of this run; ranks of another one are turned away
+    lost: what is known of a process that has ended, "" while none has; it is not waited for
     """
     if rank == 0:
-        return _lead(world, where, run, listener, end)
+        return _lead(world, where, run, listener, end, lost)
     hello = {"run": run, "rank": rank, "world": world, "port": listener.port, "hosts": addresses()}
     hello["version"] = own_version()
-    answer, host = _ask(hello, where, end)
+    answer, host = _ask(hello, where, end, lost)
     if "error" in answer:
         raise HandgradError("ranks", answer["error"])
     (hosts, port), *others = answer["peers"]
@@ -40,6 +50,8 @@ def meet(rank: int, world: int, where: str, run: str, listener: Listener, end: f
 
 def listen(rank: int, where: str) -> Listener:
     """The listener of a rank that `meet` takes. Raises HandgradError if rank 0 cannot have the port."""
+    if re.fullmatch(r"[^/]+:\d+", where) and not address(where):
+        raise HandgradError("ranks", "the port of HOST:PORT is one of 1 to 65535", where)
     host, port = address(where) or ("", 0)
     own = LOOPBACK if host in (LOOPBACK, "localhost") else ""
     try:
@@ -52,10 +64,10 @@ def listen(rank: int, where: str) -> Listener:
 def address(where: str) -> tuple[str, int] | None:
     """The host and port of "HOST:PORT"; None for anything else, a path."""
     host, colon, port = where.rpartition(":")
-    return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and int(port) < 1 << 16 else None
+    return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and 0 < int(port) < 1 << 16 else None
 
 
-def _lead(world: int, where: str, run: str, listener: Listener, end: float) -> Table:
+def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str]) -> Table:
     """Rank 0: waits for all others, and tells each where all listen."""
     token = secrets.token_hex(8)
     own = [addresses(), listener.port]
@@ -63,22 +75,30 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float) -> T
     if file is not None:
         write_text(file, json.dumps({"hosts": own[0], "port": own[1]}))
     waiting: dict[int, tuple[socket.socket, list]] = {}
+    refused: list[socket.socket] = []
     try:
         error = ""
         while len(waiting) < world - 1 and not error:
             try:
-                connection, hello = listener.accept(end)
+                connection, hello = listener.accept(min(end, time.monotonic() + LOOK))
             except TimeoutError:
-                missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
-                error = f"all {world} ranks come within {LIMIT:.0f} s, but these have not: {missing}"
-                break
-            if hello.get("run") != run or not isinstance(hello.get("rank"), int):
-                connection.close()
+                error = lost()
+                if not error and time.monotonic() >= end:
+                    missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
+                    error = f"all {world} ranks come within {LIMIT:.0f} s, but these have not: {missing}"
                 continue
+            if hello.get("run") != run or not isinstance(hello.get("rank"), int):
+                with connection:
+                    _tell(connection, {"another run": run})
+                continue
+            _forget_those_that_left(waiting)
             error = _mistake(hello, world, waiting)
-            waiting[hello["rank"]] = connection, [hello.get("hosts"), hello.get("port")]
+            if error:
+                refused.append(connection)
+            else:
+                waiting[hello["rank"]] = connection, [hello.get("hosts"), hello.get("port")]
         peers = [own, *(waiting[r][1] for r in sorted(waiting))]
-        for connection, _ in waiting.values():
+        for connection in [*(connection for connection, _ in waiting.values()), *refused]:
             with connection:
                 _tell(connection, {"error": error} if error else {"peers": peers, "run": token})
     finally:
@@ -101,6 +121,15 @@ def _mistake(hello: dict[str, Any], world: int, waiting: dict[int, Any]) -> str:
     return ""
 
 
+def _forget_those_that_left(waiting: dict[int, tuple[socket.socket, list]]) -> None:
+    """Forgets ranks that have ended: they may have been started again. A rank that waits sends nothing, so what can be
+    read is the end of its connection."""
+    for rank, (connection, _) in list(waiting.items()):
+        if select.select([connection], [], [], 0)[0]:
+            connection.close()
+            del waiting[rank]
+
+
 def _tell(connection: socket.socket, answer: dict[str, Any]) -> None:
     try:
         send(connection, answer)
@@ -108,18 +137,28 @@ def _tell(connection: socket.socket, answer: dict[str, Any]) -> None:
         pass
 
 
-def _ask(hello: dict[str, Any], where: str, end: float) -> tuple[dict, str]:
+def _ask(hello: dict[str, Any], where: str, end: float, lost: Callable[[], str]) -> tuple[dict, str]:
     """The answer of rank 0, and the host at which it was reached."""
-    while time.monotonic() < end:
-        for host, port in _places(where):
-            answered = ask(host, port, hello, left(end) + 1)
+    got = "no answer"
+    while time.monotonic() < end and not lost():
+        for place in _places(where):
+
+            def waits(place: tuple[str, int] = place) -> bool:
+                """Whether rank 0 may be what was asked: a file of an earlier run is written anew."""
+                return time.monotonic() < end and place in _places(where) and not lost()
+
+            answered = ask(*place, hello, waits)
             if answered is not None:
                 answered[0].close()
-                return answered[1], host
+                if answered[1].keys() & {"peers", "error"}:
+                    return answered[1], place[0]
+                got = "rank 0 of another run"
         time.sleep(PAUSE)
+    if lost():
+        raise HandgradError("ranks", lost())
     rule = f"rank 0 answers at {where} within {LIMIT:.0f} s" if address(where) else f"rank 0 writes '{where}'"
     hint = "is rank 0 running, and is --rendezvous the same for all?"
-    raise HandgradError("ranks", rule, "no answer", hint=hint)
+    raise HandgradError("ranks", rule, got, hint=hint)
 
 
 def _places(where: str) -> Iterator[tuple[str, int]]:

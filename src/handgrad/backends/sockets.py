@@ -31,8 +31,8 @@ class Sockets(Comm):
 
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         self.check()
-        out = {r: memoryview(send[r].data) for r in self._data if send[r].size}
-        into = {r: memoryview(receive[r].data) for r in self._data if receive[r].size}
+        out = {r: send[r].data for r in self._data if send[r].size}
+        into = {r: receive[r].data for r in self._data if receive[r].size}
         begin = time.monotonic()
         while out or into:
             if not (self._send(out) + self._receive(into)):

@@ -27,7 +27,7 @@ class Watch(threading.Thread):
     def __init__(self, rank: int, links: dict[int, socket.socket], fate: Callable[[int], str] = lambda rank: ""):
         super().__init__(daemon=True)
         self.rank, self.failure = rank, None
-        self._links, self._fate = dict(links), fate
+        self._links, self._peers, self._fate = dict(links), list(links.values()), fate
         self._heard = dict.fromkeys(links, time.monotonic())
         self._text = dict.fromkeys(links, "")
         self._listeners: list[Callable[[RankError], None]] = []
@@ -102,7 +102,7 @@ class Watch(threading.Thread):
                 listener(failure)
 
     def _tell(self, line: str) -> None:
-        for link in list(self._links.values()):
+        for link in self._peers:
             try:
                 link.send(line.encode() + b"\n")
             except OSError:  # gone, which reading tells, or stopped for long

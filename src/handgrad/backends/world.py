@@ -19,7 +19,7 @@ from functools import partial
 from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.mesh import LIMIT, Listener, connect
 from handgrad.backends.mpi import has_mpi4py, open_mpi
-from handgrad.backends.rendezvous import LOOPBACK, listen, meet, same_machine
+from handgrad.backends.rendezvous import LOOPBACK, listen, meet, nobody, same_machine
 from handgrad.backends.sockets import CHANNELS, Sockets
 from handgrad.backends.watch import Watch
 from handgrad.core.errors import HandgradError
@@ -78,16 +78,18 @@ def open_comm(asked: Asked = Asked()) -> Comm:
 
 def _open(asked: Asked, env: Mapping[str, str]) -> Comm:
     if OWN in env:
-        rank, world, port, run = env[OWN].split()
-        own = Place("handgrad", int(rank), int(world), int(rank), int(world), f"{LOOPBACK}:{port}", run)
-        return open_sockets(own, listen(own.rank, own.where))
+        return _started(env[OWN])
     place = launched(env)
-    if asked.ranks > 1 or asked.rank is not None:
+    if asked.per_machine and asked.rank is None:
+        raise HandgradError("ranks", "--ranks-per-machine goes with --rank", "no --rank", hint="--rank, --rendezvous")
+    if asked.ranks > 0 or asked.rank is not None:
         if place is not None and place.world > 1:
-            rule = f"{place.by} has started {place.world} ranks, and the command line asks for {asked.ranks} more"
-            raise HandgradError("ranks", rule, hint="leave out --ranks, or the launcher")
+            more = asked.ranks or "one"
+            rule = f"{place.by} has started {place.world} ranks, and the command line asks for {more} more"
+            raise HandgradError("ranks", rule, hint="leave out --ranks and --rank, or the launcher")
+    if asked.ranks > 1 or asked.rank is not None:
         if asked.rank is None:
-            if asked.rendezvous or asked.per_machine:
+            if asked.rendezvous:
                 rule = "ranks that meet elsewhere are started one by one"
                 raise HandgradError("ranks", rule, "no --rank", hint="--rank, from 0 to --ranks - 1")
             return start(asked.ranks, asked.argv)
@@ -108,8 +110,12 @@ def _open(asked: Asked, env: Mapping[str, str]) -> Comm:
 def by_hand(asked: Asked) -> Place:
     """What the command line says of one rank."""
     rank, world, local = asked.rank, asked.ranks, asked.per_machine or asked.ranks
+    if not world:
+        raise HandgradError("ranks", "--rank is the number of one of --ranks", "no --ranks", hint="--ranks, of the run")
     if rank is None or not 0 <= rank < world:
         raise HandgradError("ranks", f"--rank is one of 0 to {world - 1}, below --ranks {world}", rank)
+    if asked.rendezvous and world == 1:
+        raise HandgradError("ranks", "--rendezvous is where several ranks meet", "one rank", hint="--ranks")
     if not asked.rendezvous and world > 1:
         hint = "--rendezvous HOST:PORT of rank 0, or a file that all see"
         raise HandgradError("ranks", "ranks that are started one by one meet somewhere", "no --rendezvous", hint=hint)
@@ -121,7 +127,10 @@ def launched(env: Mapping[str, str]) -> Place | None:
 
     Slurm sets variables for a batch script, too, in which one process runs: only those of a step count.
     """
-    found = [place for place in (_torchrun(env), _openmpi(env), _mpich(env), _slurm(env)) if place is not None]
+    slurm, mpich = _slurm(env), _mpich(env)
+    if slurm and mpich and "MPI_LOCALRANKID" not in env and (slurm.rank, slurm.world) == (mpich.rank, mpich.world):
+        mpich = None  # srun --mpi=pmi2 sets these: Slurm knows the machines
+    found = [place for place in (_torchrun(env), _openmpi(env), mpich, slurm) if place is not None]
     mpis = [place for place in found if place.by in ("MPICH", "Open MPI")]
     if len({(place.rank, place.world) for place in mpis}) > 1:
         told = " and ".join(f"{place.by}: rank {place.rank} of {place.world}" for place in mpis)
@@ -193,12 +202,15 @@ def first_host(nodes: str) -> str:
 
 
 def open_sockets(
-    place: Place, listener: Listener | None = None, fate: Callable[[int], str] = lambda rank: ""
+    place: Place,
+    listener: Listener | None = None,
+    fate: Callable[[int], str] = lambda rank: "",
+    lost: Callable[[], str] = nobody,
 ) -> Sockets:
-    """The ranks of a place, connected."""
+    """The ranks of a place, connected. fate: as in `Watch`; lost: as in `meet`."""
     end = time.monotonic() + LIMIT
     listener = listener or listen(place.rank, place.where)
-    peers, token = meet(place.rank, place.world, place.where, place.run, listener, end)
+    peers, token = meet(place.rank, place.world, place.where, place.run, listener, end, lost)
     links = connect(place.rank, peers, token, listener, CHANNELS, end)
     listener.close()
     watch = Watch(place.rank, {r: link for (r, channel), link in links.items() if channel == "watch"}, fate)
@@ -209,23 +221,50 @@ def open_sockets(
     return comm
 
 
+def _started(told: str) -> Comm:
+    """This process as one that `start` has started. Raises SystemExit for an error that another rank prints."""
+    rank, world, port, parent = map(int, told.split()[:4])
+    place = Place("handgrad", rank, world, rank, world, f"{LOOPBACK}:{port}", told.split()[4])
+
+    def lost() -> str:
+        return "" if os.getppid() == parent else "rank 0: its process has ended"
+
+    try:
+        return open_sockets(place, listen(rank, place.where), lost=lost)
+    except HandgradError:
+        if rank == 1 and lost():
+            raise
+        raise SystemExit(2) from None
+
+
 def start(world: int, argv: Sequence[str]) -> Comm:
     """This process as rank 0, and the others, which repeat the command, as processes of their own on this machine."""
     listener, run = Listener(LOOPBACK), secrets.token_hex(8)
     where = f"{LOOPBACK}:{listener.port}"
     others: dict[int, subprocess.Popen] = {}
     for rank in range(1, world):
-        env = os.environ | {OWN: f"{rank} {world} {listener.port} {run}"}
+        env = os.environ | {OWN: f"{rank} {world} {listener.port} {os.getpid()} {run}"}
         command = [sys.executable, "-P", "-m", "handgrad.cli", *argv]
         others[rank] = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
     atexit.register(_end, others)
-    return open_sockets(Place("handgrad", 0, world, 0, world, where, run), listener, partial(_fate, others))
 
+    def lost() -> str:
+        ends = ((rank, _fate(others, rank, 0.0)) for rank in others)
+        return next((f"rank {rank}: {end}" for rank, end in ends if end), "")
 
-def _fate(others: Mapping[int, subprocess.Popen], rank: int) -> str:
-    """How the process of a rank has ended."""
+    place = Place("handgrad", 0, world, 0, world, where, run)
     try:
-        code = others[rank].wait(timeout=1.0)
+        return open_sockets(place, listener, partial(_fate, others), lost)
+    except BaseException:
+        for process in others.values():
+            process.kill()
+        raise
+
+
+def _fate(others: Mapping[int, subprocess.Popen], rank: int, seconds: float = 1.0) -> str:
+    """How the process of a rank has ended, if it does within so many seconds."""
+    try:
+        code = others[rank].wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         return ""
     return f"its process was ended by signal {-code}" if code < 0 else f"its process has ended with exit code {code}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from handgrad.backends.comm import Comm
+from handgrad.backends.comm import Comm, RankError
 from handgrad.backends.world import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
@@ -125,9 +125,12 @@ def rescue(run: Run, log: Log, lock: Lock | None, error: BaseException) -> None:
     trainer, comm = run.trainer, run.trainer.comm
     step = trainer.last_step
     comm.fail(str(error) or type(error).__name__, exit_code(error))
-    if step == run.done or trainer.skips > run.config.optim.max_skipped:  # nothing new, or nothing good
+    is_gone = isinstance(error, RankError) and error.is_gone  # and its share of the state with it
+    if step == run.done or trainer.skips > run.config.optim.max_skipped or is_gone:  # nothing new, good or whole
         with suppress(Exception):
             trainer.wait_saved()  # the log is still open, and the folder locked
+        if is_gone and step > run.done:
+            error.add_note("The steps since the last checkpoint are lost.")
         return
     try:
         trainer.comm = comm.after_failure()
