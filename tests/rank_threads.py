@@ -2,7 +2,7 @@
 
 import threading
 
-from handgrad.backends.comm import Alone, RankError, open_threads
+from handgrad.backends.ranks.comm import Alone, RankError, open_threads
 
 
 def on_ranks(world, work):

@@ -21,8 +21,8 @@ from rank_threads import on_ranks
 
 import handgrad as hg
 from handgrad.backends.arena import HostMemory
-from handgrad.backends.comm import Planned, RankError, Threads
 from handgrad.backends.cpu import CpuBackend
+from handgrad.backends.ranks.comm import Planned, RankError, Threads
 from handgrad.backends.ref import RefBackend, RefExecutable
 from handgrad.cli.__main__ import main
 from handgrad.core import streams
@@ -510,7 +510,7 @@ def test_error_on_one_rank_ends_all_with_one_message_and_a_checkpoint(text):
 
 FULL = """
 import resource, sys
-from handgrad.backends.world import open_comm
+from handgrad.backends.ranks.world import open_comm
 from handgrad.cli.__main__ import main
 from handgrad.core import streams
 if open_comm().rank == 0:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rank_threads import on_ranks
 
-from handgrad.backends.comm import RankError, Threads
+from handgrad.backends.ranks.comm import RankError, Threads
 from handgrad.core.errors import HandgradError
 
 pytest.importorskip("cuda.bindings", reason="the driver's bindings come with handgrad[cuda]")

@@ -377,7 +377,7 @@ def test_end_of_the_first_rank_before_ranks_have_met_ends_the_others():
 IMPATIENT = """
 import sys
 if "train" in sys.orig_argv:
-    from handgrad.backends import watch, world, sockets
+    from handgrad.backends.ranks import watch, world, sockets
     watch.SILENCE, watch.BEAT, world.END, sockets.LAST_SECONDS = 1.2, 0.15, 0.4, 0.4
 """
 

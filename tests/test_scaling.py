@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import handgrad as hg
-from handgrad.backends.comm import Planned
 from handgrad.backends.cuda.planner import GPUS
+from handgrad.backends.ranks.comm import Planned
 from handgrad.backends.ref import RefBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError

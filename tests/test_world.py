@@ -14,12 +14,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from handgrad.backends import mesh, rendezvous, watch, world
-from handgrad.backends.comm import Alone, RankError
-from handgrad.backends.mesh import Listener, addresses
-from handgrad.backends.sockets import CHANNELS, Sockets
-from handgrad.backends.watch import Watch
-from handgrad.backends.world import Asked, first_host, launched
+from handgrad.backends.ranks import mesh, rendezvous, watch, world
+from handgrad.backends.ranks.comm import Alone, RankError
+from handgrad.backends.ranks.mesh import Listener, addresses
+from handgrad.backends.ranks.sockets import CHANNELS, Sockets
+from handgrad.backends.ranks.watch import Watch
+from handgrad.backends.ranks.world import Asked, first_host, launched
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 

@@ -41,8 +41,8 @@ import numpy as np
 from handgrad import backends
 from handgrad.backends.arena import NUMPY, HostArena
 from handgrad.backends.base import Backend, Executable
-from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.cuda.planner import GPUS, describe
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.backends.ref import RefBackend
 from handgrad.core.arguments import kernel_words
 from handgrad.core.dtypes import DType

@@ -1,7 +1,7 @@
 """Backends turn a list of calls into running code. `BACKENDS` is the table of all."""
 
 from handgrad.backends.base import Backend
-from handgrad.backends.comm import Alone, Comm
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.backends.ref import RefBackend
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from handgrad.backends.base import Arena
-from handgrad.backends.comm import Comm
+from handgrad.backends.ranks.comm import Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import memory_limits
 from handgrad.core.op import Call, MicroBatch

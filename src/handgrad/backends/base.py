@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.comm import Alone, Comm
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan, plan
 from handgrad.core.program import Program, Segment

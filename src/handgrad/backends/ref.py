@@ -15,7 +15,7 @@ import numpy as np
 
 from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, HostArena, HostMemory
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.comm import Alone, Comm
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan
 from handgrad.core.program import Program, Segment

@@ -7,8 +7,8 @@ import tyro
 
 from handgrad.backends import open_backend, resolve_name
 from handgrad.backends.base import Planner
-from handgrad.backends.comm import Planned
 from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
+from handgrad.backends.ranks.comm import Planned
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole

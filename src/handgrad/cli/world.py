@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from handgrad.backends.world import Asked
+from handgrad.backends.ranks.world import Asked
 from handgrad.cli.flags import full_names, parse
 from handgrad.train.config import WorldConfig
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from handgrad.backends.comm import Comm, RankError
+from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.core.errors import HandgradError
 from handgrad.train.interrupt import EXIT_CODE
 

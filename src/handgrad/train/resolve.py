@@ -12,7 +12,7 @@ import handgrad.data as hg_data
 from handgrad import evals, tokenizers
 from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.backends.base import Backend
-from handgrad.backends.comm import Alone, Comm
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision

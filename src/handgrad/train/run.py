@@ -9,8 +9,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from handgrad.backends.comm import Comm, RankError
-from handgrad.backends.world import open_comm
+from handgrad.backends.ranks.comm import Comm, RankError
+from handgrad.backends.ranks.world import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected

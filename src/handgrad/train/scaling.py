@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from handgrad.backends.comm import Planned
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
+from handgrad.backends.ranks.comm import Planned
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import real, whole
 from handgrad.core.op import ONLY, Call, MicroBatch, Phase

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from handgrad.backends.base import Arena
-from handgrad.backends.comm import Comm
+from handgrad.backends.ranks.comm import Comm
 from handgrad.core.program import STATE, Program
 
 PARAM, GRAD = "param", "grad"

@@ -10,8 +10,8 @@ import numpy as np
 
 from handgrad.backends.arena import HostArena
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.cpu.library import library, processor
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core import limits
 from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from handgrad.backends.base import Arena, Backend, Executable
-from handgrad.backends.comm import Alone, Comm
 from handgrad.backends.cuda import cudnn as attention
 from handgrad.backends.cuda.alternatives import AddressOf, Alternatives
 from handgrad.backends.cuda.arena import CudaArena
@@ -23,6 +22,7 @@ from handgrad.backends.cuda.nccl import Nccl
 from handgrad.backends.cuda.nvrtc import Source, compile_all, compiler
 from handgrad.backends.cuda.peaks import peaks
 from handgrad.backends.cuda.planner import GpuPlanner, describe
+from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.arguments import kernel_words
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import ONLY, Call, MicroBatch, Op, When, resolve_number, resolve_pointer

@@ -13,9 +13,9 @@ import time
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
-from handgrad.backends.comm import Comm, RankError
 from handgrad.backends.cuda.driver import Device
 from handgrad.backends.cuda.libraries import load
+from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.core.errors import HandgradError
 
 SUCCESS, IN_PROGRESS, SUM = 0, 7, 0  # ncclResult_t, ncclRedOp_t

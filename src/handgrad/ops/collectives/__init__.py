@@ -1,5 +1,5 @@
-"""Collectives: what ranks exchange inside a step. On the host an engine runs them (backends/comm.py), on GPUs NCCL
-does; see README.md."""
+"""Collectives: what ranks exchange inside a step. A Comm runs them on the host (backends/ranks/comm.py), NCCL on GPUs;
+see README.md."""
 
 from typing import Any
 

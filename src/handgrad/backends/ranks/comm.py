@@ -16,7 +16,7 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 
 if TYPE_CHECKING:
-    from handgrad.backends.watch import Watch
+    from handgrad.backends.ranks.watch import Watch
 
 MESSAGE = 1 << 26  # bytes that go to one rank at a time, at most
 CHUNK = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from handgrad.backends.comm import RankError
+from handgrad.backends.ranks.comm import RankError
 
 BEAT = 1.0  # seconds
 SILENCE = 20.0  # seconds without a beat after which a rank counts as gone

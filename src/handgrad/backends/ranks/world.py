@@ -16,12 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from handgrad.backends.comm import Alone, Comm
-from handgrad.backends.mesh import LIMIT, Listener, connect
-from handgrad.backends.mpi import has_mpi4py, open_mpi
-from handgrad.backends.rendezvous import LOOPBACK, listen, meet, nobody, same_machine
-from handgrad.backends.sockets import CHANNELS, Sockets
-from handgrad.backends.watch import Watch
+from handgrad.backends.ranks.comm import Alone, Comm
+from handgrad.backends.ranks.mesh import LIMIT, Listener, connect
+from handgrad.backends.ranks.mpi import has_mpi4py, open_mpi
+from handgrad.backends.ranks.rendezvous import LOOPBACK, listen, meet, nobody, same_machine
+from handgrad.backends.ranks.sockets import CHANNELS, Sockets
+from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 
 OWN = "HANDGRAD_RANK"  # by which a rank that `start` has started knows what it is

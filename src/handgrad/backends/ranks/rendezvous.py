@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handgrad.backends.mesh import LIMIT, LOOK, PAUSE, Listener, Peer, addresses, ask, send
+from handgrad.backends.ranks.mesh import LIMIT, LOOK, PAUSE, Listener, Peer, addresses, ask, send
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version

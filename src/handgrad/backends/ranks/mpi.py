@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.comm import Comm
-from handgrad.backends.mesh import LIMIT, Listener, Peer, addresses, connect
-from handgrad.backends.watch import Watch
+from handgrad.backends.ranks.comm import Comm
+from handgrad.backends.ranks.mesh import LIMIT, Listener, Peer, addresses, connect
+from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from handgrad.backends.comm import Comm, RankError
-from handgrad.backends.mesh import Links
-from handgrad.backends.watch import Watch
+from handgrad.backends.ranks.comm import Comm, RankError
+from handgrad.backends.ranks.mesh import Links
+from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 
 CHANNELS = ("watch", "data", "last")  # of a connection: for failures, for arrays, for the exchange after a failure
