@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -235,22 +236,16 @@ def ranks(world: int, jobs: list[dict], folder: Path, seconds: float) -> list[Re
         env = os.environ | {name: str(value) for name, value in own.items()}
         command = [sys.executable, __file__, "--worker", str(path)]
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    killer = subprocess.Popen(["sleep", str(seconds)])
-    try:
-        for process in processes:
-            for line in process.stdout:
-                if line.startswith(RESULT):
-                    found.append(json.loads(line.removeprefix(RESULT)) | {"world": world})
-                    say(f"W={world} {brief(found[-1])}")
-            if killer.poll() is not None:
-                break
-    finally:
-        for process in processes:
-            try:
-                process.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        killer.kill()
+    ending = threading.Timer(seconds, lambda: [process.kill() for process in processes])
+    ending.start()
+    for process in processes:
+        for line in process.stdout:
+            if line.startswith(RESULT):
+                found.append(json.loads(line.removeprefix(RESULT)) | {"world": world})
+                say(f"W={world} {brief(found[-1])}")
+    for process in processes:
+        process.wait()
+    ending.cancel()
     say(f"W={world}: {len(found)} of {len(jobs)} jobs in {time.perf_counter() - begin:.0f} s")
     return found
 

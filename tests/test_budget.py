@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
-    "backends": 4200,
-    "train": 3250,
+    "backends": 4250,
+    "train": 3275,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,

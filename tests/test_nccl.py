@@ -1,9 +1,10 @@
 """The collectives of GPUs without any: NCCL is a fake that a test answers for, ranks are threads."""
 
 import ctypes
+import subprocess
+import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from rank_threads import on_ranks
@@ -121,36 +122,85 @@ def test_another_model_of_gpu_is_refused(monkeypatch):
         opened(monkeypatch, Library(), device=device)
 
 
-def failing(monkeypatch, waits, is_gone):
-    """(the library, the device) a moment after rank 1 has failed, while the host has waited so many seconds for the
-    device; the backstop that ends the process is left out."""
+class Watched:
+    """What a rank knows of the others."""
+
+    failure, is_over = None, False
+
+    def check(self):
+        if self.failure:
+            raise self.failure
+
+    def fail(self, text, code):
+        self.is_over, self.told = True, text
+
+
+def guarded(monkeypatch, waits, failure=None, is_over=False, answers=(0,)):
+    """(the library, the device, the watch) a moment after a failure, while the host waits so many seconds for the GPU:
+    an abort ends the wait."""
+    monkeypatch.setattr(nccl, "LOOK", 0.01)
     monkeypatch.setattr(nccl, "GRACE", 0.05)
     monkeypatch.setattr(nccl, "TOLD_GRACE", 0.3)
-    monkeypatch.setattr(nccl.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
-    listeners = []
-    monkeypatch.setattr(Threads, "on_failure", lambda self, listener: listeners.append(listener))
-    library = Library()
+    library, watch = Library(), Watched()
+    monkeypatch.setattr(Threads, "watch", watch)
+    monkeypatch.setattr(nccl.Nccl, "_guard", lambda self: None)
     (one, _) = opened(monkeypatch, library)
-    one._device.waits = waits
-    failure = RankError(1, "its process has ended", 1, is_gone=is_gone)
-    for listener in listeners:
-        if listener.__self__ is one:
-            listener(failure)
-    time.sleep(0.25)
-    return library, one._device
+    monkeypatch.undo()
+    for name, value in (("LOOK", 0.01), ("GRACE", 0.05), ("TOLD_GRACE", 0.3)):
+        monkeypatch.setattr(nccl, name, value)
+    one._comm.watch, one._comm.fail, library.answers = watch, watch.fail, list(answers)
+    one._device.waits, watch.failure, watch.is_over = waits, failure, is_over
+    aborted = library.ncclCommAbort
+
+    def abort(handle):
+        assert one._device.failure is not None  # known before the wait ends
+        one._device.waits = 0.0
+        return aborted(handle)
+
+    library.ncclCommAbort = abort
+    thread = threading.Thread(target=one._guard, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    return library, one._device, watch
+
+
+GONE, TOLD = RankError(1, "its process has ended", 1, is_gone=True), RankError(1, "a file is whole", 2)
 
 
 @pytest.mark.parametrize(
-    "waits, is_gone, is_aborted",
-    [(1.0, True, True), (0.0, True, False), (0.1, False, False), (1.0, False, True)],
-    ids=["waits for one that is gone", "does not wait", "may still be answered", "waits too long"],
+    "waits, failure, is_over, is_aborted",
+    [
+        (1.0, GONE, True, True),
+        (0.0, GONE, True, False),
+        (99.0, TOLD, True, False),  # the wait is older than the failure: the step may still end
+        (99.0, None, True, False),  # this rank's own
+        (99.0, None, False, False),
+    ],
+    ids=["one that is gone", "no wait", "one that has failed", "an own failure", "no failure"],
 )
-def test_communicator_is_aborted_where_the_host_waits_in_vain(monkeypatch, waits, is_gone, is_aborted):
-    """The failure is known before the abort, which ends the wait as if all were well."""
-    library, device = failing(monkeypatch, waits, is_gone)
-    assert bool(library.named("ncclCommAbort")) == is_aborted
-    assert (device.failure is not None) == is_aborted
-    device.waits = 9.0  # ends the thread that looks
+def test_wait_for_the_gpu_ends_where_it_would_last_for_ever(monkeypatch, waits, failure, is_over, is_aborted):
+    library, device, _ = guarded(monkeypatch, waits, failure, is_over)
+    assert bool(library.named("ncclCommAbort")) == is_aborted == (device.failure is not None)
+    time.sleep(0.3)
+    assert bool(library.named("ncclCommAbort")) == (is_over and waits > 0)
+    assert device.failure is None or (failure or device.failure) is device.failure
+
+
+def test_failure_of_the_network_ends_the_wait_and_is_told_to_all(monkeypatch):
+    library, device, watch = guarded(monkeypatch, 1.0, answers=[6])
+    assert library.named("ncclCommAbort") and "a collective failed: unhandled system error" in str(device.failure)
+    assert "a collective failed" in watch.told
+
+
+def test_process_ends_where_an_abort_does_not_free_it(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(nccl.os, "_exit", lambda code: ended.set() or time.sleep(9))
+    monkeypatch.setattr(nccl, "LOOK", 0.01)
+    monkeypatch.setattr(nccl, "EXIT", 0.05)
+    (one, _) = opened(monkeypatch, Library())
+    one._device.waits = 1.0
+    threading.Thread(target=one._abort, args=[GONE], daemon=True).start()
+    assert ended.wait(2) and "[rank 1] its process has ended" in capsys.readouterr().err
 
 
 def test_wait_of_the_host_raises_what_has_ended_it(monkeypatch):
@@ -182,16 +232,64 @@ def test_wait_of_the_host_raises_what_has_ended_it(monkeypatch):
     assert seen[0] >= 0.05 and device.waited() == 0.0
 
 
-@pytest.mark.parametrize("busy, failure", [(True, None), (False, RankError(1, "gone"))])
-def test_process_ends_at_once_where_the_gpu_would_keep_it(monkeypatch, busy, failure):
+@pytest.mark.parametrize("busy, failure, stuck", [(False, None, False), (True, None, True), (False, GONE, True)])
+def test_process_is_stuck_where_the_gpu_would_keep_it(monkeypatch, busy, failure, stuck):
     monkeypatch.setattr(nccl, "GRACE", 0.05)
-    ended = []
-    monkeypatch.setattr(nccl.atexit, "_run_exitfuncs", lambda: ended.append("cleaned"))
-    monkeypatch.setattr(nccl.os, "_exit", ended.append)
     (one, other) = opened(monkeypatch, Library())
-    other._comm.leave(2)
-    assert ended == []
     one._device.busy, one._device.failure = busy, failure
-    one._comm.leave(7)
-    assert ended == ["cleaned", 7]
+    assert one._comm.is_stuck() == stuck and not other._comm.is_stuck()
     assert ctypes.sizeof(nccl.Id) == 128
+
+
+STUCK = """
+import sys
+from handgrad.backends.ranks.world import Asked, open_comm
+from handgrad.core.errors import HandgradError
+from handgrad.train.ranks import together
+
+class Hangs:
+    def __del__(self):
+        import time
+        time.sleep(60)  # as a GPU whose queue never ends
+
+comm = open_comm(Asked(2, int(sys.argv[1]), 0, sys.argv[2]))
+keep = Hangs()
+comm.is_stuck = lambda: True
+with together(comm):
+    if comm.rank == 1:
+        raise {error}
+    comm.total(1.0)
+"""
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        ("HandgradError('data', 'a file is whole')", 2, "[rank 1] [data] a file is whole"),
+        ("KeyError('bug')", 1, "KeyError: 'bug'"),
+    ],
+)
+def test_process_that_is_stuck_says_why_it_ends(tmp_path, error, code, text):
+    command = [sys.executable, "-c", STUCK.replace("{error}", error)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in (0, 1)
+    ]
+    told = "".join(process.communicate(timeout=30)[0] for process in ranks)
+    assert [process.returncode for process in ranks] == [code, code] and text in told
+
+
+def test_script_that_ends_by_an_error_is_not_kept_by_its_gpu(tmp_path):
+    """Without `together`, as a script that uses hg.Trainer."""
+    script = STUCK.replace("with together(comm):", "if True:").replace("{error}", "KeyError('bug')")
+    command = [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in (0, 1)
+    ]
+    told = "".join(process.communicate(timeout=30)[0] for process in ranks)
+    assert [process.returncode for process in ranks] == [1, 1] and "KeyError: 'bug'" in told

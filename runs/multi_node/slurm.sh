@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # GPT-2 124M on 2 machines with 8 GPUs each, by Slurm: sbatch runs/multi_node/slurm.sh
 #
-# edit   the lines of #SBATCH: machines, and GPUs of each (as tasks, too); your partition and account. Every task must
-#        see all GPUs of its machine, so leave out --gpus-per-task. Two minutes before the time is over, --signal has
-#        the run save a checkpoint and stop; the next job resumes it
+# edit   the lines of #SBATCH: machines, and GPUs of each (as tasks, too); your partition and account. Two
+#        minutes before the time is over, --signal has the run save a checkpoint and stop; the next job resumes it
 # needs  handgrad on every machine; one disk for runs/ and data/fineweb (handgrad data fineweb --out data/fineweb)
 #SBATCH --job-name=gpt2-124m
 #SBATCH --nodes=2

@@ -63,9 +63,9 @@ def from_file(path: Path) -> dict[str, Any]:
     if path.name == SETTINGS:  # of a run, which has its own folder
         own = {"out", "resume", "config", *RANKS}
         values = {name: value for name, value in values.items() if name not in own}
-    if "config" in values:
+    if values.get("config"):
         raise HandgradError("config", f"'{path}' names no other file of settings", repr(values["config"]))
-    for name in (name for name in RANKS if name in values):
+    for name in (name for name in RANKS if values.pop(name, None)):
         rule = "ranks belong to a command: each starts its own"
         raise HandgradError("config", rule, f"'{name}' in '{path}'", hint=f"the flag --{name.replace('_', '-')}")
     known = dict(flags(Config))

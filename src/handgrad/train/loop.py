@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handgrad import evals
+from handgrad.backends.ranks.comm import RankError
 from handgrad.core.errors import HandgradError
 from handgrad.infer import Sampling
 from handgrad.io import checkpoint
@@ -195,6 +196,8 @@ def sample(run: Run) -> str:
     try:
         ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, drawable=drawable)
         return run.tokenizer.decode([*run.prompt, *ids])
+    except RankError:
+        raise
     except HandgradError as error:
         return f"no sample: {error}"
 

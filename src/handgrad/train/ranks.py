@@ -1,8 +1,11 @@
 """What differs between the ranks of a run: rank 0 writes, shows and prints errors; the others follow it in silence."""
 
+import atexit
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from handgrad.backends.ranks.comm import Comm, RankError
@@ -64,11 +67,17 @@ def together(comm: Comm) -> Iterator[None]:
         comm.fail(str(error) or type(error).__name__, code)
         if comm.rank == spokesman(error) and isinstance(error, HandgradError):
             print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
-        try:
-            comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
-        except HandgradError:  # a rank that does not answer
-            pass
-        comm.leave(code)
+        if not (isinstance(error, RankError) and error.is_gone):
+            with suppress(HandgradError):  # a rank that does not answer
+                comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
+        if comm.is_stuck():  # what Python frees would wait for the device
+            if not isinstance(error, HandgradError | KeyboardInterrupt):
+                traceback.print_exception(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            comm.is_stuck = lambda: False  # type: ignore[method-assign]  # has been seen to
+            atexit._run_exitfuncs()  # which end the ranks that this one has started
+            os._exit(code)
         if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):
             raise SystemExit(code) from None
         raise

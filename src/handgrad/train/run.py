@@ -122,40 +122,61 @@ def rescue(run: Run, log: Log, lock: Lock | None, error: BaseException) -> None:
 
     Several ranks save if the error has reached all of them after the same step, with its parameters and states whole.
     """
-    trainer, comm = run.trainer, run.trainer.comm
-    step = trainer.last_step
-    comm.fail(str(error) or type(error).__name__, exit_code(error))
-    is_gone = isinstance(error, RankError) and error.is_gone  # and its share of the state with it
-    if step == run.done or trainer.skips > run.config.optim.max_skipped or is_gone:  # nothing new, good or whole
+    trainer = run.trainer
+    trainer.comm.fail(str(error) or type(error).__name__, exit_code(error))
+    try:
+        if agree_to_save(run, error):
+            save_last(run, log, lock, error)
+    finally:
         with suppress(Exception):
             trainer.wait_saved()  # the log is still open, and the folder locked
-        if is_gone and step > run.done:
+
+
+def agree_to_save(run: Run, error: BaseException) -> bool:
+    """Whether all ranks hold the same step, whole and worth a checkpoint; adds to the error that it is lost."""
+    trainer, step = run.trainer, run.trainer.last_step
+    if isinstance(error, RankError) and error.is_gone:  # and its share of the state with it
+        if step > run.done:
             error.add_note("The steps since the last checkpoint are lost.")
-        return
+        return False
     try:
-        trainer.comm = comm.after_failure()
-        states = trainer.comm.agree([step, trainer.is_torn])
-        if states != [[step, False]] * comm.world and comm.world > 1:
-            error.add_note("The steps since the last checkpoint are lost: the ranks stopped at different places.")
-            return
+        is_whole = trainer.is_whole()
+        trainer.comm = trainer.comm.after_failure()
+        states = trainer.comm.agree([step, is_whole])
+    except Exception as failure:
+        add_note(error, f"step {step} could not be saved", failure)
+        return False
+    if states != [[step, True]] * trainer.comm.world and trainer.comm.world > 1:
+        error.add_note("The steps since the last checkpoint are lost: the ranks stopped at different places.")
+        return False
+    return step > run.done and trainer.skips <= run.config.optim.max_skipped  # else nothing new, or nothing good
+
+
+def save_last(run: Run, log: Log, lock: Lock | None, error: BaseException) -> None:
+    """Saves the last step and writes the report, or adds to the error why that is not possible."""
+    trainer, step = run.trainer, run.trainer.last_step
+    try:
         if lock:
             keep_folder(run, log, lock)
     except Exception as failure:  # the folder is another's now
-        if str(failure) != str(error):
-            error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
+        add_note(error, f"step {step} could not be saved", failure)
         return
     try:
         if first(trainer.comm, lambda: newest(run.out) != run.out / f"step_{step:06d}"):
             save(run, log, wait=True)
         log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
     except Exception as failure:
-        if str(failure) != str(error):
-            error.add_note(f"And step {step} could not be saved: {one_line(failure)}")
+        add_note(error, f"step {step} could not be saved", failure)
     try:
         finish(run, is_finished=False)
     except Exception as failure:
-        if str(failure) != str(error):
-            error.add_note(f"And there is no report: {one_line(failure)}")
+        add_note(error, "there is no report", failure)
+
+
+def add_note(error: BaseException, what: str, failure: Exception) -> None:
+    """Adds to an error what else went wrong, unless it is the same again."""
+    if str(failure) != str(error):
+        error.add_note(f"And {what}: {one_line(failure)}")
 
 
 def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:

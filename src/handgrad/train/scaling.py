@@ -281,7 +281,8 @@ def timeline(
             continue
         flying = [f for f in flying if f[2] > now]
         for at, early, end in flying:
-            if 0 < early.op.overlap < i - at or conflict(p, early, c):
+            overlap = early.op.overlap if early.overlap is None else early.overlap
+            if overlap < i - at or conflict(p, early, c):
                 now = max(now, end)
         busy = seconds(c)
         now, compute = now + busy, compute + busy

@@ -186,6 +186,15 @@ class Trainer:
                 journal.write()
         return result
 
+    def is_whole(self) -> bool:
+        """Whether weights and state are those of the last step. Waits for it; another rank may have failed in it."""
+        try:
+            if self._pending is not None:
+                self._pending.wait()
+        except HandgradError:
+            return False
+        return not self.is_torn
+
     def _open_journal(self) -> Journal | None:
         """The log and the settings in the run folder, if this trainer keeps them."""
         if self.keeps_journal and self._journal is None:

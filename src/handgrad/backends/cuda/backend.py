@@ -57,10 +57,12 @@ class CudaExecutable(Executable):
     def run(self, segment: Segment | None = None, micro_batch: MicroBatch = ONLY) -> None:
         key = segment or Segment(0, len(self.program.calls)), self._kind(micro_batch)
         if key not in self._graphs:
-            self._launch(*key)
+            with self.device.waiting():
+                self._launch(*key)
             self._graphs[key] = None
             return
-        graph = self._graphs[key] or self._capture(lambda: self._launch(*key))
+        with self.device.waiting():
+            graph = self._graphs[key] or self._capture(lambda: self._launch(*key))
         self._graphs[key] = graph
         self.device.wait(self._replays[0])
         graph.replay()

@@ -2,7 +2,8 @@
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache as once
 from typing import Any
 
@@ -119,7 +120,7 @@ class Device:
         check(cu.cuMemcpyHtoDAsync(device, host, nbytes, self.stream))
 
     def to_host(self, host: int, device: int, nbytes: int) -> None:
-        check(cu.cuMemcpyDtoHAsync(host, device, nbytes, self.stream))
+        self._wait(cu.cuMemcpyDtoHAsync, host, device, nbytes, self.stream)  # waits where the host's memory is pageable
 
     def within(self, to: int, source: int, nbytes: int) -> None:
         check(cu.cuMemcpyDtoDAsync(to, source, nbytes, self.stream))
@@ -150,14 +151,25 @@ class Device:
         """Blocks the host until the event has completed."""
         self._wait(cu.cuEventSynchronize, event)
 
-    def _wait(self, call: Callable, what: Any) -> None:
+    def _wait(self, call: Callable, *arguments: Any) -> Any:
+        """A driver call that may wait for the GPU. What has ended the wait for another rank is raised."""
         self._waits_since = time.monotonic()
         try:
-            check(call(what))
+            result = call(*arguments)
         finally:
             self._waits_since = None
         if self.failure is not None:
             raise self.failure
+        return check(result)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block whose launches may wait for the GPU: its queue may be full."""
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since = None
 
     def waited(self) -> float:
         """Seconds that the host has waited for the device by now; 0: it does not wait."""

@@ -4,13 +4,13 @@ The communicator does not block, so that a thread can abort it when another rank
 ever for a rank that is gone.
 """
 
-import atexit
 import ctypes
 import os
 import sys
 import threading
 import time
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from pathlib import Path
 from typing import Any
 
 from handgrad.backends.cuda.driver import Device
@@ -23,8 +23,10 @@ TYPES = {"f32": 7, "f64": 8, "bf16": 9}  # ncclDataType_t
 UNDEFINED = -(2**31)  # an int of ncclConfig_t that keeps its default
 MAGIC, VERSION = 0xCAFEBEEF, 22800  # of ncclConfig_t; later versions only append fields
 LIMIT = 60.0  # seconds until a call of the library is done
-GRACE, TOLD_GRACE = 1.0, 15.0  # seconds of waiting after which a rank that is gone, or has failed, ends the wait
-EXIT = 10.0  # seconds after an abort at which the process ends, whatever it waits for
+LOOK = 0.1  # seconds between looks of the guard
+GRACE, TOLD_GRACE = 1.0, 12.0  # seconds that the host may wait for the GPU once a rank is gone, or has failed
+EXIT = 5.0  # seconds after an abort at which the process ends if the host still waits
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this machine: containers may share a host name
 # Multicast sums differ from call to call, so a run would not repeat
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0"}
 STEADY = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}  # whatever the sizes
@@ -84,7 +86,8 @@ class Nccl:
     def __init__(self, device: Device, comm: Comm, deterministic: bool):
         self._device, self._comm = device, comm
         check_gpus(device, comm)
-        os.environ.update(NO_MULTICAST | (STEADY if deterministic else {}))
+        for name, value in (NO_MULTICAST | (STEADY if deterministic else {})).items():
+            os.environ.setdefault(name, value)
         self._dll = load("nccl", "nvidia-nccl-cu13")
         for name, types in CALLS.items():
             function = getattr(self._dll, name)
@@ -103,8 +106,8 @@ class Nccl:
         self._handle = c_void_p()
         status = self._dll.ncclCommInitRankConfig(byref(self._handle), comm.world, unique, comm.rank, byref(config))
         self._check("ncclCommInitRankConfig", status, pause=1e-3)
-        comm.on_failure(self._watch)
-        comm.leave = self._leave
+        comm.is_stuck = self._is_stuck  # type: ignore[method-assign]
+        threading.Thread(target=self._guard, daemon=True).start()
 
     def start(self, kind: str, send: int, receive: int, count: int, dtype: str, stream: Any) -> None:
         """Starts a collective on a stream, from one address to another; `count` as in launch.Collective."""
@@ -124,45 +127,66 @@ class Nccl:
         while status == IN_PROGRESS:
             time.sleep(pause)
             self._comm.check()
-            found = c_int()
-            self._dll.ncclCommGetAsyncError(self._handle, byref(found))
-            status = found.value
+            status = self._async_error()
             if status == IN_PROGRESS and time.monotonic() > end:
                 raise HandgradError("nccl", f"{what} is done within {LIMIT:.0f} s", "no end", hint="NCCL_DEBUG=INFO")
         if status != SUCCESS:
-            text = self._dll.ncclGetErrorString(status).decode()
-            raise HandgradError("nccl", f"{what} failed: {text}", hint="NCCL_DEBUG=INFO says more")
+            raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint="NCCL_DEBUG=INFO says more")
 
-    def _watch(self, failure: RankError) -> None:
-        """Ends a wait for a rank that has failed: aborts the communicator if the host waits for the device too long."""
+    def _text(self, error: int) -> str:
+        """An error in NCCL's words."""
+        return self._dll.ncclGetErrorString(error).decode()
 
-        def look() -> None:
-            grace = GRACE if failure.is_gone else TOLD_GRACE
-            while self._device.waited() < grace:
-                time.sleep(0.1)
-            self._device.failure = failure  # before the abort, which ends the wait as if all were well
-            ending = threading.Timer(EXIT, os._exit, [failure.code])
-            ending.daemon = True
-            ending.start()
-            self._dll.ncclCommAbort(self._handle)  # returns once the graphs are gone, or never
+    def _async_error(self) -> int:
+        """The error of the communicator, SUCCESS or IN_PROGRESS if there is none."""
+        found = c_int()
+        self._dll.ncclCommGetAsyncError(self._handle, byref(found))
+        return found.value
 
-        threading.Thread(target=look, daemon=True).start()
+    def _guard(self) -> None:
+        """Ends a wait of the host for the GPU that would last for ever: a rank has failed, or the network has."""
+        watch, since = self._comm.watch, 0.0
+        while watch is not None:
+            time.sleep(LOOK)
+            waited, failure = self._device.waited(), watch.failure
+            if failure is None and watch.is_over:
+                failure = RankError(self._comm.rank, "this rank has failed")
+            if failure is None:
+                error = self._async_error() if waited > GRACE else SUCCESS
+                if error not in (SUCCESS, IN_PROGRESS):
+                    failure = RankError(self._comm.rank, f"a collective failed: {self._text(error)}", 1)
+                    self._comm.fail(failure.rule, 1)
+                    self._abort(failure)
+                    return
+                continue
+            since = since or time.monotonic()
+            if min(waited, time.monotonic() - since) > (GRACE if failure.is_gone else TOLD_GRACE):
+                self._abort(failure)
+                return
 
-    def _leave(self, code: int) -> None:
-        """Ends the process where the GPU waits for a rank that has ended: what Python frees would wait for the GPU."""
+    def _abort(self, failure: RankError) -> None:
+        """Aborts the communicator, which ends the host's wait as if all were well: so the failure is known before."""
+        self._device.failure = failure
+        abort = self._dll.ncclCommAbort  # returns once the graphs are gone
+        threading.Thread(target=abort, args=[self._handle], daemon=True).start()
+        end = time.monotonic() + EXIT
+        while self._device.waited() > 0:
+            time.sleep(LOOK)
+            if time.monotonic() > end:
+                print(failure, file=sys.stderr, flush=True)
+                os._exit(failure.code)
+
+    def _is_stuck(self) -> bool:
+        """Whether the GPU waits for a rank that has failed, or did so until the communicator was aborted."""
         end = time.monotonic() + GRACE
         while self._device.is_busy() and time.monotonic() < end:
             time.sleep(0.01)
-        if self._device.failure is not None or self._device.is_busy():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            atexit._run_exitfuncs()  # which end the ranks that this one has started
-            os._exit(code)
+        return self._device.failure is not None or self._device.is_busy()
 
 
 def check_gpus(device: Device, comm: Comm) -> None:
     """Raises HandgradError unless every rank has a GPU of its own, and all have the same model."""
-    told = comm.agree([os.uname().nodename, device.pci_bus, device.name])
+    told = comm.agree([BOOT.read_text(), device.pci_bus, device.name])
     for rank, (host, bus, name) in enumerate(told):
         first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
         if first != rank:

@@ -38,7 +38,7 @@ class Comm(ABC):
     local: int = 1  # ranks on this machine
     local_rank: int = 0  # this one's number among them
     watch: "Watch | None" = None  # tells of failures, where ranks are processes
-    leave: Callable[[int], None] = staticmethod(lambda code: None)  # before this process ends, by an error, with a code
+    is_stuck: Callable[[], bool] = staticmethod(lambda: False)  # whether a device waits for a rank that has failed
 
     @abstractmethod
     def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
@@ -65,11 +65,6 @@ class Comm(ABC):
             self.fail(f"{kind.__name__}: {error}", 1)
 
         return tell
-
-    def on_failure(self, listener: Callable[[RankError], None]) -> None:
-        """Has `listener` called, by another thread, as soon as another rank has failed."""
-        if self.watch is not None:
-            self.watch.on_failure(listener)
 
     @abstractmethod
     def after_failure(self) -> "Comm":

@@ -22,7 +22,7 @@ from handgrad.core.install import install_command
 
 SPINS = 200  # looks at a message before the first sleep: some 50 us
 SLEEP = 50e-6  # seconds between looks from then on
-LAST_SECONDS = 20.0  # how long a rank waits for the others after an error
+LAST_SECONDS = 16.0  # how long a rank waits for the others after an error
 
 
 def has_mpi4py() -> bool:

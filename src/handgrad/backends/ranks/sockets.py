@@ -1,5 +1,6 @@
 """sockets: ranks are processes that exchange arrays by TCP, without any package. comm.py adds them up."""
 
+import os
 import select
 import socket
 import time
@@ -15,7 +16,7 @@ from handgrad.core.errors import HandgradError
 CHANNELS = ("watch", "data", "last")  # of a connection: for failures, for arrays, for the exchange after a failure
 LOOK = 200  # milliseconds between looks at the watch while a rank waits
 BUFFER = 4 << 20  # bytes that the kernel may hold of an array under way
-LAST_SECONDS = 10.0  # how long a rank waits for the others after an error
+LAST_SECONDS = 16.0  # how long a rank waits for the others after an error: longer than a GPU's (cuda/nccl.py)
 
 
 class Sockets(Comm):
@@ -96,6 +97,9 @@ class Sockets(Comm):
         return Sockets(self.rank, self.world, links, None, LAST_SECONDS)
 
     def close(self) -> None:
-        """Says that this rank has done its work."""
+        """Says that this rank has done its work. After an error, a device that waits for a rank that has failed would
+        keep the process."""
         if self.watch is not None:
             self.watch.close()
+            if self.watch.is_over and self.is_stuck():
+                os._exit(1)

@@ -30,17 +30,10 @@ class Watch(threading.Thread):
         self._links, self._peers, self._fate = dict(links), list(links.values()), fate
         self._heard = dict.fromkeys(links, time.monotonic())
         self._text = dict.fromkeys(links, "")
-        self._listeners: list[Callable[[RankError], None]] = []
         self.is_over = False
         self.start()
 
     failure: RankError | None
-
-    def on_failure(self, listener: Callable[[RankError], None]) -> None:
-        """Has this called, by the thread, with the failure."""
-        self._listeners.append(listener)
-        if self.failure is not None:
-            listener(self.failure)
 
     def check(self) -> None:
         """Raises the failure, if there is one."""
@@ -61,15 +54,17 @@ class Watch(threading.Thread):
     def run(self) -> None:
         last = time.monotonic()
         while self._links:
-            try:
-                ready = select.select(list(self._links.values()), [], [], BEAT)[0]
-            except (OSError, ValueError):  # a socket that another thread has closed
-                return
+            poll = select.poll()  # select takes no descriptor above 1023
+            for link in self._links.values():
+                if link.fileno() < 0:  # another thread has closed it
+                    return
+                poll.register(link, select.POLLIN)
+            ready = {descriptor for descriptor, _ in poll.poll(1e3 * BEAT)}
             now = time.monotonic()
             if now - last > 5 * BEAT:  # this process was stopped itself: the others' beats lie in the sockets
                 self._heard = dict.fromkeys(self._heard, now)
             last = now
-            for rank in [r for r, link in self._links.items() if link in ready]:
+            for rank in [r for r, link in self._links.items() if link.fileno() in ready]:
                 self._read(rank, now)
             for rank in [r for r in self._links if now - self._heard[r] > SILENCE]:
                 text = f"it has not answered for {SILENCE:.0f} s: its process is stopped, or its machine is unreachable"
@@ -98,8 +93,6 @@ class Watch(threading.Thread):
     def _end(self, failure: RankError) -> None:
         if self.failure is None:
             self.failure = failure
-            for listener in self._listeners:
-                listener(failure)
 
     def _tell(self, line: str) -> None:
         for link in self._peers:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.backends.ranks.mesh import LIMIT, Listener, connect
@@ -25,7 +26,7 @@ from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 
 OWN = "HANDGRAD_RANK"  # by which a rank that `start` has started knows what it is
-END = 10.0  # seconds that other ranks of this machine have to end after rank 0
+END = 5.0  # seconds that other ranks of this machine have to end after rank 0
 _OPEN: list[Comm] = []
 
 
@@ -270,10 +271,17 @@ def _fate(others: Mapping[int, subprocess.Popen], rank: int, seconds: float = 1.
     return f"its process was ended by signal {-code}" if code < 0 else f"its process has ended with exit code {code}"
 
 
+def state(number: int) -> str:
+    """The state of a process as Linux names it, such as "T" for a stopped one."""
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def _end(others: Mapping[int, subprocess.Popen]) -> None:
     """Waits for the other ranks of this machine, and ends those that hang or are stopped."""
     end = time.monotonic() + END
     for process in others.values():
+        if process.poll() is None and state(process.pid) == "T":
+            process.kill()
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(end - time.monotonic(), 0.0))
     for process in others.values():
