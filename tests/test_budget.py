@@ -14,7 +14,7 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
     "backends": 4250,
-    "train": 3275,
+    "train": 3300,
     "optim": 200,
     "data tokenizers": 2150,
     "io": 800,

@@ -206,6 +206,17 @@ def test_ranks_by_hand_meet_at_a_port_or_by_a_file_and_as_torchrun_starts_them()
     assert files("torchrun") == files("own")
 
 
+@pytest.mark.parametrize(
+    ("flag", "told"), [("--lr 1e-4", "--lr 0.002, but got 0.0001"), ("--zero 3", "--zero 1, but got 3")]
+)
+def test_ranks_with_other_settings_are_refused(flag, told):
+    """Otherwise they would train another model than rank 0 says, without a word."""
+    flags = f"{STEPS} --ranks 2 --rendezvous meet --rank"
+    with running(f"{flags} 0") as first, running(f"{flags} 1 {flag}") as second:
+        assert f"all ranks have the settings of rank 0: {told} on rank 1" in first.end(2)
+        assert second.end(2) == "" and not Path("run").exists()
+
+
 def test_three_ranks_by_hand():
     port = free_port()
     flags = f"{STEPS} --ranks 3 --rendezvous 127.0.0.1:{port} --ranks-per-machine 2 --rank"
@@ -305,7 +316,7 @@ def test_killed_rank_ends_all(ranks, victim):
             output = command.output
             assert "[rank 0] its process has ended." in output
         assert time.monotonic() - begin < 10 and output.count("[rank") == 1, output
-        assert "The steps since the last checkpoint are lost." in output
+        assert "No checkpoint was written." in output
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -343,6 +354,7 @@ def test_rank_killed_during_a_checkpoint(victim):
         output = command.end(1 if victim else -9)
         command.assert_nobody_left(10)
         assert f"[rank {victim}] its process " in output + command.output
+        assert "are lost; resume: handgrad train --resume run" in output + command.output
         assert checkpoint.newest("run") == Path("run") / f"step_{10 if victim else 5:06d}"
     if not victim:
         done(f"--ranks 3 --micro-batch 2 --steps 12 --resume run --batch-tokens {3 * 32}")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from handgrad.backends import why_no_cuda
 from handgrad.backends.ranks import mesh, rendezvous, watch, world
 from handgrad.backends.ranks.comm import Alone, RankError
 from handgrad.backends.ranks.mesh import Listener, addresses
@@ -50,6 +51,25 @@ def found(env):
 
 
 # variables -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        dict(RANK="0", WORLD_SIZE="2"),
+        dict(RANK="0", WORLD_SIZE="2", MASTER_PORT="29500"),
+        dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="h0"),
+    ],
+)
+def test_variables_without_a_place_to_meet_are_refused(env):
+    """Ranks that train alone by mistake would fight over one folder."""
+    with pytest.raises(HandgradError, match="torchrun has started 2 ranks, and nothing says where they meet"):
+        world._open(Asked(), env)
+
+
+def test_open_mpi_without_local_variables_means_one_machine():
+    env = dict(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2")
+    assert found(env) == ("Open MPI", 1, 2, 1, 2)
 
 
 def test_no_launcher():
@@ -152,20 +172,23 @@ def no_launcher(monkeypatch):
     [
         ("--ranks 2 --rank 0", "ranks that are started one by one meet somewhere", "--rendezvous HOST:PORT of rank 0"),
         ("--ranks 2 --rank 2 --rendezvous f", "--rank is one of 0 to 1, below --ranks 2, but got 2", ""),
-        ("--rank 0 --rendezvous f", "--rank is the number of one of --ranks, but got no --ranks", "hint: --ranks"),
-        ("--rank 1", "--rank is the number of one of --ranks, but got no --ranks", "hint: --ranks"),
+        ("--rank 0 --rendezvous f", "--rank goes with --ranks, how many there are, but got no --ranks", ""),
+        ("--rank 1", "--rank goes with --ranks, how many there are, but got no --ranks", ""),
         ("--rendezvous f", "--rendezvous is where several ranks meet, but got one rank", "hint: --ranks"),
         ("--ranks 1 --rendezvous f", "--rendezvous is where several ranks meet, but got one rank", "hint: --ranks"),
         ("--ranks 1 --rank 0 --rendezvous f", "--rendezvous is where several ranks meet, but got one rank", "--ranks"),
         ("--ranks 2 --rendezvous f", "ranks that meet elsewhere are started one by one", "hint: --rank, from 0"),
         ("--ranks 2 --ranks-per-machine 1", "--ranks-per-machine goes with --rank", "hint: --rank"),
         ("--ranks-per-machine 1", "--ranks-per-machine goes with --rank", "hint: --rank"),
-        ("--ranks 2 --rank 0 --rendezvous h:0", "the port of HOST:PORT is one of 1 to 65535, but got h:0", ""),
-        ("--ranks 2 --rank 1 --rendezvous h:65536", "the port of HOST:PORT is one of 1 to 65535", ""),
+        ("--ranks 2 --rank 0 --rendezvous h:0", "HOST:PORT, with a port of 1 to 65535, or a file, but got 'h:0'", ""),
+        ("--ranks 2 --rank 1 --rendezvous h:65536", "HOST:PORT, with a port of 1 to 65535, or a file", ""),
+        ("--ranks 2 --rank 1 --rendezvous h:port", "HOST:PORT, with a port of 1 to 65535, or a file", ""),
+        ("--ranks 2 --rank 1 --rendezvous :4000", "HOST:PORT, with a port of 1 to 65535, or a file", ""),
+        ("--ranks 2 --rank 1 --ranks-per-machine 3 --rendezvous f", "is at most --ranks 2, but got 3", ""),
         ("--ranks 2 --rank 0 --rendezvous no/such/f", "no/such/f must be writable", "No such file"),
         ("--ranks two", "--ranks takes", "two"),
         ("--ranks -1", "ranks", "-1"),
-        ("--gpus 2 --rank 0", "ranks that are started one by one meet somewhere", ""),
+        ("--num-gpus 2 --backend cpu --rank 0", "ranks that are started one by one meet somewhere", ""),
     ],
 )
 def test_flags_that_do_not_fit_together(no_launcher, capsys, monkeypatch, tmp_path, flags, rule, hint):
@@ -417,7 +440,7 @@ def test_a_rendezvous_without_checks_is_caught(where, monkeypatch):
 def test_rank_that_never_comes_is_named_by_all_others(where, missing, monkeypatch, tmp_path):
     monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in range(3) if r != missing])
-    refused(results, f"all 3 ranks come within 0 s, but these have not: {missing}")
+    refused(results, f"within 0 s, but these have not: {missing}")
     assert seconds < 2.5 and not list(tmp_path.iterdir())
 
 
@@ -712,3 +735,11 @@ def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
     comm.close()
     wait(lambda: len(results) == 2)
     assert set(map(tuple, results.values())) == {(0, 1, 2)}
+
+
+@pytest.mark.skipif(not why_no_cuda(), reason="there is a GPU")
+@pytest.mark.parametrize("flag", ["--gpus", "--num-gpus", "--num_gpus"])
+def test_gpus_without_a_gpu_are_no_ranks_on_the_cpu(no_launcher, capsys, flag):
+    assert main(["train", flag, "2"]) == 2
+    told = capsys.readouterr().err
+    assert "--gpus trains on GPUs: " in told and told.count("hint:") == 1 and "--ranks 2 --backend cpu" in told

@@ -6,7 +6,7 @@
 # needs  handgrad and PyTorch on every machine; one disk for runs/ and data/fineweb (handgrad data fineweb --out
 #        data/fineweb)
 set -eu
-NODES=${NODES:-2} GPUS=${GPUS:-8} FIRST=${FIRST:-node1} PORT=${PORT:-29500} node=$1
+NODES=${NODES:-2} GPUS=${GPUS:-8} FIRST=${FIRST:-node1} PORT=${PORT:-29500} node=${1:?the number of this machine, from 0}
 shift
 exec torchrun --nnodes "$NODES" --node-rank "$node" --nproc-per-node "$GPUS" \
     --master-addr "$FIRST" --master-port "$PORT" --no-python handgrad train \

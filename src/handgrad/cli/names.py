@@ -45,6 +45,11 @@ SAME = {  # our flag: theirs
 ALIASES = {name: ours for ours, names in SAME.items() for name in names.split()}
 
 _HINTS = {  # hint: names
+    "--ranks (how many in all)": "world-size nprocs num-processes",
+    "--rank (this one's number), with --ranks-per-machine": "local-rank node-rank process-rank",
+    "--ranks-per-machine; docs/distributed.md has every way to start several machines": "nnodes num-nodes num-machines",
+    "--rendezvous HOST:PORT": "master-addr master-port rdzv-endpoint main-process-ip",
+    "--zero": "strategy distributed-strategy sharding-strategy",
     "--micro-batch (sequences at a time) or --batch-tokens (tokens in a step)": "batch-size global-batch-size",
     "--batch-tokens, a multiple of --micro-batch x --seq-len": "gradient-accumulation-steps grad-accum-steps",
     "--seq-len (tokens in a training sequence) or --max-seq-len (longest)": "block-size context-length n-ctx",

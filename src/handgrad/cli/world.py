@@ -2,10 +2,13 @@
 
 from dataclasses import fields
 
+from handgrad.backends import why_no_cuda
 from handgrad.backends.ranks.world import Asked
 from handgrad.cli.flags import full_names, parse
+from handgrad.core.errors import HandgradError
 from handgrad.train.config import WorldConfig
 
+GPUS = {"--gpus", "--num-gpus"}  # other names of --ranks, which say where
 FLAGS = [f"--{f.name.replace('_', '-')}" for f in fields(WorldConfig)]
 
 
@@ -18,4 +21,8 @@ def asked(verb: str, argv: list[str]) -> Asked:
         if flag in FLAGS:
             found += [word] if equals or not after else [word, after]
     w = parse(WorldConfig, found, verb) if found else WorldConfig()
+    names = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if names & GPUS and not any(name.endswith("backend") for name in names) and why_no_cuda():
+        hint = f"on the CPU: --ranks {w.ranks} --backend cpu"
+        raise HandgradError(verb, f"--gpus trains on GPUs: {why_no_cuda().partition('. hint:')[0]}", hint=hint)
     return Asked(w.ranks, w.rank, w.ranks_per_machine, w.rendezvous, [verb, *argv])

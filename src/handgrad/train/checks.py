@@ -29,7 +29,10 @@ def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
         factors = f"micro_batch x seq_len{' x ranks' * (world > 1)}"
         numbers = f"{micro_batch} x {data.seq_len}{f' x {world}' * (world > 1)}"
         rule = f"batch_tokens is a multiple of {factors} = {numbers}"
-        raise HandgradError("train", rule, data.batch_tokens, hint="another batch_tokens or micro_batch")
+        sequences, rest = divmod(data.batch_tokens, data.seq_len)
+        fitting = [n for n in range(micro_batch, 0, -1) if not rest and sequences % (n * world) == 0]
+        hint = f"micro_batch {fitting[0]}" if fitting else f"batch_tokens {-(-data.batch_tokens // tokens) * tokens}"
+        raise HandgradError("train", rule, data.batch_tokens, hint=hint)
     count = data.batch_tokens // tokens
     if count > MOST_MICRO_BATCHES:
         rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"

@@ -161,7 +161,8 @@ class WorldConfig:
     """Several ranks: processes that train together, one a GPU. It belongs to a command, not to the run."""
 
     ranks: int = 0
-    """how many ranks; this command starts them on this machine. 0: those that a launcher has started, or one"""
+    """how many ranks (--gpus is the same); this command starts them on this machine. 0: those that a launcher has
+    started, or one"""
     rank: int | None = None
     """the number of this one of --ranks, from 0, each started by a command of its own; None: this command starts all"""
     ranks_per_machine: int = 0

@@ -17,10 +17,12 @@ class Interrupt:
     A step may be one long call into C, and Python runs its signal handlers only after that. A thread hears of the
     signal at once, through a pipe. It leaves the saying to another thread: a terminal that is held (Ctrl-S) would keep
     it from hearing the second signal.
+
+    last: called before the second signal ends the process
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self.requested, self._say = False, say
+    def __init__(self, say: Callable[[str], None], last: Callable[[], None] = lambda: None):
+        self.requested, self._say, self._last = False, say, last
 
     def __enter__(self) -> "Interrupt":
         self._reader, self._writer = os.pipe()
@@ -47,6 +49,7 @@ class Interrupt:
             if number[0] not in self._handlers:
                 continue
             if self.requested and number[0] != signal.SIGHUP:  # a closing terminal and its shell each send one
+                self._last()
                 os._exit(EXIT_CODE)
             if self.requested:
                 continue

@@ -146,8 +146,7 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
         log.event(f.number, f"update skipped: {result.skipped}")
     if f.number == run.done + WARM and result.exposed > SLOW * seconds:
         share = f"{100 * result.exposed / seconds:.0f} % of a step"
-        remedy = "more --batch-tokens exchange less often, and handgrad profile --ranks shows the bandwidth reached"
-        log.event(f.number, f"computation waits for other ranks {share}: {remedy}")
+        log.event(f.number, f"computation waits for other ranks {share}; more --batch-tokens exchange less often")
     if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")

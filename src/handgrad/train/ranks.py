@@ -6,10 +6,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.core.errors import HandgradError
+from handgrad.train.config import Config, WorldConfig
+from handgrad.train.folder import flat
 from handgrad.train.interrupt import EXIT_CODE
 
 T = TypeVar("T")
@@ -48,6 +51,16 @@ class Silence:
 def first(comm: Comm, work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, something that JSON can hold. The others wait for it: it may write files."""
     return comm.agree(work() if comm.rank == 0 else None)[0]
+
+
+def check_same(comm: Comm, c: Config) -> None:
+    """Raises HandgradError on all ranks if one was started with other settings than rank 0."""
+    told = comm.agree([[name, value] for name, value in flat(asdict(replace(c, world=WorldConfig()))).items()])
+    for rank, settings in enumerate(told):
+        for (name, value), (_, other) in zip(told[0], settings):
+            if value != other:
+                rule = f"all ranks have the settings of rank 0: --{name.replace('_', '-')} {value}"
+                raise HandgradError("ranks", rule, f"{other} on rank {rank}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from handgrad.train.folder import Lock, changes, claim, describe, run_folder, sa
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
 from handgrad.train.log import RunLog
 from handgrad.train.loop import Log, loop, sample, save
-from handgrad.train.ranks import Silence, exit_code, first, together
+from handgrad.train.ranks import Silence, check_same, exit_code, first, together
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve, schedule_of
 from handgrad.train.show import show
@@ -34,6 +34,7 @@ def train(c: Config, quiet: bool = False) -> int:
     """
     comm = open_comm()
     with together(comm):
+        check_same(comm, c)
         out = Path(first(comm, lambda: str(run_folder(c))))
         with redirected(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
             is_finished = train_in(out, c, comm, quiet)
@@ -51,7 +52,8 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
             describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
         if leads and not quiet:
             show(run, c, processes)
-    with lock or nullcontext(), log, Interrupt(log.say) as interrupt:
+    last = partial(comm.fail, "stopped at once, without saving", EXIT_CODE)
+    with lock or nullcontext(), log, Interrupt(log.say, last) as interrupt:
         try:
             keep = partial(keep_folder, run, log, lock) if lock else lambda: False
             is_finished = loop(run, log, interrupt, keep)
@@ -137,7 +139,7 @@ def agree_to_save(run: Run, error: BaseException) -> bool:
     trainer, step = run.trainer, run.trainer.last_step
     if isinstance(error, RankError) and error.is_gone:  # and its share of the state with it
         if step > run.done:
-            error.add_note("The steps since the last checkpoint are lost.")
+            error.add_note(lost(run))
         return False
     try:
         is_whole = trainer.is_whole()
@@ -147,9 +149,17 @@ def agree_to_save(run: Run, error: BaseException) -> bool:
         add_note(error, f"step {step} could not be saved", failure)
         return False
     if states != [[step, True]] * trainer.comm.world and trainer.comm.world > 1:
-        error.add_note("The steps since the last checkpoint are lost: the ranks stopped at different places.")
+        error.add_note(f"The ranks stopped at different places. {lost(run)}")
         return False
     return step > run.done and trainer.skips <= run.config.optim.max_skipped  # else nothing new, or nothing good
+
+
+def lost(run: Run) -> str:
+    """That steps are lost, and how to go on."""
+    last = newest(run.out)
+    if last is None:
+        return "No checkpoint was written."
+    return f"The steps after {last.name} are lost; resume: handgrad train --resume {run.out}"
 
 
 def save_last(run: Run, log: Log, lock: Lock | None, error: BaseException) -> None:

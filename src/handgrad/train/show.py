@@ -1,16 +1,18 @@
 """What a run prints before its first step: what it trains, on what, for how long, where; and what was set."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from handgrad.train.config import PACKAGED, Config
+from handgrad.train.config import PACKAGED, Config, WorldConfig
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
-PLACES = ("out", "resume", "config", "verbose")  # settings that the other lines tell
+RANKS = tuple(f.name for f in fields(WorldConfig))
+PLACES = ("out", "resume", "config", "verbose", *RANKS)  # settings that the other lines tell
+MOST = 8  # ranks whose processes are named
 
 
 def show(run: Run, given: Config, processes: list[int]) -> None:
@@ -25,7 +27,8 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
     for name, text in facts(run):
         table.add_row(f" {name}", text)
     if len(processes) > 1:
-        named = ", ".join(f"{rank} is process {number}" for rank, number in enumerate(processes))
+        named = ", ".join(f"{rank} is process {number}" for rank, number in enumerate(processes[:MOST]))
+        named += f", and {len(processes) - MOST} more" if len(processes) > MOST else ""
         table.add_row(" ranks", f"{named}; zero {run.config.compute.zero}")
     changed = differences(given)
     every = flat(asdict(run.config))

@@ -50,8 +50,8 @@ def meet(
 
 def listen(rank: int, where: str) -> Listener:
     """The listener of a rank that `meet` takes. Raises HandgradError if rank 0 cannot have the port."""
-    if re.fullmatch(r"[^/]+:\d+", where) and not address(where):
-        raise HandgradError("ranks", "the port of HOST:PORT is one of 1 to 65535", where)
+    if re.fullmatch(r"[^/]*:[^/]*", where) and not address(where):
+        raise HandgradError("ranks", "--rendezvous is HOST:PORT, with a port of 1 to 65535, or a file", f"'{where}'")
     host, port = address(where) or ("", 0)
     own = LOOPBACK if host in (LOOPBACK, "localhost") else ""
     try:
@@ -85,7 +85,8 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost
                 error = lost()
                 if not error and time.monotonic() >= end:
                     missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
-                    error = f"all {world} ranks come within {LIMIT:.0f} s, but these have not: {missing}"
+                    place = where if address(where) else f"the file '{where}'"
+                    error = f"all {world} ranks come to {place} within {LIMIT:.0f} s, but these have not: {missing}"
                 continue
             if hello.get("run") != run or not isinstance(hello.get("rank"), int):
                 with connection:

@@ -103,7 +103,7 @@ def _open(asked: Asked, env: Mapping[str, str]) -> Comm:
         return open_mpi(place.world, place.local_rank, place.local)
     where = asked.rendezvous or place.where
     if not where:
-        rule = f"{place.by} has started ranks on several machines, and nothing says where they meet"
+        rule = f"{place.by} has started {place.world} ranks, and nothing says where they meet"
         raise HandgradError("ranks", rule, hint="--rendezvous HOST:PORT of rank 0, or a file that all see")
     return open_sockets(Place(place.by, place.rank, place.world, place.local_rank, place.local, where, place.run))
 
@@ -112,9 +112,11 @@ def by_hand(asked: Asked) -> Place:
     """What the command line says of one rank."""
     rank, world, local = asked.rank, asked.ranks, asked.per_machine or asked.ranks
     if not world:
-        raise HandgradError("ranks", "--rank is the number of one of --ranks", "no --ranks", hint="--ranks, of the run")
+        raise HandgradError("ranks", "--rank goes with --ranks, how many there are", "no --ranks")
     if rank is None or not 0 <= rank < world:
         raise HandgradError("ranks", f"--rank is one of 0 to {world - 1}, below --ranks {world}", rank)
+    if local > world:
+        raise HandgradError("ranks", f"--ranks-per-machine is at most --ranks {world}", local)
     if asked.rendezvous and world == 1:
         raise HandgradError("ranks", "--rendezvous is where several ranks meet", "one rank", hint="--ranks")
     if not asked.rendezvous and world > 1:
@@ -151,19 +153,21 @@ def _numbers(env: Mapping[str, str], names: str) -> list[int] | None:
 
 
 def _torchrun(env: Mapping[str, str]) -> Place | None:
-    found = _numbers(env, "RANK WORLD_SIZE MASTER_PORT")
-    if found is None or "MASTER_ADDR" not in env:
+    found = _numbers(env, "RANK WORLD_SIZE")
+    if found is None:
         return None
-    rank, world, port = found
+    rank, world = found
     local_rank, local = _numbers(env, "LOCAL_RANK LOCAL_WORLD_SIZE") or (rank, world)
+    (port,) = _numbers(env, "MASTER_PORT") or (0,)
     port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens at the port
-    where = f"{env['MASTER_ADDR']}:{port}"
+    where = f"{env['MASTER_ADDR']}:{port}" if port and "MASTER_ADDR" in env else ""
     return Place("torchrun", rank, world, local_rank, local, where, env.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def _openmpi(env: Mapping[str, str]) -> Place | None:
-    names = "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE"
-    return _mpi("Open MPI", _numbers(env, names))
+    found = _numbers(env, "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE")
+    local = _numbers(env, "OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE")
+    return _mpi("Open MPI", found and [*found, *(local or found)])
 
 
 def _mpich(env: Mapping[str, str]) -> Place | None:
