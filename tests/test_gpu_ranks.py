@@ -91,7 +91,6 @@ def test_rank_that_is_gone_ends_all(here, sent, limit):
     taken = time.monotonic() - begin
     assert "[rank 1] its process was ended by signal 9" in told or "[rank 1] it has not answered" in told
     assert taken < limit and not Path(f"/proc/{number}").exists(), taken
-    print(f"{sent.name}: all ranks ended after {taken:.1f} s")
 
 
 def test_signal_to_one_rank_stops_all_with_a_checkpoint(here):

@@ -258,7 +258,7 @@ MEASURED = json.loads((Path(__file__).parents[1] / "bench" / "results" / "multi_
 STEPS = [r for r in MEASURED if r["job"]["what"] == "speed" and r["world"] > 1 and r["job"]["overlap"]]
 
 
-@pytest.mark.parametrize("r", STEPS, ids=lambda r: f"{r['job']['model']}-zero{r['job']['zero']}-{r['call']}")
+@pytest.mark.parametrize("r", STEPS, ids=lambda r: f"{r['job']['model']}-zero{r['job']['zero']}-machine{r['machine']}")
 def test_predictions_are_within_a_tenth_of_measured_steps(r):
     """Of two H200: bench/results/multi_gpu.txt."""
     name, zero = r["job"]["model"], r["job"]["zero"]

@@ -206,7 +206,7 @@ class Call:
     first: frozenset[str] = frozenset()  # inout outputs that this call is the first to write in a step
     when: When = When.ALWAYS
     overwrites: frozenset[str] = frozenset()  # inout outputs that it writes anew in every micro-batch
-    overlap: int | None = None  # how many later calls may run while it does, if not as many as its op says
+    overlap: int | None = None  # overrides op.overlap; None: the op's
 
     def __getattr__(self, name: str) -> Any:  # a Tensor, or None if it is absent
         for args, tensors in ((type(self.op).in_args, self.ins), (type(self.op).out_args, self.outs)):

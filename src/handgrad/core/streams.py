@@ -1,7 +1,7 @@
 """Streams: which calls overlap later ones, and the call that waits for each.
 
-A call whose op has an `overlap` of n may run on a second stream while the n calls after it run. The first of them that
-reads or writes what it writes, or writes what it reads, waits for it.
+A call with an overlap of n (`Call.overlap`, by default its op's) may run on another stream while the next n calls run.
+The first of them that reads or writes what it writes, or writes what it reads, waits for it.
 """
 
 from handgrad.core.program import Program

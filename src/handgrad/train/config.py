@@ -161,12 +161,13 @@ class WorldConfig:
     """Several ranks: processes that train together, one a GPU. It belongs to a command, not to the run."""
 
     ranks: int = 0
-    """how many ranks (--gpus is the same); this command starts them on this machine. 0: those that a launcher has
-    started, or one"""
+    """how many ranks (--gpus: the same, and only on GPUs); this command starts them on this machine. 0: those that a
+    launcher has started, or one"""
     rank: int | None = None
-    """the number of this one of --ranks, from 0, each started by a command of its own; None: this command starts all"""
+    """this process's rank, from 0: each rank is then started by its own command. None: this command starts all of
+    them on this machine"""
     ranks_per_machine: int = 0
-    """with --rank: how many are on each machine, one a GPU; 0: all"""
+    """with --rank: ranks on each machine; 0: all ranks are on one"""
     rendezvous: str = ""
     """where ranks on several machines meet: HOST:PORT of rank 0, or a file that all see"""
 

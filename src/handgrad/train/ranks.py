@@ -68,8 +68,8 @@ def together(comm: Comm) -> Iterator[None]:
     """An error that ends the block on one rank ends it on all, with one exit code. Rank 0 prints it; if it is rank 0
     that is gone, rank 1 does.
 
-    Raises SystemExit with the code where there are several ranks, unless the error is of no kind that users make:
-    it is raised where it came up.
+    Raises SystemExit with the code where there are several ranks. Any other exception than HandgradError is a bug: it
+    is raised again on the rank where it occurred.
     """
     try:
         yield
@@ -83,12 +83,12 @@ def together(comm: Comm) -> Iterator[None]:
         if not (isinstance(error, RankError) and error.is_gone):
             with suppress(HandgradError):  # a rank that does not answer
                 comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
-        if comm.is_stuck():  # what Python frees would wait for the device
+        if comm.is_stuck():  # Python's cleanup would wait for the device
             if not isinstance(error, HandgradError | KeyboardInterrupt):
                 traceback.print_exception(error)
             sys.stdout.flush()
             sys.stderr.flush()
-            comm.is_stuck = lambda: False  # type: ignore[method-assign]  # has been seen to
+            comm.is_stuck = lambda: False  # type: ignore[method-assign]  # handled here: atexit must not exit again
             atexit._run_exitfuncs()  # which end the ranks that this one has started
             os._exit(code)
         if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):

@@ -152,7 +152,7 @@ class Device:
         self._wait(cu.cuEventSynchronize, event)
 
     def _wait(self, call: Callable, *arguments: Any) -> Any:
-        """A driver call that may wait for the GPU. What has ended the wait for another rank is raised."""
+        """A driver call that may wait for the GPU. Raises `failure` if the wait ended because another rank failed."""
         self._waits_since = time.monotonic()
         try:
             result = call(*arguments)

@@ -64,7 +64,6 @@ class Config(ctypes.Structure):
 
 _P, _N, _I = c_void_p, c_size_t, c_int
 CALLS: dict[str, list[Any]] = {
-    "ncclGetVersion": [_P],
     "ncclGetUniqueId": [_P],
     "ncclCommInitRankConfig": [_P, _I, Id, _I, _P],
     "ncclCommGetAsyncError": [_P, _P],
@@ -80,7 +79,7 @@ class Nccl:
 
     deterministic: one algorithm for all sizes
 
-    Raises HandgradError where two ranks have the same GPU, or other ranks have another model.
+    Raises HandgradError if two ranks share a GPU, or the GPUs are not all of the same model.
     """
 
     def __init__(self, device: Device, comm: Comm, deterministic: bool):
@@ -93,9 +92,6 @@ class Nccl:
             function = getattr(self._dll, name)
             function.argtypes, function.restype = types, c_int
         self._dll.ncclGetErrorString.restype = c_char_p
-        found = c_int()
-        self._dll.ncclGetVersion(byref(found))
-        self.version = found.value
         unique = Id()
         if comm.rank == 0:
             self._check("ncclGetUniqueId", self._dll.ncclGetUniqueId(byref(unique)))
@@ -122,14 +118,16 @@ class Nccl:
             self._check(kind, status)
 
     def _check(self, what: str, status: int, pause: float = 0.0) -> None:
-        """Waits until a call is done: until then nothing of it is on its stream. Raises HandgradError if it failed."""
+        """Waits until a non-blocking call has been enqueued. Raises HandgradError if it failed."""
         end = time.monotonic() + LIMIT
         while status == IN_PROGRESS:
             time.sleep(pause)
             self._comm.check()
             status = self._async_error()
             if status == IN_PROGRESS and time.monotonic() > end:
-                raise HandgradError("nccl", f"{what} is done within {LIMIT:.0f} s", "no end", hint="NCCL_DEBUG=INFO")
+                raise HandgradError(
+                    "nccl", f"{what} has not ended after {LIMIT:.0f} s", hint="NCCL_DEBUG=INFO says more"
+                )
         if status != SUCCESS:
             raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint="NCCL_DEBUG=INFO says more")
 
@@ -144,7 +142,7 @@ class Nccl:
         return found.value
 
     def _guard(self) -> None:
-        """Ends a wait of the host for the GPU that would last for ever: a rank has failed, or the network has."""
+        """Ends a host wait that would never return, because a rank has failed or the network has."""
         watch, since = self._comm.watch, 0.0
         while watch is not None:
             time.sleep(LOOK)
@@ -165,7 +163,7 @@ class Nccl:
                 return
 
     def _abort(self, failure: RankError) -> None:
-        """Aborts the communicator, which ends the host's wait as if all were well: so the failure is known before."""
+        """Aborts the communicator. The host's wait then returns without an error, so `failure` is set first."""
         self._device.failure = failure
         abort = self._dll.ncclCommAbort  # returns once the graphs are gone
         threading.Thread(target=abort, args=[self._handle], daemon=True).start()
@@ -191,8 +189,6 @@ def check_gpus(device: Device, comm: Comm) -> None:
         first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
         if first != rank:
             hint = "no more ranks on a machine than it has GPUs; nvidia-smi -L lists them"
-            raise HandgradError(
-                "ranks", f"every rank has a GPU of its own, but ranks {first} and {rank} share one", name, hint=hint
-            )
+            raise HandgradError("ranks", f"ranks {first} and {rank} share one GPU, {name}", hint=hint)
         if name != told[0][2]:
             raise HandgradError("ranks", f"all ranks have the GPU of rank 0, {told[0][2]}", f"{name} on rank {rank}")

@@ -1,5 +1,5 @@
-// The time that the main stream waits for the stream of collectives, added up on the device: one kernel before the wait,
-// one behind it.
+// The time that the main stream waits for the communication stream, added up on the device: one kernel before the wait,
+// one after it.
 #include "ptx.cuh"
 
 KERNEL wait_begin_kernel(StepScalars *scalars) { scalars->exposed_ns -= nanoseconds(); }

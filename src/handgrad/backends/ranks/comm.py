@@ -167,9 +167,6 @@ class Alone(Comm):
     def total(self, value: float) -> float:
         return float(value)  # asked for three times a step
 
-    def fail(self, text: str, code: int = 2) -> None:
-        pass
-
     def after_failure(self) -> Comm:
         return self
 

@@ -89,7 +89,7 @@ def connect(
             links[r, channel] = _reach(peers[r], r, {"run": run, "rank": rank, "channel": channel}, end)
     thread.join(left(end) + 1)
     for r, _ in sorted(expected - links.keys()):
-        raise HandgradError("ranks", f"rank {r} connects to rank {rank} within {LIMIT:.0f} s")
+        raise HandgradError("ranks", f"rank {r} did not connect to rank {rank} within {LIMIT:.0f} s")
     for connection in links.values():
         prepare(connection)
     return links
@@ -107,7 +107,9 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
                 connection.close()
         if time.monotonic() > end:
             at = ", ".join(f"{host}:{peer.port}" for host in peer.hosts)
-            raise HandgradError("ranks", f"rank {rank} answers at one of {at}", hint="a firewall between machines?")
+            raise HandgradError(
+                "ranks", f"rank {rank} does not answer at any of {at}", hint="a firewall between machines?"
+            )
         time.sleep(PAUSE)
 
 

@@ -91,7 +91,7 @@ class Mpi(Comm):
                 self.check()
                 time.sleep(SLEEP)
                 if self._limit and time.monotonic() - begin > self._limit:
-                    raise HandgradError("ranks", f"every rank answers within {self._limit:.0f} s")
+                    raise HandgradError("ranks", f"a rank has not answered for {self._limit:.0f} s")
 
     def after_failure(self) -> Comm:
         return Mpi(self._MPI, self._last, self._last, LAST_SECONDS)

@@ -57,7 +57,7 @@ def listen(rank: int, where: str) -> Listener:
     try:
         return Listener(own, port if rank == 0 else 0)
     except OSError as error:
-        rule = f"rank 0 listens at port {port}: {error.strerror}"
+        rule = f"rank 0 cannot listen at port {port}: {error.strerror}"
         raise HandgradError("ranks", rule, hint="another port in --rendezvous HOST:PORT") from None
 
 

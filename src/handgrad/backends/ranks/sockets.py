@@ -82,7 +82,7 @@ class Sockets(Comm):
         poll.poll(LOOK)
         self.check()
         if self._limit and time.monotonic() - begin > self._limit:
-            raise HandgradError("ranks", f"every rank answers within {self._limit:.0f} s")
+            raise HandgradError("ranks", f"a rank has not answered for {self._limit:.0f} s")
 
     def _gone(self, rank: int) -> RankError:
         """The error of a rank whose connection has ended: what the watch knows of it, a moment later."""

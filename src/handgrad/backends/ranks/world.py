@@ -85,18 +85,17 @@ def _open(asked: Asked, env: Mapping[str, str]) -> Comm:
         raise HandgradError("ranks", "--ranks-per-machine goes with --rank", "no --rank", hint="--rank, --rendezvous")
     if asked.ranks > 0 or asked.rank is not None:
         if place is not None and place.world > 1:
-            more = asked.ranks or "one"
-            rule = f"{place.by} has started {place.world} ranks, and the command line asks for {more} more"
+            rule = f"{place.by} has started {place.world} ranks, and the command line starts ranks, too"
             raise HandgradError("ranks", rule, hint="leave out --ranks and --rank, or the launcher")
     if asked.ranks > 1 or asked.rank is not None:
         if asked.rank is None:
             if asked.rendezvous:
-                rule = "ranks that meet elsewhere are started one by one"
-                raise HandgradError("ranks", rule, "no --rank", hint="--rank, from 0 to --ranks - 1")
+                rule = "--rendezvous needs --rank, or a launcher"
+                raise HandgradError("ranks", rule, hint="--rank, from 0 to --ranks - 1")
             return start(asked.ranks, asked.argv)
         place = by_hand(asked)
     elif asked.rendezvous and (place is None or place.world == 1):
-        raise HandgradError("ranks", "--rendezvous is where several ranks meet", "one rank", hint="--ranks, --rank")
+        raise HandgradError("ranks", "--rendezvous needs several ranks", hint="--ranks, --rank")
     if place is None or place.world == 1:
         return Alone()
     if place.by in ("MPICH", "Open MPI") and not asked.rendezvous and has_mpi4py():
@@ -118,10 +117,10 @@ def by_hand(asked: Asked) -> Place:
     if local > world:
         raise HandgradError("ranks", f"--ranks-per-machine is at most --ranks {world}", local)
     if asked.rendezvous and world == 1:
-        raise HandgradError("ranks", "--rendezvous is where several ranks meet", "one rank", hint="--ranks")
+        raise HandgradError("ranks", "--rendezvous needs several ranks", hint="--ranks")
     if not asked.rendezvous and world > 1:
         hint = "--rendezvous HOST:PORT of rank 0, or a file that all see"
-        raise HandgradError("ranks", "ranks that are started one by one meet somewhere", "no --rendezvous", hint=hint)
+        raise HandgradError("ranks", "--rank needs --rendezvous", hint=hint)
     return Place("by hand", rank, world, rank % local, min(local, world - rank // local * local), asked.rendezvous)
 
 

@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending> __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" :: "n"(pending) : "memory");
 }
-// A clock that all multiprocessors share, in nanoseconds.
+// A clock that all SMs share, in nanoseconds.
 __device__ __forceinline__ u64 nanoseconds() {
   u64 now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
