@@ -179,11 +179,13 @@ GONE, TOLD = RankError(1, "its process has ended", 1, is_gone=True), RankError(1
     ids=["one that is gone", "no wait", "one that has failed", "an own failure", "no failure"],
 )
 def test_wait_for_the_gpu_ends_where_it_would_last_for_ever(monkeypatch, waits, failure, is_over, is_aborted):
-    library, device, _ = guarded(monkeypatch, waits, failure, is_over)
+    library, device, watch = guarded(monkeypatch, waits, failure, is_over)
     assert bool(library.named("ncclCommAbort")) == is_aborted == (device.failure is not None)
     time.sleep(0.3)
     assert bool(library.named("ncclCommAbort")) == (is_over and waits > 0)
     assert device.failure is None or (failure or device.failure) is device.failure
+    device.waits, watch.failure = 1.0, GONE  # ends the guard
+    time.sleep(0.2)
 
 
 def test_failure_of_the_network_ends_the_wait_and_is_told_to_all(monkeypatch):
@@ -193,14 +195,19 @@ def test_failure_of_the_network_ends_the_wait_and_is_told_to_all(monkeypatch):
 
 
 def test_process_ends_where_an_abort_does_not_free_it(monkeypatch, capsys):
-    ended = threading.Event()
-    monkeypatch.setattr(nccl.os, "_exit", lambda code: ended.set() or time.sleep(9))
+    ended = []
     monkeypatch.setattr(nccl, "LOOK", 0.01)
     monkeypatch.setattr(nccl, "EXIT", 0.05)
     (one, _) = opened(monkeypatch, Library())
     one._device.waits = 1.0
-    threading.Thread(target=one._abort, args=[GONE], daemon=True).start()
-    assert ended.wait(2) and "[rank 1] its process has ended" in capsys.readouterr().err
+
+    def end(code):
+        ended.append(code)
+        one._device.waits = 0.0
+
+    monkeypatch.setattr(nccl.os, "_exit", end)
+    one._abort(GONE)
+    assert ended == [1] and "[rank 1] its process has ended" in capsys.readouterr().err
 
 
 def test_wait_of_the_host_raises_what_has_ended_it(monkeypatch):

@@ -512,7 +512,9 @@ def test_every_two_ranks_are_connected_on_every_channel(ranks):
 def test_rank_of_another_run_is_not_connected(monkeypatch):
     monkeypatch.setattr(mesh, "ATTEMPT", 0.2)
     first, second = connected(2, runs=["a", "b"], seconds=0.5)
-    assert "rank 1 did not connect to rank 0" in str(first) and "rank 0 does not answer at any of 127.0.0.1:" in str(second)
+    assert "rank 1 did not connect to rank 0" in str(first) and "rank 0 does not answer at any of 127.0.0.1:" in str(
+        second
+    )
 
 
 def test_rank_that_does_not_connect_is_named(monkeypatch):
