@@ -22,6 +22,7 @@ from handgrad.backends.ranks.sockets import CHANNELS, Sockets
 from handgrad.backends.ranks.watch import Watch
 from handgrad.backends.ranks.world import Asked, first_host, launched
 from handgrad.cli.__main__ import main
+from handgrad.cli.world import asked
 from handgrad.core.errors import HandgradError
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="h0", MASTER_PORT="29500")
@@ -745,3 +746,7 @@ def test_gpus_without_a_gpu_are_no_ranks_on_the_cpu(no_launcher, capsys, flag):
     assert main(["train", flag, "2"]) == 2
     told = capsys.readouterr().err
     assert "--gpus trains on GPUs: " in told and told.count("hint:") == 1 and "--ranks 2 --backend cpu" in told
+
+
+def test_an_empty_rendezvous_is_none():
+    assert asked("train", ["--rendezvous", "", "--ranks=2"]).rendezvous == ""

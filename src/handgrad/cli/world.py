@@ -16,10 +16,10 @@ def asked(verb: str, argv: list[str]) -> Asked:
     """The ranks that a command line asks for. Raises HandgradError for what is no number."""
     words = full_names(WorldConfig, argv)
     found = []
-    for word, after in zip(words, [*words[1:], ""]):
+    for i, word in enumerate(words):
         flag, equals, _ = word.partition("=")
         if flag in FLAGS:
-            found += [word] if equals or not after else [word, after]
+            found += [word] if equals else words[i : i + 2]
     w = parse(WorldConfig, found, verb) if found else WorldConfig()
     names = {word.partition("=")[0].replace("_", "-") for word in argv}
     if names & GPUS and not any(name.endswith("backend") for name in names) and why_no_cuda():
