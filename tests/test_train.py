@@ -233,8 +233,7 @@ def test_shards_from_elsewhere_are_read_with_gpt2s_vocabulary(words):
         ),
         (
             "--batch-tokens 96",
-            "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. "
-            "hint: another batch_tokens or micro_batch",
+            "[train] batch_tokens is a multiple of micro_batch x seq_len = 2 x 32, but got 96. hint: micro_batch 1",
         ),
         ("--head-mib -1", "[compute] --head-mib is a number from 0 on, but got -1."),
         ("--threads -1", "[compute] --threads is a number from 0 on, but got -1."),
