@@ -14,6 +14,7 @@ from handgrad.backends.ref import RefBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import ONLY, MicroBatch
+from handgrad.core.streams import joins
 from handgrad.models import gpt2
 from handgrad.ops import collectives
 from handgrad.train import scaling
@@ -148,7 +149,7 @@ def test_the_first_reader_waits():
     """A gather before a call that reads it is exposed, however long the calls are; ZeRO 1 has none in forward."""
     p = page(zero=3).program
     i = next(i for i, c in enumerate(p.calls) if c.op is collectives.all_gather)
-    reader = next(c for c in p.calls[i + 1 :] if scaling.conflict(p, p.calls[i], c))
+    reader = p.calls[joins(p)[i]]
     assert any(t in p.inside for t in reader.ins if t is not None)
     assert timeline(p, p.segments.forward_backward, ONLY, by_op(1.0, 0.5))[1] > 0.5
 

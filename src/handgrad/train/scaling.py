@@ -15,7 +15,7 @@ from handgrad.core.number import real, whole
 from handgrad.core.op import ONLY, Call, MicroBatch, Phase
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program, Segment
-from handgrad.core.tensor import Tensor
+from handgrad.core.streams import joins
 from handgrad.train.mfu import mfu as utilisation
 
 
@@ -121,17 +121,11 @@ class Cluster:
 
 
 class GpuRanks(GpuPlanner):
-    """Plans for one of the GPUs of a cluster. A call without an implementation for GPUs takes no scratch."""
+    """Plans for one of the GPUs of a cluster."""
 
     def __init__(self, cluster: Cluster, precision: Precision = Precision()):
         super().__init__(replace(GPUS[cluster.gpu], tf32=precision.tf32, deterministic=precision.deterministic))
         self.cluster, self.comm = cluster, Planned(cluster.ranks)
-
-    def scratch(self, call: Call) -> int:
-        return super().scratch(call) if self.has(call.op) else 0
-
-    def note(self, call: Call) -> str:
-        return super().note(call) if self.has(call.op) else ""
 
 
 @dataclass(frozen=True)
@@ -271,44 +265,21 @@ def timeline(
     what it uses waits for it, as does the end of the segment. A call that overlaps the next one counts in full.
     """
     now = compute = free = 0.0  # free: when the stream of collectives has ended all that it was given
-    flying: list[tuple[int, Call, float]] = []  # collectives, and when each of them ends
-    for i, c in enumerate(p.part(segment)):
+    flying: list[tuple[int, float]] = []  # collectives, and when each of them ends
+    ends = joins(p)
+    for i in range(segment.start, segment.stop):
+        c = p.calls[i]
+        now = max([now, *(end for at, end in flying if ends[at] <= i)])
+        flying = [f for f in flying if f[1] > now]
         if not micro_batch.runs(c.when):
             continue
         if c.op.communicates:
             free = max(now, free) + seconds(c)
-            flying.append((i, c, free))
-            continue
-        flying = [f for f in flying if f[2] > now]
-        for at, early, end in flying:
-            overlap = early.op.overlap if early.overlap is None else early.overlap
-            if overlap < i - at or conflict(p, early, c):
-                now = max(now, end)
-        busy = seconds(c)
-        now, compute = now + busy, compute + busy
+            flying.append((i, free))
+        else:
+            busy = seconds(c)
+            now, compute = now + busy, compute + busy
     return compute, max(now, free) - compute
-
-
-def conflict(p: Program, early: Call, late: Call) -> bool:
-    """Whether one of two calls writes what the other one reads or writes."""
-    reads, writes = _memory(p, early.ins), _memory(p, early.outs)
-    others, targets = _memory(p, late.ins), _memory(p, late.outs)
-    return any(
-        a == b and i < k and j < end
-        for some, many in ((writes, others + targets), (reads, targets))
-        for a, i, end in some
-        for b, j, k in many
-    )
-
-
-def _memory(p: Program, tensors: tuple[Tensor | None, ...]) -> list[tuple[object, int, int]]:
-    """(what it lies in, first element, end) of each tensor: an activation or a flat vector."""
-    found: list[tuple[object, int, int]] = []
-    for t in tensors:
-        if t is not None:
-            base, start = p.inside[t] if t in p.inside else (t.flat, p.element(t)) if t.flat else (t, 0)
-            found.append((base, start, start + t.size))
-    return found
 
 
 def _runs(p: Program, accumulation: int) -> list[tuple[Segment, MicroBatch, int]]:

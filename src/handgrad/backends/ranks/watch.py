@@ -26,14 +26,12 @@ class Watch(threading.Thread):
 
     def __init__(self, rank: int, links: dict[int, socket.socket], fate: Callable[[int], str] = lambda rank: ""):
         super().__init__(daemon=True)
-        self.rank, self.failure = rank, None
+        self.failure: RankError | None = None
         self._links, self._peers, self._fate = dict(links), list(links.values()), fate
         self._heard = dict.fromkeys(links, time.monotonic())
         self._text = dict.fromkeys(links, "")
         self.is_over = False
         self.start()
-
-    failure: RankError | None
 
     def check(self) -> None:
         """Raises the failure, if there is one."""
