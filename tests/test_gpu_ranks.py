@@ -17,7 +17,10 @@ from handgrad.data import prepare_text
 from handgrad.tokenizers import chars
 
 pytestmark = pytest.mark.gpu
-FLAGS = "--preset tiny --backend cuda --batch-tokens 1024 --no-shuffle --sample-tokens 16 --val-every 10 --train text"
+FLAGS = (
+    "--preset tiny --backend cuda --batch-tokens 1024 --no-shuffle --sample-tokens 16 --val-every 10 --train text "
+    "--schedule constant --warmup 0"
+)
 
 
 @pytest.fixture
