@@ -35,7 +35,7 @@ def measure(preset: str, folder: Path, rounds: int, steps: int) -> str:
     ids = np.random.default_rng(0).integers(0, vocab_size, 2_000_000)
     hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(vocab_size))
     data = hg.data.tokens(folder / "a.bin", T, B * T * micro_steps)
-    model = hg.models.GPT2(**hg.models.preset(preset) | {"vocab_size": vocab_size})
+    model = hg.models.preset(preset, vocab_size=vocab_size)
     kinds = dict(execution=hg.Execution(B, extra_programs=()), precision=hg.Precision(best_dtype(backend.name)))
     run = hg.Trainer(model, hg.optim.AdamW(), data, **kinds, backend=backend, out=folder / "run")
     counter = iter(range(1, 1 << 30))

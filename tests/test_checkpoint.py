@@ -520,7 +520,7 @@ def test_explain_tells_what_a_checkpoint_takes(tmp_path, capsys, backend, how):
     line = capsys.readouterr().out.splitlines()[-2]
     assert how in line and line.startswith("a checkpoint is ")
     if backend == "cpu":
-        model = hg.models.GPT2(**hg.models.preset("tiny"))
+        model = hg.models.preset("tiny")
         hg.data.write_shard(tmp_path / "a.bin", [np.arange(1000)], hg.data.id_dtype(50257))
         data = hg.data.tokens(tmp_path / "a.bin", 64, 64)
         kind = dict(execution=hg.Execution(1, backend="cpu"), precision=hg.Precision("bf16"))

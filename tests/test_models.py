@@ -320,7 +320,7 @@ def test_gpt3_sizes():
 
 
 def test_preset_by_depth():
-    assert preset("d8") == dict(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024, vocab_size=50257)
+    assert preset("d8") == GPT2(num_layers=8, num_heads=8, hidden_size=512, max_seq_len=1024)
     with pytest.raises(
         HandgradError, match=r"\[model\] a preset is tiny, gpt2, .* d6 .. d84 \(or any d<layers>\), .*, but got 'gpt5'"
     ):

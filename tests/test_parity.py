@@ -96,10 +96,10 @@ def test_p3_without_overfit_every_step_has_its_own_batch(shards):
 
 def test_p4_t6_the_13b_works():
     """llm.c's aborts. Planned whole, and its block (40 heads of 128) trained."""
-    sizes = hg.models.preset("gpt3:c5140")
-    page = hg.explain(hg.models.GPT2(**sizes), 2048, execution=hg.Execution(micro_batch=1), remedies=False)
+    model = hg.models.preset("gpt3:c5140")
+    page = hg.explain(model, 2048, execution=hg.Execution(micro_batch=1), remedies=False)
     assert page.program.num_params == pytest.approx(12.85e9, rel=0.01)
-    assert sizes["hidden_size"] == 40 * 128 == 128 * sizes["num_heads"]
+    assert model.hidden_size == 40 * 128 == 128 * model.num_heads
 
 
 def test_p4_from_llmc_is_made_from_the_code():

@@ -13,7 +13,7 @@ import pytest
 
 from handgrad.cli.__main__ import main
 from handgrad.cli.flags import parse
-from handgrad.models import GPT2, preset
+from handgrad.models import preset
 from handgrad.train.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +63,7 @@ def test_its_flags_are_a_run(shell, recipe):
     *data, (verb, *flags) = calls(shell, recipe.name)
     c = parse(Config, flags, "train")
     assert verb == "train" and c.run.resume == "auto" and c.run.out == f"runs/{recipe.stem.replace('_', '-')}"
-    sizes = preset(c.model.preset)
-    model = GPT2(**sizes | ({"max_seq_len": c.model.max_seq_len} if c.model.max_seq_len else {}))
+    model = preset(c.model.preset, **({"max_seq_len": c.model.max_seq_len} if c.model.max_seq_len else {}))
     tokens = c.compute.micro_batch * (c.data.seq_len or model.max_seq_len)
     assert c.data.batch_tokens % tokens == 0
     named = {"gpt2_124m": 124e6, "gpt2_350m": 354e6, "gpt2_774m": 774e6, "gpt2_1558m": 1557e6, "gpt3_125m": 125e6}
@@ -99,8 +98,8 @@ def test_its_time_and_cost_are_what_its_figures_say(shell, recipe):
     assert float(re.search(r"time +([\d.]+) hours on one H100", comment)[1]) == pytest.approx(hours, rel=0.02)
     assert float(re.search(r"cost +\$([\d,.]+) ", comment)[1].replace(",", "")) == pytest.approx(HOUR * hours, rel=0.02)
     m = preset(c.model.preset)
-    params = (50304 + m["max_seq_len"] + 12 * m["num_layers"] * m["hidden_size"]) * m["hidden_size"]
-    flops = 6 * params + 6 * m["num_layers"] * m["hidden_size"] * m["max_seq_len"]
+    params = (50304 + m.max_seq_len + 12 * m.num_layers * m.hidden_size) * m.hidden_size
+    flops = 6 * params + 6 * m.num_layers * m.hidden_size * m.max_seq_len
     assert 0.45 < rate * flops / 989.4e12 < 0.8  # products alone reach 790 of the 989.4
     source = re.search(r"bench/results/(\w+\.json)", comment)
     assert bool(source) == ("(computed:" in comment)

@@ -124,7 +124,10 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
         "depth": 0,
         "num_layers": 2,
         "num_heads": 2,
+        "num_kv_heads": 0,
         "hidden_size": 32,
+        "head_size": 0,
+        "mlp_size": 0,
         "max_seq_len": 32,
         "vocab_size": 97,
         "dropout": 0.1,
@@ -140,9 +143,7 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
 
 def test_defaults_are_the_recipe():
     c = Config()
-    assert models.preset(c.model.preset) | {"vocab_size": 0} == dict(
-        num_layers=4, num_heads=4, hidden_size=128, max_seq_len=64, vocab_size=0
-    )
+    assert models.preset(c.model.preset) == models.GPT2(num_layers=4, num_heads=4, hidden_size=128, max_seq_len=64)
     assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, 2000, "cosine", None)
     assert c.data.train == "shakespeare"
 

@@ -151,7 +151,7 @@ def make(recipe: str, argv: list[str]) -> None:
     if "replaced" in meta:
         print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
     least = min([a["shard_tokens"], *(meta[split]["tokens"] for split in ("train", "val") if meta[split]["shards"])])
-    wanted = preset("tiny")["max_seq_len"] + 1
+    wanted = preset("tiny").max_seq_len + 1
     if least < wanted:
         print(f"a sequence of handgrad train takes {wanted} tokens, and the smaller part has {least}: add text")
     if least > 1:

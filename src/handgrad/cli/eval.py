@@ -129,7 +129,7 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
     T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
-    T = T or m.source.model.max_seq_len
+    T = T or m.source.model.usual_seq_len
     shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)

@@ -14,7 +14,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import create, preset
+from handgrad.models import preset
 from handgrad.train.config import ComputeConfig, ModelConfig
 from handgrad.train.explain import explain
 from handgrad.train.resolve import execution_of, precision_of
@@ -32,9 +32,9 @@ class Explain:
     gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers: gpt2"""
+    """architecture, by the name that handgrad.models registers (gpt2); empty: the model's own"""
     seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest"""
+    """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch a rank. More accumulates gradients"""
     ranks: int = 1
@@ -46,7 +46,7 @@ class Explain:
     mfu: float = 0.0
     """MFU that one GPU reaches, for the time of a step of several, such as 0.5; 0: as measured for the nearest model"""
     vocab_size: int = 0
-    """tokens in the vocabulary; 0: GPT-2's 50257"""
+    """tokens in the vocabulary; 0: the model's"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches"""
     val: bool = True
@@ -59,10 +59,9 @@ class Explain:
 def main(argv: list[str]) -> int:
     """Prints the page."""
     a = parse(Explain, argv, "explain")
-    sizes = preset(a.model)
-    sizes |= {"vocab_size": a.vocab_size} if a.vocab_size else {}
-    model = create(a.family, sizes | ({"dropout": a.dropout} if a.dropout else {}))
-    seq_len = whole("explain", "--seq-len", a.seq_len, 0) or model.max_seq_len
+    changes = {name: getattr(a, name) for name in ("vocab_size", "dropout") if getattr(a, name)}
+    model = preset(a.model, a.family, **changes)
+    seq_len = whole("explain", "--seq-len", a.seq_len, 0) or model.usual_seq_len
     whole("explain", "--batch-tokens", a.batch_tokens, 0)
     least = whole("explain", "--ranks", a.ranks, 1) * a.compute.micro_batch * seq_len
     accumulation, rest = divmod(a.batch_tokens or least, least)

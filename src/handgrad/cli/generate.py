@@ -8,6 +8,7 @@ import tyro
 
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import whole
 from handgrad.infer.load import MAX_TOKENS, load
 from handgrad.infer.sampling import Sampling, StopStrings
 
@@ -30,6 +31,8 @@ class Generate:
     """sample from the likeliest tokens that hold this probability together"""
     seed: int = Sampling.seed
     """seed of the sampling"""
+    context: int = 0
+    """tokens that the model sees at most; 0: its longest, and 2048 at most for a Llama"""
     stop: tuple[str, ...] = ()
     """stop before any of these strings"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt() if a.prompt == "-" else a.prompt
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    loaded = load(a.run, a.dtype, a.backend, a.threads)
+    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0))
     pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
     print("\n" if prompt is None else prompt, end="", flush=True)
     for piece in pieces:

@@ -18,7 +18,7 @@ from handgrad.cli.flags import parse
 from handgrad.cli.world import asked
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
-from handgrad.models import create, preset
+from handgrad.models import preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, WorldConfig
 from handgrad.train.profile import Profile, Row, profile
@@ -40,11 +40,11 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers: gpt2"""
+    """architecture, by the name that handgrad.models registers (gpt2); empty: the model's own"""
     seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest"""
+    """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     vocab_size: int = 0
-    """tokens in the vocabulary; 0: GPT-2's 50257"""
+    """tokens in the vocabulary; 0: the model's"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
 
@@ -63,10 +63,10 @@ def profile_on(comm: Comm, a: Profiling) -> int:
         raise HandgradError("profile", "--steps is at least 1", a.steps)
     if a.trace and not os.path.isdir(Path(a.trace).absolute().parent):
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = create(a.family, preset(a.model) | ({"vocab_size": a.vocab_size} if a.vocab_size else {}))
+    model = preset(a.model, a.family, **({"vocab_size": a.vocab_size} if a.vocab_size else {}))
     precision, execution = precision_of(h), execution_of(h, ())
     backend = open_backend(h.backend, h.threads, precision, comm)
-    T = whole("profile", "--seq-len", a.seq_len, 0) or model.max_seq_len
+    T = whole("profile", "--seq-len", a.seq_len, 0) or model.usual_seq_len
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
         tokens = data.tokens(f"{folder}/random.bin", T, comm.world * h.micro_batch * T)

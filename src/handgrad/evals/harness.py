@@ -53,7 +53,7 @@ def register() -> type:
             return [(-float(s.losses.sum(dtype="float64")), bool(s.greedy)) for s in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            T, totals = self._model.source.model.max_seq_len, []
+            T, totals = self._model.source.model.usual_seq_len, []
             for request in requests:
                 ids = self.tok_encode(request.args[0])
                 windows = get_rolling_token_windows(ids, self.eot_token_id, max_seq_len=T, context_len=1)

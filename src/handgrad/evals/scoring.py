@@ -37,7 +37,7 @@ class Score:
 
 def lengths(model: Model) -> list[int]:
     """The lengths that have a program, ascending."""
-    return [n for n in LENGTHS if n < model.max_seq_len] + [model.max_seq_len]
+    return [n for n in LENGTHS if n < model.usual_seq_len] + [model.usual_seq_len]
 
 
 def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
@@ -104,7 +104,7 @@ class Scorer:
         return [self._text(*pair) for pair in pairs]
 
     def _text(self, context: Ids, continuation: Ids) -> tuple[np.ndarray, np.ndarray]:
-        T = self.model.max_seq_len
+        T = self.model.usual_seq_len
         if len(context) == 0 or len(continuation) == 0:
             raise HandgradError("eval", "a context and a continuation hold at least one token", "an empty one")
         if len(continuation) > T:

@@ -15,9 +15,12 @@ from handgrad.models import Model, forward_logits
 PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(model: Model, dtype: DType) -> tuple[Program, Program]:
-    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head."""
-    prefill, decode, context = Program(dtype), Program(dtype), model.max_seq_len
+def record(model: Model, dtype: DType, context: int = 0) -> tuple[Program, Program]:
+    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head.
+
+    context: tokens that the cache holds; 0: the model's usual_seq_len
+    """
+    prefill, decode, context = Program(dtype), Program(dtype), context or model.usual_seq_len
     model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
     forward_logits(decode, model, 1, 1, cache=context)
     return prefill, decode
@@ -26,6 +29,7 @@ def record(model: Model, dtype: DType) -> tuple[Program, Program]:
 class Engine:
     """Generates with the parameters in an arena that was planned with `record`'s programs.
 
+    context: as given to `record`
     drawable: which ids `generate` may yield, as `Tokenizer.drawable` says; None: all of the model's
     """
 
@@ -36,8 +40,9 @@ class Engine:
         arena: Arena,
         backend: Backend,
         drawable: np.ndarray | None = None,
+        context: int = 0,
     ):
-        self.model = model
+        self.model, self.context = model, context or model.usual_seq_len
         self.drawable = drawable
         self._prefill, self._decode = programs
         self._arena = arena
@@ -54,12 +59,10 @@ class Engine:
         bad = [t for t in ids if not 0 <= t < self.model.vocab_size]
         if bad:
             raise HandgradError("generate", f"token ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
-        if self.position + len(ids) > self.model.max_seq_len:
-            raise HandgradError(
-                "generate", f"the model reads {self.model.max_seq_len} tokens", self.position + len(ids)
-            )
+        if self.position + len(ids) > self.context:
+            raise HandgradError("generate", f"the model reads {self.context} tokens", self.position + len(ids))
         ids, chunk = list(ids), self._prefill.inputs["ids"].size
-        while len(ids) > 2 and self.position + chunk <= self.model.max_seq_len:
+        while len(ids) > 2 and self.position + chunk <= self.context:
             part = ids[: min(chunk, len(ids) - 1)]  # rows past the prompt fill cache rows that later tokens overwrite
             self._step(0, part + [0] * (chunk - len(part)), len(part))
             ids = ids[len(part) :]
@@ -87,8 +90,8 @@ class Engine:
 
         drawable: which ids may follow, (n,) bool; None: those of the engine
 
-        The model sees at most max_seq_len tokens. When the window is full, the engine reads its newer half again from
-        position 0, so generation has no end of its own. Of a longer prompt it reads the last max_seq_len tokens.
+        The model sees at most `context` tokens. When the window is full, the engine reads its newer half again from
+        position 0, so generation has no end of its own. Of a longer prompt it reads the last `context` tokens.
         """
         try:
             ids = [operator.index(t) for t in prompt]
@@ -99,7 +102,7 @@ class Engine:
         if bad:
             raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
         sampler = Sampler(sampling, self.model.vocab_size, self.drawable if drawable is None else drawable)
-        return self._tokens(ids[-self.model.max_seq_len :], max_tokens, sampler, stop_ids)
+        return self._tokens(ids[-self.context :], max_tokens, sampler, stop_ids)
 
     def _tokens(self, window: list[int], max_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[int]:
         self.position = 0
@@ -112,8 +115,8 @@ class Engine:
             if i + 1 == max_tokens:
                 return
             window.append(token)
-            if self.position == self.model.max_seq_len:
-                window = window[-(self.model.max_seq_len // 2) or -1 :]
+            if self.position == self.context:
+                window = window[-(self.context // 2) or -1 :]
                 self.position = 0
                 logits = self.logits(window)
             else:

@@ -67,21 +67,27 @@ def open_source(source: str | Path) -> Source:
 
 
 def load_run(
-    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0
+    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0, context: int = 0
 ) -> tuple[Engine, tokenizers.Tokenizer]:
     """(engine, tokenizer) of the model that `open_source` opens.
 
-    dtype: "f32", "bf16", or "saved" for the one it was trained in. Raises HandgradError if something is missing.
+    dtype: "f32", "bf16", or "saved" for the one it was trained in
+    context: tokens that the model sees at most; 0: the model's longest, and 2048 at most for a Llama
+
+    Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
     source = open_source(path)
+    if not 0 <= context <= source.model.max_seq_len:
+        rule = f"context lies in 1 .. {source.model.max_seq_len}, the tokens that the model reads"
+        raise HandgradError("generate", rule, context)
     tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    prefill, decode = programs = record(source.model, DTYPES[kind])
+    prefill, decode = programs = record(source.model, DTYPES[kind], context)
     arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
     for name, info in decode.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable()), tokenizer
+    return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable(), context), tokenizer
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,13 +150,13 @@ class Loaded:
         return f"Loaded({self.model}, tokenizer {self.tokenizer.name} of {self.tokenizer.vocab_size:,} tokens)"
 
 
-def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
+def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0) -> Loaded:
     """The model that `open_source` opens, ready to continue text.
 
     path: a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME
-    dtype, backend, threads and errors as in `load_run`
+    dtype, backend, threads, context and errors as in `load_run`
     """
-    return Loaded(*load_run(path, dtype, backend, threads))
+    return Loaded(*load_run(path, dtype, backend, threads, context))
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:

@@ -88,6 +88,11 @@ class GPT2:
         """Rows of the embedding table."""
         return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
 
+    @property
+    def usual_seq_len(self) -> int:
+        """All positions, so that training reaches each."""
+        return self.max_seq_len
+
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
         """Token ids alone."""
         return Batch(g.input("ids", (batch_size * seq_len,), I32), batch_size, seq_len, cache)

@@ -1,5 +1,6 @@
 """Model and Batch: what every family offers, what its body reads, and functions that record or list a whole model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
@@ -51,6 +52,12 @@ class Model(Protocol):
     @property
     def max_seq_len(self) -> int:
         """The most tokens of one sequence."""
+        ...
+
+    @property
+    def usual_seq_len(self) -> int:
+        """Tokens of a sequence, and of a key/value cache, where the user does not say: max_seq_len, or less where that
+        is far more than most texts have."""
         ...
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
@@ -117,12 +124,12 @@ def shapes(g: Program) -> dict[str, tuple[int, ...]]:
 # fields ---------------------------------------------------------------------------------------------------------------
 
 
-def size(default: int, most: int = 2**31 - 1) -> Any:
-    """A field of a model: a whole number from 1 to `most`."""
+def size(default: int, most: int = 2**31 - 1, least: int = 1) -> Any:
+    """A field of a model: a whole number from `least` to `most`."""
     return _field(
         default,
         ("is a whole number", lambda value: type(value) is int),
-        ("is at least 1", lambda value: value >= 1),
+        (f"is at least {least}", lambda value: value >= least),
         (f"is at most {most:,}", lambda value: value <= most),
     )
 
@@ -134,6 +141,24 @@ def rate(default: float) -> Any:
         ("is a number", lambda value: type(value) in (int, float)),
         ("lies in [0, 1)", lambda value: 0 <= value < 1),
     )
+
+
+def number(default: float) -> Any:
+    """A field of a model: a positive number."""
+    return _field(default, ("is a positive number", _is_positive))
+
+
+def numbers(default: tuple[float, ...], count: int) -> Any:
+    """A field of a model: none, or so many positive numbers."""
+
+    def holds(value: Any) -> bool:
+        return type(value) in (tuple, list) and len(value) in (0, count) and all(map(_is_positive, value))
+
+    return _field(default, (f"is none, or {count} positive numbers", holds))
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def flag(default: bool) -> Any:

@@ -1,9 +1,12 @@
-"""Named sizes: GPT-2's four, every llm.c descriptor, and `d<layers>` for any depth."""
+"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth."""
 
+from dataclasses import asdict
 from typing import Any
 
 from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models.gpt2 import GPT2
+from handgrad.models.model import Model
+from handgrad.models.registry import create
 
 # fmt: off
 # name: layers, heads, hidden size
@@ -54,6 +57,9 @@ GPT3_WIDTHS = {
 # fmt: on
 
 
+SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len", "vocab_size")  # that every family of decoders has
+
+
 def names() -> list[str]:
     """Every preset's name."""
     return (
@@ -66,14 +72,25 @@ def names() -> list[str]:
     )
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The sizes of a preset, as GPT2's fields: num_layers, num_heads, hidden_size, max_seq_len, vocab_size.
+def preset(name: str, family: str = "", **changes: Any) -> Model:
+    """The model of a preset, with fields changed.
+
+    family: another family than the preset's, which gets the preset's layers, heads, width, length and vocabulary
 
     A depth that is not in the table gets 64 columns per layer and heads of 64: the table's own rule at d6 and d12.
+    Raises HandgradError for an unknown name, and for a field that the family lacks.
 
-    >>> preset("gpt2-124m")["hidden_size"], preset("d8")["hidden_size"], preset("gpt3:c5140")["hidden_size"]
+    >>> preset("gpt2-124m").hidden_size, preset("d8").hidden_size, preset("gpt3:c5140").hidden_size
     (768, 512, 5120)
     """
+    model: Model = GPT2(**_gpt2_sizes(name))
+    if family in ("", model.family):
+        return create(model.family, asdict(model) | changes)
+    return create(family, {field: getattr(model, field) for field in SIZES} | changes)
+
+
+def _gpt2_sizes(name: str) -> dict[str, int]:
+    """The sizes of a GPT-2 or GPT-3 by its preset's name."""
     seq_len, row = 1024, None
     key = name.lower().removeprefix("gpt2:")
     if key == "tiny":  # the Shakespeare recipe's
@@ -99,4 +116,4 @@ def gpt2(name: str = "124m", **changes: Any) -> GPT2:
     >>> gpt2("124m", dropout=0.1).num_layers
     12
     """
-    return GPT2(**(preset(name if not name[0].isdigit() else "gpt2-" + name) | changes))
+    return GPT2(**(_gpt2_sizes(name if not name[0].isdigit() else "gpt2-" + name) | changes))

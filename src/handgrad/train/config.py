@@ -13,15 +13,16 @@ from handgrad.core.number import I64_MAX, real, whole
 
 PACKAGED = "shakespeare"  # the word for the text in the package
 OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "bf16")
-SIZES = ("num_layers", "num_heads", "hidden_size", "max_seq_len")  # a preset's, of which each may be set alone
+# a preset's, of which each may be set alone
+SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model."""
 
-    family: str = "gpt2"
-    """architecture, by the name that handgrad.models registers: gpt2"""
+    family: str = ""
+    """architecture, by the name that handgrad.models registers (gpt2); empty: the preset's"""
     preset: str = "tiny"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
     depth: int = 0
@@ -30,21 +31,27 @@ class ModelConfig:
     """layers; 0: the preset's"""
     num_heads: int = 0
     """attention heads; 0: the preset's"""
+    num_kv_heads: int = 0
+    """heads of keys and values, of a Llama; 0: the preset's"""
     hidden_size: int = 0
     """width; 0: the preset's"""
+    head_size: int = 0
+    """width of a head, of a Llama; 0: the preset's"""
+    mlp_size: int = 0
+    """width of the MLP, of a Llama; 0: the preset's"""
     max_seq_len: int = 0
     """longest sequence, tokens; 0: the preset's"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the data's"""
     dropout: float = 0.0
-    """probability of dropping embeddings, attention weights and branches"""
+    """probability of dropping embeddings, attention weights and branches, of a GPT-2"""
     tie_embeddings: bool = True
-    """use the token embedding as the head"""
+    """use the token embedding as the head, if the preset does"""
     init: str = "random"
     """start weights: random (of --seed), llmc (those of llm.c, seed 42), or a model on disk, with its sizes"""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "depth num_layers num_heads hidden_size max_seq_len vocab_size")
+        _check(self, 0, " ".join(("depth", *SIZES, "vocab_size")))
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class DataConfig:
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0
-    """tokens in a training sequence; 0: the model's longest"""
+    """tokens in a training sequence; 0: the model's longest, and 2048 at most for a Llama"""
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True

@@ -207,9 +207,9 @@ def leave_sizes(saved: Config, c: Config) -> Config:
     """Saved settings as defaults of a command line that on its own gives `c`: sizes that are the preset's are left to
     it. If another preset is asked for, all sizes are: it is another model."""
     m = saved.model
-    own = preset(f"d{m.depth}" if m.depth else m.preset)
+    own = preset(f"d{m.depth}" if m.depth else m.preset, m.family)
     other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
-    sizes: dict[str, Any] = {name: 0 for name in SIZES if other or getattr(m, name) == own[name]}
+    sizes: dict[str, Any] = {name: 0 for name in SIZES if other or getattr(m, name) == getattr(own, name, 0)}
     return replace(saved, model=replace(m, **sizes))
 
 

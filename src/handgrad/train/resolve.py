@@ -4,7 +4,7 @@ import glob
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Model, create, family, preset
+from handgrad.models import Model, create, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, WorldConfig
@@ -161,24 +161,26 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     A model on disk sets the sizes; a checkpoint sets everything.
     """
     m, last = c.model, newest(out) if c.run.resume else None
+    drawn = m.init in ("random", "llmc")
     if last is not None:
         saved = saved_settings(c)
         if saved is not None and saved.model.init != m.init:
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
-        check_same_tokens(open_source(str(last)), tokenizer)
-        return c, Start(c.run.seed), None
-    if m.init in ("random", "llmc"):
+    if drawn and last is None:
         return c, Start(c.run.seed, m.init), None
-    source = open_source(m.init)
+    source = open_source(m.init if last is None else str(last))
+    check_same_tokens(source, tokenizer)
+    if drawn:
+        return c, Start(c.run.seed), None
     brought = {"family": source.model.family} | settings_of(source.model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
-    check_same_tokens(source, tokenizer)
-    return replace(c, model=replace(m, **brought)), Start(c.run.seed, source.weights), source.model
+    start = Start(c.run.seed, source.weights) if last is None else Start(c.run.seed)
+    return replace(c, model=replace(m, **brought)), start, source.model
 
 
 def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
@@ -188,13 +190,11 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
         return create(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
-    sizes = preset(f"d{m.depth}" if m.depth else m.preset)
-    sizes |= {name: getattr(m, name) for name in SIZES if getattr(m, name)} | {"vocab_size": m.vocab_size or vocab_size}
-    known = [f.name for f in fields(family(m.family))]
+    changes = {name: getattr(m, name) for name in SIZES if getattr(m, name)}
     for name in ("dropout", "tie_embeddings"):
-        if name in known or getattr(m, name) != getattr(ModelConfig, name):
-            sizes[name] = getattr(m, name)
-    return create(m.family, sizes)
+        if getattr(m, name) != getattr(ModelConfig, name):
+            changes[name] = getattr(m, name)
+    return preset(f"d{m.depth}" if m.depth else m.preset, m.family, vocab_size=m.vocab_size or vocab_size, **changes)
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def settings_of(model: Model) -> dict[str, Any]:
 
 def training_data(c: Config, shards: str, model: Model, world: int) -> hg_data.Tokens:
     """The batches that the settings ask for, of so many ranks."""
-    d, seq_len = c.data, c.data.seq_len or model.max_seq_len
+    d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
     paths = hg_data.find_shards(shards)
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
@@ -240,7 +240,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
     return replace(
         c,
-        model=replace(c.model, **settings_of(model)),
+        model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
         optim=replace(c.optim, final=final, warmup=warmup),
         run=replace(c.run, out=str(out), steps=steps),
