@@ -42,7 +42,7 @@ from handgrad.train.llmc_init import draws
 @dataclass(frozen=True)
 class NoPositions(GPT2):
     family: ClassVar[str] = "gpt2_without_positions"
-    hugging_face: ClassVar = GPT2.hugging_face | {"model_type": "gpt2_without_positions"}
+    hugging_face: ClassVar = GPT2.hugging_face | {"model_types": {"gpt2_without_positions": "GPT2LMHeadModel"}}
 
     def embedding(self, g, data):
         return g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=False)

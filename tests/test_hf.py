@@ -19,6 +19,7 @@ from handgrad.core.install import install_command
 from handgrad.infer import Sampling
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import hf
+from handgrad.io.format import NEUTRAL, Format
 from handgrad.models import GPT2
 
 torch = pytest.importorskip("torch")
@@ -156,7 +157,7 @@ def test_p14_safetensors_reads_what_we_write(tmp_path):
     (tmp_path / "out").mkdir()
     source = open_source(tmp_path / "in")
     weights = replace(source.weights, fields=asdict(source.model) | {"dropout": 0.25})
-    hf.write(tmp_path / "out", hf.Format(**source.model.hugging_face), weights, ends=(5,))
+    hf.write(tmp_path / "out", Format(**source.model.hugging_face), weights, ends=(5,))
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
     config = GPT2Config.from_pretrained(tmp_path / "out")
@@ -394,7 +395,7 @@ def test_every_key_of_gpt2s_config_is_read_or_changes_nothing():
     """A key that a later transformers adds shows here."""
     form = open_form()
     read = {theirs for theirs, _ in form.fields.values()} | {key for keys, _ in form.shared.values() for key in keys}
-    read |= form.only({"hidden_size": 1}).keys() | hf.NEUTRAL.keys()
+    read |= form.only({"hidden_size": 1}).keys() | NEUTRAL.keys()
     names_or_training = {"transformers_version", "architectures", "dtype", "initializer_range", "use_cache"}
     outputs = {"output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"}
     ends = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -407,7 +408,7 @@ def test_every_key_of_gpt2s_config_is_read_or_changes_nothing():
 
 
 def open_form():
-    return hf.Format(**GPT2.hugging_face)
+    return Format(**GPT2.hugging_face)
 
 
 def test_dropout_of_a_folder_is_kept_by_conversions(folder, tmp_path):

@@ -13,6 +13,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, hf, llmc
+from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, with_rows
 from handgrad.models import GPT2, declare, to_dict
 from handgrad.ops.adamw.reference import split_weight
@@ -23,7 +24,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
     if not source.model.hugging_face:
         family = source.model.family
         raise HandgradError("convert", f"Hugging Face's library has no model of the family '{family}'")
-    form = hf.Format(**source.model.hugging_face)
+    form = Format(**source.model.hugging_face)
     ends = source.ends
     suppressed: list[int] = []
     if tokenizer is not None:

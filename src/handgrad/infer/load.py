@@ -12,6 +12,7 @@ from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, hf, llmc
+from handgrad.io.format import Format
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
 from handgrad.models.presets import HUGGING_FACE
@@ -211,7 +212,7 @@ def _llmc(path: Path) -> Source:
 
 def _hugging_face(path: Path) -> Source:
     family = family_of_model_type(hf.model_type(path), path / hf.CONFIG)
-    form = hf.Format(**family.hugging_face)
+    form = Format(**family.hugging_face)
     model = build_from_file(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
     ends = tokenizers.model_ends(path, range(model.vocab_size)) or ()

@@ -1,14 +1,15 @@
 """Hugging Face's folders: config.json and model.safetensors, in one file or in several with an index.
 
-A `Format`, which the caller gives, says what a family's fields and tensors are called there. Tokenizer files are the
-business of `handgrad.tokenizers`.
+A `Format` (io/format.py), which the caller gives, says what a family's fields and tensors are called there. Tokenizer
+files are the business of `handgrad.tokenizers`.
 """
 
+import functools
+import itertools
 import json
+import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +21,19 @@ from handgrad.core.disk import flush, write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.install import install_command
 from handgrad.core.json_file import read_object, shown
+from handgrad.io import format
+from handgrad.io.format import Format, Stored
 from handgrad.io.weights import Weights
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 FILES = (CONFIG, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
-DTYPES = {"F32": "f32", "BF16": "bf16", "F16": "f32"}  # float16 has fewer values than float32, and others than bf16
 MOST_HEADER = 8 << 20  # bytes of a safetensors header; 1,024 layers take 2 MB, and the format allows a slow 100 MB
 LOGIN = "hf auth login, with a token that may write"
+MOST_FILE = 5 * 10**9  # bytes of the tensors in a file; a larger model is written into several, with an index
 ROWS = 4096  # of two tables that are compared: their float32 copies stay below 100 MB
-# keys that change what transformers makes of any family: the values that change nothing, the default first
-NEUTRAL: dict[str, tuple] = {
-    "attention_chunk_size": (None,),
-    "is_causal": (True,),
-    "is_encoder_decoder": (False,),
-    "layer_types": (None,),
-    "per_layer_config": (None, {}),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "transformers_weights": (None, MODEL),
-}
-
-
-@dataclass(frozen=True)
-class Format:
-    """What one family is called in these folders."""
-
-    model_type: str
-    architecture: str
-    """the class that transformers makes of it"""
-    fields: Mapping[str, tuple[str, Any]]
-    """our field: (their key, its value where config.json leaves it out)"""
-    aliases: Mapping[str, str]
-    """another spelling of a key: the key"""
-    shared: Mapping[str, tuple[tuple[str, ...], Any]]
-    """our field: (their keys, which must have one value, its value where config.json leaves it out)"""
-    only: Callable[[Mapping[str, Any]], Mapping[str, tuple]]
-    """from our fields: their keys that change the computation, with the values that we compute, their default first"""
-    name: Callable[[str], str]
-    """from the name of a tensor of ours, theirs"""
-    prefix: str
-    """what names of tensors may lack: a file of the body alone leaves it out"""
-    transposed: str
-    """our tensors that are the transpose of theirs: a regular expression"""
-    ignored: str
-    """their tensors that we do not need, without the prefix: a regular expression"""
-    tied: tuple[str, str, str]
-    """our flag, and the two tensors of ours that are one where it is set: the table and the head"""
-
-    def is_transposed(self, name: str) -> bool:
-        """Whether a tensor of ours is the transpose of theirs."""
-        return re.fullmatch(self.transposed, name) is not None
-
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Their shape of a tensor of ours."""
-        return shape[::-1] if self.is_transposed(name) else shape
 
 
 def download(name: str) -> Path:
@@ -152,23 +110,11 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     As in transformers, a head that differs from the table is used although config.json ties them. Raises HandgradError
     where two keys for one field contradict each other.
     """
-    config = read_object(path / CONFIG, "hf")
-    for alias, key in form.aliases.items():
-        if alias in config and not _same(config.setdefault(key, config[alias]), config[alias]):
-            got = f"{shown(config[key])} and {shown(config[alias])}"
-            raise HandgradError("hf", f"{path / CONFIG} has one value for {key} and its other name {alias}", got)
-    found = {ours: config.get(theirs, default) for ours, (theirs, default) in form.fields.items()}
-    for ours, (keys, default) in form.shared.items():
-        values = [config.get(key, default) for key in keys]
-        if not all(_same(value, values[0]) for value in values):
-            rule = f"{path / CONFIG} has one value for {', '.join(keys)}: a model here has one {ours}"
-            hint = f"if you do not train, any {ours} gives the same text: set them alike"
-            raise HandgradError("hf", rule, ", ".join(map(shown, values)), hint=hint)
-        found[ours] = values[0]
+    found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
     flag, *pair = form.tied
     if found[flag] is True:
         tensors = _tensors(path, form)
-        table, head = (tensors.get(form.name(name).removeprefix(form.prefix)) for name in pair)
+        table, head = (tensors.get(form.names(name)[0].removeprefix(form.prefix)) for name in pair)
         found[flag] = table is None or head is None or _equal(table, head)
     return found
 
@@ -181,44 +127,14 @@ def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[st
     The stored tensors say what the dtype is, whatever config.json calls it.
     """
     config = read_object(path / CONFIG, "hf")
-    for key, values in (NEUTRAL | dict(form.only(fields))).items():
-        if not any(_same(config.get(key, values[0]), value) for value in values):
-            rule = f"{path / CONFIG} has {key} {' or '.join(str(value) for value in values)}"
-            raise HandgradError("hf", rule, shown(config[key]), hint="no kernel here computes another")
+    format.check_only(form, config, fields, "hf", path / CONFIG)
     if (path / ADAPTER).exists():
         hint = "merge it into the weights with peft's merge_and_unload"
         raise HandgradError("hf", f"'{path}' holds a whole model", f"{ADAPTER} of an adapter", hint=hint)
-    found = _tensors(path, form)
-    names = {form.name(name).removeprefix(form.prefix): name for name in shapes}
-    flag, table, head = form.tied
-    if fields.get(flag) and form.name(table).removeprefix(form.prefix) not in found:
-        names[form.name(head).removeprefix(form.prefix)] = table  # the tied pair is stored under its other name
-    places, types = {}, set()
-    for name, (file, handle, theirs) in found.items():
-        if name not in names and re.fullmatch(form.ignored, name):
-            continue
-        if name not in names:
-            kind = shown(config.get("architectures"))
-            hint = "" if form.architecture in kind else f"{form.architecture} is read here; this is {kind}"
-            rule = f"{path} holds the tensors of its {CONFIG} alone"
-            raise HandgradError("hf", rule, f"also {shown(theirs)}", hint=hint)
-        header = _readable(file, handle.get_slice, theirs)
-        shape, wanted = tuple(header.get_shape()), form.shape(names[name], shapes[names[name]])
-        if shape != wanted:
-            raise HandgradError("hf", f"{theirs} in {path} has shape {wanted}", shape)
-        places[names[name]] = file, handle, theirs
-        types.add(header.get_dtype())
-    for name in sorted(shapes.keys() - places.keys()):
-        raise HandgradError("hf", f"{path} holds the tensor {form.name(name)}", "no such")
-    if types - set(DTYPES):
-        raise HandgradError("hf", f"tensors in {path} are {', '.join(DTYPES)}", ", ".join(sorted(types)))
-
-    def tensor(name: str) -> np.ndarray:
-        file, handle, theirs = places[name]
-        values = _readable(file, handle.get_tensor, theirs)
-        return values.T if form.is_transposed(name) else values
-
-    return Weights(fields, "bf16" if types == {"BF16"} else "f32", shapes, tensor)
+    found = {name: _stored(*place) for name, place in _tensors(path, form).items()}
+    kind, known = shown(config.get("architectures")), form.model_types.values()
+    hint = "" if any(name in kind for name in known) else f"{' or '.join(known)} is read here; this is {kind}"
+    return format.read_weights(form, fields, shapes, found, "hf", path, CONFIG, hint)
 
 
 def write(
@@ -229,56 +145,62 @@ def write(
     ends: Sequence[int] = (),
     suppressed: Sequence[int] = (),
 ) -> None:
-    """Writes config.json, model.safetensors and, if it has something to say, generation_config.json into a folder.
+    """Writes config.json, the tensors and, if it has something to say, generation_config.json into a folder.
 
     dtype: "f32", "bf16", or None for the weights' own;  ends: the tokens that end a text
     suppressed: ids that `generate` of transformers must not draw
+
+    Up to MOST_FILE bytes of tensors become model.safetensors, more become several files with an index.
     """
-    dtype, fields = dtype or weights.dtype, weights.fields
+    dtype = dtype or weights.dtype
     end = {
         "bos_token_id": ends[0] if ends else None,
         "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
     }
-    config = {
-        "architectures": [form.architecture],
-        "model_type": form.model_type,
-        **{theirs: fields[ours] for ours, (theirs, _) in form.fields.items()},
-        **{key: fields[ours] for ours, (keys, _) in form.shared.items() for key in keys},
-        **{key: values[0] for key, values in form.only(fields).items()},
-        **end,
-        "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype],
-    }
+    config = {**form.config(weights.fields), **end, "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype]}
     write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
     if suppressed:
         end["suppress_tokens"] = list(suppressed)
     if ends or suppressed:
         write_text(path / GENERATION, json.dumps(end, indent=2) + "\n")
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in weights.shapes.items():
-        size = int(np.prod(shape)) * {"f32": 4, "bf16": 2}[dtype]
-        header[form.name(name)] = {
-            "dtype": dtype.upper(),
-            "shape": form.shape(name, shape),
-            "data_offsets": (at, at + size),
-        }
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (path / MODEL).open("wb") as file:  # tensor by tensor: no second copy of the model in memory
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in weights.shapes:
-            values = weights.tensor(name, dtype)
-            values = values.T if form.is_transposed(name) else values
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    parts = [part for name, shape in weights.shapes.items() for part in form.parts(name, shape, weights.fields)]
+    files = _divide(parts, dtype)
+    names = [MODEL] if len(files) == 1 else [SHARD.format(i + 1, len(files)) for i in range(len(files))]
+    tensors = form.apart(weights, dtype)  # tensor by tensor: no second copy of the model in memory
+    for name, header in zip(names, files, strict=True):
+        _write_tensors(path / name, header, tensors)
+    if len(files) > 1:
+        total = sum(math.prod(shape) for _, shape in parts) * {"f32": 4, "bf16": 2}[dtype]
+        where = {tensor: name for name, header in zip(names, files, strict=True) for tensor in header}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_text(path / INDEX, json.dumps(index, indent=2) + "\n")
     flush(path)
 
 
-def _same(a: object, b: object) -> bool:
-    """Whether two JSON values are equal and of one type: 1 is not true, and 12.0 is not 12."""
-    return type(a) is type(b) and a == b
+def _divide(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> list[dict[str, dict[str, Any]]]:
+    """The headers of the files that (name, shape) of all tensors need, each of at most MOST_FILE bytes if it can be."""
+    files: list[dict[str, dict[str, Any]]] = [{}]
+    at = 0
+    for name, shape in tensors:
+        size = math.prod(shape) * {"f32": 4, "bf16": 2}[dtype]
+        if files[-1] and at + size > MOST_FILE:
+            files.append({})
+            at = 0
+        files[-1][name] = {"dtype": dtype.upper(), "shape": shape, "data_offsets": (at, at + size)}
+        at += size
+    return files
+
+
+def _write_tensors(path: Path, header: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes one safetensors file with the next tensors, which the header describes."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, values in itertools.islice(tensors, len(header)):
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # tensors: (the file that it lies in, the open file, its name there)
@@ -308,6 +230,13 @@ def _tensors(path: Path, form: Format) -> dict[str, Place]:
     for theirs, file_name in (index or {}).items():
         raise HandgradError("hf", f"{path / file_name} holds {shown(theirs)}, as {INDEX} says", "no such tensor")
     return found
+
+
+def _stored(file: Path, handle: Any, theirs: str) -> Stored:
+    """A tensor of a folder, of which only the header has been read."""
+    about = _readable(file, handle.get_slice, theirs)
+    read = functools.partial(_readable, file, handle.get_tensor, theirs)
+    return Stored(theirs, tuple(about.get_shape()), about.get_dtype(), read)
 
 
 def _index(path: Path) -> dict[str, str]:

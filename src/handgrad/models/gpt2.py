@@ -18,9 +18,9 @@ VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows 
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
-def _hf_name(name: str) -> str:
+def _hf_names(name: str) -> tuple[str]:
     """The name of one of our tensors in Hugging Face's files."""
-    return name if name == "lm_head.weight" else f"transformer.{name}"
+    return (name if name == "lm_head.weight" else f"transformer.{name}",)
 
 
 def _hf_only(fields: Mapping[str, Any]) -> dict[str, tuple]:
@@ -50,9 +50,8 @@ class GPT2:
     tie_embeddings: bool = flag(True)
 
     family: ClassVar[str] = "gpt2"
-    hugging_face: ClassVar[Mapping[str, Any]] = {  # see io.hf.Format
-        "model_type": "gpt2",
-        "architecture": "GPT2LMHeadModel",
+    hugging_face: ClassVar[Mapping[str, Any]] = {  # see io.format.Format
+        "model_types": {"gpt2": "GPT2LMHeadModel"},
         "fields": {
             "vocab_size": ("vocab_size", 50257),
             "max_seq_len": ("n_positions", 1024),
@@ -69,7 +68,7 @@ class GPT2:
         },
         "shared": {"dropout": (("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1)},
         "only": _hf_only,
-        "name": _hf_name,
+        "names": _hf_names,
         "prefix": "transformer.",
         "transposed": r"h\.\d+\..*\.c_\w+\.weight",  # their blocks store matrices (in, out)
         "ignored": r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight",  # causal masks of old versions, a tied head

@@ -31,8 +31,8 @@ class Model(Protocol):
     `body` and the head (`loss`, `logits`) are apart: the caller decides what follows the body, and may run the head on
     rows that it picks. What they record depends on the fields, the batch and `Program.trains`, on nothing else.
 
-    family: the name in checkpoints;  hugging_face: the arguments of `io.hf.Format`, empty if Hugging Face's library has
-    no such family
+    family: the name in checkpoints;  hugging_face: the arguments of `io.format.Format`, empty if Hugging Face's library
+    has no such family
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # what makes a class a dataclass to `fields` and `asdict`

@@ -17,9 +17,8 @@ def register(cls: Family) -> Family:
     """Registers a family under its `family` name: the decorator of its dataclass."""
     if cls.family in FAMILIES:
         raise HandgradError("model", "every family has a name of its own", f"'{cls.family}' twice")
-    model_type = cls.hugging_face.get("model_type")
     for other in FAMILIES.values():
-        if model_type is not None and other.hugging_face.get("model_type") == model_type:
+        for model_type in _model_types(cls) & _model_types(other):
             raise HandgradError("model", f"{other.family} reads Hugging Face's '{model_type}'", f"'{cls.family}' too")
     FAMILIES[cls.family] = cls
     return cls
@@ -47,10 +46,14 @@ def create(name: object, values: Mapping[str, Any]) -> Model:
 
 def family_of_model_type(model_type: object, source: object) -> type[Model]:
     """The family that Hugging Face's library calls by this name. Raises HandgradError that names the source."""
-    types = {cls.hugging_face["model_type"]: cls for cls in FAMILIES.values() if cls.hugging_face}
+    types = {name: cls for cls in FAMILIES.values() for name in cls.hugging_face.get("model_types", ())}
     if not isinstance(model_type, str) or model_type not in types:
         raise HandgradError("hf", f"{source} has the model_type {' or '.join(types)}", repr(model_type))
     return types[model_type]
+
+
+def _model_types(cls: type[Model]) -> set[str]:
+    return set(cls.hugging_face.get("model_types", ()))
 
 
 def to_dict(model: Model) -> dict[str, Any]:
