@@ -3,6 +3,7 @@
 from handgrad.data.choices import Choices, read_choices, tokens_digest, tokens_record, write_choices
 from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.meta import common_meta, read_meta
+from handgrad.data.objectives import Causal, Objective
 from handgrad.data.prepare.build import check
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
@@ -10,7 +11,9 @@ from handgrad.data.prepare.text import read_text, shakespeare
 from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_random, write_shard
 
 __all__ = [
+    "Causal",
     "Choices",
+    "Objective",
     "Shard",
     "ShardWriter",
     "Tokens",
