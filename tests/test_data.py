@@ -129,7 +129,7 @@ def sizes():
 def test_epoch_reads_every_window_once(tmp_path_factory, counts, seq_len, shuffle, seed):
     folder = tmp_path_factory.mktemp("data")
     if max(counts) <= seq_len:
-        with pytest.raises(HandgradError, match="a shard must hold seq_len"):
+        with pytest.raises(HandgradError, match="a shard must hold a window"):
             make(folder, counts, seq_len, 1)
         return
     tokens = make(folder, counts, seq_len, 1, seed=seed, shuffle=shuffle)
@@ -266,8 +266,15 @@ def test_loader_fills_the_named_inputs(tmp_path):
         assert list(batch) == names and all((batch[name] == whole[name]).all() for name in names)
         assert list(next(tokens.sweep(2, names=names))) == names
     for call in (tokens.batch, lambda step, names: next(tokens.sweep(2, names=names))):
-        with pytest.raises(HandgradError, match="fill the model inputs ids and targets, but got 'positions'"):
+        with pytest.raises(
+            HandgradError, match="objective Causal fills the model inputs ids and targets, but got 'positions'"
+        ):
             call(0, names={"ids": None, "positions": None})
+    apart = data.tokens(tokens.pattern, 4, 24, objective=data.Causal(eot=7))
+    assert list(apart.batch(0)) == ["ids", "targets", "first", "positions"]
+    assert list(apart.batch(0, names=["first"])) == ["first"]
+    with pytest.raises(HandgradError, match="ids, targets, first and positions, but got 'types'"):
+        apart.batch(0, names=["types"])
 
 
 @pytest.mark.parametrize("bad, place", [(64, 3), (2**31, 3), (2**32 - 1, 99), (64, 0)])

@@ -325,7 +325,7 @@ def test_a_text_file_is_no_shard(words, told):
 
 def test_sequences_longer_than_the_data(words, told):
     flags = ["--max-seq-len", "9000", "--micro-batch", "1"]
-    assert "a shard must hold seq_len + 1 = 9001 tokens, but got 5000" in told(*flags)
+    assert "a shard must hold a window of 9001 tokens, but got 5000" in told(*flags)
 
 
 def test_a_bad_token_far_into_the_data_loses_no_work(words, told):

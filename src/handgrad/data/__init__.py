@@ -2,17 +2,24 @@
 
 from handgrad.data.choices import Choices, read_choices, tokens_digest, tokens_record, write_choices
 from handgrad.data.loader import Tokens, find_shards, tokens
+from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, read_meta
+from handgrad.data.objectives import Causal, Objective
 from handgrad.data.prepare.build import check
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
 from handgrad.data.prepare.text import read_text, shakespeare
 from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_random, write_shard
+from handgrad.data.spans import Spans
 
 __all__ = [
+    "Causal",
     "Choices",
+    "Masked",
+    "Objective",
     "Shard",
     "ShardWriter",
+    "Spans",
     "Tokens",
     "check",
     "common_meta",

@@ -1,14 +1,15 @@
 """Batches of token windows as a pure function of (seed, step, rank, world).
 
-A window is `seq_len` inputs and the same ids shifted by one as targets: seq_len + 1 consecutive ids of one shard. The
-windows of an epoch start `seq_len` apart, so every id is predicted once. A step takes the next
-`batch_tokens / seq_len` windows of one endless sequence that depends on the seed alone; the number of ranks and the
-micro-batch size only decide which rank computes which of them, and when. The loader keeps no state, so a resumed run
-needs none.
+A window is a number of consecutive ids of one shard. An `Objective` says how many, and what they become: for `Causal`,
+`seq_len` inputs and the same ids shifted by one as targets. Its windows have seq_len + 1 ids and start `seq_len` apart,
+so an epoch predicts every id once. A step takes the next `batch_tokens / seq_len` windows of one endless sequence that
+depends on the seed alone; the number of ranks and the micro-batch size only decide which rank computes which of them,
+and when. What an objective draws depends on the seed and on the window's number in the endless sequence, so it differs
+from epoch to epoch. The loader keeps no state, so a resumed run needs none.
 
 With `shuffle`, each epoch visits its windows in the order of a keyed bijection of 0..n-1 (a Feistel network, so no
-table), and shifts all window starts, so that epochs cut a small text at different places: after `seq_len` epochs every
-possible window has been seen exactly once (except fewer than `seq_len` at the end of each shard).
+table), and shifts all window starts, so that epochs cut a small text at different places: after as many epochs as
+windows start apart, every possible window has been seen exactly once (except fewer than that at the end of each shard).
 """
 
 import glob
@@ -23,14 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.data.draws import Draws, below, hashed
 from handgrad.data.meta import common_meta
+from handgrad.data.objectives import EMPTY, Causal, Objective, check_names
 from handgrad.data.shards import open_shard
 
-_MASK = 2**64 - 1
 _MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
 _OPEN_SHARDS = 256  # at a time: 1024 file descriptors are a common limit
-INPUTS = ("ids", "targets")  # what a batch can hold
+_PARTNER = 0  # the stream of draws that finds second windows; those of objectives begin at 1
 
 
 def tokens(
@@ -43,20 +44,23 @@ def tokens(
     vocab_size: int | None = None,
     overfit: bool = False,
     split: str = "train",
+    objective: Objective = Causal(),
 ) -> "Tokens":
     """Returns the `Tokens` of all shards that match the glob `pattern`, in the order of their names.
 
     pattern: a glob, or a folder made by `handgrad data`
-    seq_len: tokens in a sequence
-    batch_tokens: tokens in an optimizer step, over all ranks and micro-batches
-    seed: selects the order and the shifts
+    seq_len: tokens in a sequence, those of the decoder if the model has an encoder, too
+    batch_tokens: seq_len times the sequences of an optimizer step, over all ranks and micro-batches
+    seed: selects the order, the shifts, and what is random in an objective
     shuffle: False reads the windows in file order
     vocab_size: if given, the ids of every batch are checked against it
     overfit: every step reads the batch of the first
     split: "train" or "val", of a folder
+    objective: what a window becomes: Causal, Masked or Spans
 
-    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds seq_len + 1 tokens,
-    batch_tokens is not a multiple of seq_len, or the shards' folders are of different tokenizers (`common_meta`).
+    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds a window, batch_tokens is
+    not a multiple of seq_len, the objective has no sequences of this length, or the shards' folders are of different
+    tokenizers (`common_meta`).
 
     >>> import tempfile
     >>> from handgrad.data.shards import write_shard, id_dtype
@@ -67,7 +71,8 @@ def tokens(
     array([[1, 2, 3, 4],
            [5, 6, 7, 8]], dtype=int32)
     """
-    return Tokens(pattern, find_shards(pattern, split), seq_len, batch_tokens, seed, shuffle, vocab_size, overfit)
+    paths = find_shards(pattern, split)
+    return Tokens(pattern, paths, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit, objective)
 
 
 def find_shards(pattern: str | Path, split: str = "train") -> list[Path]:
@@ -108,12 +113,13 @@ def _why_none(folder: str) -> str:
 class Tokens:
     """The token windows of a data set, made by `tokens`.
 
-    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit: as given to `tokens`
+    pattern, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit, objective: as given to `tokens`
     shards: list of Shard, in the order of their names
     folder: Path of the folder that `meta` describes, else of the first shard's
     meta: content of the folder's meta.json, None without; handgrad.tokenizers.load(data.meta["tokenizer"], data.folder)
         is the tokenizer of the shards
     sequences: sequences in a step
+    sequence_tokens: tokens that a model reads per sequence: seq_len, and those of the encoder if there is one
     ahead: sequences read by earlier steps minus step * sequences; 0 unless a resumed run changed its batch_tokens
     windows: sequences in an epoch
     """
@@ -128,6 +134,7 @@ class Tokens:
         shuffle: bool,
         vocab_size: int | None,
         overfit: bool,
+        objective: Objective,
     ):
         if seq_len < 1:
             raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
@@ -136,26 +143,33 @@ class Tokens:
             rule = f"batch_tokens must be a multiple of seq_len {seq_len}"
             raise HandgradError("data", rule, batch_tokens, hint=f"{below} or {below + seq_len} would do")
         self.pattern = str(pattern)
+        self.objective = objective
         self.seq_len = seq_len
         self.batch_tokens = batch_tokens
         self.seed = seed
         self.shuffle = shuffle
-        self.vocab_size = vocab_size
+        limits = [size for size in (vocab_size, objective.vocab_size) if size is not None]
+        self.vocab_size = min(limits) if limits else None
         self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
         described = common_meta(paths)
         self.folder = described[0] if described else paths[0].parent
         self.meta = described[1] if described else None
         self.sequences = batch_tokens // seq_len
+        self.sequence_tokens = objective.tokens(seq_len)
         self.ahead = 0
+        self._length, self._apart = objective.window(seq_len)
         grid = [self._grid(shard.count) for shard in self.shards]
         self._num_shifts = [shifts for _, shifts in grid]
         self._ends = list(accumulate(windows for windows, _ in grid))
         self.windows = self._ends[-1]
         if self.windows == 0:
             longest = max(shard.count for shard in self.shards)
-            rule = f"a shard must hold seq_len + 1 = {seq_len + 1} tokens"
+            rule = f"a shard must hold a window of {self._length} tokens"
             raise HandgradError("data", rule, f"{longest} in the longest of {pattern}", hint="use a shorter seq_len")
+        if objective.partners and self.windows == 1:
+            rule = "next_sentence takes tokens of another window: there must be two or more"
+            raise HandgradError("data", rule, self.windows, hint="use a shorter seq_len")
         shards = self.shards  # not self: a cycle would keep the files open until the collector runs
         self._open = lru_cache(_OPEN_SHARDS)(lambda index: shards[index].open())
 
@@ -168,11 +182,12 @@ class Tokens:
 
     def _grid(self, count: int) -> tuple[int, int]:
         """Returns (windows in an epoch, shifts that keep them inside the shard) of a shard of `count` tokens."""
-        windows = (count - 1) // self.seq_len
-        if not self.shuffle or windows == 0:
+        starts = count - (self._length - self._apart)  # where a window of `_apart` ids of its own may begin
+        windows = max(starts // self._apart, 0)
+        if not self.shuffle or self.objective.static or windows == 0:
             return windows, 1
-        windows = max(count // self.seq_len - 1, 1)  # one fewer, so that every shift leaves as many
-        return windows, min(count - windows * self.seq_len, self.seq_len)
+        windows = max((starts + 1) // self._apart - 1, 1)  # one fewer, so that every shift leaves as many
+        return windows, min(starts + 1 - windows * self._apart, self._apart)
 
     def batch(
         self,
@@ -182,19 +197,19 @@ class Tokens:
         *,
         micro_batch: int | None = None,
         micro_step: int = 0,
-        names: Iterable[str] = INPUTS,
+        names: Iterable[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Returns the inputs of one micro-batch of `rank` by name: "ids" and "targets", each (B, seq_len) int32.
+        """Returns the inputs of one micro-batch of `rank` by name, int32, as the objective describes them.
 
         step: 0, 1, 2, ...; the result depends on neither the order of calls nor the process
         micro_batch: B, sequences per micro-batch and rank; None for all of the rank's share
         micro_step: 0 .. sequences / (world * micro_batch) - 1
-        names: the inputs to fill, such as `Program.inputs`
+        names: the inputs to fill, such as `Program.inputs`; None for all that the objective knows
 
-        Raises HandgradError for a name that the loader cannot fill, if the step's sequences do not divide into such
+        Raises HandgradError for a name that the objective cannot fill, if the step's sequences do not divide into such
         micro-batches, or if an id is not below `vocab_size`.
         """
-        names = _fillable(names)
+        names = self._fillable(names)
         if micro_batch is None:
             micro_batch = max(self.sequences // world, 1)
         micro_steps, rest = divmod(self.sequences, world * micro_batch)
@@ -206,8 +221,9 @@ class Tokens:
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
         first = 0 if self.overfit else self.ahead + step * self.sequences
         first += (micro_step * world + rank) * micro_batch
-        windows, offsets = self._order(first, micro_batch)
-        return self._gather(windows, offsets, micro_batch, self._ends, names)
+        windows, shifts = self._order(first, micro_batch)
+        numbers = windows if self.objective.static else range(first, first + micro_batch)
+        return self._fill(windows, shifts, numbers, micro_batch, self._ends, names)
 
     def sweep(
         self,
@@ -216,7 +232,7 @@ class Tokens:
         rank: int = 0,
         world: int = 1,
         *,
-        names: Iterable[str] = INPUTS,
+        names: Iterable[str] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields one pass over the data in file order, as batches like those of `batch` with B = micro_batch.
 
@@ -225,15 +241,16 @@ class Tokens:
 
         The tokens covered depend on neither micro_batch nor world, and every rank yields the same number of batches.
         Rows beyond the last sequence have ids 0 and targets IGNORE_INDEX, so a mean loss divides the sum of losses by
-        the number of other targets.
+        the number of other targets. What is random depends on the seed and the number of the window.
         """
-        names = _fillable(names)
-        ends = list(accumulate((shard.count - 1) // self.seq_len for shard in self.shards))
+        names = self._fillable(names)
+        spare = self._length - self._apart
+        ends = list(accumulate(max(shard.count - spare, 0) // self._apart for shard in self.shards))
         total = ends[-1] if limit is None else min(max(limit // self.seq_len, 1), ends[-1])
         for first in range(0, total, world * micro_batch):
             begin = first + rank * micro_batch
             windows = range(begin, min(begin + micro_batch, total))
-            yield self._gather(windows, [0] * len(windows), micro_batch, ends, names)
+            yield self._fill(windows, [0] * len(windows), windows, micro_batch, ends, names)
 
     def _order(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """Returns the windows and their shifts at `count` positions from `first` of the endless sequence."""
@@ -244,77 +261,78 @@ class Tokens:
             stop = min(begin + count - len(windows), self.windows)
             if self.shuffle:
                 windows += _permute(np.arange(begin, stop), self.windows, self.seed, epoch).tolist()
-                shift = (_hash(self.seed, 0) + epoch * _stride(self.seq_len)) % self.seq_len
+                shift = (hashed(self.seed, 0) + epoch * _stride(self._apart)) % self._apart
             else:
                 windows += range(begin, stop)
                 shift = 0
             shifts += [shift] * (stop - begin)
         return windows, shifts
 
-    def _gather(
-        self, windows: Sequence[int], shifts: Sequence[int], rows: int, ends: list[int], names: Sequence[str]
+    def _fill(
+        self,
+        windows: Sequence[int],
+        shifts: Sequence[int],
+        numbers: Sequence[int],
+        rows: int,
+        ends: list[int],
+        names: Sequence[str],
     ) -> dict[str, np.ndarray]:
-        length = self.seq_len
-        ids = np.zeros((rows, length), np.int32)
-        targets = np.full((rows, length), IGNORE_INDEX, np.int32)
+        """Returns the arrays of a batch of `rows` sequences, of which the last may be missing.
+
+        numbers: of the sequences, for their draws
+        """
+        draw, partner = Draws(self.seed, [*numbers, *[0] * (rows - len(numbers))]), None
+        raw = self._gather(windows, shifts, rows, ends)
+        if self.objective.partners:
+            away = 1 + below(draw(_PARTNER, [0])[: len(windows), 0], ends[-1] - 1)
+            others = [(window + distance) % ends[-1] for window, distance in zip(windows, away.tolist(), strict=True)]
+            partner = self._gather(others, shifts, rows, ends)
+        arrays = self.objective.fill(raw, partner, draw, names)
+        for name in names:
+            arrays[name].reshape(rows, -1)[len(windows) :] = EMPTY.get(name, 0)
+        return {name: arrays[name] for name in names}
+
+    def _gather(self, windows: Sequence[int], shifts: Sequence[int], rows: int, ends: list[int]) -> np.ndarray:
+        """Returns the ids of these windows, (rows, ids in a window) int32; 0 in rows beyond the last window."""
+        ids = np.zeros((rows, self._length), np.int32)
         raw: dict[np.dtype, tuple[np.ndarray, list[int]]] = {}  # by the shards' dtype: ids as read, rows that have any
         for row, (window, shift) in enumerate(zip(windows, shifts, strict=True)):
             index = bisect_right(ends, window)
-            start = (window - (ends[index - 1] if index else 0)) * length + shift % self._num_shifts[index]
+            start = (window - (ends[index - 1] if index else 0)) * self._apart + shift % self._num_shifts[index]
             opened = self._open(index)
             if opened.dtype not in raw:
-                raw[opened.dtype] = np.empty((rows, length + 1), opened.dtype), []
+                raw[opened.dtype] = np.empty(ids.shape, opened.dtype), []
             read, filled = raw[opened.dtype]
             opened.read_into(read[row], start)
             filled.append(row)
         for read, filled in raw.values():
-            ids[filled], targets[filled] = read[filled, :-1], read[filled, 1:]
+            ids[filled] = read[filled]
         if self.vocab_size is not None:
-            self._check(ids, targets, windows, ends, self.vocab_size)
-        arrays = {"ids": ids, "targets": targets}
-        return {name: arrays[name] for name in names}
+            self._check(ids, windows, ends, self.vocab_size)
+        return ids
 
-    def _check(
-        self, ids: np.ndarray, targets: np.ndarray, windows: Sequence[int], ends: list[int], vocab_size: int
-    ) -> None:
-        # uint32 ids of 2**31 and above wrapped to negative int32; viewed as unsigned they are too large again
-        last = targets[: len(windows)].view(np.uint32)
-        if len(windows) and max(ids.view(np.uint32).max(), last.max()) >= vocab_size:
-            bad = (ids.view(np.uint32)[: len(windows)] >= vocab_size) | (last >= vocab_size)
-            row = int(np.argmax(bad.any(axis=1)))
-            worst = max(ids.view(np.uint32)[row].max(), last[row].max())
+    def _check(self, ids: np.ndarray, windows: Sequence[int], ends: list[int], vocab_size: int) -> None:
+        known = ids.view(np.uint32)  # uint32 ids of 2**31 and above wrapped to negative int32
+        if known.max() >= vocab_size:
+            row = int(np.argmax((known >= vocab_size).any(axis=1)))
             path = self.shards[bisect_right(ends, windows[row])].path
             hint = "the data was made with another tokenizer than the model's"
             rule = f"{path} must hold ids below the vocabulary size {vocab_size}"
-            raise HandgradError("data", rule, worst, hint=hint)
+            raise HandgradError("data", rule, known[row].max(), hint=hint)
+
+    def _fillable(self, names: Iterable[str] | None) -> tuple[str, ...]:
+        """Returns `names` as a tuple, None as all. Raises HandgradError for one that the objective cannot fill."""
+        names = self.objective.inputs if names is None else tuple(names)
+        check_names(names, self.objective)
+        return names
 
 
-def _fillable(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns `names` as a tuple. Raises HandgradError for the first that the loader cannot fill."""
-    names = tuple(names)
-    for name in names:
-        if name not in INPUTS:
-            raise HandgradError("data", f"token shards fill the model inputs {' and '.join(INPUTS)}", repr(name))
-    return names
-
-
-def _stride(seq_len: int) -> int:
-    """Returns the shift per epoch: near the golden section, and coprime to seq_len so that it reaches every shift."""
-    stride = max(round(0.618 * seq_len), 1)
-    while math.gcd(stride, seq_len) != 1:
+def _stride(apart: int) -> int:
+    """Returns the shift per epoch: near the golden section, and coprime to `apart` so that it reaches every shift."""
+    stride = max(round(0.618 * apart), 1)
+    while math.gcd(stride, apart) != 1:
         stride += 1
     return stride
-
-
-def _hash(*words: int) -> int:
-    """Returns a 64-bit hash of the integers `words` (splitmix64's finalizer over a running sum)."""
-    state = 0
-    for word in words:
-        state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
 
 
 def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -343,7 +361,7 @@ def _permute(x: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 @lru_cache(4)
 def _keys(seed: int, epoch: int) -> list[np.uint64]:
-    return [np.uint64(_hash(seed, epoch, k)) for k in range(1, 5)]
+    return [np.uint64(hashed(seed, epoch, k)) for k in range(1, 5)]
 
 
 def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
