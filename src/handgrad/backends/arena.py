@@ -106,6 +106,7 @@ class HostArena(HostMemory):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8)
         self.address = self.bytes.ctypes.data
+        self.write_constants()
 
     def fill(self, byte: int) -> None:
         """Sets every byte, for checks of what kernels write."""

@@ -36,9 +36,14 @@ class Executable(ABC):
 
 
 class Arena(ABC):
-    """One zeroed allocation of `plan.nbytes` bytes. Reads and writes execute in order with the runs."""
+    """One allocation of `plan.nbytes` bytes: constants, the rest zero. Reads and writes execute in order with runs."""
 
     plan: Plan
+
+    def write_constants(self) -> None:
+        """Fills the constants of every program. The end of each arena's `__init__`."""
+        for tensor, values in (constant for p in self.plan.programs for constant in p.constants.values()):
+            self.write(tensor, values())
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> Callable[[], np.ndarray]:

@@ -30,6 +30,7 @@ class ExactArena(HostMemory):
         self._arrays: dict[Tensor | str, np.ndarray] = {}
         self._flat: dict[str, np.ndarray] = {}
         self._scalars: dict[int, np.ndarray] = {}
+        self.write_constants()
 
     def view(self, tensor: Tensor) -> np.ndarray:
         if tensor in self.plan.inside:

@@ -196,7 +196,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = 
     concurrent: calls whose op allows it overlap the calls after them
 
     The first program is the primary one: its flat order lays out parameters, gradients and optimizer state; the other
-    programs find theirs by name. Activations of different programs share memory; inputs and caches do not.
+    programs find theirs by name. Activations of different programs share memory; inputs, constants and caches do not.
     """
     primary, result = programs[0], Plan(programs)
     vectors = primary.vectors
@@ -232,7 +232,7 @@ def plan(*programs: Program, scratch: Scratch = lambda c: 0, concurrent: bool = 
     result.region["activations"] = (at, start + top - at)
     at = start = start + top
     for p in programs:
-        for t in (p.scalars, *p.inputs.values()):
+        for t in (p.scalars, *p.inputs.values(), *(t for t, _ in p.constants.values())):
             result.offset[t] = at
             at += aligned(t.nbytes)
     result.region["io"] = (start, at - start)

@@ -1,7 +1,7 @@
 """Program: the flat list of calls. Models append to it; the planner, backends, listings and tests read it."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,7 @@ class Program:
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, tuple[Tensor, Callable[[], Any]]] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
     # in backward: activations to their gradients so far
@@ -95,6 +96,11 @@ class Program:
     def input(self, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor that the host writes before each run."""
         return self.inputs.setdefault(name, Tensor(name, shape, dtype, Role.INPUT))
+
+    def constant(self, name: str, shape: tuple[int, ...], dtype: DType, values: Callable[[], Any]) -> Tensor:
+        """A tensor that never changes (a table of angles): `values()` is written once, when an arena is allocated.
+        The same name twice is one tensor, so the name says what the values are."""
+        return self.constants.setdefault(name, (Tensor(name, shape, dtype, Role.INPUT), values))[0]
 
     def state(self, name: str, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """A tensor outside the flat vectors that keeps its value from run to run (the KV cache)."""

@@ -12,7 +12,7 @@ IGNORE_INDEX = -1  # a target that the loss ignores
 class Role(Enum):
     """Determines the region of the arena."""
 
-    INPUT = "input"  # written by the host before a step
+    INPUT = "input"  # written by the host: before a run, or once (a constant)
     PARAM = "param"
     GRAD = "grad"  # of a parameter
     STATE = "state"  # kept from step to step: optimizer moments, low halves of weights, the KV cache

@@ -1,5 +1,9 @@
 """Pieces that families share: functions that declare parameters where they use them, and emit calls."""
 
+from functools import partial
+from typing import Any
+
+from handgrad.core.dtypes import F32
 from handgrad.core.params import ONES, ZEROS, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -14,7 +18,9 @@ from handgrad.ops import (
     lm_loss_forward_backward,
     loss_sum,
     norm,
+    rope,
 )
+from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 
 # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
 Branch = tuple[Tensor, Tensor | None]
@@ -74,6 +80,36 @@ def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int,
             stream = g.next_stream() if active else 0
             y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
         return project(g, y, "c_proj", size, std=std, p=p)
+
+
+def rotary(
+    g: Program,
+    qkv: Tensor,
+    data: Batch,
+    *,
+    heads: int,
+    kv_heads: int,
+    table_rows: int,
+    theta: float,
+    scaling: Llama3Scaling | None = None,
+    rotary_dims: int | None = None,
+    qk_norm_eps: float | None = None,
+) -> Tensor:
+    """qkv (N, (heads + 2 kv_heads) D) with rotary positions in q and k, by half-split pairs; what attention reads.
+
+    table_rows: positions that the table covers: at least seq_len, with a cache as many as it holds
+    rotary_dims: the first columns of a head that rotate, all if None
+    qk_norm_eps: not None norms every head of q and k first, with parameters q_norm.weight and k_norm.weight (D)
+    """
+    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    R, wq, wk = rotary_dims or D, None, None
+    if qk_norm_eps is not None:
+        wq, wk = (g.param(f"{name}_norm.weight", (D,), ONES) for name in "qk")
+    values = partial(rotary_table, table_rows, R, theta, scaling)
+    table = g.constant(f"rope {(table_rows, R, theta, scaling)}", (table_rows, R), F32, values)
+    sizes = {"T": data.seq_len, "H": heads, "K": kv_heads}
+    attrs: dict[str, Any] = sizes | {"eps": qk_norm_eps or 0.0, "decode": data.cache > 0, "interleaved": False}
+    return g.emit(rope, qkv, table, wq, wk, **attrs)
 
 
 def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:

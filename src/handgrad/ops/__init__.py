@@ -12,6 +12,7 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.share_norm.op import share_norm
 
 _ALL = (
@@ -28,6 +29,8 @@ _ALL = (
     attention,
     attention_backward,
     attention_decode,
+    rope,
+    rope_backward,
     dropout,
     lm_loss,
     lm_loss_forward_backward,

@@ -37,6 +37,7 @@ class CudaArena(Arena):
         self._next = 0
         self._unused: dict[int, list[tuple[int, Any]]] = defaultdict(list)  # by size: pinned buffers and their events
         self._written: dict[int, np.ndarray] = {}  # step scalars as the host wrote them last
+        self.write_constants()
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone at the end of the process
