@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_threads import on_ranks
+from rank_threads import Threads, on_ranks
 
 import handgrad as hg
 from handgrad.backends.arena import HostMemory
 from handgrad.backends.cpu import CpuBackend
-from handgrad.backends.ranks.comm import Planned, RankError, Threads
+from handgrad.backends.ranks.comm import Planned, RankError
 from handgrad.backends.ref import RefBackend, RefExecutable
 from handgrad.cli.__main__ import main
 from handgrad.core import streams

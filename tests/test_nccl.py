@@ -7,9 +7,9 @@ import threading
 import time
 
 import pytest
-from rank_threads import on_ranks
+from rank_threads import Threads, on_ranks
 
-from handgrad.backends.ranks.comm import RankError, Threads
+from handgrad.backends.ranks.comm import RankError
 from handgrad.core.errors import HandgradError
 
 pytest.importorskip("cuda.bindings", reason="the driver's bindings come with handgrad[cuda]")

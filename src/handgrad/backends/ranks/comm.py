@@ -1,12 +1,11 @@
-"""comm: what ranks exchange, on arrays in host memory. `Alone` is one rank, `open_threads` makes ranks of threads;
-sockets.py and mpi.py move the bytes between processes, which world.py finds.
+"""comm: the collectives of ranks, on arrays in host memory. sockets.py and mpi.py move the bytes between processes;
+`Alone` is one rank.
 
 Sums are in the order of the ranks, so they are the same bits on every rank and in every run: a rank receives its part
 of an array from all others, adds the parts itself, and sends the sum.
 """
 
 import json
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -176,44 +175,3 @@ class Planned(Alone):
 
     def __init__(self, world: int):
         self.world = world
-
-
-class _Shared:
-    """What the threads of `open_threads` share."""
-
-    def __init__(self, world: int):
-        self.barrier, self.sent = threading.Barrier(world), [[np.empty(0, np.uint8)] * world for _ in range(world)]
-        self.error: RankError | None = None
-
-
-class Threads(Comm):
-    """A rank that is a thread of this process, for tests."""
-
-    def __init__(self, rank: int, world: int, shared: _Shared):
-        self.rank, self.world, self._shared = rank, world, shared
-        self.local, self.local_rank = world, rank
-
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
-        shared = self._shared
-        shared.sent[self.rank] = list(send)
-        try:
-            shared.barrier.wait()
-            for r in range(self.world):
-                if r != self.rank:
-                    receive[r][...] = shared.sent[r][self.rank]
-            shared.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise shared.error or RankError(-1, "its thread has ended") from None
-
-    def fail(self, text: str, code: int = 2) -> None:
-        self._shared.error = RankError(self.rank, text, code)
-        self._shared.barrier.abort()
-
-    def after_failure(self) -> Comm:
-        return Alone()
-
-
-def open_threads(world: int) -> list[Threads]:
-    """The engines of ranks that are threads of this process: one for each."""
-    shared = _Shared(world)
-    return [Threads(rank, world, shared) for rank in range(world)]
