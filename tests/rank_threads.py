@@ -20,7 +20,7 @@ class Threads(Comm):
 
     def __init__(self, rank, world, shared):
         self.rank, self.world, self._shared = rank, world, shared
-        self.local, self.local_rank = world, rank
+        self.local_world, self.local_rank = world, rank
 
     def swap(self, send, receive):
         shared = self._shared

@@ -250,7 +250,7 @@ def test_process_is_stuck_where_the_gpu_would_keep_it(monkeypatch, busy, failure
 
 STUCK = """
 import sys
-from handgrad.backends.ranks.world import Asked, open_comm
+from handgrad.backends.ranks.startup import RanksRequest, open_comm
 from handgrad.core.errors import HandgradError
 from handgrad.train.ranks import together
 
@@ -259,7 +259,7 @@ class Hangs:
         import time
         time.sleep(60)  # as a GPU whose queue never ends
 
-comm = open_comm(Asked(2, int(sys.argv[1]), 0, sys.argv[2]))
+comm = open_comm(RanksRequest(2, int(sys.argv[1]), 0, sys.argv[2]))
 keep = Hangs()
 comm.is_stuck = lambda: True
 with together(comm):

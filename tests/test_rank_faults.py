@@ -389,8 +389,8 @@ def test_end_of_the_first_rank_before_ranks_have_met_ends_the_others():
 IMPATIENT = """
 import sys
 if "train" in sys.orig_argv:
-    from handgrad.backends.ranks import watch, world, sockets
-    watch.SILENCE, watch.BEAT, world.END, sockets.LAST_SECONDS = 1.2, 0.15, 0.4, 0.4
+    from handgrad.backends.ranks import watch, processes, sockets
+    watch.SILENCE, watch.BEAT, processes.EXIT_SECONDS, sockets.LAST_SECONDS = 1.2, 0.15, 0.4, 0.4
 """
 
 

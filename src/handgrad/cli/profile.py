@@ -13,7 +13,7 @@ from rich.table import Table
 from handgrad import data
 from handgrad.backends import open_backend
 from handgrad.backends.ranks.comm import Comm
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.flags import parse
 from handgrad.cli.world import asked
 from handgrad.core.errors import HandgradError

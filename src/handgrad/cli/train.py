@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, hint_for
 from handgrad.cli.world import asked

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from handgrad.backends import why_no_cuda
-from handgrad.backends.ranks.world import Asked
+from handgrad.backends.ranks.startup import RanksRequest
 from handgrad.cli.flags import full_names, parse
 from handgrad.core.errors import HandgradError
 from handgrad.train.config import WorldConfig
@@ -12,7 +12,7 @@ GPUS = {"--gpus", "--num-gpus"}  # other names of --ranks, which say where
 FLAGS = [f"--{f.name.replace('_', '-')}" for f in fields(WorldConfig)]
 
 
-def asked(verb: str, argv: list[str]) -> Asked:
+def asked(verb: str, argv: list[str]) -> RanksRequest:
     """The ranks that a command line asks for. Raises HandgradError for what is no number."""
     words = full_names(WorldConfig, argv)
     found = []
@@ -25,4 +25,4 @@ def asked(verb: str, argv: list[str]) -> Asked:
     if names & GPUS and not any(name.endswith("backend") for name in names) and why_no_cuda():
         hint = f"on the CPU: --ranks {w.ranks} --backend cpu"
         raise HandgradError(verb, f"--gpus trains on GPUs: {why_no_cuda().partition('. hint:')[0]}", hint=hint)
-    return Asked(w.ranks, w.rank, w.ranks_per_machine, w.rendezvous, [verb, *argv])
+    return RanksRequest(w.ranks, w.rank, w.ranks_per_machine, w.rendezvous, [verb, *argv])

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.backends.ranks.comm import Comm, RankError
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected

@@ -13,7 +13,7 @@ import numpy as np
 
 from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 from handgrad.core.number import real

@@ -34,7 +34,7 @@ class Comm(ABC):
 
     rank: int
     world: int
-    local: int = 1  # ranks on this machine
+    local_world: int = 1  # ranks on this machine
     local_rank: int = 0  # this one's number among them
     watch: "Watch | None" = None  # tells of failures, where ranks are processes
     is_stuck: Callable[[], bool] = staticmethod(lambda: False)  # whether a device waits for a rank that has failed

@@ -30,7 +30,7 @@ def has_mpi4py() -> bool:
     return importlib.util.find_spec("mpi4py") is not None
 
 
-def open_mpi(world: int, local_rank: int, local: int) -> "Mpi":
+def open_mpi(world: int, local_rank: int, local_world: int) -> "Mpi":
     """The ranks that mpiexec has started. Raises HandgradError if mpi4py uses another MPI library than mpiexec."""
     try:
         import mpi4py
@@ -46,7 +46,7 @@ def open_mpi(world: int, local_rank: int, local: int) -> "Mpi":
         found = f"{MPI.Get_library_version().split()[0]}, which sees {MPI.COMM_WORLD.size}"
         raise HandgradError("mpi", rule, found, hint=hint)
     comm = Mpi(MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup())
-    comm.local, comm.local_rank = local, local_rank
+    comm.local_world, comm.local_rank = local_world, local_rank
     comm.open_watch()
     atexit.register(comm.close)
     sys.excepthook = comm.telling(sys.excepthook)

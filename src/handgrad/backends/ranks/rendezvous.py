@@ -4,7 +4,6 @@ Each rank tells rank 0 where it listens, and gets the addresses of all. An error
 """
 
 import json
-import os
 import re
 import secrets
 import select
@@ -23,25 +22,26 @@ LOOPBACK = "127.0.0.1"
 Table = tuple[list[Peer], str]  # where every rank listens; what only the ranks of this run know
 
 
-def nobody() -> str:
-    """For ranks that know nothing of each other's processes."""
-    return ""
-
-
 def meet(
-    rank: int, world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str] = nobody
+    rank: int,
+    world: int,
+    where: str,
+    run: str,
+    listener: Listener,
+    deadline: float,
+    first_exit: Callable[[], str] = lambda: "",
 ) -> Table:
-    """Where all ranks listen. Raises HandgradError, at the time `end`, if one does not come.
+    """Where all ranks listen. Raises HandgradError, at the deadline, if one does not come.
 
     where: "HOST:PORT", at which rank 0 listens, or the path of a file that rank 0 writes
     run: a name of this run; ranks of another one are turned away
-    lost: what is known of a process that has ended, "" while none has; it is not waited for
+    first_exit: what is known of a process that has ended, "" while none has; it is not waited for
     """
     if rank == 0:
-        return _lead(world, where, run, listener, end, lost)
+        return _lead(world, where, run, listener, deadline, first_exit)
     hello = {"run": run, "rank": rank, "world": world, "port": listener.port, "hosts": addresses()}
     hello["version"] = own_version()
-    answer, host = _ask(hello, where, end, lost)
+    answer, host = _ask(hello, where, deadline, first_exit)
     if "error" in answer:
         raise HandgradError("ranks", answer["error"])
     (hosts, port), *others = answer["peers"]
@@ -67,7 +67,9 @@ def address(where: str) -> tuple[str, int] | None:
     return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and 0 < int(port) < 1 << 16 else None
 
 
-def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str]) -> Table:
+def _lead(
+    world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: Callable[[], str]
+) -> Table:
     """Rank 0: waits for all others, and tells each where all listen."""
     token = secrets.token_hex(8)
     own = [addresses(), listener.port]
@@ -80,19 +82,19 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost
         error = ""
         while len(waiting) < world - 1 and not error:
             try:
-                connection, hello = listener.accept(min(end, time.monotonic() + LOOK))
+                connection, hello = listener.accept(min(deadline, time.monotonic() + LOOK))
             except TimeoutError:
-                error = lost()
-                if not error and time.monotonic() >= end:
+                error = first_exit()
+                if not error and time.monotonic() >= deadline:
                     missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
                     place = where if address(where) else f"the file '{where}'"
                     error = f"all {world} ranks come to {place} within {LIMIT:.0f} s, but these have not: {missing}"
                 continue
             if hello.get("run") != run or not isinstance(hello.get("rank"), int):
                 with connection:
-                    _tell(connection, {"another run": run})
+                    _send(connection, {"another run": run})
                 continue
-            _forget_those_that_left(waiting)
+            _drop_disconnected(waiting)
             error = _mistake(hello, world, waiting)
             if error:
                 refused.append(connection)
@@ -101,7 +103,7 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost
         peers = [own, *(waiting[r][1] for r in sorted(waiting))]
         for connection in [*(connection for connection, _ in waiting.values()), *refused]:
             with connection:
-                _tell(connection, {"error": error} if error else {"peers": peers, "run": token})
+                _send(connection, {"error": error} if error else {"peers": peers, "run": token})
     finally:
         if file is not None:
             file.unlink(missing_ok=True)
@@ -122,8 +124,8 @@ def _mistake(hello: dict[str, Any], world: int, waiting: dict[int, Any]) -> str:
     return ""
 
 
-def _forget_those_that_left(waiting: dict[int, tuple[socket.socket, list]]) -> None:
-    """Forgets ranks that have ended: they may have been started again. A rank that waits sends nothing, so what can be
+def _drop_disconnected(waiting: dict[int, tuple[socket.socket, list]]) -> None:
+    """Drops ranks that have ended: they may have been started again. A rank that waits sends nothing, so what can be
     read is the end of its connection."""
     for rank, (connection, _) in list(waiting.items()):
         if select.select([connection], [], [], 0)[0]:
@@ -131,22 +133,22 @@ def _forget_those_that_left(waiting: dict[int, tuple[socket.socket, list]]) -> N
             del waiting[rank]
 
 
-def _tell(connection: socket.socket, answer: dict[str, Any]) -> None:
+def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
     try:
         send(connection, answer)
     except OSError:  # it has given up, which all will see when they connect
         pass
 
 
-def _ask(hello: dict[str, Any], where: str, end: float, lost: Callable[[], str]) -> tuple[dict, str]:
+def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: Callable[[], str]) -> tuple[dict, str]:
     """The answer of rank 0, and the host at which it was reached."""
     got = "no answer"
-    while time.monotonic() < end and not lost():
+    while time.monotonic() < deadline and not first_exit():
         for place in _places(where):
 
             def waits(place: tuple[str, int] = place) -> bool:
                 """Whether rank 0 may be what was asked: a file of an earlier run is written anew."""
-                return time.monotonic() < end and place in _places(where) and not lost()
+                return time.monotonic() < deadline and place in _places(where) and not first_exit()
 
             answered = ask(*place, hello, waits)
             if answered is not None:
@@ -155,8 +157,8 @@ def _ask(hello: dict[str, Any], where: str, end: float, lost: Callable[[], str])
                     return answered[1], place[0]
                 got = "rank 0 of another run"
         time.sleep(PAUSE)
-    if lost():
-        raise HandgradError("ranks", lost())
+    if first_exit():
+        raise HandgradError("ranks", first_exit())
     rule = f"rank 0 answers at {where} within {LIMIT:.0f} s" if address(where) else f"rank 0 writes '{where}'"
     hint = "is rank 0 running, and is --rendezvous the same for all?"
     raise HandgradError("ranks", rule, got, hint=hint)
@@ -173,11 +175,3 @@ def _places(where: str) -> Iterator[tuple[str, int]]:
         yield from ((host, found["port"]) for host in found["hosts"])
     except (OSError, ValueError, KeyError, TypeError):  # not written yet
         return
-
-
-def same_machine(world: int) -> str:
-    """A file for ranks that one launcher has started on this machine: it is named by their parent process."""
-    parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # a process number is used again
-    folder = os.environ.get("TMPDIR", "/tmp")
-    return f"{folder}/handgrad-{os.getuid()}-{parent}-{started}-{world}"

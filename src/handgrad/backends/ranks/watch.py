@@ -20,14 +20,14 @@ BYE = "bye"
 class Watch(threading.Thread):
     """Watches the other ranks on a connection to each. `failure` is the first error that is known, or None.
 
-    fate: why the process of a rank has ended, if that can be known
+    exit_reason: why the process of a rank has ended, if that can be known
     is_over: an error has ended the run, of this rank or of another one
     """
 
-    def __init__(self, rank: int, links: dict[int, socket.socket], fate: Callable[[int], str] = lambda rank: ""):
+    def __init__(self, rank: int, links: dict[int, socket.socket], exit_reason: Callable[[int], str] = lambda rank: ""):
         super().__init__(daemon=True)
         self.failure: RankError | None = None
-        self._links, self._peers, self._fate = dict(links), list(links.values()), fate
+        self._links, self._peers, self._exit_reason = dict(links), list(links.values()), exit_reason
         self._heard = dict.fromkeys(links, time.monotonic())
         self._text = dict.fromkeys(links, "")
         self.is_over = False
@@ -78,7 +78,7 @@ class Watch(threading.Thread):
             raw = b""
         if not raw:
             del self._links[rank]
-            self._end(RankError(rank, self._fate(rank) or "its process has ended", 1, is_gone=True))
+            self._end(RankError(rank, self._exit_reason(rank) or "its process has ended", 1, is_gone=True))
             return
         self._heard[rank] = now
         *lines, self._text[rank] = (self._text[rank] + raw.decode()).split("\n")

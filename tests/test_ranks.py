@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from handgrad.backends import why_no_cuda
-from handgrad.backends.ranks import mesh, rendezvous, watch, world
+from handgrad.backends.ranks import mesh, processes, rendezvous, startup, watch
 from handgrad.backends.ranks.comm import Alone, RankError
+from handgrad.backends.ranks.launchers import first_host, from_environment, local_file
 from handgrad.backends.ranks.mesh import Listener, addresses
 from handgrad.backends.ranks.sockets import CHANNELS, Sockets
+from handgrad.backends.ranks.startup import RanksRequest
 from handgrad.backends.ranks.watch import Watch
-from handgrad.backends.ranks.world import Asked, first_host, launched
 from handgrad.cli.__main__ import main
 from handgrad.cli.world import asked
 from handgrad.core.errors import HandgradError
@@ -47,8 +48,8 @@ STEP = dict(
 
 def found(env):
     """(launcher, rank, world, local rank, local) by the variables."""
-    place = launched(env)
-    return place and (place.by, place.rank, place.world, place.local_rank, place.local)
+    info = from_environment(env)
+    return info and (info.launcher, info.rank, info.world, info.local_rank, info.local_world)
 
 
 # variables -------------------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def found(env):
 def test_variables_without_a_place_to_meet_are_refused(env):
     """Ranks that train alone by mistake would fight over one folder."""
     with pytest.raises(HandgradError, match="torchrun has started 2 ranks, and nothing says where they meet"):
-        world._open(Asked(), env)
+        startup._open(RanksRequest(), env)
 
 
 def test_open_mpi_without_local_variables_means_one_machine():
@@ -74,18 +75,18 @@ def test_open_mpi_without_local_variables_means_one_machine():
 
 
 def test_no_launcher():
-    assert launched({}) is None and isinstance(world._open(Asked(), {}), Alone)
+    assert from_environment({}) is None and isinstance(startup._open(RanksRequest(), {}), Alone)
 
 
 def test_torchrun():
     assert found(TORCHRUN) == ("torchrun", 3, 4, 1, 2)
-    assert launched(TORCHRUN | {"TORCHELASTIC_RUN_ID": "a"}).run == "a"
+    assert from_environment(TORCHRUN | {"TORCHELASTIC_RUN_ID": "a"}).run == "a"
 
 
 @pytest.mark.parametrize(("value", "port"), [(None, 29500), ("False", 29500), ("True", 29501)])
 def test_port_of_torchrun_is_not_the_one_its_own_store_has(value, port):
     env = TORCHRUN if value is None else TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": value}
-    assert launched(env).where == f"h0:{port}"
+    assert from_environment(env).rendezvous == f"h0:{port}"
 
 
 def test_torchrun_variables_without_local_ones_mean_one_machine():
@@ -96,23 +97,23 @@ def test_torchrun_variables_without_local_ones_mean_one_machine():
 def test_mpi_launchers():
     assert found(OPEN_MPI) == ("Open MPI", 1, 2, 1, 2)
     assert found(MPICH) == ("MPICH", 1, 2, 1, 2)
-    assert launched(MPICH).where == launched(OPEN_MPI).where == rendezvous.same_machine(2)
-    assert launched(MPICH | {"MPI_LOCALNRANKS": "1"}).where == ""  # several machines
+    assert from_environment(MPICH).rendezvous == from_environment(OPEN_MPI).rendezvous == local_file(2)
+    assert from_environment(MPICH | {"MPI_LOCALNRANKS": "1"}).rendezvous == ""  # several machines
 
 
 def test_ranks_of_mpi_on_several_machines_need_a_rendezvous(monkeypatch):
-    monkeypatch.setattr(world, "has_mpi4py", lambda: False)
+    monkeypatch.setattr(startup, "has_mpi4py", lambda: False)
     with pytest.raises(HandgradError, match="nothing says where they meet.*--rendezvous HOST:PORT"):
-        world._open(Asked(), MPICH | {"MPI_LOCALNRANKS": "1"})
+        startup._open(RanksRequest(), MPICH | {"MPI_LOCALNRANKS": "1"})
 
 
 def test_slurm_step():
     assert found(STEP) == ("Slurm", 3, 4, 1, 2)
-    assert launched(STEP).where == f"n01:{61440 + 9}" and launched(STEP).run == "7.2"
+    assert from_environment(STEP).rendezvous == f"n01:{61440 + 9}" and from_environment(STEP).run == "7.2"
 
 
 def test_batch_script_of_slurm_is_one_process():
-    assert launched(BATCH) is None and isinstance(world._open(Asked(), BATCH), Alone)
+    assert from_environment(BATCH) is None and isinstance(startup._open(RanksRequest(), BATCH), Alone)
 
 
 def test_torchrun_that_srun_started_wins():
@@ -128,7 +129,7 @@ def test_slurm_with_pmi_knows_the_machines():
 def test_two_mpi_launchers_that_disagree_are_refused():
     assert found(OPEN_MPI | MPICH)[1:3] == (1, 2)
     with pytest.raises(HandgradError, match="MPICH: rank 0 of 3.*unset the other's variables") as error:
-        launched(OPEN_MPI | MPICH | {"PMI_RANK": "0", "PMI_SIZE": "3"})
+        from_environment(OPEN_MPI | MPICH | {"PMI_RANK": "0", "PMI_SIZE": "3"})
     assert "Open MPI: rank 1 of 2" in str(error.value)
 
 
@@ -139,7 +140,7 @@ def test_two_mpi_launchers_that_disagree_are_refused():
 @pytest.mark.parametrize("value", ["", "two", "-1", "1.0"])
 def test_variable_that_is_no_number_is_named(env, name, value):
     with pytest.raises(HandgradError, match=rf"\[ranks\] {name} is a number, but got '{value}'"):
-        launched(env | {name: value})
+        from_environment(env | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -163,9 +164,9 @@ def test_first_host_of_a_list_of_slurm(nodes, host):
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for name in {*TORCHRUN, *OPEN_MPI, *MPICH, *STEP, world.OWN}:
+    for name in {*TORCHRUN, *OPEN_MPI, *MPICH, *STEP, processes.RANK_VARIABLE}:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(world, "_OPEN", [])
+    monkeypatch.setattr(startup, "_opened", [])
 
 
 @pytest.mark.parametrize(
@@ -213,16 +214,16 @@ def test_launcher_and_ranks_of_the_command_line_are_refused(no_launcher, capsys,
 
 def test_launcher_of_one_rank_leaves_ranks_to_the_command_line(monkeypatch):
     """As in a shell that salloc or srun has started."""
-    monkeypatch.setattr(world, "start", lambda ranks, argv: (ranks, argv))
+    monkeypatch.setattr(startup, "start", lambda ranks, argv: (ranks, argv))
     one = STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    assert world._open(Asked(2, argv=["train"]), one) == (2, ["train"])
+    assert startup._open(RanksRequest(2, argv=["train"]), one) == (2, ["train"])
 
 
 @pytest.mark.parametrize("rank", range(5))
 def test_ranks_by_hand_divide_into_machines(rank):
     """Five ranks, two on each machine: the last machine has one."""
-    place = world.by_hand(Asked(5, rank, 2, "h:1"))
-    assert (place.local_rank, place.local) == (rank % 2, 1 if rank == 4 else 2)
+    info = startup.from_flags(RanksRequest(5, rank, 2, "h:1"))
+    assert (info.local_rank, info.local_world) == (rank % 2, 1 if rank == 4 else 2)
 
 
 # rendezvous ------------------------------------------------------------------------------------------------------------
@@ -252,14 +253,14 @@ def in_threads(calls):
     return results, time.monotonic() - begin
 
 
-def arrival(rank, ranks, where, run="", seconds=5.0, delay=0.0, lost=rendezvous.nobody):
+def arrival(rank, ranks, where, run="", seconds=5.0, delay=0.0, first_exit=lambda: ""):
     """A call in which a rank meets the others; it returns what they agree on."""
 
     def call():
         time.sleep(delay)
         listener = rendezvous.listen(rank, where)
         try:
-            peers, token = rendezvous.meet(rank, ranks, where, run, listener, time.monotonic() + seconds, lost)
+            peers, token = rendezvous.meet(rank, ranks, where, run, listener, time.monotonic() + seconds, first_exit)
             return [peer.port for peer in peers], token, listener.port
         finally:
             listener.close()
@@ -453,14 +454,14 @@ def test_rank_0_that_never_comes_is_told(where, monkeypatch):
 
 
 def test_process_that_has_ended_is_not_waited_for(where):
-    calls = [arrival(0, 3, where, lost=lambda: "rank 2: its process has ended"), arrival(1, 3, where)]
+    calls = [arrival(0, 3, where, first_exit=lambda: "rank 2: its process has ended"), arrival(1, 3, where)]
     results, seconds = in_threads(calls)
     refused(results, "rank 2: its process has ended")
     assert seconds < 2
 
 
 def test_rank_0_that_has_ended_is_not_waited_for(where):
-    results, seconds = in_threads([arrival(1, 2, where, lost=lambda: "rank 0: its process has ended")])
+    results, seconds = in_threads([arrival(1, 2, where, first_exit=lambda: "rank 0: its process has ended")])
     refused(results, "rank 0: its process has ended")
     assert seconds < 1
 
@@ -588,14 +589,14 @@ def test_ranks_that_live_are_no_failure(fast):
 def test_rank_that_ends_is_noticed_at_once():
     with linked(3) as links:
         own = links_of(links)
-        watches = [Watch(r, own[r], lambda rank: f"fate of {rank}") for r in (0, 1)]
+        watches = [Watch(r, own[r], lambda rank: f"reason of {rank}") for r in (0, 1)]
         begin = time.monotonic()
         for link in own[2].values():
             link.shutdown(socket.SHUT_RDWR)
         wait(lambda: all(w.failure for w in watches))
         assert time.monotonic() - begin < 0.9  # less than a beat
         for w in watches:
-            assert w.failure.rank == 2 and w.failure.is_gone and "[rank 2] fate of 2." in str(w.failure)
+            assert w.failure.rank == 2 and w.failure.is_gone and "[rank 2] reason of 2." in str(w.failure)
             with pytest.raises(RankError):
                 w.check()
 
@@ -711,18 +712,18 @@ def test_rank_that_waits_for_data_of_a_failed_one_raises_its_error():
 
 def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
     """`start` with the ranks as threads: what it gives to the other processes suffices for them."""
-    monkeypatch.setattr(world.atexit, "register", lambda *_: None)
-    monkeypatch.setattr(world.sys, "excepthook", world.sys.excepthook)
+    monkeypatch.setattr(startup.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(startup.sys, "excepthook", startup.sys.excepthook)
     results = {}
 
     class Process:
         def __init__(self, command, env, stdin):
             assert command[1:4] == ["-P", "-m", "handgrad.cli"] and command[4:] == ["train", "--ranks", "3"]
-            rank = int(env[world.OWN].split()[0])
-            monkeypatch.setattr(world.os, "getppid", world.os.getpid)
+            rank = int(env[processes.RANK_VARIABLE].split()[0])
+            monkeypatch.setattr(startup.os, "getppid", startup.os.getpid)
 
             def run():
-                comm = world._open(Asked(), env)
+                comm = startup._open(RanksRequest(), env)
                 results[rank] = comm.agree(comm.rank)
                 comm.close()
 
@@ -730,11 +731,11 @@ def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
             self.thread.start()
 
         def wait(self, timeout):
-            raise world.subprocess.TimeoutExpired("", timeout)
+            raise processes.subprocess.TimeoutExpired("", timeout)
 
-    monkeypatch.setattr(world.subprocess, "Popen", Process)
-    comm = world.start(3, ["train", "--ranks", "3"])
-    assert comm.agree(comm.rank) == [0, 1, 2] and (comm.local, comm.local_rank) == (3, 0)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    comm = startup.start(3, ["train", "--ranks", "3"])
+    assert comm.agree(comm.rank) == [0, 1, 2] and (comm.local_world, comm.local_rank) == (3, 0)
     comm.close()
     wait(lambda: len(results) == 2)
     assert set(map(tuple, results.values())) == {(0, 1, 2)}
