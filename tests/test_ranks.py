@@ -23,7 +23,7 @@ from handgrad.backends.ranks.sockets import CHANNELS, Sockets
 from handgrad.backends.ranks.startup import RanksRequest
 from handgrad.backends.ranks.watch import Watch
 from handgrad.cli.__main__ import main
-from handgrad.cli.world import asked
+from handgrad.cli.ranks import requested_ranks
 from handgrad.core.errors import HandgradError
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="h0", MASTER_PORT="29500")
@@ -750,4 +750,4 @@ def test_gpus_without_a_gpu_are_no_ranks_on_the_cpu(no_launcher, capsys, flag):
 
 
 def test_an_empty_rendezvous_is_none():
-    assert asked("train", ["--rendezvous", "", "--ranks=2"]).rendezvous == ""
+    assert requested_ranks("train", ["--rendezvous", "", "--ranks=2"]).rendezvous == ""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.core.errors import HandgradError
-from handgrad.train.config import Config, WorldConfig
+from handgrad.train.config import Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.interrupt import EXIT_CODE
 
@@ -55,7 +55,7 @@ def first(comm: Comm, work: Callable[[], T]) -> T:
 
 def check_same(comm: Comm, c: Config) -> None:
     """Raises HandgradError on all ranks if one was started with other settings than rank 0."""
-    told = comm.agree([[name, value] for name, value in flat(asdict(replace(c, world=WorldConfig()))).items()])
+    told = comm.agree([[name, value] for name, value in flat(asdict(replace(c, world=RanksConfig()))).items()])
     for rank, settings in enumerate(told):
         for (name, value), (_, other) in zip(told[0], settings):
             if value != other:

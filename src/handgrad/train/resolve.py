@@ -21,7 +21,7 @@ from handgrad.io import newest
 from handgrad.models import Model, create, family, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.checks import micro_batches
-from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, WorldConfig
+from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
@@ -245,7 +245,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
         optim=replace(c.optim, final=final, warmup=warmup),
         run=replace(c.run, out=str(out), steps=steps),
         compute=replace(c.compute, **found),
-        world=WorldConfig(),
+        world=RanksConfig(),
     )
 
 

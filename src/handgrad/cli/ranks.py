@@ -6,21 +6,21 @@ from handgrad.backends import why_no_cuda
 from handgrad.backends.ranks.startup import RanksRequest
 from handgrad.cli.flags import full_names, parse
 from handgrad.core.errors import HandgradError
-from handgrad.train.config import WorldConfig
+from handgrad.train.config import RanksConfig
 
 GPUS = {"--gpus", "--num-gpus"}  # other names of --ranks, which say where
-FLAGS = [f"--{f.name.replace('_', '-')}" for f in fields(WorldConfig)]
+FLAGS = [f"--{f.name.replace('_', '-')}" for f in fields(RanksConfig)]
 
 
-def asked(verb: str, argv: list[str]) -> RanksRequest:
-    """The ranks that a command line asks for. Raises HandgradError for what is no number."""
-    words = full_names(WorldConfig, argv)
+def requested_ranks(verb: str, argv: list[str]) -> RanksRequest:
+    """The ranks that a command line requests. Raises HandgradError for what is no number."""
+    words = full_names(RanksConfig, argv)
     found = []
     for i, word in enumerate(words):
         flag, equals, _ = word.partition("=")
         if flag in FLAGS:
             found += [word] if equals else words[i : i + 2]
-    w = parse(WorldConfig, found, verb) if found else WorldConfig()
+    w = parse(RanksConfig, found, verb) if found else RanksConfig()
     names = {word.partition("=")[0].replace("_", "-") for word in argv}
     if names & GPUS and not any(name.endswith("backend") for name in names) and why_no_cuda():
         hint = f"on the CPU: --ranks {w.ranks} --backend cpu"
