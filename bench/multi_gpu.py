@@ -98,7 +98,7 @@ def speed(job: dict) -> Result:
         if silent:
             with silent:
                 alone.append(steps(job["steps"]))
-    everyone = run.comm.agree([statistics.median(alone or [0.0]), statistics.median(exposed)])
+    everyone = run.comm.all_gather_object([statistics.median(alone or [0.0]), statistics.median(exposed)])
     params = run.program.num_params
     flops, peak = model.flops_per_token(params, task.T), run.backend.peak_flops(precision.dtype)
     ms = statistics.median(whole)

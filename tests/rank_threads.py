@@ -22,7 +22,7 @@ class Threads(Comm):
         self.rank, self.world, self._shared = rank, world, shared
         self.local_world, self.local_rank = world, rank
 
-    def swap(self, send, receive):
+    def all_to_all(self, send, receive):
         shared = self._shared
         shared.sent[self.rank] = list(send)
         try:

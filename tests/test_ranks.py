@@ -536,12 +536,12 @@ def test_arrays_arrive_whole(size):
     with linked(3) as links:
         comms = [Sockets(r, 3, links[r], None, 10.0) for r in range(3)]
 
-        def swap(rank):
+        def all_to_all(rank):
             got = [np.zeros(size, np.uint8) for _ in range(3)]
-            comms[rank].swap([values[rank]] * 3, got)
+            comms[rank].all_to_all([values[rank]] * 3, got)
             return [g for r, g in enumerate(got) if r != rank]
 
-        results, _ = in_threads([lambda r=r: swap(r) for r in range(3)])
+        results, _ = in_threads([lambda r=r: all_to_all(r) for r in range(3)])
     for rank in range(3):
         assert all(np.array_equal(g, values[r]) for g, r in zip(results[rank], [r for r in range(3) if r != rank]))
 
@@ -550,7 +550,7 @@ def test_rank_that_does_not_answer_the_last_exchange_is_an_error():
     with linked(2) as links:
         begin = time.monotonic()
         with pytest.raises(HandgradError, match="a rank has not answered for"):
-            Sockets(0, 2, links[0], None, 0.3).exchange(b"x")
+            Sockets(0, 2, links[0], None, 0.3).all_gather_bytes(b"x")
         assert time.monotonic() - begin < 2
 
 
@@ -704,7 +704,7 @@ def test_rank_that_waits_for_data_of_a_failed_one_raises_its_error():
         assert isinstance(error, RankError) and error.code == 1 and "[rank 1] a bug." in str(error)
         assert time.monotonic() - begin < 2
         last = [comm.after_failure() for comm in comms]  # both can still say how far they are
-        results, _ = in_threads([lambda c=c: c.agree(c.rank) for c in last])
+        results, _ = in_threads([lambda c=c: c.all_gather_object(c.rank) for c in last])
         assert results == [[0, 1], [0, 1]]
         for comm in comms:
             comm.close()
@@ -724,7 +724,7 @@ def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
 
             def run():
                 comm = startup._open(RanksRequest(), env)
-                results[rank] = comm.agree(comm.rank)
+                results[rank] = comm.all_gather_object(comm.rank)
                 comm.close()
 
             self.thread = threading.Thread(target=run)
@@ -735,7 +735,7 @@ def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
 
     monkeypatch.setattr(processes.subprocess, "Popen", Process)
     comm = startup.start(3, ["train", "--ranks", "3"])
-    assert comm.agree(comm.rank) == [0, 1, 2] and (comm.local_world, comm.local_rank) == (3, 0)
+    assert comm.all_gather_object(comm.rank) == [0, 1, 2] and (comm.local_world, comm.local_rank) == (3, 0)
     comm.close()
     wait(lambda: len(results) == 2)
     assert set(map(tuple, results.values())) == {(0, 1, 2)}

@@ -50,12 +50,14 @@ class Silence:
 
 def first(comm: Comm, work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, something that JSON can hold. The others wait for it: it may write files."""
-    return comm.agree(work() if comm.rank == 0 else None)[0]
+    return comm.all_gather_object(work() if comm.rank == 0 else None)[0]
 
 
 def check_same(comm: Comm, c: Config) -> None:
     """Raises HandgradError on all ranks if one was started with other settings than rank 0."""
-    told = comm.agree([[name, value] for name, value in flat(asdict(replace(c, world=RanksConfig()))).items()])
+    told = comm.all_gather_object(
+        [[name, value] for name, value in flat(asdict(replace(c, world=RanksConfig()))).items()]
+    )
     for rank, settings in enumerate(told):
         for (name, value), (_, other) in zip(told[0], settings):
             if value != other:
@@ -82,7 +84,7 @@ def together(comm: Comm) -> Iterator[None]:
             print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
         if not (isinstance(error, RankError) and error.is_gone):
             with suppress(HandgradError):  # a rank that does not answer
-                comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
+                comm.after_failure().all_gather_bytes()  # mpiexec ends all once one has: not before one has printed
         if comm.is_stuck():  # Python's cleanup would wait for the device
             if not isinstance(error, HandgradError | KeyboardInterrupt):
                 traceback.print_exception(error)

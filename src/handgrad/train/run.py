@@ -46,7 +46,7 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
     leads = comm.rank == 0
     with claim(out, c.run.resume) if leads else nullcontext() as lock:
         run = resolve(c, out, comm)
-        processes = comm.agree(os.getpid())
+        processes = comm.all_gather_object(os.getpid())
         log = open_log(run, quiet) if leads else Silence()
         if leads and run.done < run.config.run.steps:
             describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
@@ -144,7 +144,7 @@ def agree_to_save(run: Run, error: BaseException) -> bool:
     try:
         is_whole = trainer.is_whole()
         trainer.comm = trainer.comm.after_failure()
-        states = trainer.comm.agree([step, is_whole])
+        states = trainer.comm.all_gather_object([step, is_whole])
     except Exception as failure:
         add_note(error, f"step {step} could not be saved", failure)
         return False

@@ -68,7 +68,7 @@ class CpuExecutable(Executable):
         def run(_: Any) -> None:
             if self._error is None:
                 try:
-                    self.arena.exchange(self._comm, c, operands)
+                    self._comm.run(c, operands)
                 except BaseException as error:
                     self._error = error
 

@@ -214,10 +214,10 @@ class CudaBackend(Backend):
         calls = [c for program in plan.programs for c in program.calls]
         leads = self.comm.rank == 0
         if not leads:  # rank 0 compiles and decides for all: they agree to the bit, and start once
-            self._take(self.comm.agree(None)[0])
+            self._take(self.comm.all_gather_object(None)[0])
         self._prepare(calls)
         if leads and self.comm.world > 1:
-            self.comm.agree(self._choices())
+            self.comm.all_gather_object(self._choices())
         return CudaArena(self.device, plan)
 
     def _choices(self) -> list[Any]:

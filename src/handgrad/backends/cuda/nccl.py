@@ -95,7 +95,7 @@ class Nccl:
         unique = Id()
         if comm.rank == 0:
             self._check("ncclGetUniqueId", self._dll.ncclGetUniqueId(byref(unique)))
-        unique = Id.from_buffer_copy(bytes.fromhex(comm.agree(bytes(unique).hex())[0]))
+        unique = Id.from_buffer_copy(bytes.fromhex(comm.all_gather_object(bytes(unique).hex())[0]))
         config = Config(
             ctypes.sizeof(Config), MAGIC, VERSION, 0, *[UNDEFINED] * 3, None, *[UNDEFINED] * 2, None, *[UNDEFINED] * 6
         )
@@ -184,7 +184,7 @@ class Nccl:
 
 def check_gpus(device: Device, comm: Comm) -> None:
     """Raises HandgradError unless every rank has a GPU of its own, and all have the same model."""
-    told = comm.agree([BOOT.read_text(), device.pci_bus, device.name])
+    told = comm.all_gather_object([BOOT.read_text(), device.pci_bus, device.name])
     for rank, (host, bus, name) in enumerate(told):
         first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
         if first != rank:

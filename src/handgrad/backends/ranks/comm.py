@@ -6,13 +6,16 @@ of an array from all others, adds the parts itself, and sends the sum.
 """
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Call
 
 if TYPE_CHECKING:
     from handgrad.backends.ranks.watch import Watch
@@ -40,7 +43,7 @@ class Comm(ABC):
     is_stuck: Callable[[], bool] = staticmethod(lambda: False)  # whether a device waits for a rank that has failed
 
     @abstractmethod
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         """Sends send[r] to rank r and fills receive[r] with what rank r sends here; the own entries are not used.
 
         The arrays are contiguous. Raises RankError if another rank has failed.
@@ -56,7 +59,7 @@ class Comm(ABC):
         if self.watch is not None:
             self.watch.check()
 
-    def telling(self, hook: Callable) -> Callable:
+    def reporting_excepthook(self, hook: Callable) -> Callable:
         """An excepthook that also tells the others of an error that ends this process."""
 
         def tell(kind: Any, error: Any, trace: Any) -> None:
@@ -70,6 +73,15 @@ class Comm(ABC):
         """The same ranks again, for a last exchange after `fail` or RankError. It raises HandgradError where a rank
         does not answer in time."""
 
+    def run(self, c: Call, operands: SimpleNamespace) -> None:
+        """Runs a call that communicates, and counts the time that it takes: computation waits for all of it.
+
+        operands: of the call, as `HostMemory.operands` returns them
+        """
+        begin = time.perf_counter_ns()
+        c.op.exchange(self, operands)
+        operands.scalars.exposed_ns += np.uint64(time.perf_counter_ns() - begin)
+
     def reduce_scatter(self, full: np.ndarray, share: np.ndarray, adds: bool = False) -> None:
         """share = this rank's part of the sum over ranks of `full`, or += if `adds`.
 
@@ -82,16 +94,16 @@ class Comm(ABC):
         bounds = [x.size * r // self.world for r in range(self.world + 1)]
         self._reduce(x, bounds, x[bounds[self.rank] : bounds[self.rank + 1]], False)
         parts = [x[a:b] for a, b in zip(bounds, bounds[1:])]
-        self._swap([parts[self.rank]] * self.world, parts, max(part.nbytes for part in parts))
+        self._chunked_all_to_all([parts[self.rank]] * self.world, parts, max(part.nbytes for part in parts))
 
     def all_gather(self, share: np.ndarray, full: np.ndarray) -> None:
         """full (world * n) = the shares (n) of all ranks; `share` may be the own part of `full`."""
         parts = [full[r * share.size : (r + 1) * share.size] for r in range(self.world)]
         if parts[self.rank].ctypes.data != share.ctypes.data:
             parts[self.rank][...] = share
-        self._swap([parts[self.rank]] * self.world, parts, share.nbytes)
+        self._chunked_all_to_all([parts[self.rank]] * self.world, parts, share.nbytes)
 
-    def exchange(self, message: bytes = b"") -> list[bytes]:
+    def all_gather_bytes(self, message: bytes = b"") -> list[bytes]:
         """The messages of all ranks, in their order."""
         own = np.frombuffer(message, np.uint8)
         sizes = np.zeros(self.world, np.int64)
@@ -99,12 +111,12 @@ class Comm(ABC):
         self.all_gather(sizes[self.rank : self.rank + 1], sizes)
         received = [np.empty(n, np.uint8) for n in sizes]
         received[self.rank] = own
-        self._swap([own] * self.world, received, int(sizes.max()))
+        self._chunked_all_to_all([own] * self.world, received, int(sizes.max()))
         return [r.tobytes() for r in received]
 
-    def agree(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, what JSON can hold, in the order of the ranks."""
-        return [json.loads(m) for m in self.exchange(json.dumps(value).encode())]
+        return [json.loads(m) for m in self.all_gather_bytes(json.dumps(value).encode())]
 
     def any(self, value: bool) -> bool:
         """Whether it is so on any rank."""
@@ -119,18 +131,18 @@ class Comm(ABC):
 
     def gather(self, piece: np.ndarray) -> list[np.ndarray]:
         """On rank 0 the pieces (n) of all ranks, of one type and any size, in their order; elsewhere nothing."""
-        sizes = [int(n) for n in self.agree(piece.size)]
+        sizes = [int(n) for n in self.all_gather_object(piece.size)]
         empty = np.empty(0, np.uint8)
         received = [np.empty(n if self.rank == 0 and r else 0, piece.dtype) for r, n in enumerate(sizes)]
         send = [piece if r == 0 and self.rank else empty for r in range(self.world)]
-        self._swap(send, received, max(sizes) * piece.itemsize)
+        self._chunked_all_to_all(send, received, max(sizes) * piece.itemsize)
         return [piece, *received[1:]] if self.rank == 0 else []
 
-    def _swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
-        """`swap` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
+    def _chunked_all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
+        """`all_to_all` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
         sends, receives = [_bytes(a) for a in send], [_bytes(a) for a in receive]
         for at in range(0, most, MESSAGE):
-            self.swap([a[at : at + MESSAGE] for a in sends], [a[at : at + MESSAGE] for a in receives])
+            self.all_to_all([a[at : at + MESSAGE] for a in sends], [a[at : at + MESSAGE] for a in receives])
 
     def _reduce(self, full: np.ndarray, bounds: list[int], out: np.ndarray, adds: bool) -> None:
         """out = or += the sum over ranks of full[bounds[rank] : bounds[rank + 1]], a chunk at a time."""
@@ -141,7 +153,7 @@ class Comm(ABC):
             pieces = [full[bounds[r] + at : bounds[r] + min(at + CHUNK, max(n, at))] for r, n in enumerate(sizes)]
             own = full[begin + at : begin + at + pieces[self.rank].size]
             received = [buffer[r, : own.size] for r in range(self.world)]
-            self.swap([_bytes(a) for a in pieces], [_bytes(a) for a in received])
+            self.all_to_all([_bytes(a) for a in pieces], [_bytes(a) for a in received])
             received[self.rank] = own
             total: Any = received[0].astype(sums)
             for other in received[1:]:
@@ -160,7 +172,7 @@ class Alone(Comm):
 
     rank, world = 0, 1
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         pass
 
     def total(self, value: float) -> float:

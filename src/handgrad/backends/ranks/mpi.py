@@ -49,7 +49,7 @@ def open_mpi(world: int, local_rank: int, local_world: int) -> "Mpi":
     comm.local_world, comm.local_rank = local_world, local_rank
     comm.open_watch()
     atexit.register(comm.close)
-    sys.excepthook = comm.telling(sys.excepthook)
+    sys.excepthook = comm.reporting_excepthook(sys.excepthook)
     return comm
 
 
@@ -67,13 +67,13 @@ class Mpi(Comm):
     def open_watch(self) -> None:
         """Connects the ranks by TCP, too, for failures: MPI tells of none."""
         listener, end = Listener(), time.monotonic() + LIMIT
-        told = self.agree([addresses(), listener.port, secrets.token_hex(8)])
+        told = self.all_gather_object([addresses(), listener.port, secrets.token_hex(8)])
         peers, run = [Peer(hosts, port) for hosts, port, _ in told], told[0][2]
         links = connect(self.rank, peers, run, listener, ("watch",), end)
         listener.close()
         self.watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         others = [(self.rank + k) % self.world for k in range(1, self.world)]
         requests = [self._data.Irecv([receive[r], self._MPI.BYTE], r) for r in others if receive[r].size]
         requests += [self._data.Isend([send[r], self._MPI.BYTE], r) for r in others if send[r].size]

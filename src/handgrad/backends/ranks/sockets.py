@@ -30,7 +30,7 @@ class Sockets(Comm):
             for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 link.setsockopt(socket.SOL_SOCKET, side, BUFFER)
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         self.check()
         out = {r: send[r].data for r in self._data if send[r].size}
         into = {r: receive[r].data for r in self._data if receive[r].size}

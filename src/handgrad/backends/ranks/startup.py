@@ -148,5 +148,5 @@ def open_sockets(
     comm = Sockets(info.rank, info.world, links, watch)
     comm.local_world, comm.local_rank = info.local_world, info.local_rank
     atexit.register(comm.close)
-    sys.excepthook = comm.telling(sys.excepthook)
+    sys.excepthook = comm.reporting_excepthook(sys.excepthook)
     return comm
