@@ -1,4 +1,4 @@
-"""GPT-2 on several GPUs of one machine: correctness, then speed and memory by number of ranks and ZeRO stage, beside
+"""GPT-2 on several GPUs of one machine: correctness, then speed and memory by number of ranks and ZeRO stage, with
 PyTorch's DistributedDataParallel.
 
     python bench/multi_gpu.py                         W = 1, 2, 4, ... up to the GPUs here; at most 9 minutes

@@ -390,7 +390,8 @@ IMPATIENT = """
 import sys
 if "train" in sys.orig_argv:
     from handgrad.backends.ranks import watch, processes, sockets
-    watch.SILENCE, watch.BEAT, processes.EXIT_SECONDS, sockets.LAST_SECONDS = 1.2, 0.15, 0.4, 0.4
+    watch.TIMEOUT_SECONDS, watch.HEARTBEAT_SECONDS = 1.2, 0.15
+    processes.EXIT_SECONDS = sockets.LAST_EXCHANGE_SECONDS = 0.4
 """
 
 

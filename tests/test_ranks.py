@@ -334,7 +334,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_file_of_an_earlier_run_is_passed_over(tmp_path, answer, monkeypatch):
     """Its port is another program's by now."""
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.5)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.5)
     file = tmp_path / "meet"
     with service(ANSWERS[answer]) as port:
         file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": port}))
@@ -440,14 +440,14 @@ def test_a_rendezvous_without_checks_is_caught(where, monkeypatch):
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_rank_that_never_comes_is_named_by_all_others(where, missing, monkeypatch, tmp_path):
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.5)
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in range(3) if r != missing])
     refused(results, f"within 0 s, but these have not: {missing}")
     assert seconds < 2.5 and not list(tmp_path.iterdir())
 
 
 def test_rank_0_that_never_comes_is_told(where, monkeypatch):
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.5)
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in (1, 2)])
     refused(results, f"rank 0 (answers at|writes) .*{re.escape(where)}.* but got no answer.*is rank 0 running")
     assert seconds < 2
@@ -512,7 +512,7 @@ def test_every_two_ranks_are_connected_on_every_channel(ranks):
 
 
 def test_rank_of_another_run_is_not_connected(monkeypatch):
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.2)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.2)
     first, second = connected(2, runs=["a", "b"], seconds=0.5)
     assert "rank 1 did not connect to rank 0" in str(first) and "rank 0 does not answer at any of 127.0.0.1:" in str(
         second
@@ -520,7 +520,7 @@ def test_rank_of_another_run_is_not_connected(monkeypatch):
 
 
 def test_rank_that_does_not_connect_is_named(monkeypatch):
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.2)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.2)
     first, third = connected(3, who=[0, 2], seconds=0.5)
     assert "rank 1 did not connect to rank 0" in str(first) and "rank 1 does not answer at any of" in str(third)
 
@@ -559,8 +559,8 @@ def test_rank_that_does_not_answer_the_last_exchange_is_an_error():
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(watch, "BEAT", 0.05)
-    monkeypatch.setattr(watch, "SILENCE", 0.5)
+    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "TIMEOUT_SECONDS", 0.5)
 
 
 def links_of(links, channel="watch"):
@@ -594,7 +594,7 @@ def test_rank_that_ends_is_noticed_at_once():
         for link in own[2].values():
             link.shutdown(socket.SHUT_RDWR)
         wait(lambda: all(w.failure for w in watches))
-        assert time.monotonic() - begin < 0.9  # less than a beat
+        assert time.monotonic() - begin < 0.9  # less than a heartbeat
         for w in watches:
             assert w.failure.rank == 2 and w.failure.is_gone and "[rank 2] reason of 2." in str(w.failure)
             with pytest.raises(RankError):
@@ -602,7 +602,7 @@ def test_rank_that_ends_is_noticed_at_once():
 
 
 def test_a_watch_that_does_not_read_the_end_is_caught(monkeypatch):
-    """Mutation: bytes that end count as a beat."""
+    """Mutation: bytes that end count as a heartbeat."""
     monkeypatch.setattr(Watch, "_read", lambda self, rank, now: self._heard.update({rank: now}))
     with linked(2) as links:
         own = links_of(links)
@@ -615,7 +615,7 @@ def test_a_watch_that_does_not_read_the_end_is_caught(monkeypatch):
 def test_rank_that_is_silent_is_noticed(fast):
     with linked(2) as links:
         own = links_of(links)
-        w = Watch(0, own[0])  # rank 1 has none: it sends no beats
+        w = Watch(0, own[0])  # rank 1 has none: it sends no heartbeats
         begin = time.monotonic()
         wait(lambda: w.failure)
         assert 0.45 < time.monotonic() - begin < 1.5
@@ -623,7 +623,7 @@ def test_rank_that_is_silent_is_noticed(fast):
 
 
 def failure_after_a_stop(monkeypatch):
-    """What a watch knows after its clock has jumped, as after SIGSTOP and SIGCONT of all ranks: no beats wait."""
+    """What a watch knows after its clock has jumped, as after SIGSTOP and SIGCONT of all ranks: no heartbeats wait."""
     offset, real = [0.0], time.monotonic
     monkeypatch.setattr(watch.time, "monotonic", lambda: real() + offset[0])
     with linked(2) as links:

@@ -1,4 +1,4 @@
-"""handgrad profile MODEL: runs a few steps on random tokens; shows each call's time beside its lower bound."""
+"""handgrad profile MODEL: runs a few steps on random tokens; shows each call's time with its lower bound."""
 
 import os
 import tempfile

@@ -27,7 +27,7 @@ from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
-from handgrad.train.ranks import first
+from handgrad.train.ranks import on_rank_0
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -124,7 +124,7 @@ def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
         chosen = local_folder_first(c, out)
         return [chosen.data.train, *find_data(chosen, out)]
 
-    train, shards, val_shards = first(comm, look)
+    train, shards, val_shards = on_rank_0(comm, look)
     return replace(c, data=replace(c.data, train=train)), shards, val_shards
 
 

@@ -397,10 +397,8 @@ class Trainer:
         """
         self.close()
         self._resumed_at = None  # until it has succeeded
-        paths, refusal = (
-            self.comm.all_gather_object([str(path) for path in checkpoint.complete(self._folder())])[0],
-            None,
-        )
+        names = [str(path) for path in checkpoint.complete(self._folder())]
+        paths, refusal = self.comm.all_gather_object(names)[0], None
         found = [Path(path) for path in paths]
         for path in found:
             try:

@@ -109,7 +109,7 @@ class CudaExecutable(Executable):
         return self.device.side if self._overlaps(i) else self.device.stream
 
     def _launch(self, segment: Segment, kind: MicroBatch) -> None:
-        """Starts the calls of a segment. Calls beside the main stream run on another one, from a fork to a join."""
+        """Starts the calls of a segment. Those that overlap others run on another stream, from a fork to a join."""
         device, starts = self.device, self._starts_of(kind)
         waiting: dict[int, list[int]] = {}  # by the call that waits: the overlapping calls
         for i in range(segment.start, segment.stop):

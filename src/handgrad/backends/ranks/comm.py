@@ -20,8 +20,9 @@ from handgrad.core.op import Call
 if TYPE_CHECKING:
     from handgrad.backends.ranks.watch import Watch
 
-MESSAGE = 1 << 26  # bytes that go to one rank at a time, at most
-CHUNK = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache
+MESSAGE_BYTES = 1 << 26  # go to one rank at a time, at most
+CHUNK_SIZE = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache
+LAST_EXCHANGE_SECONDS = 16.0  # a rank waits for the others after an error: longer than for its GPU (cuda/nccl.py)
 
 
 class RankError(HandgradError):
@@ -141,16 +142,16 @@ class Comm(ABC):
     def _chunked_all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
         """`all_to_all` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
         sends, receives = [_bytes(a) for a in send], [_bytes(a) for a in receive]
-        for at in range(0, most, MESSAGE):
-            self.all_to_all([a[at : at + MESSAGE] for a in sends], [a[at : at + MESSAGE] for a in receives])
+        for at in range(0, most, MESSAGE_BYTES):
+            self.all_to_all([a[at : at + MESSAGE_BYTES] for a in sends], [a[at : at + MESSAGE_BYTES] for a in receives])
 
     def _reduce(self, full: np.ndarray, bounds: list[int], out: np.ndarray, adds: bool) -> None:
         """out = or += the sum over ranks of full[bounds[rank] : bounds[rank + 1]], a chunk at a time."""
         sums = np.float64 if full.dtype == np.float64 else np.float32
         begin, sizes = bounds[self.rank], [b - a for a, b in zip(bounds, bounds[1:])]
-        buffer = np.empty((self.world, min(max(sizes), CHUNK)), full.dtype)
-        for at in range(0, max(sizes), CHUNK):
-            pieces = [full[bounds[r] + at : bounds[r] + min(at + CHUNK, max(n, at))] for r, n in enumerate(sizes)]
+        buffer = np.empty((self.world, min(max(sizes), CHUNK_SIZE)), full.dtype)
+        for at in range(0, max(sizes), CHUNK_SIZE):
+            pieces = [full[bounds[r] + at : bounds[r] + min(at + CHUNK_SIZE, max(n, at))] for r, n in enumerate(sizes)]
             own = full[begin + at : begin + at + pieces[self.rank].size]
             received = [buffer[r, : own.size] for r in range(self.world)]
             self.all_to_all([_bytes(a) for a in pieces], [_bytes(a) for a in received])

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.ranks.comm import Comm
-from handgrad.backends.ranks.mesh import LIMIT, Listener, Peer, addresses, connect
+from handgrad.backends.ranks.comm import LAST_EXCHANGE_SECONDS, Comm
+from handgrad.backends.ranks.mesh import MEET_SECONDS, Listener, Peer, addresses, connect
 from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
 
-SPINS = 200  # looks at a message before the first sleep: some 50 us
-SLEEP = 50e-6  # seconds between looks from then on
-LAST_SECONDS = 16.0  # how long a rank waits for the others after an error
+SPIN_POLLS = 200  # of a message before the first sleep: some 50 us
+SLEEP_SECONDS = 50e-6  # between polls from then on
 
 
 def has_mpi4py() -> bool:
@@ -66,9 +65,9 @@ class Mpi(Comm):
 
     def open_watch(self) -> None:
         """Connects the ranks by TCP, too, for failures: MPI tells of none."""
-        listener, end = Listener(), time.monotonic() + LIMIT
-        told = self.all_gather_object([addresses(), listener.port, secrets.token_hex(8)])
-        peers, run = [Peer(hosts, port) for hosts, port, _ in told], told[0][2]
+        listener, end = Listener(), time.monotonic() + MEET_SECONDS
+        listeners = self.all_gather_object([addresses(), listener.port, secrets.token_hex(8)])
+        peers, run = [Peer(hosts, port) for hosts, port, _ in listeners], listeners[0][2]
         links = connect(self.rank, peers, run, listener, ("watch",), end)
         listener.close()
         self.watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
@@ -84,17 +83,17 @@ class Mpi(Comm):
             raise
 
     def _wait(self, requests: list[Any]) -> None:
-        begin, looks = time.monotonic(), 0
+        begin, polls = time.monotonic(), 0
         while not self._MPI.Request.Testall(requests):
-            looks += 1
-            if looks > SPINS:
+            polls += 1
+            if polls > SPIN_POLLS:
                 self.check()
-                time.sleep(SLEEP)
+                time.sleep(SLEEP_SECONDS)
                 if self._limit and time.monotonic() - begin > self._limit:
                     raise HandgradError("ranks", f"a rank has not answered for {self._limit:.0f} s")
 
     def after_failure(self) -> Comm:
-        return Mpi(self._MPI, self._last, self._last, LAST_SECONDS)
+        return Mpi(self._MPI, self._last, self._last, LAST_EXCHANGE_SECONDS)
 
     def close(self) -> None:
         """Ends MPI, unless a rank has failed: then the process just ends."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 RANK_VARIABLE = "HANDGRAD_RANK"  # tells a started process its rank, world, port of rank 0, parent process and run
-EXIT_SECONDS = 5.0  # that the other ranks have to end after rank 0
+EXIT_SECONDS = 5.0  # the other ranks have to end after rank 0
 
 
 class RankProcesses:

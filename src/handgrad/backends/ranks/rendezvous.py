@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handgrad.backends.ranks.mesh import LIMIT, LOOK, PAUSE, Listener, Peer, addresses, ask, send
+from handgrad.backends.ranks.mesh import (
+    MEET_SECONDS,
+    POLL_SECONDS,
+    RETRY_SECONDS,
+    Listener,
+    Peer,
+    addresses,
+    ask,
+    send,
+)
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
@@ -82,13 +91,14 @@ def _lead(
         error = ""
         while len(waiting) < world - 1 and not error:
             try:
-                connection, hello = listener.accept(min(deadline, time.monotonic() + LOOK))
+                connection, hello = listener.accept(min(deadline, time.monotonic() + POLL_SECONDS))
             except TimeoutError:
                 error = first_exit()
                 if not error and time.monotonic() >= deadline:
                     missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
                     place = where if address(where) else f"the file '{where}'"
-                    error = f"all {world} ranks come to {place} within {LIMIT:.0f} s, but these have not: {missing}"
+                    error = f"all {world} ranks come to {place} within {MEET_SECONDS:.0f} s"
+                    error += f", but these have not: {missing}"
                 continue
             if hello.get("run") != run or not isinstance(hello.get("rank"), int):
                 with connection:
@@ -156,10 +166,10 @@ def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: Callabl
                 if answered[1].keys() & {"peers", "error"}:
                     return answered[1], place[0]
                 got = "rank 0 of another run"
-        time.sleep(PAUSE)
+        time.sleep(RETRY_SECONDS)
     if first_exit():
         raise HandgradError("ranks", first_exit())
-    rule = f"rank 0 answers at {where} within {LIMIT:.0f} s" if address(where) else f"rank 0 writes '{where}'"
+    rule = f"rank 0 answers at {where} within {MEET_SECONDS:.0f} s" if address(where) else f"rank 0 writes '{where}'"
     hint = "is rank 0 running, and is --rendezvous the same for all?"
     raise HandgradError("ranks", rule, got, hint=hint)
 

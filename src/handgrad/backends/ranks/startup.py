@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.backends.ranks.launchers import RankInfo, from_environment
-from handgrad.backends.ranks.mesh import LIMIT, Listener, connect
+from handgrad.backends.ranks.mesh import MEET_SECONDS, Listener, connect
 from handgrad.backends.ranks.mpi import has_mpi4py, open_mpi
 from handgrad.backends.ranks.processes import RANK_VARIABLE, RankProcesses
 from handgrad.backends.ranks.rendezvous import LOOPBACK, listen, meet
@@ -139,7 +139,7 @@ def open_sockets(
     first_exit: Callable[[], str] = lambda: "",
 ) -> Sockets:
     """The ranks, connected by TCP. exit_reason: as in `Watch`; first_exit: as in `meet`."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + MEET_SECONDS
     listener = listener or listen(info.rank, info.rendezvous)
     peers, token = meet(info.rank, info.world, info.rendezvous, info.run, listener, deadline, first_exit)
     links = connect(info.rank, peers, token, listener, CHANNELS, deadline)

@@ -1,6 +1,6 @@
-"""watch: a thread by which a rank learns at once that another one has failed, has ended, or does not answer any more.
+"""watch: a thread that learns at once that another rank has failed, has ended, or does not answer any more.
 
-Each rank sends every other one a beat a second, whatever its main thread waits for.
+Each rank sends every other one a heartbeat a second, whatever its main thread waits for.
 """
 
 import json
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from handgrad.backends.ranks.comm import RankError
 
-BEAT = 1.0  # seconds
-SILENCE = 20.0  # seconds without a beat after which a rank counts as gone
+HEARTBEAT_SECONDS = 1.0  # between two of them
+TIMEOUT_SECONDS = 20.0  # without a heartbeat, after which a rank counts as gone
 BYE = "bye"
 
 
@@ -57,15 +57,16 @@ class Watch(threading.Thread):
                 if link.fileno() < 0:  # another thread has closed it
                     return
                 poll.register(link, select.POLLIN)
-            ready = {descriptor for descriptor, _ in poll.poll(1e3 * BEAT)}
+            ready = {descriptor for descriptor, _ in poll.poll(1e3 * HEARTBEAT_SECONDS)}
             now = time.monotonic()
-            if now - last > 5 * BEAT:  # this process was stopped itself: the others' beats lie in the sockets
+            if now - last > 5 * HEARTBEAT_SECONDS:  # this process was stopped: heartbeats are still in the sockets
                 self._heard = dict.fromkeys(self._heard, now)
             last = now
             for rank in [r for r, link in self._links.items() if link.fileno() in ready]:
                 self._read(rank, now)
-            for rank in [r for r in self._links if now - self._heard[r] > SILENCE]:
-                text = f"it has not answered for {SILENCE:.0f} s: its process is stopped, or its machine is unreachable"
+            for rank in [r for r in self._links if now - self._heard[r] > TIMEOUT_SECONDS]:
+                text = f"it has not answered for {TIMEOUT_SECONDS:.0f} s:"
+                text += " its process is stopped, or its machine is unreachable"
                 self._end(RankError(rank, text, 1, is_gone=True))
             self._tell("")
 
