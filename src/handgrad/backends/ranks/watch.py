@@ -43,11 +43,11 @@ class Watch(threading.Thread):
         """Tells all others of an error of this rank, unless one is known."""
         if not self.is_over:
             self.is_over = True
-            self._tell(json.dumps([text, code]))
+            self._send(json.dumps([text, code]))
 
     def close(self) -> None:
         """Tells all others that this rank has done its work."""
-        self._tell(BYE)
+        self._send(BYE)
 
     def run(self) -> None:
         last = time.monotonic()
@@ -67,8 +67,8 @@ class Watch(threading.Thread):
             for rank in [r for r in self._links if now - self._heard[r] > TIMEOUT_SECONDS]:
                 text = f"it has not answered for {TIMEOUT_SECONDS:.0f} s:"
                 text += " its process is stopped, or its machine is unreachable"
-                self._end(RankError(rank, text, 1, is_gone=True))
-            self._tell("")
+                self._set_failure(RankError(rank, text, 1, is_gone=True))
+            self._send("")
 
     def _read(self, rank: int, now: float) -> None:
         try:
@@ -79,7 +79,7 @@ class Watch(threading.Thread):
             raw = b""
         if not raw:
             del self._links[rank]
-            self._end(RankError(rank, self._exit_reason(rank) or "its process has ended", 1, is_gone=True))
+            self._set_failure(RankError(rank, self._exit_reason(rank) or "its process has ended", 1, is_gone=True))
             return
         self._heard[rank] = now
         *lines, self._text[rank] = (self._text[rank] + raw.decode()).split("\n")
@@ -87,13 +87,13 @@ class Watch(threading.Thread):
             if line == BYE:
                 self._links.pop(rank, None)
             else:
-                self._end(RankError(rank, *json.loads(line)))
+                self._set_failure(RankError(rank, *json.loads(line)))
 
-    def _end(self, failure: RankError) -> None:
+    def _set_failure(self, failure: RankError) -> None:
         if self.failure is None:
             self.failure = failure
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         for link in self._peers:
             try:
                 link.send(line.encode() + b"\n")
