@@ -21,8 +21,12 @@ def requested_ranks(verb: str, argv: list[str]) -> RanksRequest:
         if flag in FLAGS:
             found += [word] if equals else words[i : i + 2]
     w = parse(RanksConfig, found, verb) if found else RanksConfig()
-    names = {word.partition("=")[0].replace("_", "-") for word in argv}
-    if names & GPUS and not any(name.endswith("backend") for name in names) and why_no_cuda():
+    if names_gpus(argv) and not any("backend" in word.partition("=")[0] for word in argv) and why_no_cuda():
         hint = f"on the CPU: --ranks {w.ranks} --backend cpu"
         raise HandgradError(verb, f"--gpus trains on GPUs: {why_no_cuda().partition('. hint:')[0]}", hint=hint)
     return RanksRequest(w.ranks, w.rank, w.ranks_per_machine, w.rendezvous, [verb, *argv])
+
+
+def names_gpus(argv: list[str]) -> bool:
+    """Whether a flag says that the ranks are GPUs."""
+    return bool(GPUS & {word.partition("=")[0].replace("_", "-") for word in argv})
