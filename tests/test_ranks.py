@@ -357,7 +357,7 @@ def test_programs_that_are_no_ranks_do_not_disturb(where):
 
     def knock():
         while not stop.is_set():
-            for host, port in rendezvous._places(where):
+            for host, port in rendezvous._addresses(where):
                 try:
                     with socket.create_connection((host, port), 1) as connection:
                         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -398,7 +398,7 @@ def test_rank_that_left_may_come_again(where):
 
     def leave():
         time.sleep(0.3)
-        (host, port), *_ = rendezvous._places(where)
+        (host, port), *_ = rendezvous._addresses(where)
         hello = {"run": "", "rank": 1, "world": 3, "version": rendezvous.own_version(), "port": 1, "hosts": []}
         with socket.create_connection((host, port)) as connection:
             mesh.send(connection, hello)
@@ -451,6 +451,32 @@ def test_rank_0_that_never_comes_is_told(where, monkeypatch):
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in (1, 2)])
     refused(results, f"rank 0 (answers at|writes) .*{re.escape(where)}.* but got no answer.*is rank 0 running")
     assert seconds < 2
+
+
+def notes(monkeypatch, capsys, calls):
+    """The lines that ranks print which wait for a moment; all of them meet."""
+    monkeypatch.setattr(rendezvous, "NOTE_SECONDS", 0.3)
+    results, _ = in_threads(calls)
+    assert_met(results)
+    return sorted(capsys.readouterr().err.splitlines())
+
+
+def test_rank_0_says_once_how_many_it_waits_for(where, monkeypatch, capsys):
+    calls = [arrival(r, 3, where, delay=1.2 * (r == 2)) for r in range(3)]
+    (line,) = notes(monkeypatch, capsys, calls)
+    assert re.fullmatch(rf"rank 0 waits at .*{re.escape(where)}'? for 1 of 3 ranks, for at most [45] s more", line)
+
+
+def test_ranks_say_once_that_they_wait_for_rank_0(where, monkeypatch, capsys):
+    lines = notes(monkeypatch, capsys, [arrival(r, 3, where, delay=1.2 * (r == 0)) for r in range(3)])
+    assert len(lines) == 2
+    for rank, line in enumerate(lines, 1):
+        rule = rf"rank {rank} waits for rank 0 at .*{re.escape(where)}'?, for at most [45] s more"
+        assert re.fullmatch(rule, line)
+
+
+def test_ranks_that_meet_at_once_say_nothing(where, monkeypatch, capsys):
+    assert notes(monkeypatch, capsys, [arrival(r, 2, where) for r in range(2)]) == []
 
 
 def test_process_that_has_ended_is_not_waited_for(where):
@@ -710,7 +736,7 @@ def test_rank_that_waits_for_data_of_a_failed_one_raises_its_error():
             comm.close()
 
 
-def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
+def test_self_started_ranks_meet_and_leave(monkeypatch, capsys):
     """`start` with the ranks as threads: what it gives to the other processes suffices for them."""
     monkeypatch.setattr(startup.atexit, "register", lambda *_: None)
     monkeypatch.setattr(startup.sys, "excepthook", startup.sys.excepthook)
@@ -734,7 +760,9 @@ def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
             raise processes.subprocess.TimeoutExpired("", timeout)
 
     monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(startup.limits, "cores", lambda: 2)
     comm = startup.start(3, ["train", "--ranks", "3"])
+    assert capsys.readouterr().err == "note: 3 ranks share 2 cores, and each gets one thread\n"
     assert comm.all_gather_object(comm.rank) == [0, 1, 2] and (comm.local_world, comm.local_rank) == (3, 0)
     comm.close()
     wait(lambda: len(results) == 2)

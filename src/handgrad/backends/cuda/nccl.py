@@ -27,6 +27,7 @@ POLL_SECONDS = 0.1  # between checks of the guard
 GONE_SECONDS, FAILED_SECONDS = 1.0, 12.0  # the host may wait for the GPU once a rank is gone, or has failed
 EXIT_SECONDS = 5.0  # the host may wait after an abort; then the process ends
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this machine: containers may share a host name
+HINT = "NCCL_DEBUG=INFO says more"
 # Multicast sums differ from call to call, so a run would not repeat
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0"}
 STEADY = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}  # whatever the sizes
@@ -125,11 +126,9 @@ class Nccl:
             self._comm.check()
             status = self._async_error()
             if status == IN_PROGRESS and time.monotonic() > end:
-                raise HandgradError(
-                    "nccl", f"{what} has not ended after {CALL_SECONDS:.0f} s", hint="NCCL_DEBUG=INFO says more"
-                )
+                raise HandgradError("nccl", f"{what} has not ended after {CALL_SECONDS:.0f} s", hint=HINT)
         if status != SUCCESS:
-            raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint="NCCL_DEBUG=INFO says more")
+            raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint=HINT)
 
     def _text(self, error: int) -> str:
         """An error in NCCL's words."""

@@ -107,9 +107,8 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
                 connection.close()
         if time.monotonic() > end:
             at = ", ".join(f"{host}:{peer.port}" for host in peer.hosts)
-            raise HandgradError(
-                "ranks", f"rank {rank} does not answer at any of {at}", hint="a firewall between machines?"
-            )
+            rule = f"rank {rank} does not answer at any of {at}"
+            raise HandgradError("ranks", rule, hint="a firewall between machines?")
         time.sleep(RETRY_SECONDS)
 
 

@@ -8,43 +8,32 @@ import re
 import secrets
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from handgrad.backends.ranks.mesh import (
-    MEET_SECONDS,
-    POLL_SECONDS,
-    RETRY_SECONDS,
-    Listener,
-    Peer,
-    addresses,
-    ask,
-    send,
-)
+from handgrad.backends.ranks.mesh import MEET_SECONDS, POLL_SECONDS, RETRY_SECONDS, Listener, Peer, addresses, ask, send
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 
 LOOPBACK = "127.0.0.1"
+NOTE_SECONDS = 5.0  # a rank waits before it says what for
+FirstExit = Callable[[], str]  # what is known of a process that has ended; "" while none has
 Table = tuple[list[Peer], str]  # where every rank listens; what only the ranks of this run know
 
 
 def meet(
-    rank: int,
-    world: int,
-    where: str,
-    run: str,
-    listener: Listener,
-    deadline: float,
-    first_exit: Callable[[], str] = lambda: "",
+    rank: int, world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: FirstExit = lambda: ""
 ) -> Table:
     """Where all ranks listen. Raises HandgradError, at the deadline, if one does not come.
 
     where: "HOST:PORT", at which rank 0 listens, or the path of a file that rank 0 writes
     run: a name of this run; ranks of another one are turned away
-    first_exit: what is known of a process that has ended, "" while none has; it is not waited for
+    first_exit: a rank whose process has ended is not waited for
     """
     if rank == 0:
         return _lead(world, where, run, listener, deadline, first_exit)
@@ -76,9 +65,25 @@ def address(where: str) -> tuple[str, int] | None:
     return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and 0 < int(port) < 1 << 16 else None
 
 
-def _lead(
-    world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: Callable[[], str]
-) -> Table:
+def place(where: str) -> str:
+    """Where ranks meet, in words."""
+    return where if address(where) else f"the file '{where}'"
+
+
+class WaitNote:
+    """Prints once what a rank waits for and how much longer it will, when it has waited for `NOTE_SECONDS`."""
+
+    def __init__(self, deadline: float):
+        self._deadline, self._at, self._is_shown = deadline, time.monotonic() + NOTE_SECONDS, False
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now > self._at and not self._is_shown:
+            self._is_shown = True
+            print(f"{text}, for at most {self._deadline - now:.0f} s more", file=sys.stderr, flush=True)
+
+
+def _lead(world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: FirstExit) -> Table:
     """Rank 0: waits for all others, and tells each where all listen."""
     token = secrets.token_hex(8)
     own = [addresses(), listener.port]
@@ -87,17 +92,18 @@ def _lead(
         write_text(file, json.dumps({"hosts": own[0], "port": own[1]}))
     waiting: dict[int, tuple[socket.socket, list]] = {}
     refused: list[socket.socket] = []
+    note = WaitNote(deadline)
     try:
         error = ""
         while len(waiting) < world - 1 and not error:
             try:
                 connection, hello = listener.accept(min(deadline, time.monotonic() + POLL_SECONDS))
             except TimeoutError:
+                note.show(f"rank 0 waits at {place(where)} for {world - 1 - len(waiting)} of {world} ranks")
                 error = first_exit()
                 if not error and time.monotonic() >= deadline:
                     missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
-                    place = where if address(where) else f"the file '{where}'"
-                    error = f"all {world} ranks come to {place} within {MEET_SECONDS:.0f} s"
+                    error = f"all {world} ranks come to {place(where)} within {MEET_SECONDS:.0f} s"
                     error += f", but these have not: {missing}"
                 continue
             if hello.get("run") != run or not isinstance(hello.get("rank"), int):
@@ -144,28 +150,27 @@ def _drop_disconnected(waiting: dict[int, tuple[socket.socket, list]]) -> None:
 
 
 def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
-    try:
+    with suppress(OSError):  # it has given up, which all will see when they connect
         send(connection, answer)
-    except OSError:  # it has given up, which all will see when they connect
-        pass
 
 
-def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: Callable[[], str]) -> tuple[dict, str]:
+def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: FirstExit) -> tuple[dict, str]:
     """The answer of rank 0, and the host at which it was reached."""
-    got = "no answer"
+    got, note = "no answer", WaitNote(deadline)
     while time.monotonic() < deadline and not first_exit():
-        for place in _places(where):
+        for at in _addresses(where):
 
-            def waits(place: tuple[str, int] = place) -> bool:
+            def waits(at: tuple[str, int] = at) -> bool:
                 """Whether rank 0 may be what was asked: a file of an earlier run is written anew."""
-                return time.monotonic() < deadline and place in _places(where) and not first_exit()
+                return time.monotonic() < deadline and at in _addresses(where) and not first_exit()
 
-            answered = ask(*place, hello, waits)
+            answered = ask(*at, hello, waits)
             if answered is not None:
                 answered[0].close()
                 if answered[1].keys() & {"peers", "error"}:
-                    return answered[1], place[0]
+                    return answered[1], at[0]
                 got = "rank 0 of another run"
+        note.show(f"rank {hello['rank']} waits for rank 0 at {place(where)}")
         time.sleep(RETRY_SECONDS)
     if first_exit():
         raise HandgradError("ranks", first_exit())
@@ -174,7 +179,7 @@ def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: Callabl
     raise HandgradError("ranks", rule, got, hint=hint)
 
 
-def _places(where: str) -> Iterator[tuple[str, int]]:
+def _addresses(where: str) -> Iterator[tuple[str, int]]:
     """Where rank 0 may listen. A file of an earlier run may lie there still: nobody answers at what it names."""
     at = address(where)
     if at is not None:

@@ -20,6 +20,7 @@ from handgrad.backends.ranks.processes import RANK_VARIABLE, RankProcesses
 from handgrad.backends.ranks.rendezvous import LOOPBACK, listen, meet
 from handgrad.backends.ranks.sockets import CHANNELS, Sockets
 from handgrad.backends.ranks.watch import Watch
+from handgrad.core import limits
 from handgrad.core.errors import HandgradError
 
 _opened: list[Comm] = []
@@ -105,6 +106,10 @@ def from_flags(request: RanksRequest) -> RankInfo:
 
 def start(world: int, argv: Sequence[str]) -> Comm:
     """This process as rank 0, and the others as processes that repeat the command on this machine."""
+    cores = limits.cores()
+    if world > cores:
+        note = f"note: {world} ranks share {cores} core{'s' * (cores > 1)}, and each gets one thread"
+        print(note, file=sys.stderr, flush=True)
     listener, run = Listener(LOOPBACK), secrets.token_hex(8)
     others = RankProcesses(world, listener.port, run, argv)
     info = RankInfo("handgrad", 0, world, 0, world, f"{LOOPBACK}:{listener.port}", run)
