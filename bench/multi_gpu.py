@@ -1,4 +1,4 @@
-"""GPT-2 on several GPUs of one machine: correctness, then speed and memory by number of ranks and ZeRO stage, beside
+"""GPT-2 on several GPUs of one machine: correctness, then speed and memory by number of ranks and ZeRO stage, with
 PyTorch's DistributedDataParallel.
 
     python bench/multi_gpu.py                         W = 1, 2, 4, ... up to the GPUs here; at most 9 minutes
@@ -98,7 +98,7 @@ def speed(job: dict) -> Result:
         if silent:
             with silent:
                 alone.append(steps(job["steps"]))
-    everyone = run.comm.agree([statistics.median(alone or [0.0]), statistics.median(exposed)])
+    everyone = run.comm.all_gather_object([statistics.median(alone or [0.0]), statistics.median(exposed)])
     params = run.program.num_params
     flops, peak = model.flops_per_token(params, task.T), run.backend.peak_flops(precision.dtype)
     ms = statistics.median(whole)

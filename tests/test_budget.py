@@ -62,7 +62,7 @@ def functions(source):
 
 
 def kernels(source):
-    """(name, first line, lines) of every C and CUDA function behind ENTRY(name), KERNEL(name), KERNEL or __global__."""
+    """(name, first line, lines) of every C and CUDA function after ENTRY(name), KERNEL(name), KERNEL or __global__."""
 
     def blank(match):
         return re.sub(r"[^\n]", " ", match.group())

@@ -441,7 +441,7 @@ def test_peak_memory(tmp_path):
     assert loading < 8 + 12  # one tensor, and the next while the last is being dropped
 
 
-# beside training ------------------------------------------------------------------------------------------------------
+# while training runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_threads import on_ranks
+from rank_threads import Threads, on_ranks
 
 import handgrad as hg
 from handgrad.backends.arena import HostMemory
 from handgrad.backends.cpu import CpuBackend
-from handgrad.backends.ranks.comm import Planned, RankError, Threads
+from handgrad.backends.ranks.comm import Planned, RankError
 from handgrad.backends.ref import RefBackend, RefExecutable
 from handgrad.cli.__main__ import main
 from handgrad.core import streams
@@ -510,7 +510,7 @@ def test_error_on_one_rank_ends_all_with_one_message_and_a_checkpoint(text):
 
 FULL = """
 import resource, sys
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.__main__ import main
 from handgrad.core import streams
 if open_comm().rank == 0:
@@ -601,7 +601,7 @@ def test_commands_of_the_page_work(tmp_path):
 
 
 def test_the_page_names_every_variable_that_is_read():
-    source = (Path(hg.__file__).parent / "backends" / "ranks" / "world.py").read_text()
+    source = (Path(hg.__file__).parent / "backends" / "ranks" / "launchers.py").read_text()
     read = re.findall(r"\b(?:SLURM|PMI|MPI|OMPI|MASTER|LOCAL)_[A-Z_]+\b|\bRANK\b|\bWORLD_SIZE\b", source)
     assert len(set(read)) > 15
     assert set(read) == set(re.findall(r"`([A-Z][A-Z_]+)`", PAGE.partition("| started by |")[2].partition("\n\n")[0]))

@@ -269,7 +269,7 @@ def scorer_of(model, backend="cpu", dtype="f32", tokens=256):
 @pytest.mark.parametrize("backend", ["cpu", "ref", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tie", [True, False])
 def test_P9_scores_do_not_depend_on_the_batch(backend, tie, monkeypatch):
-    """Alone, among others in any order, in small batches or behind a small head: the same losses."""
+    """Alone, among others in any order, in small batches or with a small head: the same losses."""
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=36, tie_embeddings=tie)
     pairs = some_pairs(60, 97, 30)
     scorer = scorer_of(model, backend)

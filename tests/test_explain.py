@@ -43,7 +43,7 @@ def test_the_page_shows_every_call_the_memory_and_the_prices(page):
     assert "124,439,808, and 36,096 of padded vocabulary rows" in text and f"{page.plan.nbytes:,} B" in text
     for name, *_ in page.remedies:
         assert name in text
-    for block in ("embed", "h.0", "h.11", "head"):
+    for block in ("embed", "h.0", "h.1 to h.11, each", "head"):
         assert re.search(rf"^{re.escape(block)} +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)
 
 

@@ -368,7 +368,7 @@ def test_compute_sanitizer_is_silent():
 
 def test_step_times_are_the_steps_own(tmp_path, monkeypatch):
     """GPT-2 of 12 layers, with validation, samples and checkpoints every few steps: no step in the log looks shorter
-    or longer for what ran beside it. The first three steps compile and capture."""
+    or longer for what ran at the same time. The first three steps compile and capture."""
     hg.data.write_random(str(tmp_path / "train_0.bin"), 200_000, 50257)
     hg.data.write_random(str(tmp_path / "val_0.bin"), 40_000, 50257)
     seconds = {}

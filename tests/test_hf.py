@@ -116,7 +116,7 @@ def compare_logits(folder, model):
         with torch.no_grad():
             theirs = model(torch.from_numpy(ids)[None]).logits[0, -1].numpy()
         engine.position = 0
-        # sums of at most 4 C products in another order, a few of them behind each other in each of L layers
+        # sums of at most 4 C products in another order, a few of them after each other in each of L layers
         tolerance = 2.0**-24 * 8 * (4 * C) ** 0.5 * L * np.abs(theirs).max()
         assert np.abs(engine.logits(ids) - theirs).max() <= tolerance
 

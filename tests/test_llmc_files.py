@@ -166,7 +166,7 @@ def test_p1_logits_of_a_bin_are_torchs(tmp_path):
     ids = np.random.default_rng(0).integers(0, 97, 20)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)[None]).logits[0, -1].numpy()
-    # sums of at most 4 C products in another order, a few of them behind each other in each of L layers
+    # sums of at most 4 C products in another order, a few of them after each other in each of L layers
     tolerance = 2.0**-24 * 8 * (4 * 36) ** 0.5 * 2 * np.abs(theirs).max()
     assert np.abs(engine.logits(ids) - theirs).max() <= tolerance
 

@@ -27,7 +27,7 @@ SMALL = (
 ).split()
 STUBS = {
     "handgrad": f'exec {sys.executable} -m handgrad.cli "$@"',
-    "ssh": 'test "$1 $2 $3" = "-n -tt localhost" && exec bash -c "$4"',
+    "ssh": 'test "$1 $2" = "-n -tt" || exit 1; test "$3" = localhost || exit 255; exec bash -c "$4"',
     # as Slurm does for a step of two tasks on this machine
     "srun": """
 export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=localhost SLURM_JOB_ID=$$ SLURM_STEP_ID=0
@@ -115,6 +115,16 @@ def test_ctrl_c_stops_what_ssh_has_started_with_a_checkpoint(start, tmp_path):
 def test_error_of_a_rank_is_the_exit_code_of_the_script(start):
     output = finish(start("ssh_tcp", *SMALL, "--batch-tokens", "777", HOSTS="localhost", GPUS="2"), 2)
     assert output.count("batch_tokens") == 1
+
+
+def test_ssh_that_fails_ends_the_others(start, tmp_path):
+    """A host that does not answer: the rank on the other one would wait for 28 s."""
+    begin = time.monotonic()
+    process = start("ssh_tcp", *SMALL, "--steps", "3", HOSTS="localhost nowhere", GPUS="1")
+    finish(process, 255)
+    assert time.monotonic() - begin < 15 and not (tmp_path / "run").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no process is left
 
 
 def test_scripts_train_the_same_run_in_a_batch_that_16_ranks_divide():

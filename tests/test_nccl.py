@@ -7,9 +7,9 @@ import threading
 import time
 
 import pytest
-from rank_threads import on_ranks
+from rank_threads import Threads, on_ranks
 
-from handgrad.backends.ranks.comm import RankError, Threads
+from handgrad.backends.ranks.comm import RankError
 from handgrad.core.errors import HandgradError
 
 pytest.importorskip("cuda.bindings", reason="the driver's bindings come with handgrad[cuda]")
@@ -138,15 +138,15 @@ class Watched:
 def guarded(monkeypatch, waits, failure=None, is_over=False, answers=(0,)):
     """(the library, the device, the watch) a moment after a failure, while the host waits so many seconds for the GPU:
     an abort ends the wait."""
-    monkeypatch.setattr(nccl, "LOOK", 0.01)
-    monkeypatch.setattr(nccl, "GRACE", 0.05)
-    monkeypatch.setattr(nccl, "TOLD_GRACE", 0.3)
+    monkeypatch.setattr(nccl, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(nccl, "GONE_SECONDS", 0.05)
+    monkeypatch.setattr(nccl, "FAILED_SECONDS", 0.3)
     library, watch = Library(), Watched()
     monkeypatch.setattr(Threads, "watch", watch)
     monkeypatch.setattr(nccl.Nccl, "_guard", lambda self: None)
     (one, _) = opened(monkeypatch, library)
     monkeypatch.undo()
-    for name, value in (("LOOK", 0.01), ("GRACE", 0.05), ("TOLD_GRACE", 0.3)):
+    for name, value in (("POLL_SECONDS", 0.01), ("GONE_SECONDS", 0.05), ("FAILED_SECONDS", 0.3)):
         monkeypatch.setattr(nccl, name, value)
     one._comm.watch, one._comm.fail, library.answers = watch, watch.fail, list(answers)
     one._device.waits, watch.failure, watch.is_over = waits, failure, is_over
@@ -196,8 +196,8 @@ def test_failure_of_the_network_ends_the_wait_and_is_told_to_all(monkeypatch):
 
 def test_process_ends_where_an_abort_does_not_free_it(monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(nccl, "LOOK", 0.01)
-    monkeypatch.setattr(nccl, "EXIT", 0.05)
+    monkeypatch.setattr(nccl, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(nccl, "EXIT_SECONDS", 0.05)
     (one, _) = opened(monkeypatch, Library())
     one._device.waits = 1.0
 
@@ -241,7 +241,7 @@ def test_wait_of_the_host_raises_what_has_ended_it(monkeypatch):
 
 @pytest.mark.parametrize("busy, failure, stuck", [(False, None, False), (True, None, True), (False, GONE, True)])
 def test_process_is_stuck_where_the_gpu_would_keep_it(monkeypatch, busy, failure, stuck):
-    monkeypatch.setattr(nccl, "GRACE", 0.05)
+    monkeypatch.setattr(nccl, "GONE_SECONDS", 0.05)
     (one, other) = opened(monkeypatch, Library())
     one._device.busy, one._device.failure = busy, failure
     assert one._comm.is_stuck() == stuck and not other._comm.is_stuck()
@@ -250,7 +250,7 @@ def test_process_is_stuck_where_the_gpu_would_keep_it(monkeypatch, busy, failure
 
 STUCK = """
 import sys
-from handgrad.backends.ranks.world import Asked, open_comm
+from handgrad.backends.ranks.startup import RanksRequest, open_comm
 from handgrad.core.errors import HandgradError
 from handgrad.train.ranks import together
 
@@ -259,7 +259,7 @@ class Hangs:
         import time
         time.sleep(60)  # as a GPU whose queue never ends
 
-comm = open_comm(Asked(2, int(sys.argv[1]), 0, sys.argv[2]))
+comm = open_comm(RanksRequest(2, int(sys.argv[1]), 0, sys.argv[2]))
 keep = Hangs()
 comm.is_stuck = lambda: True
 with together(comm):

@@ -389,8 +389,9 @@ def test_end_of_the_first_rank_before_ranks_have_met_ends_the_others():
 IMPATIENT = """
 import sys
 if "train" in sys.orig_argv:
-    from handgrad.backends.ranks import watch, world, sockets
-    watch.SILENCE, watch.BEAT, world.END, sockets.LAST_SECONDS = 1.2, 0.15, 0.4, 0.4
+    from handgrad.backends.ranks import watch, processes, sockets
+    watch.TIMEOUT_SECONDS, watch.HEARTBEAT_SECONDS = 1.2, 0.15
+    processes.EXIT_SECONDS = sockets.LAST_EXCHANGE_SECONDS = 0.4
 """
 
 

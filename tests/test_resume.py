@@ -327,7 +327,7 @@ def test_the_streak_of_skipped_updates_goes_on(words, tmp_path):
         assert again.resume() == 3 and again.step(4, 1e-3).skips == 3
 
 
-# beside training ------------------------------------------------------------------------------------------------------
+# while training runs --------------------------------------------------------------------------------------------------
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(words, tmp_path, monkeypatch):

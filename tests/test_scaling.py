@@ -219,6 +219,36 @@ def test_the_page_says_what_it_assumes(capsys):
     assert capsys.readouterr().out == out
 
 
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (
+            "gpt2 --gpus 8",
+            r"NVIDIA H100 80GB HBM3 \(--gpu names another\); the arena of \d,\d{3} MiB fits in its 81,559 MiB",
+        ),
+        (
+            "gpt2-xl --gpus 2 --gpu 4090 --micro-batch 8",
+            r"NVIDIA GeForce RTX 4090 .* MiB does not fit in its 24,564 MiB",
+        ),
+        ("gpt2 --gpus 2 --backend cpu", ""),
+    ],
+)
+def test_the_page_says_which_gpu_it_assumes_and_whether_the_arena_fits(flags, line, capsys):
+    """--gpus plans for GPUs on any machine."""
+    assert main(f"explain {flags} --threads 1".split()) == 0
+    out = capsys.readouterr().out
+    assert out.count("assumed GPU: ") == bool(line) and re.search(line, out)
+
+
+def test_equal_blocks_are_one_row():
+    """Its numbers are of each block, as the plan has them."""
+    found = page(micro_batch=4)
+    rows = {name: sizes for name, *sizes in found.plan.by_block()}
+    assert rows["h.1"] == rows["h.11"] != rows["h.0"]
+    names = re.findall(r"^(h\.\d.*?)  ", str(found), re.MULTILINE)
+    assert names == ["h.0", "h.1 to h.11, each"]
+
+
 def test_ranks_on_cpus_have_no_times(capsys):
     assert main("explain tiny --backend cpu --ranks 4 --threads 1".split()) == 0
     out = capsys.readouterr().out

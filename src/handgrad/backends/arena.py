@@ -1,7 +1,6 @@
 """Arenas in host memory: what they share, and HostArena, the planned arena of the ref and cpu backends."""
 
 import mmap
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,6 @@ import ml_dtypes
 import numpy as np
 
 from handgrad.backends.base import Arena
-from handgrad.backends.ranks.comm import Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import memory_limits
 from handgrad.core.op import Call, MicroBatch
@@ -57,12 +55,6 @@ class HostMemory(Arena):
         accumulates = lambda out: c.accumulates(out, micro_batch)  # noqa: E731
         values = {"scalars": self.scalars(program), "accumulates": accumulates, **c.sizes, **c.attrs, **views}
         return SimpleNamespace(**values)
-
-    def exchange(self, comm: Comm, c: Call, operands: SimpleNamespace) -> None:
-        """Runs a call that communicates, and counts the time that it takes: computation waits for all of it."""
-        begin = time.perf_counter_ns()
-        c.op.exchange(comm, operands)
-        operands.scalars.exposed_ns += np.uint64(time.perf_counter_ns() - begin)
 
     def part(self, flat: str, param: Tensor) -> np.ndarray:
         """The memory of a parameter's slice of a flat vector, or, 1-D, of the elements of it that this rank holds."""

@@ -7,9 +7,10 @@ import tyro
 
 from handgrad.backends import open_backend, resolve_name
 from handgrad.backends.base import Planner
-from handgrad.backends.cuda.planner import GPUS, PRODUCT_NAMES, GpuPlanner
+from handgrad.backends.cuda.planner import GPUS, MEMORY_MIB, PRODUCT_NAMES, RESERVE, GpuPlanner
 from handgrad.backends.ranks.comm import Planned
 from handgrad.cli.flags import parse
+from handgrad.cli.ranks import names_gpus
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.core.plan import MIB
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> int:
         rule = f"--batch-tokens is a multiple of micro-batch x seq-len = {a.compute.micro_batch} x {seq_len}"
         rule += f", times {a.ranks} ranks" if a.ranks > 1 else ""
         raise HandgradError("explain", rule, a.batch_tokens)
-    name: Any = "cuda" if a.gpu or (a.compute.backend == "auto" and on_gpus(a)) else resolve_name(a.compute.backend)
+    is_gpu = a.gpu or (a.compute.backend == "auto" and (on_gpus(a) or names_gpus(argv)))
+    name: Any = "cuda" if is_gpu else resolve_name(a.compute.backend)
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> int:
     if a.ranks > 1 and not page.prediction:
         print("\nlinks between CPUs are not known; for the time of a step on GPUs: --gpu h200")
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
+    if name == "cuda":
+        print(fit(a.gpu or "h100", page.plan.nbytes))
     saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
     print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
     print(f"\n{page.calls()}" if a.calls else "every call, with its shapes and offsets: --calls")
@@ -94,6 +98,13 @@ def main(argv: list[str]) -> int:
 def on_gpus(a: Explain) -> bool:
     """Whether a flag says that the ranks run on GPUs, besides --gpu and --backend."""
     return a.nodes != 1 or bool(a.link or a.mfu)
+
+
+def fit(gpu: str, nbytes: int) -> str:
+    """Which GPU the page assumes, and whether an arena fits in its memory."""
+    fits = "fits" if nbytes + RESERVE <= MEMORY_MIB[gpu] * MIB else "does not fit"
+    arena = f"the arena of {nbytes / MIB:,.0f} MiB {fits} in its {MEMORY_MIB[gpu]:,} MiB"
+    return f"assumed GPU: {PRODUCT_NAMES[gpu]} (--gpu names another); {arena}"
 
 
 def planner(h: ComputeConfig, a: Explain, precision: Precision) -> tuple[Planner, str, str]:

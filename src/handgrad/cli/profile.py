@@ -1,4 +1,4 @@
-"""handgrad profile MODEL: runs a few steps on random tokens; shows each call's time beside its lower bound."""
+"""handgrad profile MODEL: runs a few steps on random tokens; shows each call's time with its lower bound."""
 
 import os
 import tempfile
@@ -13,14 +13,14 @@ from rich.table import Table
 from handgrad import data
 from handgrad.backends import open_backend
 from handgrad.backends.ranks.comm import Comm
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.flags import parse
-from handgrad.cli.world import asked
+from handgrad.cli.ranks import requested_ranks
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.models import preset
 from handgrad.optim import AdamW
-from handgrad.train.config import ComputeConfig, ModelConfig, WorldConfig
+from handgrad.train.config import ComputeConfig, ModelConfig, RanksConfig
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.ranks import together
 from handgrad.train.resolve import execution_of, precision_of
@@ -46,12 +46,12 @@ class Profiling:
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    world: WorldConfig = field(default_factory=WorldConfig)
+    world: RanksConfig = field(default_factory=RanksConfig)
 
 
 def main(argv: list[str]) -> int:
     """Prints the table; writes the trace. Of several ranks, rank 0 does."""
-    comm = open_comm(asked("profile", argv))
+    comm = open_comm(requested_ranks("profile", argv))
     with together(comm):
         return profile_on(comm, parse(Profiling, argv, "profile"))
 

@@ -10,25 +10,25 @@ from typing import Any
 
 import yaml
 
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.flags import flags, parse
 from handgrad.cli.names import ALIASES, hint_for
-from handgrad.cli.world import asked
+from handgrad.cli.ranks import requested_ranks
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.train.config import Config, OptimConfig, WorldConfig, from_names
+from handgrad.train.config import Config, OptimConfig, RanksConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.ranks import together
 from handgrad.train.run import train
 
-RANKS = [f.name for f in fields(WorldConfig)]  # settings of a command, not of a run
+RANKS = [f.name for f in fields(RanksConfig)]  # settings of a command, not of a run
 NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
 
 
 def main(argv: list[str]) -> int:
     """Parses the flags, over the settings of a file, over those of a resumed run, and trains."""
-    with together(open_comm(asked("train", argv))):
+    with together(open_comm(requested_ranks("train", argv))):
         c = settings(argv)
     return train(c)
 

@@ -116,7 +116,7 @@ def record_norm(p: Program, ops: Collectives, global_norm: Op, clip: float) -> N
 
 
 def _reduce_gradients(p: Program, ops: Collectives) -> None:
-    """ZeRO 0 and 1: in the last micro-batch, sums each bucket behind its last writer; for 1, only into the own share.
+    """ZeRO 0 and 1: in the last micro-batch, sums each bucket after its last writer; for 1, only into the own share.
 
     A writer that overlaps later calls is waited for first, so that the sum does not cut the overlap short.
     """
@@ -146,7 +146,7 @@ def _reduce_gradients(p: Program, ops: Collectives) -> None:
 
 def _shard_gradients(p: Program, ops: Collectives) -> None:
     """ZeRO 2 and 3: a bucket's gradients are an activation, written anew in every micro-batch. Its sum over ranks is
-    added to the own share behind the last writer, and its memory is free again."""
+    added to the own share after the last writer, and its memory is free again."""
     ends, of, runs = joins(p), _gradients(p), _runs(p)
     edits: Edits = defaultdict(list)
     shares = {bucket: p.slice("grad", bucket) for bucket in p.buckets}

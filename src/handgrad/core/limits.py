@@ -26,14 +26,19 @@ def cpus(root: Path = ROOT) -> int:
     return min(len(os.sched_getaffinity(0)), _quota(root))
 
 
-def threads(root: Path = ROOT) -> int:
-    """Threads that compute by default: one per physical core of `cpus`, at most OMP_NUM_THREADS."""
-    allowed, cores = os.sched_getaffinity(0), set()
-    for cpu in allowed:
+def cores(root: Path = ROOT) -> int:
+    """Physical cores that this process may use, by the same limits."""
+    found = set()
+    for cpu in os.sched_getaffinity(0):
         siblings = read_system_file(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.strip() or f"cpu{cpu}")
+        found.add(siblings.strip() or f"cpu{cpu}")
+    return min(len(found), _quota(root))
+
+
+def threads(root: Path = ROOT) -> int:
+    """Threads that compute by default: one per physical core, at most OMP_NUM_THREADS."""
     wanted = re.fullmatch(r"\s*0*([1-9]\d*)\s*(,.*)?", os.environ.get("OMP_NUM_THREADS", ""))
-    return min(len(cores), _quota(root), int(wanted[1]) if wanted else MAX_THREADS)
+    return min(cores(root), int(wanted[1]) if wanted else MAX_THREADS)
 
 
 def startable(count: int) -> int:

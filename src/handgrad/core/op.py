@@ -174,7 +174,7 @@ class Op:
 
     def exchange(self, comm: Any, v: Any) -> None:
         """Runs a call of an op that communicates. `v` holds its inputs and outputs as arrays to read and write, sizes,
-        attributes, the step scalars and `accumulates`; `comm` is the engine (backends/ranks/comm.py)."""
+        attributes, the step scalars and `accumulates`; `comm` are the ranks (backends/ranks/comm.py)."""
         raise NotImplementedError
 
     def sample(self, rng: Any, arg: Arg, shape: tuple[int, ...], v: dict[str, Any]) -> Any:

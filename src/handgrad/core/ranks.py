@@ -16,7 +16,7 @@ class Ranks:
     world  how many there are
     zero   the ZeRO stage (Rajbhandari et al. 2020). A rank holds only its share of: from 1 on the optimizer state, from
            2 on the gradients too, from 3 on the parameters too
-    overlaps  collectives run beside computation: parameters are gathered a block before they are read
+    overlaps  collectives run while calls compute: parameters are gathered a block before they are read
 
     Raises HandgradError for numbers that cannot be.
     """

@@ -164,7 +164,7 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
-class WorldConfig:
+class RanksConfig:
     """Several ranks: processes that train together, one a GPU. It belongs to a command, not to the run."""
 
     ranks: int = 0
@@ -249,7 +249,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    world: WorldConfig = field(default_factory=WorldConfig)
+    world: RanksConfig = field(default_factory=RanksConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from handgrad.backends.base import Planner
 from handgrad.backends.ref import RefBackend
@@ -56,10 +57,12 @@ class Explanation:
             "",
             at.memory_map(),
             "",
-            f"{'block':8} {'parameters':>14} {'grads + state':>14} {'kept activations':>18}   MiB",
+            f"{'block':20} {'parameters':>14} {'grads + state':>14} {'kept activations':>18}   MiB",
         ]
-        for block, params, state, kept in at.by_block():
-            lines.append(f"{block:8} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
+        for (params, state, kept), rows in groupby(at.by_block(), lambda row: row[1:]):
+            first, *others = (block for block, *_ in rows)
+            blocks = f"{first} to {others[-1]}, each" if others else first
+            lines.append(f"{blocks:20} {params / MIB:14.1f} {state / MIB:14.1f} {kept / MIB:18.1f}")
         if p.ranks.world > 1:
             is_timed, title = self.cluster is not None, "exchanged in a step"
             lines += ["", f"{title:24} {'calls':>8} {'sent by a rank, MiB':>20}" + f"{'ms':>10}" * is_timed]

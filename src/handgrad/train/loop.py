@@ -15,12 +15,12 @@ from handgrad.io import checkpoint
 from handgrad.train.interrupt import Interrupt
 from handgrad.train.log import RunLog
 from handgrad.train.mfu import mfu
-from handgrad.train.ranks import Silence
+from handgrad.train.ranks import NullLog
 from handgrad.train.resolve import Run
 from handgrad.train.step import Step
 from handgrad.train.trainer import Trainer
 
-Log = RunLog | Silence
+Log = RunLog | NullLog
 WARM, SLOW = 5, 0.25  # steps until a step is typical; the share of it in waiting for other ranks that is worth a line
 SAMPLING = Sampling(temperature=0.8, top_k=200)
 

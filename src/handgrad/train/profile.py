@@ -1,4 +1,4 @@
-"""profile: the time of every call of a step, beside its lower bound: its bytes and flops at the hardware's limits."""
+"""profile: the time of every call of a step, with its lower bound: its bytes and flops at the hardware's limits."""
 
 import json
 import statistics
@@ -111,7 +111,7 @@ class Profile:
 
     def write_trace(self, path: str | Path) -> None:
         """Writes the calls as a Chrome trace (https://ui.perfetto.dev reads it): end to end, a track for each phase.
-        What ranks exchange runs beside computation."""
+        Collectives overlap what computes."""
         tracks = {phase: i for i, phase in enumerate(dict.fromkeys(c.phase for c in self.calls))}
         events: list[dict] = [
             {"ph": "M", "pid": 0, "tid": track, "name": "thread_name", "args": {"name": phase}}

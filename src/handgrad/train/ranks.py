@@ -1,4 +1,4 @@
-"""What differs between the ranks of a run: rank 0 writes, shows and prints errors; the others follow it in silence."""
+"""What differs between the ranks of a run: rank 0 writes files, shows the run and prints errors; the others do not."""
 
 import atexit
 import os
@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 
 from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.core.errors import HandgradError
-from handgrad.train.config import Config, WorldConfig
+from handgrad.train.config import Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.interrupt import EXIT_CODE
 
 T = TypeVar("T")
 
 
-class Silence:
-    """The log of a rank that keeps none."""
+class NullLog:
+    """The log of the ranks that write none: all but rank 0."""
 
     is_deleted = False
 
-    def __enter__(self) -> "Silence":
+    def __enter__(self) -> "NullLog":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -48,16 +48,17 @@ class Silence:
         pass
 
 
-def first(comm: Comm, work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, something that JSON can hold. The others wait for it: it may write files."""
-    return comm.agree(work() if comm.rank == 0 else None)[0]
+def on_rank_0(comm: Comm, work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which JSON can hold. The others wait for it, because it may write files."""
+    return comm.all_gather_object(work() if comm.rank == 0 else None)[0]
 
 
 def check_same(comm: Comm, c: Config) -> None:
     """Raises HandgradError on all ranks if one was started with other settings than rank 0."""
-    told = comm.agree([[name, value] for name, value in flat(asdict(replace(c, world=WorldConfig()))).items()])
-    for rank, settings in enumerate(told):
-        for (name, value), (_, other) in zip(told[0], settings):
+    own = flat(asdict(replace(c, world=RanksConfig())))
+    settings = comm.all_gather_object(list(own.items()))
+    for rank, others in enumerate(settings):
+        for (name, value), (_, other) in zip(settings[0], others):
             if value != other:
                 rule = f"all ranks have the settings of rank 0: --{name.replace('_', '-')} {value}"
                 raise HandgradError("ranks", rule, f"{other} on rank {rank}")
@@ -78,11 +79,11 @@ def together(comm: Comm) -> Iterator[None]:
             raise
         code = exit_code(error)
         comm.fail(str(error) or type(error).__name__, code)
-        if comm.rank == spokesman(error) and isinstance(error, HandgradError):
+        if comm.rank == printing_rank(error) and isinstance(error, HandgradError):
             print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
         if not (isinstance(error, RankError) and error.is_gone):
             with suppress(HandgradError):  # a rank that does not answer
-                comm.after_failure().exchange()  # mpiexec ends all once one has: not before one has printed
+                comm.after_failure().all_gather_bytes()  # mpiexec ends all once one has: not before one has printed
         if comm.is_stuck():  # Python's cleanup would wait for the device
             if not isinstance(error, HandgradError | KeyboardInterrupt):
                 traceback.print_exception(error)
@@ -96,7 +97,7 @@ def together(comm: Comm) -> Iterator[None]:
         raise
 
 
-def spokesman(error: BaseException) -> int:
+def printing_rank(error: BaseException) -> int:
     """The rank that prints an error."""
     return 1 if isinstance(error, RankError) and error.is_gone and error.rank == 0 else 0
 

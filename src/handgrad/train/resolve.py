@@ -21,13 +21,13 @@ from handgrad.io import newest
 from handgrad.models import Model, create, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.checks import micro_batches
-from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, WorldConfig
+from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
-from handgrad.train.ranks import first
+from handgrad.train.ranks import on_rank_0
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -124,7 +124,7 @@ def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
         chosen = local_folder_first(c, out)
         return [chosen.data.train, *find_data(chosen, out)]
 
-    train, shards, val_shards = first(comm, look)
+    train, shards, val_shards = on_rank_0(comm, look)
     return replace(c, data=replace(c.data, train=train)), shards, val_shards
 
 
@@ -245,7 +245,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
         optim=replace(c.optim, final=final, warmup=warmup),
         run=replace(c.run, out=str(out), steps=steps),
         compute=replace(c.compute, **found),
-        world=WorldConfig(),
+        world=RanksConfig(),
     )
 
 

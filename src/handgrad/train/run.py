@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from handgrad.backends.ranks.comm import Comm, RankError
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected
@@ -20,7 +20,7 @@ from handgrad.train.folder import Lock, changes, claim, describe, run_folder, sa
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
 from handgrad.train.log import RunLog
 from handgrad.train.loop import Log, loop, sample, save
-from handgrad.train.ranks import Silence, check_same, exit_code, first, together
+from handgrad.train.ranks import NullLog, check_same, exit_code, on_rank_0, together
 from handgrad.train.report import write_report
 from handgrad.train.resolve import Run, resolve, schedule_of
 from handgrad.train.show import show
@@ -35,7 +35,7 @@ def train(c: Config, quiet: bool = False) -> int:
     comm = open_comm()
     with together(comm):
         check_same(comm, c)
-        out = Path(first(comm, lambda: str(run_folder(c))))
+        out = Path(on_rank_0(comm, lambda: str(run_folder(c))))
         with redirected(Output(sys.stdout, partial(unread, out)), Output(sys.stderr)), as_ctrl_c():
             is_finished = train_in(out, c, comm, quiet)
     return 0 if is_finished else EXIT_CODE
@@ -46,8 +46,8 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
     leads = comm.rank == 0
     with claim(out, c.run.resume) if leads else nullcontext() as lock:
         run = resolve(c, out, comm)
-        processes = comm.agree(os.getpid())
-        log = open_log(run, quiet) if leads else Silence()
+        processes = comm.all_gather_object(os.getpid())
+        log = open_log(run, quiet) if leads else NullLog()
         if leads and run.done < run.config.run.steps:
             describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
         if leads and not quiet:
@@ -139,22 +139,22 @@ def agree_to_save(run: Run, error: BaseException) -> bool:
     trainer, step = run.trainer, run.trainer.last_step
     if isinstance(error, RankError) and error.is_gone:  # and its share of the state with it
         if step > run.done:
-            error.add_note(lost(run))
+            error.add_note(lost_steps(run))
         return False
     try:
         is_whole = trainer.is_whole()
         trainer.comm = trainer.comm.after_failure()
-        states = trainer.comm.agree([step, is_whole])
+        states = trainer.comm.all_gather_object([step, is_whole])
     except Exception as failure:
         add_note(error, f"step {step} could not be saved", failure)
         return False
     if states != [[step, True]] * trainer.comm.world and trainer.comm.world > 1:
-        error.add_note(f"The ranks stopped at different places. {lost(run)}")
+        error.add_note(f"The ranks stopped at different places. {lost_steps(run)}")
         return False
     return step > run.done and trainer.skips <= run.config.optim.max_skipped  # else nothing new, or nothing good
 
 
-def lost(run: Run) -> str:
+def lost_steps(run: Run) -> str:
     """That steps are lost, and how to go on."""
     last = newest(run.out)
     if last is None:
@@ -172,7 +172,7 @@ def save_last(run: Run, log: Log, lock: Lock | None, error: BaseException) -> No
         add_note(error, f"step {step} could not be saved", failure)
         return
     try:
-        if first(trainer.comm, lambda: newest(run.out) != run.out / f"step_{step:06d}"):
+        if on_rank_0(trainer.comm, lambda: newest(run.out) != run.out / f"step_{step:06d}"):
             save(run, log, wait=True)
         log.say(f"saved step {step}; resume: handgrad train --resume {run.out}")
     except Exception as failure:

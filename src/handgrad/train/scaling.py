@@ -53,7 +53,7 @@ MEASURED = {
     "h200": {124: 0.518, 355: 0.535, 774: 0.542, 1558: 0.535},
 }
 # Seconds that a hidden second of collectives adds to compute. Measured on two H200, 2026-11-30: 1.25 ms of
-# reduce-scatter in 12 buckets beside 11.2 ms of GEMMs cost 0.6 ms, 0.1 of them the last bucket, which nothing hides.
+# reduce-scatter in 12 buckets during 11.2 ms of GEMMs cost 0.6 ms, 0.1 of them the last bucket, which nothing hides.
 CONTENTION = 0.43
 EFFICIENCY = 0.58  # of the bounds of calls, where no MFU is measured; the steps above reach 0.56 to 0.60
 

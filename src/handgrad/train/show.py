@@ -6,11 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from handgrad.train.config import PACKAGED, Config, WorldConfig
+from handgrad.train.config import PACKAGED, Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
-RANKS = tuple(f.name for f in fields(WorldConfig))
+RANKS = tuple(f.name for f in fields(RanksConfig))
 PLACES = ("out", "resume", "config", "verbose", *RANKS)  # settings that the other lines tell
 MOST = 8  # ranks whose processes are named
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from handgrad.backends import best_dtype, open_backend
 from handgrad.backends.base import Backend, Executable
-from handgrad.backends.ranks.world import open_comm
+from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 from handgrad.core.number import real
@@ -397,7 +397,8 @@ class Trainer:
         """
         self.close()
         self._resumed_at = None  # until it has succeeded
-        paths, refusal = self.comm.agree([str(path) for path in checkpoint.complete(self._folder())])[0], None
+        names = [str(path) for path in checkpoint.complete(self._folder())]
+        paths, refusal = self.comm.all_gather_object(names)[0], None
         found = [Path(path) for path in paths]
         for path in found:
             try:

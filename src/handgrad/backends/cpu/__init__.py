@@ -68,7 +68,7 @@ class CpuExecutable(Executable):
         def run(_: Any) -> None:
             if self._error is None:
                 try:
-                    self.arena.exchange(self._comm, c, operands)
+                    self._comm.run(c, operands)
                 except BaseException as error:
                     self._error = error
 
@@ -139,7 +139,7 @@ class CpuBackend(Backend):
             rule = f"threads is at most {limits.MAX_THREADS}: every thread takes memory of its own"
             raise HandgradError("backend", rule, threads, hint=f"this process may use {limits.cpus()} CPUs")
         self._lib = library()
-        wanted = threads or max(limits.threads() // comm.local, 1)
+        wanted = threads or max(limits.threads() // comm.local_world, 1)
         self.threads = 1 + limits.startable(wanted - 1)
         if threads and self.threads < threads:
             rule = f"threads is at most {self.threads}, which this process can start now"

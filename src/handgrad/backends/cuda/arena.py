@@ -11,6 +11,7 @@ import numpy as np
 from handgrad.backends.arena import NUMPY, STEP_SCALARS_DTYPE, does_not_fit
 from handgrad.backends.base import Arena
 from handgrad.backends.cuda.driver import Device
+from handgrad.backends.cuda.planner import RESERVE
 from handgrad.core.dtypes import DType
 from handgrad.core.plan import MIB, Plan
 from handgrad.core.program import Program
@@ -18,7 +19,6 @@ from handgrad.core.scalars import INPUT_BYTES, OUTPUTS
 from handgrad.core.tensor import Tensor
 
 CHUNK, CHUNKS = 1 << 18, 128  # bytes of a pinned staging chunk; chunks in the ring, enough for 42 micro-batches
-RESERVE = 512 * MIB  # for the libraries and the driver
 
 
 class CudaArena(Arena):

@@ -109,7 +109,7 @@ class CudaExecutable(Executable):
         return self.device.side if self._overlaps(i) else self.device.stream
 
     def _launch(self, segment: Segment, kind: MicroBatch) -> None:
-        """Starts the calls of a segment. Calls beside the main stream run on another one, from a fork to a join."""
+        """Starts the calls of a segment. Those that overlap others run on another stream, from a fork to a join."""
         device, starts = self.device, self._starts_of(kind)
         waiting: dict[int, list[int]] = {}  # by the call that waits: the overlapping calls
         for i in range(segment.start, segment.stop):
@@ -214,10 +214,10 @@ class CudaBackend(Backend):
         calls = [c for program in plan.programs for c in program.calls]
         leads = self.comm.rank == 0
         if not leads:  # rank 0 compiles and decides for all: they agree to the bit, and start once
-            self._take(self.comm.agree(None)[0])
+            self._take(self.comm.all_gather_object(None)[0])
         self._prepare(calls)
         if leads and self.comm.world > 1:
-            self.comm.agree(self._choices())
+            self.comm.all_gather_object(self._choices())
         return CudaArena(self.device, plan)
 
     def _choices(self) -> list[Any]:

@@ -22,11 +22,12 @@ SUCCESS, IN_PROGRESS, SUM = 0, 7, 0  # ncclResult_t, ncclRedOp_t
 TYPES = {"f32": 7, "f64": 8, "bf16": 9}  # ncclDataType_t
 UNDEFINED = -(2**31)  # an int of ncclConfig_t that keeps its default
 MAGIC, VERSION = 0xCAFEBEEF, 22800  # of ncclConfig_t; later versions only append fields
-LIMIT = 60.0  # seconds until a call of the library is done
-LOOK = 0.1  # seconds between looks of the guard
-GRACE, TOLD_GRACE = 1.0, 12.0  # seconds that the host may wait for the GPU once a rank is gone, or has failed
-EXIT = 5.0  # seconds after an abort at which the process ends if the host still waits
+CALL_SECONDS = 60.0  # a call of the library may take
+POLL_SECONDS = 0.1  # between checks of the guard
+GONE_SECONDS, FAILED_SECONDS = 1.0, 12.0  # the host may wait for the GPU once a rank is gone, or has failed
+EXIT_SECONDS = 5.0  # the host may wait after an abort; then the process ends
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this machine: containers may share a host name
+HINT = "NCCL_DEBUG=INFO says more"
 # Multicast sums differ from call to call, so a run would not repeat
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0"}
 STEADY = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}  # whatever the sizes
@@ -95,7 +96,7 @@ class Nccl:
         unique = Id()
         if comm.rank == 0:
             self._check("ncclGetUniqueId", self._dll.ncclGetUniqueId(byref(unique)))
-        unique = Id.from_buffer_copy(bytes.fromhex(comm.agree(bytes(unique).hex())[0]))
+        unique = Id.from_buffer_copy(bytes.fromhex(comm.all_gather_object(bytes(unique).hex())[0]))
         config = Config(
             ctypes.sizeof(Config), MAGIC, VERSION, 0, *[UNDEFINED] * 3, None, *[UNDEFINED] * 2, None, *[UNDEFINED] * 6
         )
@@ -119,17 +120,15 @@ class Nccl:
 
     def _check(self, what: str, status: int, pause: float = 0.0) -> None:
         """Waits until a non-blocking call has been enqueued. Raises HandgradError if it failed."""
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + CALL_SECONDS
         while status == IN_PROGRESS:
             time.sleep(pause)
             self._comm.check()
             status = self._async_error()
             if status == IN_PROGRESS and time.monotonic() > end:
-                raise HandgradError(
-                    "nccl", f"{what} has not ended after {LIMIT:.0f} s", hint="NCCL_DEBUG=INFO says more"
-                )
+                raise HandgradError("nccl", f"{what} has not ended after {CALL_SECONDS:.0f} s", hint=HINT)
         if status != SUCCESS:
-            raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint="NCCL_DEBUG=INFO says more")
+            raise HandgradError("nccl", f"{what} failed: {self._text(status)}", hint=HINT)
 
     def _text(self, error: int) -> str:
         """An error in NCCL's words."""
@@ -145,12 +144,12 @@ class Nccl:
         """Ends a host wait that would never return, because a rank has failed or the network has."""
         watch, since = self._comm.watch, 0.0
         while watch is not None:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
             waited, failure = self._device.waited(), watch.failure
             if failure is None and watch.is_over:
                 failure = RankError(self._comm.rank, "this rank has failed")
             if failure is None:
-                error = self._async_error() if waited > GRACE else SUCCESS
+                error = self._async_error() if waited > GONE_SECONDS else SUCCESS
                 if error not in (SUCCESS, IN_PROGRESS):
                     failure = RankError(self._comm.rank, f"a collective failed: {self._text(error)}", 1)
                     self._comm.fail(failure.rule, 1)
@@ -158,7 +157,7 @@ class Nccl:
                     return
                 continue
             since = since or time.monotonic()
-            if min(waited, time.monotonic() - since) > (GRACE if failure.is_gone else TOLD_GRACE):
+            if min(waited, time.monotonic() - since) > (GONE_SECONDS if failure.is_gone else FAILED_SECONDS):
                 self._abort(failure)
                 return
 
@@ -167,16 +166,16 @@ class Nccl:
         self._device.failure = failure
         abort = self._dll.ncclCommAbort  # returns once the graphs are gone
         threading.Thread(target=abort, args=[self._handle], daemon=True).start()
-        end = time.monotonic() + EXIT
+        end = time.monotonic() + EXIT_SECONDS
         while self._device.waited() > 0:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
             if time.monotonic() > end:
                 print(failure, file=sys.stderr, flush=True)
                 os._exit(failure.code)
 
     def _is_stuck(self) -> bool:
         """Whether the GPU waits for a rank that has failed, or did so until the communicator was aborted."""
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + GONE_SECONDS
         while self._device.is_busy() and time.monotonic() < end:
             time.sleep(0.01)
         return self._device.failure is not None or self._device.is_busy()
@@ -184,11 +183,11 @@ class Nccl:
 
 def check_gpus(device: Device, comm: Comm) -> None:
     """Raises HandgradError unless every rank has a GPU of its own, and all have the same model."""
-    told = comm.agree([BOOT.read_text(), device.pci_bus, device.name])
-    for rank, (host, bus, name) in enumerate(told):
-        first = next(r for r, other in enumerate(told) if other[:2] == [host, bus])
+    gpus = comm.all_gather_object([BOOT.read_text(), device.pci_bus, device.name])
+    for rank, (host, bus, name) in enumerate(gpus):
+        first = next(r for r, other in enumerate(gpus) if other[:2] == [host, bus])
         if first != rank:
             hint = "no more ranks on a machine than it has GPUs; nvidia-smi -L lists them"
             raise HandgradError("ranks", f"ranks {first} and {rank} share one GPU, {name}", hint=hint)
-        if name != told[0][2]:
-            raise HandgradError("ranks", f"all ranks have the GPU of rank 0, {told[0][2]}", f"{name} on rank {rank}")
+        if name != gpus[0][2]:
+            raise HandgradError("ranks", f"all ranks have the GPU of rank 0, {gpus[0][2]}", f"{name} on rank {rank}")

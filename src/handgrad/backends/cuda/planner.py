@@ -8,6 +8,7 @@ from handgrad.core.op import Call, Op
 from handgrad.core.plan import aligned
 from handgrad.launch import Collective, Gemm, Gpu, Kernel, Launches, Sdpa
 
+RESERVE = 512 << 20  # bytes of device memory for the libraries and the driver
 GEMM_WORKSPACE = 32 << 20  # bytes: NVIDIA's recommendation for Hopper
 WORTH_TUNING = 1e9  # FLOP: smaller calls run the library's first proposal and the first alternative
 
@@ -32,6 +33,7 @@ PRODUCT_NAMES = {  # as the driver reports them
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
+MEMORY_MIB = {"a100": 81920, "4090": 24564, "h100": 81559, "h200": 143771, "b200": 183359}  # as nvidia-smi shows them
 
 
 class GpuPlanner(Planner):

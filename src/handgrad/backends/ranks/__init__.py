@@ -1,2 +1,3 @@
-"""Ranks: the processes that train together. world.py finds them, rendezvous.py and mesh.py connect them, watch.py tells
-of their failures, and a `Comm` (comm.py) is what they exchange values by."""
+"""Ranks: the processes that train together. startup.py opens the `Comm` (comm.py), by which a rank exchanges values
+with the others. launchers.py and processes.py say how ranks were started, rendezvous.py and mesh.py connect them,
+watch.py reports their failures."""

@@ -1,25 +1,28 @@
-"""comm: what ranks exchange, on arrays in host memory. `Alone` is one rank, `open_threads` makes ranks of threads;
-sockets.py and mpi.py move the bytes between processes, which world.py finds.
+"""comm: the collectives of ranks, on arrays in host memory. sockets.py and mpi.py move the bytes between processes;
+`Alone` is one rank.
 
 Sums are in the order of the ranks, so they are the same bits on every rank and in every run: a rank receives its part
 of an array from all others, adds the parts itself, and sends the sum.
 """
 
 import json
-import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Call
 
 if TYPE_CHECKING:
     from handgrad.backends.ranks.watch import Watch
 
-MESSAGE = 1 << 26  # bytes that go to one rank at a time, at most
-CHUNK = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache
+MESSAGE_BYTES = 1 << 26  # go to one rank at a time, at most
+CHUNK_SIZE = 1 << 20  # elements that are received at a time from each rank: 4 MiB of float32, which stay in the cache
+LAST_EXCHANGE_SECONDS = 16.0  # a rank waits for the others after an error: longer than for its GPU (cuda/nccl.py)
 
 
 class RankError(HandgradError):
@@ -35,13 +38,13 @@ class Comm(ABC):
 
     rank: int
     world: int
-    local: int = 1  # ranks on this machine
+    local_world: int = 1  # ranks on this machine
     local_rank: int = 0  # this one's number among them
     watch: "Watch | None" = None  # tells of failures, where ranks are processes
     is_stuck: Callable[[], bool] = staticmethod(lambda: False)  # whether a device waits for a rank that has failed
 
     @abstractmethod
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         """Sends send[r] to rank r and fills receive[r] with what rank r sends here; the own entries are not used.
 
         The arrays are contiguous. Raises RankError if another rank has failed.
@@ -57,7 +60,7 @@ class Comm(ABC):
         if self.watch is not None:
             self.watch.check()
 
-    def telling(self, hook: Callable) -> Callable:
+    def reporting_excepthook(self, hook: Callable) -> Callable:
         """An excepthook that also tells the others of an error that ends this process."""
 
         def tell(kind: Any, error: Any, trace: Any) -> None:
@@ -71,6 +74,15 @@ class Comm(ABC):
         """The same ranks again, for a last exchange after `fail` or RankError. It raises HandgradError where a rank
         does not answer in time."""
 
+    def run(self, c: Call, operands: SimpleNamespace) -> None:
+        """Runs a call that communicates, and counts the time that it takes: computation waits for all of it.
+
+        operands: of the call, as `HostMemory.operands` returns them
+        """
+        begin = time.perf_counter_ns()
+        c.op.exchange(self, operands)
+        operands.scalars.exposed_ns += np.uint64(time.perf_counter_ns() - begin)
+
     def reduce_scatter(self, full: np.ndarray, share: np.ndarray, adds: bool = False) -> None:
         """share = this rank's part of the sum over ranks of `full`, or += if `adds`.
 
@@ -83,16 +95,16 @@ class Comm(ABC):
         bounds = [x.size * r // self.world for r in range(self.world + 1)]
         self._reduce(x, bounds, x[bounds[self.rank] : bounds[self.rank + 1]], False)
         parts = [x[a:b] for a, b in zip(bounds, bounds[1:])]
-        self._swap([parts[self.rank]] * self.world, parts, max(part.nbytes for part in parts))
+        self._chunked_all_to_all([parts[self.rank]] * self.world, parts, max(part.nbytes for part in parts))
 
     def all_gather(self, share: np.ndarray, full: np.ndarray) -> None:
         """full (world * n) = the shares (n) of all ranks; `share` may be the own part of `full`."""
         parts = [full[r * share.size : (r + 1) * share.size] for r in range(self.world)]
         if parts[self.rank].ctypes.data != share.ctypes.data:
             parts[self.rank][...] = share
-        self._swap([parts[self.rank]] * self.world, parts, share.nbytes)
+        self._chunked_all_to_all([parts[self.rank]] * self.world, parts, share.nbytes)
 
-    def exchange(self, message: bytes = b"") -> list[bytes]:
+    def all_gather_bytes(self, message: bytes = b"") -> list[bytes]:
         """The messages of all ranks, in their order."""
         own = np.frombuffer(message, np.uint8)
         sizes = np.zeros(self.world, np.int64)
@@ -100,12 +112,12 @@ class Comm(ABC):
         self.all_gather(sizes[self.rank : self.rank + 1], sizes)
         received = [np.empty(n, np.uint8) for n in sizes]
         received[self.rank] = own
-        self._swap([own] * self.world, received, int(sizes.max()))
+        self._chunked_all_to_all([own] * self.world, received, int(sizes.max()))
         return [r.tobytes() for r in received]
 
-    def agree(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, what JSON can hold, in the order of the ranks."""
-        return [json.loads(m) for m in self.exchange(json.dumps(value).encode())]
+        return [json.loads(m) for m in self.all_gather_bytes(json.dumps(value).encode())]
 
     def any(self, value: bool) -> bool:
         """Whether it is so on any rank."""
@@ -120,29 +132,29 @@ class Comm(ABC):
 
     def gather(self, piece: np.ndarray) -> list[np.ndarray]:
         """On rank 0 the pieces (n) of all ranks, of one type and any size, in their order; elsewhere nothing."""
-        sizes = [int(n) for n in self.agree(piece.size)]
+        sizes = [int(n) for n in self.all_gather_object(piece.size)]
         empty = np.empty(0, np.uint8)
         received = [np.empty(n if self.rank == 0 and r else 0, piece.dtype) for r, n in enumerate(sizes)]
         send = [piece if r == 0 and self.rank else empty for r in range(self.world)]
-        self._swap(send, received, max(sizes) * piece.itemsize)
+        self._chunked_all_to_all(send, received, max(sizes) * piece.itemsize)
         return [piece, *received[1:]] if self.rank == 0 else []
 
-    def _swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
-        """`swap` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
+    def _chunked_all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
+        """`all_to_all` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
         sends, receives = [_bytes(a) for a in send], [_bytes(a) for a in receive]
-        for at in range(0, most, MESSAGE):
-            self.swap([a[at : at + MESSAGE] for a in sends], [a[at : at + MESSAGE] for a in receives])
+        for at in range(0, most, MESSAGE_BYTES):
+            self.all_to_all([a[at : at + MESSAGE_BYTES] for a in sends], [a[at : at + MESSAGE_BYTES] for a in receives])
 
     def _reduce(self, full: np.ndarray, bounds: list[int], out: np.ndarray, adds: bool) -> None:
         """out = or += the sum over ranks of full[bounds[rank] : bounds[rank + 1]], a chunk at a time."""
         sums = np.float64 if full.dtype == np.float64 else np.float32
         begin, sizes = bounds[self.rank], [b - a for a, b in zip(bounds, bounds[1:])]
-        buffer = np.empty((self.world, min(max(sizes), CHUNK)), full.dtype)
-        for at in range(0, max(sizes), CHUNK):
-            pieces = [full[bounds[r] + at : bounds[r] + min(at + CHUNK, max(n, at))] for r, n in enumerate(sizes)]
+        buffer = np.empty((self.world, min(max(sizes), CHUNK_SIZE)), full.dtype)
+        for at in range(0, max(sizes), CHUNK_SIZE):
+            pieces = [full[bounds[r] + at : bounds[r] + min(at + CHUNK_SIZE, max(n, at))] for r, n in enumerate(sizes)]
             own = full[begin + at : begin + at + pieces[self.rank].size]
             received = [buffer[r, : own.size] for r in range(self.world)]
-            self.swap([_bytes(a) for a in pieces], [_bytes(a) for a in received])
+            self.all_to_all([_bytes(a) for a in pieces], [_bytes(a) for a in received])
             received[self.rank] = own
             total: Any = received[0].astype(sums)
             for other in received[1:]:
@@ -161,7 +173,7 @@ class Alone(Comm):
 
     rank, world = 0, 1
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         pass
 
     def total(self, value: float) -> float:
@@ -176,44 +188,3 @@ class Planned(Alone):
 
     def __init__(self, world: int):
         self.world = world
-
-
-class _Shared:
-    """What the threads of `open_threads` share."""
-
-    def __init__(self, world: int):
-        self.barrier, self.sent = threading.Barrier(world), [[np.empty(0, np.uint8)] * world for _ in range(world)]
-        self.error: RankError | None = None
-
-
-class Threads(Comm):
-    """A rank that is a thread of this process, for tests."""
-
-    def __init__(self, rank: int, world: int, shared: _Shared):
-        self.rank, self.world, self._shared = rank, world, shared
-        self.local, self.local_rank = world, rank
-
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
-        shared = self._shared
-        shared.sent[self.rank] = list(send)
-        try:
-            shared.barrier.wait()
-            for r in range(self.world):
-                if r != self.rank:
-                    receive[r][...] = shared.sent[r][self.rank]
-            shared.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise shared.error or RankError(-1, "its thread has ended") from None
-
-    def fail(self, text: str, code: int = 2) -> None:
-        self._shared.error = RankError(self.rank, text, code)
-        self._shared.barrier.abort()
-
-    def after_failure(self) -> Comm:
-        return Alone()
-
-
-def open_threads(world: int) -> list[Threads]:
-    """The engines of ranks that are threads of this process: one for each."""
-    shared = _Shared(world)
-    return [Threads(rank, world, shared) for rank in range(world)]

@@ -18,11 +18,11 @@ from typing import Any
 
 from handgrad.core.errors import HandgradError
 
-LIMIT = 28.0  # seconds until all ranks have found each other
-ATTEMPT = 2.0  # seconds for an answer on one address
-PAUSE = 0.02  # seconds between two attempts
-LOOK = 0.2  # seconds between looks at whether waiting still makes sense
-LONGEST = 1 << 20  # bytes of a message
+MEET_SECONDS = 28.0  # all ranks have to find each other
+ATTEMPT_SECONDS = 2.0  # for an answer at one address
+RETRY_SECONDS = 0.02  # between two attempts
+POLL_SECONDS = 0.2  # between checks whether waiting still makes sense
+MESSAGE_BYTES = 1 << 20  # of a message, at most
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: an interface's IPv4 address
 Link = tuple[int, str]  # another rank, and the channel
 Links = dict[Link, socket.socket]
@@ -49,7 +49,7 @@ class Listener:
             self._server.settimeout(left(end))
             connection, _ = self._server.accept()
             try:
-                connection.settimeout(ATTEMPT)
+                connection.settimeout(ATTEMPT_SECONDS)
                 return connection, receive(connection)
             except (OSError, ValueError):  # no rank
                 connection.close()
@@ -89,7 +89,7 @@ def connect(
             links[r, channel] = _reach(peers[r], r, {"run": run, "rank": rank, "channel": channel}, end)
     thread.join(left(end) + 1)
     for r, _ in sorted(expected - links.keys()):
-        raise HandgradError("ranks", f"rank {r} did not connect to rank {rank} within {LIMIT:.0f} s")
+        raise HandgradError("ranks", f"rank {r} did not connect to rank {rank} within {MEET_SECONDS:.0f} s")
     for connection in links.values():
         prepare(connection)
     return links
@@ -107,26 +107,25 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
                 connection.close()
         if time.monotonic() > end:
             at = ", ".join(f"{host}:{peer.port}" for host in peer.hosts)
-            raise HandgradError(
-                "ranks", f"rank {rank} does not answer at any of {at}", hint="a firewall between machines?"
-            )
-        time.sleep(PAUSE)
+            rule = f"rank {rank} does not answer at any of {at}"
+            raise HandgradError("ranks", rule, hint="a firewall between machines?")
+        time.sleep(RETRY_SECONDS)
 
 
 def ask(
     host: str, port: int, message: dict[str, Any], waits: Callable[[], bool] = lambda: False
 ) -> tuple[socket.socket, dict] | None:
-    """A connection to what listens there, and its answer; None if there is none within `ATTEMPT` seconds, which count
+    """A connection to what listens there, and its answer; None if there is none within `ATTEMPT_SECONDS`, which count
     once `waits` is false."""
     try:
-        connection = socket.create_connection((host, port), ATTEMPT)
+        connection = socket.create_connection((host, port), ATTEMPT_SECONDS)
     except OSError:
         return None
     try:
         send(connection, message)
-        while waits() and not select.select([connection], [], [], LOOK)[0]:
+        while waits() and not select.select([connection], [], [], POLL_SECONDS)[0]:
             pass
-        connection.settimeout(ATTEMPT)
+        connection.settimeout(ATTEMPT_SECONDS)
         return connection, receive(connection)
     except (OSError, ValueError):
         connection.close()
@@ -149,7 +148,7 @@ def send(connection: socket.socket, message: Any) -> None:
 def receive(connection: socket.socket) -> dict:
     """A message of `send`. Raises OSError or ValueError for anything else."""
     (size,) = struct.unpack("<I", _exactly(connection, 4))
-    message = json.loads(_exactly(connection, size)) if size <= LONGEST else None
+    message = json.loads(_exactly(connection, size)) if size <= MESSAGE_BYTES else None
     if not isinstance(message, dict):
         raise ValueError("no message of a rank")
     return message

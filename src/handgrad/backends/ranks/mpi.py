@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from handgrad.backends.ranks.comm import Comm
-from handgrad.backends.ranks.mesh import LIMIT, Listener, Peer, addresses, connect
+from handgrad.backends.ranks.comm import LAST_EXCHANGE_SECONDS, Comm
+from handgrad.backends.ranks.mesh import MEET_SECONDS, Listener, Peer, addresses, connect
 from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
 
-SPINS = 200  # looks at a message before the first sleep: some 50 us
-SLEEP = 50e-6  # seconds between looks from then on
-LAST_SECONDS = 16.0  # how long a rank waits for the others after an error
+SPIN_POLLS = 200  # of a message before the first sleep: some 50 us
+SLEEP_SECONDS = 50e-6  # between polls from then on
 
 
 def has_mpi4py() -> bool:
@@ -30,7 +29,7 @@ def has_mpi4py() -> bool:
     return importlib.util.find_spec("mpi4py") is not None
 
 
-def open_mpi(world: int, local_rank: int, local: int) -> "Mpi":
+def open_mpi(world: int, local_rank: int, local_world: int) -> "Mpi":
     """The ranks that mpiexec has started. Raises HandgradError if mpi4py uses another MPI library than mpiexec."""
     try:
         import mpi4py
@@ -46,10 +45,10 @@ def open_mpi(world: int, local_rank: int, local: int) -> "Mpi":
         found = f"{MPI.Get_library_version().split()[0]}, which sees {MPI.COMM_WORLD.size}"
         raise HandgradError("mpi", rule, found, hint=hint)
     comm = Mpi(MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup())
-    comm.local, comm.local_rank = local, local_rank
+    comm.local_world, comm.local_rank = local_world, local_rank
     comm.open_watch()
     atexit.register(comm.close)
-    sys.excepthook = comm.telling(sys.excepthook)
+    sys.excepthook = comm.reporting_excepthook(sys.excepthook)
     return comm
 
 
@@ -66,14 +65,14 @@ class Mpi(Comm):
 
     def open_watch(self) -> None:
         """Connects the ranks by TCP, too, for failures: MPI tells of none."""
-        listener, end = Listener(), time.monotonic() + LIMIT
-        told = self.agree([addresses(), listener.port, secrets.token_hex(8)])
-        peers, run = [Peer(hosts, port) for hosts, port, _ in told], told[0][2]
+        listener, end = Listener(), time.monotonic() + MEET_SECONDS
+        listeners = self.all_gather_object([addresses(), listener.port, secrets.token_hex(8)])
+        peers, run = [Peer(hosts, port) for hosts, port, _ in listeners], listeners[0][2]
         links = connect(self.rank, peers, run, listener, ("watch",), end)
         listener.close()
         self.watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         others = [(self.rank + k) % self.world for k in range(1, self.world)]
         requests = [self._data.Irecv([receive[r], self._MPI.BYTE], r) for r in others if receive[r].size]
         requests += [self._data.Isend([send[r], self._MPI.BYTE], r) for r in others if send[r].size]
@@ -84,17 +83,17 @@ class Mpi(Comm):
             raise
 
     def _wait(self, requests: list[Any]) -> None:
-        begin, looks = time.monotonic(), 0
+        begin, polls = time.monotonic(), 0
         while not self._MPI.Request.Testall(requests):
-            looks += 1
-            if looks > SPINS:
+            polls += 1
+            if polls > SPIN_POLLS:
                 self.check()
-                time.sleep(SLEEP)
+                time.sleep(SLEEP_SECONDS)
                 if self._limit and time.monotonic() - begin > self._limit:
                     raise HandgradError("ranks", f"a rank has not answered for {self._limit:.0f} s")
 
     def after_failure(self) -> Comm:
-        return Mpi(self._MPI, self._last, self._last, LAST_SECONDS)
+        return Mpi(self._MPI, self._last, self._last, LAST_EXCHANGE_SECONDS)
 
     def close(self) -> None:
         """Ends MPI, unless a rank has failed: then the process just ends."""

@@ -4,44 +4,42 @@ Each rank tells rank 0 where it listens, and gets the addresses of all. An error
 """
 
 import json
-import os
 import re
 import secrets
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from handgrad.backends.ranks.mesh import LIMIT, LOOK, PAUSE, Listener, Peer, addresses, ask, send
+from handgrad.backends.ranks.mesh import MEET_SECONDS, POLL_SECONDS, RETRY_SECONDS, Listener, Peer, addresses, ask, send
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 
 LOOPBACK = "127.0.0.1"
+NOTE_SECONDS = 5.0  # a rank waits before it says what for
+FirstExit = Callable[[], str]  # what is known of a process that has ended; "" while none has
 Table = tuple[list[Peer], str]  # where every rank listens; what only the ranks of this run know
 
 
-def nobody() -> str:
-    """For ranks that know nothing of each other's processes."""
-    return ""
-
-
 def meet(
-    rank: int, world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str] = nobody
+    rank: int, world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: FirstExit = lambda: ""
 ) -> Table:
-    """Where all ranks listen. Raises HandgradError, at the time `end`, if one does not come.
+    """Where all ranks listen. Raises HandgradError, at the deadline, if one does not come.
 
     where: "HOST:PORT", at which rank 0 listens, or the path of a file that rank 0 writes
     run: a name of this run; ranks of another one are turned away
-    lost: what is known of a process that has ended, "" while none has; it is not waited for
+    first_exit: a rank whose process has ended is not waited for
     """
     if rank == 0:
-        return _lead(world, where, run, listener, end, lost)
+        return _lead(world, where, run, listener, deadline, first_exit)
     hello = {"run": run, "rank": rank, "world": world, "port": listener.port, "hosts": addresses()}
     hello["version"] = own_version()
-    answer, host = _ask(hello, where, end, lost)
+    answer, host = _ask(hello, where, deadline, first_exit)
     if "error" in answer:
         raise HandgradError("ranks", answer["error"])
     (hosts, port), *others = answer["peers"]
@@ -67,7 +65,25 @@ def address(where: str) -> tuple[str, int] | None:
     return (host.strip("[]"), int(port)) if colon and host and port.isdigit() and 0 < int(port) < 1 << 16 else None
 
 
-def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost: Callable[[], str]) -> Table:
+def place(where: str) -> str:
+    """Where ranks meet, in words."""
+    return where if address(where) else f"the file '{where}'"
+
+
+class WaitNote:
+    """Prints once what a rank waits for and how much longer it will, when it has waited for `NOTE_SECONDS`."""
+
+    def __init__(self, deadline: float):
+        self._deadline, self._at, self._is_shown = deadline, time.monotonic() + NOTE_SECONDS, False
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now > self._at and not self._is_shown:
+            self._is_shown = True
+            print(f"{text}, for at most {self._deadline - now:.0f} s more", file=sys.stderr, flush=True)
+
+
+def _lead(world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: FirstExit) -> Table:
     """Rank 0: waits for all others, and tells each where all listen."""
     token = secrets.token_hex(8)
     own = [addresses(), listener.port]
@@ -76,23 +92,25 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost
         write_text(file, json.dumps({"hosts": own[0], "port": own[1]}))
     waiting: dict[int, tuple[socket.socket, list]] = {}
     refused: list[socket.socket] = []
+    note = WaitNote(deadline)
     try:
         error = ""
         while len(waiting) < world - 1 and not error:
             try:
-                connection, hello = listener.accept(min(end, time.monotonic() + LOOK))
+                connection, hello = listener.accept(min(deadline, time.monotonic() + POLL_SECONDS))
             except TimeoutError:
-                error = lost()
-                if not error and time.monotonic() >= end:
+                note.show(f"rank 0 waits at {place(where)} for {world - 1 - len(waiting)} of {world} ranks")
+                error = first_exit()
+                if not error and time.monotonic() >= deadline:
                     missing = ", ".join(str(r) for r in range(1, world) if r not in waiting)
-                    place = where if address(where) else f"the file '{where}'"
-                    error = f"all {world} ranks come to {place} within {LIMIT:.0f} s, but these have not: {missing}"
+                    error = f"all {world} ranks come to {place(where)} within {MEET_SECONDS:.0f} s"
+                    error += f", but these have not: {missing}"
                 continue
             if hello.get("run") != run or not isinstance(hello.get("rank"), int):
                 with connection:
-                    _tell(connection, {"another run": run})
+                    _send(connection, {"another run": run})
                 continue
-            _forget_those_that_left(waiting)
+            _drop_disconnected(waiting)
             error = _mistake(hello, world, waiting)
             if error:
                 refused.append(connection)
@@ -101,7 +119,7 @@ def _lead(world: int, where: str, run: str, listener: Listener, end: float, lost
         peers = [own, *(waiting[r][1] for r in sorted(waiting))]
         for connection in [*(connection for connection, _ in waiting.values()), *refused]:
             with connection:
-                _tell(connection, {"error": error} if error else {"peers": peers, "run": token})
+                _send(connection, {"error": error} if error else {"peers": peers, "run": token})
     finally:
         if file is not None:
             file.unlink(missing_ok=True)
@@ -122,8 +140,8 @@ def _mistake(hello: dict[str, Any], world: int, waiting: dict[int, Any]) -> str:
     return ""
 
 
-def _forget_those_that_left(waiting: dict[int, tuple[socket.socket, list]]) -> None:
-    """Forgets ranks that have ended: they may have been started again. A rank that waits sends nothing, so what can be
+def _drop_disconnected(waiting: dict[int, tuple[socket.socket, list]]) -> None:
+    """Drops ranks that have ended: they may have been started again. A rank that waits sends nothing, so what can be
     read is the end of its connection."""
     for rank, (connection, _) in list(waiting.items()):
         if select.select([connection], [], [], 0)[0]:
@@ -131,38 +149,37 @@ def _forget_those_that_left(waiting: dict[int, tuple[socket.socket, list]]) -> N
             del waiting[rank]
 
 
-def _tell(connection: socket.socket, answer: dict[str, Any]) -> None:
-    try:
+def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
+    with suppress(OSError):  # it has given up, which all will see when they connect
         send(connection, answer)
-    except OSError:  # it has given up, which all will see when they connect
-        pass
 
 
-def _ask(hello: dict[str, Any], where: str, end: float, lost: Callable[[], str]) -> tuple[dict, str]:
+def _ask(hello: dict[str, Any], where: str, deadline: float, first_exit: FirstExit) -> tuple[dict, str]:
     """The answer of rank 0, and the host at which it was reached."""
-    got = "no answer"
-    while time.monotonic() < end and not lost():
-        for place in _places(where):
+    got, note = "no answer", WaitNote(deadline)
+    while time.monotonic() < deadline and not first_exit():
+        for at in _addresses(where):
 
-            def waits(place: tuple[str, int] = place) -> bool:
+            def waits(at: tuple[str, int] = at) -> bool:
                 """Whether rank 0 may be what was asked: a file of an earlier run is written anew."""
-                return time.monotonic() < end and place in _places(where) and not lost()
+                return time.monotonic() < deadline and at in _addresses(where) and not first_exit()
 
-            answered = ask(*place, hello, waits)
+            answered = ask(*at, hello, waits)
             if answered is not None:
                 answered[0].close()
                 if answered[1].keys() & {"peers", "error"}:
-                    return answered[1], place[0]
+                    return answered[1], at[0]
                 got = "rank 0 of another run"
-        time.sleep(PAUSE)
-    if lost():
-        raise HandgradError("ranks", lost())
-    rule = f"rank 0 answers at {where} within {LIMIT:.0f} s" if address(where) else f"rank 0 writes '{where}'"
+        note.show(f"rank {hello['rank']} waits for rank 0 at {place(where)}")
+        time.sleep(RETRY_SECONDS)
+    if first_exit():
+        raise HandgradError("ranks", first_exit())
+    rule = f"rank 0 answers at {where} within {MEET_SECONDS:.0f} s" if address(where) else f"rank 0 writes '{where}'"
     hint = "is rank 0 running, and is --rendezvous the same for all?"
     raise HandgradError("ranks", rule, got, hint=hint)
 
 
-def _places(where: str) -> Iterator[tuple[str, int]]:
+def _addresses(where: str) -> Iterator[tuple[str, int]]:
     """Where rank 0 may listen. A file of an earlier run may lie there still: nobody answers at what it names."""
     at = address(where)
     if at is not None:
@@ -173,11 +190,3 @@ def _places(where: str) -> Iterator[tuple[str, int]]:
         yield from ((host, found["port"]) for host in found["hosts"])
     except (OSError, ValueError, KeyError, TypeError):  # not written yet
         return
-
-
-def same_machine(world: int) -> str:
-    """A file for ranks that one launcher has started on this machine: it is named by their parent process."""
-    parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # a process number is used again
-    folder = os.environ.get("TMPDIR", "/tmp")
-    return f"{folder}/handgrad-{os.getuid()}-{parent}-{started}-{world}"

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from handgrad.backends.ranks.comm import Comm, RankError
+from handgrad.backends.ranks.comm import LAST_EXCHANGE_SECONDS, Comm, RankError
 from handgrad.backends.ranks.mesh import Links
 from handgrad.backends.ranks.watch import Watch
 from handgrad.core.errors import HandgradError
 
 CHANNELS = ("watch", "data", "last")  # of a connection: for failures, for arrays, for the exchange after a failure
-LOOK = 200  # milliseconds between looks at the watch while a rank waits
-BUFFER = 4 << 20  # bytes that the kernel may hold of an array under way
-LAST_SECONDS = 16.0  # how long a rank waits for the others after an error: longer than a GPU's (cuda/nccl.py)
+POLL_MILLISECONDS = 200  # between checks of the watch while a rank waits
+BUFFER_BYTES = 4 << 20  # the kernel may hold of an array that is being sent
 
 
 class Sockets(Comm):
@@ -28,9 +27,9 @@ class Sockets(Comm):
         self._data = {r: link for (r, channel), link in links.items() if channel == "data"}
         for link in self._data.values():
             for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                link.setsockopt(socket.SOL_SOCKET, side, BUFFER)
+                link.setsockopt(socket.SOL_SOCKET, side, BUFFER_BYTES)
 
-    def swap(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
+    def all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray]) -> None:
         self.check()
         out = {r: send[r].data for r in self._data if send[r].size}
         into = {r: receive[r].data for r in self._data if receive[r].size}
@@ -79,7 +78,7 @@ class Sockets(Comm):
         poll = select.poll()
         for r in {*out, *into}:
             poll.register(self._data[r], select.POLLOUT * (r in out) | select.POLLIN * (r in into))
-        poll.poll(LOOK)
+        poll.poll(POLL_MILLISECONDS)
         self.check()
         if self._limit and time.monotonic() - begin > self._limit:
             raise HandgradError("ranks", f"a rank has not answered for {self._limit:.0f} s")
@@ -94,7 +93,7 @@ class Sockets(Comm):
 
     def after_failure(self) -> Comm:
         links = {(r, "data"): link for r, link in self._last.items()}
-        return Sockets(self.rank, self.world, links, None, LAST_SECONDS)
+        return Sockets(self.rank, self.world, links, None, LAST_EXCHANGE_SECONDS)
 
     def close(self) -> None:
         """Says that this rank has done its work. After an error, a device that waits for a rank that has failed would

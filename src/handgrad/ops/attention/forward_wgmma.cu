@@ -13,7 +13,7 @@
 
 enum {
   STAGE_BYTES = 4 * TILE_BYTES,  // two tiles of k, two of v
-  STAGES_AT = WARPGROUPS * TILE_BYTES,  // behind q
+  STAGES_AT = WARPGROUPS * TILE_BYTES,  // after q
   OUT_AT = STAGES_AT + STAGES * STAGE_BYTES,
   BARRIERS_AT = OUT_AT + WARPGROUPS * TILE_BYTES
 };

@@ -8,7 +8,7 @@ from handgrad.core.scalars import INPUT_BYTES, OUTPUTS, STEP_SCALARS_BYTES
 from handgrad.launch import Collective, Gpu, Kernel, Launches
 
 THREADS = 256  # of a CUDA block
-FREELY = 1 << 30  # calls that may run beside a collective: all, until one uses what it writes
+FREELY = 1 << 30  # calls that may run while a collective does: all, until one uses what it writes
 
 
 class AllReduce(Op):

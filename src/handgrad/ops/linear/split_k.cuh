@@ -40,7 +40,7 @@ struct SplitK {
     m = tile / tiles_n;
     n = tile % tiles_n;
   }
-  // Row sums of a, behind the partials: those of whole tiles, then those of partials.
+  // Row sums of a, after the partials: those of whole tiles, then those of partials.
   __device__ float *row_sums(float *partials, int i) const {
     return partials + (i64)(clusters + split) * PARTIAL + (i64)i * CLUSTER_M;
   }
@@ -73,7 +73,7 @@ struct SplitK {
     return i == 0 && at.k0 < at.k1;
   }
   __device__ bool get_tail(int i, int helper, TileSteps &at) const {
-    int begin = helper * helper_steps;  // of the steps of all tails, one tile's behind the other's
+    int begin = helper * helper_steps;  // of the steps of all tails, one tile's after the other's
     int end = begin + helper_steps < split * tail ? begin + helper_steps : split * tail;
     if (begin >= end) return false;
     int t = begin / tail + i;

@@ -113,7 +113,7 @@ def _window_sums(values: np.ndarray, window: int) -> np.ndarray:
     """The sums of every `window` neighbours.
 
     Each is the end of one block of `window` values and the beginning of the next: differences of sums from the start
-    would cancel behind a spike.
+    would cancel after a spike.
     """
     blocks = np.pad(values, (0, -len(values) % window)).reshape(-1, window)
     begins = np.cumsum(blocks, axis=1).reshape(-1)

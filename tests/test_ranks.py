@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from handgrad.backends import why_no_cuda
-from handgrad.backends.ranks import mesh, rendezvous, watch, world
+from handgrad.backends.ranks import mesh, processes, rendezvous, startup, watch
 from handgrad.backends.ranks.comm import Alone, RankError
+from handgrad.backends.ranks.launchers import first_host, from_environment, local_file
 from handgrad.backends.ranks.mesh import Listener, addresses
 from handgrad.backends.ranks.sockets import CHANNELS, Sockets
+from handgrad.backends.ranks.startup import RanksRequest
 from handgrad.backends.ranks.watch import Watch
-from handgrad.backends.ranks.world import Asked, first_host, launched
 from handgrad.cli.__main__ import main
-from handgrad.cli.world import asked
+from handgrad.cli.ranks import requested_ranks
 from handgrad.core.errors import HandgradError
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="h0", MASTER_PORT="29500")
@@ -47,8 +48,8 @@ STEP = dict(
 
 def found(env):
     """(launcher, rank, world, local rank, local) by the variables."""
-    place = launched(env)
-    return place and (place.by, place.rank, place.world, place.local_rank, place.local)
+    info = from_environment(env)
+    return info and (info.launcher, info.rank, info.world, info.local_rank, info.local_world)
 
 
 # variables -------------------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def found(env):
 def test_variables_without_a_place_to_meet_are_refused(env):
     """Ranks that train alone by mistake would fight over one folder."""
     with pytest.raises(HandgradError, match="torchrun has started 2 ranks, and nothing says where they meet"):
-        world._open(Asked(), env)
+        startup._open(RanksRequest(), env)
 
 
 def test_open_mpi_without_local_variables_means_one_machine():
@@ -74,18 +75,18 @@ def test_open_mpi_without_local_variables_means_one_machine():
 
 
 def test_no_launcher():
-    assert launched({}) is None and isinstance(world._open(Asked(), {}), Alone)
+    assert from_environment({}) is None and isinstance(startup._open(RanksRequest(), {}), Alone)
 
 
 def test_torchrun():
     assert found(TORCHRUN) == ("torchrun", 3, 4, 1, 2)
-    assert launched(TORCHRUN | {"TORCHELASTIC_RUN_ID": "a"}).run == "a"
+    assert from_environment(TORCHRUN | {"TORCHELASTIC_RUN_ID": "a"}).run == "a"
 
 
 @pytest.mark.parametrize(("value", "port"), [(None, 29500), ("False", 29500), ("True", 29501)])
 def test_port_of_torchrun_is_not_the_one_its_own_store_has(value, port):
     env = TORCHRUN if value is None else TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": value}
-    assert launched(env).where == f"h0:{port}"
+    assert from_environment(env).rendezvous == f"h0:{port}"
 
 
 def test_torchrun_variables_without_local_ones_mean_one_machine():
@@ -96,23 +97,23 @@ def test_torchrun_variables_without_local_ones_mean_one_machine():
 def test_mpi_launchers():
     assert found(OPEN_MPI) == ("Open MPI", 1, 2, 1, 2)
     assert found(MPICH) == ("MPICH", 1, 2, 1, 2)
-    assert launched(MPICH).where == launched(OPEN_MPI).where == rendezvous.same_machine(2)
-    assert launched(MPICH | {"MPI_LOCALNRANKS": "1"}).where == ""  # several machines
+    assert from_environment(MPICH).rendezvous == from_environment(OPEN_MPI).rendezvous == local_file(2)
+    assert from_environment(MPICH | {"MPI_LOCALNRANKS": "1"}).rendezvous == ""  # several machines
 
 
 def test_ranks_of_mpi_on_several_machines_need_a_rendezvous(monkeypatch):
-    monkeypatch.setattr(world, "has_mpi4py", lambda: False)
+    monkeypatch.setattr(startup, "has_mpi4py", lambda: False)
     with pytest.raises(HandgradError, match="nothing says where they meet.*--rendezvous HOST:PORT"):
-        world._open(Asked(), MPICH | {"MPI_LOCALNRANKS": "1"})
+        startup._open(RanksRequest(), MPICH | {"MPI_LOCALNRANKS": "1"})
 
 
 def test_slurm_step():
     assert found(STEP) == ("Slurm", 3, 4, 1, 2)
-    assert launched(STEP).where == f"n01:{61440 + 9}" and launched(STEP).run == "7.2"
+    assert from_environment(STEP).rendezvous == f"n01:{61440 + 9}" and from_environment(STEP).run == "7.2"
 
 
 def test_batch_script_of_slurm_is_one_process():
-    assert launched(BATCH) is None and isinstance(world._open(Asked(), BATCH), Alone)
+    assert from_environment(BATCH) is None and isinstance(startup._open(RanksRequest(), BATCH), Alone)
 
 
 def test_torchrun_that_srun_started_wins():
@@ -128,7 +129,7 @@ def test_slurm_with_pmi_knows_the_machines():
 def test_two_mpi_launchers_that_disagree_are_refused():
     assert found(OPEN_MPI | MPICH)[1:3] == (1, 2)
     with pytest.raises(HandgradError, match="MPICH: rank 0 of 3.*unset the other's variables") as error:
-        launched(OPEN_MPI | MPICH | {"PMI_RANK": "0", "PMI_SIZE": "3"})
+        from_environment(OPEN_MPI | MPICH | {"PMI_RANK": "0", "PMI_SIZE": "3"})
     assert "Open MPI: rank 1 of 2" in str(error.value)
 
 
@@ -139,7 +140,7 @@ def test_two_mpi_launchers_that_disagree_are_refused():
 @pytest.mark.parametrize("value", ["", "two", "-1", "1.0"])
 def test_variable_that_is_no_number_is_named(env, name, value):
     with pytest.raises(HandgradError, match=rf"\[ranks\] {name} is a number, but got '{value}'"):
-        launched(env | {name: value})
+        from_environment(env | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -163,9 +164,9 @@ def test_first_host_of_a_list_of_slurm(nodes, host):
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for name in {*TORCHRUN, *OPEN_MPI, *MPICH, *STEP, world.OWN}:
+    for name in {*TORCHRUN, *OPEN_MPI, *MPICH, *STEP, processes.RANK_VARIABLE}:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(world, "_OPEN", [])
+    monkeypatch.setattr(startup, "_opened", [])
 
 
 @pytest.mark.parametrize(
@@ -213,16 +214,16 @@ def test_launcher_and_ranks_of_the_command_line_are_refused(no_launcher, capsys,
 
 def test_launcher_of_one_rank_leaves_ranks_to_the_command_line(monkeypatch):
     """As in a shell that salloc or srun has started."""
-    monkeypatch.setattr(world, "start", lambda ranks, argv: (ranks, argv))
+    monkeypatch.setattr(startup, "start", lambda ranks, argv: (ranks, argv))
     one = STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    assert world._open(Asked(2, argv=["train"]), one) == (2, ["train"])
+    assert startup._open(RanksRequest(2, argv=["train"]), one) == (2, ["train"])
 
 
 @pytest.mark.parametrize("rank", range(5))
 def test_ranks_by_hand_divide_into_machines(rank):
     """Five ranks, two on each machine: the last machine has one."""
-    place = world.by_hand(Asked(5, rank, 2, "h:1"))
-    assert (place.local_rank, place.local) == (rank % 2, 1 if rank == 4 else 2)
+    info = startup.from_flags(RanksRequest(5, rank, 2, "h:1"))
+    assert (info.local_rank, info.local_world) == (rank % 2, 1 if rank == 4 else 2)
 
 
 # rendezvous ------------------------------------------------------------------------------------------------------------
@@ -252,14 +253,14 @@ def in_threads(calls):
     return results, time.monotonic() - begin
 
 
-def arrival(rank, ranks, where, run="", seconds=5.0, delay=0.0, lost=rendezvous.nobody):
+def arrival(rank, ranks, where, run="", seconds=5.0, delay=0.0, first_exit=lambda: ""):
     """A call in which a rank meets the others; it returns what they agree on."""
 
     def call():
         time.sleep(delay)
         listener = rendezvous.listen(rank, where)
         try:
-            peers, token = rendezvous.meet(rank, ranks, where, run, listener, time.monotonic() + seconds, lost)
+            peers, token = rendezvous.meet(rank, ranks, where, run, listener, time.monotonic() + seconds, first_exit)
             return [peer.port for peer in peers], token, listener.port
         finally:
             listener.close()
@@ -333,7 +334,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_file_of_an_earlier_run_is_passed_over(tmp_path, answer, monkeypatch):
     """Its port is another program's by now."""
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.5)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.5)
     file = tmp_path / "meet"
     with service(ANSWERS[answer]) as port:
         file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": port}))
@@ -356,7 +357,7 @@ def test_programs_that_are_no_ranks_do_not_disturb(where):
 
     def knock():
         while not stop.is_set():
-            for host, port in rendezvous._places(where):
+            for host, port in rendezvous._addresses(where):
                 try:
                     with socket.create_connection((host, port), 1) as connection:
                         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -397,7 +398,7 @@ def test_rank_that_left_may_come_again(where):
 
     def leave():
         time.sleep(0.3)
-        (host, port), *_ = rendezvous._places(where)
+        (host, port), *_ = rendezvous._addresses(where)
         hello = {"run": "", "rank": 1, "world": 3, "version": rendezvous.own_version(), "port": 1, "hosts": []}
         with socket.create_connection((host, port)) as connection:
             mesh.send(connection, hello)
@@ -439,28 +440,54 @@ def test_a_rendezvous_without_checks_is_caught(where, monkeypatch):
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_rank_that_never_comes_is_named_by_all_others(where, missing, monkeypatch, tmp_path):
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.5)
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in range(3) if r != missing])
     refused(results, f"within 0 s, but these have not: {missing}")
     assert seconds < 2.5 and not list(tmp_path.iterdir())
 
 
 def test_rank_0_that_never_comes_is_told(where, monkeypatch):
-    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.5)
     results, seconds = in_threads([arrival(r, 3, where, seconds=0.5) for r in (1, 2)])
     refused(results, f"rank 0 (answers at|writes) .*{re.escape(where)}.* but got no answer.*is rank 0 running")
     assert seconds < 2
 
 
+def notes(monkeypatch, capsys, calls):
+    """The lines that ranks print which wait for a moment; all of them meet."""
+    monkeypatch.setattr(rendezvous, "NOTE_SECONDS", 0.3)
+    results, _ = in_threads(calls)
+    assert_met(results)
+    return sorted(capsys.readouterr().err.splitlines())
+
+
+def test_rank_0_says_once_how_many_it_waits_for(where, monkeypatch, capsys):
+    calls = [arrival(r, 3, where, delay=1.2 * (r == 2)) for r in range(3)]
+    (line,) = notes(monkeypatch, capsys, calls)
+    assert re.fullmatch(rf"rank 0 waits at .*{re.escape(where)}'? for 1 of 3 ranks, for at most [45] s more", line)
+
+
+def test_ranks_say_once_that_they_wait_for_rank_0(where, monkeypatch, capsys):
+    lines = notes(monkeypatch, capsys, [arrival(r, 3, where, delay=1.2 * (r == 0)) for r in range(3)])
+    assert len(lines) == 2
+    for rank, line in enumerate(lines, 1):
+        rule = rf"rank {rank} waits for rank 0 at .*{re.escape(where)}'?, for at most [45] s more"
+        assert re.fullmatch(rule, line)
+
+
+def test_ranks_that_meet_at_once_say_nothing(where, monkeypatch, capsys):
+    assert notes(monkeypatch, capsys, [arrival(r, 2, where) for r in range(2)]) == []
+
+
 def test_process_that_has_ended_is_not_waited_for(where):
-    calls = [arrival(0, 3, where, lost=lambda: "rank 2: its process has ended"), arrival(1, 3, where)]
+    calls = [arrival(0, 3, where, first_exit=lambda: "rank 2: its process has ended"), arrival(1, 3, where)]
     results, seconds = in_threads(calls)
     refused(results, "rank 2: its process has ended")
     assert seconds < 2
 
 
 def test_rank_0_that_has_ended_is_not_waited_for(where):
-    results, seconds = in_threads([arrival(1, 2, where, lost=lambda: "rank 0: its process has ended")])
+    results, seconds = in_threads([arrival(1, 2, where, first_exit=lambda: "rank 0: its process has ended")])
     refused(results, "rank 0: its process has ended")
     assert seconds < 1
 
@@ -511,7 +538,7 @@ def test_every_two_ranks_are_connected_on_every_channel(ranks):
 
 
 def test_rank_of_another_run_is_not_connected(monkeypatch):
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.2)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.2)
     first, second = connected(2, runs=["a", "b"], seconds=0.5)
     assert "rank 1 did not connect to rank 0" in str(first) and "rank 0 does not answer at any of 127.0.0.1:" in str(
         second
@@ -519,7 +546,7 @@ def test_rank_of_another_run_is_not_connected(monkeypatch):
 
 
 def test_rank_that_does_not_connect_is_named(monkeypatch):
-    monkeypatch.setattr(mesh, "ATTEMPT", 0.2)
+    monkeypatch.setattr(mesh, "ATTEMPT_SECONDS", 0.2)
     first, third = connected(3, who=[0, 2], seconds=0.5)
     assert "rank 1 did not connect to rank 0" in str(first) and "rank 1 does not answer at any of" in str(third)
 
@@ -535,12 +562,12 @@ def test_arrays_arrive_whole(size):
     with linked(3) as links:
         comms = [Sockets(r, 3, links[r], None, 10.0) for r in range(3)]
 
-        def swap(rank):
+        def all_to_all(rank):
             got = [np.zeros(size, np.uint8) for _ in range(3)]
-            comms[rank].swap([values[rank]] * 3, got)
+            comms[rank].all_to_all([values[rank]] * 3, got)
             return [g for r, g in enumerate(got) if r != rank]
 
-        results, _ = in_threads([lambda r=r: swap(r) for r in range(3)])
+        results, _ = in_threads([lambda r=r: all_to_all(r) for r in range(3)])
     for rank in range(3):
         assert all(np.array_equal(g, values[r]) for g, r in zip(results[rank], [r for r in range(3) if r != rank]))
 
@@ -549,7 +576,7 @@ def test_rank_that_does_not_answer_the_last_exchange_is_an_error():
     with linked(2) as links:
         begin = time.monotonic()
         with pytest.raises(HandgradError, match="a rank has not answered for"):
-            Sockets(0, 2, links[0], None, 0.3).exchange(b"x")
+            Sockets(0, 2, links[0], None, 0.3).all_gather_bytes(b"x")
         assert time.monotonic() - begin < 2
 
 
@@ -558,8 +585,8 @@ def test_rank_that_does_not_answer_the_last_exchange_is_an_error():
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(watch, "BEAT", 0.05)
-    monkeypatch.setattr(watch, "SILENCE", 0.5)
+    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "TIMEOUT_SECONDS", 0.5)
 
 
 def links_of(links, channel="watch"):
@@ -588,20 +615,20 @@ def test_ranks_that_live_are_no_failure(fast):
 def test_rank_that_ends_is_noticed_at_once():
     with linked(3) as links:
         own = links_of(links)
-        watches = [Watch(r, own[r], lambda rank: f"fate of {rank}") for r in (0, 1)]
+        watches = [Watch(r, own[r], lambda rank: f"reason of {rank}") for r in (0, 1)]
         begin = time.monotonic()
         for link in own[2].values():
             link.shutdown(socket.SHUT_RDWR)
         wait(lambda: all(w.failure for w in watches))
-        assert time.monotonic() - begin < 0.9  # less than a beat
+        assert time.monotonic() - begin < 0.9  # less than a heartbeat
         for w in watches:
-            assert w.failure.rank == 2 and w.failure.is_gone and "[rank 2] fate of 2." in str(w.failure)
+            assert w.failure.rank == 2 and w.failure.is_gone and "[rank 2] reason of 2." in str(w.failure)
             with pytest.raises(RankError):
                 w.check()
 
 
 def test_a_watch_that_does_not_read_the_end_is_caught(monkeypatch):
-    """Mutation: bytes that end count as a beat."""
+    """Mutation: bytes that end count as a heartbeat."""
     monkeypatch.setattr(Watch, "_read", lambda self, rank, now: self._heard.update({rank: now}))
     with linked(2) as links:
         own = links_of(links)
@@ -614,7 +641,7 @@ def test_a_watch_that_does_not_read_the_end_is_caught(monkeypatch):
 def test_rank_that_is_silent_is_noticed(fast):
     with linked(2) as links:
         own = links_of(links)
-        w = Watch(0, own[0])  # rank 1 has none: it sends no beats
+        w = Watch(0, own[0])  # rank 1 has none: it sends no heartbeats
         begin = time.monotonic()
         wait(lambda: w.failure)
         assert 0.45 < time.monotonic() - begin < 1.5
@@ -622,7 +649,7 @@ def test_rank_that_is_silent_is_noticed(fast):
 
 
 def failure_after_a_stop(monkeypatch):
-    """What a watch knows after its clock has jumped, as after SIGSTOP and SIGCONT of all ranks: no beats wait."""
+    """What a watch knows after its clock has jumped, as after SIGSTOP and SIGCONT of all ranks: no heartbeats wait."""
     offset, real = [0.0], time.monotonic
     monkeypatch.setattr(watch.time, "monotonic", lambda: real() + offset[0])
     with linked(2) as links:
@@ -703,38 +730,40 @@ def test_rank_that_waits_for_data_of_a_failed_one_raises_its_error():
         assert isinstance(error, RankError) and error.code == 1 and "[rank 1] a bug." in str(error)
         assert time.monotonic() - begin < 2
         last = [comm.after_failure() for comm in comms]  # both can still say how far they are
-        results, _ = in_threads([lambda c=c: c.agree(c.rank) for c in last])
+        results, _ = in_threads([lambda c=c: c.all_gather_object(c.rank) for c in last])
         assert results == [[0, 1], [0, 1]]
         for comm in comms:
             comm.close()
 
 
-def test_self_started_ranks_meet_and_leave(tmp_path, monkeypatch):
+def test_self_started_ranks_meet_and_leave(monkeypatch, capsys):
     """`start` with the ranks as threads: what it gives to the other processes suffices for them."""
-    monkeypatch.setattr(world.atexit, "register", lambda *_: None)
-    monkeypatch.setattr(world.sys, "excepthook", world.sys.excepthook)
+    monkeypatch.setattr(startup.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(startup.sys, "excepthook", startup.sys.excepthook)
     results = {}
 
     class Process:
         def __init__(self, command, env, stdin):
             assert command[1:4] == ["-P", "-m", "handgrad.cli"] and command[4:] == ["train", "--ranks", "3"]
-            rank = int(env[world.OWN].split()[0])
-            monkeypatch.setattr(world.os, "getppid", world.os.getpid)
+            rank = int(env[processes.RANK_VARIABLE].split()[0])
+            monkeypatch.setattr(startup.os, "getppid", startup.os.getpid)
 
             def run():
-                comm = world._open(Asked(), env)
-                results[rank] = comm.agree(comm.rank)
+                comm = startup._open(RanksRequest(), env)
+                results[rank] = comm.all_gather_object(comm.rank)
                 comm.close()
 
             self.thread = threading.Thread(target=run)
             self.thread.start()
 
         def wait(self, timeout):
-            raise world.subprocess.TimeoutExpired("", timeout)
+            raise processes.subprocess.TimeoutExpired("", timeout)
 
-    monkeypatch.setattr(world.subprocess, "Popen", Process)
-    comm = world.start(3, ["train", "--ranks", "3"])
-    assert comm.agree(comm.rank) == [0, 1, 2] and (comm.local, comm.local_rank) == (3, 0)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(startup.limits, "cores", lambda: 2)
+    comm = startup.start(3, ["train", "--ranks", "3"])
+    assert capsys.readouterr().err == "note: 3 ranks share 2 cores, and each gets one thread\n"
+    assert comm.all_gather_object(comm.rank) == [0, 1, 2] and (comm.local_world, comm.local_rank) == (3, 0)
     comm.close()
     wait(lambda: len(results) == 2)
     assert set(map(tuple, results.values())) == {(0, 1, 2)}
@@ -749,4 +778,4 @@ def test_gpus_without_a_gpu_are_no_ranks_on_the_cpu(no_launcher, capsys, flag):
 
 
 def test_an_empty_rendezvous_is_none():
-    assert asked("train", ["--rendezvous", "", "--ranks=2"]).rendezvous == ""
+    assert requested_ranks("train", ["--rendezvous", "", "--ranks=2"]).rendezvous == ""
