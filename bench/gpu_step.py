@@ -1,15 +1,17 @@
-"""Whole training steps of GPT-2 on one GPU: handgrad against PyTorch on the same GPU in the same run.
+"""Whole training steps on one GPU: handgrad against PyTorch on the same GPU in the same run.
 
     python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
     python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
+    python bench/gpu_step.py --models qwen0.5b llama1b   the Llama kind
     python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
-model of reference/gpt2_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed, and its vocabulary
-padded to 50,304, which is faster. Every contender is a process of its own, and each round runs them in turn; if both do
-not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median ms a step over the rounds,
-tok/s, MFU by llm.c's formula, device memory of the process, the CPU time that the host needs to start a step, and the
-time from the start of the process to its first finished step, with an empty and with a full cache.
+model of reference/gpt2_torch.py or llama_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
+and its vocabulary padded to a multiple of 128, which is faster. Every contender is a process of its own, and each round
+runs them in turn; if both do not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median
+ms a step over the rounds, tok/s, MFU by the model's formula, device memory of the process, the CPU time that the host
+needs to start a step, and the time from the start of the process to its first finished step, with an empty and with a
+full cache.
 """
 
 import argparse
@@ -65,6 +67,9 @@ TASKS = {
     "350m": Task("gpt2-355m", 24, 16, 1024, 32, 1024, 524288, 1, 38500),
     "774m": Task("gpt2-774m", 36, 20, 1280, 16, 1024, 262144, 1, 42500),
     "1558m": Task("gpt2-1558m", 48, 25, 1600, 8, 1024, 262144, 1, 0),
+    "qwen0.5b": Task("qwen2.5-0.5b", 24, 14, 896, 16, 1024, 524288, 1, 70000),
+    "qwen1.5b": Task("qwen2.5-1.5b", 28, 12, 1536, 16, 1024, 524288, 1, 110000),
+    "llama1b": Task("llama3.2-1b", 16, 32, 2048, 8, 2048, 262144, 1, 90000),
     "smoke": Task("d2", 2, 2, 128, 2, 32, 128, 1, 1),
 }
 
@@ -79,7 +84,7 @@ class Handgrad:
         import handgrad as hg
 
         data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False)
-        self.model, dtype = hg.models.gpt2(task.preset), "bf16" if device == "cuda" else "f32"
+        self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
         kinds = {f.name for f in dataclasses.fields(hg.Precision)}
         precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
         how = {"extra_programs": (), "backend": device} | {k: v for k, v in options.items() if k not in kinds}
@@ -133,13 +138,18 @@ class Torch:
         import numpy as np
         import torch
         from gpt2_torch import GPT2, adamw
+        from llama_torch import SIZES, Llama
 
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.torch, self.task, self.done = torch, task, 0
         self.ids = np.fromfile(shard, np.uint16, offset=HEADER_BYTES)
-        vocab = -(-VOCAB // 128) * 128
-        self.model = GPT2(vocab, task.T, task.layers, task.heads, task.hidden, bf16=device == "cuda").to(device)
+        bf16 = device == "cuda"
+        if task.preset in SIZES:
+            self.model = Llama(task.preset, task.T, bf16=bf16).to(device)
+        else:
+            vocab = -(-VOCAB // 128) * 128
+            self.model = GPT2(vocab, task.T, task.layers, task.heads, task.hidden, bf16=bf16).to(device)
         self.model.compile()
         self.optimizer = adamw(self.model, 1e-4, (0.9, 0.95), 1e-8, 0.1)
         self.device = device

@@ -21,6 +21,7 @@ def test_pointers(call):
     assert resolve_pointer(pointer_word("tma.x@4096:35x512"), call) == (call.x, 4096)
     assert resolve_pointer("scratch@128", call) == ("scratch", 128)
     assert resolve_pointer("scalars", call) == ("scalars", 0)
+    assert resolve_pointer("null", call) == (None, 0)
 
 
 def test_tensor_maps(call):

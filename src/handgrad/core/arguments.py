@@ -12,8 +12,9 @@ The arguments of a kernel are a line of words, pointers | numbers:
 
     "dx dw dy x scalars scratch | N M K eps accumulate.dw"
 
-A pointer is an input, an output, `scalars` (the step scalars) or `scratch`, with an optional `@bytes` offset. A number
-is a dimension, an attribute, an integer, or `accumulate.dw`: 1 if dw already holds a value of this step, else 0.
+A pointer is an input, an output, `scalars` (the step scalars) or `scratch`, with an optional `@bytes` offset, or `null`
+where only other ops of the same kernel pass a tensor. A number is a dimension, an attribute, an integer, or
+`accumulate.dw`: 1 if dw already holds a value of this step, else 0.
 """
 
 from dataclasses import dataclass

@@ -233,13 +233,15 @@ class Call:
         return out in self.overwrites or out in self.first
 
 
-RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not name.startswith("_")} | {"scratch"}
+WORDS = {"scalars": "scalars", "scratch": "scratch", "null": None}  # pointer words that name no argument
+RESERVED = {f.name for f in fields(Call)} | {name for name in vars(Call) if not name.startswith("_")}
+RESERVED |= {"scratch", "null"}
 
 
 def resolve_pointer(word: str, c: Call) -> tuple[Tensor | str | None, int]:
-    """What a pointer word names (a tensor, "scalars", "scratch", or None if absent), and an offset in bytes."""
+    """What a pointer word names (a tensor, "scalars", "scratch", or None for NULL), and an offset in bytes."""
     name, _, offset = word.partition("@")
-    return (name if name in ("scalars", "scratch") else getattr(c, name)), int(offset or 0)
+    return (WORDS[name] if name in WORDS else getattr(c, name)), int(offset or 0)
 
 
 def resolve_number(word: str, c: Call, micro_batch: MicroBatch = ONLY) -> int | float:

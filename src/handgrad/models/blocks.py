@@ -10,6 +10,7 @@ from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
 from handgrad.ops import (
     add_norm,
+    add_rms_norm,
     attention,
     attention_decode,
     dropout,
@@ -20,6 +21,7 @@ from handgrad.ops import (
     norm,
     rope,
 )
+from handgrad.ops import rms_norm as rms_norm_alone
 from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 
 # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
@@ -45,6 +47,15 @@ def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 
     if h is None:
         return x, g.emit(norm, x, w, b, eps=eps)[0]
     return g.emit(add_norm, x, h[0], w, b, h[1], eps=eps)[:2]
+
+
+def rms_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float) -> tuple[Tensor, Tensor]:
+    """(residual, normed), as `layer_norm`, with the RMS norm: neither mean nor bias."""
+    with g.scope(name):
+        w = g.param("weight", x.shape[-1:], ONES)
+    if h is None:
+        return x, g.emit(rms_norm_alone, x, w, eps=eps)[0]
+    return g.emit(add_rms_norm, x, h[0], w, h[1], eps=eps)[:2]
 
 
 def drop(g: Program, x: Tensor, p: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from handgrad.ops.adamw.op import adamw
 from handgrad.ops.add.op import add
-from handgrad.ops.add_norm.op import add_norm, norm, norm_backward
+from handgrad.ops.add_norm.op import add_norm, add_rms_norm, norm, norm_backward, rms_norm, rms_norm_backward
 from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
 from handgrad.ops.dropout.op import dropout
@@ -26,6 +26,9 @@ _ALL = (
     norm,
     add_norm,
     norm_backward,
+    rms_norm,
+    add_rms_norm,
+    rms_norm_backward,
     attention,
     attention_backward,
     attention_decode,

@@ -1,4 +1,5 @@
 // add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: y of s = x      math: README.md §2, §3
+// add_rms_norm, rms_norm: y = s * rstd * w, without mean and b
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) f32      dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
@@ -7,26 +8,45 @@
 // source    own work
 #include "kernel.h"
 
-// Statistics and y of one row, in three passes; the row stays in L1. The second pass also sums the rounding error of
-// the mean, which would reach every y where the mean is far from zero.
-static inline void norm_row(real *restrict y, float *mean, float *rstd, const real *restrict s, const real *restrict w,
-                            const real *restrict b, int64_t C, float eps) {
-  float sum = 0.0f, rest = 0.0f, squares = 0.0f;
+// Kernels pass LAYER or RMS as a constant, and the functions of a row are inlined into them: each compiles to the
+// passes that its norm needs. An RMS norm has no mean, b and db: NULL.
+enum { LAYER, RMS };
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE void add_row(real *s, const real *x, const real *h, const real *hb, int64_t C) {
+  if (hb) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) s[c] = store(load(x[c]) + (load(h[c]) + load(hb[c])));
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) s[c] = store(load(x[c]) + load(h[c]));
+  }
+}
+
+// Statistics and y of one row, in three passes, or two; the row stays in L1. The second pass also sums the rounding
+// error of the mean, which would reach every y where the mean is far from zero.
+INLINE void norm_row(real *restrict y, float *mean, float *rstd, const real *restrict s, const real *restrict w,
+                     const real *restrict b, int64_t C, float eps, int kind) {
+  float m = 0.0f, rest = 0.0f, squares = 0.0f;
+  if (kind == LAYER) {
+    float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < C; c++) sum += load(s[c]);
-  float m = sum / (float)C;
+    for (int64_t c = 0; c < C; c++) sum += load(s[c]);
+    m = sum / (float)C;
+  }
 #pragma omp simd reduction(+ : rest, squares)
   for (int64_t c = 0; c < C; c++) {
     float centred = load(s[c]) - m;
-    rest += centred;
+    if (kind == LAYER) rest += centred;
     squares += centred * centred;
   }
-  m += rest / (float)C;
-  float r = 1.0f / sqrtf(squares / (float)C + eps);
+  if (kind == LAYER) *mean = m += rest / (float)C;
+  float r = *rstd = 1.0f / sqrtf(squares / (float)C + eps);
 #pragma omp simd
-  for (int64_t c = 0; c < C; c++) y[c] = store((load(s[c]) - m) * r * load(w[c]) + load(b[c]));
-  *mean = m;
-  *rstd = r;
+  for (int64_t c = 0; c < C; c++) {
+    float scaled = (load(s[c]) - m) * r * load(w[c]);
+    y[c] = store(kind == LAYER ? scaled + load(b[c]) : scaled);
+  }
 }
 
 ENTRY(add_norm_forward) {
@@ -39,16 +59,23 @@ ENTRY(add_norm_forward) {
   float eps = a->eps;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < N; n++) {
-    real *sum = s + n * C;
-    const real *stream = x + n * C, *branch = h + n * C;
-    if (hb) {
-#pragma omp simd
-      for (int64_t c = 0; c < C; c++) sum[c] = store(load(stream[c]) + (load(branch[c]) + load(hb[c])));
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < C; c++) sum[c] = store(load(stream[c]) + load(branch[c]));
-    }
-    norm_row(y + n * C, mean + n, rstd + n, s + n * C, w, b, C, eps);
+    add_row(s + n * C, x + n * C, h + n * C, hb, C);
+    norm_row(y + n * C, mean + n, rstd + n, s + n * C, w, b, C, eps, LAYER);
+  }
+}
+
+ENTRY(add_rms_norm_forward) {
+  real *s = a->s, *y = a->y;        // (N, C)
+  float *rstd = a->rstd;            // (N)
+  const real *x = a->x, *h = a->h;  // (N, C)
+  const real *w = a->w;             // (C)
+  const real *hb = a->hb;           // (C) or NULL
+  int64_t N = a->N, C = a->C;
+  float eps = a->eps;
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n++) {
+    add_row(s + n * C, x + n * C, h + n * C, hb, C);
+    norm_row(y + n * C, NULL, rstd + n, s + n * C, w, NULL, C, eps, RMS);
   }
 }
 
@@ -60,7 +87,17 @@ ENTRY(norm_forward) {
   int64_t N = a->N, C = a->C;
   float eps = a->eps;
 #pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < N; n++) norm_row(y + n * C, mean + n, rstd + n, x + n * C, w, b, C, eps);
+  for (int64_t n = 0; n < N; n++) norm_row(y + n * C, mean + n, rstd + n, x + n * C, w, b, C, eps, LAYER);
+}
+
+ENTRY(rms_norm_forward) {
+  real *y = a->y;                           // (N, C)
+  float *rstd = a->rstd;                    // (N)
+  const real *x = a->x, *w = a->w;          // (N, C); (C)
+  int64_t N = a->N, C = a->C;
+  float eps = a->eps;
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n++) norm_row(y + n * C, NULL, rstd + n, x + n * C, w, NULL, C, eps, RMS);
 }
 
 // Rows of one chunk: at least 16, and at most 128 chunks, so that partial sums stay small.
@@ -70,25 +107,34 @@ static int64_t chunk_rows(int64_t N) {
 }
 static int64_t num_chunks(int64_t N) { return (N + chunk_rows(N) - 1) / chunk_rows(N); }
 
+static int64_t num_sums(int kind) { return kind == LAYER ? 3 : 2; }  // column sums of a chunk: dw, db, dhb; or dw, dhb
+
 SCRATCH(norm_backward)(int64_t N, int64_t C, int64_t threads) {
   (void)threads;
-  return num_chunks(N) * 3 * C * (int64_t)sizeof(float);
+  return num_chunks(N) * num_sums(LAYER) * C * (int64_t)sizeof(float);
+}
+SCRATCH(rms_norm_backward)(int64_t N, int64_t C, int64_t threads) {
+  (void)threads;
+  return num_chunks(N) * num_sums(RMS) * C * (int64_t)sizeof(float);
 }
 
-// dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds a row to dw, db, dhb
-static inline void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, float *restrict dhb,
-                                     const real *restrict dy, const real *restrict ds, const real *restrict s,
-                                     const real *restrict w, float mean, float rstd, int64_t C) {
+// dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds a row to dw, db, dhb.
+// An RMS norm: n = s * rstd, and without the mean of dn.
+INLINE void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, float *restrict dhb,
+                              const real *restrict dy, const real *restrict ds, const real *restrict s,
+                              const real *restrict w, float mean, float rstd, int64_t C, int kind) {
   float sum = 0.0f, dot = 0.0f;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t c = 0; c < C; c++) {
     float g = load(dy[c]), normed = (load(s[c]) - mean) * rstd, dn = g * load(w[c]);
-    sum += dn;
     dot += dn * normed;
     dw[c] += g * normed;
-    db[c] += g;
+    if (kind == LAYER) {
+      sum += dn;
+      db[c] += g;
+    }
   }
-  sum /= (float)C;
+  sum = kind == LAYER ? sum / (float)C : 0.0f;
   dot /= (float)C;
 #pragma omp simd
   for (int64_t c = 0; c < C; c++) {
@@ -99,13 +145,24 @@ static inline void norm_row_backward(real *restrict dx, float *restrict dw, floa
   }
 }
 
-// d = or += the sum of all chunks, columns [from, to)
-static inline void sum_chunks(float *restrict d, int add, const float *restrict partial, int64_t chunks, int64_t C,
+// dx of the rows of chunk k, and their column sums: sums (num_sums, C)
+INLINE void norm_chunk_backward(real *dx, float *sums, int has_dhb, const real *dy, const real *ds, const real *s,
+                                const real *w, const float *mean, const float *rstd, int64_t k, int64_t N, int64_t C,
+                                int kind) {
+  int64_t rows = chunk_rows(N), dhb = num_sums(kind) - 1;
+  memset(sums, 0, (size_t)((dhb + has_dhb) * C) * sizeof(float));
+  for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
+    norm_row_backward(dx + n * C, sums, kind == LAYER ? sums + C : NULL, has_dhb ? sums + dhb * C : NULL, dy + n * C,
+                      ds ? ds + n * C : NULL, s + n * C, w, kind == LAYER ? mean[n] : 0.0f, rstd[n], C, kind);
+}
+
+// d = or += the sum of all chunks, columns [from, to); a chunk's sums are `stride` after those of the one before
+static inline void sum_chunks(float *restrict d, int add, const float *restrict partial, int64_t chunks, int64_t stride,
                               int64_t from, int64_t to) {
   for (int64_t k = 0; k < chunks; k++) {
     int keep = add || k > 0;
 #pragma omp simd
-    for (int64_t c = from; c < to; c++) d[c] = (keep ? d[c] : 0.0f) + partial[k * 3 * C + c];
+    for (int64_t c = from; c < to; c++) d[c] = (keep ? d[c] : 0.0f) + partial[k * stride + c];
   }
 }
 
@@ -117,20 +174,35 @@ ENTRY(norm_backward) {
   const float *mean = a->mean, *rstd = a->rstd;    // (N)
   int64_t N = a->N, C = a->C;
   float *partial = a->scratch;                     // (chunks, 3, C)
-  int64_t rows = chunk_rows(N), chunks = num_chunks(N);
+  int64_t chunks = num_chunks(N), stride = num_sums(LAYER) * C;
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t k = 0; k < chunks; k++) {
-      float *to = partial + k * 3 * C, *to_hb = dhb ? to + 2 * C : NULL;
-      memset(to, 0, (size_t)(3 * C) * sizeof(float));
-      for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
-        norm_row_backward(dx + n * C, to, to + C, to_hb, dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, mean[n],
-                          rstd[n], C);
-    }
+    for (int64_t k = 0; k < chunks; k++)
+      norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, mean, rstd, k, N, C, LAYER);
     int64_t from = C * hg_thread() / hg_num_threads(), to = C * (hg_thread() + 1) / hg_num_threads();
-    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, C, from, to);
-    sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, C, from, to);
-    if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + 2 * C, chunks, C, from, to);
+    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
+    sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, stride, from, to);
+    if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + 2 * C, chunks, stride, from, to);
+  }
+}
+
+ENTRY(rms_norm_backward) {
+  real *dx = a->dx;                                // (N, C)
+  float *dw = a->dw, *dhb = a->dhb;                // (C); dhb or NULL
+  const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds or NULL
+  const real *w = a->w;                            // (C)
+  const float *rstd = a->rstd;                     // (N)
+  int64_t N = a->N, C = a->C;
+  float *partial = a->scratch;                     // (chunks, 2, C)
+  int64_t chunks = num_chunks(N), stride = num_sums(RMS) * C;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < chunks; k++)
+      norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, NULL, rstd, k, N, C, RMS);
+    int64_t from = C * hg_thread() / hg_num_threads(), to = C * (hg_thread() + 1) / hg_num_threads();
+    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
+    if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + C, chunks, stride, from, to);
   }
 }

@@ -1,4 +1,5 @@
 // add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: the same of x alone      math: README.md §2, §3
+// add_rms_norm, rms_norm: y = s * rstd * w, without mean and b, by the same kernels
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
 // backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) grad_t   dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
@@ -14,8 +15,9 @@
 // -DVEC          elements of one access: 16 bytes of them where C is a multiple, else 1
 // -DROW_THREADS  threads per row: 32, or all of a block
 // -DROWS         rows that a block holds at a time
-// -DBIAS         1: add_norm is given hb
-#if !defined(COLUMNS) || !defined(VEC) || !defined(ROW_THREADS) || !defined(ROWS) || !defined(FORWARD)
+// -DBIAS         1: hb is given
+// -DRMS          1: an RMS norm; mean, b and db are NULL
+#if !defined(RMS) || !defined(COLUMNS) || !defined(VEC) || !defined(ROW_THREADS) || !defined(ROWS) || !defined(FORWARD)
 #error "add_norm/op.py defines these"
 #endif
 
@@ -37,16 +39,19 @@ __device__ __forceinline__ float row_sum(float x, float *buffer) {
 }
 
 #if FORWARD
-// y and the statistics of row n, which its threads hold. The second sum corrects the rounding error of the mean.
+// y and the statistics of row n, which its threads hold. The second sum corrects the rounding error of the mean; an RMS
+// norm needs neither.
 __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, const Pk s[PACKS], const real *w,
                                          const real *b, i64 n, int lane, float eps, float *buffer) {
-  float sum = 0.0f, rest = 0.0f, squares = 0.0f;
+  float sum = 0.0f, rest = 0.0f, squares = 0.0f, m = 0.0f;
+  if constexpr (!RMS) {
 #pragma unroll
-  for (int k = 0; k < PACKS; k++)
-    if (inside(k, lane))
+    for (int k = 0; k < PACKS; k++)
+      if (inside(k, lane))
 #pragma unroll
-      for (int i = 0; i < VEC; i++) sum += s[k].at(i);
-  float m = row_sum(sum, buffer) / C;
+        for (int i = 0; i < VEC; i++) sum += s[k].at(i);
+    m = row_sum(sum, buffer) / C;
+  }
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane))
@@ -56,18 +61,22 @@ __device__ __forceinline__ void norm_row(real *y, float *mean, float *rstd, cons
         rest += centred;
         squares += centred * centred;
       }
-  m += row_sum(rest, buffer) / C;
+  if constexpr (!RMS) m += row_sum(rest, buffer) / C;
   float r = 1.0f / sqrtf(row_sum(squares, buffer) / C + eps);
 #pragma unroll
   for (int k = 0; k < PACKS; k++)
     if (inside(k, lane)) {
-      Pk scale = load<real, VEC>(w + column(k, lane)), shift = load<real, VEC>(b + column(k, lane)), out;
+      Pk scale = load<real, VEC>(w + column(k, lane)), shift = {}, out;
+      if constexpr (!RMS) shift = load<real, VEC>(b + column(k, lane));
 #pragma unroll
-      for (int i = 0; i < VEC; i++) out.set(i, (s[k].at(i) - m) * r * scale.at(i) + shift.at(i));
+      for (int i = 0; i < VEC; i++) {
+        float scaled = (s[k].at(i) - m) * r * scale.at(i);
+        out.set(i, RMS ? scaled : scaled + shift.at(i));
+      }
       store(y + n * C + column(k, lane), out);
     }
   if (lane == 0) {
-    mean[n] = m;
+    if constexpr (!RMS) mean[n] = m;
     rstd[n] = r;
   }
 }
@@ -119,7 +128,7 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 #else
-// -DSUMS           column sums: dw, db; 3: and dhb
+// -DSUMS           column sums: dw, db unless RMS, dhb if wanted
 // -DSTREAMS        3; 2 where ds is not given
 // -DSTAGED         1: rows are prefetched into shared memory; 0: C is odd, or too long for it
 // -DBLOCKS_PER_SM  blocks per SM, which bounds registers
@@ -132,6 +141,7 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
 #error "add_norm/op.py defines SUM_THREADS"
 #endif
 
+constexpr int DB = 1, DHB = RMS ? 1 : 2;           // places among the sums; dw is the first
 typedef Pack<float, VEC> ColumnSums[SUMS][PACKS];  // of a thread's columns
 
 // Adds up the column sums of the groups of a block, through shared memory, into block (SUMS, C).
@@ -184,7 +194,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
     }
   };
   i64 n = N - 1 - ((i64)blockIdx.x * ROWS + group);
-  float next_mean = n >= 0 ? mean[n] : 0.0f, next_rstd = n >= 0 ? rstd[n] : 0.0f;
+  float next_mean = !RMS && n >= 0 ? mean[n] : 0.0f, next_rstd = n >= 0 ? rstd[n] : 0.0f;
   fetch(n, 0);
   if constexpr (STAGED) {
     for (int c = threadIdx.x * VEC; c < C; c += ROW_THREADS * ROWS * VEC) store(weight + c, load<real, VEC>(w + c));
@@ -195,7 +205,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
     float m = next_mean, r = next_rstd, sum = 0.0f, dot = 0.0f;
     fetch(n - step, stage ^ 1);
     if (n >= step) {
-      next_mean = mean[n - step];
+      if constexpr (!RMS) next_mean = mean[n - step];
       next_rstd = rstd[n - step];
     }
     const real *from[3] = {dy + n * C, s + n * C, ds + n * C}, *scale = w;
@@ -213,13 +223,13 @@ norm_backward_kernel(real *__restrict__ dx,                                     
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
           float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
-          sum += dn;
+          if constexpr (!RMS) sum += dn;
           dot += dn * normed;
           sums[0][k].v[i] += g.at(i) * normed;
-          sums[1][k].v[i] += g.at(i);
+          if constexpr (!RMS) sums[DB][k].v[i] += g.at(i);
         }
       }
-    sum = row_sum(sum, buffer) / C;
+    if constexpr (!RMS) sum = row_sum(sum, buffer) / C;
     dot = row_sum(dot, buffer) / C;
     __syncwarp();  // makes the compiler read the row again instead of keeping all of it in registers
 #pragma unroll
@@ -232,7 +242,7 @@ norm_backward_kernel(real *__restrict__ dx,                                     
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
           float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i), d = rest.at(i) + r * (dn - sum - normed * dot);
-          if constexpr (SUMS == 3) sums[2][k].v[i] += d;
+          if constexpr (SUMS > DHB) sums[DHB][k].v[i] += d;
           to.set(i, d);
         }
         store(dx + n * C + c, to);
@@ -259,8 +269,8 @@ norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (
   sum = warp_reduce(buffer[x][y], Sum());  // now a warp a column
   c = blockIdx.x * 32 + y;
   if (x == 0 && c < SUMS * C) {
-    grad_t *to = c < C ? dw + c : c < 2 * C ? db + (c - C) : dhb + (c - 2 * C);
-    const i64 accumulate = c < C ? accumulate_dw : c < 2 * C ? accumulate_db : accumulate_dhb;
+    grad_t *to = c < C ? dw + c : c < DHB * C ? db + (c - DB * C) : dhb + (c - DHB * C);
+    const i64 accumulate = c < C ? accumulate_dw : c < DHB * C ? accumulate_db : accumulate_dhb;
     *to = from_float<grad_t>(accumulate ? to_float(*to) + sum : sum);
   }
 }
