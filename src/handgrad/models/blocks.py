@@ -15,17 +15,18 @@ from handgrad.ops import (
     loss_sum,
     norm,
 )
+from handgrad.ops.act import Act
 
 # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
 Branch = tuple[Tensor, Tensor | None]
 
 
-def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
-    """x w^T + b (N, size), optionally with GELU; keeps the pre-activation only where a backward will read it."""
+def dense(g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True) -> Tensor:
+    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(0.02))
-        b = g.param("bias", (size,), ZEROS)
-    return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.trains)[0]
+        b = g.param("bias", (size,), ZEROS) if bias else None
+    return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -49,15 +50,23 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
 
 
 def project(
-    g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
+    g: Program,
+    x: Tensor,
+    name: str,
+    size: int,
+    *,
+    std: float,
+    p: float,
+    pre_x: Tensor | None = None,
+    bias: bool = True,
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
-        b = g.param("bias", (size,), ZEROS)
+        b = g.param("bias", (size,), ZEROS) if bias else None
     drops = p > 0.0 and g.trains
-    y = g.emit(linear, x, w, b if drops else None, pre_x, gelu=False, keep_pre=False)[0]
+    y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
@@ -79,7 +88,7 @@ def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int,
 def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:
     """w2 gelu(w1 x + b1) + b2."""
     with g.scope(name):
-        h = dense(g, x, "c_fc", size, gelu=True)
+        h = dense(g, x, "c_fc", size, act=Act.GELU_TANH)
         pre = g.producer[h].pre  # None unless training
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
 
@@ -98,4 +107,4 @@ def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_siz
 
 def lm_head_logits(g: Program, x: Tensor, w: Tensor) -> Tensor:
     """The logits x w^T (N, Vp), as `Model.logits` describes them."""
-    return g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])
+    return g.output("logits", g.emit(linear, x, w, None, None, act=Act.NONE, keep_pre=False)[0])
