@@ -24,6 +24,7 @@ from handgrad.core.op import Call, Case, case
 from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import OPS
+from handgrad.ops.act import Act
 from handgrad.testing import set_scalars
 
 CALLS = 16  # least calls of a graph: the gap between two graphs is some microseconds
@@ -50,8 +51,10 @@ def rows(smoke: bool) -> list[tuple[str, str, Case]]:
         ("rms_norm_backward", "", case(**sizes, without="dhb")),
         ("dropout", "", case(**sizes, p=0.1, stream=1)),
         ("add", "", case(**sizes)),
-        ("linear_gelu", "", case(N=N, M=4 * C)),
-        ("linear_gelu_backward", "", case(N=N, M=4 * C)),
+        ("linear_act", "", case(N=N, M=4 * C, act=Act.GELU_TANH)),
+        ("linear_act_backward", "", case(N=N, M=4 * C, act=Act.GELU_TANH)),
+        ("gated", "", case(N=N, G=8 * C, act=Act.SILU)),
+        ("gated_backward", "", case(N=N, G=8 * C, act=Act.SILU)),
         ("fill", "one block", case(n=block, value=0.0)),
         ("adamw", "one block", case(n=block, **ADAM)),
         ("adamw", "embeddings", case(n=table, **ADAM)),

@@ -24,6 +24,7 @@ from handgrad.core.program import Program, Segment
 from handgrad.core.scalars import STEP_SCALARS, STEP_SCALARS_BYTES
 from handgrad.models import forward_loss
 from handgrad.ops import OPS, add, linear
+from handgrad.ops.act import Act
 from handgrad.train.start import Start, initialize
 
 library = importlib.import_module("handgrad.backends.cpu.library")  # the package has a function of that name
@@ -189,7 +190,7 @@ def test_mismatched_shapes_are_rejected_while_recording():
         HandgradError,
         match=r"\[linear\] K is 768 in 'x' \(8, 768\), but got 1024 in 'w' \(3072, 1024\).*test_backends.py:\d+",
     ):
-        p.emit(linear, x, w, None, None, gelu=False, keep_pre=False)
+        p.emit(linear, x, w, None, None, act=Act.NONE, keep_pre=False)
 
 
 def test_unknown_backend_is_rejected():

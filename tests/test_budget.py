@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
-    "backends": 4250,
+    "backends": 4400,
     "train": 3300,
     "optim": 200,
     "data tokenizers": 2450,

@@ -1,7 +1,9 @@
 """The C headers that the kernels share: vmath.h's error bounds, philox.h's known answers, rounding to bf16."""
 
 import ctypes
+import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import handgrad
 from handgrad.backends.arena import STEP_SCALARS_DTYPE
 from handgrad.backends.cpu import arguments
+from handgrad.ops.act import Act
 from handgrad.ops.dropout.reference import keep_mask, philox4x32
 
 INCLUDE = Path(handgrad.__file__).parent / "backends" / "cpu" / "include"
@@ -23,6 +26,13 @@ SOURCE = """
 SWEEP(vexp, float)
 SWEEP(vgelu, float)
 SWEEP(vgelu_grad, float)
+SWEEP(vnormal_cdf, float)
+SWEEP(vgelu_erf, float)
+SWEEP(vgelu_erf_grad, float)
+SWEEP(vsilu, float)
+SWEEP(vsilu_grad, float)
+SWEEP(vtanh, float)
+SWEEP(vtanh_grad, float)
 SWEEP(float_to_bf16, bf16)
 EXPORT void four(uint32_t *out, uint64_t lo, uint64_t hi, uint64_t key) {
   philox4 r = philox(lo, hi, key);
@@ -103,6 +113,50 @@ def test_gelu_grad_error_bound(lib):
     assert np.max(np.abs(sweep(lib, "vgelu_grad", x) - exact)) <= 2.5e-7
 
 
+def normal(x):
+    """(1 + erf(x / sqrt(2))) / 2 and its derivative, float64."""
+    return 0.5 * np.array([math.erfc(v) for v in -np.sqrt(0.5) * x]), np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+
+
+def test_erf_error_bound(lib):
+    """Of the normal distribution: absolute, and relative where it is not tiny."""
+    x = floats(-13, 13, 4999)
+    exact, _ = normal(x.astype(np.float64))
+    error = np.abs(sweep(lib, "vnormal_cdf", x) - exact)
+    assert np.max(error) <= 2.5e-7
+    assert np.max((error / exact)[x >= -5]) <= 1.2e-6
+
+
+def test_gelu_erf_error_bounds(lib):
+    x = floats(-30, 30, 4999)
+    cdf, density = normal(x.astype(np.float64))
+    exact = x * cdf
+    assert np.max(np.abs(sweep(lib, "vgelu_erf", x) - exact) / np.maximum(1, np.abs(exact))) <= 1.5e-7
+    assert np.max(np.abs(sweep(lib, "vgelu_erf_grad", x) - (cdf + x * density))) <= 2.5e-7
+
+
+def test_silu_error_bounds(lib):
+    x = floats(-87, 87)
+    x = x[np.abs(x) > 1e-30]  # the smallest are not normal numbers
+    s = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert np.max(np.abs(sweep(lib, "vsilu", x) / (x * s) - 1)) <= 3e-7
+    assert np.max(np.abs(sweep(lib, "vsilu_grad", x) - s * (1 + x * (1 - s)))) <= 2.5e-7
+
+
+def test_tanh_error_bounds(lib):
+    x = floats(-43, 43)
+    x = x[np.abs(x) > 1e-30]
+    e = np.exp(-2 * np.abs(x.astype(np.float64)))
+    assert np.max(np.abs(sweep(lib, "vtanh", x) / np.tanh(x.astype(np.float64)) - 1)) <= 2.5e-7
+    assert np.max(np.abs(sweep(lib, "vtanh_grad", x) / (4 * e / (1 + e) ** 2) - 1)) <= 5e-7
+
+
+@pytest.mark.parametrize("header", [INCLUDE / "vmath.h", INCLUDE.parents[1] / "cuda" / "include" / "activation.cuh"])
+def test_kernels_number_activations_as_python_does(header):
+    names = re.search(r"enum \{ (ACT_NONE[^}]*) \};", header.read_text())[1].split(", ")
+    assert names == [f"ACT_{act.name}" for act in Act] and list(Act) == list(range(len(names)))
+
+
 def test_vmath_special_values(lib):
     x = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 100, -100, 0, -0.0], np.float32)
     inf = np.inf
@@ -111,6 +165,13 @@ def test_vmath_special_values(lib):
     np.testing.assert_array_equal(sweep(lib, "vgelu", large), np.float32([np.nan, inf, 3e38, 0, 100, 0, 0]))
     slope = sweep(lib, "vgelu_grad", x)
     np.testing.assert_allclose(slope, [np.nan, 1, 0, 1, 0, 1, 0, 0.5, 0.5], atol=1e-30)
+    finite = np.float32([np.nan, 3e38, -3e38, 100, -100, 0])
+    for name in ("vgelu_erf", "vsilu"):
+        np.testing.assert_array_equal(sweep(lib, name, finite), np.float32([np.nan, 3e38, 0, 100, 0, 0]))
+    for name in ("vgelu_erf_grad", "vsilu_grad"):
+        np.testing.assert_allclose(sweep(lib, name, finite), [np.nan, 1, 0, 1, 0, 0.5], atol=1e-30)
+    np.testing.assert_array_equal(sweep(lib, "vtanh", x), np.float32([np.nan, 1, -1, 1, -1, 1, -1, 0, -0.0]))
+    np.testing.assert_array_equal(sweep(lib, "vtanh_grad", x), np.float32([np.nan, 0, 0, 0, 0, 0, 0, 1, 1]))
 
 
 def test_bf16_rounds_to_nearest_even(lib):

@@ -50,6 +50,7 @@ from handgrad.core.op import ONLY, Call, Case, MicroBatch, Op, resolve_number, r
 from handgrad.core.program import Program, Segment
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Collective, Gemm, Gpu, Kernel, Launches, Sdpa, pointer_word, type_defines
+from handgrad.ops.act import Act
 from handgrad.ops.linear import reference
 from handgrad.testing import case_program
 
@@ -273,9 +274,9 @@ class EmulatedExecutable(Executable):
             if g.epilogue == "gelu":
                 if aux is not None:
                     aux[...] = y
-                y = reference.gelu(y)
+                y = reference.act_forward(y, Act.GELU_TANH)
             elif g.epilogue == "dgelu":
-                y = reference.gelu_backward(y, aux.astype(np.float32))
+                y = reference.act_backward(y, aux.astype(np.float32), Act.GELU_TANH)
             out[...] = y
 
         return run

@@ -1,6 +1,8 @@
 """The listing: one line a call, with phase, block, op, offsets, shapes, dtypes and source line."""
 
 from collections.abc import Callable
+from enum import Enum
+from typing import Any
 
 from handgrad.core.op import Call, Phase
 from handgrad.core.plan import MIB, Plan
@@ -16,6 +18,11 @@ def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
     return f"{name}{at} ({','.join(map(str, t.shape))}) {t.dtype}"
 
 
+def _value(v: Any) -> str:
+    """An attribute's value; a member of an enumeration by its name."""
+    return v.name.lower() if isinstance(v, Enum) else f"{v:g}" if isinstance(v, float) else str(v)
+
+
 def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
     """One call of the listing."""
     outs = [
@@ -24,7 +31,7 @@ def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
         if t is not None
     ]
     ins = [_tensor(t, c, plan) for t in c.ins if t is not None]
-    attrs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in c.attrs.items())
+    attrs = " ".join(f"{k}={_value(v)}" for k, v in c.attrs.items())
     parts = (
         f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}",
         " | ".join(outs),

@@ -83,6 +83,8 @@ ONLY = MicroBatch()  # the micro-batch of a step that does not accumulate
 class Recorder(Protocol):
     """The part of `Program` that gradient rules use."""
 
+    producer: dict[Tensor, "Call"]  # the call that makes each activation
+
     def emit(self, op: "Op", *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
         """Appends a call and returns its outputs."""
 

@@ -14,6 +14,7 @@ from handgrad.ops import (
     attention,
     attention_decode,
     dropout,
+    gated,
     linear,
     lm_loss,
     lm_loss_forward_backward,
@@ -22,18 +23,19 @@ from handgrad.ops import (
     rope,
 )
 from handgrad.ops import rms_norm as rms_norm_alone
+from handgrad.ops.act import Act
 from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 
 # what the next norm adds to the residual: (N, C), and its bias if that is still to be added
 Branch = tuple[Tensor, Tensor | None]
 
 
-def dense(g: Program, x: Tensor, name: str, size: int, *, gelu: bool = False) -> Tensor:
-    """x w^T + b (N, size), optionally with GELU; keeps the pre-activation only where a backward will read it."""
+def dense(g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True) -> Tensor:
+    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(0.02))
-        b = g.param("bias", (size,), ZEROS)
-    return g.emit(linear, x, w, b, None, gelu=gelu, keep_pre=gelu and g.trains)[0]
+        b = g.param("bias", (size,), ZEROS) if bias else None
+    return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -66,15 +68,23 @@ def drop(g: Program, x: Tensor, p: float) -> Tensor:
 
 
 def project(
-    g: Program, x: Tensor, name: str, size: int, *, std: float, p: float, pre_x: Tensor | None = None
+    g: Program,
+    x: Tensor,
+    name: str,
+    size: int,
+    *,
+    std: float,
+    p: float,
+    pre_x: Tensor | None = None,
+    bias: bool = True,
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
-        b = g.param("bias", (size,), ZEROS)
+        b = g.param("bias", (size,), ZEROS) if bias else None
     drops = p > 0.0 and g.trains
-    y = g.emit(linear, x, w, b if drops else None, pre_x, gelu=False, keep_pre=False)[0]
+    y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
@@ -126,9 +136,17 @@ def rotary(
 def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:
     """w2 gelu(w1 x + b1) + b2."""
     with g.scope(name):
-        h = dense(g, x, "c_fc", size, gelu=True)
+        h = dense(g, x, "c_fc", size, act=Act.GELU_TANH)
         pre = g.producer[h].pre  # None unless training
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
+
+
+def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float, std: float) -> Branch:
+    """down (act(gate x) * up x) without biases, `size` wide inside: SwiGLU, GeGLU. The rows of gate_up.weight are those
+    of gate, then those of up."""
+    with g.scope(name):
+        h = dense(g, x, "gate_up", 2 * size, bias=False)
+        return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 
 def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_size: int, chunks: int) -> Tensor:
@@ -145,4 +163,4 @@ def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_siz
 
 def lm_head_logits(g: Program, x: Tensor, w: Tensor) -> Tensor:
     """The logits x w^T (N, Vp), as `Model.logits` describes them."""
-    return g.output("logits", g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0])
+    return g.output("logits", g.emit(linear, x, w, None, None, act=Act.NONE, keep_pre=False)[0])

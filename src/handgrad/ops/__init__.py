@@ -8,8 +8,9 @@ from handgrad.ops.attention_decode.op import attention_decode
 from handgrad.ops.dropout.op import dropout
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
+from handgrad.ops.gated.op import gated, gated_backward
 from handgrad.ops.global_norm.op import global_norm
-from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
+from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
 from handgrad.ops.rope.op import rope, rope_backward
@@ -19,10 +20,12 @@ _ALL = (
     embed,
     embed_backward,
     linear,
-    linear_gelu,
-    linear_gelu_backward,
+    linear_act,
+    linear_act_backward,
     linear_backward_w,
     linear_backward_x,
+    gated,
+    gated_backward,
     norm,
     add_norm,
     norm_backward,

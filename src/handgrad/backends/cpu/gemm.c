@@ -30,7 +30,7 @@ enum {
 static const double SMALL = 5e5;             // multiply-adds; below this, waking threads costs more than it saves
 static const int64_t STREAM_BYTES = 1 << 20; // a larger result is evicted from the caches before it is read
 
-// ---- epilogue: bias, GELU, rounding to real ------------------------------------------------------------------------
+// ---- epilogue: bias, activation, rounding to real ------------------------------------------------------------------
 
 static inline void round_row(real *to, const float *c) {
 #if PAIRS
@@ -43,10 +43,10 @@ static inline void round_row(real *to, const float *c) {
 #endif
 }
 
-// Bias, GELU and rounding of c (rows, NR), whose first `cols` columns belong to the result, at (i, j). With a constant
-// `cols` the copies become plain moves.
+// Bias, activation and rounding of c (rows, NR), whose first `cols` columns belong to the result, at (i, j). With a constant
+// `cols` the copies become plain moves, with a constant `act` its loop vectorises.
 static inline __attribute__((always_inline)) void epilogue_rows(const Gemm *g, float *c, int64_t i, int64_t j,
-                                                                int64_t rows, const int64_t cols) {
+                                                                int64_t rows, const int64_t cols, const int act) {
   float bias[NR] = {0};
   real out[NR];
   if (g->bias) {
@@ -55,10 +55,10 @@ static inline __attribute__((always_inline)) void epilogue_rows(const Gemm *g, f
   for (int64_t r = 0; r < rows; r++, c += NR) {
     int64_t at = (i + r) * g->ldc + j;
     for (int q = 0; q < NR; q++) c[q] += bias[q];
-    if (g->gelu) {  // of the rounded value, so that recomputing GELU from a kept `pre` gives the same bits
+    if (act) {  // of the rounded value, so that recomputing y from a kept `pre` gives the same bits
       round_row(out, c);
       if (g->pre) memcpy(g->pre + at, out, sizeof(real) * (size_t)cols);
-      for (int q = 0; q < NR; q++) c[q] = vgelu(load(out[q]));
+      for (int q = 0; q < NR; q++) c[q] = vact(load(out[q]), act);
     }
     round_row(out, c);
     memcpy(g->y + at, out, sizeof(real) * (size_t)cols);
@@ -66,8 +66,11 @@ static inline __attribute__((always_inline)) void epilogue_rows(const Gemm *g, f
 }
 
 static void epilogue(const Gemm *g, float *c, int64_t i, int64_t j, int64_t rows, int64_t cols) {
-  if (cols == NR) epilogue_rows(g, c, i, j, rows, NR);
-  else epilogue_rows(g, c, i, j, rows, cols);
+  if (cols == NR) {
+    EACH_ACT(g->act, epilogue_rows, g, c, i, j, rows, NR)
+  } else {
+    EACH_ACT(g->act, epilogue_rows, g, c, i, j, rows, cols)
+  }
 }
 
 // ---- one round: an outer block of the result and a block of k ------------------------------------------------------
@@ -208,7 +211,7 @@ static Round round_at(const Gemm *g, const Blocking *b, const Operand *shared, c
     r.sum = (g->sum ? g->sum : (float *)g->y) + (b->a_shared ? s0 * g->ldc + t0 : t0 * g->ldc + s0);
     r.ld_sum = g->ldc;
   }
-  int has_epilogue = g->y && (HG_BF16 || g->bias || g->gelu);
+  int has_epilogue = g->y && (HG_BF16 || g->bias || g->act);
   int aligned = (uintptr_t)r.sum % 64 == 0 && g->ldc % 16 == 0;
   int streams = g->sum && aligned && b->k_block >= g->k && g->m * g->n * 4 >= STREAM_BYTES;
   r.sums_only = !has_epilogue || k0 + r.k < g->k;

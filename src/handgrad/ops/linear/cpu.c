@@ -1,8 +1,9 @@
-// linear: y = x w^T + b, with optional GELU                     math: README.md §2
-// forward     writes =        y, pre: (N, M) dtype                pre = y before GELU, kept for the backward
-// gelu        writes =        y: (N, M)                           recomputes y from pre
-// backward_w  writes = or +=  dw: (M, K), db: (M) float           += where accumulate_dw, accumulate_db
-// backward_x  writes =        dx: (N, K) dtype                    with pre, where x was gelu(pre): the gradient at pre
+// linear: y = act(x w^T + b)                                     math: README.md §2
+// forward       writes =        y, pre: (N, M) dtype              pre = y before act, kept for the backward
+// act           writes =        y: (N, M)                         recomputes y from pre
+// act_backward  writes =        dpre: (N, M)                      dpre = dy act'(pre)
+// backward_w    writes = or +=  dw: (M, K), db: (M) float         += where accumulate_dw, accumulate_db
+// backward_x    writes =        dx: (N, K) dtype                  with pre, where x was act(pre): the gradient at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
 // determinism  fixed order of sums for any number of threads
 // source    own work
@@ -25,28 +26,47 @@ ENTRY(linear_forward) {
   const real *b = a->b;  // (M) or NULL
   int64_t N = a->N, M = a->M, K = a->K;
   gemm(&(Gemm){.m = N, .n = M, .k = K, .a = x, .lda = K, .b = w, .ldb = K, .b_trans = 1, .y = y, .pre = pre, .ldc = M,
-               .bias = b, .gelu = (int)a->gelu, .threads = a->threads, .scratch = a->scratch});
+               .bias = b, .act = (int)a->act, .threads = a->threads, .scratch = a->scratch});
 }
 
-ENTRY(linear_gelu) {
+enum { BLOCK = 4096 };  // elements that a thread takes at a time
+
+static inline __attribute__((always_inline)) void act_block(real *y, const real *pre, int64_t n, const int act) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) y[i] = store(vact(load(pre[i]), act));
+}
+
+ENTRY(linear_act) {
   real *y = a->y;            // (N, M)
   const real *pre = a->pre;  // (N, M)
   int64_t n = a->N * a->M;
-#pragma omp parallel for simd schedule(static) if (n > 4096)
-  for (int64_t i = 0; i < n; i++) y[i] = store(vgelu(load(pre[i])));
+#pragma omp parallel for schedule(static) if (n > BLOCK)
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    int64_t size = n - i < BLOCK ? n - i : BLOCK;
+    EACH_ACT(a->act, act_block, y + i, pre + i, size)
+  }
 }
 
-// dpre = dy gelu'(pre); dpre may be dy itself.
-static void gelu_backward(real *dpre, const real *dy, const real *pre, int64_t n) {
-#pragma omp parallel for simd schedule(static) if (n > 4096)
-  for (int64_t i = 0; i < n; i++) dpre[i] = store(load(dy[i]) * vgelu_grad(load(pre[i])));
+static inline __attribute__((always_inline)) void act_backward_block(real *dpre, const real *dy, const real *pre,
+                                                                     int64_t n, const int act) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) dpre[i] = store(load(dy[i]) * vact_grad(load(pre[i]), act));
 }
 
-ENTRY(linear_gelu_backward) {
+// dpre = dy act'(pre); dpre may be dy itself.
+static void act_backward(real *dpre, const real *dy, const real *pre, int64_t n, int act) {
+#pragma omp parallel for schedule(static) if (n > BLOCK)
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    int64_t size = n - i < BLOCK ? n - i : BLOCK;
+    EACH_ACT(act, act_backward_block, dpre + i, dy + i, pre + i, size)
+  }
+}
+
+ENTRY(linear_act_backward) {
   real *dpre = a->dpre;      // (N, M)
   const real *dy = a->dy;    // (N, M)
   const real *pre = a->pre;  // (N, M)
-  gelu_backward(dpre, dy, pre, a->N * a->M);
+  act_backward(dpre, dy, pre, a->N * a->M, (int)a->act);
 }
 
 // db = or += the sum of dy over rows. Threads divide blocks of COLS columns.
@@ -87,5 +107,5 @@ ENTRY(linear_backward_x) {
   int64_t N = a->N, M = a->M, K = a->K;
   gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = a->threads,
                .scratch = a->scratch});
-  if (pre) gelu_backward(dx, dx, pre, N * K);
+  if (pre) act_backward(dx, dx, pre, N * K, (int)a->act);
 }

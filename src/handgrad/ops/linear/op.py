@@ -1,4 +1,4 @@
-"""linear: y = x w^T + b, with optional GELU, and its gradient calls. See README.md."""
+"""linear: y = act(x w^T + b), and its gradient calls. See README.md."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,63 +8,69 @@ from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
 from handgrad.core.tensor import Tensor
 from handgrad.launch import Gemm, Gpu, Kernel, Launches
 from handgrad.ops import wgmma_gemm
+from handgrad.ops.act import Act
 from handgrad.ops.add.op import add
 from handgrad.ops.linear import reference
 
 THREADS, SUM_THREADS = 256, 1024  # of a CUDA block; of one that adds partial sums of db
-GELU_PACKS, GELU_BACKWARD_PACKS = 4, 2  # accesses per thread in gelu and in its gradient
+ACT_PACKS, ACT_BACKWARD_PACKS = 4, 2  # accesses per thread in the activation and in its gradient
 DEFINES = {"THREADS": THREADS, "SUM_THREADS": SUM_THREADS}
-DEFINES |= {"GELU_PACKS": GELU_PACKS, "GELU_BACKWARD_PACKS": GELU_BACKWARD_PACKS}
+DEFINES |= {"ACT_PACKS": ACT_PACKS, "ACT_BACKWARD_PACKS": ACT_BACKWARD_PACKS}
 WEIGHT_GRADIENT = {"A_MN": 1, "B_MN": 1, "REDUCE_THREADS": 128}  # defines of weight_gradient.cu
 MIN_ROWS = 8192  # N from which our fused GEMM can beat the library's GEMM plus a pass over dy
+OTHERS = (Act.GELU_ERF, Act.RELU, Act.SILU, Act.TANH)  # that no GEMM of the GPU's library has in its epilogue
 
 
 class Linear(Op):
-    """y = x w^T + b; with gelu: pre = x w^T + b, y = gelu(pre). `keep_pre` stores pre for backward.
+    """y = x w^T + b; with an activation: pre = x w^T + b, y = act(pre). `keep_pre` stores pre for backward.
 
-    If `pre_x` is given, x is gelu(pre_x): backward then returns the gradient of pre_x instead of x, with the derivative
-    of GELU fused into the GEMM.
+    If `pre_x` is given, it is the `pre` of another linear, and x its y: backward then returns the gradient of pre_x
+    instead of x, with the derivative of that linear's activation fused into the GEMM where the library can.
     """
 
     name = "linear"
     ins = "x:N,K w:M,K b:M? pre_x:N,K?"
     outs = "y:N,M pre:N,M?"
-    attrs = {"gelu": bool, "keep_pre": bool}
+    attrs = {"act": Act, "keep_pre": bool}
     params = "w b"
     saved = "x w pre pre_x"
-    cpu = CpuKernel("linear_forward", "y pre x w b scratch | N M K gelu threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_forward", "y pre x w b scratch | N M K act threads", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19, gelu=False, keep_pre=False, without="pre_x"),
-        case(N=1, K=1, M=1, gelu=True, keep_pre=True, without="pre_x"),
-        case(N=65, K=96, M=130, gelu=True, keep_pre=True, without="pre_x"),
-        case(N=40, K=64, M=48, gelu=True, keep_pre=True, without="pre_x"),
-        case(N=1, K=64, M=257, gelu=False, keep_pre=False, without="b pre_x"),
-        case(N=1024, K=768, M=3072, gelu=True, keep_pre=True, without="pre_x", real="gpt2-124m, B=4 T=256"),
-        case(N=1024, K=3072, M=768, gelu=False, keep_pre=False, without="pre_x", real="gpt2-124m, B=4 T=256"),
-        case(N=4, K=768, M=3072, gelu=True, keep_pre=False, without="pre_x", real="gpt2-124m, decoding B=4"),
+        case(N=7, K=33, M=19, act=Act.NONE, keep_pre=False, without="pre_x"),
+        case(N=1, K=1, M=1, act=Act.GELU_TANH, keep_pre=True, without="pre_x"),
+        case(N=65, K=96, M=130, act=Act.GELU_TANH, keep_pre=True, without="pre_x"),
+        case(N=40, K=64, M=48, act=Act.GELU_TANH, keep_pre=True, without="pre_x"),
+        case(N=1, K=64, M=257, act=Act.NONE, keep_pre=False, without="b pre_x"),
+        *(case(N=9, K=24, M=40, act=act, keep_pre=True, without="pre_x") for act in OTHERS),
+        case(N=1024, K=768, M=3072, act=Act.GELU_TANH, keep_pre=True, without="pre_x", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, act=Act.NONE, keep_pre=False, without="pre_x", real="gpt2-124m, B=4 T=256"),
+        case(N=4, K=768, M=3072, act=Act.GELU_TANH, keep_pre=False, without="pre_x", real="gpt2-124m, decoding B=4"),
     )
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         return attrs["keep_pre"]
 
     def ref(self, v: Any) -> tuple:
-        pre = v.round(reference.linear_forward(v.x, v.w, v.b))  # GELU of the stored value: the same bits if recomputed
-        return (reference.gelu(pre) if v.gelu else pre), pre
+        pre = v.round(reference.linear_forward(v.x, v.w, v.b))  # act of the stored value: the same bits if recomputed
+        return reference.act_forward(pre, v.act), pre
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         dy, dpre = d["y"], d.get("pre")  # a reader of y that took pre returns dpre
-        if dy is not None and c.attrs["gelu"]:
-            dy = g.emit(linear_gelu_backward, dy, c.pre)
+        if dy is not None and c.attrs["act"]:
+            dy = g.emit(linear_act_backward, dy, c.pre, act=c.attrs["act"])
         if dpre is not None:
             dy = dpre if dy is None else g.emit(add, dy, dpre)
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
         # dw before dx: it overlaps dx now, and its reduction can start early later
         g.emit(linear_backward_w, dy, c.x, into=into)
-        return {"x" if c.pre_x is None else "pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x)}
+        if c.pre_x is None:
+            return {"x": g.emit(linear_backward_x, dy, c.w, None, act=Act.NONE)}
+        act = g.producer[c.pre_x].attrs["act"]
+        return {"pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x, act=act)}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        gelu, wide = c.attrs["gelu"], _vec(c.dtype, M, K) > 1
+        act, wide = c.attrs["act"], _vec(c.dtype, M, K) > 1
         gemm = Gemm("y", "x", "w", N, M, K, tb=True)
         to = "y" if c.pre is None else "pre"
         steps: list[Gemm | Kernel] = [replace(gemm, out=to)]
@@ -72,10 +78,10 @@ class Linear(Op):
             steps = [replace(gemm, out=to, epilogue="bias", bias="b")]
         elif c.b is not None:
             steps.append(_kernel("linear_bias_kernel", f"{to} b | N M", min(N, 8 * gpu.sms)))
-        if gelu:  # of the rounded value, so that recomputing GELU from a kept `pre` gives the same bits
-            steps.append(_elementwise("linear_gelu_kernel", f"y {to} | N M", c, N * M, packs=GELU_PACKS))
+        if act:  # of the rounded value, so that recomputing y from a kept `pre` gives the same bits
+            steps.append(_elementwise("linear_act_kernel", f"y {to} | N M", c, N * M, packs=ACT_PACKS))
         separate = Launches(tuple(steps))
-        if gelu and c.pre is not None and c.b is not None and _fuses_gelu(c) and not gpu.deterministic:
+        if c.pre is not None and c.b is not None and _fuses(c) and not gpu.deterministic:
             fused = (replace(gemm, epilogue="gelu", bias="b", aux="pre"),)
             return Launches(fused, note="gelu in the GEMM", alternative=separate)
         return separate
@@ -86,7 +92,7 @@ class Linear(Op):
     def recompute(self, g: Recorder, c: Call, want: set[str]) -> dict[str, Tensor]:
         if "pre" in want or c.pre is None:
             return super().recompute(g, c, want)
-        return {"y": g.emit(linear_gelu, c.pre)}  # only the activation function runs again
+        return {"y": g.emit(linear_act, c.pre, act=c.attrs["act"])}  # only the activation function runs again
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
@@ -95,37 +101,44 @@ class Linear(Op):
         return super().nbytes(c) - (0 if c.pre_x is None else c.pre_x.nbytes)  # only backward reads it
 
 
-class LinearGelu(Op):
-    """y = gelu(pre): recomputes y of a linear with gelu=True."""
+class LinearAct(Op):
+    """y = act(pre): recomputes y of a linear with an activation."""
 
-    name = "linear_gelu"
+    name = "linear_act"
     ins = "pre:N,M"
     outs = "y:N,M"
-    cpu = CpuKernel("linear_gelu", "y pre | N M")
-    cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
+    attrs = {"act": Act}
+    cpu = CpuKernel("linear_act", "y pre | N M act")
+    cases = (
+        case(N=7, M=33, act=Act.GELU_TANH),
+        case(N=1, M=1, act=Act.GELU_TANH),
+        *(case(N=21, M=56, act=act) for act in OTHERS),
+        case(N=1024, M=3072, act=Act.GELU_TANH, real="gpt2-124m, B=4 T=256"),
+    )
 
     def ref(self, v: Any) -> tuple:
-        return (reference.gelu(v.pre),)
+        return (reference.act_forward(v.pre, v.act),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        return Launches((_elementwise("linear_gelu_kernel", "y pre | N M", c, c.y.size, packs=GELU_PACKS),))
+        return Launches((_elementwise("linear_act_kernel", "y pre | N M", c, c.y.size, packs=ACT_PACKS),))
 
 
-class LinearGeluBackward(Op):
-    """dpre = dy * gelu'(pre)."""
+class LinearActBackward(Op):
+    """dpre = dy * act'(pre)."""
 
-    name = "linear_gelu_backward"
+    name = "linear_act_backward"
     ins = "dy:N,M pre:N,M"
     outs = "dpre:N,M"
-    cpu = CpuKernel("linear_gelu_backward", "dpre dy pre | N M")
-    cases = (case(N=7, M=33), case(N=1, M=1), case(N=1024, M=3072, real="gpt2-124m, B=4 T=256"))
+    attrs = {"act": Act}
+    cpu = CpuKernel("linear_act_backward", "dpre dy pre | N M act")
+    cases = LinearAct.cases
 
     def ref(self, v: Any) -> tuple:
-        return (reference.gelu_backward(v.dy, v.pre),)
+        return (reference.act_backward(v.dy, v.pre, v.act),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return Launches(
-            (_elementwise("linear_gelu_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=GELU_BACKWARD_PACKS),)
+            (_elementwise("linear_act_backward_kernel", "dpre dy pre | N M", c, c.dy.size, packs=ACT_BACKWARD_PACKS),)
         )
 
 
@@ -174,24 +187,26 @@ class LinearBackwardW(Op):
 
 
 class LinearBackwardX(Op):
-    """dx = dy w; with pre (x was gelu(pre)) the gradient of pre: dx = (dy w) * gelu'(pre)."""
+    """dx = dy w; with pre (x was act(pre)) the gradient of pre: dx = (dy w) * act'(pre)."""
 
     name = "linear_backward_x"
     ins = "dy:N,M w:M,K pre:N,K?"
     outs = "dx:N,K"
-    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K threads", "linear_scratch N M K threads")
+    attrs = {"act": Act}
+    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K act threads", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19, without="pre"),
-        case(N=1, K=1, M=1),
-        case(N=130, K=65, M=96),
-        case(N=67, K=96, M=64),
-        case(N=1024, K=768, M=3072, without="pre", real="gpt2-124m, B=4 T=256"),
-        case(N=1024, K=3072, M=768, real="gpt2-124m, B=4 T=256"),
+        case(N=7, K=33, M=19, act=Act.NONE, without="pre"),
+        case(N=1, K=1, M=1, act=Act.GELU_TANH),
+        case(N=130, K=65, M=96, act=Act.GELU_TANH),
+        case(N=67, K=96, M=64, act=Act.GELU_TANH),
+        *(case(N=9, K=40, M=24, act=act) for act in OTHERS),
+        case(N=1024, K=768, M=3072, act=Act.NONE, without="pre", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, act=Act.GELU_TANH, real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
         dx = reference.linear_backward_x(v.dy, v.w)
-        return (dx if v.pre is None else reference.gelu_backward(dx, v.pre),)
+        return (dx if v.pre is None else reference.act_backward(dx, v.pre, v.act),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
@@ -199,9 +214,9 @@ class LinearBackwardX(Op):
         if c.pre is None:
             return Launches((gemm,))
         separate = Launches(
-            (gemm, _elementwise("linear_gelu_backward_kernel", "dx dx pre | N K", c, N * K, packs=GELU_BACKWARD_PACKS))
+            (gemm, _elementwise("linear_act_backward_kernel", "dx dx pre | N K", c, N * K, packs=ACT_BACKWARD_PACKS))
         )
-        if not _fuses_gelu(c):
+        if not _fuses(c):
             return separate
         fused = replace(gemm, epilogue="dgelu", aux="pre")
         return Launches((fused,), note="gelu' in the GEMM", alternative=separate)
@@ -242,23 +257,29 @@ def _vec(dtype: DType, *sizes: int) -> int:
     return 1 if any(size % most for size in sizes) else most
 
 
-def _fuses_gelu(c: Call) -> bool:
-    """Whether cuBLASLt has an epilogue with GELU for this call."""
-    return c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
+def _fuses(c: Call) -> bool:
+    """Whether cuBLASLt has an epilogue with the activation of this call: it has one for GELU's tanh form alone."""
+    return c.attrs["act"] is Act.GELU_TANH and c.dtype is BF16 and _vec(c.dtype, c.sizes["M"], c.sizes["K"]) > 1
 
 
 def _kernel(
-    entry: str, args: str, grid: int | tuple[int, int, int], block: int = THREADS, vec: int = 1, parts: int = 1
+    entry: str,
+    args: str,
+    grid: int | tuple[int, int, int],
+    block: int = THREADS,
+    vec: int = 1,
+    parts: int = 1,
+    act: Act = Act.NONE,
 ) -> Kernel:
     """A launch of cuda.cu."""
-    return Kernel(entry, args, grid, block, defines=DEFINES | {"VEC": vec, "PARTS": parts})
+    return Kernel(entry, args, grid, block, defines=DEFINES | {"VEC": vec, "PARTS": parts, "ACT": act.value})
 
 
 def _elementwise(entry: str, args: str, c: Call, n: int, packs: int) -> Kernel:
     """A launch of cuda.cu over n contiguous elements, `packs` accesses per thread."""
     vec = _vec(c.dtype, n)
-    return _kernel(entry, args, -(-n // (THREADS * packs * vec)), vec=vec)
+    return _kernel(entry, args, -(-n // (THREADS * packs * vec)), vec=vec, act=c.attrs["act"])
 
 
-linear, linear_gelu, linear_gelu_backward = Linear(), LinearGelu(), LinearGeluBackward()
+linear, linear_act, linear_act_backward = Linear(), LinearAct(), LinearActBackward()
 linear_backward_w, linear_backward_x = LinearBackwardW(), LinearBackwardX()

@@ -5,9 +5,10 @@ from handgrad.backends import open_backend
 from handgrad.core.dtypes import F32, I32
 from handgrad.core.params import normal
 from handgrad.ops import OPS, add_norm, linear, lm_loss_forward_backward
+from handgrad.ops.act import Act
 from handgrad.testing import check_op, gradcheck, set_scalars
 
-NAMES = ("linear", "linear_backward_w", "linear_backward_x", "linear_gelu", "linear_gelu_backward")
+NAMES = ("linear", "linear_backward_w", "linear_backward_x", "linear_act", "linear_act_backward")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -15,9 +16,9 @@ def test_linear(name):
     check_op(OPS[name], [open_backend("cpu")])
 
 
-def error_with_readers(readers):
-    """The largest gradient error of x -> linear with GELU -> one linear per reader -> loss. A reader "pre" gets the
-    pre-activation and returns its gradient; a reader "y" returns the gradient of GELU's output."""
+def error_with_readers(readers, act=Act.GELU_TANH):
+    """The largest gradient error of x -> linear with act -> one linear per reader -> loss. A reader "pre" gets the
+    pre-activation and returns its gradient; a reader "y" returns the gradient of the activation's output."""
     N, K, H, M, V = 6, 5, 7, 9, 11
 
     def record(g):
@@ -28,9 +29,9 @@ def error_with_readers(readers):
             w, b = weight("w" + name, size, x.shape[1]), weight("b" + name, size)
             return g.emit(linear, x, w, b, pre_x, **attrs)
 
-        h, pre = layer(g.input("x", (N, K), F32), None, "in", H, gelu=True, keep_pre=True)
+        h, pre = layer(g.input("x", (N, K), F32), None, "in", H, act=act, keep_pre=True)
         outs = [
-            layer(h, pre if reader == "pre" else None, f"{i}", M, gelu=False, keep_pre=False)[0]
+            layer(h, pre if reader == "pre" else None, f"{i}", M, act=Act.NONE, keep_pre=False)[0]
             for i, reader in enumerate(readers)
         ]
         y = outs[0] if len(outs) == 1 else g.emit(add_norm, *outs, weight("w", M), weight("b", M), None, eps=1e-5)[1]
@@ -50,11 +51,16 @@ def error_with_readers(readers):
 
 
 @pytest.mark.parametrize("readers", [("pre",), ("y",), ("pre", "y"), ("pre", "pre")], ids="+".join)
-def test_gradient_of_gelu_output_and_of_pre_activation(readers):
+def test_gradient_of_activation_and_of_pre_activation(readers):
     assert error_with_readers(readers) < 1e-6
 
 
-def test_missing_gelu_derivative_is_caught(monkeypatch):
+@pytest.mark.parametrize("act", [act for act in Act if act is not Act.NONE])
+def test_second_linear_applies_the_derivative_of_the_first_ones_activation(act):
+    assert error_with_readers(("pre",), act) < 1e-6
+
+
+def test_missing_derivative_is_caught(monkeypatch):
     kind = type(OPS["linear_backward_x"])
     right = kind.ref
     monkeypatch.setattr(kind, "ref", lambda self, v: right(self, type(v)(**{**vars(v), "pre": None})))
