@@ -32,7 +32,8 @@ class Profiling:
     """Which step, and how it is shown."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
-    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"""
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -40,7 +41,7 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (gpt2); empty: the model's own"""
+    """architecture, by the name that handgrad.models registers (gpt2, llama); empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     vocab_size: int = 0

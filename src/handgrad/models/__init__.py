@@ -1,12 +1,14 @@
 """Model families: one file each, a dataclass of sizes whose methods record the body and the head."""
 
 from handgrad.models.gpt2 import GPT2
+from handgrad.models.llama import Llama
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.presets import gpt2, names, preset
 from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
 
 __all__ = [
     "GPT2",
+    "Llama",
     "Batch",
     "Model",
     "build_from_file",

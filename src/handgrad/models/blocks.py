@@ -88,19 +88,23 @@ def project(
     return (drop(g, y, p), None) if drops else (y, b)
 
 
+def attend(g: Program, qkv: Tensor, data: Batch, *, heads: int, kv_heads: int, p: float = 0.0) -> Tensor:
+    """Causal attention (N, heads D) of packed q, k, v. With a cache it appends to and reads the batch's keys and
+    values. p: dropout of attention weights, in training."""
+    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    if data.cache:
+        cache = g.state("cache", (data.batch_size, data.cache, 2, kv_heads, D), g.dtype)
+        return g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=data.cache, H=heads, K=kv_heads)
+    active = p if g.trains else 0.0
+    stream = g.next_stream() if active else 0
+    return g.emit(attention, qkv, T=data.seq_len, H=heads, K=kv_heads, causal=True, p=active, stream=stream)[0]
+
+
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
-    """Causal self-attention with packed q, k, v. With a cache it appends to and reads the batch's keys and values."""
-    size = x.shape[-1]
+    """Causal self-attention with biases and as many key/value heads as query heads."""
     with g.scope(name):
-        qkv = dense(g, x, "c_attn", 3 * size)
-        if data.cache:
-            cache = g.state("cache", (data.batch_size, data.cache, 2, heads, size // heads), g.dtype)
-            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=data.cache, H=heads, K=heads)
-        else:
-            active = p if g.trains else 0.0
-            stream = g.next_stream() if active else 0
-            y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
-        return project(g, y, "c_proj", size, std=std, p=p)
+        y = attend(g, dense(g, x, "c_attn", 3 * x.shape[-1]), data, heads=heads, kv_heads=heads, p=p)
+        return project(g, y, "c_proj", x.shape[-1], std=std, p=p)
 
 
 def rotary(

@@ -148,13 +148,13 @@ def number(default: float) -> Any:
     return _field(default, ("is a positive number", _is_positive))
 
 
-def numbers(default: tuple[float, ...], count: int) -> Any:
-    """A field of a model: none, or so many positive numbers."""
+def numbers(count: int) -> Any:
+    """A field of a model: None, or so many positive numbers."""
 
     def holds(value: Any) -> bool:
-        return type(value) in (tuple, list) and len(value) in (0, count) and all(map(_is_positive, value))
+        return value is None or (type(value) in (tuple, list) and len(value) == count and all(map(_is_positive, value)))
 
-    return _field(default, (f"is none, or {count} positive numbers", holds))
+    return _field(None, (f"is None, or {count} positive numbers", holds))
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,10 +1,11 @@
-"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth."""
+"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth, and released Llamas."""
 
 from dataclasses import asdict
 from typing import Any
 
 from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models.gpt2 import GPT2
+from handgrad.models.llama import Llama
 from handgrad.models.model import Model
 from handgrad.models.registry import create
 
@@ -28,6 +29,12 @@ OTHERS = {  # names that are no presets: the nearest
     "gpt3-small": "gpt3:c768",
     "gpt3-125m": "gpt3:c768",
     "gpt3-175b": "gpt3:c12288",
+    "llama": "llama3.2-1b",
+    "llama-3.2-1b": "llama3.2-1b",
+    "llama-3.1-8b": "llama3.1-8b",
+    "smollm2": "smollm2-135m",
+    "qwen2.5": "qwen2.5-0.5b",
+    "qwen3": "qwen3-0.6b",
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
@@ -54,6 +61,32 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
+LLAMAS = {
+    "llama3.2-1b": Llama(
+        vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
+        mlp_size=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192),
+    ),
+    "llama3.1-8b": Llama(
+        vocab_size=128256, max_seq_len=131072, num_layers=32, num_heads=32, num_kv_heads=8, hidden_size=4096,
+        mlp_size=14336, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 8192), tie_embeddings=False,
+    ),
+    "smollm2-135m": Llama(
+        vocab_size=49152, max_seq_len=8192, num_layers=30, num_heads=9, num_kv_heads=3, hidden_size=576,
+        mlp_size=1536, rope_theta=1e5,
+    ),
+    "qwen2.5-0.5b": Llama(
+        vocab_size=151936, max_seq_len=32768, num_layers=24, num_heads=14, num_kv_heads=2, hidden_size=896,
+        mlp_size=4864, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
+    ),
+    "qwen2.5-1.5b": Llama(
+        vocab_size=151936, max_seq_len=131072, num_layers=28, num_heads=12, num_kv_heads=2, hidden_size=1536,
+        mlp_size=8960, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True,
+    ),
+    "qwen3-0.6b": Llama(
+        vocab_size=151936, max_seq_len=40960, num_layers=28, num_heads=16, num_kv_heads=8, hidden_size=1024,
+        head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
+    ),
+}
 # fmt: on
 
 
@@ -69,6 +102,7 @@ def names() -> list[str]:
         + [f"d{d}" for d in DEPTHS]
         + [f"gpt2:d{d}" for d in DEPTHS]
         + [f"gpt3:c{c}" for c in GPT3_WIDTHS]
+        + list(LLAMAS)
     )
 
 
@@ -82,8 +116,11 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
 
     >>> preset("gpt2-124m").hidden_size, preset("d8").hidden_size, preset("gpt3:c5140").hidden_size
     (768, 512, 5120)
+    >>> preset("d8", "llama").mlp_size, preset("qwen2.5-0.5b").num_kv_heads
+    (1408, 2)
     """
-    model: Model = GPT2(**_gpt2_sizes(name))
+    key = name.lower()
+    model: Model = LLAMAS[key] if key in LLAMAS else GPT2(**_gpt2_sizes(name))
     if family in ("", model.family):
         return create(model.family, asdict(model) | changes)
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)
@@ -104,7 +141,7 @@ def _gpt2_sizes(name: str) -> dict[str, int]:
         row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
     if row is None:
         sizes = "d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"
-        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}"
+        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}, {', '.join(LLAMAS)}"
         raise HandgradError("model", rule, f"'{name}'", hint=did_you_mean(key, names(), OTHERS))
     layers, heads, hidden = row
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)

@@ -1,0 +1,170 @@
+"""Llama and its kin, which differ in a few fields: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3.
+
+A pre-norm decoder with RMS norms, rotary positions, grouped queries and a gated MLP, without biases but for Qwen2's.
+Touvron et al. 2023 (Llama), Dubey et al. 2024 (Llama 3), Jiang et al. 2023 (Mistral), Qwen Team 2024, 2025.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from handgrad.core.dtypes import I32
+from handgrad.core.errors import HandgradError
+from handgrad.core.params import normal
+from handgrad.core.program import Program
+from handgrad.core.tensor import Tensor
+from handgrad.models.blocks import (
+    Branch,
+    attend,
+    dense,
+    gated_mlp,
+    lm_head_logits,
+    lm_head_loss,
+    project,
+    rms_norm,
+    rotary,
+)
+from handgrad.models.llama_format import HUGGING_FACE
+from handgrad.models.model import Batch, check_fields, flag, number, numbers, size
+from handgrad.models.registry import register
+from handgrad.ops import embed
+from handgrad.ops.act import Act
+
+VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
+MLP_ALIGN = 64  # the MLP's default width is a multiple of it
+MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
+USUAL_SEQ_LEN = 2048  # released models read far longer texts than most people train on
+
+
+@register
+@dataclass(frozen=True)
+class Llama:
+    """A Llama. Sizes that are 0 follow from the others, as Llama 2 has them.
+
+    num_kv_heads  heads of keys and values; 0: num_heads
+    head_size     columns of a head; 0: hidden_size / num_heads
+    mlp_size      columns of the MLP; 0: 8/3 of hidden_size, rounded up to a multiple of 64
+    rope_theta    base of the angles;  rope_scaling: Llama 3's, as `rotary_table` takes it
+    qkv_bias      q, k, v have biases (Qwen2);  qk_norm: the heads of q and k are normed (Qwen3)
+    window        a token sees so many tokens, itself included (Mistral); 0: all before it
+    """
+
+    vocab_size: int = size(32000)
+    max_seq_len: int = size(4096)
+    num_layers: int = size(32, MAX_LAYERS)
+    num_heads: int = size(32)
+    num_kv_heads: int = size(0, least=0)
+    hidden_size: int = size(4096)
+    head_size: int = size(0, least=0)
+    mlp_size: int = size(0, least=0)
+    rope_theta: float = number(1e4)
+    rope_scaling: tuple[float, ...] | None = numbers(4)
+    norm_eps: float = number(1e-5)
+    tie_embeddings: bool = flag(True)
+    qkv_bias: bool = flag(False)
+    qk_norm: bool = flag(False)
+    window: int = size(0, least=0)
+
+    family: ClassVar[str] = "llama"
+    hugging_face: ClassVar[Mapping[str, Any]] = HUGGING_FACE
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        heads, C = self.num_heads, self.hidden_size
+        if not self.head_size and C % heads:
+            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
+        found = {
+            "num_kv_heads": self.num_kv_heads or heads,
+            "head_size": self.head_size or C // heads,
+            "mlp_size": self.mlp_size or -(-8 * C // (3 * MLP_ALIGN)) * MLP_ALIGN,
+            "rope_scaling": tuple(self.rope_scaling) if self.rope_scaling else None,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        if heads % self.num_kv_heads:
+            raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
+        if 0 < self.window < self.max_seq_len:
+            raise HandgradError(
+                "model", f"attention sees all of the {self.max_seq_len} tokens", f"window {self.window}"
+            )
+        if self.head_size % 2:
+            raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
+
+    @property
+    def vocab_padded(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+
+    @property
+    def usual_seq_len(self) -> int:
+        """See `Model.usual_seq_len`."""
+        return min(self.max_seq_len, USUAL_SEQ_LEN)
+
+    def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
+        """Token ids alone."""
+        return Batch(g.input("ids", (batch_size * seq_len,), I32), batch_size, seq_len, cache)
+
+    def body(self, g: Program, data: Batch) -> Tensor:
+        """Embedding, blocks and the last norm."""
+        eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
+        h: Branch | None = None
+        with g.block("embed", prefix=False):
+            x = g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=data.cache > 0)
+        for i in range(self.num_layers):
+            with g.block(f"h.{i}"):
+                x, n = rms_norm(g, x, h, "ln_1", eps)
+                h = self.attention(g, n, data, std)
+                x, n = rms_norm(g, x, h, "ln_2", eps)
+                h = gated_mlp(g, n, "mlp", size=self.mlp_size, act=Act.SILU, p=0.0, std=std)
+        with g.block("head", prefix=False):
+            return rms_norm(g, x, h, "ln_f", eps)[1]
+
+    def attention(self, g: Program, x: Tensor, data: Batch, std: float) -> Branch:
+        """Grouped-query attention with rotated q and k."""
+        H, K, D = self.num_heads, self.num_kv_heads, self.head_size
+        with g.scope("attn"):
+            qkv = dense(g, x, "qkv", (H + 2 * K) * D, bias=self.qkv_bias)
+            qkv = rotary(
+                g,
+                qkv,
+                data,
+                heads=H,
+                kv_heads=K,
+                table_rows=data.cache or data.seq_len,
+                theta=self.rope_theta,
+                scaling=self.rope_scaling,
+                qk_norm_eps=self.norm_eps if self.qk_norm else None,
+            )
+            y = attend(g, qkv, data, heads=H, kv_heads=K)
+            return project(g, y, "out", self.hidden_size, std=std, p=0.0, bias=False)
+
+    def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
+        """See `Model.loss`."""
+        with g.block("head", prefix=False):
+            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+
+    def logits(self, g: Program, x: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        with g.block("head", prefix=False):
+            return lm_head_logits(g, x, self._head(g))
+
+    def flops_per_token(self, num_params: int, seq_len: int) -> int:
+        """6 a parameter that is multiplied, and attention over the keys that a token sees, half of T without a window.
+
+        num_params: with the padded rows of the vocabulary; the table of an untied head is a lookup and does not count
+
+        >>> Llama(vocab_size=128, num_layers=1, num_heads=2, hidden_size=64).flops_per_token(60_000, 16)
+        366144
+        """
+        lookup = 0 if self.tie_embeddings else self.vocab_padded * self.hidden_size
+        keys = seq_len / 2
+        if 0 < self.window < seq_len:  # the first `window` tokens see fewer
+            keys = self.window - self.window**2 / (2 * seq_len)
+        return 6 * (num_params - lookup) + int(12 * self.num_layers * self.num_heads * self.head_size * keys)
+
+    def _head(self, g: Program) -> Tensor:
+        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
+
+    def _table(self, g: Program, name: str) -> Tensor:
+        """A table with a row per token, and rows of padding."""
+        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))
