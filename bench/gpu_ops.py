@@ -50,6 +50,8 @@ def rows(smoke: bool) -> list[tuple[str, str, Case]]:
         ("add", "", case(**sizes)),
         ("linear_act", "", case(N=N, M=4 * C, act=Act.GELU_TANH)),
         ("linear_act_backward", "", case(N=N, M=4 * C, act=Act.GELU_TANH)),
+        ("gated", "", case(N=N, G=8 * C, act=Act.SILU)),
+        ("gated_backward", "", case(N=N, G=8 * C, act=Act.SILU)),
         ("fill", "one block", case(n=block, value=0.0)),
         ("adamw", "one block", case(n=block, **ADAM)),
         ("adamw", "embeddings", case(n=table, **ADAM)),

@@ -9,6 +9,7 @@ from handgrad.ops import (
     attention,
     attention_decode,
     dropout,
+    gated,
     linear,
     lm_loss,
     lm_loss_forward_backward,
@@ -91,6 +92,14 @@ def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) ->
         h = dense(g, x, "c_fc", size, act=Act.GELU_TANH)
         pre = g.producer[h].pre  # None unless training
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
+
+
+def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float, std: float) -> Branch:
+    """down (act(gate x) * up x) without biases, `size` wide inside: SwiGLU, GeGLU. The rows of gate_up.weight are those
+    of gate, then those of up."""
+    with g.scope(name):
+        h = dense(g, x, "gate_up", 2 * size, bias=False)
+        return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 
 def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_size: int, chunks: int) -> Tensor:

@@ -8,6 +8,7 @@ from handgrad.ops.attention_decode.op import attention_decode
 from handgrad.ops.dropout.op import dropout
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
+from handgrad.ops.gated.op import gated, gated_backward
 from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
@@ -22,6 +23,8 @@ _ALL = (
     linear_act_backward,
     linear_backward_w,
     linear_backward_x,
+    gated,
+    gated_backward,
     norm,
     add_norm,
     norm_backward,
