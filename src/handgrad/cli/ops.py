@@ -12,6 +12,7 @@ from handgrad.backends.cuda.planner import GpuPlanner
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.core.listing import attribute
 from handgrad.core.op import Case, Op
 from handgrad.ops import OPS
 from handgrad.testing import bench_case, check_case, gradcheck_op
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def sizes(case: Case) -> str:
     """A case's sizes in a cell."""
-    return " ".join(f"{name}={size}" for name, size in case.sizes.items())
+    return " ".join(f"{name}={attribute(size)}" for name, size in case.sizes.items())
 
 
 def support(ops: list[Op]) -> Table:

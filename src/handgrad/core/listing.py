@@ -18,8 +18,8 @@ def _tensor(t: Tensor, c: Call, plan: Plan | None) -> str:
     return f"{name}{at} ({','.join(map(str, t.shape))}) {t.dtype}"
 
 
-def _value(v: Any) -> str:
-    """An attribute's value; a member of an enumeration by its name."""
+def attribute(v: Any) -> str:
+    """An attribute as text; a member of an enumeration by its name."""
     return v.name.lower() if isinstance(v, Enum) else f"{v:g}" if isinstance(v, float) else str(v)
 
 
@@ -31,7 +31,7 @@ def line(c: Call, plan: Plan | None = None, note: str = "") -> str:
         if t is not None
     ]
     ins = [_tensor(t, c, plan) for t in c.ins if t is not None]
-    attrs = " ".join(f"{k}={_value(v)}" for k, v in c.attrs.items())
+    attrs = " ".join(f"{k}={attribute(v)}" for k, v in c.attrs.items())
     parts = (
         f"{PHASE[c.phase]:4} {c.block:6} {c.op.name:20}",
         " | ".join(outs),

@@ -62,31 +62,38 @@ __device__ __forceinline__ float tanh_grad(float x) {
   return 4.0f * e * s * s;
 }
 
-__device__ __forceinline__ float act_of(float x) {
-  float e;
-  if constexpr (ACT == ACT_GELU_TANH) return x * sigmoid_2u(x);
-  else if constexpr (ACT == ACT_GELU_ERF) return x * normal_cdf(x, e);
-  else if constexpr (ACT == ACT_RELU) return x < 0.0f ? 0.0f : x;
-  else if constexpr (ACT == ACT_SILU) return x * sigmoid(x);
-  else if constexpr (ACT == ACT_TANH) return tanhf(x);
-  else return x;
-}
-
-__device__ __forceinline__ float act_grad(float x) {
+// act(x) and act'(x), which share their exponential; what a kernel does not use costs nothing.
+__device__ __forceinline__ void act_both(float x, float &y, float &slope) {
   if constexpr (ACT == ACT_GELU_TANH) {
     float s = sigmoid_2u(x);
-    return s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406445f * x * x);
+    y = x * s;
+    slope = s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406445f * x * x);
   } else if constexpr (ACT == ACT_GELU_ERF) {
     float e, cdf = normal_cdf(x, e);
-    return cdf + x * e * 0.3989422804f;  // 1 / sqrt(2 pi)
+    y = x * cdf;
+    slope = cdf + x * e * 0.3989422804f;  // 1 / sqrt(2 pi)
   } else if constexpr (ACT == ACT_RELU) {
-    return x <= 0.0f ? 0.0f : 1.0f;
+    y = x < 0.0f ? 0.0f : x;
+    slope = x <= 0.0f ? 0.0f : 1.0f;
   } else if constexpr (ACT == ACT_SILU) {
     float s = sigmoid(x);
-    return s + x * s * (1.0f - s);
+    y = x * s;
+    slope = s + x * s * (1.0f - s);
   } else if constexpr (ACT == ACT_TANH) {
-    return tanh_grad(x);
+    y = tanhf(x);
+    slope = tanh_grad(x);
   } else {
-    return 1.0f;
+    y = x;
+    slope = 1.0f;
   }
+}
+__device__ __forceinline__ float act_of(float x) {
+  float y, slope;
+  act_both(x, y, slope);
+  return y;
+}
+__device__ __forceinline__ float act_grad(float x) {
+  float y, slope;
+  act_both(x, y, slope);
+  return slope;
 }
