@@ -522,7 +522,7 @@ def test_errors_of_spans(tmp_path):
 
 @pytest.mark.parametrize("name", ["masked", "words", "pairs", "spans"])
 def test_time_of_a_batch(name):
-    """At most as long as 300,000 additions in Python; 50,000 to 120,000 were measured, of the fastest of each."""
+    """At most as long as 500,000 additions in Python; 50,000 to 120,000 were measured where nothing else ran."""
     words = {"whole_word": np.arange(30_000) >= 20_000}
     bert = {"mask_id": 3, "cls_id": 1, "sep_id": 2, "pad_id": 0, "vocab_size": 30_000}
     objective = {
@@ -542,4 +542,4 @@ def test_time_of_a_batch(name):
             total += i
         fills.append(between - begin)
         additions.append(time.perf_counter() - between)
-    assert min(fills) < 6 * min(additions)
+    assert min(fills) < 10 * min(additions)
