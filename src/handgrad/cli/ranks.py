@@ -21,7 +21,7 @@ def requested_ranks(verb: str, argv: list[str]) -> RanksRequest:
         if flag in FLAGS:
             found += [word] if equals else words[i : i + 2]
     w = parse(RanksConfig, found, verb) if found else RanksConfig()
-    if names_gpus(argv) and not any("backend" in word.partition("=")[0] for word in argv) and why_no_cuda():
+    if names_gpus(argv) and not any(word.partition("=")[0].endswith("backend") for word in argv) and why_no_cuda():
         hint = f"on the CPU: --ranks {w.ranks} --backend cpu"
         raise HandgradError(verb, f"--gpus trains on GPUs: {why_no_cuda().partition('. hint:')[0]}", hint=hint)
     return RanksRequest(w.ranks, w.rank, w.ranks_per_machine, w.rendezvous, [verb, *argv])

@@ -16,12 +16,12 @@ from handgrad.cli.names import ALIASES, hint_for
 from handgrad.cli.ranks import requested_ranks
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.train.config import Config, OptimConfig, RanksConfig, from_names
+from handgrad.train.config import Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.ranks import together
 from handgrad.train.run import train
+from handgrad.train.show import RANKS
 
-RANKS = [f.name for f in fields(RanksConfig)]  # settings of a command, not of a run
 NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
 

@@ -10,7 +10,7 @@ from handgrad.train.config import PACKAGED, Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
-RANKS = tuple(f.name for f in fields(RanksConfig))
+RANKS = tuple(f.name for f in fields(RanksConfig))  # settings of a command, not of a run
 PLACES = ("out", "resume", "config", "verbose", *RANKS)  # settings that the other lines tell
 MOST = 8  # ranks whose processes are named
 

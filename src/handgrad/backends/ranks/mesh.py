@@ -43,10 +43,10 @@ class Listener:
         self._server = socket.create_server((host, port), backlog=1024)
         self.port = self._server.getsockname()[1]
 
-    def accept(self, end: float) -> tuple[socket.socket, dict]:
-        """The next connection, and its first message. Raises TimeoutError at the time `end`."""
+    def accept(self, deadline: float) -> tuple[socket.socket, dict]:
+        """The next connection, and its first message. Raises TimeoutError at the deadline."""
         while True:
-            self._server.settimeout(left(end))
+            self._server.settimeout(seconds_left(deadline))
             connection, _ = self._server.accept()
             try:
                 connection.settimeout(ATTEMPT_SECONDS)
@@ -59,9 +59,9 @@ class Listener:
 
 
 def connect(
-    rank: int, peers: Sequence[Peer], run: str, listener: Listener, channels: Sequence[str], end: float
+    rank: int, peers: Sequence[Peer], run: str, listener: Listener, channels: Sequence[str], deadline: float
 ) -> Links:
-    """Connects this rank with all others, on every channel. Raises HandgradError, at the time `end`, for a rank that
+    """Connects this rank with all others, on every channel. Raises HandgradError, at the deadline, for a rank that
     does not answer.
 
     run: text that only the ranks of this run know
@@ -72,7 +72,7 @@ def connect(
     def welcome() -> None:
         while expected - links.keys():
             try:
-                connection, hello = listener.accept(end)
+                connection, hello = listener.accept(deadline)
             except TimeoutError:
                 return
             link = hello.get("rank"), hello.get("channel")
@@ -86,8 +86,8 @@ def connect(
     thread.start()
     for r in range(rank):
         for channel in channels:
-            links[r, channel] = _reach(peers[r], r, {"run": run, "rank": rank, "channel": channel}, end)
-    thread.join(left(end) + 1)
+            links[r, channel] = _reach(peers[r], r, {"run": run, "rank": rank, "channel": channel}, deadline)
+    thread.join(seconds_left(deadline) + 1)
     for r, _ in sorted(expected - links.keys()):
         raise HandgradError("ranks", f"rank {r} did not connect to rank {rank} within {MEET_SECONDS:.0f} s")
     for connection in links.values():
@@ -95,7 +95,7 @@ def connect(
     return links
 
 
-def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.socket:
+def _reach(peer: Peer, rank: int, hello: dict[str, Any], deadline: float) -> socket.socket:
     """A connection to a rank that has answered as that rank of this run."""
     while True:
         for host in peer.hosts:
@@ -105,7 +105,7 @@ def _reach(peer: Peer, rank: int, hello: dict[str, Any], end: float) -> socket.s
                 if answer == {"run": hello["run"], "rank": rank}:
                     return connection
                 connection.close()
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             at = ", ".join(f"{host}:{peer.port}" for host in peer.hosts)
             rule = f"rank {rank} does not answer at any of {at}"
             raise HandgradError("ranks", rule, hint="a firewall between machines?")
@@ -164,9 +164,9 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return raw
 
 
-def left(end: float) -> float:
+def seconds_left(deadline: float) -> float:
     """Seconds until a time, more than 0: a socket without a timeout waits for ever."""
-    return max(end - time.monotonic(), 1e-3)
+    return max(deadline - time.monotonic(), 1e-3)
 
 
 def addresses() -> list[str]:

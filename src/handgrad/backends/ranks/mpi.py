@@ -65,10 +65,10 @@ class Mpi(Comm):
 
     def open_watch(self) -> None:
         """Connects the ranks by TCP, too, for failures: MPI tells of none."""
-        listener, end = Listener(), time.monotonic() + MEET_SECONDS
+        listener, deadline = Listener(), time.monotonic() + MEET_SECONDS
         listeners = self.all_gather_object([addresses(), listener.port, secrets.token_hex(8)])
         peers, run = [Peer(hosts, port) for hosts, port, _ in listeners], listeners[0][2]
-        links = connect(self.rank, peers, run, listener, ("watch",), end)
+        links = connect(self.rank, peers, run, listener, ("watch",), deadline)
         listener.close()
         self.watch = Watch(self.rank, {r: link for (r, _), link in links.items()})
 

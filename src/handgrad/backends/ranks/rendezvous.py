@@ -80,7 +80,8 @@ class WaitNote:
         now = time.monotonic()
         if now > self._at and not self._is_shown:
             self._is_shown = True
-            print(f"{text}, for at most {self._deadline - now:.0f} s more", file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody reads it
+                print(f"{text}, for at most {self._deadline - now:.0f} s more", file=sys.stderr, flush=True)
 
 
 def _lead(world: int, where: str, run: str, listener: Listener, deadline: float, first_exit: FirstExit) -> Table:

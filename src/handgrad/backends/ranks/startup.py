@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from handgrad.backends.ranks.comm import Alone, Comm
@@ -109,7 +110,8 @@ def start(world: int, argv: Sequence[str]) -> Comm:
     cores = limits.cores()
     if world > cores:
         note = f"note: {world} ranks share {cores} core{'s' * (cores > 1)}, and each gets one thread"
-        print(note, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it
+            print(note, file=sys.stderr, flush=True)
     listener, run = Listener(LOOPBACK), secrets.token_hex(8)
     others = RankProcesses(world, listener.port, run, argv)
     info = RankInfo("handgrad", 0, world, 0, world, f"{LOOPBACK}:{listener.port}", run)
