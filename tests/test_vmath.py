@@ -21,6 +21,7 @@ SOURCE = """
 #define SWEEP(f, type) EXPORT void sweep_##f(type *y, const float *x, int64_t n) { \\
   _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = f(x[i]); }
 SWEEP(vexp, float)
+SWEEP(vtanh, float)
 SWEEP(vgelu, float)
 SWEEP(vgelu_grad, float)
 SWEEP(float_to_bf16, bf16)
@@ -88,6 +89,12 @@ def test_exp_error_bound(lib):
     assert np.max(np.abs(sweep(lib, "vexp", x) - exact) / np.spacing(exact.astype(np.float32))) <= 1.1
 
 
+def test_tanh_error_bound(lib):
+    x = floats(-30, 30)
+    exact = np.tanh(x.astype(np.float64))
+    assert np.max(np.abs(sweep(lib, "vtanh", x) - exact) / np.spacing(np.abs(exact).astype(np.float32))) <= 3
+
+
 def test_gelu_error_bound(lib):
     x = floats(-30, 30)
     u, _ = logistic_u(x.astype(np.float64))
@@ -107,6 +114,7 @@ def test_vmath_special_values(lib):
     x = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 100, -100, 0, -0.0], np.float32)
     inf = np.inf
     np.testing.assert_array_equal(sweep(lib, "vexp", x), np.float32([np.nan, inf, 0, inf, 0, inf, 0, 1, 1]))
+    np.testing.assert_array_equal(sweep(lib, "vtanh", x), np.float32([np.nan, 1, -1, 1, -1, 1, -1, 0, 0]))
     large = np.float32([np.nan, inf, 3e38, -3e38, 100, -100, 0])
     np.testing.assert_array_equal(sweep(lib, "vgelu", large), np.float32([np.nan, inf, 3e38, 0, 100, 0, 0]))
     slope = sweep(lib, "vgelu_grad", x)

@@ -5,6 +5,7 @@ from handgrad.ops.add.op import add
 from handgrad.ops.add_norm.op import add_norm, norm, norm_backward
 from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
+from handgrad.ops.cap_logits.op import cap_logits
 from handgrad.ops.dropout.op import dropout
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
@@ -32,6 +33,7 @@ _ALL = (
     lm_loss,
     lm_loss_forward_backward,
     loss_sum,
+    cap_logits,
     add,
     fill,
     global_norm,
