@@ -13,6 +13,7 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_backward_w, linear_backward_x, linear_gelu, linear_gelu_backward
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.share_norm.op import share_norm
 
 _ALL = (
@@ -32,6 +33,8 @@ _ALL = (
     dropout,
     lm_loss,
     lm_loss_forward_backward,
+    pick,
+    pick_backward,
     loss_sum,
     cap_logits,
     add,
