@@ -145,6 +145,9 @@ static inline unsigned long long __umul64hi(unsigned long long a, unsigned long 
 static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 static inline int __ffs(int v) { return __builtin_ffs(v); }
 static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
+// Fibres run one at a time.
+static inline int atomicMin(int *p, int v) { int old = *p; *p = v < old ? v : old; return old; }
+static inline int atomicMax(int *p, int v) { int old = *p; *p = v > old ? v : old; return old; }
 
 // Arithmetic ---------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from handgrad.backends.ranks.comm import Alone, Comm
+from handgrad.core.dtypes import DType
 from handgrad.core.op import ONLY, Call, MicroBatch, Op
 from handgrad.core.plan import Plan, plan
 from handgrad.core.program import Program, Segment
@@ -79,15 +80,14 @@ class Planner(ABC):
     """The part of a backend that plans and explains a run, without its hardware."""
 
     name: str
-    head_rows: int  # rows of a chunk of logits, unless Execution.head_bytes is set
+    head_rows: int  # most rows of a chunk of logits, unless Execution.head_bytes is set
     comm: Comm = Alone()  # the ranks that its programs exchange values with
     is_concurrent: bool = False  # calls whose op allows it overlap the calls after them
 
-    @property
-    def head_bytes(self) -> int:
-        """Most bytes of a chunk of logits: head_rows rows of GPT-2's padded vocabulary in float32. A larger vocabulary
-        gets fewer rows."""
-        return self.head_rows * 50304 * 4
+    def head_bytes(self, dtype: DType) -> int:
+        """Most bytes of a chunk of logits of this dtype: head_rows rows of GPT-2's padded vocabulary. A larger
+        vocabulary gets fewer rows."""
+        return self.head_rows * 50304 * dtype.size
 
     def ranks(self, zero: int) -> Ranks:
         """The ranks for which it plans, this one among them, with a ZeRO stage."""

@@ -13,6 +13,7 @@ from handgrad.ops import (
     add_rms_norm,
     attention,
     attention_decode,
+    cap_logits,
     dropout,
     gated,
     linear,
@@ -153,18 +154,41 @@ def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float
         return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 
-def lm_head_loss(g: Program, x: Tensor, w: Tensor, targets: Tensor, *, vocab_size: int, chunks: int) -> Tensor:
-    """The losses (N,) f32 of logits x w^T, as `Model.loss` describes them; w (Vp, C)."""
+def lm_head_loss(
+    g: Program,
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    chunks: int,
+    b: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The losses (N,) f32 of the logits of lm_head_logits, as `Model.loss` describes them; w (Vp, C), b (Vp).
+
+    weights: (N,) f32, factors of the losses and of their gradients
+    """
+    attrs = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
     if g.trains:
-        losses, *_ = g.emit(
-            lm_loss_forward_backward, x, w, targets, into={"dw": g.grad(w)}, V=vocab_size, chunks=chunks
-        )
+        into = {"dw": g.grad(w), "db": None if b is None else g.grad(b)}
+        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, **attrs)
     else:
-        losses, _ = g.emit(lm_loss, x, w, targets, V=vocab_size, chunks=chunks)
+        losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})
     return g.output("losses", losses)
 
 
-def lm_head_logits(g: Program, x: Tensor, w: Tensor) -> Tensor:
-    """The logits x w^T (N, Vp), as `Model.logits` describes them."""
-    return g.output("logits", g.emit(linear, x, w, None, None, act=Act.NONE, keep_pre=False)[0])
+def lm_head_logits(
+    g: Program, x: Tensor, w: Tensor, *, b: Tensor | None = None, scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
+    """The logits cap(scale (x w^T + b)) (N, Vp), as `Model.logits` describes them.
+
+    cap(z) is softcap tanh(z / softcap); softcap 0: z
+    """
+    z = g.emit(linear, x, w, b, None, act=Act.NONE, keep_pre=False)[0]
+    if scale != 1.0 or softcap != 0.0:
+        z = g.emit(cap_logits, z, scale=scale, softcap=softcap)
+    return g.output("logits", z)

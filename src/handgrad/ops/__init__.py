@@ -5,6 +5,7 @@ from handgrad.ops.add.op import add
 from handgrad.ops.add_norm.op import add_norm, add_rms_norm, norm, norm_backward, rms_norm, rms_norm_backward
 from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
+from handgrad.ops.cap_logits.op import cap_logits
 from handgrad.ops.dropout.op import dropout
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
@@ -13,6 +14,7 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.share_norm.op import share_norm
 
@@ -40,7 +42,10 @@ _ALL = (
     dropout,
     lm_loss,
     lm_loss_forward_backward,
+    pick,
+    pick_backward,
     loss_sum,
+    cap_logits,
     add,
     fill,
     global_norm,

@@ -113,8 +113,8 @@ def head_chunks(model: Model, seq_len: int, precision: Precision, execution: Exe
 def head_rows(model: Model, precision: Precision, execution: Execution, planner: Planner) -> int:
     """Rows of logits that exist at a time, at least 1. `head_bytes` of the user's may allow more than the backend's."""
     row = logits_row_bytes(model, precision)
-    rows = execution.head_bytes // row if execution.head_bytes else min(planner.head_rows, planner.head_bytes // row)
-    return max(rows, 1)
+    most = min(planner.head_rows, planner.head_bytes(precision.working) // row)
+    return max(execution.head_bytes // row if execution.head_bytes else most, 1)
 
 
 def logits_row_bytes(model: Model, precision: Precision) -> int:

@@ -172,12 +172,8 @@ class LinearBackwardW(Op):
         gemm = Gemm("dw", "dy", "x", M, K, N, ta=True, accumulate="accumulate.dw")
         if c.db is None:
             return Launches((gemm,))
-        vec = _vec(c.dtype, M)
-        tiles = -(-M // (32 * vec))
-        parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks per SM; at least a row per warp
-        partial = _kernel("linear_db_partial_kernel", "scratch dy | N M", (tiles, parts, 1), vec=vec)
-        db = _kernel("linear_db_kernel", "db scratch | M accumulate.db", -(-M // 32), SUM_THREADS, parts=parts)
-        separate = Launches((gemm, partial, db), scratch=4 * parts * M)
+        sums, scratch = bias_gradient("dy", N, M, c.dtype, gpu)
+        separate = Launches((gemm, *sums), scratch)
         if N >= MIN_ROWS and wgmma_gemm.supports(gpu, c.dtype, M, K):
             return replace(weight_gradient(M, K, gpu), alternative=separate)
         return separate
@@ -223,6 +219,21 @@ class LinearBackwardX(Op):
 
     def flops(self, c: Call) -> int:
         return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
+
+
+def bias_gradient(
+    dy: str, N: int, M: int, dtype: DType, gpu: Gpu, accumulate: str = "accumulate.db", file: str = "cuda.cu"
+) -> tuple[tuple[Kernel, Kernel], int]:
+    """Launches for db = or += the sum of dy (N, M) over rows, and their bytes of scratch. lm_loss uses them, too.
+
+    accumulate: a number word;  file: this folder's cuda.cu, as seen from the op's folder
+    """
+    vec = _vec(dtype, M)
+    tiles = -(-M // (32 * vec))
+    parts = max(1, min(4 * gpu.sms // tiles, -(-N // 8)))  # 4 blocks per SM; at least a row per warp
+    partial = _kernel("linear_db_partial_kernel", f"scratch {dy} | {N} {M}", (tiles, parts, 1), vec=vec)
+    db = _kernel("linear_db_kernel", f"db scratch | {M} {accumulate}", -(-M // 32), SUM_THREADS, parts=parts)
+    return (replace(partial, file=file), replace(db, file=file)), 4 * parts * M
 
 
 def weight_gradient(M: int, K: int, gpu: Gpu) -> Launches:

@@ -36,7 +36,8 @@ def error_with_readers(readers, act=Act.GELU_TANH):
         ]
         y = outs[0] if len(outs) == 1 else g.emit(add_norm, *outs, weight("w", M), weight("b", M), None, eps=1e-5)[1]
         head, targets = weight("head", V, M), g.input("targets", (N,), I32)
-        losses, *_ = g.emit(lm_loss_forward_backward, y, head, targets, into={"dw": g.grad(head)}, V=V, chunks=1)
+        attrs = dict(V=V, chunks=1, scale=1.0, softcap=0.0)
+        losses, *_ = g.emit(lm_loss_forward_backward, y, head, targets, None, None, into={"dw": g.grad(head)}, **attrs)
         g.output("losses", losses)
 
     def fill(p, arena):

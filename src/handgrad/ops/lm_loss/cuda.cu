@@ -1,9 +1,10 @@
 // lm_loss: losses and, in place, gradients of a chunk of logits; the library computes GEMMs    math: README.md §2
-// rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype become their gradients, if GRADIENT
-//           gradients carry scalars->loss_scale, losses do not
+// rows      writes =          losses: (ROWS) float, nats;  logits: (ROWS, VP) dtype, x w^T before, its gradients
+//                             after, if GRADIENT.  Gradients carry scalars->loss_scale, losses do not
 // columns   V..VP are padding: probability 0, gradient 0
 // ignored   a row whose target is ignore_index has loss 0 and gradient 0
-// numerics  the maximum is subtracted; 2^x to 2 units in the last place; sums in float; a NaN logit gives a NaN loss
+// numerics  logits with a bias, a scale or a cap are rounded to dtype again. The maximum is subtracted; 2^x to 2 units
+//           in the last place; sums in float; a NaN logit gives a NaN loss
 // layout    a block walks over rows, a thread over packs of VEC columns: for the maximum, the sum and the gradient.
 //           With AHEAD the row is in shared memory and the next one is being copied there, so that logits are read
 //           once and written once; without (the row is too long) the second and third read come from L2
@@ -15,11 +16,10 @@
 
 // -DV columns that count, -DVP all columns, -DROWS of this chunk, -DTHREADS of a block, -DVEC elements of an access,
 // -DAHEAD 1: rows are prefetched into shared memory, -DGRADIENT 1: logits become their gradients
-#if !defined(V) || !defined(VP) || !defined(ROWS) || !defined(THREADS) || !defined(VEC) || !defined(AHEAD)
+// -DBIAS, -DSCALED, -DCAPPED, -DWEIGHTED 1: the call has a b, a scale that is not 1, a softcap, weights
+#if !defined(V) || !defined(VP) || !defined(ROWS) || !defined(THREADS) || !defined(VEC) || !defined(AHEAD) || \
+    !defined(GRADIENT) || !defined(BIAS) || !defined(SCALED) || !defined(CAPPED) || !defined(WEIGHTED)
 #error "lm_loss/op.py defines these"
-#endif
-#if !defined(GRADIENT)
-#error "lm_loss/op.py defines GRADIENT"
 #endif
 enum { PACKS = VP / VEC, STEPS = (PACKS + THREADS - 1) / THREADS, UNROLL = AHEAD ? STEPS : 4 };
 #define LOG2E 1.4426950408889634f
@@ -49,12 +49,36 @@ __device__ __forceinline__ void fetch(real *to, const real *row) {
 #endif
 }
 
+// In place, from x w^T: z = softcap tanh(scale (x w^T + b) / softcap). A thread does this to the columns that it reads.
+__device__ __forceinline__ void finish(real *row, const real *b, float scale, float softcap) {
+#pragma unroll 1
+  for (int s = 0; s < STEPS; s++) {
+    if (!exists(s)) break;
+    Pack<real, VEC> x = load<real, VEC>(row + first_column(s)), bias = {};
+    if (BIAS) bias = load<real, VEC>(b + first_column(s));
+#pragma unroll
+    for (int q = 0; q < VEC; q++) {
+      float z = (x.at(q) + bias.at(q)) * scale;
+      x.set(q, CAPPED ? softcap * tanhf(z / softcap) : z);
+    }
+    store(row + first_column(s), x);
+  }
+}
+
+// dz / d(x w^T) at a logit z; 0 where z is padding, or rounded to more than softcap.
+__device__ __forceinline__ float slope(float z, float scale, float softcap) {
+  float t = CAPPED ? z / softcap : 0.0f;
+  return (SCALED ? scale : 1.0f) * fmaxf(1.0f - t * t, 0.0f);
+}
+
 KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
-    float *losses,       // (ROWS)
-    real *logits,        // (ROWS, VP)
-    const int *targets,  // (ROWS)
+    float *losses,         // (ROWS)
+    real *logits,          // (ROWS, VP)
+    const int *targets,    // (ROWS)
+    const real *b,         // (VP) or NULL
+    const float *weights,  // (ROWS) or NULL
     const StepScalars *scalars,
-    i64 ignore_index) {
+    i64 ignore_index, float scale, float softcap) {
   __shared__ float buffer[THREADS / 32];
 #if AHEAD
   HG_SHARED(real, rows);  // (2, VP): this row and the next
@@ -68,9 +92,9 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
     if (next < ROWS) fetch(rows + (turn ^ 1) * VP, logits + (i64)next * VP);
     copy_async_commit();
     copy_async_wait<1>();
-    const real *from = rows + turn * VP;
+    real *from = rows + turn * VP;
 #else
-    const real *from = logits + (i64)row * VP;
+    real *from = logits + (i64)row * VP;
 #endif
 #if GRADIENT
     real *gradient = logits + (i64)row * VP;
@@ -83,6 +107,8 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
         if (exists(s)) store(gradient + first_column(s), Pack<real, VEC>{});
 #endif
     } else {
+      if (BIAS || SCALED || CAPPED) finish(from, b, scale, softcap);
+      float weight = WEIGHTED ? weights[row] : 1.0f;
       bool mine = target / VEC % THREADS == (int)threadIdx.x;  // the target is one of this thread's columns
       float picked = mine ? to_float(from[target]) : 0.0f;
       float top = -HG_INF, sum = 0.0f;
@@ -100,18 +126,24 @@ KERNEL __launch_bounds__(THREADS, 1) lm_loss_rows_kernel(
         for (int q = 0; q < VEC; q++) sum += exp2_fast(fmaf(x.at(q), LOG2E, -top));
       }
       sum = block_reduce<THREADS>(sum, Sum(), 0.0f, buffer);
-      if (mine) losses[row] = (top + log2f(sum)) * 0.6931471805599453f - picked;
+      if (mine) losses[row] = weight * ((top + log2f(sum)) * 0.6931471805599453f - picked);
 
 #if GRADIENT
-      float scale = scalars->loss_scale, factor = scale / sum;
+      float total = scalars->loss_scale * weight, factor = total / sum;
 #pragma unroll UNROLL
       for (int s = 0; s < STEPS; s++) {
         Pack<real, VEC> x = columns(from, s);
 #pragma unroll
-        for (int q = 0; q < VEC; q++) x.set(q, exp2_fast(fmaf(x.at(q), LOG2E, -top)) * factor);
+        for (int q = 0; q < VEC; q++) {
+          float p = exp2_fast(fmaf(x.at(q), LOG2E, -top)) * factor;
+          x.set(q, SCALED || CAPPED ? p * slope(x.at(q), scale, softcap) : p);
+        }
         if (exists(s)) store(gradient + first_column(s), x);
       }
-      if (mine) gradient[target] = from_float<real>((exp2_fast(fmaf(picked, LOG2E, -top)) / sum - 1.0f) * scale);
+      if (mine) {
+        float p = (exp2_fast(fmaf(picked, LOG2E, -top)) / sum - 1.0f) * total;
+        gradient[target] = from_float<real>(SCALED || CAPPED ? p * slope(picked, scale, softcap) : p);
+      }
 #endif
     }
     target = next_target;
