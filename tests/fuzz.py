@@ -142,6 +142,8 @@ READERS = [
     Reader("convert llmc", "convert model.bin out --to hf", "model.bin", "words"),
     Reader("convert llmc state", "convert log out", "log/state_00000002_00000.bin", "words"),
     Reader("convert llmc model", "convert log out", "log/model_00000002.bin", "words"),
+    Reader("generate gguf", "generate bpe.gguf --threads 1 --max-tokens 2", "bpe.gguf"),
+    Reader("convert gguf", "convert bpe.gguf out --to hf", "bpe.gguf", "words"),
     Reader("report log.jsonl", "report run --out out.html", "run/log.jsonl", "jsonl"),
     *(
         Reader(f"report {f}", "report run --out out.html", f"run/{f}", "json")
@@ -339,6 +341,11 @@ def models() -> None:
     Path("slow/tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"})
     )
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):  # as with pyarrow
+        import gguf  # noqa: F401
+
+        main("convert run bpe.gguf".split())
+    Path("bpe.gguf").touch()
     Path("log").mkdir()
     shutil.copy("model.bin", "log/model_00000002.bin")
     shutil.copy("model_tokenizer.bin", "log/gpt2_tokenizer.bin")

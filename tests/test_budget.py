@@ -16,11 +16,11 @@ BUDGETS = {  # folders that share a budget: lines
     "backends": 4400,
     "train": 3300,
     "optim": 200,
-    "data tokenizers": 2450,
-    "io": 900,
+    "data tokenizers": 2500,
+    "io": 1250,
     "evals": 500,
     "infer": 500,
-    "cli": 1450,
+    "cli": 1470,
 }
 OP, ATTENTION, MODEL = 700, 2100, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

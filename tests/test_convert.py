@@ -70,13 +70,14 @@ def test_convert_between_all_formats(model, tmp_path, capsys):
     assert open_source(tmp_path / "b").weights.dtype == "bf16"
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".gguf", ".safetensors", ".onnx", ".PT", ".ckpt", ".zip"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors", ".onnx", ".PT", ".ckpt", ".zip"])
 def test_formats_that_are_not_written_are_refused(model, tmp_path, told, suffix):
     """A folder named x.pt would be no file of PyTorch."""
     for more in ([], ["--to", "hf"], ["--force"]):
         line = told(model, tmp_path / f"x{suffix}", *more)
         assert (
-            f"[convert] DST is a folder, or FILE.bin for llm.c, but got '{tmp_path}/x{suffix}'. hint: a folder" in line
+            f"[convert] DST is a folder, FILE.bin for llm.c, or FILE.gguf for llama.cpp, but got '{tmp_path}/x{suffix}'. hint: "
+            in line
         )
     assert names(tmp_path) == ["model.bin"]
 
@@ -392,18 +393,18 @@ def test_an_upload_needs_the_package_and_a_token(model, tmp_path, told, monkeypa
     [
         (
             ["none", "b"],
-            "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME, "
+            "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder or hf:NAME, "
             "but got no 'none'. hint: handgrad train makes one",
         ),
         (
             ["MODEL", "b", "--to", "llmc"],
-            "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b' for llmc.",
+            "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others folders, but got 'b' for llmc.",
         ),
         (
             ["MODEL", "b.bin", "--to", "hf"],
-            "[convert] llm.c's models are files FILE.bin, all others folders, but got 'b.bin' for hf.",
+            "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others folders, but got 'b.bin' for hf.",
         ),
-        (["MODEL", "b", "--to", "gguf"], "[convert] --to takes one of auto, hf, llmc, handgrad, but got 'gguf'."),
+        (["MODEL", "b", "--to", "onnx"], "[convert] --to takes one of auto, hf, llmc, gguf, handgrad, but got 'onnx'."),
     ],
 )
 def test_invalid_arguments_are_refused(model, told, words, line):

@@ -259,7 +259,7 @@ def test_standard_input_that_is_empty(run, told, monkeypatch):
 
 
 def test_folders_without_a_run_are_refused(told, tmp_path):
-    rule = "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
+    rule = "[model] a model is a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder or hf:NAME"
     assert told("none") == f"{rule}, but got no 'none'. hint: handgrad train makes one"
     assert told(tmp_path) == f"{rule}, but got '{tmp_path}', which holds no complete checkpoint."
 

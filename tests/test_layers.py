@@ -36,6 +36,7 @@ OUTSIDE = {
     "cudnn": "backends",
     "mpi4py": "backends",
     "safetensors": "io",
+    "gguf": "io",
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",
     "tyro": "cli",

@@ -1,4 +1,4 @@
-"""handgrad convert SRC DST: a model between llm.c's .bin, Hugging Face folders and handgrad's run folders."""
+"""handgrad convert SRC DST: a model between llm.c's .bin, llama.cpp's .gguf, Hugging Face folders and run folders."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from handgrad.cli.flags import parse
 from handgrad.core.disk import flush, make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.core.replace import dead_writers, replace, restore, sibling, staged
-from handgrad.infer.convert import to_hf, to_llmc, to_run
+from handgrad.infer.convert import to_gguf, to_hf, to_llmc, to_run
 from handgrad.infer.load import Source, open_source
 from handgrad.io import hf
 from handgrad.tokenizers import Tokenizer
 
 OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", *hf.TOKENIZER)
 
-FOREIGN = set(".pt .pth .ckpt .safetensors .gguf .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
+FOREIGN = set(".pt .pth .ckpt .safetensors .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Convert:
     """Source, destination and format."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """run folder, one of its checkpoints, a .bin of llm.c or its training folder, a Hugging Face folder, or hf:NAME"""
+    """run folder or checkpoint, a .bin of llm.c or its training folder, a .gguf, a Hugging Face folder, or hf:NAME"""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """a new folder, or FILE.bin for llm.c"""
-    to: Literal["auto", "hf", "llmc", "handgrad"] = "auto"
-    """format; auto: llmc for FILE.bin, hf for a run folder, otherwise handgrad"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """dtype of the written weights; saved: the source's"""
+    """a new folder, FILE.bin for llm.c, or FILE.gguf for llama.cpp"""
+    to: Literal["auto", "hf", "llmc", "gguf", "handgrad"] = "auto"
+    """format; auto: llmc for FILE.bin, gguf for FILE.gguf, hf for a run folder, otherwise handgrad"""
+    dtype: Literal["saved", "f32", "bf16", "f16", "q8_0"] = "saved"
+    """dtype of the written weights; saved: the source's; f16 and q8_0: of a .gguf alone"""
     force: bool = False
     """replace a file, or a folder that holds only a model"""
     push: str = ""
@@ -45,16 +45,16 @@ def main(argv: list[str]) -> int:
     """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
     check_push(a)
-    dst, to, source = Path(a.dst), a.to, open_source(a.src)
-    if to == "auto":
-        to = "llmc" if dst.suffix == ".bin" else "hf" if source.kind == "handgrad" else "handgrad"
-    if (to == "llmc") != (dst.suffix == ".bin"):
-        raise HandgradError("convert", "llm.c's models are files FILE.bin, all others folders", f"'{dst}' for {to}")
+    dst, source = Path(a.dst), open_source(a.src)
+    to = kind_of(dst, a.to, source)
     if dst.suffix.lower() in FOREIGN:
         hint = f"a folder such as '{dst.with_suffix('')}'; --to hf writes model.safetensors into it"
-        raise HandgradError("convert", "DST is a folder, or FILE.bin for llm.c", f"'{a.dst}'", hint=hint)
+        rule = "DST is a folder, FILE.bin for llm.c, or FILE.gguf for llama.cpp"
+        raise HandgradError("convert", rule, f"'{a.dst}'", hint=hint)
     if not dst.name:
         raise HandgradError("convert", "DST names a file or a folder", f"'{a.dst}'")
+    if to != "gguf" and a.dtype in ("f16", "q8_0"):
+        raise HandgradError("convert", f"--dtype {a.dtype} is for FILE.gguf", f"'{a.dst}'")
     dtype = source.weights.dtype if a.dtype == "saved" else a.dtype
     try:
         tokenizer = source.tokenizer()
@@ -70,6 +70,10 @@ def main(argv: list[str]) -> int:
         make_folder(dst.parent)
         if to == "llmc":
             write_files(source, dst, table, dtype, tokenizer)
+        elif to == "gguf":
+            with staged(dst) as new:
+                to_gguf(source, new, dtype, tokenizer)
+                replace(new, dst)
         else:
             step = write_folder(source, dst, to, dtype, tokenizer)
     except OSError as error:
@@ -78,12 +82,23 @@ def main(argv: list[str]) -> int:
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
         print(f"resume: handgrad train --resume {dst} --steps N --train DATA")
-    elif to != "hf":
+    elif to not in ("hf", "gguf"):
         print(f"train from it: handgrad train --init {dst} --train DATA")
     if a.push:
         written = [path for path in (dst, table) if to == "llmc" and path.exists()] or [dst]
         print(f"uploaded: {hf.push(a.push.removeprefix('hf:'), written, a.private)}")
     return 0
+
+
+def kind_of(dst: Path, to: str, source: Source) -> str:
+    """The format to write. Raises HandgradError unless the destination's name goes with it."""
+    of_file = {".bin": "llmc", ".gguf": "gguf"}.get(dst.suffix)
+    if to == "auto":
+        to = of_file or ("hf" if source.kind == "handgrad" else "handgrad")
+    if to != (of_file or to) or (to in ("llmc", "gguf") and not of_file):
+        rule = "models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others folders"
+        raise HandgradError("convert", rule, f"'{dst}' for {to}")
+    return to
 
 
 def check_push(a: Convert) -> None:

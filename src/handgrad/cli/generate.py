@@ -18,7 +18,7 @@ class Generate:
     """Model, prompt and sampling."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME"""
+    """run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = None
     """text to continue; -: standard input"""
     max_tokens: int = MAX_TOKENS

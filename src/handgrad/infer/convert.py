@@ -1,4 +1,4 @@
-"""Writes a model from any source as a Hugging Face folder, a .bin of llm.c, or a run folder."""
+"""Writes a model from any source as a Hugging Face folder, a .bin of llm.c, a .gguf, or a run folder."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
 from handgrad.infer.load import TOKENIZER, Source
-from handgrad.io import checkpoint, hf, llmc
+from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, with_rows
 from handgrad.models import GPT2, declare, to_dict
@@ -46,6 +46,16 @@ def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokeni
     if tokenizer is not None:
         tokens = [tokenizer.bytes_of(id) or b"\0" for id in range(tokenizer.vocab_size)]
         llmc.write_tokenizer(table, tokens, tokenizer.eot)
+
+
+def to_gguf(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
+    """Writes a .gguf, which llama.cpp runs. dtype: "f32", "f16", "bf16" or "q8_0"."""
+    if not source.model.hugging_face:
+        raise HandgradError("convert", f"llama.cpp has no model of the family '{source.model.family}'")
+    if tokenizer is None:
+        raise HandgradError("convert", "a .gguf holds a tokenizer", "a model without one", hint="--to hf needs none")
+    about = tokenizers.to_gguf(tokenizer, source.model.vocab_size)
+    gguf.write(file, Format(**source.model.hugging_face), source.weights, dtype, about)
 
 
 def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> int:

@@ -11,8 +11,9 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.sampling import Sampling, StopStrings
-from handgrad.io import checkpoint, hf, llmc
+from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
+from handgrad.io.gguf_file import is_gguf, open_file
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
 from handgrad.models.presets import HUGGING_FACE
@@ -20,14 +21,14 @@ from handgrad.models.presets import HUGGING_FACE
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
 MAX_TOKENS = 256  # of a continuation, unless it is given
-KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder or hf:NAME"
+KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder or hf:NAME"
 
 
 @dataclass(frozen=True)
 class Source:
     """A model on disk.
 
-    kind: "handgrad", "llmc" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
+    kind: "handgrad", "llmc", "gguf" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
     weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     ends: ids that end a text, for a model whose tokenizer is missing
     """
@@ -51,7 +52,7 @@ def open_source(source: str | Path) -> Source:
     except OSError as error:  # a name that is too long, a folder that is closed
         raise HandgradError("model", f"a model is {KINDS}", error.strerror) from None
     if is_file:
-        return _llmc(path)
+        return _gguf(path) if is_gguf(path) else _llmc(path)
     if not is_folder:
         on_hub = f"hf:{path} is a model of the Hugging Face hub"
         hint = on_hub if str(path) in HUGGING_FACE else "handgrad train makes one"
@@ -154,7 +155,7 @@ class Loaded:
 def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0) -> Loaded:
     """The model that `open_source` opens, ready to continue text.
 
-    path: a run folder, one of its checkpoints, a .bin of llm.c, a Hugging Face folder, or hf:NAME
+    path: a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME
     dtype, backend, threads, context and errors as in `load_run`
     """
     return Loaded(*load_run(path, dtype, backend, threads, context))
@@ -208,6 +209,16 @@ def _llmc(path: Path) -> Source:
     model = build_from_file(GPT2, weights.fields, "llmc", path)
     weights = replace(weights, shapes=shapes(declare(model)))  # tensors in the order of use, as from any other source
     return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model))
+
+
+def _gguf(path: Path) -> Source:
+    file = open_file(path)
+    family = family_of_model_type(file.architecture, path)
+    form = Format(**family.hugging_face)
+    model = build_from_file(family, gguf.read_fields(file, form), "gguf", path)
+    weights = gguf.read(file, form, asdict(model), shapes(declare(model)))
+    ends = tokenizers.ends_in_gguf(file.metadata, model.vocab_size, path)
+    return Source("gguf", path, model, weights, lambda: tokenizers.from_gguf(file.metadata, path), ends)
 
 
 def _hugging_face(path: Path) -> Source:

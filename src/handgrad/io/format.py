@@ -76,6 +76,8 @@ class Format:
     """from our fields: the keys that `decode` reads"""
     computes: frozenset[str] = frozenset()
     """keys of NEUTRAL that `decode` reads"""
+    gguf: Mapping[str, Any] | None = None
+    """the arguments of `io.gguf.Layout`; None: llama.cpp has no such family"""
 
     def model_type(self, fields: Mapping[str, Any]) -> str:
         """The model_type that a model with these fields is written as."""

@@ -18,6 +18,32 @@ VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows 
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
+GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
+    "architectures": {"gpt2": "gpt2"},
+    "keys": {
+        "context_length": "n_positions",
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "feed_forward_length": "n_inner",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    "tensors": {
+        "transformer.wte": "token_embd",
+        "transformer.wpe": "position_embd",
+        "transformer.h.{}.ln_1": "blk.{}.attn_norm",
+        "transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv",
+        "transformer.h.{}.attn.c_proj": "blk.{}.attn_output",
+        "transformer.h.{}.ln_2": "blk.{}.ffn_norm",
+        "transformer.h.{}.mlp.c_fc": "blk.{}.ffn_up",
+        "transformer.h.{}.mlp.c_proj": "blk.{}.ffn_down",
+        "transformer.ln_f": "output_norm",
+        "lm_head": "output",
+    },
+    "implies": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+
 def _hf_names(name: str) -> tuple[str]:
     """The name of one of our tensors in Hugging Face's files."""
     return (name if name == "lm_head.weight" else f"transformer.{name}",)
@@ -73,6 +99,7 @@ class GPT2:
         "transposed": r"h\.\d+\..*\.c_\w+\.weight",  # their blocks store matrices (in, out)
         "ignored": r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight",  # causal masks of old versions, a tied head
         "tied": ("tie_embeddings", "wte.weight", "lm_head.weight"),
+        "gguf": GGUF,
     }
 
     def __post_init__(self) -> None:

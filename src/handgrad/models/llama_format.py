@@ -45,6 +45,42 @@ IN_BLOCK = {
 OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
 
 
+GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
+    # a mistral has no window there
+    "architectures": {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    "keys": {
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "rope.dimension_count": "head_dim",
+        "rope.freq_base": "rope_parameters.rope_theta",
+    },
+    "tensors": {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
+        "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
+        "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
+        "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
+        "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
+        "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
+        "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+        "model.layers.{}.post_attention_layernorm": "blk.{}.ffn_norm",
+        "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
+        "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
+        "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+    },
+    "interleaved": {"llama": {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}},
+}
+
+
 def _names(name: str) -> tuple[str, ...]:
     """Their tensors that are the rows of one of ours."""
     module, kind = name.rsplit(".", 1)
@@ -189,4 +225,5 @@ HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
     "transposed": "(?!)",  # none
     "ignored": r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight",  # of old versions; a tied head
     "tied": ("tie_embeddings", "wte.weight", "lm_head.weight"),
+    "gguf": GGUF,
 }

@@ -10,13 +10,16 @@ from handgrad.tokenizers.chars import CharTokenizer, chars
 from handgrad.tokenizers.ends import id_list, model_ends
 from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
+from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
 
 __all__ = [
     "Tokenizer",
     "chars",
+    "ends_in_gguf",
     "from_file",
     "from_folder",
+    "from_gguf",
     "from_tokens",
     "gpt2",
     "id_list",
@@ -24,6 +27,7 @@ __all__ = [
     "model_ends",
     "neutral_prompt",
     "to_folder",
+    "to_gguf",
 ]
 
 

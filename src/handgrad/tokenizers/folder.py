@@ -34,9 +34,12 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
     else:
         return None
     _add(library, folder)
-    vocab = vocabulary(library, folder / name)
-    ends = ends_of(folder, vocab)
-    found = FileTokenizer(library, name, ends)
+    return recognised(library, name, ends_of(folder, vocabulary(library, folder / name)))
+
+
+def recognised(library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...]) -> Tokenizer:
+    """Returns the tokenizer of a library's: `gpt2()` or a CharTokenizer where it is one of them."""
+    found, vocab = FileTokenizer(library, name, ends), library.get_vocab(with_added_tokens=True)
     rules = _rules(library)
     if found.vocab_size == gpt2().vocab_size and ends == gpt2().ends and rules == _rules(_gpt2()):
         return gpt2()
@@ -51,24 +54,29 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
 
     Raises HandgradError if the folder is not writable.
     """
-    folder, kind = Path(folder), "PreTrainedTokenizerFast"
+    folder, kind, library = Path(folder), "PreTrainedTokenizerFast", library_of(tokenizer)
     if isinstance(tokenizer, GPT2Tokenizer):
-        kind, library = "GPT2Tokenizer", _gpt2()
+        kind = "GPT2Tokenizer"
         vocab = library.get_vocab(with_added_tokens=True)
         text = json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1])), ensure_ascii=False)
         (folder / VOCAB).write_text(text, encoding="utf-8")
         shutil.copyfile(MERGES, folder / MERGED)
-    elif isinstance(tokenizer, CharTokenizer):
-        library = _of_characters(tokenizer.characters)
-    elif isinstance(tokenizer, FileTokenizer):
-        library = tokenizer.library
-    else:
-        raise HandgradError("tokenizer", "a tokenizer must be gpt2, chars or a tokenizer.json", tokenizer.name)
     end = None if tokenizer.eot is None else library.id_to_token(tokenizer.eot)
     config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, "bos_token": end, "eos_token": end}
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def library_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """Returns the library's tokenizer with the same ids. Raises HandgradError if it has none."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        return _gpt2()
+    if isinstance(tokenizer, CharTokenizer):
+        return _of_characters(tokenizer.characters)
+    if isinstance(tokenizer, FileTokenizer):
+        return tokenizer.library
+    raise HandgradError("tokenizer", "a tokenizer must be gpt2, chars or a tokenizer.json", tokenizer.name)
 
 
 def from_tokens(tokens: Iterable[bytes], eot: int = 0) -> Tokenizer:

@@ -1,0 +1,114 @@
+"""Byte-level BPE in a file of llama.cpp (GGUF): tokens and merges, and the name of the rule that cuts text before them.
+
+The rules are those of each model's own tokenizer.json. llama.cpp has them by name, under tokenizer.ggml.pre.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
+from handgrad.tokenizers.base import Tokenizer
+from handgrad.tokenizers.ends import id_list
+from handgrad.tokenizers.file import library_must
+from handgrad.tokenizers.folder import library_of, recognised
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # what a token is; of llama.cpp
+# GPT-4's way to cut text: contractions, words, numbers of so many digits, punctuation, white space
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(WORDS.replace("DIGITS", digits)), behavior="isolated")
+    return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
+
+
+RULES = {  # tokenizer.ggml.pre: what cuts the text
+    "gpt-2": _byte_level(),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
+    "llama-bpe": _words("{1,3}"),
+    "qwen2": _words(""),
+}
+
+
+def from_gguf(metadata: Mapping[str, Any], source: object) -> Tokenizer:
+    """Returns the tokenizer that a file's metadata describe. Raises HandgradError that names the source for others."""
+    kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in RULES:
+        rule = f"{source} has a tokenizer gpt2 of the kind {' or '.join(RULES)}"
+        raise HandgradError("tokenizer", rule, f"{shown(kind)} of the kind {shown(pre)}")
+    tokens, merges = _texts(metadata, "tokens", source), _texts(metadata, "merges", source)
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    types = list(metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+    if len(types) != len(tokens) or len(set(tokens)) < len(tokens) or any(" " in right for _, right in pairs):
+        rule = f"{source} lists tokens, each once and with its type, and merges of two"
+        raise HandgradError("tokenizer", rule, f"{len(tokens):,} tokens, {len(types):,} types, {len(merges):,} merges")
+    vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types)) if type != UNUSED}
+    with library_must(f"{source} must describe a tokenizer"):
+        library = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
+        library.pre_tokenizer, library.decoder = RULES[pre], decoders.ByteLevel()
+        if pre == "qwen2":
+            library.normalizer = normalizers.NFC()
+        for type, is_special in ((CONTROL, True), (USER_DEFINED, False)):
+            added = [AddedToken(t, special=is_special, normalized=False) for t, k in zip(tokens, types) if k == type]
+            (library.add_special_tokens if is_special else library.add_tokens)(added)
+        return recognised(library, "gguf", ends_in_gguf(metadata, len(tokens), source))
+
+
+def ends_in_gguf(metadata: Mapping[str, Any], count: int, source: object) -> tuple[int, ...]:
+    """Returns the ids below `count` that end a text."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ids = [metadata[key] for key in keys if key in metadata]
+    return tuple(id for id in id_list(ids, f"{source} gives ends") if 0 <= id < count)
+
+
+def to_gguf(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
+    """Returns the metadata that describe a tokenizer to llama.cpp, for a model of `count` ids.
+
+    Raises HandgradError for a tokenizer that is not byte-level BPE or cuts text as none of RULES does.
+    """
+    library = library_of(tokenizer)
+    about = json.loads(library.to_str())
+    pre = next((name for name, rule in RULES.items() if _steps(rule) == _steps(library.pre_tokenizer)), None)
+    if about["model"].get("type") != "BPE" or pre is None:
+        rule = f"llama.cpp reads byte-level BPE that cuts text as {' or '.join(RULES)} does"
+        raise HandgradError("tokenizer", rule, tokenizer.name, hint="--to hf keeps any tokenizer")
+    if tokenizer.vocab_size > count:
+        rule = f"a tokenizer for llama.cpp has at most the {count:,} ids of the model"
+        raise HandgradError("tokenizer", rule, f"{tokenizer.vocab_size:,}")
+    tokens, types = [f"[PAD{id}]" for id in range(count)], [UNUSED] * count
+    for token, id in library.get_vocab(with_added_tokens=True).items():
+        tokens[id], types[id] = token, NORMAL
+    for id, added in library.get_added_tokens_decoder().items():
+        types[id] = CONTROL if added.special else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
+    found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
+    found |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.ends))
+    if tokenizer.eot is not None:
+        found["bos_token_id"] = tokenizer.eot
+    return {f"tokenizer.ggml.{key}": value for key, value in (found | {"add_bos_token": False}).items()}
+
+
+def _texts(metadata: Mapping[str, Any], key: str, source: object) -> list[str]:
+    found = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(found, list):
+        raise HandgradError("tokenizer", f"{source} lists the texts tokenizer.ggml.{key}", shown(found))
+    return found
+
+
+def _steps(rule: Any) -> object:
+    """What determines how a pre-tokenizer cuts text, comparable with ==."""
+    about = {} if rule is None else json.loads(rule.__getstate__())
+    steps: Iterable[dict[str, Any]] = about.get("pretokenizers", [about])
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
