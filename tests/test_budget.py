@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
-    "backends": 4400,
+    "backends": 4450,
     "train": 3300,
     "optim": 200,
-    "data tokenizers": 2500,
+    "data tokenizers": 2550,
     "io": 1250,
     "evals": 500,
     "infer": 500,
