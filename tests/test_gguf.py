@@ -14,6 +14,7 @@ from test_llama_format import FORM, LLAMA3, read, shapes, torch_model
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.infer import convert
 from handgrad.infer.load import open_source
 from handgrad.io import gguf, hf
 from handgrad.io.format import Format
@@ -202,7 +203,7 @@ def test_gpt2_by_command(gpt2, tmp_path, capsys, dtype):
     [
         (["x", "--to", "gguf"], "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others"),
         (
-            ["x.gguf", "--to", "hf"],
+            ["x.GGUF", "--to", "hf"],
             "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others",
         ),
         (["x", "--dtype", "q8_0"], "[convert] --dtype q8_0 is for FILE.gguf, but got 'x'."),
@@ -223,7 +224,10 @@ def test_a_model_without_a_tokenizer_for_llama_cpp_is_refused(gpt2, tmp_path, ca
     hf.write(tmp_path / "in", Format(**GPT2.hugging_face), weights)
     command = ["convert", str(tmp_path / "in"), str(tmp_path / "x.gguf")]
     assert main(command) == 2
-    assert "[convert] a .gguf holds a tokenizer, but got a model without one. hint" in capsys.readouterr().err
+    assert "tokenizer.json says how text becomes tokens, but got no such file, and 97" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+    line = told(convert.to_gguf, open_source(tmp_path / "in"), tmp_path / "x.gguf", "f32", None)
+    assert line == "[convert] a .gguf holds a tokenizer, but got a model without one. hint: --to hf needs none"
     tokenizers.to_folder(tokenizers.chars("".join(map(chr, range(256, 256 + 97)))), tmp_path / "in")
     assert main(command) == 2
     assert "[tokenizer] llama.cpp reads byte-level BPE that cuts text as gpt-2 or" in capsys.readouterr().err
