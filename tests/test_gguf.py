@@ -14,6 +14,7 @@ from test_llama_format import FORM, LLAMA3, read, shapes, torch_model
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
+from handgrad.infer import convert
 from handgrad.infer.load import open_source
 from handgrad.io import gguf, hf
 from handgrad.io.format import Format
@@ -117,6 +118,9 @@ def test_float16_that_overflows_is_refused(tmp_path):
 def test_what_gguf_cannot_say_is_refused(tmp_path):
     torch_model("mistral").save_pretrained(tmp_path / "in")
     line = told(gguf.write, tmp_path / "x.gguf", FORM, read(tmp_path / "in"), "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a model whose window is 0, but got 4096."
+    form = replace(FORM, gguf={**FORM.gguf, "requires": {}})
+    line = told(gguf.write, tmp_path / "x.gguf", form, read(tmp_path / "in"), "f32", TOKENIZER)
     assert "runs a model of the kind llama or qwen2 or qwen3, but got mistral, which its files cannot" in line
     line = told(gguf.write, tmp_path / "x.gguf", replace(FORM, gguf=None), read(tmp_path / "in"), "f32", TOKENIZER)
     assert line == "[gguf] llama.cpp has no model of this family."
@@ -199,7 +203,7 @@ def test_gpt2_by_command(gpt2, tmp_path, capsys, dtype):
     [
         (["x", "--to", "gguf"], "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others"),
         (
-            ["x.gguf", "--to", "hf"],
+            ["x.GGUF", "--to", "hf"],
             "[convert] models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others",
         ),
         (["x", "--dtype", "q8_0"], "[convert] --dtype q8_0 is for FILE.gguf, but got 'x'."),
@@ -220,7 +224,10 @@ def test_a_model_without_a_tokenizer_for_llama_cpp_is_refused(gpt2, tmp_path, ca
     hf.write(tmp_path / "in", Format(**GPT2.hugging_face), weights)
     command = ["convert", str(tmp_path / "in"), str(tmp_path / "x.gguf")]
     assert main(command) == 2
-    assert "[convert] a .gguf holds a tokenizer, but got a model without one. hint" in capsys.readouterr().err
+    assert "tokenizer.json says how text becomes tokens, but got no such file, and 97" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+    line = told(convert.to_gguf, open_source(tmp_path / "in"), tmp_path / "x.gguf", "f32", None)
+    assert line == "[convert] a .gguf holds a tokenizer, but got a model without one. hint: --to hf needs none"
     tokenizers.to_folder(tokenizers.chars("".join(map(chr, range(256, 256 + 97)))), tmp_path / "in")
     assert main(command) == 2
     assert "[tokenizer] llama.cpp reads byte-level BPE that cuts text as gpt-2 or" in capsys.readouterr().err
@@ -257,6 +264,12 @@ def test_tokenizers_in_and_out_give_the_same_ids(tmp_path, pre):
         assert found.encode(text).tolist() == ours.encode(text).tolist() and found.decode(found.encode(text)) == text
     line = told(tokenizers.to_gguf, ours, ours.vocab_size - 1)
     assert "has at most the" in line
+
+
+def test_too_many_special_tokens_are_refused():
+    about = {"model": "gpt2", "pre": "gpt-2", "tokens": [f"t{i}" for i in range(65537)], "token_type": [3] * 65537}
+    about = {f"tokenizer.ggml.{key}": x for key, x in (about | {"merges": []}).items()}
+    assert "x has at most 65,536 special tokens, but got 65,537." in told(tokenizers.from_gguf, about, "x")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +422,7 @@ def uint(value):
         ),
         ({"llama.rope.dimension_count": 8}, "has one value for rope.dimension_count and its like, but got 8 and 16."),
         ({"llama.attention.head_count": 5}, "attn_q.weight in"),
-        ({"llama.block_count": 3}, "holds the tensor model.layers.2.input_layernorm.weight, but got no such."),
+        ({"llama.block_count": 3}, "holds the tensor blk.2.attn_k.weight, but got no such."),
         ({"llama.block_count": 1}, "holds the tensors of its metadata alone, but got also blk.1."),
         ({"llama.embedding_length": 32}, "has shape"),
     ],

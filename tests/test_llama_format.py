@@ -1,15 +1,24 @@
 """Hugging Face folders of the Llama family in and out: tensors that are packed here and apart there."""
 
 import json
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from handgrad.cli.__main__ import main
+from handgrad.core.dtypes import I32
 from handgrad.core.errors import HandgradError
+from handgrad.core.params import ONES
+from handgrad.infer.load import open_source
 from handgrad.io import hf
 from handgrad.io.format import NEUTRAL, Format
+from handgrad.models import GPT2, register, registry
 from handgrad.models.llama_format import HUGGING_FACE, KEYS
+from handgrad.models.model import Batch
+from handgrad.ops import embed
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -307,3 +316,56 @@ def test_a_tied_model_whose_head_differs_is_untied(tmp_path):
 def test_a_family_that_transformers_lacks_is_refused():
     with pytest.raises(HandgradError, match="has no Llama with both qkv_bias and qk_norm"):
         FORM.config({"qkv_bias": True, "qk_norm": True})
+
+
+# by command, through a stand-in for the family that has its tensors and computes something else ------------------------
+
+
+@dataclass(frozen=True)
+class StandIn:
+    vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_size: int
+    head_size: int
+    mlp_size: int
+    rope_theta: float
+    rope_scaling: tuple | None
+    norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    window: int
+
+    family: ClassVar[str] = "stand-in"
+    hugging_face: ClassVar = HUGGING_FACE
+
+    def inputs(self, g, batch_size, seq_len, *, cache=0):
+        return Batch(g.input("ids", (batch_size * seq_len,), I32), batch_size, seq_len, cache)
+
+    def body(self, g, data):
+        made = {name: g.param(name, shape, ONES) for name, shape in shapes(asdict(self)).items()}
+        return g.emit(embed, data.ids, made["wte.weight"], None, T=data.seq_len, decode=False)
+
+    def logits(self, g, x):
+        return g.output("logits", x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_types_of_one_family_by_command(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(registry, "FAMILIES", {"gpt2": GPT2})
+    register(StandIn)
+    with pytest.raises(HandgradError, match="stand-in reads Hugging Face's '(llama|mistral|qwen2|qwen3)'"):
+        register(type("Other", (StandIn,), {"family": "other"}))
+    model = torch_model(kind)
+    model.save_pretrained(tmp_path / "in")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "run"), "--to", "handgrad"]) == 0
+    assert json.loads((tmp_path / "run" / "step_000000" / "run.json").read_text())["family"] == "stand-in"
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf"]) == 0
+    ours, theirs = loaded(tmp_path / "out", kind).state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    reconfigure(tmp_path / "in", model_type="t5")
+    line = "has the model_type gpt2 or llama or mistral or qwen2 or qwen3, but got 't5'."
+    assert line in told(open_source, tmp_path / "in")

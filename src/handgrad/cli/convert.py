@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
     try:
         tokenizer = source.tokenizer()
     except HandgradError as error:
+        if to == "gguf":  # which holds one
+            raise
         tokenizer = None
         print(f"no tokenizer: {error}")
         print("it converts without one; handgrad generate and eval need a tokenizer beside the new model")
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 def kind_of(dst: Path, to: str, source: Source) -> str:
     """The format to write. Raises HandgradError unless the destination's name goes with it."""
-    of_file = {".bin": "llmc", ".gguf": "gguf"}.get(dst.suffix)
+    of_file = {".bin": "llmc", ".gguf": "gguf"}.get(dst.suffix.lower())
     if to == "auto":
         to = of_file or ("hf" if source.kind == "handgrad" else "handgrad")
     if to != (of_file or to) or (to in ("llmc", "gguf") and not of_file):

@@ -17,6 +17,7 @@ handgrad eval hf:gpt2 --tasks hellaswag,lambada=lambada.jsonl --limit 500""",
     "convert": """
 handgrad convert runs/shakespeare-001 shakespeare-hf
 handgrad convert hf:gpt2 gpt2.bin --dtype bf16
+handgrad convert hf:gpt2 gpt2.gguf --dtype q8_0
 handgrad convert log124M mine --to handgrad""",
     "report": """
 handgrad report runs/shakespeare-001

@@ -47,6 +47,7 @@ class Layout:
     keys: behind "<architecture>.": their key of config.json, "a.b" for b inside a. Several may be one
     tensors: their tensor without .weight or .bias, {} for the number of a block: the name in GGUF
     implies: what config.json must say besides
+    requires: our field: the value without which llama.cpp would compute another model
     interleaved: architectures whose rotation turns neighbours, not halves, and the key with the heads of each tensor
         whose rows are therefore in another order
     """
@@ -55,6 +56,7 @@ class Layout:
     keys: Mapping[str, str]
     tensors: Mapping[str, str]
     implies: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
     interleaved: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def name(self, theirs: str) -> str:
@@ -63,6 +65,16 @@ class Layout:
         number = re.search(r"\.(\d+)\.", module)
         pattern = module if number is None else module.replace(number[0], ".{}.", 1)
         return f"{self.tensors[pattern].format(number[1] if number else '')}.{kind}"
+
+    def renamed(self, form: Format) -> Format:
+        """The family's Format with the names of GGUF, where every matrix is (out, in), as ours are."""
+        return replace(
+            form,
+            names=lambda name: tuple(self.name(theirs) for theirs in form.names(name)),
+            prefix="",
+            transposed="(?!)",
+            ignored="(?!)",
+        )
 
     def heads(self, architecture: str, name: str) -> str | None:
         """The key with the heads of a tensor whose rows are in the order of an interleaved rotation."""
@@ -86,20 +98,13 @@ def read(file: File, form: Format, fields: Mapping[str, Any], shapes: Mapping[st
     It is bf16 if all matrices are, and bf16 holds the rest exactly; otherwise float32.
     """
     format.check_only(form, _config(file, form), fields, "gguf", file.path)
-    layout, theirs = Layout(**(form.gguf or {})), replace(form, transposed="(?!)")  # matrices are (out, in), as ours
-    short = {
-        layout.name(name): name.removeprefix(form.prefix)
-        for ours, shape in shapes.items()
-        for name, _ in theirs.parts(ours, shape, fields)
-    }
-    is_bf16 = _is_bf16(file)
+    layout, is_bf16 = Layout(**(form.gguf or {})), _is_bf16(file)
     found = {}
     for name, place in file.places.items():
         if name != FREQUENCIES:
             read = functools.partial(_read_rows, file, layout, name, is_bf16)
-            kind = "BF16" if is_bf16 else "F32"
-            found[short.get(name, f"no {name}")] = Stored(name, place.shape, kind, read)
-    return format.read_weights(theirs, fields, shapes, found, "gguf", file.path, "metadata")
+            found[name] = Stored(name, place.shape, "BF16" if is_bf16 else "F32", read)
+    return format.read_weights(layout.renamed(form), fields, shapes, found, "gguf", file.path, "metadata")
 
 
 def _is_bf16(file: File) -> bool:
@@ -115,19 +120,15 @@ def _is_bf16(file: File) -> bool:
 
 def _read_rows(file: File, layout: Layout, name: str, is_bf16: bool) -> np.ndarray:
     """A tensor with its rows in the order of a rotation of halves."""
-    values = file.read(name)
-    values = (
-        values if is_bf16 is (values.dtype == NUMPY["bf16"]) else values.astype(NUMPY["bf16" if is_bf16 else "f32"])
-    )
+    values = file.read(name).astype(NUMPY["bf16" if is_bf16 else "f32"], copy=False)
     key = layout.heads(file.architecture, name)
     if key is None:
         return values
     told, arch = file.metadata, file.architecture
     heads = told.get(f"{arch}.{key}", told.get(f"{arch}.attention.head_count"))
     if len(values) % (2 * heads):
-        raise HandgradError(
-            "gguf", f"{name} in {file.path} rotates {heads} heads of an even size", f"{len(values)} rows"
-        )
+        rule = f"{name} in {file.path} rotates {heads} heads of an even size"
+        raise HandgradError("gguf", rule, f"{len(values)} rows")
     return _reorder(values, heads, interleave=False)
 
 
@@ -144,9 +145,7 @@ def _config(file: File, form: Format) -> dict[str, Any]:
     layout = Layout(**(form.gguf or {}))
     kinds = {there: kind for kind, there in layout.architectures.items()}
     if arch not in kinds:
-        raise HandgradError(
-            "gguf", f"{path} has the architecture {' or '.join(kinds) or 'of no file here'}", shown(arch)
-        )
+        raise HandgradError("gguf", f"{path} has the architecture {' or '.join(kinds)}", shown(arch))
     config: dict[str, Any] = {"model_type": kinds[arch], **layout.implies}
     told = {key.removeprefix(f"{arch}."): x for key, x in file.metadata.items() if key.startswith(f"{arch}.")}
     for key, value in told.items():
@@ -226,7 +225,10 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
     if form.gguf is None:
         raise HandgradError("gguf", "llama.cpp has no model of this family")
     package, layout, fields = load_package("a file for llama.cpp"), Layout(**form.gguf), weights.fields
-    form = replace(form, transposed="(?!)")
+    form = layout.renamed(form)
+    for ours, value in layout.requires.items():
+        if fields[ours] != value:
+            raise HandgradError("gguf", f"llama.cpp runs a model whose {ours} is {value}", fields[ours])
     if form.model_type(fields) not in layout.architectures:
         rule = f"llama.cpp runs a model of the kind {' or '.join(layout.architectures)}"
         raise HandgradError("gguf", rule, f"{form.model_type(fields)}, which its files cannot describe")
@@ -239,7 +241,7 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
     factors = _factors(rope, config["head_dim"]) if rope.get("rope_type") == "llama3" else None
     parts = [part for name, shape in weights.shapes.items() for part in form.parts(name, shape, fields)]
     types = {}
-    for name, shape in [(layout.name(theirs), shape) for theirs, shape in parts]:
+    for name, shape in parts:
         types[name] = _type_of(name, shape, dtype.upper())
         _declare(package, writer, name, shape, types[name])
     if factors is not None:
@@ -248,8 +250,7 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for theirs, values in form.apart(weights, "f32"):  # tensor by tensor: no second copy of the model in memory
-            name = layout.name(theirs)
+        for name, values in form.apart(weights, "f32"):  # tensor by tensor: no second copy of the model in memory
             heads = layout.heads(arch, name)
             values = values if heads is None else _reorder(values, told[f"{arch}.{heads}"], interleave=True)
             writer.write_tensor_data(_pack(package, name, values, types[name]))

@@ -46,7 +46,6 @@ OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_hea
 
 
 GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
-    # a mistral has no window there
     "architectures": {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
     "keys": {
         "context_length": "max_position_embeddings",
@@ -77,6 +76,7 @@ GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
         "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
         "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
     },
+    "requires": {"window": 0},
     "interleaved": {"llama": {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}},
 }
 

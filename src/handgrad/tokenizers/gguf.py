@@ -18,6 +18,7 @@ from handgrad.tokenizers.file import library_must
 from handgrad.tokenizers.folder import library_of, recognised
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # what a token is; of llama.cpp
+MOST_ADDED = 1 << 16  # tokens that are found before the text is cut; the library takes a second for them
 # GPT-4's way to cut text: contractions, words, numbers of so many digits, punctuation, white space
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
@@ -54,6 +55,9 @@ def from_gguf(metadata: Mapping[str, Any], source: object) -> Tokenizer:
     if len(types) != len(tokens) or len(set(tokens)) < len(tokens) or any(" " in right for _, right in pairs):
         rule = f"{source} lists tokens, each once and with its type, and merges of two"
         raise HandgradError("tokenizer", rule, f"{len(tokens):,} tokens, {len(types):,} types, {len(merges):,} merges")
+    num_added = sum(type in (CONTROL, USER_DEFINED) for type in types)
+    if num_added > MOST_ADDED:
+        raise HandgradError("tokenizer", f"{source} has at most {MOST_ADDED:,} special tokens", f"{num_added:,}")
     vocab = {token: id for id, (token, type) in enumerate(zip(tokens, types)) if type != UNUSED}
     with library_must(f"{source} must describe a tokenizer"):
         library = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
