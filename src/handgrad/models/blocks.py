@@ -64,15 +64,17 @@ def project(
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
     """Causal self-attention with packed q, k, v. With a cache it appends to and reads the batch's keys and values."""
     size = x.shape[-1]
+    sizes = {"T": data.seq_len, "H": heads, "K": heads, "window": 0, "scale": (size // heads) ** -0.5}
     with g.scope(name):
         qkv = dense(g, x, "c_attn", 3 * size)
         if data.cache:
             cache = g.state("cache", (data.batch_size, data.cache, 2, heads, size // heads), g.dtype)
-            y = g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=data.cache, H=heads, K=heads)
+            y = g.emit(attention_decode, qkv, into={"cache": cache}, **sizes, S=data.cache)
         else:
             active = p if g.trains else 0.0
             stream = g.next_stream() if active else 0
-            y, _ = g.emit(attention, qkv, T=data.seq_len, H=heads, K=heads, causal=True, p=active, stream=stream)
+            absent = [None] * 4  # keys of another sequence, biases, bounds
+            y, _ = g.emit(attention, qkv, *absent, **sizes, causal=True, p=active, stream=stream)
         return project(g, y, "c_proj", size, std=std, p=p)
 
 
