@@ -30,7 +30,7 @@ from handgrad.testing import set_scalars
 CALLS = 16  # least calls of a graph: the gap between two graphs is some microseconds
 CACHE_BYTES = 4 * 50_000_000  # moved by the calls of a row before they reuse a buffer: four times the L2 of an H100
 ADAM = dict(start=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-HEADS = dict(T=1, H=12, K=12)
+HEADS = dict(T=1, H=12, K=12, window=0, scale=0.125)
 
 
 def rows(smoke: bool) -> list[tuple[str, str, Case]]:

@@ -59,7 +59,8 @@ class Remembering(NoPositions):
         x = super().embedding(g, data)
         if g.trains:
             B, T, D = data.batch_size, data.seq_len, self.hidden_size // 3
-            g.emit(attention_decode, x, into={"cache": g.state("seen", (B, T, 2, 1, D), g.dtype)}, T=T, S=T, H=1, K=1)
+            into = {"cache": g.state("seen", (B, T, 2, 1, D), g.dtype)}
+            g.emit(attention_decode, x, into=into, T=T, S=T, H=1, K=1, window=0, scale=D**-0.5)
         return x
 
 

@@ -72,7 +72,11 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """Attention by cuDNN: direction "forward" or "backward", over packed q, k, v (B, T, (H + 2 K) D)."""
+    """Attention by cuDNN: direction "forward" or "backward", over packed q, k, v (B, T, (H + 2 K) D).
+
+    window  a token sees the last `window` keys, itself included; 0: all
+    scale   the factor of q k'
+    """
 
     direction: str
     B: int
@@ -82,6 +86,8 @@ class Sdpa:
     D: int
     causal: bool
     deterministic: bool
+    window: int
+    scale: float
 
 
 @dataclass(frozen=True)

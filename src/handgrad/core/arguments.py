@@ -34,6 +34,11 @@ class Arg:
     optional: bool
     inout: bool
 
+    @property
+    def letters(self) -> set[str]:
+        """The letters of its dimensions."""
+        return {d for d in self.dims if not d.isdigit()}
+
     def dtype(self, working: DType, grad: DType = F32) -> DType:
         """Its element type in a program of these dtypes."""
         return grad if self.kind == "grad" else DTYPES[self.kind] if self.kind else working

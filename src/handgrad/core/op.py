@@ -140,7 +140,8 @@ class Op:
         raise HandgradError(self.name, "this op has no gradient", hint="use it after backward or in inference")
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
-        """Whether an optional output exists under these attributes and working dtype."""
+        """Whether an optional output exists under these attributes and working dtype. One with a letter that no input
+        has does not."""
         return True
 
     def cheap(self, c: "Call") -> dict[str, str]:

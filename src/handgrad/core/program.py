@@ -206,7 +206,7 @@ class Program:
                         raise HandgradError(op.name, rule, "a call for the last one", context=f"recorded at {where}")
                     self._written.add(target)
                     first.add(arg.name)
-            elif arg.optional and not op.makes(arg.name, attrs, self.dtype):
+            elif arg.optional and not (sizes.keys() >= arg.letters and op.makes(arg.name, attrs, self.dtype)):
                 outs.append(None)
             else:
                 shape = tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)

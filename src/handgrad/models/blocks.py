@@ -89,16 +89,33 @@ def project(
     return (drop(g, y, p), None) if drops else (y, b)
 
 
-def attend(g: Program, qkv: Tensor, data: Batch, *, heads: int, kv_heads: int, p: float = 0.0) -> Tensor:
-    """Causal attention (N, heads D) of packed q, k, v. With a cache it appends to and reads the batch's keys and
-    values. p: dropout of attention weights, in training."""
+def attend(
+    g: Program,
+    qkv: Tensor,
+    data: Batch,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float | None = None,
+    window: int = 0,
+    causal: bool = True,
+    p: float = 0.0,
+) -> Tensor:
+    """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache it appends to and
+    reads the batch's keys and values.
+
+    scale: of the scores, D^-1/2 if None;  window: tokens that a token sees, itself included; 0: all
+    p: dropout of attention weights, in training
+    """
     D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    sizes: dict[str, Any] = {"T": data.seq_len, "H": heads, "K": kv_heads, "window": window, "scale": scale or D**-0.5}
     if data.cache:
         cache = g.state("cache", (data.batch_size, data.cache, 2, kv_heads, D), g.dtype)
-        return g.emit(attention_decode, qkv, into={"cache": cache}, T=data.seq_len, S=data.cache, H=heads, K=kv_heads)
+        return g.emit(attention_decode, qkv, into={"cache": cache}, **sizes, S=data.cache)
     active = p if g.trains else 0.0
     stream = g.next_stream() if active else 0
-    return g.emit(attention, qkv, T=data.seq_len, H=heads, K=kv_heads, causal=True, p=active, stream=stream)[0]
+    ins = qkv, None, None, data.first, data.last
+    return g.emit(attention, *ins, **sizes, causal=causal, p=active, stream=stream)[0]
 
 
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:

@@ -23,6 +23,9 @@ class Batch:
     batch_size: int
     seq_len: int
     cache: int = 0  # tokens in the key/value cache of each sequence; 0: no cache
+    # the keys of its own sequence that a row sees, (batch_size * seq_len,) i32; None: all, or all up to itself
+    first: Tensor | None = None
+    last: Tensor | None = None
 
 
 class Model(Protocol):

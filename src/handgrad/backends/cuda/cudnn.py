@@ -99,9 +99,11 @@ def build(cudnn: ModuleType, s: Sdpa, **options: Any) -> Any:
         strides = [s.T * row, s.D, row, 1]
         return graph.tensor(dim=[s.B, heads, s.T, s.D], stride=strides, data_type=bf16, uid=uid, name=f"t{uid}")
 
-    qkv = {"q": tensor(Q, s.H, wide), "k": tensor(K, s.K, wide), "v": tensor(V, s.K, wide), "attn_scale": s.D**-0.5}
+    qkv = {"q": tensor(Q, s.H, wide), "k": tensor(K, s.K, wide), "v": tensor(V, s.K, wide), "attn_scale": s.scale}
     if s.causal:
         qkv |= {"diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT, "diagonal_band_right_bound": 0}
+    if s.window:
+        qkv["diagonal_band_left_bound"] = s.window  # the diagonal included
     statistics = [s.B, s.H, s.T, 1], [s.H * s.T, s.T, 1, 1]
     if s.direction == "forward":
         y, lse = graph.sdpa(**qkv, generate_stats=True, name="sdpa")

@@ -1,7 +1,7 @@
 // attention: dqkv from dy and what the forward saved, on Hopper (sm_90a)                         math: README.md §3, §7
 // dq        writes =  dqkv: (N, (H + 2 K) D) bf16, its first H heads;  stats: lse and delta of every row, for dk, dv
 // dkdv      writes =  dqkv: its other 2 K heads
-// needs     D = 64, T % 128 == 0, no dropout
+// needs     D = 64, T % 128 == 0, no dropout, no window, no optional input
 // numerics  scores and their gradients in f32, rounded to bf16 for the matmul that follows; sums in f32
 // layout    dq: a warpgroup owns 64 queries; dk and dv: 64 keys, with scores transposed. A operands stay in registers,
 //           so that a matmul reads only B from shared memory; scores never leave registers
@@ -137,7 +137,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dq_wgmma_kernel(
     const __grid_constant__ TensorMap y,     // (N, H D)
     Stat *stats,                             // (B, H, T)
     const float *lse,                        // (B, H, T)
-    i64 N, i64 T_, i64 H_, i64 K_) {
+    i64 N, i64 T_, i64 H_, i64 K_, float scale) {
   HG_SHARED(char, raw);
   Shared shared(raw, BARRIERS_AT);
   const int T = (int)T_, H = (int)H_;
@@ -152,7 +152,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dq_wgmma_kernel(
   setmaxnreg_inc<232>();
   const int group = warpgroup(), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   char *out = shared.base + OUT_AT + group * TILE_BYTES;
-  const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
+  const float scale2 = scale * LOG2E;
   const u64 stages = wgmma_operand(shared.base + STAGES_AT, TILE_BYTES);
   if (group) ping_pong_arrive(group);
   RowBlock at;
@@ -306,7 +306,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dkdv_wgmma_kernel(
     const __grid_constant__ TensorMap dy,    // (N, H D)
     const __grid_constant__ TensorMap qkv,   // (N, (H + 2 K) D)
     const Stat *stats,                       // (B, H, T)
-    i64 N, i64 T_, i64 H_, i64 K_) {
+    i64 N, i64 T_, i64 H_, i64 K_, float scale) {
   HG_SHARED(char, raw);
   Shared shared(raw, BARRIERS_AT);
   const int T = (int)T_, H = (int)H_, K = (int)K_;
@@ -321,7 +321,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_backward_dkdv_wgmma_kernel(
   setmaxnreg_inc<232>();
   const int group = warpgroup();
   char *out = shared.base + OUT_AT + 2 * group * TILE_BYTES;
-  const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
+  const float scale2 = scale * LOG2E;
   const u64 stages = wgmma_operand(shared.base + STAGES_AT, TILE_BYTES);
   if (group) ping_pong_arrive(group);
   RowBlock at;

@@ -57,6 +57,7 @@ typedef vfloat vunit;
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int smaller(int64_t x, int64_t y) { return (int)(x < y ? x : y); }
 static inline int larger(int64_t x, int64_t y) { return (int)(x > y ? x : y); }
+#include "visible.h"
 static inline int64_t padded(int64_t D) { return round_up(D, NR); }  // Dp, the columns of every packed buffer
 
 INLINE vfloat vector_max(vfloat x, vfloat y) {
@@ -131,22 +132,23 @@ INLINE void tile(float *c, int64_t c_row, const unit *a, int64_t a_row, int64_t 
   }
 }
 
-// s (n, BC) = a (n, D) t (D, keys). Query r sees keys <= r + shift of the block; tiles that no query sees are skipped.
-static void block_scores(float *s, const elem *a, const unit *t, int n, int64_t shift, int64_t D) {
+// s (n, BC) = a (n, D) t (D, keys). Tiles that no query sees are skipped.
+static void block_scores(float *s, const elem *a, const unit *t, int n, const Seen *seen, int64_t D) {
   int64_t Dp = padded(D);
   int k = (int)((D + PAIR - 1) / PAIR);
   for (int c = 0; c < BC; c += NR, t += NR * Dp / PAIR)
-    for (int r = larger(0, c - shift) / MR * MR; r < n; r += MR)
-      tile(s + r * BC + c, BC, (const unit *)(a + r * Dp), Dp / PAIR, 1, t, NR, k, 0);
+    for (int r = 0; r < n; r += MR)
+      if (c < seen->end[r / MR] && c + NR > seen->begin[r / MR])
+        tile(s + r * BC + c, BC, (const unit *)(a + r * Dp), Dp / PAIR, 1, t, NR, k, 0);
 }
 
 // o (n, Dp) = or += p (n, BC) v (BC, Dp), over visible keys only
-static void block_pv_gemm(float *o, const elem *p, const unit *v, int n, int64_t shift, int64_t Dp, int add) {
+static void block_pv_gemm(float *o, const elem *p, const unit *v, int n, const Seen *seen, int64_t Dp, int add) {
   for (int c = 0; c < Dp; c += NR)
     for (int r = 0; r < n; r += MR) {
-      int k = smaller(BC, r + MR + shift);
+      int start = seen->begin[r / MR] / PAIR, k = (seen->end[r / MR] + PAIR - 1) / PAIR - start;
       if (k > 0 || !add)
-        tile(o + r * Dp + c, Dp, (const unit *)(p + r * BC), BC / PAIR, 1, v + c, Dp, (k + PAIR - 1) / PAIR, add);
+        tile(o + r * Dp + c, Dp, (const unit *)(p + r * BC) + start, BC / PAIR, 1, v + start * Dp + c, Dp, k, add);
     }
 }
 
@@ -217,14 +219,16 @@ static inline const elem *as_rows(elem *rows, const float *s, int n) {
 #endif
 }
 
-// Operands of a forward pass: T queries of each sequence from `position` on, and all keys up to the last query. Query
-// head h reads key/value head h / (H / K).
+// Operands of a forward pass: T queries of each sequence and its S keys. Query head h reads key/value head h / (H / K).
 typedef struct {
   const real *q, *k, *v;
   int64_t q_row, kv_row;  // elements from one token to the next; the heads of a token are contiguous
   int64_t q_seq, kv_seq;  // elements from one sequence to the next
-  int64_t B, T, position, H, K, D;
-  int causal;             // 0: every query sees all keys
+  int64_t B, H, K, D;
+  View view;
+  float scale;            // of q k'
+  const real *rel;        // (R, H) biases by bucket of the distance, or NULL
+  int64_t R;
   DropoutRule drop;       // threshold 0: none
 } Attend;
 
@@ -232,6 +236,7 @@ typedef struct {
   elem *q, *p, *rows;  // (BR, Dp); (BR, BC); (BC, Dp), a buffer for packing
   unit *k, *v;         // transposed panels; pairs: all keys of one head
   float *s, *o;        // (BR, BC) scores, then probabilities; (BR, Dp) before normalisation
+  float *bias;         // (T + S) of one head, by key - query + T - 1; NULL without rel
 } AttendScratch;
 
 static inline void *take(uintptr_t *at, int64_t bytes) {
@@ -241,45 +246,62 @@ static inline void *take(uintptr_t *at, int64_t bytes) {
 }
 
 // Places the buffers from address `at` on; returns the address after them: their size, if `at` is 0.
-static inline uintptr_t attend_layout(AttendScratch *w, uintptr_t at, int64_t keys, int64_t D) {
+static inline uintptr_t attend_layout(AttendScratch *w, uintptr_t at, int64_t T, int64_t S, int64_t D) {
   int64_t Dp = padded(D), item = (int64_t)sizeof(elem);
   w->q = take(&at, BR * Dp * item);
   w->p = take(&at, PAIR == 2 ? BR * BC * item : 0);
   w->rows = take(&at, BC * Dp * item);
-  w->k = take(&at, round_up(keys, BC) * Dp * item);
-  w->v = take(&at, round_up(keys, BC) * Dp * item);
+  w->k = take(&at, round_up(S, BC) * Dp * item);
+  w->v = take(&at, round_up(S, BC) * Dp * item);
   w->s = take(&at, BR * BC * 4);
   w->o = take(&at, BR * Dp * 4);
+  w->bias = take(&at, (T + S) * 4);
   return at;
 }
 
-static inline int64_t attend_scratch(int64_t keys, int64_t D, int64_t threads) {
+static inline int64_t attend_scratch(int64_t T, int64_t S, int64_t D, int64_t threads) {
   AttendScratch w;
-  return threads * (int64_t)attend_layout(&w, 0, keys, D);
+  return threads * (int64_t)attend_layout(&w, 0, T, S, D);
 }
 
-// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees the existing keys among 0 .. first + r.
+// bias (T + S - 1) of head h, by key - query + T - 1. bucket: of distance_buckets.
+static void head_bias(float *bias, const Attend *x, const int *bucket, int64_t h) {
+  int64_t T = x->view.T, S = x->view.S;
+  for (int64_t i = 0; i < T + S - 1; i++) bias[i] = load(x->rel[bucket[clamped(i - T + 1)] * x->H + h]);
+}
+
+static void scale_and_bias(float *s, const float *bias, int begin, int end, float scale) {
+  for (int c = begin; c < end; c++) s[c] = s[c] * scale + bias[c];
+}
+
+// y (n, H D) and lse (n, or NULL) of n <= BR queries of one head. Query r sees keys from[r] .. to[r] - 1. row: of the
+// first query in its sequence.
 static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratch *w, const real *q, int n,
-                        int64_t first, int64_t element) {
-  int64_t D = x->D, Dp = padded(D), keys = x->position + x->T;
-  float scale = 1.0f / sqrtf((float)D), max[BR], factor[BC];
+                        int64_t row, const int32_t *from, const int32_t *to, RowsSee see, int64_t element) {
+  int64_t D = x->D, Dp = padded(D), T = x->view.T, S = x->view.S, begin = see.any.begin / BC * BC;
+  float scale = x->rel ? 1.0f : x->scale, max[BR], factor[BC];
   vfloat sum[BR];  // by lanes
+  Seen all, part;
+  seen_all(&all);
   pack_rows(w->q, q, x->q_row, n, (int)round_up(n, MR), D);
   for (int r = 0; r < n; r++) {
     max[r] = -INFINITY;
     sum[r] = (vfloat){0};
   }
-  for (int64_t key = 0; key < smaller(first + n, keys); key += BC) {
-    int64_t shift = first - key;
-    block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, shift, D);
+  for (int64_t key = begin; key < see.any.end; key += BC) {
     float top[BR];
-    int width[BR];
+    int low[BR], width[BR];
+    const Seen *seen = seen_columns(&part, &all, see, from, to, key, n);
+    block_scores(w->s, w->q, w->k + key * Dp / PAIR, n, seen, D);
     for (int r = 0; r < n; r++) {
       float *s = w->s + r * BC;
       vfloat tops = (vfloat){0} - INFINITY;
-      width[r] = smaller(BC, round_up(larger(0, r / MR * MR + MR + shift), VL));
-      for (int c = larger(0, smaller(r + shift + 1, keys - key)); c < width[r]; c++) s[c] = -INFINITY;
-      for (int c = 0; c < width[r]; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
+      low[r] = seen->begin[r / MR] / VL * VL;
+      width[r] = (int)round_up(seen->end[r / MR], VL);
+      if (x->rel) scale_and_bias(s, w->bias + key - row - r + T - 1, low[r], seen->end[r / MR], x->scale);
+      for (int c = low[r]; c < smaller(seen->from[r], width[r]); c++) s[c] = -INFINITY;
+      for (int c = larger(seen->to[r], low[r]); c < width[r]; c++) s[c] = -INFINITY;
+      for (int c = low[r]; c < width[r]; c += VL) tops = vector_max(*(vfloat *)(s + c), tops);
       top[r] = max_of_lanes(tops) * scale;
     }
     for (int r = 0; r < n; r++)
@@ -287,12 +309,12 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
         float shrink = vexp(max[r] - top[r]);
         max[r] = top[r];
         sum[r] *= shrink;
-        if (key > 0)
+        if (key > begin)
           for (int64_t d = 0; d < Dp; d++) w->o[r * Dp + d] *= shrink;
       }
     for (int r = 0; r < n; r++) {
-      float *s = w->s + r * BC, base = max[r];
-      for (int c = 0; c < width[r]; c += VL) {
+      float *s = w->s + r * BC, base = max[r] > -INFINITY ? max[r] : 0.0f;  // no key so far
+      for (int c = low[r]; c < width[r]; c += VL) {
 #pragma GCC unroll 1  // not unrolled, it compiles to one vector
         for (int l = c; l < c + VL; l++) s[l] = vexp(s[l] * scale - base);
         sum[r] += *(vfloat *)(s + c);
@@ -300,48 +322,74 @@ static void attend_rows(real *y, float *lse, const Attend *x, const AttendScratc
     }
     if (x->drop.threshold)
       for (int r = 0; r < n; r++) {
-        dropout_factors(factor, element + r * x->T + key, width[r], x->drop);
-        for (int c = 0; c < width[r]; c++) w->s[r * BC + c] *= factor[c];
+        dropout_factors(factor, element + r * S + key, width[r], x->drop);
+        for (int c = low[r]; c < width[r]; c++) w->s[r * BC + c] *= factor[c];
       }
-    block_pv_gemm(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, shift, Dp, key > 0);
+    block_pv_gemm(w->o, as_rows(w->p, w->s, n), w->v + key / PAIR * Dp, n, seen, Dp, key > begin);
   }
   for (int r = 0; r < n; r++) {
     float total = sum_of_lanes(sum[r]);
-    for (int64_t d = 0; d < D; d++) y[r * x->H * D + d] = store(w->o[r * Dp + d] / total);
-    if (lse) lse[r] = max[r] + logf(total);
+    int sees = total > 0.0f;
+    for (int64_t d = 0; d < D; d++) y[r * x->H * D + d] = store(sees ? w->o[r * Dp + d] / total : 0.0f);
+    if (lse) lse[r] = sees ? max[r] + logf(total) : 0.0f;
   }
+}
+
+// Packs the keys and values of a head from block `range.begin` on; `packed` is what is there already.
+static void pack_head(Range *packed, const AttendScratch *w, const Attend *x, const real *k, const real *v,
+                      Range range) {
+  int64_t S = x->view.S, D = x->D, Dp = padded(D), begin = range.begin / BC * BC;
+  if (begin < packed->begin || begin > packed->end) *packed = (Range){begin, begin};
+  for (int64_t key = packed->end; key < range.end; key += BC) {
+    int filled = smaller(BC, S - key);
+    pack_rows(w->rows, k + key * x->kv_row, x->kv_row, filled, BC, D);
+    pack_transposed(w->k + key * Dp / PAIR, w->rows, Dp);
+    pack_rows(w->rows, v + key * x->kv_row, x->kv_row, filled, BC, D);
+    pack_pairs(w->v + key / PAIR * Dp, w->rows, BC, Dp);
+    packed->end = key + BC;
+  }
+}
+
+// cost (blocks): the pairs of blocks of each row block of sequence b. Returns their sum.
+static int64_t row_costs(int *cost, const View *v, int64_t b) {
+  int32_t from[BR], to[BR];
+  int64_t total = 0;
+  for (int64_t row = 0; row < v->T; row += BR) {
+    Range r = rows_see(from, to, v, b * v->T + row, smaller(BR, v->T - row)).any;
+    cost[row / BR] = r.begin < r.end ? (int)((r.end - 1) / BC - r.begin / BC + 1) : 1;
+    total += cost[row / BR];
+  }
+  return total;
 }
 
 // y (B T, H D); lse (B, H, T) or NULL. Each thread computes consecutive (head, row block) items of equal total cost and
 // packs the keys that its queries see. The arithmetic of an item does not depend on the thread.
 static void attend(real *y, float *lse, const Attend *x, char *scratch) {
-  int64_t T = x->T, blocks = (T + BR - 1) / BR, keys = x->position + T, D = x->D, Dp = padded(D);
-  int64_t cost = 0;
-  for (int64_t i = 0; i < blocks; i++) cost += (x->causal ? x->position + i * BR : keys - 1) / BC + 1;
-  int64_t total = cost * x->B * x->H;
+  int64_t T = x->view.T, S = x->view.S, D = x->D, blocks = (T + BR - 1) / BR;
 #pragma omp parallel
   {
-    int64_t from = total * hg_thread() / hg_num_threads(), to = total * (hg_thread() + 1) / hg_num_threads(), at = 0;
+    int cost[blocks], bucket[2 * FAR + 1];
+    int32_t from[BR], to[BR];
+    int64_t sum = 0, at = 0;
+    for (int64_t b = 0; b < x->B; b++) sum += row_costs(cost, &x->view, b) * x->H;
+    int64_t start = sum * hg_thread() / hg_num_threads(), stop = sum * (hg_thread() + 1) / hg_num_threads();
     AttendScratch w;
-    attend_layout(&w, (uintptr_t)scratch + (uintptr_t)(hg_thread() * attend_scratch(keys, D, 1)), keys, D);
+    attend_layout(&w, (uintptr_t)scratch + (uintptr_t)(hg_thread() * attend_scratch(T, S, D, 1)), T, S, D);
+    if (x->rel) distance_buckets(bucket, x->R, x->view.causal);
     for (int64_t head = 0; head < x->B * x->H; head++) {
-      int64_t b = head / x->H, h = head % x->H, packed = 0;
-      int64_t kv = b * x->kv_seq + h / (x->H / x->K) * D;
-      const real *k = x->k + kv, *v = x->v + kv;
+      int64_t b = head / x->H, h = head % x->H, kv = b * x->kv_seq + h / (x->H / x->K) * D, biased = 0;
+      Range packed = {0, 0};
+      if (h == 0) row_costs(cost, &x->view, b);
       for (int64_t i = 0; i < blocks; i++) {
-        int64_t row = i * BR, n = smaller(BR, T - row), first = x->causal ? x->position + row : keys - 1;
-        int mine = from <= at && at < to;
-        at += first / BC + 1;
+        int64_t row = i * BR;
+        int mine = start <= at && at < stop, n = smaller(BR, T - row);
+        at += cost[i];
         if (!mine) continue;
-        for (; packed < smaller(first + n, keys); packed += BC) {
-          int filled = smaller(BC, keys - packed);
-          pack_rows(w.rows, k + packed * x->kv_row, x->kv_row, filled, BC, D);
-          pack_transposed(w.k + packed * Dp / PAIR, w.rows, Dp);
-          pack_rows(w.rows, v + packed * x->kv_row, x->kv_row, filled, BC, D);
-          pack_pairs(w.v + packed / PAIR * Dp, w.rows, BC, Dp);
-        }
+        RowsSee see = rows_see(from, to, &x->view, b * T + row, n);
+        pack_head(&packed, &w, x, x->k + kv, x->v + kv, see.any);
+        if (x->rel && !biased++) head_bias(w.bias, x, bucket, h);
         attend_rows(y + ((b * T + row) * x->H + h) * D, lse ? lse + head * T + row : NULL, x, &w,
-                    x->q + b * x->q_seq + row * x->q_row + h * D, (int)n, first, (head * T + row) * T);
+                    x->q + b * x->q_seq + row * x->q_row + h * D, n, row, from, to, see, (head * T + row) * S);
       }
     }
   }

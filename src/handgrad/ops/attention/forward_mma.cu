@@ -1,4 +1,4 @@
-// attention: y = softmax(q k' / sqrt(D), causal or not) v, with dropout of the probabilities     math: README.md §2, §7
+// attention: y = softmax(scale q k' + bias, over the keys that a query sees) v, with dropout      math: README.md §2, §7
 // forward   writes =  y: (N, H D) bf16;  lse: (B, H, T) f32
 // numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2
 //           ULP (ex2.approx), an error that this rounding hides
@@ -8,6 +8,8 @@
 // speed     not measured yet
 // source    own work, after Dao 2023 (FlashAttention-2), algorithm 1
 #include "mma.cuh"
+
+#define HELD_Q (WIDE ? 0 : STEPS)  // steps of the A operand that stay in registers
 
 typedef float Scores[TALL][TILE / 8][4];
 typedef float Outputs[TALL][DP / 8][4];
@@ -42,6 +44,7 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < 2 * TALL; i++) {
       float &old = top[i / 2][i % 2], higher = fmaxf(old, highest[i / 2][i % 2]);
+      if (RANGES && higher == -HG_INF) continue;  // a row that has seen no key
       float shrink = exp2_fast((old - higher) * scale2);
       old = higher;
       sum[i / 2][i % 2] *= shrink;
@@ -58,7 +61,7 @@ struct Softmax {
     for (int m = 0; m < TALL; m++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float base = top[m][half] * scale2, total = 0.0f;
+        float base = RANGES && top[m][half] == -HG_INF ? 0.0f : top[m][half] * scale2, total = 0.0f;
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
@@ -71,70 +74,84 @@ struct Softmax {
   }
 };
 
-// Zeroes dropped probabilities. element: the index of the first one among all (B, H, T, T).
-__device__ __forceinline__ void drop(Scores &s, const DropoutRule &rule, i64 element, i64 T) {
+// Zeroes dropped probabilities. element: the index of the first one among all (B, H, T, S).
+__device__ __forceinline__ void drop(Scores &s, const DropoutRule &rule, i64 element, i64 S) {
 #pragma unroll
   for (int m = 0; m < TALL; m++)
 #pragma unroll
     for (int n = 0; n < TILE / 8; n++) {
-      u32 bits = kept(rule, element + m * 16 * T + n * 8, T);
+      u32 bits = kept(rule, element + m * 16 * S + n * 8, S);
 #pragma unroll
       for (int e = 0; e < 4; e++) s[m][n][e] = bits >> e & 1 ? s[m][n][e] : 0.0f;
     }
 }
 
 KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_forward_mma_kernel(
-    bf16 *y,            // (N, H D)
-    float *lse,         // (B, H, T)
-    const bf16 *qkv,    // (N, H + 2 K, D)
-    const StepScalars *scalars, i64 N, i64 T_, i64 H, i64 K, float p, i64 stream) {
+    bf16 *y,                   // (N, H D)
+    float *lse,                // (B, H, T)
+    const bf16 *qkv,           // (N, H + 2 K, D); with kv (N, H, D)
+    const bf16 *kv,            // (M, 2 K, D)
+    const bf16 *rel,           // (R, H)
+    const int *first_key,      // (N)
+    const int *last_key,       // (N)
+    const StepScalars *scalars, i64 N, i64 T_, i64 S_, i64 H_, i64 K_, float scale, float p, i64 stream) {
   HG_SHARED(bf16, q_tile);  // (ROWS, LD), then twice k, v (TILE, LD)
   bf16 *stages = q_tile + ROWS * LD;
-  const int T = (int)T_, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const i64 stride = (H + 2 * K) * D;
+  const View view(T_, S_, H_, K_, first_key, last_key);
+  const int T = view.T, S = view.S, H = view.H, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int blocks = (T + ROWS - 1) / ROWS;
   Place at = place(blocks, (int)(N / T * H));
-  const int row0 = (blocks - 1 - at.tile) * ROWS, own = row0 + warp * OWN, h = at.head % (int)H;
-  const bf16 *q = qkv + at.head / (int)H * T * stride + h * D;
-  const bf16 *k = q + (H - h + h / (H / K)) * D, *v = k + K * D;
-  const int tiles = ((CAUSAL ? min(T, row0 + ROWS) : T) + TILE - 1) / TILE;
-  const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
+  const int row0 = (blocks - 1 - at.tile) * ROWS, own = row0 + warp * OWN, h = at.head % H, b = at.head / H;
+  const bf16 *k = (CROSS ? kv : qkv) + view.k_start(b, h / (H / view.K)), *v = k + view.K * D;
+  const i64 stride = view.kv_stride();
+  const Range seen = view.keys_of_block(b, row0);
+  const int first = seen.low / TILE, tiles = (seen.high + TILE) / TILE;
+  const float unit = BUCKETS ? 1.0f : scale, scale2 = unit * LOG2E;
   DropoutRule rule(scalars, p, stream);
 
-  load_tile<ROWS>(q_tile, q, stride, row0, T);
-  load_tile<TILE>(stages, k, stride, 0, T);
-  load_tile<TILE>(stages + TILE * LD, v, stride, 0, T);
+  load_tile<ROWS>(q_tile, qkv + view.q_start(b, h), view.q_stride(), row0, T);
+  load_tile<TILE>(stages, k, stride, first * TILE, S);
+  load_tile<TILE>(stages + TILE * LD, v, stride, first * TILE, S);
   copy_async_commit();
+#if BUCKETS
+  __shared__ Biases biases;
+  biases.load(rel, H, h);
+#endif
+  Range keys[TALL][2];
+  if constexpr (RANGES) load_ranges(keys, view, b, own + g);
   copy_async_wait<0>();
   __syncthreads();
-  OperandA<TALL, STEPS> q_operand(q_tile + warp * OWN * LD);
+  OperandA<TALL, HELD_Q> q_operand(q_tile + warp * OWN * LD);
   Outputs o;
   Softmax softmax;
   clear(o);
 
-  for (int j = 0; j < tiles; j++) {
-    const bf16 *k_tile = stages + j % 2 * 2 * TILE * LD, *v_tile = k_tile + TILE * LD;
+  for (int j = first; j < tiles; j++) {
+    const bf16 *k_tile = stages + (j - first) % 2 * 2 * TILE * LD, *v_tile = k_tile + TILE * LD;
     const int key0 = j * TILE;
     copy_async_wait<0>();
     __syncthreads();
     if (j + 1 < tiles) {
-      bf16 *next = stages + (j + 1) % 2 * 2 * TILE * LD;
-      load_tile<TILE>(next, k, stride, key0 + TILE, T);
-      load_tile<TILE>(next + TILE * LD, v, stride, key0 + TILE, T);
+      bf16 *next = stages + (j + 1 - first) % 2 * 2 * TILE * LD;
+      load_tile<TILE>(next, k, stride, key0 + TILE, S);
+      load_tile<TILE>(next + TILE * LD, v, stride, key0 + TILE, S);
       copy_async_commit();
     }
     if (CAUSAL && key0 > own + OWN - 1) continue;  // no row of this warp sees the tile
+    if (WINDOW && key0 + TILE - 1 <= own - WINDOW) continue;
 
     Scores s;
     scores(s, q_operand, k_tile);
-    if (CAUSAL ? key0 + TILE - 1 > own : key0 + TILE > T)
-      causal_mask<CAUSAL>(s, key0 + t * 2 - (CAUSAL ? own + g : T - 1));
+#if BUCKETS
+    add_bias<false>(s, biases.bias, scale, key0 + t * 2 - own - g);
+#endif
+    if constexpr (RANGES) range_mask(s, keys, key0 + t * 2);
+    else if (CAUSAL ? key0 + TILE - 1 > own : key0 + TILE > S)
+      causal_mask<CAUSAL>(s, key0 + t * 2 - (CAUSAL ? own + g : S - 1));
     softmax.raise(s, o, scale2);
     softmax.exponentiate(s, scale2);
-    if constexpr (DROPOUT) drop(s, rule, ((i64)at.head * T + own) * T + key0, T);
-    u32 f[TALL][TILE / 16][4];
-    to_operand_a(f, s);
-    pv_gemm<TALL, TILE / 8>(o, f, v_tile);
+    if constexpr (DROPOUT) drop(s, rule, ((i64)at.head * T + own) * S + key0, S);
+    scores_gemm(o, s, v_tile);
   }
 
 #pragma unroll
@@ -142,9 +159,11 @@ KERNEL __launch_bounds__(THREADS, 256 / THREADS) attention_forward_mma_kernel(
     float &sum = softmax.sum[i / 2][i % 2], total = sum;
     total += __shfl_xor_sync(FULL, total, 1);
     total += __shfl_xor_sync(FULL, total, 2);
-    int row = own + i / 2 * 16 + i % 2 * 8 + g;
-    if (t == 0 && row < T) lse[(i64)at.head * T + row] = softmax.top[i / 2][i % 2] * scale + logf(total);
-    sum = rule.scale / total;
+    const int row = own + i / 2 * 16 + i % 2 * 8 + g;
+    const bool sees = !RANGES || total > 0.0f;
+    if (t == 0 && row < T)
+      lse[(i64)at.head * T + row] = sees ? softmax.top[i / 2][i % 2] * unit + logf(total) : 0.0f;
+    sum = sees ? rule.scale / total : 0.0f;
   }
-  store_rows(y + (at.head / (int)H * T * H + h) * D, H * D, own, T, q_tile + warp * OWN * LD, o, softmax.sum);
+  store_rows(y + ((i64)b * T * H + h) * D, (i64)H * D, own, T, q_tile + warp * OWN * LD, o, softmax.sum);
 }

@@ -1,6 +1,6 @@
-// attention: y = softmax(q k' / sqrt(D), causal or not) v, on Hopper (sm_90a)                    math: README.md §2, §7
+// attention: y = softmax(scale q k', causal or not) v, on Hopper (sm_90a)                         math: README.md §2, §7
 // forward   writes =  y: (N, H D) bf16;  lse: (B, H, T) f32
-// needs     D = 64, T % 128 == 0, no dropout
+// needs     D = 64, T % 128 == 0, no dropout, no window, no optional input
 // numerics  f32 softmax and sums; probabilities are rounded to bf16 for the matmul with v; exponentials in base 2 to 2
 //           ULP (ex2.approx), an error that this rounding hides
 // layout    a warpgroup owns 64 queries, in registers, and streams 128 keys and values at a time, as two tiles. While
@@ -171,7 +171,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_wgmma_kernel(
     const __grid_constant__ TensorMap y,    // (N, H D)
     const __grid_constant__ TensorMap qkv,  // (N, (H + 2 K) D)
     float *lse,                             // (B, H, T)
-    i64 N, i64 T_, i64 H_, i64 K_) {
+    i64 N, i64 T_, i64 H_, i64 K_, float scale) {
   HG_SHARED(char, raw);
   Shared shared(raw, BARRIERS_AT);
   const int T = (int)T_, H = (int)H_;
@@ -186,7 +186,7 @@ KERNEL __launch_bounds__(THREADS, 1) attention_forward_wgmma_kernel(
   setmaxnreg_inc<232>();
   const int group = warpgroup(), warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   char *out = shared.base + OUT_AT + group * TILE_BYTES;
-  const float scale = rsqrtf((float)D), scale2 = scale * LOG2E;
+  const float scale2 = scale * LOG2E;
   const u64 stages = wgmma_operand(shared.base + STAGES_AT, TILE_BYTES);
   if (group) ping_pong_arrive(group);
   RowBlock at;

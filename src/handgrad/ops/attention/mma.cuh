@@ -5,16 +5,16 @@
 // numerics  bf16 operands, float accumulators
 // source    own work, after Dao 2023 (FlashAttention-2)
 //
-// Defines (op.py): D, WARPS, TALL (16-row tiles that a warp owns), LD (elements of a row in shared memory: an odd
-// number of 16-byte words, so that 8 rows lie in 8 x 4 banks), CAUSAL, DROPOUT, QUADS (T % 4 == 0), TOGETHER (heads
-// whose blocks run side by side).
+// Defines (op.py): those of visible.cuh, WARPS, TALL (16-row tiles that a warp owns), LD (elements of a row in shared
+// memory: an odd number of 16-byte words, so that 8 rows lie in 8 x 4 banks), DROPOUT, QUADS (S % 4 == 0), TOGETHER
+// (heads whose blocks run side by side).
 #pragma once
 #include "ptx.cuh"
 #if !defined(D) || !defined(WARPS) || !defined(TALL) || !defined(LD) || !defined(QUADS) || !defined(TOGETHER)
 #error "attention/op.py defines the sizes"
 #endif
-#if !defined(CAUSAL) || !defined(DROPOUT)
-#error "attention/op.py defines CAUSAL and DROPOUT"
+#if !defined(DROPOUT)
+#error "attention/op.py defines DROPOUT"
 #endif
 
 #define DP ((D + 15) / 16 * 16)          // D padded to whole mma steps; the rest is zero
@@ -24,8 +24,9 @@
 #define TILE (16 * WARPS)                // rows of a streamed tile
 #define STEPS (DP / 16)                  // of a matmul over D
 #define VEC (D % 8 == 0 ? 8 : 1)         // elements of a global access
+#define WIDE (DP > 128)                  // outputs alone fill half of the registers: loops are unrolled less
 #define LOG2E 1.4426950408889634f
-#define FULL 0xffffffffu
+#include "visible.cuh"
 
 // Which rows of which head this block owns. Blocks of TOGETHER heads are neighbours, so that what they stream stays in
 // L2; among them, the longest come first.
@@ -41,7 +42,7 @@ template <int rows>
 __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *x, i64 stride, int first, int end) {
   constexpr int words = DP / 8;
   const int row_bytes = (int)stride * 2;  // one multiply-add makes an address
-#pragma unroll
+#pragma unroll WIDE ? 2 : rows * words / THREADS
   for (int i = 0; i < rows * words / THREADS; i++) {
     int word = i * THREADS + threadIdx.x, r = word / words, c = word % words * 8, row = first + r;
     const bf16 *from = (const bf16 *)((const char *)(x + c) + (i64)row * row_bytes);
@@ -127,7 +128,7 @@ __device__ __forceinline__ void scores(float (&s)[M][N][4], const OperandA<M, he
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
-#pragma unroll
+#pragma unroll WIDE ? 2 : STEPS
   for (int k = 0; k < STEPS; k++) {
     u32 x[M][4];
 #pragma unroll
@@ -177,6 +178,14 @@ __device__ __forceinline__ void pv_gemm(float (&o)[M][DP / 8][4], const u32 (&p)
     }
 }
 
+// The same with s, rounded to bf16, as p.
+template <int M, int N>
+__device__ __forceinline__ void scores_gemm(float (&o)[M][DP / 8][4], const float (&s)[M][N][4], const bf16 *b) {
+  u32 p[M][N / 2][4];
+  to_operand_a(p, s);
+  pv_gemm<M, N>(o, p, b);
+}
+
 template <int M> __device__ __forceinline__ void clear(float (&o)[M][DP / 8][4]) {
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -202,6 +211,69 @@ __device__ __forceinline__ void causal_mask(float (&s)[M][N][4], int x) {
       }
 }
 
+// The same for any ranges: rows are queries; `key` is the lane's first column.
+template <int M, int N>
+__device__ __forceinline__ void range_mask(float (&s)[M][N][4], const Range (&keys)[M][2], int key) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int at = key + n * 8 + e % 2;
+        if (at < keys[m][e / 2].low || at > keys[m][e / 2].high) s[m][n][e] = -HG_INF;
+      }
+}
+
+// The ranges of a lane's rows, from `row` on.
+template <int M>
+__device__ __forceinline__ void load_ranges(Range (&keys)[M][2], const View &view, int b, int row) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; i++) keys[i / 2][i % 2] = view.keys(b, row + i * 8);
+}
+
+#if BUCKETS
+// Scores become scaled, with the bias of their distance; x: the lane's first column minus its first row. `transposed`:
+// rows are keys.
+template <bool transposed, int M, int N>
+__device__ __forceinline__ void add_bias(float (&s)[M][N][4], const float *bias, float scale, int x) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int d = x + n * 8 + e % 2 - m * 16 - e / 2 * 8;
+        s[m][n][e] = s[m][n][e] * scale + bias[near(transposed ? -d : d)];
+      }
+}
+
+// sums += gradients of scores, by distance; x: the first column minus the first row. A lane adds two diagonals of a 16
+// x 8 N tile, which it reads from shared memory of its warp: (16, 8 N + 1).
+template <int M, int N>
+__device__ __forceinline__ void add_diagonals(BiasSums &sums, const float (&ds)[M][N][4], float *tile, int x) {
+  enum { W = 8 * N, LINE = W + 1 };
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        tile[(lane / 4 + e / 2 * 8) * LINE + n * 8 + lane % 4 * 2 + e % 2] = ds[m][n][e];
+    __syncwarp();
+#pragma unroll
+    for (int diagonal = lane - 15; diagonal < W + 17; diagonal += 32) {  // column minus row; a lane adds to its own
+      float sum = 0.0f;
+      for (int row = 0; row < 16; row++)
+        if (diagonal + row >= 0 && diagonal + row < W) sum += tile[row * LINE + diagonal + row];
+      sums.add(x - m * 16 + diagonal, sum);
+    }
+  }
+}
+#endif
+
 // Bit i says whether element 4 quad + i is kept.
 __device__ __forceinline__ u32 kept_quad(const DropoutRule &rule, i64 quad) {
   uint4 r = rule.bits(quad);
@@ -213,32 +285,33 @@ __device__ __forceinline__ u32 kept_one(const DropoutRule &rule, i64 element) {
 }
 
 // Of a lane's four scores of a 16 x 8 tile, bit e says whether the e-th is kept. `element` is the index of the tile's
-// first. Where quads of the generator do not cross rows, each lane draws one quad and shuffles bits to other lanes.
-__device__ __forceinline__ u32 kept(const DropoutRule &rule, i64 element, i64 T) {  // rows are queries
+// first, S the keys of a row. Where quads of the generator do not cross rows, each lane draws one quad and shuffles
+// bits to other lanes.
+__device__ __forceinline__ u32 kept(const DropoutRule &rule, i64 element, i64 S) {  // rows are queries
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if constexpr (QUADS) {
-    u32 mine = kept_quad(rule, (element + (g + t % 2 * 8) * T) / 4 + t / 2);
+    u32 mine = kept_quad(rule, (element + (g + t % 2 * 8) * S) / 4 + t / 2);
     u32 other = __shfl_xor_sync(FULL, mine, 1);
     u32 top = t % 2 ? other : mine, low = t % 2 ? mine : other;
     return (top >> t % 2 * 2 & 3) | (low >> t % 2 * 2 & 3) << 2;
   } else {
     u32 bits = 0;
 #pragma unroll 1
-    for (int e = 0; e < 4; e++) bits |= kept_one(rule, element + (g + e / 2 * 8) * T + t * 2 + e % 2) << e;
+    for (int e = 0; e < 4; e++) bits |= kept_one(rule, element + (g + e / 2 * 8) * S + t * 2 + e % 2) << e;
     return bits;
   }
 }
-__device__ __forceinline__ u32 kept_transposed(const DropoutRule &rule, i64 element, i64 T) {  // columns are queries
+__device__ __forceinline__ u32 kept_transposed(const DropoutRule &rule, i64 element, i64 S) {  // columns are queries
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   u32 bits = 0;
   if constexpr (QUADS) {
     int j = g % 4;
-    u32 mine = kept_quad(rule, (element + (t * 2 + j % 2) * T) / 4 + g / 4 + j / 2 * 2);
+    u32 mine = kept_quad(rule, (element + (t * 2 + j % 2) * S) / 4 + g / 4 + j / 2 * 2);
 #pragma unroll
     for (int e = 0; e < 4; e++) bits |= (__shfl_sync(FULL, mine, (lane & ~12) | e << 2) >> j & 1) << e;
   } else {
 #pragma unroll 1
-    for (int e = 0; e < 4; e++) bits |= kept_one(rule, element + (t * 2 + e % 2) * T + g + e / 2 * 8) << e;
+    for (int e = 0; e < 4; e++) bits |= kept_one(rule, element + (t * 2 + e % 2) * S + g + e / 2 * 8) << e;
   }
   return bits;
 }

@@ -1,7 +1,7 @@
 // Attention on Hopper (sm_90a): which rows a block computes when, tiles that stream through shared memory, matmuls
 // whose A operand stays in registers. forward_wgmma.cu and backward_wgmma.cu build on it.    math: README.md §2, §3, §7
 //
-// needs     D = TMA_TILE, T a multiple of ROWS, no dropout
+// needs     D = TMA_TILE, T a multiple of ROWS, no dropout, no window, no optional input
 // layout    in each block WARPGROUPS warpgroups multiply, TILE rows each, and one thread loads. Blocks are persistent:
 //           they take one block of ROWS rows after another, and TMA loads the next one while this one is computed
 // numerics  bf16 operands, float accumulators

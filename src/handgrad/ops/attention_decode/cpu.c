@@ -1,4 +1,4 @@
-// attention_decode: appends new keys and values to the cache, then attends to all of it        math: README.md §2
+// attention_decode: appends new keys and values to the cache, then attends to its window         math: README.md §2
 // forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  f32 softmax and sums
 // layout    T = 1: threads divide (sequence, run of RUN positions) items and read whole cache rows, all heads at once,
@@ -15,8 +15,8 @@ static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H *
 
 // One run of one sequence: the softmax over its n positions alone, before normalisation.
 static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H,
-                       int64_t K, int64_t D) {
-  float *max = partial, *sum = partial + H, *out = partial + 2 * H, scale = 1.0f / sqrtf((float)D);
+                       int64_t K, int64_t D, float scale) {
+  float *max = partial, *sum = partial + H, *out = partial + 2 * H;
   int64_t row = 2 * K * D, group = H / K;
   for (int s = 0; s < n; s++)
     for (int64_t h = 0; h < H; h++) {
@@ -78,26 +78,29 @@ ENTRY(attention_decode) {
   const StepScalars *scalars = a->scalars;
   char *scratch = a->scratch;  // attention_decode_scratch bytes
   int64_t B = N / T, row = (H + 2 * K) * D, kv_row = 2 * K * D, position = scalars->position, sequence = S * kv_row;
+  float scale = (float)a->scale;
 #pragma omp parallel for schedule(static) if (T > 1)
   for (int64_t i = 0; i < N; i++)
     memcpy(cache + i / T * sequence + (position + i % T) * kv_row, qkv + i * row + H * D,
            (size_t)kv_row * sizeof(real));
   if (T > 1) {
+    View view = {.T = T, .S = position + T, .position = position, .window = a->window, .causal = 1};
     Attend x = {.q = qkv, .k = cache, .v = cache + K * D, .q_row = row, .kv_row = kv_row, .q_seq = T * row,
-                .kv_seq = sequence, .B = B, .T = T, .position = position, .H = H, .K = K, .D = D, .causal = 1};
+                .kv_seq = sequence, .B = B, .H = H, .K = K, .D = D, .view = view, .scale = scale};
     attend(y, NULL, &x, scratch);
     return;
   }
-  int64_t runs = position / RUN + 1, step = partial_floats(H, D);
+  int64_t low = a->window && position >= a->window ? position + 1 - a->window : 0, first_run = low / RUN;
+  int64_t runs = position / RUN + 1 - first_run, step = partial_floats(H, D);
   float *partial = (float *)scratch, *work = partial + B * (S / RUN + 1) * step;
 #pragma omp parallel
   {
     float *score = work + hg_thread() * (H * RUN + D);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * runs; i++) {
-      int64_t b = i / runs, first = i % runs * RUN;
+      int64_t b = i / runs, run = (first_run + i % runs) * RUN, first = larger(run, low);
       decode_run(partial + i * step, score, qkv + b * row, cache + b * sequence + first * kv_row,
-                 smaller(RUN, position + 1 - first), H, K, D);
+                 smaller(run + RUN, position + 1) - (int)first, H, K, D, scale);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * H; i++)
@@ -106,6 +109,6 @@ ENTRY(attention_decode) {
 }
 
 SCRATCH(attention_decode)(int64_t N, int64_t T, int64_t S, int64_t H, int64_t D, int64_t threads) {
-  if (T > 1) return attend_scratch(S, D, threads);
+  if (T > 1) return attend_scratch(T, S, D, threads);
   return 4 * (N * (S / RUN + 1) * partial_floats(H, D) + threads * (H * RUN + D));
 }

@@ -1,4 +1,4 @@
-// attention_decode: append the new keys and values to the cache, then attend to all of it        math: README.md §2, §7
+// attention_decode: append the new keys and values to the cache, then attend to its window       math: README.md §2, §7
 // forward   writes =  y: (N, H D) dtype;  cache: rows position .. position + T - 1 of each sequence
 // numerics  scores, softmax and sums in f32
 // layout    a block computes one query head of one token over one chunk of the keys that it sees. LANES lanes share a
@@ -73,14 +73,14 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
     float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
     real *cache,        // (B, S, 2, K, D), in and out
     const real *qkv,    // (N, H + 2 K, D)
-    const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K) {
+    const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K, i64 window, float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
   const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
   const i64 position = scalars->position, row = (H + 2 * K) * D, end = position + t + 1;
-  const i64 first = end * blockIdx.y / PARTS, last = end * (blockIdx.y + 1) / PARTS;
+  const i64 low = window && end > window ? end - window : 0, seen = end - low;
+  const i64 first = low + seen * blockIdx.y / PARTS, last = low + seen * (blockIdx.y + 1) / PARTS;
   const real *fresh = qkv + (b * T - position) * row + (H + kv) * D;  // key s of position and later, s rows from here
   real *cached = cache + b * S * 2 * K * D + kv * D;
-  const float scale = rsqrtf((float)D);
 
   if (blockIdx.y == 0 && h % (H / K) == 0)  // this block appends its key and value; no block reads them from the cache
     for (int d = threadIdx.x; d < D; d += THREADS) {

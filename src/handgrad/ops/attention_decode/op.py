@@ -11,20 +11,25 @@ THREADS = 128  # of a CUDA block
 
 
 class AttentionDecode(Op):
-    """Appends k, v of T new tokens at scalars.position;  y = softmax(q k' / sqrt(D)) v over keys up to each token."""
+    """Appends k, v of T new tokens at scalars.position;  y = softmax(scale q k') v over keys up to each token,
+    of which it sees the last `window`, itself included (0: all)."""
 
     name = "attention_decode"
     ins = "qkv:N,Q"
     outs = "y:N,C +cache:B,S,2,K,D"
-    attrs = {"T": int, "S": int, "H": int, "K": int}
+    attrs = {"T": int, "S": int, "H": int, "K": int, "window": int, "scale": float}
     cpu = CpuKernel(
-        "attention_decode", "y cache qkv scalars scratch | N T S H K D", "attention_decode_scratch N T S H D threads"
+        "attention_decode",
+        "y cache qkv scalars scratch | N T S H K D window scale",
+        "attention_decode_scratch N T S H D threads",
     )
     cases = (
-        case(N=1, Q=48, T=1, S=7, H=2, K=2),
-        case(N=10, Q=99, T=5, S=13, H=1, K=1),
-        case(N=128, Q=128, T=64, S=65, H=4, K=2),
-        case(N=1, Q=2304, T=1, S=1024, H=12, K=12, real="gpt2-124m, decode at 0 of 1024"),
+        case(N=1, Q=48, T=1, S=7, H=2, K=2, window=0, scale=8**-0.5),
+        case(N=10, Q=99, T=5, S=13, H=1, K=1, window=0, scale=33**-0.5),
+        case(N=128, Q=128, T=64, S=65, H=4, K=2, window=0, scale=0.25),
+        case(N=10, Q=99, T=5, S=13, H=1, K=1, window=3, scale=0.3),
+        case(N=300, Q=72, T=150, S=150, H=1, K=1, window=70, scale=1 / 16),
+        case(N=1, Q=2304, T=1, S=1024, H=12, K=12, window=0, scale=0.125, real="gpt2-124m, decode at 0 of 1024"),
     )
 
     def derive(self, d: dict[str, int]) -> None:
@@ -37,7 +42,7 @@ class AttentionDecode(Op):
         d["C"] = H * d["D"]
 
     def ref(self, v: Any) -> tuple:
-        return reference.attention_decode(v.cache, v.qkv, v.T, v.H, int(v.scalars.position))
+        return reference.attention_decode(v.cache, v.qkv, v.T, v.H, v.window, v.scale, int(v.scalars.position))
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         S, D, queries = c.sizes["S"], c.sizes["D"], c.sizes["N"] * c.sizes["H"]
@@ -45,7 +50,7 @@ class AttentionDecode(Op):
         lanes = min(32, 1 << (-(-D // vec) - 1).bit_length())
         parts = max(1, min(2 * gpu.sms // queries, S // 128))  # two blocks per SM, at least 128 keys each
         defines = {"D": D, "VEC": vec, "LANES": lanes, "PARTS": parts, "THREADS": THREADS}
-        args = "y scratch cache qkv scalars | T S H K"
+        args = "y scratch cache qkv scalars | T S H K window scale"
         attend = Kernel("attention_decode_kernel", args, (queries, parts, 1), THREADS, defines=defines)
         merge = Kernel("attention_decode_merge_kernel", "y scratch", queries, THREADS, defines=defines)
         return Launches((attend, merge) if parts > 1 else (attend,), scratch=4 * queries * parts * (D + 2))
