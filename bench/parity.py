@@ -71,6 +71,7 @@ CASES = {
     "llama tied, rope of Llama 3": Case(
         transformers.LlamaConfig, small(4, 2, 16, 64, 96, tie_word_embeddings=True, rope_parameters=THREE), 65
     ),
+    "mistral, window": Case(transformers.MistralConfig, small(4, 2, 16, 64, 96, sliding_window=9), 41),
     "mistral, no window": Case(transformers.MistralConfig, small(3, 3, 20, 60, 77, sliding_window=None), 33),
     "qwen2": Case(transformers.Qwen2Config, small(6, 2, 10, 60, 77), 37),
     "qwen2 tied": Case(transformers.Qwen2Config, small(4, 1, 16, 64, 50, tie_word_embeddings=True), 66),

@@ -45,7 +45,9 @@ class NoPositions(GPT2):
     hugging_face: ClassVar = GPT2.hugging_face | {"model_types": {"gpt2_without_positions": "GPT2LMHeadModel"}}
 
     def embedding(self, g, data):
-        return g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=False)
+        return g.emit(
+            embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
+        )
 
 
 @dataclass(frozen=True)

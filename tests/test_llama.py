@@ -34,6 +34,7 @@ SMALL = Llama(vocab_size=23, max_seq_len=20, num_layers=2, num_heads=4, num_kv_h
 KINDS = {
     "llama": SMALL,
     "untied, wide heads": replace(SMALL, tie_embeddings=False, head_size=10),
+    "window": replace(SMALL, window=3),
     "rope of Llama 3": replace(SMALL, rope_scaling=(8.0, 1.0, 4.0, 16.0)),
     "qwen2": replace(SMALL, qkv_bias=True),
     "qwen3": replace(SMALL, qk_norm=True),
@@ -92,7 +93,7 @@ def test_a_gpu_equals_transformers(name, text):
 
 def test_a_wrong_model_is_caught(text, monkeypatch):
     """The comparison sees a rotation by the wrong base, and a window that is one token too long."""
-    for name, change in (("llama", {"rope_theta": 9e3}),):
+    for name, change in (("llama", {"rope_theta": 9e3}), ("mistral, window", {"window": 10})):
         right = parity.tensors
 
         def wrong(inner, gradients=False, right=right, change=change):
@@ -229,7 +230,7 @@ def test_sizes_that_do_not_fit(fields, message):
 
 
 def test_run_json_keeps_all_fields():
-    model = replace(SMALL, rope_scaling=(8.0, 1.0, 4.0, 16.0))
+    model = replace(SMALL, rope_scaling=(8.0, 1.0, 4.0, 16.0), window=5)
     assert from_dict(json.loads(json.dumps(to_dict(model))), "generate", "run.json") == model
     assert from_dict(to_dict(GPT2()), "generate", "run.json") == GPT2()
 
@@ -247,7 +248,7 @@ def test_flops_of_a_token_are_those_of_the_calls():
 # generation -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral, no window"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral, window"])
 def test_greedy_tokens_equal_transformers(name, tmp_path):
     """64 of them, through the key/value cache, in float32; the prompt is longer than a prefill chunk."""
     case = parity.CASES[name]

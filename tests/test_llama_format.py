@@ -347,7 +347,7 @@ class StandIn:
 
     def body(self, g, data):
         made = {name: g.param(name, shape, ONES) for name, shape in shapes(asdict(self)).items()}
-        return g.emit(embed, data.ids, made["wte.weight"], None, T=data.seq_len, decode=False)
+        return g.emit(embed, data.ids, made["wte.weight"], None, None, T=data.seq_len, decode=False, scale=1.0)
 
     def logits(self, g, x):
         return g.output("logits", x)

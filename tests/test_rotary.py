@@ -17,8 +17,8 @@ from handgrad.infer import Sampling
 from handgrad.infer.engine import Engine
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import GPT2, declare, forward_logits, forward_loss, register, registry
-from handgrad.models.blocks import dense, layer_norm, project, rotary
-from handgrad.ops import add, attention, attention_decode, embed
+from handgrad.models.blocks import attend, dense, layer_norm, project, rotary
+from handgrad.ops import add, embed
 from handgrad.optim import AdamW
 from handgrad.testing import gradcheck, set_scalars
 
@@ -52,19 +52,16 @@ class Rotary(GPT2):
                     g, qkv, data, heads=H, kv_heads=K, table_rows=rows, theta=100.0 * (i + 1), rotary_dims=D // 2,
                     scaling=(8.0, 1.0, 4.0, 64), qk_norm_eps=self.qk_norm_eps or None,
                 )  # fmt: skip
-                if data.cache:
-                    cache = g.state("cache", (data.batch_size, data.cache, 2, K, D), g.dtype)
-                    sizes = {"T": data.seq_len, "S": data.cache, "H": H, "K": K}
-                    y = g.emit(attention_decode, qkv, into={"cache": cache}, **sizes)
-                else:
-                    y, _ = g.emit(attention, qkv, T=data.seq_len, H=H, K=K, causal=True, p=0.0, stream=0)
+                y = attend(g, qkv, data, heads=H, kv_heads=K)
                 h = project(g, y, "out", self.hidden_size, std=0.1, p=0.0)
         with g.block("head", prefix=False):
             return layer_norm(g, x, h, "ln_f")[1]
 
     def _embed(self, g, data):
         with g.block("embed", prefix=False):
-            return g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=False)
+            return g.emit(
+                embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
+            )
 
 
 @pytest.fixture(autouse=True)

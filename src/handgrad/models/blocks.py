@@ -188,7 +188,7 @@ def lm_head_loss(
 
     weights: (N,) f32, factors of the losses and of their gradients
     """
-    attrs = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
+    attrs: dict[str, Any] = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
     if g.trains:
         into = {"dw": g.grad(w), "db": None if b is None else g.grad(b)}
         losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, **attrs)

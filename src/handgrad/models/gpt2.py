@@ -143,7 +143,7 @@ class GPT2:
         """Token plus position embeddings (N, C); with a cache, positions continue after its tokens."""
         wte = self._table(g, "wte.weight")
         wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
-        return g.emit(embed, data.ids, wte, wpe, T=data.seq_len, decode=data.cache > 0)
+        return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=1.0)
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""

@@ -83,10 +83,6 @@ class Llama:
             object.__setattr__(self, name, value)
         if heads % self.num_kv_heads:
             raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
-        if 0 < self.window < self.max_seq_len:
-            raise HandgradError(
-                "model", f"attention sees all of the {self.max_seq_len} tokens", f"window {self.window}"
-            )
         if self.head_size % 2:
             raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
 
@@ -109,7 +105,9 @@ class Llama:
         eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
         h: Branch | None = None
         with g.block("embed", prefix=False):
-            x = g.emit(embed, data.ids, self._table(g, "wte.weight"), None, T=data.seq_len, decode=data.cache > 0)
+            x = g.emit(
+                embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
+            )
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = rms_norm(g, x, h, "ln_1", eps)
@@ -135,7 +133,7 @@ class Llama:
                 scaling=self.rope_scaling,
                 qk_norm_eps=self.norm_eps if self.qk_norm else None,
             )
-            y = attend(g, qkv, data, heads=H, kv_heads=K)
+            y = attend(g, qkv, data, heads=H, kv_heads=K, window=self.window)
             return project(g, y, "out", self.hidden_size, std=std, p=0.0, bias=False)
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:

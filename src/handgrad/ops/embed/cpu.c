@@ -1,4 +1,4 @@
-// embed: y = wte[id] + wpe[position]                                                             math: README.md §2, §3
+// embed: y = scale wte[id] + wpe[position]                                                       math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
 // backward  writes = or += dwte: (V, C) f32, dwpe: (Tmax, C) f32; rows that no token reaches are set to zero when =
 // numerics  one rounding forward; gradients summed in f32 in row order
@@ -8,10 +8,12 @@
 #include "scalars.h"
 
 ENTRY(embed_forward) {
-  real *restrict y = a->y;            // (N, C)
-  const int32_t *ids = a->ids;        // (N), each < V
-  const real *restrict wte = a->wte;  // (V, C)
-  const real *restrict wpe = a->wpe;  // (Tmax, C) or NULL
+  real *restrict y = a->y;                  // (N, C)
+  const int32_t *ids = a->ids;              // (N), each < V
+  const real *restrict wte = a->wte;        // (V, C)
+  const real *restrict wpe = a->wpe;        // (Tmax, C) or NULL
+  const int32_t *positions = a->positions;  // (N), each < Tmax, or NULL
+  float scale = (float)a->scale;
   int64_t N = a->N, C = a->C, T = a->T;
   int decode = a->decode != 0;        // rows continue the cached sequences
   const StepScalars *scalars = a->scalars;
@@ -21,12 +23,13 @@ ENTRY(embed_forward) {
     real *to = y + n * C;
     const real *wte_row = wte + ids[n] * C;
     if (!wpe) {
-      memcpy(to, wte_row, (size_t)C * sizeof(real));
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) to[c] = store(scale * load(wte_row[c]));
       continue;
     }
-    const real *wpe_row = wpe + (position + n % T) * C;
+    const real *wpe_row = wpe + (positions ? positions[n] : position + n % T) * C;
 #pragma omp simd
-    for (int64_t c = 0; c < C; c++) to[c] = store(load(wte_row[c]) + load(wpe_row[c]));
+    for (int64_t c = 0; c < C; c++) to[c] = store(scale * load(wte_row[c]) + load(wpe_row[c]));
   }
 }
 
@@ -37,6 +40,8 @@ ENTRY(embed_backward) {
   float *restrict dwpe = a->dwpe;   // (Tmax, C) or NULL
   const real *restrict dy = a->dy;  // (N, C)
   const int32_t *ids = a->ids;      // (N)
+  const int32_t *positions = a->positions;  // (N) or NULL
+  float scale = (float)a->scale;
   int64_t N = a->N, C = a->C, V = a->V, T = a->T, Tmax = a->Tmax;
   int64_t stripes = (C + STRIPE - 1) / STRIPE;
 #pragma omp parallel
@@ -53,9 +58,9 @@ ENTRY(embed_backward) {
       const real *g = dy + n * C;
       float *dwte_row = dwte + ids[n] * C;
 #pragma omp simd
-      for (int64_t c = from; c < to; c++) dwte_row[c] += load(g[c]);
+      for (int64_t c = from; c < to; c++) dwte_row[c] += scale * load(g[c]);
       if (!dwpe) continue;
-      float *dwpe_row = dwpe + n % T * C;
+      float *dwpe_row = dwpe + (positions ? positions[n] : n % T) * C;
 #pragma omp simd
       for (int64_t c = from; c < to; c++) dwpe_row[c] += load(g[c]);
     }

@@ -1,9 +1,10 @@
-// embed: y = wte[id] + wpe[position]                                                             math: README.md §2, §3
+// embed: y = scale wte[id] + wpe[position]                                                       math: README.md §2, §3
 // forward   writes =  y: (N, C) dtype
 // backward  writes = or += dwte: (V, C) grad_t, dwpe: (Tmax, C) grad_t; what no row reaches is zero when =
 // numerics  one rounding forward; gradients summed in f32 in row order, and rounded once
 // layout    forward: a thread makes one 16-byte access. backward: rows are sorted by token; a block sums SEGMENT sorted
-//           rows, however many a token has; tokens that span blocks are merged at the end
+//           rows, however many a token has; tokens that span blocks are merged at the end. Given positions are tokens of
+//           dwpe: the same kernels sum it
 // determinism  fixed order; no atomics
 // speed     H100 80GB, GPT-2 124M, N=65536 C=768 bf16, in a traced step, 2026-11-24: forward 0.08 ms, backward 0.22 ms
 // source    own work
@@ -12,18 +13,21 @@
 // -DCOLUMNS   C
 // -DVEC       elements of one access: 16 bytes of them where C is a multiple, else 1
 // -DTHREADS   of a block
-#if !defined(COLUMNS) || !defined(VEC) || !defined(THREADS) || !defined(FORWARD)
+// -DSCALE     factor of the rows of the table: of wte, or 1
+#if !defined(COLUMNS) || !defined(VEC) || !defined(THREADS) || !defined(FORWARD) || !defined(SCALE)
 #error "embed/op.py defines these"
 #endif
 constexpr int C = COLUMNS;
+constexpr float scale = (float)SCALE;
 typedef Pack<real, VEC> Pk;
 
 #if FORWARD
 KERNEL __launch_bounds__(THREADS)
-embed_forward_kernel(real *__restrict__ y,          // (N, C)
-                     const int *__restrict__ ids,   // (N), each < V
-                     const real *__restrict__ wte,  // (V, C)
-                     const real *__restrict__ wpe,  // (Tmax, C) or NULL
+embed_forward_kernel(real *__restrict__ y,               // (N, C)
+                     const int *__restrict__ ids,        // (N), each < V
+                     const real *__restrict__ wte,       // (V, C)
+                     const real *__restrict__ wpe,       // (Tmax, C) or NULL
+                     const int *__restrict__ positions,  // (N), each < Tmax, or NULL
                      const StepScalars *scalars, i64 N, i64 T, i64 decode) {
   i64 at = (i64)blockIdx.x * THREADS + threadIdx.x, n = at / (C / VEC);
   if (n >= N) return;
@@ -31,9 +35,12 @@ embed_forward_kernel(real *__restrict__ y,          // (N, C)
   Pk x = load<real, VEC>(wte + (i64)ids[n] * C + c);
   if (wpe) {
     i64 position = (u32)n % (u32)T + (decode ? scalars->position : 0);  // in decode rows continue what is in the cache
-    Pk place = load<real, VEC>(wpe + position * C + c);
+    Pk place = load<real, VEC>(wpe + (positions ? positions[n] : position) * C + c);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) x.set(i, x.at(i) + place.at(i));
+    for (int i = 0; i < VEC; i++) x.set(i, scale * x.at(i) + place.at(i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) x.set(i, scale * x.at(i));
   }
   store(y + n * C + c, x);
 }
@@ -100,12 +107,12 @@ KERNEL embed_merge_kernel(u64 *__restrict__ sorted,          // (N)
   if (place < N) sorted[place] = key;  // the others pad the last chunk
 }
 
-// to = or += sum
+// to = or += scale sum
 __device__ __forceinline__ void put(grad_t *to, const Pack<float, VEC> &sum, bool add) {
   Pack<grad_t, VEC> x = {};
   if (add) x = load<grad_t, VEC>(to);
 #pragma unroll
-  for (int i = 0; i < VEC; i++) x.set(i, add ? x.at(i) + sum.v[i] : sum.v[i]);
+  for (int i = 0; i < VEC; i++) x.set(i, add ? x.at(i) + scale * sum.v[i] : scale * sum.v[i]);
   store(to, x);
 }
 

@@ -1,19 +1,24 @@
-"""embed in numpy: the formulas of README.md. Works in the dtype of its inputs."""
+"""embed in numpy: the formulas of README.md. `v` holds the inputs, sizes and attributes of the op."""
+
+from typing import Any
 
 import numpy as np
 
 
-def embed_forward(ids: np.ndarray, wte: np.ndarray, wpe: np.ndarray | None, T: int, position: int = 0) -> np.ndarray:
-    """y (N, C) = wte[ids] + wpe[position + n % T]; wte (V, C), wpe (Tmax, C) or None."""
-    y = wte[ids]
-    return y if wpe is None else y + wpe[position + np.arange(len(ids)) % T]
+def embed_forward(v: Any, position: int = 0) -> np.ndarray:
+    """y (N, C) = scale wte[ids] + wpe[place]; wte (V, C), wpe (Tmax, C) or None, positions (N) or None."""
+    y = v.wte[v.ids] * v.scale
+    if v.wpe is None:
+        return y
+    return y + v.wpe[position + np.arange(len(v.ids)) % v.T if v.positions is None else v.positions]
 
 
-def embed_backward(dy: np.ndarray, ids: np.ndarray, V: int, Tmax: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """dwte (V, C): the sum of dy over the rows of each id;  dwpe (Tmax, C): over the rows of each position."""
-    dwte = np.zeros((V, dy.shape[1]), dy.dtype)
-    np.add.at(dwte, ids, dy)
-    dwpe = np.zeros((Tmax, dy.shape[1]), dy.dtype)
-    if Tmax:
-        dwpe[:T] = dy.reshape(-1, T, dy.shape[1]).sum(0)
-    return dwte, dwpe
+def embed_backward(v: Any) -> tuple[np.ndarray, np.ndarray]:
+    """dwte (V, C): the sum of scale dy over the rows of each id;  dwpe (Tmax, C): of dy over those of each place."""
+    dwte, dwpe = (np.zeros((rows, v.dy.shape[1]), v.dy.dtype) for rows in (v.V, v.Tmax))
+    np.add.at(dwte, v.ids, v.dy)
+    if v.positions is not None:
+        np.add.at(dwpe, v.positions, v.dy)
+    elif v.Tmax:
+        dwpe[: v.T] = v.dy.reshape(-1, v.T, v.dy.shape[1]).sum(0)
+    return dwte * v.scale, dwpe
