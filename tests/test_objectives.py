@@ -154,7 +154,8 @@ def write(folder, counts=(500, 9, 311), document=40):
 
 def per_sequence(batch, sequences):
     """The arrays of a batch with one row per sequence; "rows" as positions in their own sequence."""
-    assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in batch.values())
+    kinds = {"nsp_weights": np.float32}
+    assert all(a.dtype == kinds.get(name, np.int32) and a.flags.c_contiguous for name, a in batch.items())
     arrays = {name: array.reshape(sequences, -1) for name, array in batch.items()}
     if "rows" in arrays:
         T = arrays["ids"].shape[1]

@@ -325,7 +325,8 @@ def gradcheck(
 
     def loss() -> float:
         run.run(forward)
-        return float(arena.scalars(p).loss_scale * arena.view(p.outputs["losses"]).sum())
+        losses = [t for name, t in p.outputs.items() if name.endswith("losses")]  # a model may have several
+        return float(arena.scalars(p).loss_scale * sum(arena.view(t).sum() for t in losses))
 
     return max(
         difference_error(loss, arena.view(p.params[name].tensor), g, samples, rng) for name, g in gradients.items()

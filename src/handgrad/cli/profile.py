@@ -23,7 +23,7 @@ from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, RanksConfig
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.ranks import together
-from handgrad.train.resolve import execution_of, precision_of
+from handgrad.train.resolve import execution_of, objective_of, precision_of
 from handgrad.train.trainer import Trainer
 
 
@@ -33,7 +33,7 @@ class Profiling:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -41,7 +41,7 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (gpt2, llama); empty: the model's own"""
+    """architecture, by the name that handgrad.models registers (bert, gpt2, llama); empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     vocab_size: int = 0
@@ -70,7 +70,8 @@ def profile_on(comm: Comm, a: Profiling) -> int:
     T = whole("profile", "--seq-len", a.seq_len, 0) or model.usual_seq_len
     with tempfile.TemporaryDirectory() as folder:
         data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
-        tokens = data.tokens(f"{folder}/random.bin", T, comm.world * h.micro_batch * T)
+        objective = objective_of(model)
+        tokens = data.tokens(f"{folder}/random.bin", T, comm.world * h.micro_batch * T, objective=objective)
         trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
         limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": backend.peak_bandwidth()}
         found = profile(trainer, a.steps, **limits)

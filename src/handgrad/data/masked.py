@@ -38,6 +38,8 @@ class Masked:
         where a sequence has fewer than `predictions(seq_len)`
     targets: (B * predictions,), the tokens in those rows; IGNORE_INDEX where there is none
     nsp_targets: (B,), with next_sentence: 1 if B is random, 0 if it follows A
+    nsp_weights: (B,) float32, with next_sentence: the sequence's predictions. Losses are divided by all predictions, so
+        this makes the second loss a mean over sequences, too
 
     mask_id, cls_id, sep_id, pad_id: ids of [MASK], [CLS], [SEP] and [PAD]
     special_ids: ids that are never predicted, besides cls_id, sep_id, pad_id and eot
@@ -97,7 +99,7 @@ class Masked:
     @property
     def inputs(self) -> tuple[str, ...]:
         names = ("ids", "types", "first", "last", "rows", "targets")
-        return (*names, "nsp_targets") if self.next_sentence else names
+        return (*names, "nsp_targets", "nsp_weights") if self.next_sentence else names
 
     @property
     def partners(self) -> bool:
@@ -140,7 +142,7 @@ class Masked:
         action = (draw(_ACTION, at) >> np.uint64(32))[found]
         token = np.where(action < _MASKED, self.mask_id, below(draw(_TOKEN, at), self.vocab_size)[found])
         flat[hidden] = np.where((action >= _MASKED) & (action < _KEPT), flat[hidden], token)
-        return arrays | {"rows": rows.reshape(-1)}
+        return arrays | {"rows": rows.reshape(-1), "nsp_weights": found.sum(axis=1, dtype=np.float32)}
 
     def _single(self, raw: np.ndarray) -> dict[str, np.ndarray]:
         """Returns ids and types of [CLS] window [SEP], and "count", (B, 1), of their tokens."""

@@ -51,7 +51,7 @@ class Objective(Protocol):
     def fill(
         self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
-        """Returns at least the inputs `names`: int32, contiguous, the first axis in the order of the sequences.
+        """Returns at least the inputs `names`: int32 or float32, contiguous, in the order of the sequences.
 
         raw: ids of the windows, (B, raw ids in a window) int32;  partner: the same of the second windows, or None
         draw: the sequences' random numbers. A sequence must depend on its row of raw, partner and draw alone

@@ -9,7 +9,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.data import Tokens, tokens_digest
 from handgrad.evals.scoring import Scorer, record
-from handgrad.infer.load import Source, open_source
+from handgrad.infer.load import Source, check_continues, open_source
 from handgrad.models import declare
 from handgrad.tokenizers import Tokenizer, load
 
@@ -33,6 +33,7 @@ def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", t
     dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError if something is missing.
     """
     source = open_source(path)
+    check_continues(source, "eval")
     tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype
     opened = open_backend(backend, threads)

@@ -79,6 +79,7 @@ def load_run(
     Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
     source = open_source(path)
+    check_continues(source, "generate")
     if not 0 <= context <= source.model.max_seq_len:
         rule = f"context lies in 1 .. {source.model.max_seq_len}, the tokens that the model reads"
         raise HandgradError("generate", rule, context)
@@ -159,6 +160,12 @@ def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads:
     dtype, backend, threads, context and errors as in `load_run`
     """
     return Loaded(*load_run(path, dtype, backend, threads, context))
+
+
+def check_continues(source: Source, where: str) -> None:
+    """Raises HandgradError(where) for a model that does not predict the next token."""
+    if not source.model.continues_text:
+        raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:

@@ -112,7 +112,7 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     """
     found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
     flag, *pair = form.tied
-    if found[flag] is True:
+    if found.get(flag) is True:
         tensors = _tensors(path, form)
         table, head = (tensors.get(form.names(name)[0].removeprefix(form.prefix)) for name in pair)
         found[flag] = table is None or head is None or _equal(table, head)

@@ -1,5 +1,6 @@
 """Model families: one file each, a dataclass of sizes whose methods record the body and the head."""
 
+from handgrad.models.bert import Bert
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
@@ -7,6 +8,7 @@ from handgrad.models.presets import gpt2, names, preset
 from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
 
 __all__ = [
+    "Bert",
     "GPT2",
     "Llama",
     "Batch",

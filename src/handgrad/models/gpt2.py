@@ -76,6 +76,8 @@ class GPT2:
     tie_embeddings: bool = flag(True)
 
     family: ClassVar[str] = "gpt2"
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    continues_text: ClassVar[bool] = True
     hugging_face: ClassVar[Mapping[str, Any]] = {  # see io.format.Format
         "model_types": {"gpt2": "GPT2LMHeadModel"},
         "fields": {
@@ -118,6 +120,10 @@ class GPT2:
     def usual_seq_len(self) -> int:
         """All positions, so that training reaches each."""
         return self.max_seq_len
+
+    def predictions(self, seq_len: int) -> int:
+        """Every token predicts the next."""
+        return seq_len
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
         """Token ids alone."""

@@ -66,6 +66,8 @@ class Llama:
     window: int = size(0, least=0)
 
     family: ClassVar[str] = "llama"
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    continues_text: ClassVar[bool] = True
     hugging_face: ClassVar[Mapping[str, Any]] = HUGGING_FACE
 
     def __post_init__(self) -> None:
@@ -95,6 +97,10 @@ class Llama:
     def usual_seq_len(self) -> int:
         """See `Model.usual_seq_len`."""
         return min(self.max_seq_len, USUAL_SEQ_LEN)
+
+    def predictions(self, seq_len: int) -> int:
+        """Every token predicts the next."""
+        return seq_len
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
         """Token ids alone."""

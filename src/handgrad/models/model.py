@@ -26,6 +26,8 @@ class Batch:
     # the keys of its own sequence that a row sees, (batch_size * seq_len,) i32; None: all, or all up to itself
     first: Tensor | None = None
     last: Tensor | None = None
+    types: Tensor | None = None  # (batch_size * seq_len,) i32, which of two texts a token belongs to
+    rows: Tensor | None = None  # i32, the rows that the head predicts, -1 for none; None: all
 
 
 class Model(Protocol):
@@ -36,11 +38,15 @@ class Model(Protocol):
 
     family: the name in checkpoints;  hugging_face: the arguments of `io.format.Format`, empty if Hugging Face's library
     has no such family
+    special_tokens: what the last ids of the vocabulary are, beyond those of the data
+    continues_text: whether it predicts the next token, so that it generates and scores texts
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # what makes a class a dataclass to `fields` and `asdict`
     family: ClassVar[str]
     hugging_face: ClassVar[Mapping[str, Any]]
+    special_tokens: ClassVar[tuple[str, ...]]
+    continues_text: ClassVar[bool]
 
     @property
     def vocab_size(self) -> int:
@@ -61,6 +67,10 @@ class Model(Protocol):
     def usual_seq_len(self) -> int:
         """Tokens of a sequence, and of a key/value cache, where the user does not say: max_seq_len, or less where that
         is far more than most texts have."""
+        ...
+
+    def predictions(self, seq_len: int) -> int:
+        """Rows that the head predicts in a sequence of so many tokens."""
         ...
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:

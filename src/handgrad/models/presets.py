@@ -1,9 +1,10 @@
-"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth, and released Llamas."""
+"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth, and released models."""
 
 from dataclasses import asdict
 from typing import Any
 
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.models.bert import Bert
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Model
@@ -61,6 +62,7 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
+BERTS = {"bert-base": Bert(pooler=True, pairs=True)}
 LLAMAS = {
     "llama3.2-1b": Llama(
         vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
@@ -87,6 +89,7 @@ LLAMAS = {
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
 }
+RELEASED: dict[str, Model] = {**LLAMAS, **BERTS}
 # fmt: on
 
 
@@ -102,7 +105,7 @@ def names() -> list[str]:
         + [f"d{d}" for d in DEPTHS]
         + [f"gpt2:d{d}" for d in DEPTHS]
         + [f"gpt3:c{c}" for c in GPT3_WIDTHS]
-        + list(LLAMAS)
+        + list(RELEASED)
     )
 
 
@@ -120,7 +123,7 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
     (1408, 2)
     """
     key = name.lower()
-    model: Model = LLAMAS[key] if key in LLAMAS else GPT2(**_gpt2_sizes(name))
+    model: Model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
     if family in ("", model.family):
         return create(model.family, asdict(model) | changes)
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)
@@ -141,7 +144,7 @@ def _gpt2_sizes(name: str) -> dict[str, int]:
         row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
     if row is None:
         sizes = "d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"
-        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}, {', '.join(LLAMAS)}"
+        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}, {', '.join(RELEASED)}"
         raise HandgradError("model", rule, f"'{name}'", hint=did_you_mean(key, names(), OTHERS))
     layers, heads, hidden = row
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)

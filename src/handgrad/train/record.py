@@ -54,7 +54,7 @@ def record(
     programs = Programs(
         train,
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
-        record_engine(model, precision.working) if "sample" in extra else None,
+        record_engine(model, precision.working) if "sample" in extra and model.continues_text else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
     for p in programs if ranks.shares(3) > 1 else ():
@@ -107,7 +107,7 @@ def record_loss(model: Model, seq_len: int, precision: Precision, execution: Exe
 
 def head_chunks(model: Model, seq_len: int, precision: Precision, execution: Execution, planner: Planner) -> int:
     """The number of chunks of the head's logits."""
-    return -(-execution.micro_batch * seq_len // head_rows(model, precision, execution, planner))
+    return -(-execution.micro_batch * model.predictions(seq_len) // head_rows(model, precision, execution, planner))
 
 
 def head_rows(model: Model, precision: Precision, execution: Execution, planner: Planner) -> int:

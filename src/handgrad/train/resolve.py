@@ -18,7 +18,7 @@ from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Model, create, preset
+from handgrad.models import Bert, Model, create, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
@@ -69,11 +69,13 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     tokenizer = tokenizer_of(hg_data.find_shards(shards))
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model, comm.world)
+    data = training_data(c, shards, model, comm.world, tokenizer.eot)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
-    prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens else []
+    if not model.continues_text and c.eval.hellaswag:
+        raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
+    prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(val_shards, data, model, tokenizer) if val_shards else None
     precision = precision_of(h)
@@ -194,7 +196,9 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
     for name in ("dropout", "tie_embeddings"):
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
-    return preset(f"d{m.depth}" if m.depth else m.preset, m.family, vocab_size=m.vocab_size or vocab_size, **changes)
+    name = f"d{m.depth}" if m.depth else m.preset
+    own = vocab_size + len(preset(name, m.family).special_tokens)
+    return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -202,8 +206,8 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks."""
+def training_data(c: Config, shards: str, model: Model, world: int, eot: int | None) -> hg_data.Tokens:
+    """The batches that the settings ask for, of so many ranks. eot: the id between documents."""
     d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
     paths = hg_data.find_shards(shards)
     held_out = [path for path in paths if path.name.startswith("val_")]
@@ -219,12 +223,32 @@ def training_data(c: Config, shards: str, model: Model, world: int) -> hg_data.T
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
+        objective=objective_of(model, eot),
+    )
+
+
+def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
+    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+    if not isinstance(model, Bert):
+        return hg_data.Causal()
+    mask, first, separator, pad = range(model.vocab_size - len(model.special_tokens), model.vocab_size)
+    return hg_data.Masked(
+        mask_id=mask,
+        cls_id=first,
+        sep_id=separator,
+        pad_id=pad,
+        special_ids=(mask,),
+        vocab_size=model.vocab_size,
+        rate=model.mask_rate,
+        next_sentence=model.pairs,
+        eot=eot,
     )
 
 
 def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
     """The validation set, in sequences as long as the training data's. HandgradError if it is of another tokenizer."""
-    val = hg_data.tokens(shards, data.seq_len, data.seq_len, shuffle=False, vocab_size=model.vocab_size, split="val")
+    T, V = data.seq_len, model.vocab_size
+    val = hg_data.tokens(shards, T, T, shuffle=False, vocab_size=V, split="val", objective=data.objective)
     evals.check_tokenizer(val, tokenizer, f"the training data in {data.folder}")
     return val
 
