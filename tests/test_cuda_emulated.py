@@ -87,6 +87,24 @@ def test_case(op, case, dtype, variant):
         assert np.array_equal(one[name], other[name]), f"{name} depends on the order of the threads"
 
 
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("bounds", (False, True), ids=("window", "first_key"))
+def test_attention_does_not_read_keys_that_no_query_of_a_block_sees(bounds, dtype):
+    """NaN in the first 64 keys and values changes nothing from query 256 on, whose blocks see from key 192 on."""
+    op, T = OPS["attention"], 384
+    sizes = dict(N=T, Q=24, T=T, H=1, K=1, causal=True, window=0 if bounds else 64, scale=0.3, p=0.0, stream=1)
+    without = ("kv", "rel", "last_key") if bounds else ("kv", "rel", "first_key", "last_key")
+    p, c = case_program(op, Case(sizes, without=without), dtype)
+    arrays = case_arrays(op, c)
+    if bounds:
+        arrays["first_key"] = np.maximum(np.arange(T) - 63, 0)
+    backend = EmulatedBackend(Variant(replace(H100, has_library_attention=False)))
+    y = run_case(p, c, arrays, backend)["y"]
+    arrays["qkv"][:64, 8:] = np.nan
+    got = run_case(p, c, arrays, backend)["y"]
+    assert np.array_equal(got[256:], y[256:]) and np.isnan(got[:64]).all()
+
+
 def test_every_op_has_a_cuda_form():
     assert all(type(op).cuda is not Op.cuda for op in [*OPS.values(), *COLLECTIVES])
 

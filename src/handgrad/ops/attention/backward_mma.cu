@@ -15,7 +15,7 @@
 // without spills.
 #define LARGE (TALL * DP > 96)
 #define HELD_Q (WIDE ? 0 : STEPS)
-#define HELD_DY (DP > 96 ? 0 : LARGE ? STEPS / 2 : STEPS)
+#define HELD_DY (DP > 96 ? 0 : LARGE ? STEPS / 2 - 1 : STEPS)
 #define HELD_K (WIDE ? 0 : DP > 96 ? STEPS / 2 : STEPS)
 #define HELD_V (WIDE ? 0 : DP > 96 ? STEPS / 2 : LARGE ? STEPS - 2 : STEPS)
 #define SPAN_DQ (WIDE ? 16 : 32)

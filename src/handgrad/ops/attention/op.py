@@ -182,6 +182,7 @@ CASES = (
     _case(N=130, Q=320, T=130, H=6, K=2, causal=False, p=0.0, stream=1),
     _case(N=256, Q=256, T=128, H=2, K=1, causal=True, p=0.0, stream=1),
     _case(N=384, Q=192, T=384, H=1, K=1, causal=False, p=0.0, stream=1),
+    _case(N=130, Q=192, T=65, H=1, K=1, causal=True, p=0.0, stream=1),
     # windows: of one key, shorter than a tile, of several tiles; another scale
     _case(N=14, Q=12, T=7, H=2, K=1, causal=True, p=0.0, stream=1, window=1),
     _case(N=300, Q=99, T=150, H=1, K=1, causal=True, p=0.25, stream=2, window=37, scale=0.3),

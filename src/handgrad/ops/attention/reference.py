@@ -125,8 +125,8 @@ def attention_backward(v: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
 def sample(name: str, v: dict[str, Any]) -> np.ndarray | None:
     """An input of a check. None: any values do.
 
-    first_key, last_key (N): documents of random lengths, and in each sequence a row that sees nothing. y, lse: the
-    forward's outputs for these inputs, with the step scalars of every check.
+    first_key, last_key (N): in each sequence documents of random lengths, a run of rows that see nothing, and at its
+    end rows in reverse order. y, lse: the forward's outputs for these inputs, with the step scalars of every check.
     """
     if name in ("y", "lse"):
         absent: dict[str, Any] = dict.fromkeys(("kv", "rel", "first_key", "last_key"))
@@ -140,5 +140,7 @@ def sample(name: str, v: dict[str, Any]) -> np.ndarray | None:
         edges = np.array([0, *np.sort(rng.integers(0, S, 3)), S])
         document = np.searchsorted(edges, np.arange(T) * S // T, "right") - 1
         bounds[b] = edges[document] if name == "first_key" else edges[document + 1] - 1
-        bounds[b, rng.integers(T)] = S if name == "first_key" else -1
+        bounds[b, -(T // 5) :] = bounds[b, -(T // 5) :][::-1].copy()
+        nothing = rng.integers(T // 2)
+        bounds[b, nothing : nothing + max(1, T // 7)] = S if name == "first_key" else -1
     return bounds.reshape(-1)

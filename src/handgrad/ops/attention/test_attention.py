@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from handgrad.backends import open_backend
+from handgrad.backends.cpu import CpuBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Case
@@ -111,6 +112,15 @@ def test_a_query_that_sees_nothing(case, dtype):
     arrays["dy"][~sees] *= -3
     other = run_case(p, c, arrays, open_backend("cpu"))
     assert all(np.array_equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("given", ("rel", "first_key", "kv"))
+def test_bits_do_not_depend_on_threads(given):
+    for op in (attention, attention_backward):
+        for case in (c for c in CASES if given not in c.without):
+            p, c = case_program(op, case, BF16)
+            one, two = (run_case(p, c, case_arrays(op, c), CpuBackend(n)) for n in (1, 2))
+            assert all(np.array_equal(one[k], two[k]) for k in one), case
 
 
 def test_keys_outside_the_window_are_not_read():
