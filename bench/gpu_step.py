@@ -2,11 +2,11 @@
 
     python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
     python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
-    python bench/gpu_step.py --models qwen0.5b llama1b   the Llama kind
+    python bench/gpu_step.py --models qwen0.5b bert      other families
     python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
-model of reference/gpt2_torch.py or llama_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
+model of reference/{gpt2,llama,bert}_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
 and its vocabulary padded to a multiple of 128, which is faster. Every contender is a process of its own, and each round
 runs them in turn; if both do not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median
 ms a step over the rounds, tok/s, MFU by the model's formula, device memory of the process, the CPU time that the host
@@ -70,6 +70,7 @@ TASKS = {
     "qwen0.5b": Task("qwen2.5-0.5b", 24, 14, 896, 16, 1024, 524288, 1, 70000),
     "qwen1.5b": Task("qwen2.5-1.5b", 28, 12, 1536, 16, 1024, 524288, 1, 110000),
     "llama1b": Task("llama3.2-1b", 16, 32, 2048, 8, 2048, 262144, 1, 90000),
+    "bert": Task("bert-base", 12, 12, 768, 64, 512, 262144, 3, 40000),
     "smoke": Task("d2", 2, 2, 128, 2, 32, 128, 1, 1),
 }
 
@@ -83,8 +84,13 @@ class Handgrad:
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         import handgrad as hg
 
-        data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False)
         self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
+        objective: hg.data.Objective = hg.data.Causal()
+        if task.preset == "bert-base":  # masked tokens alone
+            self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, pairs=False)
+            ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
+            objective = hg.data.Masked(**ids, vocab_size=self.model.vocab_size)
+        data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False, objective=objective)
         kinds = {f.name for f in dataclasses.fields(hg.Precision)}
         precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
         how = {"extra_programs": (), "backend": device} | {k: v for k, v in options.items() if k not in kinds}
@@ -135,6 +141,7 @@ class Torch:
 
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         sys.path.insert(0, str(ROOT / "reference"))
+        import bert_torch
         import numpy as np
         import torch
         from gpt2_torch import GPT2, adamw
@@ -145,7 +152,10 @@ class Torch:
         self.torch, self.task, self.done = torch, task, 0
         self.ids = np.fromfile(shard, np.uint16, offset=HEADER_BYTES)
         bf16 = device == "cuda"
-        if task.preset in SIZES:
+        self.masked = task.preset in bert_torch.SIZES
+        if self.masked:
+            self.model = bert_torch.Bert(task.preset, bf16=bf16).to(device)
+        elif task.preset in SIZES:
             self.model = Llama(task.preset, task.T, bf16=bf16).to(device)
         else:
             vocab = -(-VOCAB // 128) * 128
@@ -162,7 +172,12 @@ class Torch:
         both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + t.T + 1].astype("int64")) for s in starts])
         if self.device == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        ids = both[:, :-1].contiguous()
+        if not self.masked:
+            return ids, both[:, 1:].contiguous()
+        each = round(0.15 * t.T)  # predictions: as many rows of every sequence, the ids themselves
+        rows = self.torch.arange(t.B, device=ids.device)[:, None] * t.T + 6 * self.torch.arange(each, device=ids.device)
+        return ids, rows.flatten(), ids.flatten()[rows.flatten()]
 
     def _step(self):
         parts = self.task.step_tokens // (self.task.B * self.task.T)
@@ -425,7 +440,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             shard = f"{folder}/{name}.bin"
-            write_random(shard, 2 * TASKS[name].step_tokens + 1)
+            write_random(shard, 2 * TASKS[name].step_tokens + 1, 30000 if name == "bert" else VOCAB)
             try:
                 results["models"][name] = race(name, shard, a, f"{folder}/cache")
             except RuntimeError as error:
@@ -451,7 +466,7 @@ def commit() -> str:
         return "unknown"
 
 
-def write_random(path: str, count: int) -> None:
+def write_random(path: str, count: int, vocab: int = VOCAB) -> None:
     """Writes a token shard of random ids, which both contenders read."""
     import numpy as np
 
@@ -459,7 +474,7 @@ def write_random(path: str, count: int) -> None:
     header[:3] = 20240520, 1, count
     with open(path, "wb") as file:
         file.write(header.tobytes())
-        file.write(np.random.default_rng(0).integers(0, VOCAB, count).astype(np.uint16).tobytes())
+        file.write(np.random.default_rng(0).integers(0, vocab, count).astype(np.uint16).tobytes())
 
 
 if __name__ == "__main__":

@@ -247,6 +247,8 @@ def test_flops_of_a_token_are_those_of_the_calls():
 
 
 def test_sizes():
-    assert hg.explain(preset("bert-base"), 128, execution=hg.Execution(1)).program.num_params == 110_106_428 + 70 * 769  # of padding
+    assert (
+        hg.explain(preset("bert-base"), 128, execution=hg.Execution(1)).program.num_params == 110_106_428 + 70 * 769
+    )  # of padding
     with pytest.raises(HandgradError, match=r"\[model\] the heads of a BERT are mlm, pooler, or all three"):
         replace(SMALL, pooler=True)
