@@ -213,11 +213,16 @@ class Module:
 
     def __init__(self, cubin: bytes):
         self._module = check(cu.cuModuleLoadData(cubin))
+        self._limits: dict[str, int] = {}
 
     def function(self, name: str, shared: int) -> Any:
-        """A kernel by name, with its limit of dynamic shared memory set to `shared` bytes."""
+        """A kernel by name, whose limit of dynamic shared memory is at least `shared` bytes from now on.
+
+        Without a limit of its own it has 48 KiB, less what it declares as static.
+        """
         function = check(cu.cuModuleGetFunction(self._module, name.encode()))
-        if shared > 48 * 1024:
+        if shared > self._limits.get(name, 0):
+            self._limits[name] = shared
             kind = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(cu.cuFuncSetAttribute(function, kind, shared))
         return function
