@@ -31,10 +31,12 @@ from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 Branch = tuple[Tensor, Tensor | None]
 
 
-def dense(g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True) -> Tensor:
+def dense(
+    g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True, std: float = 0.02
+) -> Tensor:
     """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(0.02))
+        w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS) if bias else None
     return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
 
@@ -138,10 +140,10 @@ def rotary(
     return g.emit(rope, qkv, table, wq, wk, **attrs)
 
 
-def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:
-    """w2 gelu(w1 x + b1) + b2."""
+def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float, act: Act = Act.GELU_TANH) -> Branch:
+    """w2 act(w1 x + b1) + b2."""
     with g.scope(name):
-        h = dense(g, x, "c_fc", size, act=Act.GELU_TANH)
+        h = dense(g, x, "c_fc", size, act=act)
         pre = g.producer[h].pre  # None unless training
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
 

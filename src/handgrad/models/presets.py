@@ -1,4 +1,4 @@
-"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth, and released Llamas."""
+"""Named models: GPT-2's four, every llm.c descriptor, `d<layers>` for any depth, and released models."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +7,7 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Model
+from handgrad.models.neox import GPTNeoX
 from handgrad.models.registry import create
 
 # fmt: off
@@ -35,6 +36,7 @@ OTHERS = {  # names that are no presets: the nearest
     "smollm2": "smollm2-135m",
     "qwen2.5": "qwen2.5-0.5b",
     "qwen3": "qwen3-0.6b",
+    "pythia": "pythia-70m",
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
@@ -61,7 +63,7 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
-LLAMAS = {
+RELEASED: dict[str, Model] = {
     "llama3.2-1b": Llama(
         vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
         mlp_size=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192),
@@ -86,6 +88,9 @@ LLAMAS = {
         vocab_size=151936, max_seq_len=40960, num_layers=28, num_heads=16, num_kv_heads=8, hidden_size=1024,
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
+    "pythia-70m": GPTNeoX(num_layers=6, num_heads=8, hidden_size=512),
+    "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),
+    "pythia-410m": GPTNeoX(num_layers=24, num_heads=16, hidden_size=1024),
 }
 # fmt: on
 
@@ -102,7 +107,7 @@ def names() -> list[str]:
         + [f"d{d}" for d in DEPTHS]
         + [f"gpt2:d{d}" for d in DEPTHS]
         + [f"gpt3:c{c}" for c in GPT3_WIDTHS]
-        + list(LLAMAS)
+        + list(RELEASED)
     )
 
 
@@ -120,7 +125,7 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
     (1408, 2)
     """
     key = name.lower()
-    model: Model = LLAMAS[key] if key in LLAMAS else GPT2(**_gpt2_sizes(name))
+    model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
     if family in ("", model.family):
         return create(model.family, asdict(model) | changes)
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)
@@ -141,7 +146,7 @@ def _gpt2_sizes(name: str) -> dict[str, int]:
         row = (depth, *DEPTHS.get(depth, (depth, 64 * depth)))
     if row is None:
         sizes = "d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288"
-        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}, {', '.join(LLAMAS)}"
+        rule = f"a preset is tiny, {', '.join(HUGGING_FACE)}, {sizes}, {', '.join(RELEASED)}"
         raise HandgradError("model", rule, f"'{name}'", hint=did_you_mean(key, names(), OTHERS))
     layers, heads, hidden = row
     return dict(num_layers=layers, num_heads=heads, hidden_size=hidden, max_seq_len=seq_len, vocab_size=50257)
