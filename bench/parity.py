@@ -65,6 +65,12 @@ def small(heads: int, kv_heads: int, head: int, hidden: int, mlp: int, **more: A
     )
 
 
+def neox(heads: int, hidden: int, mlp: int, **more: Any) -> dict[str, Any]:
+    """Sizes as the config of a GPT-NeoX names them."""
+    sizes = small(heads, heads, hidden // heads, hidden, mlp, **more)
+    return {name: value for name, value in sizes.items() if name not in ("num_key_value_heads", "head_dim")}
+
+
 CASES = {
     "llama": Case(transformers.LlamaConfig, small(3, 1, 20, 60, 77), 37),
     "llama untied": Case(transformers.LlamaConfig, small(5, 5, 14, 35, 50, tie_word_embeddings=False), 70),
@@ -77,6 +83,13 @@ CASES = {
     "qwen2 tied": Case(transformers.Qwen2Config, small(4, 1, 16, 64, 50, tie_word_embeddings=True), 66),
     "qwen3": Case(transformers.Qwen3Config, small(3, 1, 24, 60, 77, tie_word_embeddings=True), 37),
     "qwen3 untied": Case(transformers.Qwen3Config, small(4, 2, 10, 36, 50), 70),
+    "gpt_neox": Case(transformers.GPTNeoXConfig, neox(3, 72, 77), 37),
+    "gpt_neox tied, sequential, GELU by tanh": Case(
+        transformers.GPTNeoXConfig,
+        neox(5, 70, 50, use_parallel_residual=False, hidden_act="gelu_new", tie_word_embeddings=True,
+             rope_parameters={"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.3}),
+        70,
+    ),
 }  # fmt: skip
 
 
@@ -182,11 +195,11 @@ def main() -> None:
         ids = np.random.default_rng(0).zipf(1.3, 20_000) % VOCAB  # uneven, as in texts: the loss falls
         hg.data.write_shard(f"{folder}/a.bin", [ids], hg.data.id_dtype(VOCAB))
         print(f"float32, transformers {transformers.__version__}, PyTorch {torch.__version__}, relative errors\n")
-        print(f"{'':28} {'logits':>8} {'worst gradient':>34} {'losses of 10 steps':>20}")
+        print(f"{'':40} {'logits':>8} {'worst gradient':>34} {'losses of 10 steps':>20}")
         for name, case in CASES.items():
             found = compare(case, f"{folder}/a.bin")
             error, whose = found.worst_gradient
-            print(f"{name:28} {found.errors['logits']:8.1e} {error:8.1e} {whose:>25} {found.loss:20.1e}")
+            print(f"{name:40} {found.errors['logits']:8.1e} {error:8.1e} {whose:>25} {found.loss:20.1e}")
 
 
 if __name__ == "__main__":

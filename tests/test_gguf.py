@@ -123,7 +123,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
     line = told(gguf.write, tmp_path / "x.gguf", form, read(tmp_path / "in"), "f32", TOKENIZER)
     assert "runs a model of the kind llama or qwen2 or qwen3, but got mistral, which its files cannot" in line
     line = told(gguf.write, tmp_path / "x.gguf", replace(FORM, gguf=None), read(tmp_path / "in"), "f32", TOKENIZER)
-    assert line == "[gguf] llama.cpp has no model of this family."
+    assert line == "[gguf] a model of this family cannot be written as a .gguf."
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16", "F32"])

@@ -29,6 +29,7 @@ SPEC = importlib.util.spec_from_file_location("parity", ROOT / "bench" / "parity
 parity = importlib.util.module_from_spec(SPEC)
 sys.modules["parity"] = parity  # its dataclasses look for their module
 SPEC.loader.exec_module(parity)
+CASES = [name for name, case in parity.CASES.items() if case.config is not transformers.GPTNeoXConfig]
 
 SMALL = Llama(vocab_size=23, max_seq_len=20, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=24, mlp_size=20)
 KINDS = {
@@ -53,7 +54,7 @@ def text(tmp_path_factory):
     return str(folder / "a.bin")
 
 
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_gradients_and_steps_equal_transformers(name, text):
     found = parity.compare(parity.CASES[name], text)
     error, whose = found.worst_gradient
@@ -77,13 +78,13 @@ def check_bf16(found):
     assert found.loss <= 1.1e-2 and found.ours[-1] < found.ours[0] - 0.02
 
 
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_bf16_equals_transformers(name, text):
     check_bf16(parity.compare(parity.CASES[name], text, dtype="bf16"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_gpu_equals_transformers(name, text):
     found = parity.compare(parity.CASES[name], text, backend="cuda")
     error, whose = found.worst_gradient

@@ -34,7 +34,7 @@ class Explain:
     gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama); empty: the model's own"""
+    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox); empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     batch_tokens: int = 0

@@ -41,7 +41,7 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama); empty: the model's own"""
+    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox); empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
     vocab_size: int = 0

@@ -4,7 +4,7 @@ A `Format`, which the caller gives, is that table. It serves Hugging Face's fold
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class Format:
     """our flag, and the two tensors of ours that are one where it is set: the table and the head"""
     rows: Callable[[str, Mapping[str, Any]], tuple[int, ...]] | None = None
     """from the name of a tensor of ours that is several of theirs, and from our fields: the rows of each"""
+    order: Callable[[str, Mapping[str, Any]], Sequence[int] | None] | None = None
+    """from the name of a tensor of ours and our fields: which of our rows each row of theirs is; None: the same"""
     kind: Callable[[Mapping[str, Any]], str] | None = None
     """from our fields, the model_type that is written; None: the first"""
     decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
@@ -77,7 +79,7 @@ class Format:
     computes: frozenset[str] = frozenset()
     """keys of NEUTRAL that `decode` reads"""
     gguf: Mapping[str, Any] | None = None
-    """the arguments of `io.gguf.Layout`; None: llama.cpp has no such family"""
+    """the arguments of `io.gguf.Layout`; None: no .gguf is read or written"""
 
     def model_type(self, fields: Mapping[str, Any]) -> str:
         """The model_type that a model with these fields is written as."""
@@ -105,19 +107,24 @@ class Format:
         """Yields (name, tensor) of all their tensors, read one of ours at a time."""
         for name, shape in weights.shapes.items():
             values, at = weights.tensor(name, dtype), 0
+            order = self._order(name, weights.fields)
+            values = values if order is None else values[order]
             for theirs, part in self.parts(name, shape, weights.fields):
                 count = part[-1] if self._is_transposed(name) else part[0]
                 rows = values[at : at + count]
                 yield theirs, rows.T if self._is_transposed(name) else rows
                 at += count
 
-    def join(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    def join(self, name: str, parts: list[np.ndarray], fields: Mapping[str, Any]) -> np.ndarray:
         """A tensor of ours from theirs."""
-        values = [part.T if self._is_transposed(name) else part for part in parts]
-        if len(values) == 1:
-            return values[0]
-        kinds = {part.dtype for part in values}
-        return np.concatenate(values if len(kinds) == 1 else [part.astype(np.float32) for part in values])
+        values, order = [part.T if self._is_transposed(name) else part for part in parts], self._order(name, fields)
+        if len({part.dtype for part in values}) > 1:
+            values = [part.astype(np.float32) for part in values]
+        whole = values[0] if len(values) == 1 else np.concatenate(values)
+        return whole if order is None else whole[np.argsort(order)]
+
+    def _order(self, name: str, fields: Mapping[str, Any]) -> Sequence[int] | None:
+        return self.order(name, fields) if self.order else None
 
     def _is_transposed(self, name: str) -> bool:
         return re.fullmatch(self.transposed, name) is not None
@@ -200,7 +207,7 @@ def read_weights(
         raise HandgradError(where, f"tensors in {source} are {', '.join(DTYPES)}", ", ".join(sorted(types)))
 
     def tensor(name: str) -> np.ndarray:
-        return form.join(name, [found[short].read() for short in parts[name]])
+        return form.join(name, [found[short].read() for short in parts[name]], fields)
 
     return Weights(fields, "bf16" if types == {"BF16"} else "f32", shapes, tensor)
 

@@ -223,7 +223,7 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
     Raises HandgradError for a model that GGUF cannot describe.
     """
     if form.gguf is None:
-        raise HandgradError("gguf", "llama.cpp has no model of this family")
+        raise HandgradError("gguf", "a model of this family cannot be written as a .gguf")
     package, layout, fields = load_package("a file for llama.cpp"), Layout(**form.gguf), weights.fields
     form = layout.renamed(form)
     for ours, value in layout.requires.items():

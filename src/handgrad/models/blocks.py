@@ -15,6 +15,7 @@ from handgrad.ops import (
     attention_decode,
     cap_logits,
     dropout,
+    embed,
     gated,
     linear,
     lm_loss,
@@ -31,10 +32,18 @@ from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 Branch = tuple[Tensor, Tensor | None]
 
 
-def dense(g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True) -> Tensor:
+def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
+    """(N, C): the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache, positions
+    continue after its tokens."""
+    return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=1.0)
+
+
+def dense(
+    g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True, std: float = 0.02
+) -> Tensor:
     """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(0.02))
+        w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS) if bias else None
     return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
 
@@ -155,10 +164,10 @@ def rotary(
     return g.emit(rope, qkv, table, wq, wk, **attrs)
 
 
-def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float) -> Branch:
-    """w2 gelu(w1 x + b1) + b2."""
+def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float, act: Act = Act.GELU_TANH) -> Branch:
+    """w2 act(w1 x + b1) + b2."""
     with g.scope(name):
-        h = dense(g, x, "c_fc", size, act=Act.GELU_TANH)
+        h = dense(g, x, "c_fc", size, act=act)
         pre = g.producer[h].pre  # None unless training
         return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
 

@@ -9,10 +9,9 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import drop, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
+from handgrad.models.blocks import drop, embedding, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
 from handgrad.models.model import Batch, check_fields, flag, rate, size
 from handgrad.models.registry import register
-from handgrad.ops import embed
 
 VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
@@ -149,7 +148,7 @@ class GPT2:
         """Token plus position embeddings (N, C); with a cache, positions continue after its tokens."""
         wte = self._table(g, "wte.weight")
         wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
-        return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=1.0)
+        return embedding(g, data, wte, wpe)
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""

@@ -17,6 +17,7 @@ from handgrad.models.blocks import (
     Branch,
     attend,
     dense,
+    embedding,
     gated_mlp,
     lm_head_logits,
     lm_head_loss,
@@ -27,7 +28,6 @@ from handgrad.models.blocks import (
 from handgrad.models.llama_format import HUGGING_FACE
 from handgrad.models.model import Batch, check_fields, flag, number, numbers, size
 from handgrad.models.registry import register
-from handgrad.ops import embed
 from handgrad.ops.act import Act
 
 VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
@@ -111,9 +111,7 @@ class Llama:
         eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
         h: Branch | None = None
         with g.block("embed", prefix=False):
-            x = g.emit(
-                embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
-            )
+            x = embedding(g, data, self._table(g, "wte.weight"))
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = rms_norm(g, x, h, "ln_1", eps)

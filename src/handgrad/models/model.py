@@ -174,6 +174,11 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
+def choice(default: str, *words: str) -> Any:
+    """A field of a model: one of these words."""
+    return _field(default, (f"is one of {', '.join(words)}", lambda value: value in words))
+
+
 def flag(default: bool) -> Any:
     """A field of a model: true or false."""
     return _field(default, ("is true or false", lambda value: type(value) is bool))

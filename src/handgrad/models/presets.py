@@ -8,6 +8,7 @@ from handgrad.models.bert import Bert
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Model
+from handgrad.models.neox import GPTNeoX
 from handgrad.models.registry import create
 
 # fmt: off
@@ -36,6 +37,7 @@ OTHERS = {  # names that are no presets: the nearest
     "smollm2": "smollm2-135m",
     "qwen2.5": "qwen2.5-0.5b",
     "qwen3": "qwen3-0.6b",
+    "pythia": "pythia-70m",
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
@@ -62,8 +64,8 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
-BERTS = {"bert-base": Bert(pooler=True, pairs=True)}
-LLAMAS = {
+RELEASED: dict[str, Model] = {
+    "bert-base": Bert(pooler=True, pairs=True),
     "llama3.2-1b": Llama(
         vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
         mlp_size=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192),
@@ -88,8 +90,10 @@ LLAMAS = {
         vocab_size=151936, max_seq_len=40960, num_layers=28, num_heads=16, num_kv_heads=8, hidden_size=1024,
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
+    "pythia-70m": GPTNeoX(num_layers=6, num_heads=8, hidden_size=512),
+    "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),
+    "pythia-410m": GPTNeoX(num_layers=24, num_heads=16, hidden_size=1024),
 }
-RELEASED: dict[str, Model] = {**LLAMAS, **BERTS}
 # fmt: on
 
 
@@ -123,7 +127,7 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
     (1408, 2)
     """
     key = name.lower()
-    model: Model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
+    model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
     if family in ("", model.family):
         return create(model.family, asdict(model) | changes)
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)

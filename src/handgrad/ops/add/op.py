@@ -1,8 +1,9 @@
-"""add: the sum of two gradients of one activation. See README.md."""
+"""add: the sum of two activations, or of two gradients of one activation. See README.md."""
 
 from typing import Any
 
-from handgrad.core.op import Call, CpuKernel, Op, case
+from handgrad.core.op import Call, CpuKernel, Op, Recorder, case
+from handgrad.core.tensor import Tensor
 from handgrad.launch import Gpu, Kernel, Launches
 from handgrad.ops.add import reference
 
@@ -20,6 +21,10 @@ class Add(Op):
 
     def ref(self, v: Any) -> tuple:
         return (reference.add(v.a, v.b),)
+
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        dy = d["y"]
+        return {} if dy is None else {"a": dy, "b": dy}  # the inputs share one gradient buffer
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n, vec = c.sizes["N"] * c.sizes["C"], 16 // c.dtype.size
