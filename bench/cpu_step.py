@@ -1,7 +1,8 @@
-"""Whole training steps of GPT-2 124M on the CPU, handgrad against PyTorch, in one interleaved run.
+"""Whole training steps of GPT-2 124M or SmolLM2 135M on the CPU, handgrad against PyTorch, in one interleaved run.
 
     python bench/cpu_step.py                       all shapes and contenders, about 25 minutes on 2 cores
     python bench/cpu_step.py --shapes 4x64 --rounds 5 --only handgrad-bf16 torch-bf16
+    python bench/cpu_step.py --model smollm2-135m --shapes 4x256
 
 A step is forward, backward, gradient clipping and AdamW on one batch of random tokens. Every contender is a
 process of its own (two OpenMP pools in one process slow each other down) and waits while another runs. Each round runs
@@ -23,10 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CONTENDERS = ("handgrad-f32", "handgrad-bf16", "torch-f32", "torch-f32-compiled", "torch-bf16", "torch-bf16-compiled")
 GEMM_OPS = ("linear", "linear_backward_w", "linear_backward_x", "lm_loss_forward_backward")
+MODELS = ("gpt2-124m", "smollm2-135m")
 WARMUP = 2
 
 
-def handgrad_worker(dtype: str, B: int, T: int):
+def handgrad_worker(preset: str, dtype: str, B: int, T: int):
     """(step function, facts after the run)."""
     import tempfile
 
@@ -35,12 +37,12 @@ def handgrad_worker(dtype: str, B: int, T: int):
     import handgrad as hg
     from handgrad.data import id_dtype, write_shard
 
-    folder = tempfile.mkdtemp()
-    ids = np.random.default_rng(0).integers(0, 50257, 64 * B * T + 1)
-    write_shard(f"{folder}/train_0.bin", [ids], id_dtype(50257))
+    folder, model = tempfile.mkdtemp(), hg.models.preset(preset)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, 64 * B * T + 1)
+    write_shard(f"{folder}/train_0.bin", [ids], id_dtype(model.vocab_size))
     data = hg.data.tokens(f"{folder}/*.bin", seq_len=T, batch_tokens=B * T)
     kind = dict(execution=hg.Execution(B, extra_programs=(), backend="cpu"), precision=hg.Precision(dtype))
-    run = hg.Trainer(hg.models.gpt2("124m"), hg.optim.AdamW(), data, **kind)
+    run = hg.Trainer(model, hg.optim.AdamW(), data, **kind)
     steps = iter(range(1, 1 << 30))
 
     def step() -> float:
@@ -58,19 +60,21 @@ def handgrad_worker(dtype: str, B: int, T: int):
     return step, facts
 
 
-def torch_worker(dtype: str, compiled: bool, B: int, T: int):
+def torch_worker(preset: str, dtype: str, compiled: bool, B: int, T: int):
     """(step function, facts after the run)."""
     sys.path.insert(0, str(ROOT / "reference"))
     import numpy as np
     import torch
     from gpt2_torch import GPT2, adamw, train_step
+    from llama_torch import Llama
 
     torch.manual_seed(0)
-    model = GPT2(50257, 1024, 12, 12, 768, bf16=dtype == "bf16")
+    bf16 = dtype == "bf16"
+    model = GPT2(50257, 1024, 12, 12, 768, bf16=bf16) if preset == MODELS[0] else Llama(preset, T, bf16=bf16)
     if compiled:
         model.compile()
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-8, 0.1)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (B, T + 1)))
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, len(model.wte.weight), (B, T + 1)))
 
     def step() -> float:
         return float(train_step(model, optimizer, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1.0)[0])
@@ -78,10 +82,13 @@ def torch_worker(dtype: str, compiled: bool, B: int, T: int):
     return step, lambda: {"torch": torch.__version__}
 
 
-def worker(name: str, B: int, T: int) -> None:
+def worker(preset: str, name: str, B: int, T: int) -> None:
     """The worker process: reads 'step' or 'facts' from standard input and answers with a line of JSON."""
     kind, dtype, *compiled = name.split("-")
-    step, facts = handgrad_worker(dtype, B, T) if kind == "handgrad" else torch_worker(dtype, bool(compiled), B, T)
+    if kind == "handgrad":
+        step, facts = handgrad_worker(preset, dtype, B, T)
+    else:
+        step, facts = torch_worker(preset, dtype, bool(compiled), B, T)
     for command in sys.stdin:
         if command.strip() == "step":
             begin = time.perf_counter()
@@ -97,10 +104,10 @@ def worker(name: str, B: int, T: int) -> None:
 class Process:
     """A contender's process."""
 
-    def __init__(self, name: str, B: int, T: int):
+    def __init__(self, preset: str, name: str, B: int, T: int):
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, f"{B}x{T}"],
+            [sys.executable, __file__, "--model", preset, "--worker", name, f"{B}x{T}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -135,9 +142,9 @@ def busy_seconds() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def race(names: list[str], B: int, T: int, rounds: int) -> dict:
+def race(preset: str, names: list[str], B: int, T: int, rounds: int) -> dict:
     """Results by contender for one shape, and the share of the machine that other programs used meanwhile."""
-    processes = [Process(name, B, T) for name in names]
+    processes = [Process(preset, name, B, T) for name in names]
     losses = {p.name: p.ask("step")["loss"] for p in processes}
     for _ in range(WARMUP - 1):
         for p in processes:
@@ -165,10 +172,10 @@ def race(names: list[str], B: int, T: int, rounds: int) -> dict:
     return results | {"foreign": foreign}
 
 
-def show(shape: str, results: dict) -> None:
+def show(preset: str, shape: str, results: dict) -> None:
     foreign = results.pop("foreign")
     print(
-        f"\nGPT-2 124M, B x T = {shape}, {threads()} threads (other programs used {100 * foreign:.0f} % of the machine)"
+        f"\n{preset}, B x T = {shape}, {threads()} threads (other programs used {100 * foreign:.0f} % of the machine)"
     )
     print(f"{'':22}{'median ms':>10}{'best ms':>9}{'tok/s':>8}{'peak RSS MiB':>14}{'arena MiB':>11}")
     for name, r in results.items():
@@ -185,7 +192,7 @@ def show(shape: str, results: dict) -> None:
         if mine and theirs:
             best = min(r["median_ms"] for r in theirs)
             print(
-                f"{dtype}: {best / mine['median_ms']:.2f}x the faster PyTorch; "
+                f"{dtype} ({mine['isa']}): {best / mine['median_ms']:.2f}x the faster PyTorch; "
                 f"RSS {mine['rss'] / min(r['rss'] for r in theirs):.3f} of PyTorch's smallest, "
                 f"arena + {(mine['rss'] - mine['arena']) / 1e6:.0f} MB"
             )
@@ -202,6 +209,7 @@ def show(shape: str, results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--shapes", nargs="+", default=["4x64", "4x256", "1x1024"], help="batch x sequence length")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -209,7 +217,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        return worker(a.worker[0], *(int(n) for n in a.worker[1].split("x")))
+        return worker(a.model, a.worker[0], *(int(n) for n in a.worker[1].split("x")))
     cpu = next(
         (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
         platform.machine(),
@@ -221,10 +229,10 @@ def main() -> None:
     print("  ".join(f"{k} {v}" for k, v in facts.items()))
     shapes = {}
     for shape in a.shapes:
-        shapes[shape] = race(a.only, *(int(n) for n in shape.split("x")), a.rounds)
-        show(shape, dict(shapes[shape]))
+        shapes[shape] = race(a.model, a.only, *(int(n) for n in shape.split("x")), a.rounds)
+        show(a.model, shape, dict(shapes[shape]))
     if a.json:
-        a.json.write_text(json.dumps(facts | {"shapes": shapes}, indent=1) + "\n")
+        a.json.write_text(json.dumps(facts | {"model": a.model, "shapes": shapes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
