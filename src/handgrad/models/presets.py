@@ -64,8 +64,13 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
-RELEASED: dict[str, Model] = {
-    "bert-base": Bert(pooler=True, pairs=True),
+BERTS = {"bert-base": Bert(pooler=True, pairs=True)}
+PYTHIAS = {
+    "pythia-70m": GPTNeoX(num_layers=6, num_heads=8, hidden_size=512),
+    "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),
+    "pythia-410m": GPTNeoX(num_layers=24, num_heads=16, hidden_size=1024),
+}
+LLAMAS = {
     "llama3.2-1b": Llama(
         vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
         mlp_size=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192),
@@ -90,10 +95,8 @@ RELEASED: dict[str, Model] = {
         vocab_size=151936, max_seq_len=40960, num_layers=28, num_heads=16, num_kv_heads=8, hidden_size=1024,
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
-    "pythia-70m": GPTNeoX(num_layers=6, num_heads=8, hidden_size=512),
-    "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),
-    "pythia-410m": GPTNeoX(num_layers=24, num_heads=16, hidden_size=1024),
 }
+RELEASED: dict[str, Model] = {**LLAMAS, **BERTS, **PYTHIAS}
 # fmt: on
 
 
@@ -127,7 +130,7 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
     (1408, 2)
     """
     key = name.lower()
-    model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
+    model: Model = RELEASED[key] if key in RELEASED else GPT2(**_gpt2_sizes(name))
     if family in ("", model.family):
         return create(model.family, asdict(model) | changes)
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)
