@@ -173,7 +173,7 @@ class Bert:
         """Ids and types of whole texts; padded: some are shorter, and rows see the keys within bounds."""
         N = batch_size * seq_len
         names = ("ids", "types", "first", "last") if padded else ("ids", "types")
-        arrays = {name: g.input(name, (N,), I32) for name in names}
+        arrays: dict[str, Any] = {name: g.input(name, (N,), I32) for name in names}
         return Batch(batch_size=batch_size, seq_len=seq_len, rows=rows, **arrays)
 
     def body(self, g: Program, data: Batch) -> Tensor:
@@ -192,7 +192,7 @@ class Bert:
         with g.block("embed", prefix=False):
             table = g.param("types.weight", (self.num_types, self.hidden_size), normal(0.02))
             wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
-            sizes = {"T": data.seq_len, "decode": False, "scale": 1.0}
+            sizes: dict[str, Any] = {"T": data.seq_len, "decode": False, "scale": 1.0}
             types = g.emit(embed, data.types, table, None, None, **sizes)
             tokens = g.emit(embed, data.ids, self._table(g), wpe, None, **sizes)
             x = drop(g, layer_norm(g, tokens, (types, None), "ln", eps)[1], p)
@@ -223,7 +223,7 @@ class Bert:
             return
         targets, weights = g.input("nsp_targets", (B,), I32), g.input("nsp_weights", (B,), F32)
         ins = pooled, w, targets, b, weights
-        attrs = {"V": CLASSES, "chunks": 1, "scale": 1.0, "softcap": 0.0}
+        attrs: dict[str, Any] = {"V": CLASSES, "chunks": 1, "scale": 1.0, "softcap": 0.0}
         if g.trains:
             losses, *_ = g.emit(lm_loss_forward_backward, *ins, into={"dw": g.grad(w), "db": g.grad(b)}, **attrs)
         else:
@@ -255,7 +255,7 @@ class Bert:
         """6 a parameter of the blocks, attention over all of T, and the head for the rows that are predicted.
 
         >>> Bert().flops_per_token(0, 512) // 10**6
-        585
+        587
         """
         C, L = self.hidden_size, self.num_layers
         head = (C * C + self.vocab_padded * C) * self.predictions(seq_len) / seq_len * self.mlm

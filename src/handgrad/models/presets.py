@@ -136,7 +136,7 @@ def preset(name: str, family: str = "", **changes: Any) -> Model:
     return create(family, {field: getattr(model, field) for field in SIZES} | changes)
 
 
-def _gpt2_sizes(name: str) -> dict[str, int]:
+def _gpt2_sizes(name: str) -> dict[str, Any]:
     """The sizes of a GPT-2 or GPT-3 by its preset's name."""
     seq_len, row = 1024, None
     key = name.lower().removeprefix("gpt2:")

@@ -3,7 +3,7 @@
 import numpy as np
 
 # factor, low_freq_factor, high_freq_factor, original_max_position: how Llama 3.1 and later stretch wavelengths
-Llama3Scaling = tuple[float, float, float, int]
+Llama3Scaling = tuple[float, ...]
 
 
 def rotary_table(S: int, R: int, theta: float, scaling: Llama3Scaling | None = None) -> np.ndarray:
