@@ -314,7 +314,7 @@ def test_profile_of_a_family(capsys):
     assert main(["profile", *flags.split()]) == 0
     assert "embed" in capsys.readouterr().out
     assert main(["profile", "d1", "--family", "gpt9"]) == 2
-    assert "[model] a family is one of bert, gpt2, llama, gpt2_without_positions, " in capsys.readouterr().err
+    assert "[model] a family is one of bert, gpt2, llama, t5, gpt2_without_positions, " in capsys.readouterr().err
 
 
 def test_a_state_is_saved_and_restored(shards, tmp_path):
@@ -404,7 +404,7 @@ def test_train_resume_generate_and_export_by_command(words, tmp_path, capsys):
         ("--family gpt2", "[resume] the checkpoint's model has family gpt2_without_positions, but got gpt2."),
         (
             "--family gpt9",
-            "[model] a family is one of bert, gpt2, llama, gpt2_without_positions, gpt2_with_a_state, untied, ",
+            "[model] a family is one of bert, gpt2, llama, t5, gpt2_without_positions, gpt2_with_a_state, untied, ",
         ),
     ],
 )

@@ -269,6 +269,10 @@ RELEASED = {  # as in their own files
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-0.6b": 596_049_920,
     "bert-base": 110_106_428 + 70 * 769,  # rows of padding
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
 }
 
 

@@ -89,5 +89,5 @@ def test_the_family_is_that_of_the_preset(tmp_path, capsys):
 
 def test_an_unknown_family_is_refused_before_the_run_folder_is_made(tmp_path, capsys):
     assert main(["train", "--family", "gpt9", "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "[model] a family is one of bert, gpt2, llama, but got 'gpt9'.\n"
+    assert capsys.readouterr().err == "[model] a family is one of bert, gpt2, llama, t5, but got 'gpt9'.\n"
     assert not (tmp_path / "run").exists()
