@@ -652,7 +652,9 @@ def test_the_tolerance_above_tells_a_resumption_without_the_moments(earlier):
 def test_a_checkpoint_of_an_unknown_family_is_refused(earlier):
     path = earlier.out / "step_000003" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"family": "gpt9"}))
-    with pytest.raises(hg.HandgradError, match=r"run.json gives a family, one of gpt2, but got 'gpt9'"):
+    with pytest.raises(
+        hg.HandgradError, match=r"run.json gives a family, one of bert, gpt2, llama, t5, but got 'gpt9'"
+    ):
         earlier.resume()
 
 

@@ -37,7 +37,7 @@ class Explain:
     family: str = ModelConfig.family
     """architecture, by the name that handgrad.models registers (bert, gpt2, llama, t5); empty: the model's own"""
     seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
+    """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch a rank. More accumulates gradients"""
     ranks: int = 1

@@ -44,7 +44,7 @@ class Profiling:
     family: str = ModelConfig.family
     """architecture, by the name that handgrad.models registers (bert, gpt2, llama, t5); empty: the model's own"""
     seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
+    """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -83,7 +83,7 @@ def profile_on(comm: Comm, a: Profiling) -> int:
     show(found, a.by, f"{a.model}, {each}{h.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
         f"a whole step takes {1e3 * found.step_seconds:.3f} ms,"
-        f" {comm.world * h.micro_batch * T / found.step_seconds:,.0f} tokens a second"
+        f" {tokens.sequences * tokens.sequence_tokens / found.step_seconds:,.0f} tokens a second"
     )
     show_links(found)
     if backend.is_asynchronous:
