@@ -266,7 +266,7 @@ def test_wrong_words(told, argv, line):
     [
         (
             "explain gpt2-125m",
-            ("[model] a preset is tiny, gpt2,", "gpt3:c12288, but got 'gpt2-125m'. hint: did you mean gpt2-124m?"),
+            ("[model] a preset is tiny, gpt2,", "but got 'gpt2-125m'. hint: did you mean gpt2-124m?"),
         ),
         ("explain gpt2-small", ("but got 'gpt2-small'. hint: did you mean gpt2?",)),
         ("explain GPT3", ("but got 'GPT3'. hint: did you mean gpt3:c768?",)),

@@ -686,7 +686,7 @@ def reconfigure(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"model_type": "mixtral"}, "or qwen3, but got 'mixtral'."),
+        ({"model_type": "mixtral"}, "or t5, but got 'mixtral'."),
         ({"n_layer": 0}, "gives a model whose num_layers is at least 1, but got 0."),
         ({"n_layer": 10**9}, "gives a model whose num_layers is at most 1,024, but got 1000000000."),
         ({"n_layer": 1024}, "holds the tensor transformer.h.10.attn.c_attn.bias, but got no such."),
@@ -858,7 +858,7 @@ def one_merge(vocab):
             "must have at most 6,291,456 bytes, but got 6,291,457.",
         ),
         ("config.json", '{"model_type": ' + "[" * 10**5, "must be JSON"),
-        ("config.json", '{"model_type": "\\ud800\\n"}', "or qwen3, but got '\\ud800\\n'."),
+        ("config.json", '{"model_type": "\\ud800\\n"}', "or t5, but got '\\ud800\\n'."),
         ("config.json", '{"model_type": "gpt2", "n_layer": 1' + "0" * 5000 + "}", "must be JSON"),
     ],
 )

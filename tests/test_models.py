@@ -272,6 +272,10 @@ RELEASED = {  # as in their own files
     "pythia-70m": 70_426_624,
     "pythia-160m": 162_322_944,
     "pythia-410m": 405_334_016,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
 }
 
 

@@ -33,7 +33,8 @@ class Profiling:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
+    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -41,9 +42,10 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox); empty: the model's own"""
+    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    the model's own"""
     seq_len: int = 0
-    """tokens in a sequence; 0: the model's longest, and 2048 at most for a Llama"""
+    """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -69,8 +71,9 @@ def profile_on(comm: Comm, a: Profiling) -> int:
     backend = open_backend(h.backend, h.threads, precision, comm)
     T = whole("profile", "--seq-len", a.seq_len, 0) or model.usual_seq_len
     with tempfile.TemporaryDirectory() as folder:
-        data.write_random(f"{folder}/random.bin", 2 * h.micro_batch * T + 1, model.vocab_size)
         objective = objective_of(model)
+        count = 2 * h.micro_batch * max(objective.window(T)) + 1
+        data.write_random(f"{folder}/random.bin", count, objective.vocab_size or model.vocab_size)
         tokens = data.tokens(f"{folder}/random.bin", T, comm.world * h.micro_batch * T, objective=objective)
         trainer = Trainer(model, AdamW(), tokens, execution=execution, precision=precision, backend=backend)
         limits = {"flops_limit": backend.peak_flops(precision.dtype), "bytes_limit": backend.peak_bandwidth()}
@@ -81,7 +84,7 @@ def profile_on(comm: Comm, a: Profiling) -> int:
     show(found, a.by, f"{a.model}, {each}{h.micro_batch} x {T} tokens, {precision.dtype}, {backend.hardware}")
     print(
         f"a whole step takes {1e3 * found.step_seconds:.3f} ms,"
-        f" {comm.world * h.micro_batch * T / found.step_seconds:,.0f} tokens a second"
+        f" {tokens.sequences * tokens.sequence_tokens / found.step_seconds:,.0f} tokens a second"
     )
     show_links(found)
     if backend.is_asynchronous:

@@ -19,16 +19,20 @@ FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so that a parameter is aligned 
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: "normal" with a standard deviation, "ones" or "zeros"; rows from `rows` on are zero."""
+    """Initial values: "normal" with a standard deviation, "ones" or "zeros"; rows from `rows` on are zero.
+
+    first: (rows, std) of the first rows, where a parameter is several matrices that start differently
+    """
 
     kind: str
     std: float = 0.0
     rows: int | None = None
+    first: tuple[int, float] | None = None
 
 
-def normal(std: float, rows: int | None = None) -> Init:
+def normal(std: float, rows: int | None = None, first: tuple[int, float] | None = None) -> Init:
     """Independent draws from N(0, std^2)."""
-    return Init("normal", std, rows)
+    return Init("normal", std, rows, first)
 
 
 ZEROS, ONES = Init("zeros"), Init("ones")

@@ -147,17 +147,17 @@ def write(
 ) -> None:
     """Writes config.json, the tensors and, if it has something to say, generation_config.json into a folder.
 
-    dtype: "f32", "bf16", or None for the weights' own;  ends: the tokens that end a text
+    dtype: "f32", "bf16", or None for the weights' own;  ends: the tokens that end a text, unless the family has its own
     suppressed: ids that `generate` of transformers must not draw
 
     Up to MOST_FILE bytes of tensors become model.safetensors, more become several files with an index.
     """
-    dtype = dtype or weights.dtype
+    dtype, config = dtype or weights.dtype, form.config(weights.fields)
     end = {
         "bos_token_id": ends[0] if ends else None,
-        "eos_token_id": list(ends) if len(ends) > 1 else ends[0] if ends else None,
+        "eos_token_id": config.get("eos_token_id", list(ends) if len(ends) > 1 else ends[0] if ends else None),
     }
-    config = {**form.config(weights.fields), **end, "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype]}
+    config |= {**end, "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype]}
     write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
     if suppressed:
         end["suppress_tokens"] = list(suppressed)

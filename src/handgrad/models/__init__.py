@@ -7,12 +7,14 @@ from handgrad.models.model import Batch, Model, declare, forward_logits, forward
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.presets import gpt2, names, preset
 from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
+from handgrad.models.t5 import T5
 
 __all__ = [
     "Bert",
     "GPT2",
     "GPTNeoX",
     "Llama",
+    "T5",
     "Batch",
     "Model",
     "build_from_file",

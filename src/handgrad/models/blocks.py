@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.core.dtypes import F32
-from handgrad.core.params import ONES, ZEROS, normal
+from handgrad.core.params import ONES, ZEROS, Init, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -39,11 +39,18 @@ def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None) -
 
 
 def dense(
-    g: Program, x: Tensor, name: str, size: int, *, act: Act = Act.NONE, bias: bool = True, std: float = 0.02
+    g: Program,
+    x: Tensor,
+    name: str,
+    size: int,
+    *,
+    act: Act = Act.NONE,
+    bias: bool = True,
+    init: Init = normal(0.02),
 ) -> Tensor:
     """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(std))
+        w = g.param("weight", (size, x.shape[-1]), init)
         b = g.param("bias", (size,), ZEROS) if bias else None
     return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
 
@@ -109,21 +116,24 @@ def attend(
     window: int = 0,
     causal: bool = True,
     p: float = 0.0,
+    kv: Tensor | None = None,
+    rel: Tensor | None = None,
 ) -> Tensor:
     """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache it appends to and
     reads the batch's keys and values.
 
     scale: of the scores, D^-1/2 if None;  window: tokens that a token sees, itself included; 0: all
     p: dropout of attention weights, in training
+    kv: packed k, v of other texts; qkv then is q alone;  rel: a parameter, biases by distance (buckets, heads)
     """
-    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    D = qkv.shape[-1] // (heads + (2 * kv_heads if kv is None else 0))
     sizes: dict[str, Any] = {"T": data.seq_len, "H": heads, "K": kv_heads, "window": window, "scale": scale or D**-0.5}
     if data.cache:
         cache = g.state("cache", (data.batch_size, data.cache, 2, kv_heads, D), g.dtype)
         return g.emit(attention_decode, qkv, into={"cache": cache}, **sizes, S=data.cache)
     active = p if g.trains else 0.0
     stream = g.next_stream() if active else 0
-    ins = qkv, None, None, data.first, data.last
+    ins = qkv, kv, rel, data.first, data.last
     return g.emit(attention, *ins, **sizes, causal=causal, p=active, stream=stream)[0]
 
 

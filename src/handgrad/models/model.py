@@ -27,6 +27,7 @@ class Batch:
     first: Tensor | None = None
     last: Tensor | None = None
     types: Tensor | None = None  # (batch_size * seq_len,) i32, which of two texts a token belongs to
+    source: Tensor | None = None  # i32, the ids that an encoder reads, batch_size texts of one length
     rows: Tensor | None = None  # i32, the rows that the head predicts, -1 for none; None: all
 
 

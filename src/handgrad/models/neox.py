@@ -217,7 +217,7 @@ class GPTNeoX:
         rope: dict[str, Any] = dict(table_rows=rows, theta=self.rope_theta, rotary_dims=self.rotary_dims)
         with g.scope("attn"):
             qkv = rotary(g, dense(g, x, "qkv", 3 * C), data, heads=H, kv_heads=H, **rope)
-            return dense(g, attend(g, qkv, data, heads=H, kv_heads=H), "out", C, std=std)
+            return dense(g, attend(g, qkv, data, heads=H, kv_heads=H), "out", C, init=normal(std))
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""

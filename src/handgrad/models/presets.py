@@ -10,6 +10,7 @@ from handgrad.models.llama import Llama
 from handgrad.models.model import Model
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.registry import create
+from handgrad.models.t5 import T5
 
 # fmt: off
 # name: layers, heads, hidden size
@@ -38,6 +39,7 @@ OTHERS = {  # names that are no presets: the nearest
     "qwen2.5": "qwen2.5-0.5b",
     "qwen3": "qwen3-0.6b",
     "pythia": "pythia-70m",
+    "t5": "t5-small",
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
 # layers: heads, hidden size
@@ -70,6 +72,13 @@ PYTHIAS = {
     "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),
     "pythia-410m": GPTNeoX(num_layers=24, num_heads=16, hidden_size=1024),
 }
+V11: dict[str, Any] = dict(tie_embeddings=False, gated=True, scaled=False)
+T5S = {
+    "t5-small": T5(),
+    "t5-base": T5(num_layers=12, num_heads=12, hidden_size=768, mlp_size=3072),
+    "t5-v1.1-small": T5(num_layers=8, num_heads=6, head_size=64, hidden_size=512, mlp_size=1024, **V11),
+    "t5-v1.1-base": T5(num_layers=12, num_heads=12, hidden_size=768, mlp_size=2048, **V11),
+}
 LLAMAS = {
     "llama3.2-1b": Llama(
         vocab_size=128256, max_seq_len=131072, num_layers=16, num_heads=32, num_kv_heads=8, hidden_size=2048,
@@ -96,7 +105,7 @@ LLAMAS = {
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
 }
-RELEASED: dict[str, Model] = {**LLAMAS, **BERTS, **PYTHIAS}
+RELEASED: dict[str, Model] = {**LLAMAS, **BERTS, **PYTHIAS, **T5S}
 # fmt: on
 
 

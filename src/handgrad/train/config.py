@@ -22,11 +22,12 @@ class ModelConfig:
     """Which model."""
 
     family: str = ""
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox); empty: the preset's"""
+    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    the preset's"""
     preset: str = "tiny"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
     llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m"""
+    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     depth: int = 0
     """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
@@ -38,15 +39,15 @@ class ModelConfig:
     hidden_size: int = 0
     """width; 0: the preset's"""
     head_size: int = 0
-    """width of a head, of a Llama; 0: the preset's"""
+    """width of a head, of a Llama or T5; 0: the preset's"""
     mlp_size: int = 0
-    """width of the MLP, of a Llama or a GPT-NeoX; 0: the preset's"""
+    """width of the MLP, of all but a GPT-2; 0: the preset's"""
     max_seq_len: int = 0
-    """longest sequence, tokens; 0: the preset's"""
+    """longest sequence, tokens, and of a T5 the source; 0: the preset's"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the data's"""
     dropout: float = 0.0
-    """probability of dropping embeddings, attention weights and branches, of a GPT-2"""
+    """probability of dropping embeddings, attention weights and branches, of all but a Llama"""
     tie_embeddings: bool = True
     """use the token embedding as the head, if the preset does"""
     init: str = "random"
@@ -66,7 +67,7 @@ class DataConfig:
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0
-    """tokens in a training sequence; 0: the model's longest, and 2048 at most for a Llama"""
+    """tokens in a training sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     batch_tokens: int = 0
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True

@@ -45,7 +45,7 @@ class Journal:
         except OSError as error:
             raise HandgradError("train", f"the run folder '{out}' cannot be written: {error.strerror}") from None
         self._added: tuple[int, float, Step, Callable[[], float]] | None = None
-        self._tokens, known = data.batch_tokens, recorded(out) if resumed_at else {}
+        self._tokens, known = data.sequences * data.sequence_tokens, recorded(out) if resumed_at else {}
         try:
             tokenizer = tokenizer_of([shard.path for shard in data.shards])
             is_known = data.meta is not None or (data.vocab_size or 0) >= tokenizer.vocab_size

@@ -122,7 +122,7 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
 
     Raises HandgradError if too many updates in a row were skipped.
     """
-    c, trainer, result, tokens = run.config, run.trainer, f.result, run.config.data.batch_tokens
+    c, trainer, result = run.config, run.trainer, f.result
     seconds = trainer.backend.seconds(f.begin, result.end) - result.waited
     write = partial(
         log.step,
@@ -130,9 +130,9 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
         loss=result.loss,
         lr=run.lr(f.number),
         grad_norm=result.grad_norm,
-        tokens=tokens,
+        tokens=trainer.data.sequences * trainer.data.sequence_tokens,
         step_seconds=seconds,
-        mfu=mfu(tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
+        mfu=mfu(c.data.batch_tokens / seconds, run.flops_per_token, run.peak_flops) if run.peak_flops else None,
         exposed=result.exposed if trainer.ranks.world > 1 else None,
         gpu=run.telemetry.read() if run.telemetry and every(c.log.telemetry_every, f.number) else None,
     )

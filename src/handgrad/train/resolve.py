@@ -18,7 +18,7 @@ from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import Bert, Model, create, preset
+from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import AdamW, schedules
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
@@ -229,6 +229,12 @@ def training_data(c: Config, shards: str, model: Model, world: int, eot: int | N
 
 def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
     """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+    if isinstance(model, T5):
+        first, end, pad = model.special_ids
+        if first >= model.vocab_size:
+            rule = f"the released T5's first sentinel {first} lies in the vocabulary"
+            raise HandgradError("model", rule, f"{model.vocab_size} tokens")
+        return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
         return hg_data.Causal()
     mask, first, separator, pad = range(model.vocab_size - len(model.special_tokens), model.vocab_size)

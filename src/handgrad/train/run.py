@@ -195,7 +195,8 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
     if is_finished:
         log.say(f"\n{text}\n" if text else "")
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
-        log.say(f"generate: handgrad generate {out} --prompt TEXT")
+        if run.trainer.model.continues_text:
+            log.say(f"generate: handgrad generate {out} --prompt TEXT")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
         log.say(f"resume: handgrad train --resume {out}")

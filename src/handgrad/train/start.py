@@ -96,7 +96,9 @@ def draw(info: Param, seed: int, stream: int) -> np.ndarray:
     if info.init.kind == "normal":
         rows, rng = values[: info.init.rows], np.random.default_rng([seed, stream])
         rng.standard_normal(dtype=np.float32, out=rows)
-        rows *= np.float32(info.init.std)
+        first, std = info.init.first or (0, 0.0)
+        rows[:first] *= np.float32(std)
+        rows[first:] *= np.float32(info.init.std)
     return values
 
 
