@@ -87,7 +87,7 @@ class Handgrad:
         self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
         objective: hg.data.Objective = hg.data.Causal()
         if task.preset == "bert-base":  # masked tokens alone
-            self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, pairs=False)
+            self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, nsp=False)
             ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
             objective = hg.data.Masked(**ids, vocab_size=self.model.vocab_size)
         data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False, objective=objective)

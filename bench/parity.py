@@ -1,4 +1,4 @@
-"""Every family against transformers and PyTorch on the CPU, in float32, at sizes that divide nothing evenly.
+"""Decoders against transformers and PyTorch on the CPU, in float32, at sizes that divide nothing evenly.
 
     python bench/parity.py      prints the table: relative errors of logits and of the worst gradient, and the largest
                                 difference of a loss in ten steps of AdamW

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.load import open_source
+from handgrad.io import gguf
+from handgrad.io.format import Format
 from handgrad.models import Bert, declare, forward_loss, preset
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.resolve import objective_of
@@ -36,8 +39,8 @@ SEQUENCES, STEPS = 6, 10
 SMALL = Bert(vocab_size=97, max_seq_len=41, num_layers=2, num_heads=3, hidden_size=60, mlp_size=77)
 KINDS = {
     "masked tokens": SMALL,
-    "masked tokens and pairs": replace(SMALL, pooler=True, pairs=True),
-    "other sizes": replace(SMALL, num_heads=5, hidden_size=35, mlp_size=50, pooler=True, pairs=True, max_seq_len=66),
+    "masked tokens and pairs": replace(SMALL, pooler=True, nsp=True),
+    "other sizes": replace(SMALL, num_heads=5, hidden_size=35, mlp_size=50, pooler=True, nsp=True, max_seq_len=66),
 }
 
 
@@ -58,7 +61,7 @@ class Theirs(torch.nn.Module):
             attention_probs_dropout_prob=0.0,
             pad_token_id=None,  # with an id, PyTorch gives the row of padding no gradient
         )
-        kind = transformers.BertForPreTraining if model.pairs else transformers.BertForMaskedLM
+        kind = transformers.BertForPreTraining if model.nsp else transformers.BertForMaskedLM
         self.inner = kind(config)
         with torch.no_grad():  # biases of 0 and norms of 1 would hide mistakes
             for p in self.parameters():
@@ -94,7 +97,7 @@ def compare(model, text, backend="cpu", dtype="f32"):
     """Relative errors of gradients, and the losses of both over the steps."""
     theirs = Theirs(model)
     read, params = parity.tensors(theirs.inner)
-    assert read == replace(model, pooler=model.pairs)
+    assert read == replace(model, pooler=model.nsp)
     T = model.max_seq_len
     data = hg.data.tokens(text, T, SEQUENCES * T, objective=objective_of(model, 7))
     batches = [data.batch(step) for step in range(STEPS)]
@@ -229,6 +232,48 @@ def test_it_continues_no_texts(words, capsys):
         assert "a bert continues no texts" in capsys.readouterr().err
 
 
+def test_its_special_tokens_have_ids_of_their_own(words, capsys):
+    assert train("--steps 1 --vocab-size 12") == 2
+    assert "--vocab-size is at least 14: the data's 10 and 4 special tokens, but got 12" in capsys.readouterr().err
+    released = Theirs(replace(SMALL, num_heads=2, hidden_size=32, max_seq_len=16)).inner
+    released.save_pretrained("released")
+    assert main(["train", *SHORT.split(), "--init", "released", "--steps", "1"]) == 2
+    rule = (
+        "[model] a BERT to start from has [MASK], [CLS], [SEP], [PAD] after the data's 10, but got a vocabulary of 97."
+    )
+    assert rule in capsys.readouterr().err
+
+
+def test_ids_that_an_objective_inserts_are_checked(text):
+    """The embedding has no row for them."""
+    data = hg.data.tokens(text, 17, 34, objective=objective_of(replace(SMALL, vocab_size=111)))
+    execution = hg.Execution(2, backend="cpu", threads=1)
+    with pytest.raises(HandgradError, match="lie below the model's vocabulary of 97, but got 110"):
+        hg.Trainer(SMALL, hg.optim.AdamW(), data, execution=execution)
+
+
+def test_an_objective_with_other_counts_is_refused(text):
+    data = hg.data.tokens(text, 17, 34, objective=replace(objective_of(SMALL), max_predictions=2))
+    run = hg.Trainer(SMALL, hg.optim.AdamW(), data, execution=hg.Execution(2, backend="cpu", threads=1))
+    with pytest.raises(HandgradError, match="fills the 6 of the model's input 'rows', but got 4"):
+        run.step(1, 1e-3)
+
+
+@pytest.mark.parametrize("architectures", [[["x"]], {"a": 1}, ["BertForQuestionAnswering"]])
+def test_other_architectures_are_refused(tmp_path, architectures):
+    Theirs(SMALL).inner.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HandgradError, match="has an architecture BertForPreTraining, BertForMaskedLM, BertModel"):
+        open_source(tmp_path)
+
+
+def test_a_gguf_of_it_is_refused():
+    file = SimpleNamespace(path="x.gguf", architecture="bert", metadata={})
+    with pytest.raises(HandgradError, match=r"\[gguf\] no .gguf of this family can be read, but got x.gguf"):
+        gguf.read_fields(file, Format(**Bert.hugging_face))
+
+
 def test_explain_and_profile(capsys):
     flags = "--micro-batch 1 --seq-len 32 --backend cpu --threads 1"
     assert main(["explain", "bert-base", *flags.split()]) == 0
@@ -250,7 +295,9 @@ def test_sizes():
         hg.explain(preset("bert-base"), 128, execution=hg.Execution(1)).program.num_params == 110_106_428 + 70 * 769
     )  # of padding
     with pytest.raises(HandgradError, match=r"\[model\] the heads of a BERT are mlm, pooler, or all three"):
-        replace(SMALL, pooler=True)
+        replace(SMALL, pooler=True, mlm=True)
+    with pytest.raises(HandgradError, match=r"\[model\] a BERT with nsp has a type for each of the two texts"):
+        replace(SMALL, pooler=True, nsp=True, num_types=1)
 
 
 # real weights -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1600,
     "backends": 4450,
-    "train": 3300,
+    "train": 3350,
     "optim": 200,
     "data tokenizers": 2550,
     "io": 1250,

@@ -439,10 +439,14 @@ def test_metadata_that_we_do_not_know_are_refused(tmp_path, change, part):
     assert line.startswith("[gguf] ") and part in line
 
 
-def test_other_factors_of_rotary_positions_are_refused(tmp_path):
+def test_other_factors_of_rotary_positions_are_refused(tmp_path, monkeypatch):
     weights = made(tmp_path, "llama3")
-    scaled = {**weights.fields, "rope_scaling": (32.0, 1.0, 4.0, 4096)}
-    gguf.write(tmp_path / "x.gguf", FORM, replace(weights, fields=scaled), "f32", TOKENIZER)
+    scaled = replace(weights, fields={**weights.fields, "rope_scaling": (32.0, 1.0, 4.0, 4096)})
+    with pytest.raises(HandgradError, match="original_max_position_embeddings 8192, but got .*4096"):
+        gguf.write(tmp_path / "x.gguf", FORM, scaled, "f32", TOKENIZER)
+    monkeypatch.setattr(gguf, "LLAMA3", gguf.LLAMA3 | {"original_max_position_embeddings": 4096})
+    gguf.write(tmp_path / "x.gguf", FORM, scaled, "f32", TOKENIZER)
+    monkeypatch.undo()
     assert "rope_freqs.weight in" in told(again, tmp_path / "x.gguf")
 
 
@@ -461,7 +465,7 @@ def test_other_files_with_its_name_are_refused(tmp_path):
     for raw in (b"", b"GG", b"<html>"):
         path.write_bytes(raw)
         assert "begins with GGUF, but got other bytes. hint" in told(open_source, path)
-    path.write_bytes(header([("general.architecture", 8, text("t5"))], []))
+    path.write_bytes(header([("general.architecture", 8, text("mamba"))], []))
     assert "has the model_type" in told(open_source, path)
     path.rename(tmp_path / "model")  # by its first bytes
     assert "has the model_type" in told(open_source, tmp_path / "model")

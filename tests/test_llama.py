@@ -194,6 +194,20 @@ def test_a_run_from_a_model_on_disk_keeps_the_fields_that_are_no_settings(words)
     assert open_source("run").model == model and newest(Path("run")).name == "step_000004"
 
 
+def test_sizes_that_a_preset_would_have_are_kept_on_resume(words):
+    """--num-kv-heads 4 is what the preset's 4 heads give, but not this run's 8."""
+    flags = "--family llama --num-heads 8 --num-kv-heads 4 --num-layers 1 --hidden-size 32 --max-seq-len 16 --out run"
+    assert train(f"{flags} --steps 1") == 0
+    assert main(["train", "--resume", "run", "--steps", "2"]) == 0
+    assert open_source("run").model.num_kv_heads == 4
+
+
+def test_a_dropout_that_the_model_on_disk_lacks_is_refused(words, capsys):
+    assert train(f"--family llama {SIZES} --steps 1 --out run") == 0
+    assert train("--init run --dropout 0.3 --steps 1") == 2
+    assert "a model of the family llama has" in capsys.readouterr().err
+
+
 def test_presets_set_the_family(words, capsys):
     flags = "--vocab-size 64 --micro-batch 1 --seq-len 8 --threads 1 --backend cpu"
     assert main(["explain", "smollm2-135m", *flags.split()]) == 0
@@ -222,12 +236,19 @@ def test_sizes_of_a_depth():
         ({"hidden_size": 30, "head_size": 0}, "hidden_size is a multiple of num_heads"),
         ({"rope_scaling": (1.0,)}, "rope_scaling is None, or 4 positive numbers"),
         ({"rope_theta": -1.0}, "rope_theta is a positive number"),
+        ({"rope_scaling": (8.0, 4.0, 4.0, 64)}, "rope_scaling has a low_freq_factor below"),
         ({"window": -1}, "window is at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit(fields, message):
     with pytest.raises(HandgradError, match=rf"\[model\] {message}"):
         replace(SMALL, **fields)
+
+
+def test_numbers_of_a_file_are_floats():
+    """llama.cpp reads a float where Python may have been given a whole number."""
+    model = replace(SMALL, rope_theta=10000, norm_eps=1)
+    assert type(model.rope_theta) is type(model.norm_eps) is float
 
 
 def test_run_json_keeps_all_fields():

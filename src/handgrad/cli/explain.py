@@ -52,7 +52,7 @@ class Explain:
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
     dropout: float = ModelConfig.dropout
-    """probability of dropping embeddings, attention weights and branches"""
+    """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True

@@ -102,6 +102,10 @@ class Masked:
         return (*names, "nsp_targets", "nsp_weights") if self.next_sentence else names
 
     @property
+    def largest_id(self) -> int:
+        return self.vocab_size - 1
+
+    @property
     def partners(self) -> bool:
         return self.next_sentence
 

@@ -33,6 +33,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def largest_id(self) -> int:
+        """The largest id that `fill` may insert; -1 if it inserts none."""
+        ...
+
+    @property
     def vocab_size(self) -> int | None:
         """Raw ids must lie below it; None for any."""
         ...
@@ -83,6 +88,7 @@ class Causal:
     static: ClassVar[bool] = False
     partners: ClassVar[bool] = False
     vocab_size: ClassVar[int | None] = None
+    largest_id: ClassVar[int] = -1
 
     @property
     def inputs(self) -> tuple[str, ...]:

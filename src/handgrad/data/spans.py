@@ -78,6 +78,10 @@ class Spans:
         return noise + spans + 1
 
     @property
+    def largest_id(self) -> int:
+        return max(self.first_sentinel, self.eos_id, self.pad_id)
+
+    @property
     def vocab_size(self) -> int:
         return self.first_sentinel + 1 - self.sentinels
 

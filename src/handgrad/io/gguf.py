@@ -98,7 +98,7 @@ def read(file: File, form: Format, fields: Mapping[str, Any], shapes: Mapping[st
     It is bf16 if all matrices are, and bf16 holds the rest exactly; otherwise float32.
     """
     format.check_only(form, _config(file, form), fields, "gguf", file.path)
-    layout, is_bf16 = Layout(**(form.gguf or {})), _is_bf16(file)
+    layout, is_bf16 = _layout(file, form), _is_bf16(file)
     found = {}
     for name, place in file.places.items():
         if name != FREQUENCIES:
@@ -139,10 +139,16 @@ def _reorder(values: np.ndarray, heads: int, *, interleave: bool) -> np.ndarray:
     return values.reshape(*split, -1).swapaxes(1, 2).reshape(values.shape)
 
 
+def _layout(file: File, form: Format) -> Layout:
+    if form.gguf is None:
+        raise HandgradError("gguf", "no .gguf of this family can be read", f"{file.path}, {shown(file.architecture)}")
+    return Layout(**form.gguf)
+
+
 def _config(file: File, form: Format) -> dict[str, Any]:
     """What config.json would say of a file's model."""
     path, arch = file.path, file.architecture
-    layout = Layout(**(form.gguf or {}))
+    layout = _layout(file, form)
     kinds = {there: kind for kind, there in layout.architectures.items()}
     if arch not in kinds:
         raise HandgradError("gguf", f"{path} has the architecture {' or '.join(kinds)}", shown(arch))
@@ -225,6 +231,10 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
     if form.gguf is None:
         raise HandgradError("gguf", "a model of this family cannot be written as a .gguf")
     package, layout, fields = load_package("a file for llama.cpp"), Layout(**form.gguf), weights.fields
+    scaling = fields.get("rope_scaling")
+    if scaling and list(scaling[1:]) != list(LLAMA3.values()):
+        rule = f"a .gguf scales rotary positions by {', '.join(f'{k} {v}' for k, v in LLAMA3.items())}"
+        raise HandgradError("gguf", rule, scaling)
     form = layout.renamed(form)
     for ours, value in layout.requires.items():
         if fields[ours] != value:

@@ -9,18 +9,19 @@ from typing import Any, ClassVar
 
 from handgrad.core.dtypes import F32, I32
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
 from handgrad.core.params import Init, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import attend, dense, drop, layer_norm, lm_head_logits, lm_head_loss, project
+from handgrad.models.blocks import attend, dense, drop, embedding, layer_norm, lm_head_logits, lm_head_loss, project
 from handgrad.models.model import Batch, check_fields, flag, number, rate, size
 from handgrad.models.registry import register
-from handgrad.ops import embed, lm_loss, lm_loss_forward_backward, loss_sum, pick
+from handgrad.ops import embed, pick
 from handgrad.ops.act import Act
 
 VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
-CLASSES = 2  # of a pair: B follows A, or it is random
+NSP_CLASSES = 2  # B follows A, or it is random
 
 IN_BLOCK = {
     "attn.out": "attention.output.dense",
@@ -38,9 +39,9 @@ OUTSIDE = {
     "mlm.dense": "cls.predictions.transform.dense",
     "mlm.ln": "cls.predictions.transform.LayerNorm",
     "mlm": "cls.predictions",
-    "pair": "cls.seq_relationship",
+    "nsp": "cls.seq_relationship",
 }
-HEADS = {  # transformers' class: whether it has the head of masked tokens, the pooler, and the head of pairs
+HEADS = {  # transformers' class: whether it has the masked-language-model head, the pooler, and the next-sentence head
     "BertForPreTraining": (True, True, True),
     "BertForMaskedLM": (True, False, False),
     "BertModel": (False, True, False),
@@ -61,15 +62,16 @@ def _names(name: str) -> tuple[str, ...]:
 
 def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
     """Which heads a file has, by its architecture."""
-    found = (config.get("architectures") or ["BertForPreTraining"])[0]
-    if found not in HEADS:
-        raise HandgradError("hf", f"an architecture {', '.join(HEADS)}", repr(found))
-    return dict(zip(("mlm", "pooler", "pairs"), HEADS[found]))
+    named = config.get("architectures") or ["BertForPreTraining"]
+    found = named[0] if isinstance(named, list) else named
+    if not isinstance(found, str) or found not in HEADS:
+        raise HandgradError("hf", f"an architecture {', '.join(HEADS)}", shown(found))
+    return dict(zip(("mlm", "pooler", "nsp"), HEADS[found]))
 
 
 def _encode(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture that has these heads."""
-    heads = fields["mlm"], fields["pooler"], fields["pairs"]
+    heads = fields["mlm"], fields["pooler"], fields["nsp"]
     return {"architectures": [next(name for name, found in HEADS.items() if found == heads)]}
 
 
@@ -89,10 +91,9 @@ def _only(fields: Mapping[str, Any]) -> dict[str, tuple]:
 class Bert:
     """A BERT. `dropout` applies to embeddings, attention weights and both branches, in training only.
 
-    mlm        the head of masked tokens, for training
-    pooler     a dense layer on the first token of a text;  pairs: the head that tells whether B follows A. It needs the
-               pooler
-    mask_rate  the part of a text that is predicted
+    mlm        the masked-language-model head; training needs it
+    pooler     a dense layer with tanh on [CLS];  nsp: the next-sentence head on it
+    mask_rate  fraction of the tokens that are predicted
     """
 
     vocab_size: int = size(30522)
@@ -107,7 +108,7 @@ class Bert:
     mask_rate: float = rate(0.15)
     mlm: bool = flag(True)
     pooler: bool = flag(False)
-    pairs: bool = flag(False)
+    nsp: bool = flag(False)
 
     family: ClassVar[str] = "bert"
     special_tokens: ClassVar[tuple[str, ...]] = ("[MASK]", "[CLS]", "[SEP]", "[PAD]")
@@ -131,7 +132,7 @@ class Bert:
         "rows": lambda name, fields: (fields["hidden_size"],) * 3,
         "prefix": "bert.",
         "transposed": "(?!)",
-        "ignored": r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)",
+        "ignored": r"embeddings\.position_ids|cls\.predictions\.decoder\..*|pooler\..*|cls\.seq_relationship\..*",
         "tied": ("", "wte.weight", "wte.weight"),
         "decode": _decode,
         "encode": _encode,
@@ -143,9 +144,11 @@ class Bert:
             raise HandgradError(
                 "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
             )
-        if (self.mlm, self.pooler, self.pairs) not in HEADS.values():
-            got = f"mlm {self.mlm}, pooler {self.pooler}, pairs {self.pairs}"
+        if (self.mlm, self.pooler, self.nsp) not in HEADS.values():
+            got = f"mlm {self.mlm}, pooler {self.pooler}, nsp {self.nsp}"
             raise HandgradError("model", "the heads of a BERT are mlm, pooler, or all three", got)
+        if self.nsp and self.num_types < NSP_CLASSES:
+            raise HandgradError("model", "a BERT with nsp has a type for each of the two texts", self.num_types)
         object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
 
     @property
@@ -163,11 +166,11 @@ class Bert:
         return max(round(seq_len * self.mask_rate), 1)
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
-        """Ids, types and the rows to predict; with pairs, which are padded, the bounds of attention too."""
+        """Ids, types and the rows to predict; with nsp, whose texts are padded, the bounds of attention, too."""
         if cache:
             raise HandgradError("generate", "a BERT fills in masked tokens", "a text to continue")
         rows = g.input("rows", (batch_size * self.predictions(seq_len),), I32)
-        return self.texts(g, batch_size, seq_len, padded=self.pairs, rows=rows)
+        return self.texts(g, batch_size, seq_len, padded=self.nsp, rows=rows)
 
     def texts(self, g: Program, batch_size: int, seq_len: int, *, padded: bool, rows: Tensor | None = None) -> Batch:
         """Ids and types of whole texts; padded: some are shorter, and rows see the keys within bounds."""
@@ -177,7 +180,7 @@ class Bert:
         return Batch(batch_size=batch_size, seq_len=seq_len, rows=rows, **arrays)
 
     def body(self, g: Program, data: Batch) -> Tensor:
-        """The rows to predict (B predictions, C) of the encoder's output; trains the head of pairs."""
+        """The rows to predict (B predictions, C) of the encoder's output; trains the next-sentence head."""
         if g.trains and not self.mlm:
             raise HandgradError("train", "a BERT that is trained has the head of masked tokens", "mlm False")
         x = self.encode(g, data)
@@ -194,7 +197,7 @@ class Bert:
             wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
             sizes: dict[str, Any] = {"T": data.seq_len, "decode": False, "scale": 1.0}
             types = g.emit(embed, data.types, table, None, None, **sizes)
-            tokens = g.emit(embed, data.ids, self._table(g), wpe, None, **sizes)
+            tokens = embedding(g, data, self._table(g), wpe)
             x = drop(g, layer_norm(g, tokens, (types, None), "ln", eps)[1], p)
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
@@ -210,25 +213,20 @@ class Bert:
         return x
 
     def _pool(self, g: Program, x: Tensor, data: Batch) -> None:
-        """The output "pooled" (B, C) of every text's first token; with pairs also its loss, if there are targets."""
+        """The output "pooled" (B, C) of every text's first token; with nsp also its loss, if there are targets."""
         B, T = data.batch_size, data.seq_len
         starts = g.constant(f"starts {(B, T)}", (B,), I32, partial(range, 0, B * T, T))
         pooled = g.output("pooled", dense(g, g.emit(pick, x, starts), "pooler", self.hidden_size, act=Act.TANH))
-        if not self.pairs:
+        if not self.nsp:
             return
-        with g.scope("pair"):
-            w = g.param("weight", (CLASSES, self.hidden_size), normal(0.02))
-            b = g.param("bias", (CLASSES,), Init("zeros"))
+        with g.scope("nsp"):
+            w = g.param("weight", (NSP_CLASSES, self.hidden_size), normal(0.02))
+            b = g.param("bias", (NSP_CLASSES,), Init("zeros"))
         if data.rows is None:
             return
         targets, weights = g.input("nsp_targets", (B,), I32), g.input("nsp_weights", (B,), F32)
-        ins = pooled, w, targets, b, weights
-        attrs: dict[str, Any] = {"V": CLASSES, "chunks": 1, "scale": 1.0, "softcap": 0.0}
-        if g.trains:
-            losses, *_ = g.emit(lm_loss_forward_backward, *ins, into={"dw": g.grad(w), "db": g.grad(b)}, **attrs)
-        else:
-            losses, _ = g.emit(lm_loss, *ins, **attrs)
-        g.emit(loss_sum, g.output("nsp_losses", losses), into={"scalars": g.scalars})
+        sizes: dict[str, Any] = {"vocab_size": NSP_CLASSES, "chunks": 1}
+        lm_head_loss(g, pooled, w, targets, b=b, weights=weights, name="nsp_losses", **sizes)
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""
@@ -237,7 +235,7 @@ class Bert:
             return lm_head_loss(g, x, self._table(g), targets, vocab_size=self.vocab_size, chunks=chunks, b=b)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
-        """See `Model.logits`. Without the head of masked tokens the rows meet the table as they are."""
+        """See `Model.logits`. Without the head of masked tokens rows are multiplied by the embedding table directly."""
         with g.block("head", prefix=False):
             x, b = self._head(g, x)
             return lm_head_logits(g, x, self._table(g), b=b)

@@ -58,7 +58,7 @@ def dense(
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """(residual, normed): adds the pending branch h to the residual and norms the sum.
 
-    With h None, at the start of a model, there is nothing to add: the only special case in the system.
+    With h None nothing is pending: at the start of a model, after a parallel residual, in a head.
     """
     with g.scope(name):
         w = g.param("weight", x.shape[-1:], ONES)
@@ -202,6 +202,7 @@ def lm_head_loss(
     weights: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    name: str = "losses",
 ) -> Tensor:
     """The losses (N,) f32 of the logits of lm_head_logits, as `Model.loss` describes them; w (Vp, C), b (Vp).
 
@@ -214,7 +215,7 @@ def lm_head_loss(
     else:
         losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})
-    return g.output("losses", losses)
+    return g.output(name, losses)
 
 
 def lm_head_logits(

@@ -79,12 +79,17 @@ class Llama:
             "num_kv_heads": self.num_kv_heads or heads,
             "head_size": self.head_size or C // heads,
             "mlp_size": self.mlp_size or -(-8 * C // (3 * MLP_ALIGN)) * MLP_ALIGN,
+            "rope_theta": float(self.rope_theta),
             "rope_scaling": tuple(self.rope_scaling) if self.rope_scaling else None,
+            "norm_eps": float(self.norm_eps),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
         if heads % self.num_kv_heads:
             raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
+        if self.rope_scaling and self.rope_scaling[1] >= self.rope_scaling[2]:
+            rule = "rope_scaling has a low_freq_factor below its high_freq_factor"
+            raise HandgradError("model", rule, self.rope_scaling)
         if self.head_size % 2:
             raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
 

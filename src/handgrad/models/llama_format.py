@@ -124,6 +124,9 @@ def _decode(config: Fields) -> dict[str, Any]:
     defaults = DEFAULTS[kind]
     found = {ours: config.get(key, defaults[key]) for ours, key in KEYS.items()}
     heads, width = (config.get(key, default) for key, default in (("num_attention_heads", 32), ("hidden_size", 4096)))
+    for ours, key in KEYS.items():
+        if found[ours] == 0:  # which would mean here that it follows from the others
+            raise HandgradError("hf", f"a {key} of at least 1", 0)
     if found["num_kv_heads"] is None:
         found["num_kv_heads"] = heads
     if found["head_size"] is None and type(heads) is type(width) is int and heads > 0:

@@ -66,7 +66,7 @@ GPT3_WIDTHS = {
     5140:  (40, 40, 5120),
     12288: (96, 96, 12288),
 }
-BERTS = {"bert-base": Bert(pooler=True, pairs=True)}
+BERTS = {"bert-base": Bert(pooler=True, nsp=True)}
 PYTHIAS = {
     "pythia-70m": GPTNeoX(num_layers=6, num_heads=8, hidden_size=512),
     "pythia-160m": GPTNeoX(num_layers=12, num_heads=12, hidden_size=768),

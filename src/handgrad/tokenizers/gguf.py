@@ -51,7 +51,10 @@ def from_gguf(metadata: Mapping[str, Any], source: object) -> Tokenizer:
         raise HandgradError("tokenizer", rule, f"{shown(kind)} of the kind {shown(pre)}")
     tokens, merges = _texts(metadata, "tokens", source), _texts(metadata, "merges", source)
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    types = list(metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not hasattr(types, "__len__") or isinstance(types, str):
+        raise HandgradError("tokenizer", f"{source} gives a list of token types", shown(types))
+    types = list(types)
     if len(types) != len(tokens) or len(set(tokens)) < len(tokens) or any(" " in right for _, right in pairs):
         rule = f"{source} lists tokens, each once and with its type, and merges of two"
         raise HandgradError("tokenizer", rule, f"{len(tokens):,} tokens, {len(types):,} types, {len(merges):,} merges")

@@ -5,7 +5,9 @@ from typing import Any
 from handgrad.backends.base import Backend
 from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
+from handgrad.core.tensor import Tensor
 from handgrad.data import Tokens
+from handgrad.models import Model
 
 MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch is 1563 of one sequence each
 
@@ -38,6 +40,24 @@ def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
         rule = f"a step has at most {MOST_MICRO_BATCHES:,} micro-batches, of micro_batch x seq_len tokens each"
         raise HandgradError("train", rule, f"{count:,}", hint="a smaller batch_tokens or a larger micro_batch")
     return count
+
+
+def limit_ids(model: Model, data: Tokens) -> None:
+    """Has every batch checked against the vocabulary: a kernel would read past the embedding.
+
+    Raises HandgradError if the objective inserts ids that the model lacks.
+    """
+    if data.objective.largest_id >= model.vocab_size:
+        rule = f"the ids that the objective inserts lie below the model's vocabulary of {model.vocab_size}"
+        raise HandgradError("train", rule, data.objective.largest_id)
+    data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
+
+
+def check_fills(count: int, tensor: Tensor) -> None:
+    """Raises HandgradError unless so many values fill an input of the model."""
+    if count != tensor.size:
+        rule = f"the data's objective fills the {tensor.size} of the model's input '{tensor.name}'"
+        raise HandgradError("data", rule, count)
 
 
 def check_precision(precision: Precision, backend: Backend) -> None:

@@ -15,6 +15,7 @@ PACKAGED = "shakespeare"  # the word for the text in the package
 OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "bf16")
 # a preset's, of which each may be set alone
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
+DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class ModelConfig:
     max_seq_len: int = 0
     """longest sequence, tokens, and of a T5 the source; 0: the preset's"""
     vocab_size: int = 0
-    """tokens in the vocabulary; 0: the data's"""
+    """tokens in the vocabulary; 0: the data's, and the model's special tokens"""
     dropout: float = 0.0
-    """probability of dropping embeddings, attention weights and branches, of all but a Llama"""
+    """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     tie_embeddings: bool = True
     """use the token embedding as the head, if the preset does"""
     init: str = "random"

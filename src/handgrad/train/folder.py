@@ -18,7 +18,7 @@ from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
 from handgrad.models import preset
 from handgrad.tokenizers import Tokenizer
-from handgrad.train.config import SIZES, Config, ModelConfig, from_names
+from handgrad.train.config import DERIVED_SIZES, SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
 UNRECORDED = ("out", "resume", "config", "threads", "verbose")  # changing these changes no result
@@ -209,7 +209,8 @@ def leave_sizes(saved: Config, c: Config) -> Config:
     m = saved.model
     own = preset(f"d{m.depth}" if m.depth else m.preset, m.family)
     other = (c.model.preset, c.model.depth) not in ((m.preset, m.depth), (ModelConfig.preset, ModelConfig.depth))
-    sizes: dict[str, Any] = {name: 0 for name in SIZES if other or getattr(m, name) == getattr(own, name, 0)}
+    own_sizes = [name for name in SIZES if name not in DERIVED_SIZES and getattr(m, name) == getattr(own, name, 0)]
+    sizes: dict[str, Any] = dict.fromkeys(SIZES if other else own_sizes, 0)
     return replace(saved, model=replace(m, **sizes))
 
 

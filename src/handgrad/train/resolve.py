@@ -175,6 +175,9 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     check_same_tokens(source, tokenizer)
     if drawn:
         return c, Start(c.run.seed), None
+    if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
+        rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
+        raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
     brought = {"family": source.model.family} | settings_of(source.model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
@@ -191,13 +194,18 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
-        return create(source.family, asdict(source) | ({"dropout": m.dropout} if hasattr(source, "dropout") else {}))
+        drops = {"dropout": m.dropout} if m.dropout or hasattr(source, "dropout") else {}
+        return create(source.family, asdict(source) | drops)
     changes = {name: getattr(m, name) for name in SIZES if getattr(m, name)}
     for name in ("dropout", "tie_embeddings"):
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
     name = f"d{m.depth}" if m.depth else m.preset
-    own = vocab_size + len(preset(name, m.family).special_tokens)
+    special = preset(name, m.family).special_tokens
+    own = vocab_size + len(special)
+    if 0 < m.vocab_size < own:
+        rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
+        raise HandgradError("model", rule, m.vocab_size)
     return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
 
 
@@ -237,16 +245,16 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
         return hg_data.Causal()
-    mask, first, separator, pad = range(model.vocab_size - len(model.special_tokens), model.vocab_size)
+    id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
     return hg_data.Masked(
-        mask_id=mask,
-        cls_id=first,
-        sep_id=separator,
-        pad_id=pad,
-        special_ids=(mask,),
+        mask_id=id_of["[MASK]"],
+        cls_id=id_of["[CLS]"],
+        sep_id=id_of["[SEP]"],
+        pad_id=id_of["[PAD]"],
+        special_ids=(id_of["[MASK]"],),
         vocab_size=model.vocab_size,
         rate=model.mask_rate,
-        next_sentence=model.pairs,
+        next_sentence=model.nsp,
         eot=eot,
     )
 

@@ -29,7 +29,7 @@ from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
-from handgrad.train.checks import check_kinds, check_precision, micro_batches
+from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
 from handgrad.train.execution import Execution
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
@@ -85,7 +85,7 @@ class Trainer:
         self.execution, self.precision = execution, precision
         self.comm = open_comm() if backend is None else backend.comm
         self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
-        self._limit_ids(model, data)
+        limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
@@ -118,11 +118,6 @@ class Trainer:
 
     def __repr__(self) -> str:
         return f"Trainer({self.model}, {self.precision.dtype}, step {self.last_step}, {self.backend.hardware})"
-
-    @staticmethod
-    def _limit_ids(model: Model, data: Tokens) -> None:
-        """Has every batch checked against the vocabulary: a kernel would read past the embedding."""
-        data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
     # training -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +236,7 @@ class Trainer:
             raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
-        self._limit_ids(self.model, data)
+        limit_ids(self.model, data)
         total, counts = 0.0, 0
         names, mine = self._loss.program.inputs, (self.ranks.rank, self.ranks.world)
         for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
@@ -264,6 +259,8 @@ class Trainer:
         """Yields token ids after `prompt` with the current weights, as `Engine.generate`; they are below the model's
         vocabulary, or among `drawable`. It uses the arena: finish before the next step. With zero 3 all ranks take
         part; otherwise one rank can do it alone."""
+        if not self.model.continues_text:
+            raise HandgradError("train", f"a {self.model.family} continues no texts")
         if self._engine is None:
             raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
         return self._engine.generate(prompt, max_tokens, sampling, stop_ids, drawable)
@@ -277,6 +274,7 @@ class Trainer:
     ) -> None:
         """Starts one micro-batch."""
         for name, tensor in run.program.inputs.items():
+            check_fills(batch[name].size, tensor)
             self.arena.write(tensor, batch[name].reshape(-1))
         self._run(run, segment, micro_batch)
 
