@@ -30,7 +30,7 @@ def worker(file: str) -> None:
     """The process of handgrad: answers every line of standard input with the tokens a second of a run."""
     from handgrad.infer.load import load_run
 
-    engine, _ = load_run(file, context=256)
+    engine, _ = load_run(file, Path(file).stem, context=256)
     for token in sys.stdin:
         engine.position, begin = 0, time.perf_counter()
         for _ in range(TOKENS):
