@@ -13,6 +13,7 @@ from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
+from handgrad.data import Causal
 from handgrad.infer.load import load_run, open_source
 from handgrad.io import llmc
 from handgrad.io.weights import Weights
@@ -278,6 +279,7 @@ def test_p1_gradients_equal_a_debug_state(tmp_path, shards):
 
     class Batch:  # what a Trainer needs of its data
         seq_len, batch_tokens, vocab_size, windows, sequences, ahead = T, B * T, V, B, B, 0
+        objective = Causal()
 
         def batch(self, *args, **kwargs):
             return {"ids": debug["x"], "targets": debug["y"]}

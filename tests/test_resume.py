@@ -401,7 +401,7 @@ def everything(folder):
     ("words_", "part"),
     [
         ("--hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
-        ("--family gpt9", "[model] a family is one of bert, gpt2, llama, t5, but got 'gpt9'."),
+        ("--family gpt9", "[model] a family is one of bert, gpt2, llama, gpt_neox, t5, but got 'gpt9'."),
         ("--depth 3", "[resume] the checkpoint's model has "),
         ("--preset gpt2-124m", "[resume] the checkpoint's model has "),
         ("--dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),
@@ -652,9 +652,7 @@ def test_the_tolerance_above_tells_a_resumption_without_the_moments(earlier):
 def test_a_checkpoint_of_an_unknown_family_is_refused(earlier):
     path = earlier.out / "step_000003" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"family": "gpt9"}))
-    with pytest.raises(
-        hg.HandgradError, match=r"run.json gives a family, one of bert, gpt2, llama, t5, but got 'gpt9'"
-    ):
+    with pytest.raises(hg.HandgradError, match=r"run.json gives a family, one of .*, but got 'gpt9'"):
         earlier.resume()
 
 

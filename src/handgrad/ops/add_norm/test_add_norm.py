@@ -18,6 +18,7 @@ from handgrad.ops import (
     rms_norm,
     rms_norm_backward,
 )
+from handgrad.ops.act import Act
 from handgrad.testing import case_arrays, case_program, check_op, gradcheck, run_case, set_scalars, tolerance
 
 
@@ -67,12 +68,13 @@ N, C, V = 6, 5, 11
 def dense(g, x, name, size):
     with g.scope(name):
         w, b = g.param("w", (size, x.shape[1]), normal(1.0)), g.param("b", (size,), normal(1.0))
-    return g.emit(linear, x, w, None, None, gelu=False, keep_pre=False)[0], b
+    return g.emit(linear, x, w, None, None, act=Act.NONE, keep_pre=False)[0], b
 
 
 def loss(g, x):
     head, targets = g.param("head", (V, C), normal(1.0)), g.input("targets", (N,), I32)
-    losses, *_ = g.emit(lm_loss_forward_backward, x, head, targets, into={"dw": g.grad(head)}, V=V, chunks=1)
+    sizes = {"V": V, "chunks": 1, "scale": 1.0, "softcap": 0.0}
+    losses, *_ = g.emit(lm_loss_forward_backward, x, head, targets, None, None, into={"dw": g.grad(head)}, **sizes)
     g.output("losses", losses)
 
 
