@@ -1,8 +1,6 @@
 """Llama and its kin: against transformers and PyTorch, and through every verb."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("parity", ROOT / "bench" / "parity.py")
-parity = importlib.util.module_from_spec(SPEC)
-sys.modules["parity"] = parity  # its dataclasses look for their module
-SPEC.loader.exec_module(parity)
+parity = pytest.importorskip("parity", reason="it needs PyTorch and transformers")
 CASES = [name for name, case in parity.CASES.items() if case.config is not transformers.GPTNeoXConfig]
 
 SMALL = Llama(vocab_size=23, max_seq_len=20, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=24, mlp_size=20)

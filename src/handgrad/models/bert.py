@@ -13,14 +13,22 @@ from handgrad.core.json_file import shown
 from handgrad.core.params import Init, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import attend, dense, drop, embedding, layer_norm, lm_head_logits, lm_head_loss, project
-from handgrad.models.model import Batch, check_fields, flag, number, rate, size
+from handgrad.models.blocks import (
+    attend,
+    dense,
+    drop,
+    embedding,
+    layer_norm,
+    lm_head_logits,
+    lm_head_loss,
+    mlp,
+    project,
+)
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.ops import embed, pick
 from handgrad.ops.act import Act
 
-VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
-MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 NSP_CLASSES = 2  # B follows A, or it is random
 
 IN_BLOCK = {
@@ -154,7 +162,7 @@ class Bert:
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+        return padded(self.vocab_size)
 
     @property
     def usual_seq_len(self) -> int:
@@ -206,9 +214,7 @@ class Bert:
                     y = attend(g, qkv, data, heads=self.num_heads, kv_heads=self.num_heads, causal=False, p=p)
                     h = project(g, y, "out", self.hidden_size, std=0.02, p=p)
                 x = layer_norm(g, x, h, "ln_1", eps)[1]
-                with g.scope("mlp"):
-                    up = dense(g, x, "up", self.mlp_size, act=Act.GELU_ERF)
-                    h = project(g, up, "down", self.hidden_size, std=0.02, p=p, pre_x=g.producer[up].pre)
+                h = mlp(g, x, "mlp", size=self.mlp_size, p=p, std=0.02, act=Act.GELU_ERF, up="up", down="down")
                 x = layer_norm(g, x, h, "ln_2", eps)[1]
         return x
 

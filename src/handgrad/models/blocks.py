@@ -174,12 +174,23 @@ def rotary(
     return g.emit(rope, qkv, table, wq, wk, **attrs)
 
 
-def mlp(g: Program, x: Tensor, name: str, *, size: int, p: float, std: float, act: Act = Act.GELU_TANH) -> Branch:
-    """w2 act(w1 x + b1) + b2."""
+def mlp(
+    g: Program,
+    x: Tensor,
+    name: str,
+    *,
+    size: int,
+    p: float,
+    std: float,
+    act: Act = Act.GELU_TANH,
+    up: str = "c_fc",
+    down: str = "c_proj",
+) -> Branch:
+    """down act(up x): two linears with biases, of these names, `size` wide between them."""
     with g.scope(name):
-        h = dense(g, x, "c_fc", size, act=act)
+        h = dense(g, x, up, size, act=act)
         pre = g.producer[h].pre  # None unless training
-        return project(g, h, "c_proj", x.shape[-1], std=std, p=p, pre_x=pre)
+        return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre)
 
 
 def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float, std: float) -> Branch:

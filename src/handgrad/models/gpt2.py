@@ -10,12 +10,8 @@ from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.blocks import drop, embedding, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
-from handgrad.models.model import Batch, check_fields, flag, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, padded, rate, size
 from handgrad.models.registry import register
-
-VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
-MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
-
 
 GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
     "architectures": {"gpt2": "gpt2"},
@@ -113,7 +109,7 @@ class GPT2:
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+        return padded(self.vocab_size)
 
     @property
     def usual_seq_len(self) -> int:

@@ -26,13 +26,11 @@ from handgrad.models.blocks import (
     rotary,
 )
 from handgrad.models.llama_format import HUGGING_FACE
-from handgrad.models.model import Batch, check_fields, flag, number, numbers, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, numbers, padded, size
 from handgrad.models.registry import register
 from handgrad.ops.act import Act
 
-VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
 MLP_ALIGN = 64  # the MLP's default width is a multiple of it
-MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 USUAL_SEQ_LEN = 2048  # released models read far longer texts than most people train on
 
 
@@ -96,7 +94,7 @@ class Llama:
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+        return padded(self.vocab_size)
 
     @property
     def usual_seq_len(self) -> int:

@@ -10,6 +10,8 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
+MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -136,6 +138,11 @@ def shapes(g: Program) -> dict[str, tuple[int, ...]]:
 
 
 # fields ---------------------------------------------------------------------------------------------------------------
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of a table of so many tokens: a multiple of 128, as GEMMs want. Padding starts at zero and never counts."""
+    return -(-vocab_size // 128) * 128
 
 
 def size(default: int, most: int = 2**31 - 1, least: int = 1) -> Any:

@@ -25,13 +25,11 @@ from handgrad.models.blocks import (
     mlp,
     rotary,
 )
-from handgrad.models.model import Batch, check_fields, choice, flag, number, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, choice, flag, number, padded, size
 from handgrad.models.registry import register
 from handgrad.ops import add
 from handgrad.ops.act import Act
 
-VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
-MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 ACTS = {  # the names are those of Hugging Face's library
     "gelu": Act.GELU_ERF,
     "gelu_new": Act.GELU_TANH,
@@ -180,7 +178,7 @@ class GPTNeoX:
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+        return padded(self.vocab_size)
 
     @property
     def usual_seq_len(self) -> int:

@@ -14,14 +14,12 @@ from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, project, rms_norm
-from handgrad.models.model import Batch, check_fields, flag, number, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
 from handgrad.ops import embed, gated
 from handgrad.ops.act import Act
 
-VOCAB_ALIGN = 128  # the vocabulary is padded up to this many rows; padded rows start at zero and never count
-MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 SENTINELS = 100
 RELEASED = 32099, 1, 0  # first sentinel, end and padding of the models that were released
 
@@ -78,7 +76,7 @@ class T5:
     @property
     def vocab_padded(self) -> int:
         """Rows of the embedding table."""
-        return -(-self.vocab_size // VOCAB_ALIGN) * VOCAB_ALIGN
+        return padded(self.vocab_size)
 
     @property
     def special_ids(self) -> tuple[int, int, int]:

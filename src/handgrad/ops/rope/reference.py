@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# factor, low_freq_factor, high_freq_factor, original_max_position: how Llama 3.1 and later stretch wavelengths
+# factor, low_freq_factor, high_freq_factor, original_max_position: the scaling of Llama 3.1 and later
 Llama3Scaling = tuple[float, ...]
 
 
