@@ -9,9 +9,10 @@
 //           one cache 0.44 TB/s
 // source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
 //
-// Defines (op.py): D, VEC (elements of an access), LANES, PARTS (chunks of the keys), THREADS.
-#include "kernel.cuh"
-#if !defined(D) || !defined(VEC) || !defined(LANES) || !defined(PARTS) || !defined(THREADS)
+// Defines (op.py): D, VEC (elements of an access), LANES, PARTS (chunks of the keys), THREADS, BUCKETS (rows of rel; 0:
+// no biases).
+#include "buckets.cuh"
+#if !defined(D) || !defined(VEC) || !defined(LANES) || !defined(PARTS) || !defined(THREADS) || !defined(BUCKETS)
 #error "attention_decode/op.py defines these"
 #endif
 
@@ -73,6 +74,7 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
     float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
     real *cache,        // (B, S, 2, K, D), in and out
     const real *qkv,    // (N, H + 2 K, D)
+    const real *rel,    // (R, H)
     const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K, i64 window, float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
   const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
@@ -90,6 +92,11 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
       to[K * D] = from[K * D];
     }
 
+#if BUCKETS
+  __shared__ float bias[FAR + 1];  // by the distance of a key before the query
+  for (int d = threadIdx.x; d <= FAR; d += THREADS) bias[d] = to_float(rel[distance_bucket(d, BUCKETS) * H + h]);
+  __syncthreads();
+#endif
   float q[PER][VEC], o[PER][VEC], top = -HG_INF, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < PER; i++) {
@@ -131,7 +138,11 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
           if (i * LANES * VEC + own < D) z[a] += q[i][e] * k[a][i].at(e);
 #pragma unroll
       for (int lanes = LANES / 2; lanes; lanes /= 2) z[a] += __shfl_xor_sync(FULL, z[a], lanes);
-      if (s0 + a * step + lane / LANES >= last) z[a] = -HG_INF;
+      const i64 s = s0 + a * step + lane / LANES;
+#if BUCKETS
+      z[a] += bias[max((i64)0, min(end - 1 - s, (i64)FAR))];  // past the last key no key is that near
+#endif
+      if (s >= last) z[a] = -HG_INF;
       higher = fmaxf(higher, z[a]);
     }
     float shrink = weight(top, higher);
