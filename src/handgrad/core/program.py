@@ -60,6 +60,7 @@ class Program:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
     # in backward: activations to their gradients so far
     pending_grads: dict[Tensor, Tensor] = field(default_factory=dict)
+    recomputes: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: to the activations of the forward
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -144,7 +145,7 @@ class Program:
 
     def take(self, tensor: Tensor) -> Tensor | None:
         """Removes and returns the gradient collected so far for an activation."""
-        return self.pending_grads.pop(tensor, None)
+        return self.pending_grads.pop(self.recomputes.get(tensor, tensor), None)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
