@@ -21,6 +21,19 @@
 #define AHEAD 4                                      // keys of a lane group that are read before the first is used
 #define FULL 0xffffffffu
 
+struct Biases {  // of a head, in shared memory, by the distance of a key before its query
+  float values[BUCKETS ? FAR + 1 : 1];
+  __device__ __forceinline__ void load(const real *rel, i64 H, i64 h) {
+#if BUCKETS
+    for (int d = threadIdx.x; d <= FAR; d += THREADS) values[d] = to_float(rel[distance_bucket(d, BUCKETS) * H + h]);
+    __syncthreads();
+#endif
+  }
+  __device__ __forceinline__ float of(i64 distance) const {
+    return BUCKETS ? values[distance < FAR ? distance : FAR] : 0.0f;
+  }
+};
+
 // The weight of a sum with maximum m, once the maximum is top; 0 for an empty sum.
 __device__ __forceinline__ float weight(float m, float top) { return m == -HG_INF ? 0.0f : expf(m - top); }
 
@@ -92,11 +105,8 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
       to[K * D] = from[K * D];
     }
 
-#if BUCKETS
-  __shared__ float bias[FAR + 1];  // by the distance of a key before the query
-  for (int d = threadIdx.x; d <= FAR; d += THREADS) bias[d] = to_float(rel[distance_bucket(d, BUCKETS) * H + h]);
-  __syncthreads();
-#endif
+  __shared__ Biases biases;
+  biases.load(rel, H, h);
   float q[PER][VEC], o[PER][VEC], top = -HG_INF, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < PER; i++) {
@@ -139,10 +149,7 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
 #pragma unroll
       for (int lanes = LANES / 2; lanes; lanes /= 2) z[a] += __shfl_xor_sync(FULL, z[a], lanes);
       const i64 s = s0 + a * step + lane / LANES;
-#if BUCKETS
-      z[a] += bias[max((i64)0, min(end - 1 - s, (i64)FAR))];  // past the last key no key is that near
-#endif
-      if (s >= last) z[a] = -HG_INF;
+      z[a] = s < last ? z[a] + biases.of(end - 1 - s) : -HG_INF;
       higher = fmaxf(higher, z[a]);
     }
     float shrink = weight(top, higher);
@@ -163,8 +170,7 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
           if (i * LANES * VEC + own < D) o[i][e] += p * v[a][i].at(e);
     }
   }
-  float *part = parts + ((i64)blockIdx.x * PARTS + blockIdx.y) * (D + 2);
-  merge_block(y + (n * H + h) * D, part, o, top, total);
+  merge_block(y + (n * H + h) * D, parts + ((i64)blockIdx.x * PARTS + blockIdx.y) * (D + 2), o, top, total);
 }
 
 KERNEL __launch_bounds__(THREADS) attention_decode_merge_kernel(
