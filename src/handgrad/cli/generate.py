@@ -1,4 +1,4 @@
-"""handgrad generate RUN: continues a prompt with the newest checkpoint of a run folder, streaming to the terminal."""
+"""handgrad generate RUN: continues or answers a prompt with the newest checkpoint of a run folder, streaming it."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ class Generate:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = None
-    """text to continue; -: standard input"""
+    """text to continue, or source of a T5 with <extra_id_0> .. for gaps; -: standard input"""
     max_tokens: int = MAX_TOKENS
     """tokens to generate"""
     temperature: float = Sampling.temperature
@@ -44,7 +44,7 @@ class Generate:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, or what an encoder-decoder writes about it."""
     a = parse(Generate, argv, "generate")
     if a.max_tokens < 1:
         raise HandgradError("generate", "--max-tokens is at least 1", a.max_tokens)
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
     loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0))
     pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
-    print("\n" if prompt is None else prompt, end="", flush=True)
+    if loaded.model.continues_text:
+        print("\n" if prompt is None else prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -68,6 +68,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             with p.at(source, Phase.RECOMPUTE):
                 for name, new in source.op.recompute(p, again, want).items():
                     recomputed[getattr(source, name)] = new
+                    p.recomputes[new] = getattr(source, name)
         return recomputed[t]
 
     for c in reversed(forward):

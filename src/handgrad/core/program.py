@@ -60,6 +60,7 @@ class Program:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
     # in backward: activations to their gradients so far
     pending_grads: dict[Tensor, Tensor] = field(default_factory=dict)
+    recomputes: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: to the activations of the forward
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -144,7 +145,7 @@ class Program:
 
     def take(self, tensor: Tensor) -> Tensor | None:
         """Removes and returns the gradient collected so far for an activation."""
-        return self.pending_grads.pop(tensor, None)
+        return self.pending_grads.pop(self.recomputes.get(tensor, tensor), None)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -173,7 +174,10 @@ class Program:
         self.phase, self._block, self._where, self.when = outer
 
     def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
-        """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`)."""
+        """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`).
+
+        An output that is not inout may go into a state, which the call then writes anew.
+        """
         outs = self.emit_call(op, ins, attrs, into or {})
         made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.inout)
         return made[0] if len(made) == 1 else made
@@ -196,7 +200,7 @@ class Program:
         outs: list[Tensor | None] = []
         first = set()
         for arg in op.out_args:
-            if arg.inout:
+            if arg.inout or arg.name in (into or {}):
                 target = (into or {}).get(arg.name)
                 self._check_inout(op, arg, target, sizes, where)
                 outs.append(target)
@@ -231,14 +235,17 @@ class Program:
         return call.outs
 
     def _check_inout(self, op: Op, arg: Arg, target: Tensor | None, sizes: dict[str, int], where: str) -> None:
-        """Raises unless an inout output has the shape and dtype that its kernel writes, or is optional and absent."""
+        """Raises unless a given output has the shape and dtype that its kernel writes, or is optional and absent."""
         if target is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"inout output '{arg.name}' is missing", context=f"recorded at {where}")
+                raise HandgradError(op.name, f"output '{arg.name}' is missing", context=f"recorded at {where}")
             return
         found = (target.size,) if len(arg.dims) == 1 else target.shape  # one letter stands for any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)
+        if not arg.inout and target.role is not Role.STATE:
+            rule = f"'{arg.name}' is a new activation, or goes into a state"
+            raise HandgradError(op.name, rule, f"'{target.name}'", context=f"recorded at {where}")
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
             raise HandgradError(
                 op.name,

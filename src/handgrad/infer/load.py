@@ -10,12 +10,22 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.infer.engine import Engine, record
+from handgrad.infer.marks import Marked
 from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
 from handgrad.io.gguf_file import is_gguf, open_file
 from handgrad.io.weights import Weights
-from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
+from handgrad.models import (
+    GPT2,
+    EncoderDecoder,
+    Model,
+    build_from_file,
+    declare,
+    family_of_model_type,
+    from_dict,
+    shapes,
+)
 from handgrad.models.presets import HUGGING_FACE
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
@@ -79,23 +89,27 @@ def load_run(
     Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
     source = open_source(path)
-    check_continues(source, "generate")
+    if not isinstance(source.model, EncoderDecoder):
+        check_continues(source, "generate")
     if not 0 <= context <= source.model.max_seq_len:
         rule = f"context lies in 1 .. {source.model.max_seq_len}, the tokens that the model reads"
         raise HandgradError("generate", rule, context)
     tokenizer = source.tokenizer()
+    if isinstance(source.model, EncoderDecoder):
+        tokenizer = Marked(tokenizer, source.model.marks, source.model.end_id)
     kind = source.weights.dtype if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    prefill, decode = programs = record(source.model, DTYPES[kind], context)
-    arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
-    for name, info in decode.params.items():
+    whole, programs = declare(source.model, DTYPES[kind]), record(source.model, DTYPES[kind], context)
+    arena = engine_backend.alloc(engine_backend.plan(whole, *programs))
+    for name, info in whole.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
     return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable(), context), tokenizer
 
 
 @dataclass(frozen=True, repr=False)
 class Loaded:
-    """A model that is ready to continue text. `stream` and `generate` share one cache: finish one before the next."""
+    """A model that is ready to continue a text, or to write about it (an encoder-decoder). `stream` and `generate`
+    share one cache: finish one before the next."""
 
     engine: Engine
     tokenizer: tokenizers.Tokenizer
@@ -130,7 +144,8 @@ class Loaded:
     ) -> Iterator[str]:
         """Yields the continuation of a prompt as it is made.
 
-        prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one
+        prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one. An
+        encoder-decoder needs one, its source: it ends by itself, and marks such as <extra_id_0> stand for gaps.
         max_tokens: at most;  temperature, top_k, top_p, seed: see `Sampling`;  stop: end before any of these strings
 
         It ends at a token that ends texts. Raises HandgradError, at once, for a value out of range and for a prompt
@@ -143,6 +158,8 @@ class Loaded:
         if prompt == "":
             raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
         tokenizer = self.tokenizer
+        if prompt is None and not self.model.continues_text:
+            raise HandgradError("generate", f"a {self.model.family} needs a prompt, which it writes about")
         ids = tokenizers.neutral_prompt(tokenizer) if prompt is None else tokenizer.encode(prompt).tolist()
         if not ids:
             raise HandgradError("generate", f"a prompt is spelled with tokens of {tokenizer.name}", repr(prompt))

@@ -47,12 +47,15 @@ def dense(
     act: Act = Act.NONE,
     bias: bool = True,
     init: Init = normal(0.02),
+    into: Tensor | None = None,
 ) -> Tensor:
-    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
+    """act(x w^T + b) (N, size), in the state `into` if that is given; keeps the pre-activation only where a backward
+    will read it."""
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), init)
         b = g.param("bias", (size,), ZEROS) if bias else None
-    return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
+    attrs: dict[str, Any] = {"act": act, "keep_pre": act is not Act.NONE and g.trains}
+    return g.emit(linear, x, w, b, None, into=None if into is None else {"y": into}, **attrs)[0]
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -119,21 +122,21 @@ def attend(
     kv: Tensor | None = None,
     rel: Tensor | None = None,
 ) -> Tensor:
-    """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache it appends to and
-    reads the batch's keys and values.
+    """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache and without kv it
+    appends to and reads the batch's keys and values.
 
     scale: of the scores, D^-1/2 if None;  window: tokens that a token sees, itself included; 0: all
     p: dropout of attention weights, in training
-    kv: packed k, v of other texts; qkv then is q alone;  rel: a parameter, biases by distance (buckets, heads)
+    kv: packed k, v of the batch's sources; qkv then is q alone;  rel: a parameter, biases by distance (buckets, heads)
     """
     D = qkv.shape[-1] // (heads + (2 * kv_heads if kv is None else 0))
     sizes: dict[str, Any] = {"T": data.seq_len, "H": heads, "K": kv_heads, "window": window, "scale": scale or D**-0.5}
-    if data.cache:
+    if data.cache and kv is None:
         cache = g.state("cache", (data.batch_size, data.cache, 2, kv_heads, D), g.dtype)
-        return g.emit(attention_decode, qkv, into={"cache": cache}, **sizes, S=data.cache)
+        return g.emit(attention_decode, qkv, rel, into={"cache": cache}, **sizes, S=data.cache)
     active = p if g.trains else 0.0
     stream = g.next_stream() if active else 0
-    ins = qkv, kv, rel, data.first, data.last
+    ins = (qkv, None, rel, data.first, data.last) if kv is None else (qkv, kv, rel, None, data.source_last)
     return g.emit(attention, *ins, **sizes, causal=causal, p=active, stream=stream)[0]
 
 

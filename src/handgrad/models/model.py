@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from handgrad.core.dtypes import F32, I32, DType
 from handgrad.core.errors import HandgradError
@@ -30,6 +30,7 @@ class Batch:
     last: Tensor | None = None
     types: Tensor | None = None  # (batch_size * seq_len,) i32, which of two texts a token belongs to
     source: Tensor | None = None  # i32, the ids that an encoder reads, batch_size texts of one length
+    source_last: Tensor | None = None  # (batch_size * seq_len,) i32, the last token of its source that a row sees
     rows: Tensor | None = None  # i32, the rows that the head predicts, -1 for none; None: all
 
 
@@ -102,6 +103,35 @@ class Model(Protocol):
 
         num_params: all parameters of the program. What is recomputed in backward does not count.
         """
+        ...
+
+
+@runtime_checkable
+class EncoderDecoder(Model, Protocol):
+    """A model that reads a source once and then writes a text about it. Generation asks for what is below.
+
+    With a cache, `inputs` declares the decoder's alone, and `body` reads the states that `encode` writes.
+    """
+
+    @property
+    def start_id(self) -> int:
+        """The id that a decoder reads first."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a source, and what the decoder writes."""
+        ...
+
+    @property
+    def marks(self) -> Mapping[str, int]:
+        """Ids of the model's own tokens that a text may hold, by the names that stand for them."""
+        ...
+
+    def encode(self, g: Program, batch_size: int) -> None:
+        """Records the encoder over the inputs "source" and "source_last" (batch_size * max_seq_len,), and writes what
+        decoders read of it into states. A source that is shorter is padded; source_last is the place of its last
+        token."""
         ...
 
 

@@ -24,7 +24,7 @@ class Programs:
 
     train: Program
     loss: Program | None
-    engine: tuple[Program, Program] | None
+    engine: tuple[Program, ...] | None
     scorer: tuple[Program, ...]
 
     def __iter__(self) -> Iterator[Program]:

@@ -63,10 +63,10 @@ class Linear(Op):
         into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
         # dw before dx: it overlaps dx now, and its reduction can start early later
         g.emit(linear_backward_w, dy, c.x, into=into)
-        if c.pre_x is None:
-            return {"x": g.emit(linear_backward_x, dy, c.w, None, act=Act.NONE)}
-        act = g.producer[c.pre_x].attrs["act"]
-        return {"pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x, act=act)}
+        act = Act.NONE if c.pre_x is None else g.producer[c.pre_x].attrs["act"]
+        dx0 = g.take(c.x)  # of other readers of x: the GEMM adds it
+        dx = g.emit(linear_backward_x, dy, c.w, c.pre_x, dx0, act=act)
+        return {"x" if c.pre_x is None else "pre_x": dx}
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
@@ -183,36 +183,37 @@ class LinearBackwardW(Op):
 
 
 class LinearBackwardX(Op):
-    """dx = dy w; with pre (x was act(pre)) the gradient of pre: dx = (dy w) * act'(pre)."""
+    """dx = dx0 + dy w; with pre (x was act(pre)) the gradient of pre: dx = (dx0 + dy w) * act'(pre)."""
 
     name = "linear_backward_x"
-    ins = "dy:N,M w:M,K pre:N,K?"
+    ins = "dy:N,M w:M,K pre:N,K? dx0:N,K?"
     outs = "dx:N,K"
     attrs = {"act": Act}
-    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K act threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_backward_x", "dx dy w pre dx0 scratch | N M K act threads", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19, act=Act.NONE, without="pre"),
-        case(N=1, K=1, M=1, act=Act.GELU_TANH),
+        case(N=7, K=33, M=19, act=Act.NONE, without="pre dx0"),
+        case(N=70, K=136, M=2072, act=Act.NONE, without="pre"),
+        case(N=1, K=1, M=1, act=Act.GELU_TANH, without="dx0"),
         case(N=130, K=65, M=96, act=Act.GELU_TANH),
-        case(N=67, K=96, M=64, act=Act.GELU_TANH),
-        *(case(N=9, K=40, M=24, act=act) for act in OTHERS),
-        case(N=1024, K=768, M=3072, act=Act.NONE, without="pre", real="gpt2-124m, B=4 T=256"),
-        case(N=1024, K=3072, M=768, act=Act.GELU_TANH, real="gpt2-124m, B=4 T=256"),
+        case(N=67, K=96, M=64, act=Act.GELU_TANH, without="dx0"),
+        *(case(N=9, K=40, M=24, act=act, without="dx0") for act in OTHERS),
+        case(N=1024, K=768, M=3072, act=Act.NONE, without="pre dx0", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, act=Act.GELU_TANH, without="dx0", real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
-        dx = reference.linear_backward_x(v.dy, v.w)
+        dx = reference.linear_backward_x(v.dy, v.w, v.dx0)
         return (dx if v.pre is None else reference.act_backward(dx, v.pre, v.act),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        gemm = Gemm("dx", "dy", "w", N, K, M)
+        gemm = Gemm("dx", "dy", "w", N, K, M, addend="" if c.dx0 is None else "dx0")
         if c.pre is None:
             return Launches((gemm,))
         separate = Launches(
             (gemm, _elementwise("linear_act_backward_kernel", "dx dx pre | N K", c, N * K, packs=ACT_BACKWARD_PACKS))
         )
-        if not _fuses(c):
+        if not _fuses(c) or c.dx0 is not None:
             return separate
         fused = replace(gemm, epilogue="dgelu", aux="pre")
         return Launches((fused,), note="gelu' in the GEMM", alternative=separate)

@@ -85,6 +85,6 @@ def linear_backward_w(dy: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.nda
     return dy.T @ x, dy.sum(0)
 
 
-def linear_backward_x(dy: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """dx (N, K) = dy w."""
-    return dy @ w
+def linear_backward_x(dy: np.ndarray, w: np.ndarray, dx0: np.ndarray | None) -> np.ndarray:
+    """dx (N, K) = dx0 + dy w."""
+    return dy @ w if dx0 is None else dx0 + dy @ w
