@@ -28,7 +28,14 @@ from handgrad.io.weights import Weights
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
-TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER = (
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 FILES = (CONFIG, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
 MOST_HEADER = 8 << 20  # bytes of a safetensors header; 1,024 layers take 2 MB, and the format allows a slow 100 MB
 LOGIN = "hf auth login, with a token that may write"
@@ -111,6 +118,8 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     where two keys for one field contradict each other.
     """
     found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
+    for flag, name in form.optional.items():
+        found[flag] = found[flag] and form.names(name)[0].removeprefix(form.prefix) in _tensors(path, form)
     flag, *pair = form.tied
     if found.get(flag) is True:
         tensors = _tensors(path, form)
@@ -220,7 +229,7 @@ def _tensors(path: Path, form: Format) -> dict[str, Place]:
             raise HandgradError("hf", f"{file} exists: {INDEX} names it", "no such file", hint=hint)
         handle = _open(file)
         for theirs in _readable(file, handle.keys):
-            name = theirs.removeprefix(form.prefix)
+            name = form.renamed(theirs.removeprefix(form.prefix))
             if name in found:
                 raise HandgradError("hf", f"{path} holds one tensor {shown(name)}", f"two, the second in {file.name}")
             if index is not None and index.pop(theirs, None) != file.name:

@@ -54,6 +54,8 @@ HEADS = {  # transformers' class: whether it has the masked-language-model head,
     "BertForMaskedLM": (True, False, False),
     "BertModel": (False, True, False),
 }
+BODY = (False, False, False)  # no head: a BertModel without its pooler
+OLDER = {"gamma": "weight", "beta": "bias"}  # of a LayerNorm, in files that come from TensorFlow
 
 
 def _names(name: str) -> tuple[str, ...]:
@@ -68,6 +70,12 @@ def _names(name: str) -> tuple[str, ...]:
     return (f"{at}{IN_BLOCK[block[2]]}.{kind}",)
 
 
+def _renamed(name: str) -> str:
+    """A tensor's name in newer files."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.{OLDER[kind]}" if kind in OLDER and module.endswith("LayerNorm") else name
+
+
 def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
     """Which heads a file has, by its architecture."""
     named = config.get("architectures") or ["BertForPreTraining"]
@@ -80,7 +88,7 @@ def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
 def _encode(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture that has these heads."""
     heads = fields["mlm"], fields["pooler"], fields["nsp"]
-    return {"architectures": [next(name for name, found in HEADS.items() if found == heads)]}
+    return {"architectures": [next((name for name, found in HEADS.items() if found == heads), "BertModel")]}
 
 
 def _only(fields: Mapping[str, Any]) -> dict[str, tuple]:
@@ -99,7 +107,7 @@ def _only(fields: Mapping[str, Any]) -> dict[str, tuple]:
 class Bert:
     """A BERT. `dropout` applies to embeddings, attention weights and both branches, in training only.
 
-    mlm        the masked-language-model head; training needs it
+    mlm        the masked-language-model head; training on masked tokens needs it
     pooler     a dense layer with tanh on [CLS];  nsp: the next-sentence head on it
     mask_rate  fraction of the tokens that are predicted
     """
@@ -142,6 +150,8 @@ class Bert:
         "transposed": "(?!)",
         "ignored": r"embeddings\.position_ids|cls\.predictions\.decoder\..*|pooler\..*|cls\.seq_relationship\..*",
         "tied": ("", "wte.weight", "wte.weight"),
+        "renamed": _renamed,
+        "optional": {"pooler": "pooler.weight"},
         "decode": _decode,
         "encode": _encode,
     }
@@ -152,9 +162,9 @@ class Bert:
             raise HandgradError(
                 "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
             )
-        if (self.mlm, self.pooler, self.nsp) not in HEADS.values():
+        if (self.mlm, self.pooler, self.nsp) not in (BODY, *HEADS.values()):
             got = f"mlm {self.mlm}, pooler {self.pooler}, nsp {self.nsp}"
-            raise HandgradError("model", "the heads of a BERT are mlm, pooler, or all three", got)
+            raise HandgradError("model", "the heads of a BERT are none, mlm, pooler, or all three", got)
         if self.nsp and self.num_types < NSP_CLASSES:
             raise HandgradError("model", "a BERT with nsp has a type for each of the two texts", self.num_types)
         object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
