@@ -30,7 +30,8 @@ class Shards:
     """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
     files, otherwise named after the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
+    """gpt2, chars (one id per character; for text and shakespeare), or a tokenizer.json, BERT's vocab.txt, or a folder
+    with one"""
     shard_tokens: int = 100_000_000
     """tokens in a full shard"""
     workers: int = 0
@@ -187,7 +188,10 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
     near = "" if os.path.exists(word) else did_you_mean(word, ["gpt2", "chars"])
     if near:
         raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
-    return tokenizers.from_file(word)
+    found = tokenizers.from_folder(word) if os.path.isdir(word) else tokenizers.from_file(word)
+    if found is None:
+        raise HandgradError("data", f"a tokenizer lies in '{word}'", "neither tokenizer.json nor vocab.txt")
+    return found
 
 
 def check(argv: list[str]) -> None:

@@ -1,5 +1,5 @@
 """BERT (Devlin et al. 2018): a bidirectional encoder, norms after the residual sum, trained on masked tokens and on
-pairs of sentences."""
+pairs of sentences, or to classify texts."""
 
 import re
 from collections.abc import Mapping
@@ -24,12 +24,13 @@ from handgrad.models.blocks import (
     mlp,
     project,
 )
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, names, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.ops import embed, pick
 from handgrad.ops.act import Act
 
 NSP_CLASSES = 2  # B follows A, or it is random
+MOST = 2**16  # classes, whose names a damaged file may give
 
 IN_BLOCK = {
     "attn.out": "attention.output.dense",
@@ -48,12 +49,14 @@ OUTSIDE = {
     "mlm.ln": "cls.predictions.transform.LayerNorm",
     "mlm": "cls.predictions",
     "nsp": "cls.seq_relationship",
+    "classifier": "classifier",
 }
 HEADS = {  # transformers' class: whether it has the masked-language-model head, the pooler, and the next-sentence head
     "BertForPreTraining": (True, True, True),
     "BertForMaskedLM": (True, False, False),
     "BertModel": (False, True, False),
 }
+CLASSIFIER = "BertForSequenceClassification"  # the heads of a BertModel, and one on the pooler for the classes
 BODY = (False, False, False)  # no head: a BertModel without its pooler
 OLDER = {"gamma": "weight", "beta": "bias"}  # of a LayerNorm, in files that come from TensorFlow
 
@@ -77,29 +80,44 @@ def _renamed(name: str) -> str:
 
 
 def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Which heads a file has, by its architecture."""
+    """Which heads a file has, by its architecture, and the names of its classes."""
     named = config.get("architectures") or ["BertForPreTraining"]
     found = named[0] if isinstance(named, list) else named
-    if not isinstance(found, str) or found not in HEADS:
-        raise HandgradError("hf", f"an architecture {', '.join(HEADS)}", shown(found))
-    return dict(zip(("mlm", "pooler", "nsp"), HEADS[found]))
+    if not isinstance(found, str) or found not in (*HEADS, CLASSIFIER):
+        raise HandgradError("hf", f"an architecture {', '.join(HEADS)}, {CLASSIFIER}", shown(found))
+    labels: tuple[Any, ...] = ()
+    if found == CLASSIFIER:
+        count = config.get("num_labels", 2)
+        usual = {str(id): f"LABEL_{id}" for id in range(count if type(count) is int and 0 <= count <= MOST else 0)}
+        names = config.get("id2label") or usual
+        if not isinstance(names, dict) or names.keys() != {str(id) for id in range(len(names))}:
+            raise HandgradError("hf", "an id2label that names the classes 0, 1, ...", shown(names))
+        labels = tuple(names[str(id)] for id in range(len(names)))
+    return dict(zip(("mlm", "pooler", "nsp"), HEADS.get(found, HEADS["BertModel"]))) | {"labels": labels}
 
 
 def _encode(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture that has these heads."""
-    heads = fields["mlm"], fields["pooler"], fields["nsp"]
+    labels, heads = fields["labels"], (fields["mlm"], fields["pooler"], fields["nsp"])
+    if labels:
+        ids = {"id2label": {str(id): name for id, name in enumerate(labels)}}
+        return {"architectures": [CLASSIFIER], **ids, "label2id": {name: id for id, name in enumerate(labels)}}
     return {"architectures": [next((name for name, found in HEADS.items() if found == heads), "BertModel")]}
 
 
 def _only(fields: Mapping[str, Any]) -> dict[str, tuple]:
     """Keys of config.json that change the computation: the values that we compute, their default first."""
+    of_classes = {
+        "problem_type": (None, "single_label_classification"),
+        "classifier_dropout": (None, fields["dropout"]),
+    }
     return {
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute",),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
-    }
+    } | (of_classes if fields["labels"] else {})
 
 
 @register
@@ -109,6 +127,7 @@ class Bert:
 
     mlm        the masked-language-model head; training on masked tokens needs it
     pooler     a dense layer with tanh on [CLS];  nsp: the next-sentence head on it
+    labels     names of classes, which a head on the pooler tells apart; none: no such head
     mask_rate  fraction of the tokens that are predicted
     """
 
@@ -125,6 +144,7 @@ class Bert:
     mlm: bool = flag(True)
     pooler: bool = flag(False)
     nsp: bool = flag(False)
+    labels: tuple[str, ...] = names(2, MOST)
 
     family: ClassVar[str] = "bert"
     special_tokens: ClassVar[tuple[str, ...]] = ("[MASK]", "[CLS]", "[SEP]", "[PAD]")
@@ -167,6 +187,9 @@ class Bert:
             raise HandgradError("model", "the heads of a BERT are none, mlm, pooler, or all three", got)
         if self.nsp and self.num_types < NSP_CLASSES:
             raise HandgradError("model", "a BERT with nsp has a type for each of the two texts", self.num_types)
+        if self.labels and (self.mlm, self.pooler, self.nsp) != HEADS["BertModel"]:
+            raise HandgradError("model", "a BERT with labels has a pooler and no other head", "another")
+        object.__setattr__(self, "labels", tuple(self.labels))
         object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
 
     @property
@@ -181,12 +204,15 @@ class Bert:
 
     def predictions(self, seq_len: int) -> int:
         """See `Model.predictions`."""
-        return max(round(seq_len * self.mask_rate), 1)
+        return 1 if self.labels else max(round(seq_len * self.mask_rate), 1)
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
-        """Ids, types and the rows to predict; with nsp, whose texts are padded, the bounds of attention, too."""
+        """Ids, types and, unless there are labels, the rows to predict; with nsp or labels, whose texts are padded, the
+        bounds of attention, too."""
         if cache:
             raise HandgradError("generate", "a BERT fills in masked tokens", "a text to continue")
+        if self.labels:
+            return self.texts(g, batch_size, seq_len, padded=True)
         rows = g.input("rows", (batch_size * self.predictions(seq_len),), I32)
         return self.texts(g, batch_size, seq_len, padded=self.nsp, rows=rows)
 
@@ -198,13 +224,18 @@ class Bert:
         return Batch(batch_size=batch_size, seq_len=seq_len, rows=rows, **arrays)
 
     def body(self, g: Program, data: Batch) -> Tensor:
-        """The rows to predict (B predictions, C) of the encoder's output; trains the next-sentence head."""
-        if g.trains and not self.mlm:
-            raise HandgradError("train", "a BERT that is trained has the head of masked tokens", "mlm False")
+        """The rows to predict (B predictions, C) of the encoder's output; trains the next-sentence head. With labels,
+        the rows (B, C) that the classifier reads."""
+        if g.trains and not (self.mlm or self.labels):
+            raise HandgradError("train", "a BERT that is trained has the head of masked tokens, or labels", "neither")
         x = self.encode(g, data)
+        if self.labels:
+            return self.pool(g, x, data)
         with g.block("head", prefix=False):
             if self.pooler:
-                self._pool(g, x, data)
+                pooled = self.pool(g, x, data)
+                if self.nsp:
+                    self._follows(g, pooled, data)
             return x if data.rows is None else g.emit(pick, x, data.rows)
 
     def encode(self, g: Program, data: Batch) -> Tensor:
@@ -228,42 +259,53 @@ class Bert:
                 x = layer_norm(g, x, h, "ln_2", eps)[1]
         return x
 
-    def _pool(self, g: Program, x: Tensor, data: Batch) -> None:
-        """The output "pooled" (B, C) of every text's first token; with nsp also its loss, if there are targets."""
+    def pool(self, g: Program, x: Tensor, data: Batch) -> Tensor:
+        """The output "pooled" (B, C) of every text's first token, with dropout where a classifier follows."""
         B, T = data.batch_size, data.seq_len
-        starts = g.constant(f"starts {(B, T)}", (B,), I32, partial(range, 0, B * T, T))
-        pooled = g.output("pooled", dense(g, g.emit(pick, x, starts), "pooler", self.hidden_size, act=Act.TANH))
-        if not self.nsp:
-            return
+        with g.block("head", prefix=False):
+            starts = g.constant(f"starts {(B, T)}", (B,), I32, partial(range, 0, B * T, T))
+            pooled = g.output("pooled", dense(g, g.emit(pick, x, starts), "pooler", self.hidden_size, act=Act.TANH))
+            return drop(g, pooled, self.dropout if self.labels else 0.0)
+
+    def _follows(self, g: Program, pooled: Tensor, data: Batch) -> None:
+        """The next-sentence head, with its loss if there are targets."""
         with g.scope("nsp"):
-            w = g.param("weight", (NSP_CLASSES, self.hidden_size), normal(0.02))
-            b = g.param("bias", (NSP_CLASSES,), Init("zeros"))
+            w, b = self._classes(g, NSP_CLASSES)
         if data.rows is None:
             return
+        B = data.batch_size
         targets, weights = g.input("nsp_targets", (B,), I32), g.input("nsp_weights", (B,), F32)
         sizes: dict[str, Any] = {"vocab_size": NSP_CLASSES, "chunks": 1}
         lm_head_loss(g, pooled, w, targets, b=b, weights=weights, name="nsp_losses", **sizes)
 
+    def _classes(self, g: Program, count: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a head of so many classes."""
+        return g.param("weight", (count, self.hidden_size), normal(0.02)), g.param("bias", (count,), Init("zeros"))
+
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
-        """See `Model.loss`."""
+        """See `Model.loss`. With labels, targets are their indices."""
         with g.block("head", prefix=False):
-            x, b = self._head(g, x)
-            return lm_head_loss(g, x, self._table(g), targets, vocab_size=self.vocab_size, chunks=chunks, b=b)
+            x, w, b = self._head(g, x)
+            return lm_head_loss(g, x, w, targets, vocab_size=len(self.labels) or self.vocab_size, chunks=chunks, b=b)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
-        """See `Model.logits`. Without the head of masked tokens rows are multiplied by the embedding table directly."""
+        """See `Model.logits`; with labels (N, labels). Without a head, rows meet the embedding table directly."""
         with g.block("head", prefix=False):
-            x, b = self._head(g, x)
-            return lm_head_logits(g, x, self._table(g), b=b)
+            x, w, b = self._head(g, x)
+            return lm_head_logits(g, x, w, b=b)
 
-    def _head(self, g: Program, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the rows that meet the table, a bias for every token) of the head of masked tokens."""
+    def _head(self, g: Program, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(rows, the matrix that they meet, a bias for every token or class) of the head."""
+        if self.labels:
+            with g.scope("classifier"):
+                return x, *self._classes(g, len(self.labels))
         if not self.mlm:
-            return x, None
+            return x, self._table(g), None
         with g.scope("mlm"):
             h = dense(g, x, "dense", self.hidden_size, act=Act.GELU_ERF)
             n = layer_norm(g, h, None, "ln", self.norm_eps)[1]
-            return n, g.param("bias", (self.vocab_padded,), Init("zeros", rows=self.vocab_size))
+            b = g.param("bias", (self.vocab_padded,), Init("zeros", rows=self.vocab_size))
+        return n, self._table(g), b
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """6 a parameter of the blocks, attention over all of T, and the head for the rows that are predicted.

@@ -178,6 +178,16 @@ def numbers(count: int) -> Any:
     return _field(None, (f"is None, or {count} positive numbers", holds))
 
 
+def names(least: int, most: int) -> Any:
+    """A field of a model: no names, or so many, each once."""
+
+    def holds(value: Any) -> bool:
+        is_list = type(value) in (tuple, list) and all(type(name) is str for name in value)
+        return is_list and len(value) in (0, *range(least, most + 1)) and len(set(value)) == len(value)
+
+    return _field((), (f"is a list of {least} to {most:,} names, each once, or empty", holds))
+
+
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 

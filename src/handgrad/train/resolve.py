@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import handgrad.data as hg_data
 from handgrad import evals, tokenizers
 from handgrad.backends import best_dtype, open_backend, resolve_name
@@ -17,6 +19,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
+from handgrad.infer.texts import special_ids
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import AdamW, schedules
@@ -68,8 +71,8 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, shards, val_shards = settle_data(c, out, comm)
     tokenizer = tokenizer_of(hg_data.find_shards(shards))
     c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model, comm.world, tokenizer.eot)
+    model = find_model(c, tokenizer, source)
+    data = training_data(c, shards, model, comm.world, tokenizer)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
@@ -175,9 +178,8 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     check_same_tokens(source, tokenizer)
     if drawn:
         return c, Start(c.run.seed), None
-    if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
-        rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
-        raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
+    if isinstance(source.model, Bert):
+        check_special(source.model, tokenizer)
     brought = {"family": source.model.family} | settings_of(source.model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
@@ -188,9 +190,21 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     return replace(c, model=replace(m, **brought)), start, source.model
 
 
-def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
-    """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
-    m = c.model
+def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises HandgradError unless a BERT on disk has the tokens of the data and its special ones."""
+    count, special = tokenizer.vocab_size, ", ".join(Bert.special_tokens)
+    is_own = tokenizers.special_ids(tokenizer, Bert.special_tokens) is not None
+    if is_own and model.vocab_size < count:
+        raise HandgradError("model", f"a BERT to start from has the {count} tokens of the data", model.vocab_size)
+    if not is_own and model.vocab_size != count + len(Bert.special_tokens):
+        rule = f"a BERT to start from has {special} after the data's {count}"
+        hint = "make the data with its own tokenizer: handgrad data RECIPE --tokenizer FOLDER"
+        raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
+
+
+def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None) -> Model:
+    """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
+    m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
@@ -201,7 +215,9 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
     name = f"d{m.depth}" if m.depth else m.preset
-    special = preset(name, m.family).special_tokens
+    chosen = preset(name, m.family)
+    is_own = isinstance(chosen, Bert) and tokenizers.special_ids(tokenizer, chosen.special_tokens)
+    special = () if is_own else chosen.special_tokens
     own = vocab_size + len(special)
     if 0 < m.vocab_size < own:
         rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
@@ -214,8 +230,10 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int, eot: int | None) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks. eot: the id between documents."""
+def training_data(
+    c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer
+) -> hg_data.Tokens:
+    """The batches that the settings ask for, of so many ranks."""
     d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
     paths = hg_data.find_shards(shards)
     held_out = [path for path in paths if path.name.startswith("val_")]
@@ -231,12 +249,23 @@ def training_data(c: Config, shards: str, model: Model, world: int, eot: int | N
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
-        objective=objective_of(model, eot),
+        objective=objective_of(model, tokenizer.eot, tokenizer, d.whole_word),
     )
 
 
-def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
-    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+def objective_of(
+    model: Model,
+    eot: int | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    whole_word: bool = False,
+) -> hg_data.Objective:
+    """What a model learns from a text.
+
+    eot: the id between documents;  whole_word: a BERT's words are masked whole
+    tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
+    """
+    if whole_word and not isinstance(model, Bert):
+        raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
     if isinstance(model, T5):
         first, end, pad = model.special_ids
         if first >= model.vocab_size:
@@ -245,7 +274,11 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
         return hg_data.Causal()
-    id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
+    id_of, continues = special_ids(model, tokenizer), None
+    if whole_word and tokenizer is not None:
+        continues = np.zeros(model.vocab_size, bool)
+        found = tokenizers.continuations(tokenizer)
+        continues[: len(found)] = found
     return hg_data.Masked(
         mask_id=id_of["[MASK]"],
         cls_id=id_of["[CLS]"],
@@ -254,6 +287,7 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         special_ids=(id_of["[MASK]"],),
         vocab_size=model.vocab_size,
         rate=model.mask_rate,
+        whole_word=continues,
         next_sentence=model.nsp,
         eot=eot,
     )
