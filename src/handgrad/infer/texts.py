@@ -15,7 +15,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.lengths import lengths
-from handgrad.infer.load import open_source
+from handgrad.infer.load import Source, open_source
 from handgrad.models import Bert, declare
 
 BATCH_TOKENS = 512  # at least: enough rows for a GEMM to run near its peak
@@ -44,7 +44,6 @@ def load_encoder(
         raise HandgradError("embed", "a bert reads whole texts", f"a {model.family}")
     if context and not 3 <= context <= model.max_seq_len:
         raise HandgradError("embed", f"context lies in 3 .. {model.max_seq_len} tokens", context)
-    tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype
     opened = open_backend(backend, threads)
     steps, most = lengths(context or model.max_seq_len), max(BATCH_TOKENS, opened.head_rows)
@@ -53,7 +52,7 @@ def load_encoder(
     arena = opened.alloc(opened.plan(declared, *programs))
     for name, info in declared.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return TextEncoder(model, tokenizer, special_ids(model, tokenizer), steps, programs, arena, opened)
+    return TextEncoder(source, model, kind, steps, programs, arena, opened)
 
 
 def record(model: Bert, p: Program, batch_size: int, seq_len: int) -> Program:
@@ -79,17 +78,18 @@ class TextEncoder:
 
     def __init__(
         self,
+        source: Source,
         model: Bert,
-        tokenizer: tokenizers.Tokenizer,
-        special: dict[str, int],
+        dtype: str,
         steps: Sequence[int],
         programs: Sequence[Program],
         arena: Arena,
         backend: Backend,
     ):
-        self.model = model
-        self.tokenizer, self.labels, self.backend = tokenizer, model.labels, backend
-        self._special, self._lengths, self._programs, self._arena = special, steps, programs, arena
+        self.source, self.model, self.dtype, self.backend = source, model, dtype, backend
+        self.tokenizer, self.labels = source.tokenizer(), model.labels
+        self._special = special_ids(model, self.tokenizer)
+        self._lengths, self._programs, self._arena = steps, programs, arena
         self._bound: dict[int, Executable] = {}
         self.context = steps[-1]  # tokens of a text that are read
         self.num_cut = 0  # texts so far that were longer

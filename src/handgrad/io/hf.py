@@ -119,13 +119,18 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     """
     found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
     for flag, name in form.optional.items():
-        found[flag] = found[flag] and form.names(name)[0].removeprefix(form.prefix) in _tensors(path, form)
+        found[flag] = found[flag] and holds(path, form, name)
     flag, *pair = form.tied
     if found.get(flag) is True:
         tensors = _tensors(path, form)
         table, head = (tensors.get(form.names(name)[0].removeprefix(form.prefix)) for name in pair)
         found[flag] = table is None or head is None or _equal(table, head)
     return found
+
+
+def holds(path: Path, form: Format, name: str) -> bool:
+    """Whether a folder holds a tensor of ours."""
+    return form.names(name)[0].removeprefix(form.prefix) in _tensors(path, form)
 
 
 def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:

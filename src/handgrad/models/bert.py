@@ -168,7 +168,7 @@ class Bert:
         "rows": lambda name, fields: (fields["hidden_size"],) * 3,
         "prefix": "bert.",
         "transposed": "(?!)",
-        "ignored": r"embeddings\.position_ids|cls\.predictions\.decoder\..*|pooler\..*|cls\.seq_relationship\..*",
+        "ignored": r"embeddings\.position_ids|cls\..*|pooler\..*",
         "tied": ("", "wte.weight", "wte.weight"),
         "renamed": _renamed,
         "optional": {"pooler": "pooler.weight"},

@@ -28,6 +28,7 @@ from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelC
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
+from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
@@ -69,9 +70,9 @@ class Run:
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
-    tokenizer = tokenizer_of(hg_data.find_shards(shards))
-    c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, tokenizer, source)
+    tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
+    c, start, source = find_start(c, out, tokenizer, labels)
+    model = find_model(c, tokenizer, source, labels)
     data = training_data(c, shards, model, comm.world, tokenizer)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
@@ -160,10 +161,19 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
 
 
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
+def labels_of(shards: str) -> tuple[str, ...]:
+    """The labels of the texts in these shards; none if they have none."""
+    found = hg_data.common_meta(hg_data.find_shards(shards))
+    known = hg_data.labelled(found[1], found[0]) if found else None
+    return known[0] if known else ()
+
+
+def find_start(
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+) -> tuple[Config, Start, Model | None]:
     """(the settings, what the run starts from, the model on disk if there is one).
 
-    A model on disk sets the sizes; a checkpoint sets everything.
+    A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -176,6 +186,11 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
         return c, Start(c.run.seed, m.init), None
     source = open_source(m.init if last is None else str(last))
     check_same_tokens(source, tokenizer)
+    if labels and last is None:
+        source = for_labels(source, labels, c.run.seed)
+    if getattr(source.model, "labels", ()) != labels:
+        known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
+        raise HandgradError("model", f"the texts have the labels of {source.path}, {known}", ", ".join(labels) or "none")
     if drawn:
         return c, Start(c.run.seed), None
     if isinstance(source.model, Bert):
@@ -202,7 +217,9 @@ def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
         raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
 
 
-def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None) -> Model:
+def find_model(
+    c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()
+) -> Model:
     """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
     m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
@@ -222,7 +239,8 @@ def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None)
     if 0 < m.vocab_size < own:
         rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
         raise HandgradError("model", rule, m.vocab_size)
-    return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    model = preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    return as_classifier(model, labels) if labels else model
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -234,8 +252,11 @@ def training_data(
     c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer
 ) -> hg_data.Tokens:
     """The batches that the settings ask for, of so many ranks."""
-    d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
-    paths = hg_data.find_shards(shards)
+    d, paths = c.data, hg_data.find_shards(shards)
+    meta = hg_data.common_meta(paths)
+    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None)
+    is_labelled = isinstance(objective, hg_data.Labels)
+    seq_len = d.seq_len or (objective.seq_len if is_labelled else model.usual_seq_len)
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
         hint = f"--train {held_out[0].parent}, which validates on them"
@@ -249,7 +270,7 @@ def training_data(
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
-        objective=objective_of(model, tokenizer.eot, tokenizer, d.whole_word),
+        objective=objective,
     )
 
 
@@ -258,11 +279,13 @@ def objective_of(
     eot: int | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
     whole_word: bool = False,
+    meta: dict[str, Any] | None = None,
 ) -> hg_data.Objective:
     """What a model learns from a text.
 
     eot: the id between documents;  whole_word: a BERT's words are masked whole
     tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
+    meta: what meta.json says of the shards
     """
     if whole_word and not isinstance(model, Bert):
         raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
@@ -275,6 +298,10 @@ def objective_of(
     if not isinstance(model, Bert):
         return hg_data.Causal()
     id_of, continues = special_ids(model, tokenizer), None
+    known = hg_data.labelled(meta, "the data")
+    if model.labels and known:
+        ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
+        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
     if whole_word and tokenizer is not None:
         continues = np.zeros(model.vocab_size, bool)
         found = tokenizers.continuations(tokenizer)
