@@ -108,5 +108,5 @@ def parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def report_cut(encoder: TextEncoder, texts: Sequence[str]) -> None:
     """Says how many texts were cut, if any was."""
     if encoder.num_cut:
-        what = f"{encoder.num_cut:,} of {len(texts):,} texts have more than {encoder.context} tokens: their ends were cut off"
-        print(f"[handgrad] {what}", file=sys.stderr)
+        what = f"{encoder.num_cut:,} of {len(texts):,} texts have more than {encoder.context} tokens"
+        print(f"[handgrad] {what}: their ends were cut off", file=sys.stderr)

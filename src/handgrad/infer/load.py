@@ -239,9 +239,9 @@ def _hugging_face(path: Path) -> Source:
 
 
 def with_pooler(source: Source) -> Source:
-    """A BERT as the body and its pooler, if a Hugging Face folder holds one that the model's class leaves out."""
+    """A BERT as its body and pooler, if a Hugging Face folder holds a pooler that the model's class leaves out."""
     form = Format(**source.model.hugging_face)
-    if source.kind != "hf" or not hf.holds(source.path, form, "pooler.weight"):
+    if source.kind != "hf" or asdict(source.model)["pooler"] or not hf.holds(source.path, form, "pooler.weight"):
         return source
     model = build_from_file(type(source.model), asdict(source.model) | HEADLESS, "hf", source.path)
     return replace(source, model=model, weights=hf.read(source.path, form, asdict(model), shapes(declare(model))))

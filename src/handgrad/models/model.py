@@ -41,7 +41,7 @@ class Model(Protocol):
 
     family: the name in checkpoints;  hugging_face: the arguments of `io.format.Format`, empty if Hugging Face's library
     has no such family
-    special_tokens: what the last ids of the vocabulary are, beyond those of the data
+    special_tokens: what the last ids of the vocabulary are, beyond those of the data; a BERT's may be its tokenizer's
     continues_text: whether it predicts the next token, so that it generates and scores texts
     """
 

@@ -149,12 +149,14 @@ def special_ids(tokenizer: Tokenizer, tokens: Sequence[str]) -> dict[str, int] |
     if not isinstance(tokenizer, FileTokenizer):
         return None
     found = {token: tokenizer.library.token_to_id(token) for token in tokens}
-    return None if None in found.values() else found
+    known = {token: id for token, id in found.items() if id is not None}
+    return known if len(known) == len(found) else None
 
 
 def continuations(tokenizer: Tokenizer) -> np.ndarray:
     """Returns which ids continue the word before them, (vocab_size,) bool. HandgradError if it is no WordPiece."""
     found = continuing(tokenizer.library) if isinstance(tokenizer, FileTokenizer) else None
     if found is None:
-        raise HandgradError("tokenizer", "whole words are known of WordPiece, whose pieces begin with ##", tokenizer.name)
+        rule = "whole words are known of WordPiece, whose pieces begin with ##"
+        raise HandgradError("tokenizer", rule, tokenizer.name)
     return found

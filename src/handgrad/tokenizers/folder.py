@@ -15,7 +15,15 @@ from handgrad.tokenizers import wordpiece
 from handgrad.tokenizers.base import MAX_IDS, Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
 from handgrad.tokenizers.ends import CONFIG, added_tokens, ends_of
-from handgrad.tokenizers.file import FILE, MOST_BYTES, FileTokenizer, library_must, read_library, special_ids, vocabulary
+from handgrad.tokenizers.file import (
+    FILE,
+    MOST_BYTES,
+    FileTokenizer,
+    library_must,
+    read_library,
+    special_ids,
+    vocabulary,
+)
 from handgrad.tokenizers.gpt2 import MERGES, GPT2Tokenizer, gpt2, spelled_bytes
 
 VOCAB, MERGED = "vocab.json", "merges.txt"

@@ -190,7 +190,8 @@ def find_start(
         source = for_labels(source, labels, c.run.seed)
     if getattr(source.model, "labels", ()) != labels:
         known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
-        raise HandgradError("model", f"the texts have the labels of {source.path}, {known}", ", ".join(labels) or "none")
+        rule = f"the texts have the labels of {source.path}, {known}"
+        raise HandgradError("model", rule, ", ".join(labels) or "none")
     if drawn:
         return c, Start(c.run.seed), None
     if isinstance(source.model, Bert):
@@ -217,9 +218,7 @@ def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
         raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
 
 
-def find_model(
-    c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()
-) -> Model:
+def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()) -> Model:
     """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
     m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
@@ -248,15 +247,13 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(
-    c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer
-) -> hg_data.Tokens:
+def training_data(c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
     """The batches that the settings ask for, of so many ranks."""
     d, paths = c.data, hg_data.find_shards(shards)
     meta = hg_data.common_meta(paths)
     objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None)
-    is_labelled = isinstance(objective, hg_data.Labels)
-    seq_len = d.seq_len or (objective.seq_len if is_labelled else model.usual_seq_len)
+    usual = objective.seq_len if isinstance(objective, hg_data.Labels) else model.usual_seq_len
+    seq_len = d.seq_len or usual
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
         hint = f"--train {held_out[0].parent}, which validates on them"

@@ -125,7 +125,8 @@ def build(
     try:
         with _claimed(out_dir) as building:
             spec = tokenizer.save(building)
-            plan = _fingerprint([recipe, spec, settings.shard_tokens, settings.val_tokens, settings.about], parts, building)
+            words = [recipe, spec, settings.shard_tokens, settings.val_tokens, settings.about]
+            plan = _fingerprint(words, parts, building)
             if not settings.replace:
                 _check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)

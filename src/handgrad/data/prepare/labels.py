@@ -69,7 +69,8 @@ def prepare_labels(
     record = seq_len - 1
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
-        return [local_part(path, partial(_jobs, columns=columns, labels=labels, share=(low, high)), split) for path in paths]
+        jobs = partial(_jobs, columns=columns, labels=labels, share=(low, high))
+        return [local_part(path, jobs, split) for path in paths]
 
     cut = 0.0 if val else val_fraction
     found = parts(files, "train", cut, 1.0) + parts(val or files, "val", 0.0, 1.0 if val else cut)

@@ -42,7 +42,7 @@ def statements(path: Path) -> Iterator[tuple[int, Job]]:
 
 def _statements(path: Path) -> Iterator[str]:
     with readable(path):
-        *documents, last = path.readtext_in(encoding="utf-8").split(BLANK_LINES)
+        *documents, last = path.read_text(encoding="utf-8").split(BLANK_LINES)
     yield from (document + BLANK_LINES for document in documents)
     yield last
 
