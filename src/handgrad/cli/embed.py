@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 from handgrad.cli.flags import parse
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
-from handgrad.core.replace import replace, staged
-from handgrad.infer.texts import TextEncoder, load_encoder
+from handgrad.infer.texts import TextEncoder, load_encoder, write_array
 
 AT_ONCE = 4096  # texts that are sorted by length together; results follow after each of these
 
@@ -64,15 +62,8 @@ def main(argv: list[str]) -> int:
         for text, row in zip(part, found.pop() if not a.out else ()):
             print(json.dumps({"text": text, "embedding": row.tolist()}, ensure_ascii=False))
     if a.out:
-        values = np.concatenate(found)
-        try:
-            with staged(out) as new:
-                with new.open("wb") as file:
-                    np.save(file, values)
-                replace(new, out)
-        except OSError as error:
-            raise HandgradError("embed", f"'{out}' can be written", error.strerror) from None
-        print(f"{out}: {len(values):,} embeddings of {values.shape[1]} numbers, float32")
+        count, size = write_array(out, found)
+        print(f"{out}: {count:,} embeddings of {size} numbers, float32")
     report_cut(encoder, texts)
     return 0
 

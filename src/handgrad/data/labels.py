@@ -26,8 +26,8 @@ class Labels:
 
     >>> objective = Labels(cls_id=2, sep_id=3, pad_id=0, count=2, record=5)
     >>> arrays = objective.fill(np.array([[1, 7, 8, 0, 0]], np.int32), None, Draws(0, [0]), objective.inputs)
-    >>> arrays["ids"].tolist(), arrays["last"][0, 0], arrays["targets"].tolist()
-    ([[2, 7, 8, 3, 0, 0]], 3, [1])
+    >>> arrays["ids"].tolist(), arrays["last"][0].tolist(), arrays["targets"].tolist()
+    ([[2, 7, 8, 3, 0, 0]], [3, 3, 3, 3, 3, 3], [1])
     """
 
     cls_id: int

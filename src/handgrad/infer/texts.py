@@ -14,6 +14,7 @@ from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
+from handgrad.core.replace import replace, staged
 from handgrad.infer.lengths import lengths
 from handgrad.infer.load import Source, open_source
 from handgrad.models import Bert, declare
@@ -170,6 +171,20 @@ class TextEncoder:
         self._bound[which].run()
         fetched, shape = self._arena.fetch(program.outputs[output]), (B, T, -1) if output == "hidden" else (B, -1)
         return lambda: fetched().astype(np.float32).reshape(shape)
+
+
+def write_array(path: Path, parts: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Writes arrays, one below the other, as a .npy file, and returns its shape. An older file stays until the new one
+    is on disk. Raises HandgradError if it cannot be written."""
+    values = np.concatenate(parts)
+    try:
+        with staged(path) as new:
+            with new.open("wb") as file:
+                np.save(file, values)
+            replace(new, path)
+    except OSError as error:
+        raise HandgradError("embed", f"'{path}' can be written", error.strerror) from None
+    return values.shape
 
 
 def bounds(ids: np.ndarray, count: np.ndarray) -> dict[str, np.ndarray]:
