@@ -176,6 +176,30 @@ def test_other_models_embed_nothing(here):
         hg.load_encoder("gpt2")
 
 
+def test_the_pooling_of_sentence_transformers(here):
+    release(transformers.BertModel, "bert")
+    encoder = hg.load_encoder("bert", backend="cpu", threads=1)
+    mean, cls = (encoder.embed(TEXTS[:2], pooling) for pooling in ("mean", "cls"))
+    assert np.array_equal(encoder.embed(TEXTS[:2]), mean) and not np.array_equal(mean, cls)
+    Path("bert/1_Pooling").mkdir()
+    for modes, want in (({"cls_token": True, "mean_tokens": False}, cls), ({"mean_tokens": True}, mean)):
+        about = {f"pooling_mode_{name}": value for name, value in modes.items()}
+        Path("bert/1_Pooling/config.json").write_text(json.dumps(about | {"word_embedding_dimension": 24}))
+        assert np.array_equal(encoder.embed(TEXTS[:2]), want)
+    Path("bert/1_Pooling/config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(HandgradError, match="pooling_mode_max_tokens'?. hint: --pooling says which"):
+        encoder.embed(TEXTS[:2])
+
+
+def test_ids_that_the_model_lacks_are_refused(here):
+    release(transformers.BertModel, "bert")
+    Path("bert/vocab.txt").write_text("\n".join([*VOCAB, "x", "y", "z", "w"]))
+    encoder = hg.load_encoder("bert", backend="cpu", threads=1)
+    assert encoder.embed(["z"]).shape == (1, 24)
+    with pytest.raises(HandgradError, match=r"bert has a tokenizer of its own 45 tokens, but got the id 45"):
+        encoder.embed(["the", "w"])
+
+
 MINILM = os.environ.get("HANDGRAD_MINILM", "")
 
 

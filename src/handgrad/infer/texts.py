@@ -13,14 +13,17 @@ from handgrad.backends import open_backend
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object, shown
 from handgrad.core.program import Program
 from handgrad.core.replace import replace, staged
 from handgrad.infer.lengths import lengths
 from handgrad.infer.load import Source, open_source
+from handgrad.io.hf import POOLING as POOLING_FILE
 from handgrad.models import Bert, declare
 
 BATCH_TOKENS = 512  # at least: enough rows for a GEMM to run near its peak
-POOLING = ("mean", "cls")
+POOLING = ("auto", "mean", "cls")
+MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # of sentence-transformers
 
 
 def special_ids(model: Bert, tokenizer: tokenizers.Tokenizer | None) -> dict[str, int]:
@@ -105,16 +108,18 @@ class TextEncoder:
         inside = inside[: self.context - 2]
         return np.concatenate([[self._special["[CLS]"]], inside, [self._special["[SEP]"]]]).astype(np.int32)
 
-    def embed(self, texts: Sequence[str], pooling: str = "mean", normalize: bool = True) -> np.ndarray:
+    def embed(self, texts: Sequence[str], pooling: str = "auto", normalize: bool = True) -> np.ndarray:
         """Returns an embedding of each text, (texts, hidden size) float32.
 
-        pooling: "mean" of the last layer over a text's tokens, [CLS] and [SEP] included, or "cls", its first row
+        pooling: "mean" of the last layer over a text's tokens, [CLS] and [SEP] included, or "cls", its first row;
+            "auto": what sentence-transformers' files beside the model say, else the mean
         normalize: give them length 1, so that a dot product is a cosine
 
         Raises HandgradError for another pooling, and for a text that the tokenizer cannot spell.
         """
         if pooling not in POOLING:
             raise HandgradError("embed", f"pooling is {' or '.join(POOLING)}", repr(pooling))
+        pooling = own_pooling(self.source.path) if pooling == "auto" else pooling
         found = np.zeros((len(texts), self.model.hidden_size), np.float32)
         for i, hidden in self._outputs("hidden", [self.ids(text) for text in texts]):
             found[i] = hidden.mean(axis=0, dtype=np.float32) if pooling == "mean" else hidden[0]
@@ -165,12 +170,30 @@ class TextEncoder:
         ids, count = np.full((B, T), self._special["[PAD]"], np.int32), np.zeros((B, 1), np.int32)
         for row, text in enumerate(texts):
             ids[row, : len(text)], count[row] = text, len(text)
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:  # a kernel would read past the embedding
+            rule = f"{self.source.path} has a tokenizer of its own {self.model.vocab_size} tokens"
+            raise HandgradError("embed", rule, f"the id {ids.max()}")
         inputs = bounds(ids, count) | {"ids": ids, "types": np.zeros_like(ids)}
         for name, values in inputs.items():
             self._arena.write(program.inputs[name], values.reshape(-1))
         self._bound[which].run()
         fetched, shape = self._arena.fetch(program.outputs[output]), (B, T, -1) if output == "hidden" else (B, -1)
         return lambda: fetched().astype(np.float32).reshape(shape)
+
+
+def own_pooling(folder: Path) -> str:
+    """Returns the pooling that sentence-transformers' files in a folder name; "mean" without such files.
+
+    Raises HandgradError if they name another, or several.
+    """
+    path = folder / POOLING_FILE
+    if not path.is_file():
+        return "mean"
+    modes = [key for key, value in read_object(path, "embed").items() if key.startswith("pooling_mode_") and value]
+    if len(modes) != 1 or modes[0] not in MODES:
+        got = shown(", ".join(modes) or "none")
+        raise HandgradError("embed", f"{path} has one of {', '.join(MODES)}", got, hint="--pooling says which")
+    return MODES[modes[0]]
 
 
 def write_array(path: Path, parts: Sequence[np.ndarray]) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-FILES = (CONFIG, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+FILES = (CONFIG, POOLING, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
 MOST_HEADER = 8 << 20  # bytes of a safetensors header; 1,024 layers take 2 MB, and the format allows a slow 100 MB
 LOGIN = "hf auth login, with a token that may write"
 MOST_FILE = 5 * 10**9  # bytes of the tensors in a file; a larger model is written into several, with an index
