@@ -171,7 +171,7 @@ def test_completion_in_other_shells(name, capsys):
     [
         (
             "trian",
-            "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
+            "[handgrad] the verb is one of train, generate, embed, classify, eval, convert, report, explain, "
             "profile, data, ops, doctor, completion, but got 'trian'. hint: did you mean handgrad train?",
         ),
         (
@@ -224,7 +224,7 @@ def test_completion_in_other_shells(name, capsys):
         ),
         (
             "data",
-            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
+            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, labels, "
             "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
         ),
         ("data check", "[data] after check comes a folder, but got nothing."),

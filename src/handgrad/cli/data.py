@@ -30,7 +30,8 @@ class Shards:
     """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
     files, otherwise named after the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
+    """gpt2, chars (one id per character; for text and shakespeare), or a tokenizer.json, BERT's vocab.txt, or a folder
+    with one"""
     shard_tokens: int = 100_000_000
     """tokens in a full shard"""
     workers: int = 0
@@ -78,6 +79,24 @@ class Rows(Shards):
 
 
 @dataclass(frozen=True)
+class Labelled(Shards):
+    """Files with one labelled text per row."""
+
+    files: Files = ()
+    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz or .bz2"""
+    val: str = ""
+    """file of the same kind for validation; empty: --val-fraction of the texts"""
+    val_fraction: float = 0.1
+    """share of the texts that becomes the validation set, without --val"""
+    column: str = "text"
+    """the column that holds the text"""
+    label: str = "label"
+    """the column that holds the label, text or a whole number"""
+    seq_len: int = 128
+    """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
+
+
+@dataclass(frozen=True)
 class Questions:
     """A multiple-choice benchmark."""
 
@@ -98,6 +117,7 @@ RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, 
     "jsonl": (Rows, "data", "JSON lines"),
     "parquet": (Rows, "data", "Parquet tables"),
     "text": (Text, "data", "text files"),
+    "labels": (Labelled, "data", "JSON lines of texts and their labels, for a BERT that classifies"),
     "hellaswag": (Questions, "hellaswag", "10,042 questions: choose the ending of a story"),
     "mmlu": (Questions, "mmlu", "14,042 questions: exams in 57 subjects"),
 }
@@ -126,6 +146,8 @@ def main(argv: list[str]) -> int:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
         print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {quote(f'{word}={path}')}")
+    elif RECIPES[word][0] is Labelled:
+        make_labels(parse(Labelled, rest, f"data {word}"), RECIPES[word][1])
     else:
         make(word, rest)
     return 0
@@ -159,6 +181,26 @@ def make(recipe: str, argv: list[str]) -> None:
         print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}{shorter}")
 
 
+def make_labels(a: Labelled, folder: str) -> None:
+    """Builds a data set of labelled texts, with a progress bar on a terminal, and prints its size."""
+    if not a.files:
+        raise HandgradError("data", "labels come from at least one file", "none", hint="handgrad data labels FILE...")
+    tokenizer, out = tokenizer_of(a.tokenizer), a.out or folder
+    pad = tokenizers.special_ids(tokenizer, ["[PAD]"])
+    if pad is None:
+        hint = "--tokenizer FOLDER, that of the BERT to start from"
+        raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
+    given = {name: getattr(a, name) for name in ("val_fraction", "seq_len", "shard_tokens", "workers", "replace")}
+    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(a.val)] if a.val else []}
+    with bar() as progress:
+        paths = [Path(file) for file in a.files]
+        meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
+    for split in ("train", "val"):
+        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
+    print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
+    print(f"train on them: handgrad train --init BERT --train {quote(out)}")
+
+
 class bar:
     """A progress bar on standard error while the block runs, if standard error is a terminal."""
 
@@ -187,7 +229,10 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
     near = "" if os.path.exists(word) else did_you_mean(word, ["gpt2", "chars"])
     if near:
         raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
-    return tokenizers.from_file(word)
+    found = tokenizers.from_folder(word) if os.path.isdir(word) else tokenizers.from_file(word)
+    if found is None:
+        raise HandgradError("data", f"a tokenizer lies in '{word}'", "neither tokenizer.json nor vocab.txt")
+    return found
 
 
 def check(argv: list[str]) -> None:

@@ -11,6 +11,11 @@ handgrad train --config runs/shakespeare-001/config.json --lr 1e-3""",
 handgrad generate runs/shakespeare-001 --prompt "ROMEO:" --top-k 40
 handgrad generate hf:gpt2 --prompt "The meaning of life is" --temperature 0 --max-tokens 20
 echo "To be" | handgrad generate model.bin --prompt -""",
+    "embed": """
+handgrad embed hf:sentence-transformers/all-MiniLM-L6-v2 sentences.txt --out sentences.npy
+echo "A man is eating." | handgrad embed minilm - --pooling cls""",
+    "classify": """
+handgrad classify runs/reviews-001 reviews.txt""",
     "eval": """
 handgrad eval runs/shakespeare-001
 handgrad eval hf:gpt2 --tasks hellaswag,lambada=lambada.jsonl --limit 500""",
@@ -34,6 +39,7 @@ handgrad profile tiny --by call""",
     "data fineweb-edu": "\nhandgrad data fineweb-edu --sample 10B",
     "data jsonl": "\nhandgrad data jsonl part1.jsonl part2.jsonl.gz --column text --out mydata",
     "data parquet": "\nhandgrad data parquet part1.parquet --out mydata --workers 8",
+    "data labels": "\nhandgrad data labels reviews.jsonl --tokenizer bert-base-uncased --out reviews",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
     "ops": """
 handgrad ops

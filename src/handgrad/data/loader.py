@@ -25,6 +25,7 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.draws import Draws, below, hashed
+from handgrad.data.labels import Labels
 from handgrad.data.meta import common_meta
 from handgrad.data.objectives import EMPTY, Causal, Objective, check_names
 from handgrad.data.shards import open_shard
@@ -56,7 +57,7 @@ def tokens(
     vocab_size: if given, the ids of every batch are checked against it
     overfit: every step reads the batch of the first
     split: "train" or "val", of a folder
-    objective: what a window becomes: Causal, Masked or Spans
+    objective: what a window becomes: Causal, Masked, Spans or Labels
 
     Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds a window, batch_tokens is
     not a multiple of seq_len, the objective has no sequences of this length, or the shards' folders are of different
@@ -155,6 +156,9 @@ class Tokens:
         described = common_meta(paths)
         self.folder = described[0] if described else paths[0].parent
         self.meta = described[1] if described else None
+        if (self.meta or {}).get("labels") and not isinstance(objective, Labels):
+            rule = f"{self.folder} holds labelled texts, which a bert learns to classify (the objective Labels)"
+            raise HandgradError("data", rule, type(objective).__name__)
         self.sequences = batch_tokens // seq_len
         self.sequence_tokens = objective.tokens(seq_len)
         self.ahead = 0

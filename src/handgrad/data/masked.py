@@ -134,9 +134,7 @@ class Masked:
         ids, count = arrays["ids"], arrays.pop("count")
         T = ids.shape[1]
         if "first" in names or "last" in names:
-            here = np.arange(T, dtype=np.int32)
-            arrays["first"] = np.where(here < count, np.int32(0), count)
-            arrays["last"] = np.repeat(count - np.int32(1), T, axis=1)
+            arrays |= bounds(count, T)
         at = self._chosen(ids, count[:, 0], draw)
         found = at < T
         rows = np.where(found, at + T * np.arange(len(at))[:, None], -1).astype(np.int32)
@@ -213,6 +211,13 @@ class Masked:
         word = np.maximum.accumulate(np.where(begins, here, np.int32(0)), axis=1)
         masked = np.take_along_axis(chosen, word, axis=1) & free
         return np.sort(np.where(masked, here, np.int32(T)), axis=1)[:, :most]
+
+
+def bounds(count: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns `first` and `last`, (B, seq_len), of sequences of count, (B, 1) int32, tokens and padding."""
+    here = np.arange(seq_len, dtype=np.int32)
+    first = np.where(here < count, np.int32(0), count)
+    return {"first": first, "last": np.repeat(count - np.int32(1), seq_len, axis=1)}
 
 
 def _sizes(begins: np.ndarray, free: np.ndarray) -> np.ndarray:

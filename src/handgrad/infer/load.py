@@ -30,6 +30,7 @@ from handgrad.models.presets import HUGGING_FACE
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
+HEADLESS = {"mlm": False, "nsp": False, "pooler": True, "labels": ()}  # of a Bert
 MAX_TOKENS = 256  # of a continuation, unless it is given
 KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder or hf:NAME"
 
@@ -252,6 +253,15 @@ def _hugging_face(path: Path) -> Source:
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
     ends = tokenizers.model_ends(path, range(model.vocab_size)) or ()
     return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model), ends)
+
+
+def with_pooler(source: Source) -> Source:
+    """A BERT as its body and pooler, if a Hugging Face folder holds a pooler that the model's class leaves out."""
+    form = Format(**source.model.hugging_face)
+    if source.kind != "hf" or asdict(source.model)["pooler"] or not hf.holds(source.path, form, "pooler.weight"):
+        return source
+    model = build_from_file(type(source.model), asdict(source.model) | HEADLESS, "hf", source.path)
+    return replace(source, model=model, weights=hf.read(source.path, form, asdict(model), shapes(declare(model))))
 
 
 def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:

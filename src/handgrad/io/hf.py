@@ -28,8 +28,16 @@ from handgrad.io.weights import Weights
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
-TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-FILES = (CONFIG, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
+TOKENIZER = (
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+FILES = (CONFIG, POOLING, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
 MOST_HEADER = 8 << 20  # bytes of a safetensors header; 1,024 layers take 2 MB, and the format allows a slow 100 MB
 LOGIN = "hf auth login, with a token that may write"
 MOST_FILE = 5 * 10**9  # bytes of the tensors in a file; a larger model is written into several, with an index
@@ -111,12 +119,19 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     where two keys for one field contradict each other.
     """
     found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
+    for flag, name in form.optional.items():
+        found[flag] = found[flag] and holds(path, form, name)
     flag, *pair = form.tied
     if found.get(flag) is True:
         tensors = _tensors(path, form)
         table, head = (tensors.get(form.names(name)[0].removeprefix(form.prefix)) for name in pair)
         found[flag] = table is None or head is None or _equal(table, head)
     return found
+
+
+def holds(path: Path, form: Format, name: str) -> bool:
+    """Whether a folder holds a tensor of ours."""
+    return form.names(name)[0].removeprefix(form.prefix) in _tensors(path, form)
 
 
 def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -220,7 +235,7 @@ def _tensors(path: Path, form: Format) -> dict[str, Place]:
             raise HandgradError("hf", f"{file} exists: {INDEX} names it", "no such file", hint=hint)
         handle = _open(file)
         for theirs in _readable(file, handle.keys):
-            name = theirs.removeprefix(form.prefix)
+            name = form.renamed(theirs.removeprefix(form.prefix))
             if name in found:
                 raise HandgradError("hf", f"{path} holds one tensor {shown(name)}", f"two, the second in {file.name}")
             if index is not None and index.pop(theirs, None) != file.name:

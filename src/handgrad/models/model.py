@@ -42,7 +42,7 @@ class Model(Protocol):
 
     family: the name in checkpoints;  hugging_face: the arguments of `io.format.Format`, empty if Hugging Face's library
     has no such family
-    special_tokens: what the last ids of the vocabulary are, beyond those of the data
+    special_tokens: what the last ids of the vocabulary are, beyond those of the data; a BERT's may be its tokenizer's
     continues_text: whether it predicts the next token, so that it generates and scores texts
     """
 
@@ -206,6 +206,16 @@ def numbers(count: int) -> Any:
         return value is None or (type(value) in (tuple, list) and len(value) == count and all(map(_is_positive, value)))
 
     return _field(None, (f"is None, or {count} positive numbers", holds))
+
+
+def names(least: int, most: int) -> Any:
+    """A field of a model: no names, or so many, each once."""
+
+    def holds(value: Any) -> bool:
+        is_list = type(value) in (tuple, list) and all(type(name) is str for name in value)
+        return is_list and len(value) in (0, *range(least, most + 1)) and len(set(value)) == len(value)
+
+    return _field((), (f"is a list of {least} to {most:,} names, each once, or empty", holds))
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Text to ids and back: GPT-2's byte-level BPE, characters, or any tokenizer.json."""
+"""Text to ids and back: GPT-2's byte-level BPE, characters, BERT's WordPiece, or any tokenizer.json."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,7 +8,7 @@ from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer, neutral_prompt
 from handgrad.tokenizers.chars import CharTokenizer, chars
 from handgrad.tokenizers.ends import id_list, model_ends
-from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
+from handgrad.tokenizers.file import FileTokenizer, continuations, from_file, read_library, special_ids, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
@@ -16,6 +16,7 @@ from handgrad.tokenizers.gpt2 import gpt2
 __all__ = [
     "Tokenizer",
     "chars",
+    "continuations",
     "ends_in_gguf",
     "from_file",
     "from_folder",
@@ -26,6 +27,7 @@ __all__ = [
     "load",
     "model_ends",
     "neutral_prompt",
+    "special_ids",
     "to_folder",
     "to_gguf",
 ]

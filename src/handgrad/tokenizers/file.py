@@ -1,7 +1,7 @@
-"""Any tokenizer.json, through the `tokenizers` library: byte-level and other BPE, Unigram, WordPiece."""
+"""Any tokenizer.json, and BERT's vocab.txt, through the `tokenizers` library: BPE, Unigram, WordPiece."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import tokenizers
 
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.tokenizers.base import MAX_IDS, checked
-from handgrad.tokenizers.ends import ends_of, known_ends
+from handgrad.tokenizers.base import MAX_IDS, Tokenizer, checked
+from handgrad.tokenizers.ends import CONFIG, ends_of, known_ends, read_if_there
 from handgrad.tokenizers.gpt2 import spelled_bytes
+from handgrad.tokenizers.wordpiece import continuing, word_piece
 
 FILE = "tokenizer.json"
 # Bounds of a tokenizer.json, which the library reads in up to 2 s and 500 MB. That of Gemma, the largest vocabulary in
@@ -21,7 +22,7 @@ MOST_BYTES, MOST_COLONS, MOST_COMMAS = 48 << 20, 1 << 19, 1 << 21
 
 
 def from_file(path: str | Path) -> "FileTokenizer":
-    """Returns the tokenizer that the tokenizer.json at `path` describes.
+    """Returns the tokenizer that the tokenizer.json, or BERT's vocab.txt, at `path` describes.
 
     The files beside it say which tokens end a text (`ends_of`). The file's padding, truncation and added special tokens
     are turned off: the data loader cuts training text. Raises HandgradError if the file is missing or invalid.
@@ -32,13 +33,18 @@ def from_file(path: str | Path) -> "FileTokenizer":
 
 
 def read_library(path: Path) -> tokenizers.Tokenizer:
-    """Returns the library's tokenizer of a tokenizer.json. Raises HandgradError if it is missing or invalid."""
+    """Returns the library's tokenizer of a tokenizer.json, or of a vocab.txt with the settings beside it.
+
+    Raises HandgradError if it is missing or invalid.
+    """
     if not os.path.isfile(path):
-        raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json file", f"no file {path}")
+        raise HandgradError("tokenizer", "a tokenizer must be a tokenizer.json or vocab.txt file", f"no file {path}")
     if path.stat().st_size > MOST_BYTES:
         raise HandgradError("tokenizer", f"{path} must have at most {MOST_BYTES:,} bytes", f"{path.stat().st_size:,}")
     with library_must(f"{path} must describe a tokenizer"):
         raw = path.read_bytes()
+        if path.suffix == ".txt":
+            return word_piece(raw.decode("utf-8"), read_if_there(path.parent / CONFIG), path)
         for sign, most, what in ((b":", MOST_COLONS, "keys"), (b",", MOST_COMMAS, "items")):
             if raw.count(sign) > most:
                 raise HandgradError("tokenizer", f"{path} must hold at most {most:,} {what}", f"{raw.count(sign):,}")
@@ -131,3 +137,26 @@ class FileTokenizer:
         write_text(Path(folder) / FILE, self.library.to_str(pretty=True))
         guessed = known_ends(self.library.get_vocab(with_added_tokens=True))
         return {"kind": "file", "path": FILE} | ({} if self.ends == guessed else {"eot": list(self.ends)})
+
+
+def special_ids(tokenizer: Tokenizer, tokens: Sequence[str]) -> dict[str, int] | None:
+    """Returns the ids of these special tokens; None unless the tokenizer has them all.
+
+    >>> from handgrad.tokenizers import chars
+    >>> special_ids(chars("abc"), ["[MASK]"]) is None
+    True
+    """
+    if not isinstance(tokenizer, FileTokenizer):
+        return None
+    found = {token: tokenizer.library.token_to_id(token) for token in tokens}
+    known = {token: id for token, id in found.items() if id is not None}
+    return known if len(known) == len(found) else None
+
+
+def continuations(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns which ids continue the word before them, (vocab_size,) bool. HandgradError if it is no WordPiece."""
+    found = continuing(tokenizer.library) if isinstance(tokenizer, FileTokenizer) else None
+    if found is None:
+        rule = "whole words are known of WordPiece, whose pieces begin with ##"
+        raise HandgradError("tokenizer", rule, tokenizer.name)
+    return found

@@ -11,17 +11,27 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object, shown
+from handgrad.tokenizers import wordpiece
 from handgrad.tokenizers.base import MAX_IDS, Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
 from handgrad.tokenizers.ends import CONFIG, added_tokens, ends_of
-from handgrad.tokenizers.file import FILE, MOST_BYTES, FileTokenizer, library_must, read_library, vocabulary
+from handgrad.tokenizers.file import (
+    FILE,
+    MOST_BYTES,
+    FileTokenizer,
+    library_must,
+    read_library,
+    special_ids,
+    vocabulary,
+)
 from handgrad.tokenizers.gpt2 import MERGES, GPT2Tokenizer, gpt2, spelled_bytes
 
 VOCAB, MERGED = "vocab.json", "merges.txt"
 
 
 def from_folder(folder: str | Path) -> Tokenizer | None:
-    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json or vocab.json and merges.txt; None without.
+    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json, from vocab.json and merges.txt, or from
+    BERT's vocab.txt; None without.
 
     GPT-2's tokenizer is returned as `gpt2()`, one whose tokens are single characters as a CharTokenizer.
     Raises HandgradError if the files are invalid.
@@ -31,6 +41,8 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
         library, name = read_library(folder / FILE), FILE
     elif (folder / VOCAB).is_file() and (folder / MERGED).is_file():
         library, name = _read_merges(folder), VOCAB
+    elif (folder / wordpiece.VOCAB).is_file():
+        library, name = read_library(folder / wordpiece.VOCAB), wordpiece.VOCAB
     else:
         return None
     _add(library, folder)
@@ -62,7 +74,12 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         (folder / VOCAB).write_text(text, encoding="utf-8")
         shutil.copyfile(MERGES, folder / MERGED)
     end = None if tokenizer.eot is None else library.id_to_token(tokenizer.eot)
-    config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, "bos_token": end, "eos_token": end}
+    config: dict[str, Any] = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False}
+    if special_ids(tokenizer, list(wordpiece.SPECIAL.values())):
+        config |= {f"{name}_token": token for name, token in wordpiece.SPECIAL.items()}
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    if end not in config.values():
+        config |= {"bos_token": end, "eos_token": end}
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

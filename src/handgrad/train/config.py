@@ -48,7 +48,7 @@ class ModelConfig:
     max_seq_len: int = 0
     """longest sequence, tokens, and of a T5 the source; 0: the preset's"""
     vocab_size: int = 0
-    """tokens in the vocabulary; 0: the data's, and the model's special tokens"""
+    """tokens in the vocabulary; 0: the data's, and the model's special tokens that it lacks"""
     dropout: float = 0.0
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     tie_embeddings: bool = True
@@ -77,6 +77,9 @@ class DataConfig:
     """visit the sequences in random order"""
     overfit: bool = False
     """every step takes the batch of the first: can the model memorise it?"""
+
+    whole_word: bool = False
+    """a BERT's masks cover whole words, whose pieces begin with ## after the first"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "seq_len batch_tokens")

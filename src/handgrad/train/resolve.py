@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import handgrad.data as hg_data
 from handgrad import evals, tokenizers
 from handgrad.backends import best_dtype, open_backend, resolve_name
@@ -17,6 +19,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
+from handgrad.infer.texts import special_ids
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
@@ -25,6 +28,7 @@ from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelC
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
+from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.outliers import Guard
@@ -67,10 +71,10 @@ class Run:
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
-    tokenizer = tokenizer_of(hg_data.find_shards(shards))
-    c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model, comm.world, tokenizer.eot)
+    tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
+    c, start, source = find_start(c, out, tokenizer, labels)
+    model = find_model(c, tokenizer, source, labels)
+    data = training_data(c, shards, model, comm.world, tokenizer)
     c = complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
@@ -158,10 +162,19 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
 
 
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
+def labels_of(shards: str) -> tuple[str, ...]:
+    """The labels of the texts in these shards; none if they have none."""
+    found = hg_data.common_meta(hg_data.find_shards(shards))
+    known = hg_data.labelled(found[1], found[0]) if found else None
+    return known[0] if known else ()
+
+
+def find_start(
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+) -> tuple[Config, Start, Model | None]:
     """(the settings, what the run starts from, the model on disk if there is one).
 
-    A model on disk sets the sizes; a checkpoint sets everything.
+    A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -174,11 +187,16 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
         return c, Start(c.run.seed, m.init), None
     source = open_source(m.init if last is None else str(last))
     check_same_tokens(source, tokenizer)
+    if labels and last is None:
+        source = for_labels(source, labels, c.run.seed)
+    if getattr(source.model, "labels", ()) != labels:
+        known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
+        rule = f"the texts have the labels of {source.path}, {known}"
+        raise HandgradError("model", rule, ", ".join(labels) or "none")
     if drawn:
         return c, Start(c.run.seed), None
-    if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
-        rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
-        raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
+    if isinstance(source.model, Bert):
+        check_special(source.model, tokenizer)
     brought = {"family": source.model.family} | settings_of(source.model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
@@ -189,9 +207,21 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
     return replace(c, model=replace(m, **brought)), start, source.model
 
 
-def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
-    """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
-    m = c.model
+def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises HandgradError unless a BERT on disk has the tokens of the data and its special ones."""
+    count, special = tokenizer.vocab_size, ", ".join(Bert.special_tokens)
+    is_own = tokenizers.special_ids(tokenizer, Bert.special_tokens) is not None
+    if is_own and model.vocab_size < count:
+        raise HandgradError("model", f"a BERT to start from has the {count} tokens of the data", model.vocab_size)
+    if not is_own and model.vocab_size != count + len(Bert.special_tokens):
+        rule = f"a BERT to start from has {special} after the data's {count}"
+        hint = "make the data with its own tokenizer: handgrad data RECIPE --tokenizer FOLDER"
+        raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
+
+
+def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()) -> Model:
+    """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
+    m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
@@ -202,12 +232,15 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
     name = f"d{m.depth}" if m.depth else m.preset
-    special = preset(name, m.family).special_tokens
+    chosen = preset(name, m.family)
+    is_own = isinstance(chosen, Bert) and tokenizers.special_ids(tokenizer, chosen.special_tokens)
+    special = () if is_own else chosen.special_tokens
     own = vocab_size + len(special)
     if 0 < m.vocab_size < own:
         rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
         raise HandgradError("model", rule, m.vocab_size)
-    return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    model = preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    return as_classifier(model, labels) if labels else model
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -215,10 +248,13 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int, eot: int | None) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks. eot: the id between documents."""
-    d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
-    paths = hg_data.find_shards(shards)
+def training_data(c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
+    """The batches that the settings ask for, of so many ranks."""
+    d, paths = c.data, hg_data.find_shards(shards)
+    meta = hg_data.common_meta(paths)
+    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None)
+    usual = objective.seq_len if isinstance(objective, hg_data.Labels) else model.usual_seq_len
+    seq_len = d.seq_len or usual
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
         hint = f"--train {held_out[0].parent}, which validates on them"
@@ -232,12 +268,25 @@ def training_data(c: Config, shards: str, model: Model, world: int, eot: int | N
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
-        objective=objective_of(model, eot),
+        objective=objective,
     )
 
 
-def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
-    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+def objective_of(
+    model: Model,
+    eot: int | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    whole_word: bool = False,
+    meta: dict[str, Any] | None = None,
+) -> hg_data.Objective:
+    """What a model learns from a text.
+
+    eot: the id between documents;  whole_word: a BERT's words are masked whole
+    tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
+    meta: what meta.json says of the shards
+    """
+    if whole_word and not isinstance(model, Bert):
+        raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
     if isinstance(model, T5):
         first, end, pad = model.special_ids
         if first >= model.vocab_size:
@@ -246,7 +295,15 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
         return hg_data.Causal()
-    id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
+    id_of, continues = special_ids(model, tokenizer), None
+    known = hg_data.labelled(meta, "the data")
+    if model.labels and known:
+        ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
+        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
+    if whole_word and tokenizer is not None:
+        continues = np.zeros(model.vocab_size, bool)
+        found = tokenizers.continuations(tokenizer)
+        continues[: len(found)] = found
     return hg_data.Masked(
         mask_id=id_of["[MASK]"],
         cls_id=id_of["[CLS]"],
@@ -255,6 +312,7 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         special_ids=(id_of["[MASK]"],),
         vocab_size=model.vocab_size,
         rate=model.mask_rate,
+        whole_word=continues,
         next_sentence=model.nsp,
         eot=eot,
     )

@@ -197,6 +197,8 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
         if run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
+        elif getattr(run.trainer.model, "labels", ()):
+            log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
         log.say(f"resume: handgrad train --resume {out}")

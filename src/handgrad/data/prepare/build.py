@@ -68,6 +68,7 @@ class Settings:
     workers: processes that tokenize
     replace: the folder's shards of another source or tokenizer are replaced
     val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
+    about: what else meta.json says
     """
 
     shard_tokens: int = 100_000_000
@@ -76,6 +77,7 @@ class Settings:
     workers: int = 1
     replace: bool = False
     val_flag: str = ""
+    about: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -123,12 +125,13 @@ def build(
     try:
         with _claimed(out_dir) as building:
             spec = tokenizer.save(building)
-            plan = _fingerprint([recipe, spec, settings.shard_tokens, settings.val_tokens], parts, building)
+            words = [recipe, spec, settings.shard_tokens, settings.val_tokens, settings.about]
+            plan = _fingerprint(words, parts, building)
             if not settings.replace:
                 _check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
-            meta = _meta(recipe, parts, tokenizer, spec, done)
+            meta = _meta(recipe, parts, tokenizer, spec, done) | settings.about
             _check_splits(meta, settings, building)
             _install(building, out_dir, meta, done)
     except OSError as error:

@@ -58,7 +58,7 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
         if not isinstance(rows, list):
             raise HandgradError("data", f"{path} must hold a JSON list of stories", f"a {type(rows).__name__}")
         random.Random(seed).shuffle(rows)
-        texts = [_text(row, "story", f"{path}, story {number}").strip() for number, row in enumerate(rows)]
+        texts = [text_in(row, "story", f"{path}, story {number}").strip() for number, row in enumerate(rows)]
     yield from texts
 
 
@@ -91,11 +91,12 @@ def _lines(path: Path, lines: Iterable[bytes], at: int, column: str) -> Iterator
     for line in lines:
         if line.strip():
             where = f"{path}, line at byte {at}"
-            yield _text(json_row(line, where), column, where)
+            yield text_in(json_row(line, where), column, where)
         at += len(line)
 
 
-def _text(row: object, column: str, where: str) -> str:
+def text_in(row: object, column: str, where: str) -> str:
+    """Returns the text of a row. Raises HandgradError if it has none."""
     if not isinstance(row, dict):
         raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row))
     if column not in row:

@@ -26,7 +26,7 @@ RECIPES = ("shakespeare", "tinystories", "fineweb", "fineweb-edu", "openwebtext"
 FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 _SHAKESPEARE_VAL = 32_768
 _SEED = 1337
-_WORKER_BYTES = 2**24  # of source per worker; a smaller source is done before another process has started
+WORKER_BYTES = 2**24  # of source per worker; a smaller source is done before another process has started
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
     else:
         val_tokens, val_flag = shard_tokens, "--shard-tokens"
     size = sum(part.size for part in parts)
-    workers = workers or min(cpus(), 1 + size // _WORKER_BYTES)
+    workers = workers or min(cpus(), 1 + size // WORKER_BYTES)
     settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace, val_flag)
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
