@@ -4,7 +4,7 @@ from handgrad.data.choices import Choices, read_choices, tokens_digest, tokens_r
 from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, read_meta
-from handgrad.data.objectives import Causal, Objective
+from handgrad.data.objectives import Causal, Chat, Objective
 from handgrad.data.prepare.build import check
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
@@ -14,6 +14,7 @@ from handgrad.data.spans import Spans
 
 __all__ = [
     "Causal",
+    "Chat",
     "Choices",
     "Masked",
     "Objective",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
@@ -44,16 +45,19 @@ def record(
     planner: Planner,
     *,
     accumulates: bool,
+    documents: bool = False,
 ) -> Programs:
-    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
+    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank.
+
+    documents: a sequence of the data holds several, which are kept apart
+    """
     ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
-    train = record_train(
-        model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
-    )
+    kind: dict[str, Any] = {"chunks": chunks, "documents": documents}
+    train = record_train(model, optim, seq_len, precision, execution, accumulates=accumulates, ranks=ranks, **kind)
     programs = Programs(
         train,
-        record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
+        record_loss(model, seq_len, precision, execution, **kind) if "val" in extra else None,
         record_engine(model, precision.working) if "sample" in extra and model.continues_text else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
@@ -74,11 +78,12 @@ def record_train(
     *,
     chunks: int,
     accumulates: bool = False,
+    documents: bool = False,
     ranks: Ranks = ALONE,
 ) -> Program:
     """The list of one step of one of the `ranks`: forward, backward | norm | update.
 
-    chunks: of the head's logits.  accumulates: a step has several micro-batches.
+    chunks: of the head's logits.  accumulates: a step has several micro-batches.  documents: see `record`
     """
     if seq_len > model.max_seq_len:
         rule = f"the model reads at most {model.max_seq_len} tokens"
@@ -92,16 +97,18 @@ def record_train(
         master=precision.master_weights,
         ranks=ranks,
     )
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, documents)
     backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)
     return p
 
 
-def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
+def record_loss(
+    model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int, documents: bool = False
+) -> Program:
     """The list of one evaluation batch."""
     p = Program(precision.working)
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, documents)
     return p
 
 

@@ -3,7 +3,7 @@
 import glob
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.checks import micro_batches
+from handgrad.train.checks import holds_documents, micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
@@ -99,6 +99,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
     facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
     facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
     peak_flops = backend.peak_flops(h.dtype)
@@ -231,12 +232,27 @@ def training_data(c: Config, shards: str, model: Model, world: int, eot: int | N
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
-        objective=objective_of(model, eot),
+        objective=objective_of(model, eot, d.documents, is_chat(paths)),
     )
 
 
-def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
-    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+def is_chat(shards: Sequence[Path]) -> bool:
+    """Whether these shards are chat data, by the meta.json of their folder."""
+    found = hg_data.common_meta(shards)
+    return found is not None and "chat" in found[1]
+
+
+def objective_of(
+    model: Model, eot: int | None = None, documents: bool = False, chat: bool = False
+) -> hg_data.Objective:
+    """What a model learns from a text, or from chat data. Its special tokens are the last of its vocabulary."""
+    if (chat or documents) and not model.continues_text:
+        rule = f"{'chat data' if chat else '--documents'} is for models that continue texts"
+        raise HandgradError("data", rule, f"a {model.family}")
+    if chat:
+        return hg_data.Chat()
+    if documents and eot is None:
+        raise HandgradError("data", "--documents needs an end-of-text id, which begins each", "a tokenizer without one")
     if isinstance(model, T5):
         first, end, pad = model.special_ids
         if first >= model.vocab_size:
@@ -244,7 +260,7 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
             raise HandgradError("model", rule, f"{model.vocab_size} tokens")
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
-        return hg_data.Causal()
+        return hg_data.Causal(eot if documents else None)
     id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
     return hg_data.Masked(
         mask_id=id_of["[MASK]"],
@@ -354,7 +370,8 @@ def with_remedies(
 ) -> HandgradError:
     """The error of an arena that does not fit, with what each remedy would save."""
     count = micro_batches(data, execution.micro_batch, backend.comm.world)
-    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, accumulation=count)
+    kind: dict[str, Any] = {"accumulation": count, "documents": holds_documents(data)}
+    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, **kind)
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0

@@ -29,7 +29,14 @@ from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
-from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
+from handgrad.train.checks import (
+    check_fills,
+    check_kinds,
+    check_precision,
+    holds_documents,
+    limit_ids,
+    micro_batches,
+)
 from handgrad.train.execution import Execution
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
@@ -91,8 +98,8 @@ class Trainer:
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
-        accumulates = self.accumulation > 1
-        programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
+        kind = {"accumulates": self.accumulation > 1, "documents": holds_documents(data)}
+        programs = record(model, optim, data.seq_len, precision, execution, self.backend, **kind)
         self.program = train = programs.train
         self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)
