@@ -6,6 +6,7 @@ from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, read_meta
 from handgrad.data.objectives import Causal, Chat, Objective
 from handgrad.data.prepare.build import check
+from handgrad.data.prepare.chat import prepare_chat
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
 from handgrad.data.prepare.text import read_text, shakespeare
@@ -28,6 +29,7 @@ __all__ = [
     "id_dtype",
     "open_shard",
     "prepare",
+    "prepare_chat",
     "prepare_questions",
     "prepare_text",
     "read_choices",

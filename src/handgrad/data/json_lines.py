@@ -27,8 +27,8 @@ def json_blocks(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, dict]]]]:
         number += len(lines)
 
 
-def _rows(path: Path, lines: list[bytes], number: int) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(lines, number + 1):
+def _rows(path: Path, lines: list[bytes], before: int) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, before + 1):
         if line.strip():
             where = f"{path}, line {number}"
             row = json_row(line, where)
