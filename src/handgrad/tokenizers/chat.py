@@ -125,8 +125,8 @@ class ChatEncoder:
         """Returns where a turn of the assistant lies in the text of a chat: what follows its header, to its end."""
         changed = [*messages[:place], {**messages[place], "content": mark}, *messages[place + 1 :]]
         before, found, after = self._render(where, changed, tools).partition(mark)
-        begin = self._prompt(messages[:place], tools, text) or (len(before) if text.startswith(before) else -1)
-        end = len(text) - len(after)
+        content = len(before) if text.startswith(before) else -1
+        begin, end = self._reply(messages[:place], tools, text, content), len(text) - len(after)
         if not found or not text.endswith(after) or not 0 <= begin <= end:
             rule = f"{where}: the assistant's text must be found in what the template {self.name} writes"
             hint = "put it into {% generation %} {% endgeneration %}"
@@ -134,13 +134,17 @@ class ChatEncoder:
         ending = self._ending.match(text, end)
         return begin, ending.end() if ending else end
 
-    def _prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None, text: str) -> int:
-        """Returns how many characters of the text ask for a reply to these messages; 0 if the template does not say."""
+    def _reply(self, messages: Sequence[Message], tools: Sequence[Any] | None, text: str, content: int) -> int:
+        """Returns where the text replies to these messages: after what asks for it, else where the content begins.
+
+        content: where that is, -1 if it is not known
+        """
         try:
-            asked = self._render("", messages, tools, asks=True)
-            return len(asked) if text.startswith(asked) and asked != self._render("", messages, tools) else 0
+            asked, plain = (self._render("", messages, tools, asks=asks) for asks in (True, False))
         except HandgradError:  # it takes no chat that ends there
-            return 0
+            return content
+        has_no_header = len(asked) <= content and not text[len(asked) : content].strip()
+        return len(asked) if text.startswith(asked) and (asked != plain or has_no_header) else content
 
     def _render(
         self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, marks: str = "", asks: bool = False
