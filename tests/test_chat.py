@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers as library
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from chats import FIRST, MESSAGES, ONE, SECOND, SPECIAL, SYSTEM, TWO, rows, tokenizer_folder, write_rows
 
 from handgrad import data, tokenizers
 from handgrad.cli.__main__ import main
@@ -18,22 +18,6 @@ from handgrad.tokenizers.chat import OWN, TEMPLATES
 
 pytest.importorskip("jinja2")
 
-SPECIAL = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "qwen2.5": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    "chatml": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    "gemma": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
-    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
-}
-SYSTEM, FIRST, SECOND = "Be brief.", "Hi <b>&\n", "2 + 2?"
-ONE, TWO = "  Hello  \n\n\nthere, naïve 🙂", "4\n```py\nx = {'a': 1}\n```"
-MESSAGES = [
-    {"role": "system", "content": SYSTEM},
-    {"role": "user", "content": FIRST},
-    {"role": "assistant", "content": ONE},
-    {"role": "user", "content": SECOND},
-    {"role": "assistant", "content": TWO},
-]
 TOOLS = [
     *MESSAGES[1:],
     {"role": "tool", "content": "sunny"},
@@ -67,20 +51,8 @@ def expected(name):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folders by template: a byte-level BPE with the family's special tokens, which merges across words' ends."""
-    folders = {}
-    for name, special in SPECIAL.items():
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        merges = [("Ġ", "H"), ("e", "l"), ("l", "o"), ("el", "lo"), ("H", "ello"), ("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("u", "s")]
-        vocab = {token: id for id, token in enumerate([*alphabet, *dict.fromkeys(a + b for a, b in merges)])}
-        tokenizer = library.Tokenizer(models.BPE(vocab, merges))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-        folders[name] = tmp_path_factory.mktemp("tokenizer")
-        tokenizer.save(str(folders[name] / "tokenizer.json"))
-    return folders
+    """Folders with a tokenizer.json, by template."""
+    return {name: tokenizer_folder(tmp_path_factory.mktemp("tokenizer"), name) for name in SPECIAL}
 
 
 def encoder(folder, template=""):
@@ -163,21 +135,6 @@ def test_marks_in_a_message_are_text(made):
 
 
 # shards ---------------------------------------------------------------------------------------------------------------
-
-
-def rows(count=40, seed=0):
-    rng = np.random.default_rng(seed)
-    for n in range(count):
-        reply = "us Hello " * int(rng.integers(1, 9))
-        if n % 3:
-            yield {"messages": [*MESSAGES[:2], {"role": "assistant", "content": reply}], "id": n}
-        else:
-            yield {"prompt": f"row {n}", "completion": reply}
-
-
-def write_rows(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return str(path)
 
 
 def chat(folder, source, *words, template="chatml", out="chat"):
