@@ -181,6 +181,9 @@ def test_a_model_folder_is_tuned_with_its_own_template(folder, tmp_path, capsys)
     assert losses[-1] < 0.8 * losses[0]
     assert "Loss, nats per token of the assistant" in (tuned / "report.html").read_text()
     assert json.loads((tuned / "run.json").read_text())["summary"]["chat"].startswith("48 rows in ")
+    assert main(["eval", str(tuned), "--backend", "cpu", "--threads", "1"]) == 0
+    found = json.loads((tuned / "eval.json").read_text())["step_000012"]["val"]["loss"]
+    assert abs(found - log(tuned)[-1]["val_loss"]) < 1e-5 * found  # both in float32, packed and row by row
 
 
 def test_resume_is_bit_for_bit(folder, tmp_path):

@@ -23,7 +23,7 @@ from handgrad.infer.load import open_source
 from handgrad.io.checkpoint import is_checkpoint
 from handgrad.train.config import PACKAGED, Config, DataConfig
 from handgrad.train.folder import SETTINGS
-from handgrad.train.resolve import find_data
+from handgrad.train.resolve import find_data, is_chat, objective_of
 
 RESULTS = "eval.json"
 
@@ -128,9 +128,11 @@ def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[A
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
-    T = T or m.source.model.usual_seq_len
-    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
+    settings, model = run_data(Path(a.run)), m.source.model
+    T = whole("eval", "seq_len in the run's settings", settings.get("seq_len", 0), 0) or model.usual_seq_len
+    is_apart, chat = settings.get("documents") is True, is_chat(hg_data.find_shards(where, "val"))
+    kind: dict[str, Any] = {"split": "val", "objective": objective_of(model, m.tokenizer.eot, is_apart, chat)}
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=model.vocab_size, **kind)
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
 
