@@ -28,6 +28,8 @@ class Execution:
     guard            which updates are skipped as outliers
     zero             the ZeRO stage of several ranks: each holds only its share of 1 the optimizer state, 2 the
                      gradients too, 3 the parameters too; 0: of nothing
+    documents        a sequence holds several documents, which attention and positions keep apart. Trainer sets it
+                     where the data's objective gives their bounds
 
     Raises HandgradError for another word or a size that cannot be.
 
@@ -44,6 +46,7 @@ class Execution:
     check: str = "off"
     guard: Guard = Guard()
     zero: int = 1
+    documents: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "head_bytes", "threads"):

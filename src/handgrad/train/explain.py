@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from handgrad.backends.base import Planner
 from handgrad.backends.ref import RefBackend
@@ -92,7 +91,6 @@ def explain(
     accumulation: int = 1,
     optim: Optimizer = AdamW(),
     remedies: bool = True,
-    documents: bool = False,
 ) -> Explanation:
     """What a run of these settings would record and allocate. Nothing is allocated here.
 
@@ -102,7 +100,6 @@ def explain(
         cluster (`GpuRanks`) the time of a step is predicted, too
     accumulation: micro-batches of a step, on each rank
     remedies: whether what would save memory is priced, each by a plan of its own
-    documents: a sequence of the data holds several, which are kept apart
 
     >>> import handgrad as hg
     >>> page = hg.explain(hg.models.gpt2("124m"), seq_len=1024, execution=hg.Execution(micro_batch=16))
@@ -111,8 +108,8 @@ def explain(
     """
 
     def lay_out(execution: Execution, accumulation: int) -> tuple[Program, Plan]:
-        kind = {"accumulates": accumulation > 1, "documents": documents}
-        programs = record(model, optim, seq_len, precision, execution, backend, **kind)
+        accumulates = accumulation > 1
+        programs = record(model, optim, seq_len, precision, execution, backend, accumulates=accumulates)
         return programs.train, backend.plan(*programs)
 
     program, layout = lay_out(execution, accumulation)
@@ -127,8 +124,7 @@ def explain(
     if isinstance(backend, GpuRanks):
         cluster = backend.cluster
         chunks = head_chunks(model, seq_len, precision, execution, backend)
-        kind: dict[str, Any] = {"accumulates": True, "chunks": chunks, "documents": documents}
-        alone = record_train(model, optim, seq_len, precision, execution, **kind)
+        alone = record_train(model, optim, seq_len, precision, execution, chunks=chunks, accumulates=True)
         prediction = predict(
             program,
             alone,

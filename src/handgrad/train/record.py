@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
@@ -45,19 +44,16 @@ def record(
     planner: Planner,
     *,
     accumulates: bool,
-    documents: bool = False,
 ) -> Programs:
-    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank.
-
-    documents: a sequence of the data holds several, which are kept apart
-    """
+    """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
     ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
-    kind: dict[str, Any] = {"chunks": chunks, "documents": documents}
-    train = record_train(model, optim, seq_len, precision, execution, accumulates=accumulates, ranks=ranks, **kind)
+    train = record_train(
+        model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
+    )
     programs = Programs(
         train,
-        record_loss(model, seq_len, precision, execution, **kind) if "val" in extra else None,
+        record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
         record_engine(model, precision.working) if "sample" in extra and model.continues_text else None,
         record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
     )
@@ -78,12 +74,11 @@ def record_train(
     *,
     chunks: int,
     accumulates: bool = False,
-    documents: bool = False,
     ranks: Ranks = ALONE,
 ) -> Program:
     """The list of one step of one of the `ranks`: forward, backward | norm | update.
 
-    chunks: of the head's logits.  accumulates: a step has several micro-batches.  documents: see `record`
+    chunks: of the head's logits.  accumulates: a step has several micro-batches.
     """
     if seq_len > model.max_seq_len:
         rule = f"the model reads at most {model.max_seq_len} tokens"
@@ -97,18 +92,16 @@ def record_train(
         master=precision.master_weights,
         ranks=ranks,
     )
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks, documents)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)
     return p
 
 
-def record_loss(
-    model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int, documents: bool = False
-) -> Program:
+def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch."""
     p = Program(precision.working)
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks, documents)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     return p
 
 

@@ -82,6 +82,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    execution = replace(execution, documents=holds_documents(data))
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
     try:
@@ -370,8 +371,7 @@ def with_remedies(
 ) -> HandgradError:
     """The error of an arena that does not fit, with what each remedy would save."""
     count = micro_batches(data, execution.micro_batch, backend.comm.world)
-    kind: dict[str, Any] = {"accumulation": count, "documents": holds_documents(data)}
-    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, **kind)
+    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, accumulation=count)
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0

@@ -4,6 +4,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -88,6 +89,7 @@ class Trainer:
     ):
         check_kinds(optim, data, execution)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
+        execution = replace(execution, documents=execution.documents or holds_documents(data))
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = execution, precision
         self.comm = open_comm() if backend is None else backend.comm
@@ -98,8 +100,8 @@ class Trainer:
             drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
-        kind = {"accumulates": self.accumulation > 1, "documents": holds_documents(data)}
-        programs = record(model, optim, data.seq_len, precision, execution, self.backend, **kind)
+        accumulates = self.accumulation > 1
+        programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
         self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)
