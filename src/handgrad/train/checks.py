@@ -42,11 +42,6 @@ def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
     return count
 
 
-def holds_documents(data: Tokens) -> bool:
-    """Whether a sequence holds several documents that the model keeps apart: positions begin anew at each."""
-    return "positions" in data.objective.inputs
-
-
 def limit_ids(model: Model, data: Tokens) -> None:
     """Has every batch checked against the vocabulary: a kernel would read past the embedding.
 

@@ -1,11 +1,12 @@
 """Execution: micro-batch, memory, backend and checks of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.ranks import STAGES
+from handgrad.data import Tokens
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -62,3 +63,8 @@ class Execution:
         for name, word, known in words:
             if word not in known:
                 raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")
+
+
+def for_data(execution: Execution, data: Tokens) -> Execution:
+    """The same, with documents kept apart where the data's objective gives their bounds."""
+    return replace(execution, documents=execution.documents or "positions" in data.objective.inputs)

@@ -12,7 +12,6 @@ from handgrad.core.errors import HandgradError
 from handgrad.data import Tokens, common_meta
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
-from handgrad.train.checks import holds_documents
 from handgrad.train.config import PACKAGED, by_group
 from handgrad.train.execution import Execution
 from handgrad.train.folder import Lock, describe, holds_run, recorded
@@ -112,7 +111,7 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
         "batch_tokens": data.batch_tokens,
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
-    values["documents"] = holds_documents(data) and data.packing is None  # of chat data it is no choice
+    values["documents"] = execution.documents and data.packing is None  # of chat data it is no choice
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
     if isinstance(optim, AdamW):
         values |= {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.eps}

@@ -20,9 +20,9 @@ from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import AdamW, schedules
-from handgrad.train.checks import holds_documents, micro_batches
+from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
-from handgrad.train.execution import Execution
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.journal import tokenizer_of
@@ -81,8 +81,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
-    execution = replace(execution, documents=holds_documents(data))
+    execution = for_data(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), data)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
     try:
