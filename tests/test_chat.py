@@ -189,6 +189,27 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
     )
 
 
+def test_a_folder_holds_one_data_set(made, tmp_path, capsys):
+    """What a killed run left is not taken over, and a text that replaces chats leaves no marks."""
+    source, out = write_rows(tmp_path / "a.jsonl", rows(9)), tmp_path / "out"
+    (out / ".preparing").mkdir(parents=True)
+    for name in ("train_000007.bin", "train_000007.mask", "other.json", "progress.json"):
+        (out / ".preparing" / name).write_text("left")
+    assert chat(made["chatml"], source, out=out) == 0
+    shards = {f"{split}_000000.{end}" for split in ("train", "val") for end in ("bin", "mask")}
+    about = {"SHA256SUMS", "meta.json", "tokenizer.json"}
+    assert {path.name for path in out.iterdir()} == shards | about | {OWN}
+    assert chat(made["chatml"], source, template="qwen2.5", out=out) == 2
+    assert (
+        "tokens of another, or by another tokenizer. hint: use another --out, or --replace" in capsys.readouterr().err
+    )
+    (tmp_path / "a.txt").write_text("Hello us " * 99)
+    words = ["--tokenizer", f"{made['chatml']}/tokenizer.json", "--out", str(out), "--replace"]
+    assert main(["data", "text", str(tmp_path / "a.txt"), *words]) == 0
+    assert not list(out.glob("*.mask")) and "chat" not in json.loads((out / "meta.json").read_text())
+    assert main(["data", "check", str(out)]) == 0
+
+
 USER = {"role": "user", "content": "a"}
 REPLY = {"role": "assistant", "content": "b"}
 BAD = {

@@ -192,25 +192,37 @@ def make_chat(argv: list[str]) -> None:
     tokenizer, folder = model_of(a.model)
     encoder = tokenizers.ChatEncoder(tokenizer, folder, a.template)
     kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
-    with bar() as progress:
+    with bar(f"{a.out} is as it was") as progress:
         meta = data.prepare_chat(a.files, a.out, tokenizer, encoder, progress=progress, **kind)
     for split in ("train", "val"):
         m = meta[split]
         print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
     print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
-    print(f"train on it: handgrad train --init {quote(a.model)} --train {quote(a.out)} --lr 2e-5 --steps 0")
+    init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
 
 
 def model_of(word: str) -> tuple[tokenizers.Tokenizer, Path]:
     """Returns the tokenizer of the model that `word` names, and the folder that may hold its template."""
-    if word == "gpt2" or word.endswith(".json"):
-        return tokenizer_of(word), Path(word).parent
+    if is_tokenizer(word):
+        return tokenizer_of(word), Path(word).parent if word.endswith(".json") else Path(word)
     source = open_source(word)
     return source.tokenizer(), source.path
 
 
+def is_tokenizer(word: str) -> bool:
+    """Whether a word names a tokenizer, without a model."""
+    return word == "gpt2" or word.endswith(".json")
+
+
 class bar:
-    """A progress bar on standard error while the block runs, if standard error is a terminal."""
+    """A progress bar on standard error while the block runs, if standard error is a terminal.
+
+    kept: what is said of the folder when the user stops it
+    """
+
+    def __init__(self, kept: str = "finished shards are kept; the same command continues after them"):
+        self.kept = kept
 
     def __enter__(self) -> Callable[[int, int, int], None]:
         columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens")
@@ -225,7 +237,7 @@ class bar:
     ) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            print("finished shards are kept; the same command continues after them", file=sys.stderr)
+            print(self.kept, file=sys.stderr)
 
 
 def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Tokenizer:
