@@ -131,7 +131,7 @@ def test_every_verb_has_examples_and_completion():
         ("handgrad completion z", {"zsh"}),
         ("handgrad data text --tokenizer c", {"chars", "corpus"}),
         ("handgrad data text --tokenizer g", {"gpt2", "gpt2.bin"}),
-        ("handgrad data c", {"check"}),
+        ("handgrad data c", {"chat", "check"}),
         ("handgrad data check p", {"plays"}),
         ("handgrad data text c", {"corpus"}),
     ],
@@ -225,7 +225,7 @@ def test_completion_in_other_shells(name, capsys):
         (
             "data",
             "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, labels, "
-            "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
+            "chat, hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
         ),
         ("data check", "[data] after check comes a folder, but got nothing."),
         ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),

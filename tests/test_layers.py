@@ -39,6 +39,7 @@ OUTSIDE = {
     "gguf": "io",
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",
+    "jinja2": "tokenizers",
     "tyro": "cli",
     "yaml": "cli",
     "rich": "train cli",

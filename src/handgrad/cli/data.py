@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from handgrad import data, tokenizers
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.infer.load import open_source
 from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
@@ -96,6 +97,25 @@ class Labelled(Shards):
     """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
 
 
+class Chats:
+    """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
+
+    files: Files = ()
+    """the files; JSON lines may be .gz, .xz or .bz2"""
+    model: str = ""
+    """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
+    template: str = ""
+    """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
+    out: str = "chat"
+    """folder for train_*.bin and .mask, val_*.bin and .mask, meta.json and SHA256SUMS"""
+    val_fraction: float = 0.05
+    """share of the rows, evenly spread, that becomes the validation set; 0: none"""
+    shard_tokens: int = 10_000_000
+    """tokens in a full shard"""
+    replace: bool = False
+    """replace shards of another source, template or tokenizer in the folder"""
+
+
 @dataclass(frozen=True)
 class Questions:
     """A multiple-choice benchmark."""
@@ -118,6 +138,7 @@ RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, 
     "parquet": (Rows, "data", "Parquet tables"),
     "text": (Text, "data", "text files"),
     "labels": (Labelled, "data", "JSON lines of texts and their labels, for a BERT that classifies"),
+    "chat": (Chats, "chat", "chats, for fine-tuning: JSON lines"),
     "hellaswag": (Questions, "hellaswag", "10,042 questions: choose the ending of a story"),
     "mmlu": (Questions, "mmlu", "14,042 questions: exams in 57 subjects"),
 }
@@ -148,6 +169,8 @@ def main(argv: list[str]) -> int:
         print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {quote(f'{word}={path}')}")
     elif RECIPES[word][0] is Labelled:
         make_labels(parse(Labelled, rest, f"data {word}"), RECIPES[word][1])
+    elif word == "chat":
+        make_chat(rest)
     else:
         make(word, rest)
     return 0
@@ -201,8 +224,46 @@ def make_labels(a: Labelled, folder: str) -> None:
     print(f"train on them: handgrad train --init BERT --train {quote(out)}")
 
 
+def make_chat(argv: list[str]) -> None:
+    """Builds a data set of chats, with a progress bar on a terminal, and prints its size."""
+    a = parse(Chats, argv, "data chat")
+    if not a.files or not a.model:
+        rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
+        raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
+    tokenizer, folder = model_of(a.model)
+    encoder = tokenizers.ChatEncoder(tokenizer, folder, a.template)
+    kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
+    with bar(f"{a.out} is as it was") as progress:
+        meta = data.prepare_chat(a.files, a.out, tokenizer, encoder, progress=progress, **kind)
+    for split in ("train", "val"):
+        m = meta[split]
+        print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
+    print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
+    init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
+
+
+def model_of(word: str) -> tuple[tokenizers.Tokenizer, Path]:
+    """Returns the tokenizer of the model that `word` names, and the folder that may hold its template."""
+    if is_tokenizer(word):
+        return tokenizer_of(word), Path(word).parent if word.endswith(".json") else Path(word)
+    source = open_source(word)
+    return source.tokenizer(), source.path
+
+
+def is_tokenizer(word: str) -> bool:
+    """Whether a word names a tokenizer, without a model."""
+    return word == "gpt2" or word.endswith(".json")
+
+
 class bar:
-    """A progress bar on standard error while the block runs, if standard error is a terminal."""
+    """A progress bar on standard error while the block runs, if standard error is a terminal.
+
+    kept: what is said of the folder when the user stops it
+    """
+
+    def __init__(self, kept: str = "finished shards are kept; the same command continues after them"):
+        self.kept = kept
 
     def __enter__(self) -> Callable[[int, int, int], None]:
         columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens")
@@ -217,7 +278,7 @@ class bar:
     ) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            print("finished shards are kept; the same command continues after them", file=sys.stderr)
+            print(self.kept, file=sys.stderr)
 
 
 def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Tokenizer:

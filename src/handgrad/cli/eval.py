@@ -142,9 +142,13 @@ def questions(name: str, where: str | Path, a: Eval, m: Model) -> tuple[Any, int
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
-    T = T or m.source.model.usual_seq_len
-    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
+    settings, model = run_data(Path(a.run)), m.source.model
+    T = whole("eval", "seq_len in the run's settings", settings.get("seq_len", 0), 0) or model.usual_seq_len
+    found, documents = hg_data.common_meta(hg_data.find_shards(where, "val")), settings.get("documents") is True
+    meta = found[1] if found else None
+    objective = objective_of(model, m.tokenizer.eot, m.tokenizer, meta=meta, documents=documents)
+    kind: dict[str, Any] = {"split": "val", "objective": objective}
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=model.vocab_size, **kind)
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
 

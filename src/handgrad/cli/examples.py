@@ -40,6 +40,9 @@ handgrad profile tiny --by call""",
     "data jsonl": "\nhandgrad data jsonl part1.jsonl part2.jsonl.gz --column text --out mydata",
     "data parquet": "\nhandgrad data parquet part1.parquet --out mydata --workers 8",
     "data labels": "\nhandgrad data labels reviews.jsonl --tokenizer bert-base-uncased --out reviews",
+    "data chat": """
+handgrad data chat chats.jsonl --model hf:HuggingFaceTB/SmolLM2-135M-Instruct --out mychats
+handgrad data chat chats.jsonl --model model/tokenizer.json --template llama3""",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
     "ops": """
 handgrad ops

@@ -5,8 +5,9 @@ from handgrad.data.labels import Labels
 from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, labelled, read_meta
-from handgrad.data.objectives import Causal, Objective
+from handgrad.data.objectives import Causal, Chat, Objective
 from handgrad.data.prepare.build import check
+from handgrad.data.prepare.chat import prepare_chat
 from handgrad.data.prepare.labels import Columns, prepare_labels
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
@@ -16,6 +17,7 @@ from handgrad.data.spans import Spans
 
 __all__ = [
     "Causal",
+    "Chat",
     "Choices",
     "Columns",
     "Labels",
@@ -32,6 +34,7 @@ __all__ = [
     "labelled",
     "open_shard",
     "prepare",
+    "prepare_chat",
     "prepare_labels",
     "prepare_questions",
     "prepare_text",

@@ -15,18 +15,28 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields (location for error messages, object) of each line of JSON that is not blank. See `blocks`, `json_row`."""
+    for _, rows in json_blocks(path):
+        yield from rows
+
+
+def json_blocks(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, dict]]]]:
+    """Yields (bytes of the file read so far, its next rows, as `json_rows` yields them), a block at a time."""
     number = 0
-    for _, _, lines in blocks(path):
-        for line in lines:
-            number += 1
-            if line.strip():
-                where = f"{path}, line {number}"
-                row = json_row(line, where)
-                if not isinstance(row, dict):
-                    raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
-                if _HALF.search(line):
-                    row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
-                yield where, row
+    for read, _, lines in blocks(path):
+        yield read, _rows(path, lines, number)
+        number += len(lines)
+
+
+def _rows(path: Path, lines: list[bytes], before: int) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, before + 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = json_row(line, where)
+            if not isinstance(row, dict):
+                raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
+            if _HALF.search(line):
+                row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
+            yield where, row
 
 
 def json_row(line: bytes, where: str) -> object:

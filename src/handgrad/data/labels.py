@@ -37,6 +37,7 @@ class Labels:
     record: int
     static: ClassVar[bool] = True  # a window is a text
     partners: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     vocab_size: ClassVar[int | None] = None
     inputs: ClassVar[tuple[str, ...]] = ("ids", "types", "first", "last", "targets")
 
@@ -59,7 +60,7 @@ class Labels:
         return seq_len
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
         labels, text = raw[:, 0], raw[:, 1:]
         inside = text != self.pad_id

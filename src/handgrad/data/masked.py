@@ -14,6 +14,7 @@ and a sequence depends on its windows and its number alone. With next_sentence, 
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -76,6 +77,7 @@ class Masked:
     static: bool = False
     next_sentence: bool = False
     eot: int | None = None
+    packs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -125,12 +127,12 @@ class Masked:
         return seq_len
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
-        if partner is None:
+        if beside is None:
             arrays = self._single(raw)
         else:
-            arrays = self._pair(raw, partner, draw)
+            arrays = self._pair(raw, beside, draw)
         ids, count = arrays["ids"], arrays.pop("count")
         T = ids.shape[1]
         if "first" in names or "last" in names:

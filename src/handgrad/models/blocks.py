@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from handgrad.core.dtypes import F32
+from handgrad.core.dtypes import F32, I32
 from handgrad.core.params import ONES, ZEROS, Init, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -35,7 +35,8 @@ Branch = tuple[Tensor, Tensor | None]
 def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """(N, C): `scale` times the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache,
     positions continue after its tokens."""
-    return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=scale)
+    positions = g.input("positions", data.ids.shape, I32) if wpe is not None and data.documents else None
+    return g.emit(embed, data.ids, wte, wpe, positions, T=data.seq_len, decode=data.cache > 0, scale=scale)
 
 
 def dense(

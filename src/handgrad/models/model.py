@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from handgrad.core.dtypes import F32, I32, DType
@@ -32,6 +32,7 @@ class Batch:
     source: Tensor | None = None  # i32, the ids that an encoder reads, batch_size texts of one length
     source_last: Tensor | None = None  # (batch_size * seq_len,) i32, the last token of its source that a row sees
     rows: Tensor | None = None  # i32, the rows that the head predicts, -1 for none; None: all
+    documents: bool = False  # a sequence holds several, which `first` keeps apart: positions begin anew at each
 
 
 class Model(Protocol):
@@ -138,9 +139,17 @@ class EncoderDecoder(Model, Protocol):
 # whole models ---------------------------------------------------------------------------------------------------------
 
 
-def forward_loss(g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1) -> Tensor:
-    """Records inputs, body and losses; the input "targets" has as many rows as the body returns."""
-    x = model.body(g, model.inputs(g, batch_size, seq_len))
+def forward_loss(
+    g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1, documents: bool = False
+) -> Tensor:
+    """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
+
+    documents: sequences hold several, which the input "first" keeps apart, for a model that continues texts
+    """
+    data = model.inputs(g, batch_size, seq_len)
+    if documents:
+        data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
+    x = model.body(g, data)
     return model.loss(g, x, g.input("targets", x.shape[:1], I32), chunks)
 
 

@@ -7,6 +7,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer, neutral_prompt
 from handgrad.tokenizers.chars import CharTokenizer, chars
+from handgrad.tokenizers.chat import TEMPLATES, ChatEncoder
 from handgrad.tokenizers.ends import id_list, model_ends
 from handgrad.tokenizers.file import FileTokenizer, continuations, from_file, read_library, special_ids, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
@@ -14,6 +15,8 @@ from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
 
 __all__ = [
+    "TEMPLATES",
+    "ChatEncoder",
     "Tokenizer",
     "chars",
     "continuations",

@@ -75,6 +75,8 @@ class DataConfig:
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True
     """visit the sequences in random order"""
+    documents: bool = False
+    """a token sees only its own document, which the end-of-text id begins; of chat data it always sees only its row"""
     overfit: bool = False
     """every step takes the batch of the first: can the model memorise it?"""
 

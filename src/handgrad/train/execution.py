@@ -1,11 +1,12 @@
 """Execution: micro-batch, memory, backend and checks of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.ranks import STAGES
+from handgrad.data import Tokens
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -28,6 +29,8 @@ class Execution:
     guard            which updates are skipped as outliers
     zero             the ZeRO stage of several ranks: each holds only its share of 1 the optimizer state, 2 the
                      gradients too, 3 the parameters too; 0: of nothing
+    documents        a sequence holds several documents, which attention and positions keep apart. Trainer sets it
+                     where the data's objective gives their bounds
 
     Raises HandgradError for another word or a size that cannot be.
 
@@ -44,6 +47,7 @@ class Execution:
     check: str = "off"
     guard: Guard = Guard()
     zero: int = 1
+    documents: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "head_bytes", "threads"):
@@ -59,3 +63,8 @@ class Execution:
         for name, word, known in words:
             if word not in known:
                 raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")
+
+
+def for_data(execution: Execution, data: Tokens) -> Execution:
+    """The same, with documents kept apart where the data's objective gives their bounds."""
+    return replace(execution, documents=execution.documents or "positions" in data.objective.inputs)

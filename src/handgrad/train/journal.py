@@ -112,6 +112,7 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
         "batch_tokens": data.batch_tokens,
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
+    values["documents"] = execution.documents and data.packing is None  # of chat data it is no choice
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
     return by_group(values | optimizer_settings(optim))
 

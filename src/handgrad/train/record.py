@@ -92,7 +92,7 @@ def record_train(
         master=precision.master_weights,
         ranks=ranks,
     )
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)
     return p
@@ -101,7 +101,7 @@ def record_train(
 def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch."""
     p = Program(precision.working)
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     return p
 
 

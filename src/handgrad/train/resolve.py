@@ -25,7 +25,7 @@ from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
-from handgrad.train.execution import Execution
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.heads import as_classifier, for_labels
@@ -86,7 +86,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    execution = for_data(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), data)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
     try:
@@ -104,6 +104,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
     facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
     facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
     peak_flops = backend.peak_flops(h.dtype)
@@ -252,7 +253,7 @@ def training_data(c: Config, shards: str, model: Model, world: int, tokenizer: t
     """The batches that the settings ask for, of so many ranks."""
     d, paths = c.data, hg_data.find_shards(shards)
     meta = hg_data.common_meta(paths)
-    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None)
+    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None, d.documents)
     usual = objective.seq_len if isinstance(objective, hg_data.Labels) else model.usual_seq_len
     seq_len = d.seq_len or usual
     held_out = [path for path in paths if path.name.startswith("val_")]
@@ -278,15 +279,24 @@ def objective_of(
     tokenizer: tokenizers.Tokenizer | None = None,
     whole_word: bool = False,
     meta: dict[str, Any] | None = None,
+    documents: bool = False,
 ) -> hg_data.Objective:
-    """What a model learns from a text.
+    """What a model learns from a text, or from chat data.
 
-    eot: the id between documents;  whole_word: a BERT's words are masked whole
+    eot: the id between documents;  documents: attention stays within them;  whole_word: a BERT's words are masked whole
     tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
     meta: what meta.json says of the shards
     """
+    is_chat = "chat" in (meta or {})
     if whole_word and not isinstance(model, Bert):
         raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
+    if (is_chat or documents) and not model.continues_text:
+        rule = f"{'chat data' if is_chat else '--documents'} is for models that continue texts"
+        raise HandgradError("data", rule, f"a {model.family}")
+    if is_chat:
+        return hg_data.Chat()
+    if documents and eot is None:
+        raise HandgradError("data", "--documents needs an end-of-text id, which begins each", "a tokenizer without one")
     if isinstance(model, T5):
         first, end, pad = model.special_ids
         if first >= model.vocab_size:
@@ -294,7 +304,7 @@ def objective_of(
             raise HandgradError("model", rule, f"{model.vocab_size} tokens")
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
-        return hg_data.Causal()
+        return hg_data.Causal(eot if documents else None)
     id_of, continues = special_ids(model, tokenizer), None
     known = hg_data.labelled(meta, "the data")
     if model.labels and known:

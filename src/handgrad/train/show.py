@@ -57,9 +57,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
     steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
+    chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
+        *chat,
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),

@@ -30,7 +30,7 @@ from handgrad.io import checkpoint
 from handgrad.models import Model, declare, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
-from handgrad.train.execution import Execution
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
@@ -82,7 +82,7 @@ class Trainer:
         check_kinds(optim, data, execution)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
-        self.execution, self.precision = execution, precision
+        self.execution, self.precision = for_data(execution, data), precision
         self.comm = open_comm() if backend is None else backend.comm
         self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
         limit_ids(model, data)
@@ -92,7 +92,7 @@ class Trainer:
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
-        programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
+        programs = record(model, optim, data.seq_len, precision, self.execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
         self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)

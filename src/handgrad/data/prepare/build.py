@@ -28,9 +28,9 @@ from handgrad.data.prepare.workers import Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 
 SUMS = "SHA256SUMS"
-_SPLITS = ("train", "val")
+SPLITS = ("train", "val")
 _PROGRESS = "progress.json"
-_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
+_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 Progress = Callable[[int, int, int], None]
@@ -123,17 +123,17 @@ def build(
         raise HandgradError("data", "workers must be at least 1", settings.workers)
     out_dir = Path(out_dir)
     try:
-        with _claimed(out_dir) as building:
+        with claimed(out_dir) as building:
             spec = tokenizer.save(building)
             words = [recipe, spec, settings.shard_tokens, settings.val_tokens, settings.about]
             plan = _fingerprint(words, parts, building)
             if not settings.replace:
-                _check_replaces(out_dir, _origin(recipe, parts, spec))
+                check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
             meta = _meta(recipe, parts, tokenizer, spec, done) | settings.about
             _check_splits(meta, settings, building)
-            _install(building, out_dir, meta, done)
+            install(building, out_dir, meta, {shard["name"]: shard["sha256"] for shard in done.shards})
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
     return meta
@@ -170,7 +170,7 @@ def check(folder: str | Path) -> dict[str, int]:
 
 
 @contextmanager
-def _claimed(out_dir: Path) -> Iterator[Path]:
+def claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
     try:
@@ -198,11 +198,11 @@ def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def _check_replaces(out_dir: Path, origin: dict) -> None:
+def check_replaces(out_dir: Path, origin: dict) -> None:
     """Raises HandgradError if the folder holds shards of another source or tokenizer."""
     meta = read_meta(out_dir)
     if meta is not None and any(meta.get(key) != value for key, value in origin.items()):
-        got = f"{sum(meta[split].get('tokens', 0) for split in _SPLITS):,} tokens of another, or by another tokenizer"
+        got = f"{sum(meta[split].get('tokens', 0) for split in SPLITS):,} tokens of another, or by another tokenizer"
         raise HandgradError(
             "data", f"{out_dir} holds shards of this source", got, hint="use another --out, or --replace"
         )
@@ -210,14 +210,14 @@ def _check_replaces(out_dir: Path, origin: dict) -> None:
 
 def _check_splits(meta: dict, settings: Settings, building: Path) -> None:
     """Raises HandgradError if a split has no tokens; nothing is kept to resume from, as it would fail again."""
-    wanted = _SPLITS if settings.wants_val else ("train",)
+    wanted = SPLITS if settings.wants_val else ("train",)
     missing = [split for split in wanted if not meta[split]["tokens"]]
     if not missing:
         return
     (building / _PROGRESS).unlink(missing_ok=True)
     hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
     hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
-    got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
+    got = f"none of {sum(meta[split]['tokens'] for split in SPLITS):,}"
     raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
 
 
@@ -283,7 +283,7 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Yields the ids after `done` in pieces that do not cross shards."""
     sizes = list(accumulate((part.size for part in parts), initial=0))
-    counts = {split: done.tokens(split) for split in _SPLITS}
+    counts = {split: done.tokens(split) for split in SPLITS}
     skip, full, replaced = done.ids, settings.shard_tokens, done.replaced
     for (index, number, read), found in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
         at, ids = skip, found.ids
@@ -315,7 +315,7 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
         "vocab_size": tokenizer.vocab_size,
         "dtype": id_dtype(tokenizer.vocab_size).name,
     }
-    for split in _SPLITS:
+    for split in SPLITS:
         meta[split] = {"tokens": done.tokens(split)}
         if all(part.split for part in parts):
             meta[split]["bytes"] = sum(part.size for part in parts if part.split == split)
@@ -325,9 +325,11 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
     return meta
 
 
-def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
-    """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
-    sums = {shard["name"]: shard["sha256"] for shard in done.shards}
+def install(building: Path, out_dir: Path, meta: dict, sums: dict[str, str]) -> None:
+    """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture.
+
+    sums: the checksums of the new files; those of meta.json and of the tokenizer are added
+    """
     write_text(building / META, json.dumps(meta, indent=2) + "\n")
     for path in [*_tokenizer_files(building), building / META]:
         sums[path.name] = sha256_of(path)
@@ -343,7 +345,7 @@ def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
         if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
     flush(out_dir)
-    (building / _PROGRESS).unlink()
+    (building / _PROGRESS).unlink(missing_ok=True)
 
 
 def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:
