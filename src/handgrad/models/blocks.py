@@ -220,9 +220,9 @@ def lm_head_loss(
     weights: (N,) f32, factors of the losses and of their gradients
     """
     attrs: dict[str, Any] = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
-    if g.trains:
-        into = {"dw": g.grad(w), "db": None if b is None else g.grad(b)}
-        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, **attrs)
+    if g.trains and any(map(g.wants, (x, w, b))):
+        into, without = {"dw": g.wanted_grad(w), "db": g.wanted_grad(b)}, () if g.wants(x) else ("dx",)
+        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, without=without, **attrs)
     else:
         losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})
