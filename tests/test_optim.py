@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from handgrad.core.params import ONES, normal
 from handgrad.core.program import Program
 from handgrad.data import tokens
 from handgrad.ops.adamw.reference import join_weight, split_weight
-from handgrad.optim import AdamW, record_step, schedules
-from handgrad.train.config import Config, OptimConfig, from_names
+from handgrad.optim import OPTIMIZERS, AdamW, record_step, schedules
+from handgrad.train.config import Config, OptimConfig, OptimizerName, from_names
 from handgrad.train.execution import Execution
+from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.trainer import Trainer
@@ -226,3 +228,12 @@ def test_adamw_matches_pytorch_over_ten_steps(clip, backend, dtype):
         judge.step()
     for name, w in torch_params.items():
         np.testing.assert_allclose(weights[name], w.detach().numpy(), rtol=2e-6, atol=2e-6)  # for bf16, too
+
+
+def test_settings_name_an_optimizer_and_stand_for_it():
+    """`--optimizer` and its own settings make the optimizer; a Trainer's journal records the same settings."""
+    settings = OptimConfig(beta1=0.8, beta2=0.97, eps=1e-7, weight_decay=0.2, clip=0.5)
+    optim = optimizer_of(settings)
+    assert optim == AdamW((0.8, 0.97), 1e-7, 0.2, 0.5)
+    assert replace(OptimConfig(), **optimizer_settings(optim)) == settings
+    assert get_args(OptimizerName) == tuple(OPTIMIZERS)

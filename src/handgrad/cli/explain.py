@@ -16,8 +16,9 @@ from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import preset
-from handgrad.train.config import ComputeConfig, ModelConfig
+from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName
 from handgrad.train.explain import explain
+from handgrad.train.optimizers import optimizer_of
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.scaling import Cluster, GpuRanks
 
@@ -51,6 +52,8 @@ class Explain:
     """MFU that one GPU reaches, for the time of a step of several, such as 0.5; 0: as measured for the nearest model"""
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
+    optimizer: OptimizerName = OptimConfig.optimizer
+    """whose state the run holds"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
@@ -82,7 +85,9 @@ def main(argv: list[str]) -> int:
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
-    page = explain(model, seq_len, execution=execution, precision=precision, backend=backend, accumulation=accumulation)
+    kinds: dict[str, Any] = {"execution": execution, "precision": precision}
+    optim = optimizer_of(OptimConfig(optimizer=a.optimizer))
+    page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""
     print(f"{a.model}, {precision.dtype}, a step of {micro_batches}{each}\n")

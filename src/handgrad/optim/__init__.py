@@ -4,4 +4,6 @@ from handgrad.optim import schedules
 from handgrad.optim.adamw import AdamW
 from handgrad.optim.record import Optimizer, record_step
 
-__all__ = ["AdamW", "Optimizer", "record_step", "schedules"]
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}  # by the name that settings give them: dataclasses
+
+__all__ = ["OPTIMIZERS", "AdamW", "Optimizer", "record_step", "schedules"]

@@ -17,6 +17,8 @@ OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16"
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
+OptimizerName = Literal["adamw"]  # handgrad.optim.OPTIMIZERS
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -82,8 +84,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    optimizer: OptimizerName = "adamw"
+    """the rule of the update"""
     lr: float = 2e-3
     """peak learning rate"""
     beta1: float = 0.9

@@ -11,11 +11,12 @@ from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.data import Tokens, common_meta
 from handgrad.models import Model
-from handgrad.optim import AdamW, Optimizer
+from handgrad.optim import Optimizer
 from handgrad.train.config import PACKAGED, by_group
 from handgrad.train.execution import Execution
 from handgrad.train.folder import Lock, describe, holds_run, recorded
 from handgrad.train.log import RunLog
+from handgrad.train.optimizers import optimizer_settings
 from handgrad.train.step import Step
 
 _OPEN: WeakValueDictionary[Path, "Journal"] = WeakValueDictionary()  # by folder
@@ -112,10 +113,7 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
-    if isinstance(optim, AdamW):
-        values |= {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.eps}
-        values |= {"weight_decay": optim.weight_decay, "clip": optim.clip}
-    return by_group(values)
+    return by_group(values | optimizer_settings(optim))
 
 
 def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:

@@ -19,13 +19,14 @@ from handgrad.core.precision import Precision
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
-from handgrad.optim import AdamW, schedules
+from handgrad.optim import Optimizer, schedules
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.journal import tokenizer_of
+from handgrad.train.optimizers import optimizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
 from handgrad.train.start import Start
@@ -83,7 +84,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
     backend = open_backend(h.backend, h.threads, precision, comm)
-    optim = AdamW((o.beta1, o.beta2), o.eps, o.weight_decay, o.clip)
+    optim = optimizer_of(o)
     try:
         trainer = Trainer(
             model, optim, data, execution=execution, precision=precision, backend=backend, start=start, out=out
@@ -91,7 +92,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     except HandgradError as error:
         if error.where != "memory":
             raise
-        raise with_remedies(error, model, data, execution, precision, backend) from None
+        raise with_remedies(error, model, optim, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
     done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
@@ -347,6 +348,7 @@ def check_readable(
 def with_remedies(
     error: HandgradError,
     model: Model,
+    optim: Optimizer,
     data: hg_data.Tokens,
     execution: Execution,
     precision: Precision,
@@ -354,7 +356,8 @@ def with_remedies(
 ) -> HandgradError:
     """The error of an arena that does not fit, with what each remedy would save."""
     count = micro_batches(data, execution.micro_batch, backend.comm.world)
-    page = explain(model, data.seq_len, execution=execution, precision=precision, backend=backend, accumulation=count)
+    kinds: dict[str, Any] = {"execution": execution, "precision": precision}
+    page = explain(model, data.seq_len, backend=backend, accumulation=count, optim=optim, **kinds)
     saves = [(page.plan.nbytes - nbytes, name) for name, nbytes, _ in page.remedies]
     prices = "; ".join(
         f"{name} saves {saved / 2**30:.1f} GiB" for saved, name in sorted(saves, reverse=True) if saved > 0
