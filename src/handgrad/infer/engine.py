@@ -1,7 +1,8 @@
 """Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time."""
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,16 +12,20 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.sampling import Sampler, Sampling
 from handgrad.models import Model, forward_logits
+from handgrad.models.model import NONE
 
 PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(model: Model, dtype: DType, context: int = 0) -> tuple[Program, Program]:
+def record(
+    model: Model, dtype: DType, context: int = 0, adapters: Mapping[str, Any] = NONE
+) -> tuple[Program, Program]:
     """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head.
 
-    context: tokens that the cache holds; 0: the model's usual_seq_len
+    context: tokens that the cache holds; 0: the model's usual_seq_len;  adapters: see `Program.adapters`
     """
-    prefill, decode, context = Program(dtype), Program(dtype), context or model.usual_seq_len
+    prefill, decode = Program(dtype, adapters=adapters), Program(dtype, adapters=adapters)
+    context = context or model.usual_seq_len
     model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
     forward_logits(decode, model, 1, 1, cache=context)
     return prefill, decode

@@ -3,6 +3,7 @@
 from handgrad.models.bert import Bert
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
+from handgrad.models.lora import Lora
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.presets import gpt2, names, preset
@@ -14,6 +15,7 @@ __all__ = [
     "GPT2",
     "GPTNeoX",
     "Llama",
+    "Lora",
     "T5",
     "Batch",
     "Model",

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.core.dtypes import F32
-from handgrad.core.params import ONES, ZEROS, Init, normal
+from handgrad.core.params import ONES, ZEROS, Init, normal, uniform
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -18,8 +18,10 @@ from handgrad.ops import (
     embed,
     gated,
     linear,
+    linear_act,
     lm_loss,
     lm_loss_forward_backward,
+    lora,
     loss_sum,
     norm,
     rope,
@@ -52,7 +54,22 @@ def dense(
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), init)
         b = g.param("bias", (size,), ZEROS) if bias else None
-    return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b)
+            return y if act is Act.NONE else g.emit(linear_act, y, act=act)
+    keep_pre = act is not Act.NONE and g.trains and any(map(g.wants, (x, w, b)))
+    return g.emit(linear, x, w, b, None, act=act, keep_pre=keep_pre)[0]
+
+
+def adapted(g: Program, x: Tensor, w: Tensor, b: Tensor | None, pre_x: Tensor | None = None) -> Tensor:
+    """x w^T + b (N, M), and the adapter of w (models/lora.py): A and B are parameters of the current scope."""
+    a, plain, K = g.adapters[w.name], {"act": Act.NONE, "keep_pre": False}, x.shape[-1]
+    base = g.emit(linear, x, w, b, pre_x, **plain)[0]
+    low = drop(g, x, a.dropout)
+    down = g.param("lora_A.weight", (a.rank * len(a.spans), K), uniform(K**-0.5))
+    u = g.emit(linear, low, down, None, pre_x if low is x else None, **plain)[0]
+    up = g.param("lora_B.weight", (a.rows, a.rank), ZEROS)
+    return g.emit(lora, base, u, up, scale=a.scale, **a.columns)
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -97,11 +114,14 @@ def project(
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
+    drops = p > 0.0 and g.trains
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS) if bias else None
-    drops = p > 0.0 and g.trains
-    y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b if drops else None, pre_x)
+        else:
+            y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
@@ -189,7 +209,8 @@ def mlp(
     """down act(up x): two linears with biases, of these names, `size` wide between them."""
     with g.scope(name):
         h = dense(g, x, up, size, act=act)
-        pre = g.producer[h].pre  # None unless training
+        made = g.producer[h]  # its pre: None unless training
+        pre = made.pre if made.op is linear else None
         return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre)
 
 

@@ -6,6 +6,7 @@ from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.ranks import STAGES
+from handgrad.models.lora import Lora
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -26,6 +27,9 @@ class Execution:
     threads          of the cpu backend; 0: the physical cores that this process may use
     check            "nan" looks at every output of every call and names the first that is not finite; slow
     guard            which updates are skipped as outliers
+    train_only       patterns of the names of parameters that learn, as of the shell; the others are frozen: they have
+                     neither gradients nor optimizer state. None: all learn
+    lora             adapters, which alone learn; None: none
     zero             the ZeRO stage of several ranks: each holds only its share of 1 the optimizer state, 2 the
                      gradients too, 3 the parameters too; 0: of nothing
 
@@ -44,6 +48,8 @@ class Execution:
     check: str = "off"
     guard: Guard = Guard()
     zero: int = 1
+    train_only: tuple[str, ...] = ()
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "head_bytes", "threads"):
@@ -54,6 +60,10 @@ class Execution:
             raise HandgradError("execution", "head_bytes is not negative", self.head_bytes)
         if whole("execution", "zero", self.zero, 0) not in STAGES:
             raise HandgradError("execution", f"zero is one of {', '.join(map(str, STAGES))}", self.zero)
+        object.__setattr__(self, "train_only", tuple(self.train_only))
+        if self.train_only and self.lora:
+            rule = "adapters alone learn beside a frozen model: train_only goes without lora"
+            raise HandgradError("execution", rule, f"train_only {', '.join(self.train_only)}")
         words = [("recompute", self.recompute, tuple(POLICIES)), ("check", self.check, CHECKS)]
         words += [("an extra program", word, EXTRA_PROGRAMS) for word in self.extra_programs]
         for name, word, known in words:

@@ -51,6 +51,7 @@ class Explanation:
         lines = [
             f"parameters    {p.num_params - p.num_padding:,}, and {p.num_padding:,} of padded vocabulary rows"
             f" ({p.flat_size:,} with alignment)",
+            f"trainable     {p.num_trainable:,}",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
             f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",

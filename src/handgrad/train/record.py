@@ -16,6 +16,7 @@ from handgrad.models import Model, forward_loss
 from handgrad.ops import add, collectives
 from handgrad.optim import Optimizer, record_step
 from handgrad.train.execution import Execution
+from handgrad.train.tuning import adapters_of, learns
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ def record(
     """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
     ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
+    dtype, adapters, tokens = precision.working, adapters_of(model, execution), execution.micro_batch * seq_len
     train = record_train(
         model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
     )
     programs = Programs(
         train,
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
-        record_engine(model, precision.working) if "sample" in extra and model.continues_text else None,
-        record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
+        record_engine(model, dtype, 0, adapters) if "sample" in extra and model.continues_text else None,
+        record_scorer(model, dtype, tokens, adapters) if "score" in extra else (),
     )
     for p in programs if ranks.shares(3) > 1 else ():
         if p is not train:
@@ -91,6 +93,8 @@ def record_train(
         grad_dtype=precision.gradients,
         master=precision.master_weights,
         ranks=ranks,
+        trainable=learns(model, execution),
+        adapters=adapters_of(model, execution),
     )
     forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     backward(p, add, drop=POLICIES[execution.recompute])
@@ -100,7 +104,7 @@ def record_train(
 
 def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch."""
-    p = Program(precision.working)
+    p = Program(precision.working, adapters=adapters_of(model, execution))
     forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     return p
 

@@ -14,8 +14,10 @@ from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.backends.base import Backend
 from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Phase
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
+from handgrad.infer.adapters import read_peft
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
@@ -32,6 +34,7 @@ from handgrad.train.ranks import on_rank_0
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
     tokenizer = tokenizer_of(hg_data.find_shards(shards))
+    c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
     c, start, source = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
     data = training_data(c, shards, model, comm.world, tokenizer.eot)
@@ -82,7 +86,8 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    execution = tuned(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), c.tune)
+    start = with_adapter(start, c, model, execution, is_new=newest(out) is None or not r.resume)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
     try:
@@ -99,7 +104,8 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     if done > r.steps:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
-    facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
+    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
     facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
     peak_flops = backend.peak_flops(h.dtype)
@@ -113,11 +119,28 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         prompt=prompt,
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
-        flops_per_token=model.flops_per_token(num_params, data.seq_len),
+        flops_per_token=flops_of(trainer),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
     )
+
+
+def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
+    """What a run starts from, with the tensors of the adapter that --lora-init names."""
+    if not is_new or not c.tune.lora_init or execution.lora is None:
+        return start
+    return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
+
+
+def flops_of(trainer: Trainer) -> int:
+    """FLOP of forward and backward per token: the model's own count, or that of the calls where parameters are frozen,
+    because their gradients are not computed."""
+    p, seq_len = trainer.program, trainer.data.seq_len
+    if all(info.trainable for info in p.params.values()):
+        return trainer.model.flops_per_token(p.num_params, seq_len)
+    total = sum(c.flops for c in p.calls if c.phase in (Phase.FORWARD, Phase.BACKWARD))
+    return total // (trainer.execution.micro_batch * seq_len)
 
 
 def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:

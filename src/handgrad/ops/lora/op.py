@@ -46,7 +46,7 @@ CASES = (
     _case(N=19, M=77, R=3, spans=(0, 40, 60, 17)),
     _case(N=40, M=72, R=70, spans=(24, 24, 48, 24)),
     _case(N=300, M=40, R=9, spans=(8, 16)),
-    _case("llama-3.2-1b, q, k, v, B=4 T=256", N=1024, M=3072, R=16, spans=(0, 2048, 2048, 512, 2560, 512)),
+    _case("llama-3.2-1b, q, k, v, B=1 T=256", N=256, M=3072, R=16, spans=(0, 2048, 2048, 512, 2560, 512)),
 )
 
 
@@ -59,7 +59,7 @@ class Lora(Op):
     name = "lora"
     ins = "base:N,M u:N,U w:W,R"
     outs = "y:N,M"
-    attrs = {"scale": float} | dict.fromkeys(SPANS, int)
+    attrs = {"scale": float, "at0": int, "n0": int, "at1": int, "n1": int, "at2": int, "n2": int}
     params = "w"
     saved = "u w"
     cpu = CpuKernel(
