@@ -16,7 +16,15 @@ from handgrad.infer.load import Source, open_source
 from handgrad.io import hf
 from handgrad.tokenizers import Tokenizer
 
-OF_A_MODEL = ("adapter_*", "config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", *hf.TOKENIZER)
+OF_A_MODEL = (
+    "adapter_*",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "step_*",
+    "tokenizer*",
+    *hf.TOKENIZER,
+)
 
 FOREIGN = set(".pt .pth .ckpt .safetensors .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
 

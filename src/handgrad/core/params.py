@@ -20,8 +20,8 @@ FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so that a parameter is aligned 
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: "normal" with a standard deviation, "uniform" within plus and minus `std`, "ones" or "zeros"; rows
-    from `rows` on are zero.
+    """Initial values: "normal" with a standard deviation, "uniform" between -std and std, "ones" or "zeros"; rows from
+    `rows` on are zero.
 
     first: (rows, std) of the first rows, where a parameter is several matrices that start differently
     """

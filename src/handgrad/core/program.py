@@ -234,8 +234,7 @@ class Program:
                     self._written.add(target)
                     first.add(arg.name)
             elif arg.optional and (
-                arg.name in without
-                or not (sizes.keys() >= arg.letters and op.makes(arg.name, attrs, self.dtype))
+                arg.name in without or not (sizes.keys() >= arg.letters and op.makes(arg.name, attrs, self.dtype))
             ):
                 outs.append(None)
             else:

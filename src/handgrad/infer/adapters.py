@@ -11,7 +11,7 @@ from handgrad.io import peft
 from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, Weights
 from handgrad.models import Model, declare
-from handgrad.models.lora import A, B, Adapter, Lora, tensors
+from handgrad.models.lora import A, Adapter, B, Lora, tensors
 
 Read = Callable[[str], np.ndarray]  # a tensor of ours by name
 
@@ -75,7 +75,7 @@ def _places(lora: Lora, model: Model) -> list[tuple[str, tuple[int, ...], str, n
     if not model.hugging_face:
         raise HandgradError("lora", f"Hugging Face's library has no model of the family '{model.family}'")
     form, fields, params = Format(**model.hugging_face), asdict(model), declare(model).params
-    found = []
+    found: list[tuple[str, tuple[int, ...], str, np.ndarray]] = []
     for weight, a in lora.adapters(model).items():
         down, up = tensors(weight)
         order = form.order(weight, fields) if form.order else None

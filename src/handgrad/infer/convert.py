@@ -20,7 +20,6 @@ from handgrad.io.weights import NUMPY, with_rows
 from handgrad.models import GPT2, declare, to_dict
 from handgrad.ops.adamw.reference import split_weight
 
-
 SETTINGS = "config.json"  # of a run folder
 
 

@@ -17,9 +17,7 @@ from handgrad.models.model import NONE
 PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(
-    model: Model, dtype: DType, context: int = 0, adapters: Mapping[str, Any] = NONE
-) -> tuple[Program, Program]:
+def record(model: Model, dtype: DType, context: int = 0, adapters: Mapping[str, Any] = NONE) -> tuple[Program, Program]:
     """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head.
 
     context: tokens that the cache holds; 0: the model's usual_seq_len;  adapters: see `Program.adapters`

@@ -1,4 +1,4 @@
-"""peft's folders: adapter_config.json and adapter_model.safetensors of a LoRA adapter, by Hugging Face's module names."""
+"""peft's folders: adapter_config.json and adapter_model.safetensors of a LoRA adapter, by Hugging Face's names."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -63,7 +63,8 @@ def dense(
 
 def adapted(g: Program, x: Tensor, w: Tensor, b: Tensor | None, pre_x: Tensor | None = None) -> Tensor:
     """x w^T + b (N, M), and the adapter of w (models/lora.py): A and B are parameters of the current scope."""
-    a, plain, K = g.adapters[w.name], {"act": Act.NONE, "keep_pre": False}, x.shape[-1]
+    a, K = g.adapters[w.name], x.shape[-1]
+    plain: dict[str, Any] = {"act": Act.NONE, "keep_pre": False}
     base = g.emit(linear, x, w, b, pre_x, **plain)[0]
     low = drop(g, x, a.dropout)
     down = g.param("lora_A.weight", (a.rank * len(a.spans), K), uniform(K**-0.5))

@@ -80,7 +80,8 @@ class Lora:
 
     def adapters(self, model: Model) -> dict[str, Adapter]:
         """The adapters of a model's weights. Raises HandgradError for a target that it lacks."""
-        found, used, known = {}, set(), {}
+        found: dict[str, Adapter] = {}
+        used, known = set(), dict[str, None]()
         for weight, parts in linears(model).items():
             known |= {module.rpartition(".")[2]: None for module, _, _ in parts}
             chosen = [(part, [t for t in self.targets if matches(t, part[0])]) for part in parts]

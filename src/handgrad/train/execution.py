@@ -1,6 +1,7 @@
 """Execution: micro-batch, memory, backend and checks of a step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
@@ -69,3 +70,8 @@ class Execution:
         for name, word, known in words:
             if word not in known:
                 raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")
+
+    @property
+    def saved_lora(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of `lora`."""
+        return self.lora.to_dict() if self.lora else None

@@ -6,7 +6,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.core.program import Program
 from handgrad.infer.adapters import lora_of
 from handgrad.models import Lora, Model, declare
 from handgrad.models.lora import tensors
@@ -19,7 +21,7 @@ def settled(t: TuneConfig, is_resumed: bool) -> TuneConfig:
     if not t.lora_init or is_resumed:
         return t
     found = lora_of(Path(t.lora_init))
-    brought = {"lora_rank": found.rank, "lora_alpha": found.alpha, "lora_dropout": found.dropout}
+    brought: dict[str, Any] = {"lora_rank": found.rank, "lora_alpha": found.alpha, "lora_dropout": found.dropout}
     brought["lora_targets"] = ",".join(found.targets)
     for name, value in brought.items():
         if getattr(t, name) not in (getattr(TuneConfig, name), value):
@@ -34,6 +36,15 @@ def tuned(execution: Execution, t: TuneConfig) -> Execution:
     return replace(execution, train_only=words(t.train_only), lora=lora)
 
 
+def tune_settings(execution: Execution) -> dict[str, Any]:
+    """The settings that stand for what learns in an execution, by name."""
+    found: dict[str, Any] = {"train_only": ",".join(execution.train_only)}
+    if lora := execution.lora:
+        found |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        found["lora_targets"] = ",".join(lora.targets)
+    return found
+
+
 def words(text: str) -> tuple[str, ...]:
     """The words between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
@@ -42,6 +53,11 @@ def words(text: str) -> tuple[str, ...]:
 def adapters_of(model: Model, execution: Execution) -> Mapping[str, Any]:
     """The adapters of a run's programs, by weight."""
     return execution.lora.adapters(model) if execution.lora else {}
+
+
+def declared(model: Model, execution: Execution, dtype: DType) -> Program:
+    """A program that declares every parameter of a run."""
+    return declare(model, dtype, adapters_of(model, execution))
 
 
 def learns(model: Model, execution: Execution) -> Callable[[str], bool]:

@@ -263,8 +263,10 @@ def _forward(c: Call, entry: str, args: str, *, rms: bool = False) -> Launches:
 
 
 def _backward(c: Call, gpu: Gpu, args: str, sum_args: str, *, rms: bool) -> Launches:
-    """norm_backward_kernel and, if something learns, norm_backward_sum_kernel, with these arguments; {} is where partial
-    sums go."""
+    """norm_backward_kernel and, if something learns, norm_backward_sum_kernel, with these arguments.
+
+    {} in `args` is where partial sums go
+    """
     N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
     weights = c.dw is not None or (not rms and c.db is not None)
     streams, sums = 2 + (c.ds is not None), weights * (1 if rms else 2) + (c.dhb is not None)
@@ -297,8 +299,8 @@ def _backward(c: Call, gpu: Gpu, args: str, sum_args: str, *, rms: bool) -> Laun
 
 def _backward_call(
     g: Recorder, c: Call, op: Op, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None, *below: Tensor
-) -> Tensor | None:
-    """Appends `op`, the gradient of the norm of s; returns dx, or None if none of `below`, which s is made of, wants it.
+) -> Any:
+    """Appends `op`, the gradient of the norm of s; returns dx, None if none of `below`, which s is made of, wants it.
 
     ds: the gradient that reaches s past the norm;  hb: a bias added into s
     """

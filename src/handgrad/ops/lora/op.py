@@ -30,12 +30,12 @@ def _derive(d: dict[str, int]) -> None:
         raise HandgradError("lora", f"u has {d['R']} columns for each of {len(used)} spans", d["U"])
 
 
-def _case(real: str = "", *, spans: tuple[int, ...] = (), **sizes: int) -> Case:
+def _case(real: str = "", *, spans: tuple[int, ...] = (), **sizes: Any) -> Case:
     """A case with the spans (at, n, at, n, ...); none: all columns."""
     spans = spans or (0, sizes["M"])
-    given = dict(zip(SPANS, (*spans, *(0,) * (len(SPANS) - len(spans)))))
+    given: dict[str, Any] = dict(zip(SPANS, (*spans, *(0,) * (len(SPANS) - len(spans)))))
     U, W = sizes["R"] * len(spans[1::2]), sum(spans[1::2])
-    return case(real, **sizes, **given, U=U, W=W, scale=0.5)
+    return case(real, **given, **sizes, U=U, W=W, scale=0.5)
 
 
 CASES = (

@@ -17,7 +17,7 @@ def test_lora(name):
 
 
 def test_lora_is_pytorchs():
-    """q and v of packed q, k, v have adapters of their own, k has none: in float64 the oracle, in float32 the kernels."""
+    """q and v of packed q, k, v have adapters, k has none: in float64 the oracle, in float32 the kernels."""
     torch = pytest.importorskip("torch")
     case = next(c for c in lora.cases if c.sizes["n1"] and not c.sizes["n2"] and c.sizes["M"] == 77)
     p, c = case_program(lora, case, F32)
