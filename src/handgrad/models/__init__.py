@@ -1,6 +1,7 @@
 """Model families: one file each, a dataclass of sizes whose methods record the body and the head."""
 
 from handgrad.models.bert import Bert
+from handgrad.models.gemma import Gemma
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.lora import Lora
@@ -13,6 +14,7 @@ from handgrad.models.t5 import T5
 __all__ = [
     "Bert",
     "GPT2",
+    "Gemma",
     "GPTNeoX",
     "Llama",
     "Lora",
