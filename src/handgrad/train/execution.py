@@ -72,6 +72,6 @@ class Execution:
                 raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")
 
     @property
-    def saved_lora(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of `lora`."""
-        return self.lora.to_dict() if self.lora else None
+    def tuning(self) -> dict[str, Any]:
+        """What a checkpoint keeps of `lora` and `train_only`."""
+        return {"lora": self.lora.to_dict() if self.lora else None, "train_only": list(self.train_only)}

@@ -15,7 +15,7 @@ from handgrad.core.program import Program
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
-from handgrad.train.record import head_chunks, head_rows, logits_row_bytes, record, record_train
+from handgrad.train.record import flops_per_token, head_chunks, head_rows, logits_row_bytes, record, record_train
 from handgrad.train.scaling import Cluster, Exchange, GpuRanks, Prediction, exchanges, predict
 
 
@@ -132,7 +132,7 @@ def explain(
             cluster,
             dtype=precision.dtype,
             tokens=rows,
-            flops_per_token=model.flops_per_token(program.num_params, seq_len),
+            flops_per_token=flops_per_token(model, program, execution.micro_batch, seq_len),
             accumulation=accumulation,
         )
     return Explanation(program, layout, rows, tuple(prices), accumulation, backend.note, cluster, prediction)

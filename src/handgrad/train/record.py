@@ -7,6 +7,7 @@ from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.communicate import gather_parameters, sum_losses
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Phase
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.core.ranks import ALONE, Ranks
@@ -107,6 +108,17 @@ def record_loss(model: Model, seq_len: int, precision: Precision, execution: Exe
     p = Program(precision.working, adapters=adapters_of(model, execution))
     forward_loss(p, model, execution.micro_batch, seq_len, chunks)
     return p
+
+
+def flops_per_token(model: Model, p: Program, micro_batch: int, seq_len: int) -> int:
+    """FLOP of forward and backward per token: the model's own count, or that of the calls where parameters are frozen,
+    since gradients of those are not computed.
+
+    p: the program of training
+    """
+    if all(info.trainable for info in p.params.values()):
+        return model.flops_per_token(p.num_params, seq_len)
+    return sum(c.flops for c in p.calls if c.phase in (Phase.FORWARD, Phase.BACKWARD)) // (micro_batch * seq_len)
 
 
 def head_chunks(model: Model, seq_len: int, precision: Precision, execution: Execution, planner: Planner) -> int:

@@ -14,7 +14,6 @@ from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.backends.base import Backend
 from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Phase
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.adapters import read_peft
@@ -31,6 +30,7 @@ from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
+from handgrad.train.record import flops_per_token
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -119,7 +119,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         prompt=prompt,
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
-        flops_per_token=flops_of(trainer),
+        flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
@@ -131,16 +131,6 @@ def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is
     if not is_new or not c.tune.lora_init or execution.lora is None:
         return start
     return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
-
-
-def flops_of(trainer: Trainer) -> int:
-    """FLOP of forward and backward per token: the model's own count, or that of the calls where parameters are frozen,
-    because their gradients are not computed."""
-    p, seq_len = trainer.program, trainer.data.seq_len
-    if all(info.trainable for info in p.params.values()):
-        return trainer.model.flops_per_token(p.num_params, seq_len)
-    total = sum(c.flops for c in p.calls if c.phase in (Phase.FORWARD, Phase.BACKWARD))
-    return total // (trainer.execution.micro_batch * seq_len)
 
 
 def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:

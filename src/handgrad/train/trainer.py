@@ -371,7 +371,7 @@ class Trainer:
         meta = {
             "step": step,
             **to_dict(self.model),
-            "lora": self.execution.saved_lora,
+            **self.execution.tuning,
             "dtype": self.program.dtype.name,
             "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
@@ -424,8 +424,9 @@ class Trainer:
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
         theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
-        theirs, mine = theirs | {"lora": saved.get("lora")}, flat_fields(to_dict(self.model))
-        for key, value in (mine | {"lora": self.execution.saved_lora}).items():
+        theirs |= {"lora": saved.get("lora"), "train_only": saved.get("train_only", [])}
+        mine = flat_fields(to_dict(self.model))
+        for key, value in (mine | self.execution.tuning).items():
             if theirs.get(key) != value:
                 hint = "another run folder, or the model of the first run"
                 rule = f"the checkpoint's model has {key} {theirs.get(key)}"
