@@ -5,6 +5,7 @@ EXAMPLES = {
 handgrad train
 handgrad train --train mydata --preset gpt2 --micro-batch 16 --batch-tokens 524288 --lr 6e-4 --steps 5000
 handgrad train --gpus 8 --train mydata --preset gpt2 --micro-batch 64 --batch-tokens 524288 --lr 6e-4 --steps 5000
+handgrad train --init hf:gpt2 --lora-rank 8 --lr 2e-4 --train mydata
 handgrad train --resume runs/shakespeare-001 --steps 4000
 handgrad train --config runs/shakespeare-001/config.json --lr 1e-3""",
     "generate": """
@@ -21,6 +22,7 @@ handgrad eval runs/shakespeare-001
 handgrad eval hf:gpt2 --tasks hellaswag,lambada=lambada.jsonl --limit 500""",
     "convert": """
 handgrad convert runs/shakespeare-001 shakespeare-hf
+handgrad convert runs/lora adapter --adapter
 handgrad convert hf:gpt2 gpt2.bin --dtype bf16
 handgrad convert hf:gpt2 gpt2.gguf --dtype q8_0
 handgrad convert log124M mine --to handgrad""",
@@ -30,6 +32,7 @@ handgrad report runs/a runs/b --out compare.html""",
     "explain": """
 handgrad explain gpt2 --gpu h100 --micro-batch 64 --batch-tokens 524288
 handgrad explain gpt2-xl --gpu h200 --ranks 64 --nodes 8 --zero 3
+handgrad explain llama3.2-1b --lora-rank 16 --gpu 4090
 handgrad explain tiny --calls""",
     "profile": """
 handgrad profile gpt2 --micro-batch 64 --trace step.json

@@ -16,11 +16,12 @@ from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import preset
-from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName
+from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName, TuneConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.scaling import Cluster, GpuRanks
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Explain:
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
     """plan for samples too, as a run that prints them does"""
+    tune: TuneConfig = field(default_factory=TuneConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
@@ -81,6 +83,7 @@ def main(argv: list[str]) -> int:
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
+    execution = tuned(execution, settled(a.tune, is_resumed=False))
     if on_gpus(a) and (name != "cuda" or a.ranks == 1):
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
@@ -97,7 +100,9 @@ def main(argv: list[str]) -> int:
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     if name == "cuda":
         print(fit(a.gpu or "h100", page.plan.nbytes))
-    saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
+    params = [info.tensor for info in page.program.params.values()]
+    kept = [v for name, v in page.plan.vectors.items() if name != "grad"]
+    saved = sum(t.size * v.dtype.size for v in kept for t in params if v.covers(t))
     print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
     print(f"\n{page.calls()}" if a.calls else "every call, with its shapes and offsets: --calls")
     return 0

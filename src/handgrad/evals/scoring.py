@@ -7,8 +7,9 @@ a time.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.infer.lengths import lengths
 from handgrad.models import Model
+from handgrad.models.model import NONE
 
 LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
 HEAD_ROWS = 512  # 100 MB of logits at GPT-2's vocabulary in float32
@@ -35,14 +37,16 @@ class Score:
     greedy: bool | None
 
 
-def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
+def record(model: Model, dtype: DType, tokens: int, adapters: Mapping[str, Any] = NONE) -> tuple[Program, ...]:
     """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits.
+
+    adapters: see `Program.adapters`
 
     None of them uses every parameter, so the plan's primary program must be another: `models.declare`'s, or training's.
     """
     bodies = []
     for length in lengths(model.usual_seq_len):
-        p = Program(dtype)
+        p = Program(dtype, adapters=adapters)
         p.output("hidden", model.body(p, model.inputs(p, max(tokens // length, 1), length)))
         bodies.append(p)
     width = bodies[0].outputs["hidden"].shape[1]

@@ -2,7 +2,8 @@
 prompt of an encoder-decoder is the source: its encoder reads it whole, and the decoder starts with an id of its own."""
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,22 +13,23 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.sampling import Sampler, Sampling
 from handgrad.models import EncoderDecoder, Model, forward_logits
+from handgrad.models.model import NONE
 
 PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(model: Model, dtype: DType, context: int = 0) -> tuple[Program, ...]:
+def record(model: Model, dtype: DType, context: int = 0, adapters: Mapping[str, Any] = NONE) -> tuple[Program, ...]:
     """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head. For an encoder-decoder
     (prefill, decode, encode): the first two read what the third one writes.
 
-    context: tokens that the cache holds; 0: `usual_context`
+    context: tokens that the cache holds; 0: `usual_context`;  adapters: see `Program.adapters`
     """
-    prefill, decode, context = Program(dtype), Program(dtype), context or usual_context(model)
+    prefill, decode, encode = (Program(dtype, adapters=adapters) for _ in range(3))
+    context = context or usual_context(model)
     model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
     forward_logits(decode, model, 1, 1, cache=context)
     if not isinstance(model, EncoderDecoder):
         return prefill, decode
-    encode = Program(dtype)
     model.encode(encode, 1)
     return prefill, decode, encode
 

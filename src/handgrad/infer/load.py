@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
+from handgrad.infer.adapters import merged
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.marks import Marked
 from handgrad.infer.sampling import Sampling, StopStrings
@@ -26,6 +30,7 @@ from handgrad.models import (
     from_dict,
     shapes,
 )
+from handgrad.models.lora import Lora, from_saved
 from handgrad.models.presets import HUGGING_FACE
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
@@ -42,6 +47,7 @@ class Source:
     kind: "handgrad", "llmc", "gguf" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
     weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     ends: ids that end a text, for a model whose tokenizer is missing
+    lora: adapters that a run has trained, which are merged into `weights`;  tensors: reads those of the adapters
     """
 
     kind: str
@@ -50,6 +56,8 @@ class Source:
     weights: Weights
     tokenizer: Callable[[], tokenizers.Tokenizer]
     ends: tuple[int, ...] = ()
+    lora: Lora | None = None
+    tensors: Callable[[str], np.ndarray] | None = None
 
 
 def open_source(source: str | Path) -> Source:
@@ -210,12 +218,16 @@ def _run(folder: Path) -> Source:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
         raise HandgradError("model", rule, repr(saved["dtype"]))
     stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
-    program = declare(model)
+    lora = from_saved(saved.get("lora"), f"{folder}/run.json")
+    program = declare(model, adapters=lora.adapters(model) if lora else {})
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
     tensors = checkpoint.load(folder, expected)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
-    weights = Weights(asdict(model), saved["dtype"], shapes(program), tensors.__getitem__)
-    return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent), ends)
+    weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), tensors.__getitem__)
+    if lora is not None:
+        weights = merged(weights, lora, model, tensors.__getitem__)
+    tokenizer = partial(_tokenizer_of_run, folder.resolve().parent)
+    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, tensors.__getitem__)
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:

@@ -144,7 +144,7 @@ def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[st
     config = read_object(path / CONFIG, "hf")
     format.check_only(form, config, fields, "hf", path / CONFIG)
     if (path / ADAPTER).exists():
-        hint = "merge it into the weights with peft's merge_and_unload"
+        hint = "merge it with peft's merge_and_unload; or train on from it: --init its model --lora-init the adapter"
         raise HandgradError("hf", f"'{path}' holds a whole model", f"{ADAPTER} of an adapter", hint=hint)
     found = {name: _stored(*place) for name, place in _tensors(path, form).items()}
     kind, known = shown(config.get("architectures")), form.model_types.values()
@@ -179,7 +179,7 @@ def write(
     if ends or suppressed:
         write_text(path / GENERATION, json.dumps(end, indent=2) + "\n")
     parts = [part for name, shape in weights.shapes.items() for part in form.parts(name, shape, weights.fields)]
-    files = _divide(parts, dtype)
+    files = _divide(parts, dtype, MOST_FILE)
     names = [MODEL] if len(files) == 1 else [SHARD.format(i + 1, len(files)) for i in range(len(files))]
     tensors = form.apart(weights, dtype)  # tensor by tensor: no second copy of the model in memory
     for name, header in zip(names, files, strict=True):
@@ -192,13 +192,27 @@ def write(
     flush(path)
 
 
-def _divide(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> list[dict[str, dict[str, Any]]]:
-    """The headers of the files that (name, shape) of all tensors need, each of at most MOST_FILE bytes if it can be."""
+def write_file(
+    path: Path, parts: Sequence[tuple[str, tuple[int, ...]]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str
+) -> None:
+    """Writes one safetensors file. parts: (name, shape) of all tensors;  tensors: (any name, values) in this order."""
+    (header,) = _divide(parts, dtype, math.inf)
+    _write_tensors(path, header, tensors)
+
+
+def stored_tensors(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, of which only the header has been read."""
+    handle = _open(file)
+    return [_stored(file, handle, name) for name in _readable(file, handle.keys)]
+
+
+def _divide(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str, most: float) -> list[dict[str, dict[str, Any]]]:
+    """The headers of the files that (name, shape) of all tensors need, each of at most `most` bytes if it can be."""
     files: list[dict[str, dict[str, Any]]] = [{}]
     at = 0
     for name, shape in tensors:
         size = math.prod(shape) * {"f32": 4, "bf16": 2}[dtype]
-        if files[-1] and at + size > MOST_FILE:
+        if files[-1] and at + size > most:
             files.append({})
             at = 0
         files[-1][name] = {"dtype": dtype.upper(), "shape": shape, "data_offsets": (at, at + size)}

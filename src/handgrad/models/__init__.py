@@ -4,6 +4,7 @@ from handgrad.models.bert import Bert
 from handgrad.models.gemma import Gemma
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
+from handgrad.models.lora import Lora
 from handgrad.models.model import Batch, EncoderDecoder, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.presets import gpt2, names, preset
@@ -16,6 +17,7 @@ __all__ = [
     "Gemma",
     "GPTNeoX",
     "Llama",
+    "Lora",
     "T5",
     "Batch",
     "EncoderDecoder",

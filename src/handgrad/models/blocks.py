@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.core.dtypes import F32, I32
-from handgrad.core.params import ONES, ZEROS, Init, normal
+from handgrad.core.params import ONES, ZEROS, Init, normal, uniform
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -18,8 +18,10 @@ from handgrad.ops import (
     embed,
     gated,
     linear,
+    linear_act,
     lm_loss,
     lm_loss_forward_backward,
+    lora,
     loss_sum,
     norm,
     rope,
@@ -55,8 +57,30 @@ def dense(
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), init)
         b = g.param("bias", (size,), ZEROS) if bias else None
-    attrs: dict[str, Any] = {"act": act, "keep_pre": act is not Act.NONE and g.trains}
-    return g.emit(linear, x, w, b, None, into=None if into is None else {"y": into}, **attrs)[0]
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b, into=into)
+            return y if act is Act.NONE else g.emit(linear_act, y, act=act)
+    keep_pre = act is not Act.NONE and g.trains and any(map(g.wants, (x, w, b)))
+    return g.emit(linear, x, w, b, None, into=_state(into), act=act, keep_pre=keep_pre)[0]
+
+
+def adapted(
+    g: Program, x: Tensor, w: Tensor, b: Tensor | None, pre_x: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """x w^T + b (N, M), and the adapter of w (models/lora.py): A and B are parameters of the current scope."""
+    a, K = g.adapters[w.name], x.shape[-1]
+    plain: dict[str, Any] = {"act": Act.NONE, "keep_pre": False}
+    base = g.emit(linear, x, w, b, pre_x, **plain)[0]
+    low = drop(g, x, a.dropout)
+    down = g.param("lora_A.weight", (a.rank * len(a.spans), K), uniform(K**-0.5))
+    u = g.emit(linear, low, down, None, pre_x if low is x else None, **plain)[0]
+    up = g.param("lora_B.weight", (a.rows, a.rank), ZEROS)
+    return g.emit(lora, base, u, up, into=_state(into), scale=a.scale, **a.columns)
+
+
+def _state(into: Tensor | None) -> dict[str, Tensor | None]:
+    """The state that a call's output y goes into, if any."""
+    return {} if into is None else {"y": into}
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -101,11 +125,14 @@ def project(
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
+    drops = p > 0.0 and g.trains
     with g.scope(name):
         w = g.param("weight", (size, x.shape[-1]), normal(std))
         b = g.param("bias", (size,), ZEROS) if bias else None
-    drops = p > 0.0 and g.trains
-    y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b if drops else None, pre_x)
+        else:
+            y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
@@ -193,7 +220,8 @@ def mlp(
     """down act(up x): two linears with biases, of these names, `size` wide between them."""
     with g.scope(name):
         h = dense(g, x, up, size, act=act)
-        pre = g.producer[h].pre  # None unless training
+        made = g.producer[h]  # its pre: None unless training
+        pre = made.pre if made.op is linear else None
         return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre)
 
 
@@ -224,9 +252,9 @@ def lm_head_loss(
     weights: (N,) f32, factors of the losses and of their gradients
     """
     attrs: dict[str, Any] = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
-    if g.trains:
-        into = {"dw": g.grad(w), "db": None if b is None else g.grad(b)}
-        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, **attrs)
+    if g.trains and any(map(g.wants, (x, w, b))):
+        into, without = {"dw": g.wanted_grad(w), "db": g.wanted_grad(b)}, () if g.wants(x) else ("dx",)
+        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, without=without, **attrs)
     else:
         losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})

@@ -10,6 +10,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
+NONE: Mapping[str, Any] = {}  # no adapters
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
@@ -158,14 +159,16 @@ def forward_logits(g: Program, model: Model, batch_size: int, seq_len: int, *, c
     return model.logits(g, model.body(g, model.inputs(g, batch_size, seq_len, cache=cache)))
 
 
-def declare(model: Model, dtype: DType = F32) -> Program:
+def declare(model: Model, dtype: DType = F32, adapters: Mapping[str, Any] = NONE) -> Program:
     """A program of one token, body and head, that declares every parameter in the order of use. It is never run.
+
+    adapters: see `Program.adapters`
 
     >>> from handgrad.models import GPT2
     >>> len(declare(GPT2(num_layers=1)).params)
     16
     """
-    g = Program(dtype)
+    g = Program(dtype, adapters=adapters)
     forward_logits(g, model, 1, 1)
     return g
 

@@ -13,6 +13,7 @@ from handgrad.ops.gated.op import gated, gated_backward
 from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
+from handgrad.ops.lora.op import lora, lora_backward
 from handgrad.ops.loss_sum.op import loss_sum
 from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rope.op import rope, rope_backward
@@ -26,6 +27,8 @@ _ALL = (
     linear_act_backward,
     linear_backward_w,
     linear_backward_x,
+    lora,
+    lora_backward,
     gated,
     gated_backward,
     norm,

@@ -123,6 +123,34 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """Which parameters learn; the others are frozen, without gradients and optimizer state."""
+
+    train_only: str = ""
+    """patterns of parameters that learn, such as 'h.11.*,ln_f.*'; empty: all"""
+    lora_rank: int = 0
+    """train low-rank adapters of this rank beside the frozen model; 0: none"""
+    lora_alpha: float = 16.0
+    """alpha / rank is the factor of what adapters add"""
+    lora_targets: str = "all-linear"
+    """linears with adapters, by the names of transformers, such as q,k,v,o,gate,up,down or c_attn"""
+    lora_dropout: float = 0.0
+    """probability of dropping inputs of adapters"""
+    lora_init: str = ""
+    """folder of an adapter saved by peft, to start from; it sets rank, alpha, targets and dropout"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "lora_rank lora_alpha lora_dropout")
+        if not self.lora_rank and not self.lora_init:
+            for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+                if getattr(self, name) != getattr(TuneConfig, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise HandgradError("tune", f"{flag} goes with --lora-rank", repr(getattr(self, name)))
+        if self.train_only and (self.lora_rank or self.lora_init):
+            raise HandgradError("tune", "--train-only goes without adapters, which alone learn", self.train_only)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Length, run folder, seed."""
 
@@ -260,6 +288,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     world: RanksConfig = field(default_factory=RanksConfig)

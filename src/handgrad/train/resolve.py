@@ -18,6 +18,7 @@ from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
+from handgrad.infer.adapters import read_peft
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.infer.texts import special_ids
 from handgrad.io import newest
@@ -33,9 +34,11 @@ from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
+from handgrad.train.record import flops_per_token
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
     tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
+    c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
     c, start, source = find_start(c, out, tokenizer, labels)
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, shards, model, comm.world, tokenizer)
@@ -87,6 +91,8 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     execution = for_data(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), data)
+    execution = tuned(execution, c.tune)
+    start = with_adapter(start, c, model, execution, is_new=newest(out) is None or not r.resume)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
     try:
@@ -103,7 +109,8 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     if done > r.steps:
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
-    facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
+    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
     facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
     facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
@@ -118,11 +125,18 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         prompt=prompt,
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
-        flops_per_token=model.flops_per_token(num_params, data.seq_len),
+        flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
     )
+
+
+def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
+    """What a run starts from, with the tensors of the adapter that --lora-init names."""
+    if not is_new or not c.tune.lora_init or execution.lora is None:
+        return start
+    return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
 
 
 def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:

@@ -54,12 +54,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
     sizes = f"{m.num_layers} layers, {m.num_heads} heads, width {m.hidden_size}"
     padding = run.trainer.program.num_padding
     padded = f" ({padding:,} more pad the vocabulary)" if padding else ""
+    count = run.facts["trainable"]
+    trainable = f"; {count:,} learn" if count < run.facts["params"] else ""
     steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
     return [
-        ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
+        ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         *chat,
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),

@@ -1,9 +1,9 @@
 """Start: the values that the parameters of a run begin with."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -17,6 +17,7 @@ from handgrad.core.params import Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.io.weights import Weights
+from handgrad.models.lora import adapter_params
 from handgrad.ops.adamw.reference import split_weight
 from handgrad.train.llmc_init import draws
 
@@ -30,6 +31,7 @@ class Start:
     """What a run starts from.
 
     seed   of random weights and of dropout
+    adapter  values of adapters by name, in place of drawn ones, for a run that has some
     init   "random" draws the weights in float32, each parameter from its own stream of the seed; "llmc" draws those of
            llm.c's GPU trainer, whatever the seed; Weights are those of a model on disk (`infer.load.open_source`)
 
@@ -38,6 +40,7 @@ class Start:
 
     seed: int = 0
     init: str | Weights = "random"
+    adapter: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", whole("train", "seed", self.seed))
@@ -50,8 +53,12 @@ def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | 
 
     Raises HandgradError where a model on disk has other tensors or shapes.
     """
+    own = adapter_params(p)
     if isinstance(start.init, Weights):
-        copy(p, arena, start.init)
+        copy(p, arena, start.init, own)
+        for stream, (name, info) in enumerate(p.params.items()):
+            if name in own:
+                write_weight(arena, info.tensor, draw(info, start.seed, stream))
     elif start.init == "llmc":
         for info, values in draws(p):
             write_weight(arena, info.tensor, values)
@@ -59,11 +66,13 @@ def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | 
         drawn = drawn or drawing(p, start.seed, "low" in arena.plan.vectors)
         for info, parts in zip(p.params.values(), drawn, strict=True):
             write_parts(arena, info.tensor, parts)
+    for name in own & start.adapter.keys():
+        write_weight(arena, p.params[name].tensor, start.adapter[name])
 
 
-def copy(p: Program, arena: Arena, weights: Weights) -> None:
-    """Writes the weights of a model on disk, one tensor after another."""
-    for name in sorted(p.params.keys() ^ weights.shapes.keys()):
+def copy(p: Program, arena: Arena, weights: Weights, others: Collection[str] = ()) -> None:
+    """Writes the weights of a model on disk, one tensor after another. others: parameters that it lacks."""
+    for name in sorted((p.params.keys() - set(others)) ^ weights.shapes.keys()):
         raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
     for name, shape in weights.shapes.items():
         own, padded = p.params[name].tensor, p.params[name].init.rows is not None
@@ -99,6 +108,9 @@ def draw(info: Param, seed: int, stream: int) -> np.ndarray:
         first, std = info.init.first or (0, 0.0)
         rows[:first] *= np.float32(std)
         rows[first:] *= np.float32(info.init.std)
+    if info.init.kind == "uniform":
+        bound, rng = np.float32(info.init.std), np.random.default_rng([seed, stream])
+        values = (2 * rng.random(info.tensor.shape, np.float32) - 1) * bound
     return values
 
 

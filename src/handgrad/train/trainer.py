@@ -27,7 +27,7 @@ from handgrad.data import Tokens
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
-from handgrad.models import Model, declare, from_dict, to_dict
+from handgrad.models import Model, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
 from handgrad.train.execution import Execution, for_data
@@ -37,6 +37,7 @@ from handgrad.train.record import record
 from handgrad.train.shards import GRAD, PARAM, expected, expected_state, state, whole
 from handgrad.train.start import Start, drawing, initialize, write_weight
 from handgrad.train.step import Step
+from handgrad.train.tuning import declared
 
 
 def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class Trainer:
         limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
-            drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
+            drawn = drawing(declared(model, execution, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
@@ -370,6 +371,7 @@ class Trainer:
         meta = {
             "step": step,
             **to_dict(self.model),
+            **self.execution.tuning,
             "dtype": self.program.dtype.name,
             "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
             "config": config or {},
@@ -422,8 +424,9 @@ class Trainer:
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
         theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
+        theirs |= {"lora": saved.get("lora"), "train_only": saved.get("train_only", [])}
         mine = flat_fields(to_dict(self.model))
-        for key, value in mine.items():
+        for key, value in (mine | self.execution.tuning).items():
             if theirs.get(key) != value:
                 hint = "another run folder, or the model of the first run"
                 rule = f"the checkpoint's model has {key} {theirs.get(key)}"

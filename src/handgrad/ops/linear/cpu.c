@@ -89,13 +89,14 @@ static void sum_rows(float *db, const real *dy, int64_t N, int64_t M, int accumu
 }
 
 ENTRY(linear_backward_w) {
-  float *dw = a->dw;       // (M, K)
+  float *dw = a->dw;       // (M, K) or NULL
   float *db = a->db;       // (M) or NULL
   const real *dy = a->dy;  // (N, M)
-  const real *x = a->x;    // (N, K)
+  const real *x = a->x;    // (N, K), or NULL without dw
   int64_t N = a->N, M = a->M, K = a->K;
-  gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
-               .accumulate = (int)a->accumulate_dw, .threads = a->threads, .scratch = a->scratch});
+  if (dw)
+    gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
+                 .accumulate = (int)a->accumulate_dw, .threads = a->threads, .scratch = a->scratch});
   if (db) sum_rows(db, dy, N, M, (int)a->accumulate_db);
 }
 
