@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from handgrad.core.arguments import Arg
-from handgrad.core.dtypes import F32, DType
+from handgrad.core.dtypes import BF16, F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call
 from handgrad.launch import Gpu, Kernel, Launches
@@ -44,4 +44,4 @@ def launch(
 
 def slice_defines(c: Call) -> dict[str, int | float]:
     """What weights.cuh needs to know of a call."""
-    return {"VEC": 4 if c.sizes["n"] % 4 == 0 else 1, "LOW": int(c.low is not None)}
+    return {"VEC": 4 if c.sizes["n"] % 4 == 0 else 1, "LOW": int(c.low is not None and c.dtype is BF16)}

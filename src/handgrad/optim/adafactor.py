@@ -51,7 +51,7 @@ class Adafactor:
             name, shape = param.tensor.name, param.tensor.shape
             rows = 1 if len(shape) == 1 else shape[0]  # a vector is a matrix of one row
             columns = param.tensor.size // rows
-            factor = size_of(g, param, own["p"]) if self.scale_parameter else None
+            factor = size_of(g, param, own) if self.scale_parameter else None
             g.emit(
                 adafactor,
                 grad,

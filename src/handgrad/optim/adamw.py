@@ -77,7 +77,7 @@ class AdamW:
         }
         if self.scale_parameter:
             for param, start, grad, own in whole_parameters(g, bucket, "AdamW that scales by the parameter"):
-                g.emit(adamw, grad, size_of(g, param, own["p"]), into=own, start=start, **rule)
+                g.emit(adamw, grad, size_of(g, param, own), into=own, start=start, **rule)
             return
         _, op = MOMENTS[self.moments]
         ins = (g.slice("grad", bucket), *[None] * (len(op.in_args) - 1))

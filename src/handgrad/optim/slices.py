@@ -47,7 +47,7 @@ def num_weights(param: Param) -> int:
     return tensor.size if rows is None else tensor.size // tensor.shape[0] * rows
 
 
-def size_of(g: Program, param: Param, p: Tensor | None) -> Tensor:
+def size_of(g: Program, param: Param, own: Slices) -> Tensor:
     """Appends the call that measures a parameter's RMS, at least LEAST_RMS; returns its result."""
-    result: Tensor = g.emit(rms, p, count=num_weights(param), least=LEAST_RMS)
+    result: Tensor = g.emit(rms, own["p"], own.get("low"), count=num_weights(param), least=LEAST_RMS)
     return result

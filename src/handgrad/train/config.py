@@ -315,5 +315,5 @@ def _check(settings: Any, least: int, names: str) -> None:
             object.__setattr__(settings, name, real(group, flag, value, bounds.get(name)))
         elif int in kinds:
             object.__setattr__(settings, name, whole(group, flag, value, bounds.get(name, -I64_MAX)))
-        elif type(value) is not kind:
-            raise HandgradError(group, f"{flag} is of type {kind.__name__}", repr(value))
+        elif type(value) not in kinds:
+            raise HandgradError(group, f"{flag} is of type {kinds[0].__name__}", repr(value))
