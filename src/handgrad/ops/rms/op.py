@@ -12,7 +12,8 @@ SUM_THREADS = 1024  # of the CUDA block that adds all partial sums
 
 
 class Rms(Op):
-    """y = max(least, RMS of the weights), one number: p, in bf16 with its low halves. `count` of the n elements are real; the others are zero."""
+    """y = max(least, RMS of the weights), one number. The weights are p, in bf16 with low. `count` of the n elements
+    are real; the others are zero."""
 
     name = "rms"
     ins = "p:n low:n:i16?"
