@@ -55,6 +55,10 @@ class Explain:
     """tokens in the vocabulary; 0: the model's"""
     optimizer: OptimizerName = OptimConfig.optimizer
     """whose state the run holds"""
+    moments: Literal["f32", "bf16", "int8"] = OptimConfig.moments
+    """type of adamw's moments"""
+    momentum: float | None = OptimConfig.momentum
+    """of sgd, which has no state without it; None: the optimizer's own"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
     kinds: dict[str, Any] = {"execution": execution, "precision": precision}
-    optim = optimizer_of(OptimConfig(optimizer=a.optimizer))
+    optim = optimizer_of(OptimConfig(optimizer=a.optimizer, moments=a.moments, momentum=a.momentum))
     page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""
@@ -100,10 +104,7 @@ def main(argv: list[str]) -> int:
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     if name == "cuda":
         print(fit(a.gpu or "h100", page.plan.nbytes))
-    params = [info.tensor for info in page.program.params.values()]
-    kept = [v for name, v in page.plan.vectors.items() if name != "grad"]
-    saved = sum(t.size * v.dtype.size for v in kept for t in params if v.covers(t))
-    print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
+    print(f"a checkpoint is {page.checkpoint_bytes / MIB:.1f} MiB, {saving}")
     print(f"\n{page.calls()}" if a.calls else "every call, with its shapes and offsets: --calls")
     return 0
 

@@ -7,6 +7,7 @@ covers. The optimizer and the norm work on slices. A rank's share of a bucket is
 rank-th of `world` equal parts; a sharded vector holds the shares of one rank, bucket after bucket.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -130,11 +131,20 @@ class Vector:
     """A flat vector over some buckets, in their order and without gaps between them.
 
     sharded: each rank holds its shares; otherwise every rank holds the whole vector.
+    block: it has one element for so many of each parameter, such as the scale of a block; a divisor of FLAT_ALIGN
     """
 
     def __init__(
-        self, name: str, dtype: DType, role: Role, buckets: Sequence[Bucket], sharded: bool, ranks: Ranks = ALONE
+        self,
+        name: str,
+        dtype: DType,
+        role: Role,
+        buckets: Sequence[Bucket],
+        sharded: bool,
+        ranks: Ranks = ALONE,
+        block: int = 1,
     ):
+        self.block = block
         self.name, self.dtype, self.role, self.buckets = name, dtype, role, tuple(buckets)
         self.ranks, self.shares = ranks, ranks.world if sharded else 1
         self._bucket: dict[Bucket, int] = {}
@@ -144,11 +154,19 @@ class Vector:
             self._bucket[bucket] = self.size
             for tensor, place in bucket.places():
                 self._param[tensor.name] = bucket, place
-            self.size += bucket.size // self.shares
+            self.size += bucket.size // self.shares // block
 
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.size
+
+    def shape(self, param: Tensor) -> tuple[int, ...]:
+        """The shape of a parameter's elements: its own, or one element for each block."""
+        return param.shape if self.block == 1 else (-(-param.size // self.block),)
+
+    def nbytes_of(self, param: Tensor) -> int:
+        """Bytes of a parameter's elements, on all ranks together if it is sharded."""
+        return math.prod(self.shape(param)) * self.dtype.size
 
     def covers(self, param: Tensor) -> bool:
         """Whether a parameter has a slice of this vector."""
@@ -157,17 +175,19 @@ class Vector:
     def start(self, param: Tensor) -> int:
         """The element at which a parameter's slice starts, in a vector that is not sharded."""
         bucket, at = self._param[param.name]
-        return self._bucket[bucket] + at
+        return self._bucket[bucket] + at // self.block
 
     def piece(self, param: Tensor, shares: int = 0) -> tuple[int, int, int]:
-        """(start, low, high): where this rank's elements of a parameter start in the vector, and which they are.
+        """(start, low, high): where this rank's elements of a parameter start in the vector, and which they are of all
+        that the vector has of it.
 
         shares: of a vector that is not sharded, how many a bucket is divided into; the elements of one share
         """
         bucket, at = self._param[param.name]
-        share = bucket.size // (shares or self.shares)
-        begin = self.ranks.rank * share if share < bucket.size else 0
-        low, high = max(at, begin), min(at + param.size, begin + share)
+        at, size = at // self.block, bucket.size // self.block
+        share = size // (shares or self.shares)
+        begin = self.ranks.rank * share if share < size else 0
+        low, high = max(at, begin), min(at + math.prod(self.shape(param)), begin + share)
         start = self._bucket[bucket] + low - (begin if self.shares > 1 else 0)
         return (start, low - at, high - at) if low < high else (0, 0, 0)
 

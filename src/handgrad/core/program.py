@@ -319,33 +319,51 @@ class Program:
             self._vectors["grad"] = self._vector("grad", self.grad_dtype, Role.GRAD, 2)
         return self._vectors
 
-    def flat(self, name: str, dtype: DType, buckets: Sequence[Bucket] | None = None, *, sharded: bool = True) -> Vector:
+    def flat(
+        self,
+        name: str,
+        dtype: DType,
+        buckets: Sequence[Bucket] | None = None,
+        *,
+        sharded: bool = True,
+        block: int = 1,
+    ) -> Vector:
         """Declares optimizer state: a flat vector over these buckets, by default all that learn. It starts as zeros;
-        checkpoints save it."""
+        checkpoints save it. block: elements of a parameter that share one of it, a divisor of FLAT_ALIGN."""
         if name in self.vectors or name == STATE:
             raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
         if not sharded and self.ranks.shares(1) > 1:
             rule = f"with zero {self.ranks.zero} every vector of the optimizer can be sharded"
             raise HandgradError("optim", rule, f"'{name}', which cannot", hint="zero 0")
-        vector = self._vector(name, dtype, Role.STATE, 1 if sharded else None, buckets)
+        vector = self._vector(name, dtype, Role.STATE, 1 if sharded else None, buckets, block)
         self._vectors[name] = vector
         return vector
 
     def _vector(
-        self, name: str, dtype: DType, role: Role, stage: int | None, buckets: Sequence[Bucket] | None = None
+        self,
+        name: str,
+        dtype: DType,
+        role: Role,
+        stage: int | None,
+        buckets: Sequence[Bucket] | None = None,
+        block: int = 1,
     ) -> Vector:
         """A vector that is sharded from this ZeRO stage on (None: never)."""
         is_sharded = stage is not None and self.ranks.zero >= stage
         if buckets is None:
             buckets = self.buckets if role is Role.PARAM else self.trained
-        return Vector(name, dtype, role, buckets, is_sharded, self.ranks)
+        return Vector(name, dtype, role, buckets, is_sharded, self.ranks, block)
 
     def slice(self, vector: str, bucket: Bucket) -> Tensor:
         """A handle on the part of a bucket that this rank updates, in a flat vector: its share, or all of it."""
         v, shares = self.vectors[vector], self.ranks.shares(1)
-        size = bucket.size // shares
+        size = bucket.size // shares // v.block
         start = v.bucket_start(bucket) + (self.ranks.rank * size if v.shares < shares else 0)
         return self._part(f"{bucket.name}.{vector}", v, start, size)
+
+    def within(self, part: Tensor, first: int, size: int) -> Tensor:
+        """A handle on elements [first, first + size) of a slice of a flat vector."""
+        return self._part(f"{part.name}@{first}", self.vectors[part.flat], self.starts[part] + first, size)
 
     def share_start(self, bucket: Bucket) -> int:
         """The element of the flat order of all parameters at which that part starts."""

@@ -17,7 +17,7 @@ OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16"
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
-OptimizerName = Literal["adamw"]  # handgrad.optim.OPTIMIZERS
+OptimizerName = Literal["adamw", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,18 @@ class OptimConfig:
     """decay of the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
-    weight_decay: float = 0.1
-    """of matrices and embeddings; biases and norms do not decay"""
+    weight_decay: float | None = None
+    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw 0.1, lion 1, others 0)"""
+    moments: Literal["f32", "bf16", "int8"] = "f32"
+    """of adamw: the type of both moments, rounded stochastically: 8, 4 or 2.06 bytes a parameter"""
+    momentum: float | None = None
+    """of sgd: factor of the sum of earlier gradients; 0: none, and no memory for it; None: the optimizer's own"""
+    nesterov: bool = False
+    """of sgd: Nesterov's step"""
+    scale_parameter: bool | None = None
+    """of adafactor and adamw: multiply a parameter's step by its RMS; None: the optimizer's own (adafactor: True)"""
+    relative_step: bool = False
+    """of adafactor: the learning rate of step t is at most 1 / sqrt(t)"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -339,5 +349,5 @@ def _check(settings: Any, least: int, names: str) -> None:
             object.__setattr__(settings, name, real(group, flag, value, bounds.get(name)))
         elif int in kinds:
             object.__setattr__(settings, name, whole(group, flag, value, bounds.get(name, -I64_MAX)))
-        elif type(value) is not kind:
-            raise HandgradError(group, f"{flag} is of type {kind.__name__}", repr(value))
+        elif type(value) not in kinds:
+            raise HandgradError(group, f"{flag} is of type {kinds[0].__name__}", repr(value))

@@ -37,6 +37,14 @@ class Explanation:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
         return sum(c.flops for c in self.program.calls) / self.rows
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors in a checkpoint: parameters, and vectors and states of the optimizer."""
+        vectors = [v for name, v in self.program.vectors.items() if name != "grad"]
+        params = [info.tensor for info in self.program.params.values()]
+        held = sum(v.nbytes_of(t) for v in vectors for t in params if v.covers(t))
+        return held + sum(t.nbytes for t in self.program.states.values())
+
     def traffic(self) -> list[Exchange]:
         """What a rank exchanges in a step; the seconds are 0 without a cluster."""
         return exchanges(self.program, self.accumulation, self.cluster.seconds if self.cluster else lambda c: 0.0)

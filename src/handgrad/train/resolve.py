@@ -31,7 +31,7 @@ from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
 from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
-from handgrad.train.optimizers import optimizer_of
+from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
 from handgrad.train.record import flops_per_token
@@ -363,7 +363,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        optim=replace(c.optim, final=final, warmup=warmup),
+        optim=replace(c.optim, **optimizer_settings(optimizer_of(c.optim)) | {"final": final, "warmup": warmup}),
         run=replace(c.run, out=str(out), steps=steps),
         compute=replace(c.compute, **found),
         world=RanksConfig(),
