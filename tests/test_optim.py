@@ -24,7 +24,6 @@ from handgrad.train.outliers import Guard
 from handgrad.train.start import Start
 from handgrad.train.trainer import Trainer
 
-
 LLMC = ("cosine", "linear", "constant", "wsd")
 
 
@@ -121,7 +120,9 @@ def test_lengths_are_steps_or_fractions():
         for kind in ("cosine", "constant", "inverse_sqrt", "step"):
             a, b = (schedules.schedule(kind, 1.0, warmup, 1000) for warmup in (whole, fraction))
             assert [a(t) for t in (1, 2, 100, 701, 1000)] == [b(t) for t in (1, 2, 100, 701, 1000)]
-    assert schedules.cooldown_begin(10, 0.3) == schedules.cooldown_begin(10, 3) == schedules.cooldown_begin(10, 3.0) == 7
+    assert (
+        schedules.cooldown_begin(10, 0.3) == schedules.cooldown_begin(10, 3) == schedules.cooldown_begin(10, 3.0) == 7
+    )
     with pytest.raises(HandgradError, match=r"\[schedule\] power is a setting of polynomial, but got schedule cosine"):
         schedules.schedule("cosine", 1.0, 0, 10, power=2.0)
     with pytest.raises(HandgradError, match=r"cooldown lies between 0 and the 10 steps of the run, but got 11"):

@@ -33,6 +33,8 @@ class Convert:
     """format; auto: llmc for FILE.bin, gguf for FILE.gguf, hf for a run folder, otherwise handgrad"""
     dtype: Literal["saved", "f32", "bf16", "f16", "q8_0"] = "saved"
     """dtype of the written weights; saved: the source's; f16 and q8_0: of a .gguf alone"""
+    ema: bool = False
+    """convert the average of the weights that train --ema keeps"""
     force: bool = False
     """replace a file, or a folder that holds only a model"""
     push: str = ""
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
     check_push(a)
-    dst, source = Path(a.dst), open_source(a.src)
+    dst, source = Path(a.dst), open_source(a.src, a.ema)
     to = kind_of(dst, a.to, source)
     if dst.suffix.lower() in FOREIGN:
         hint = f"a folder such as '{dst.with_suffix('')}'; --to hf writes model.safetensors into it"

@@ -42,6 +42,8 @@ class Eval:
     """at most this many questions, or sequences of val; 0: all"""
     out: str = ""
     """file that the results are added to; empty: eval.json beside the model"""
+    ema: bool = False
+    """the average of the weights that train --ema keeps"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     if a.limit < 0:
         raise HandgradError("eval", "--limit is at least 1, or 0 for all", a.limit)
     places = dict(place(word, a) for word in a.tasks.split(","))
-    m = evals.load_scorer(a.run, a.dtype, a.backend, a.threads)
+    m = evals.load_scorer(a.run, a.dtype, a.backend, a.threads, a.ema)
     table = Table("task", "of", "metric", "value", "± standard error", box=None)
     for column in table.columns[1:2] + table.columns[3:]:
         column.justify = "right"
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> int:
                 found = evals.evaluate(name, what, m.scorer, done)
             of = count if name == "val" else len(what)
             key = f"{name} (first {of})" if a.limit else name  # beside the result of them all
+            key += " of the average" * a.ema
             note(path, m, key, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
             for i, (metric, (value, error)) in enumerate(found.items()):
                 row = ("", "") if i else (name, f"{of:,}")

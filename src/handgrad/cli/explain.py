@@ -54,6 +54,8 @@ class Explain:
     """tokens in the vocabulary; 0: the model's"""
     optimizer: OptimizerName = OptimConfig.optimizer
     """whose state the run holds"""
+    ema: float = OptimConfig.ema
+    """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
     kinds: dict[str, Any] = {"execution": execution, "precision": precision}
-    optim = optimizer_of(OptimConfig(optimizer=a.optimizer))
+    optim = optimizer_of(OptimConfig(optimizer=a.optimizer, ema=a.ema))
     page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""

@@ -44,6 +44,11 @@ class Ema:
         """Those of `optim`."""
         return self.optim.groups
 
+    @property
+    def scheduled_momentum(self) -> float | None:
+        """That of `optim`, None if its momentum cannot be scheduled."""
+        return getattr(self.optim, "scheduled_momentum", None)
+
     def declare(self, g: Program) -> None:
         """Declares what `optim` declares, and the average in float32."""
         self.optim.declare(g)

@@ -38,7 +38,7 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
         rest = "all others are the defaults" if changed else "the defaults"
         table.add_row(" settings", "; ".join(filter(None, [as_flags(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
-    steps = run.config.run.steps
+    steps = run.steps
     if run.config.data.train == f"./{PACKAGED}":
         console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     if run.done == steps:
@@ -54,7 +54,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     sizes = f"{m.num_layers} layers, {m.num_heads} heads, width {m.hidden_size}"
     padding = run.trainer.program.num_padding
     padded = f" ({padding:,} more pad the vocabulary)" if padding else ""
-    steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
+    steps, tokens = run.steps, run.steps * d.batch_tokens
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     return [
