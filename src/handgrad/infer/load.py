@@ -20,7 +20,6 @@ from handgrad.io.gguf_file import is_gguf, open_file
 from handgrad.io.weights import Weights
 from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
 from handgrad.models.presets import HUGGING_FACE
-from handgrad.optim.ema import EMA
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
@@ -214,11 +213,11 @@ def _run(folder: Path, ema: bool) -> Source:
 
 def _average(folder: Path, program: Program) -> Callable[[str], np.ndarray]:
     """What reads a parameter of the average in a checkpoint, float32."""
-    names = {f"{EMA}.{name}": info.tensor.shape for name, info in program.params.items()}
+    names = {f"{checkpoint.EMA}.{name}": info.tensor.shape for name, info in program.params.items()}
     if not names.keys() & checkpoint.state_names(folder):
         raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
     tensors = checkpoint.load_state(folder, {name: (shape, "float32") for name, shape in names.items()}, others=True)
-    return lambda name: tensors[f"{EMA}.{name}"]
+    return lambda name: tensors[f"{checkpoint.EMA}.{name}"]
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:

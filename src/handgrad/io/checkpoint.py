@@ -48,6 +48,7 @@ STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
 BEST = "best"  # a link to the checkpoint with the lowest validation loss
+EMA = "ema"  # begins the names of an average of the weights in the state
 COOLED = "cooled_"  # begins the name of a checkpoint that an extended run has set aside: no resume takes it
 OLDER = "delete this folder (or its DONE file) to resume from the previous checkpoint"
 Expected = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name: shape, dtype

@@ -129,8 +129,8 @@ def write_parts(arena: Arena, param: Tensor, parts: Parts) -> None:
 
 def write_average(arena: Arena, param: Tensor, values: np.ndarray, low: np.ndarray | None) -> None:
     """Sets the average of a parameter to its weights, or to those that they form with their low halves."""
-    whole = values if low is None else join_weight(values, low)
-    arena.write_part(EMA, param, whole.astype(np.float32))
+    whole = values.astype(np.float32)  # before they are joined: the result has the type of the upper half
+    arena.write_part(EMA, param, whole if low is None else join_weight(whole, low))
 
 
 def has_low(arena: Arena, param: Tensor) -> bool:
