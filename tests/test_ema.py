@@ -73,10 +73,10 @@ def test_ranks_average_as_one(shards, zero):
         run = trainer(shards, Ema(AdamW(), DECAY), backend=RefBackend(comm=comm), zero=zero)
         for step in (1, 2, 3):
             run.step(step, LR)
-        return run.plan.vectors[EMA].size, averages(run)
+        return [run.plan.vectors[name].size for name in (EMA, "m", "param")], averages(run)
 
-    (whole, one), (size, found) = on_ranks(1, work)[0], on_ranks(2, work)[0]
-    assert size == (whole if zero == 0 else whole // 2)
+    (_, one), ((size, moments, whole), found) = on_ranks(1, work)[0], on_ranks(2, work)[0]
+    assert size == moments and (zero == 3 or size == whole // (2 if zero else 1))
     for name, a in one.items():
         if not name.endswith("c_attn.bias"):  # the key bias has no effect: its gradient is rounding
             np.testing.assert_allclose(found[name], a, rtol=0, atol=1e-12)
