@@ -338,8 +338,8 @@ def test_other_words_for_a_dtype(told, word, ours):
         ("--compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
         ("--compile=False", "leave it out: there is nothing to compile, the kernels are hand-written"),
         ("--no-compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
-        ("--epochs 3", "--steps; --steps 0 is one epoch"),
-        ("--num_train_epochs=3", "--steps; --steps 0 is one epoch"),
+        ("--load_best_model_at_end True", "--keep-best, and then RUN/best"),
+        ("--warmup_tokens 1000", "--warmup, in steps or as a fraction of them"),
         (
             "--gradient_accumulation_steps=8",
             "--batch-tokens, a multiple of --micro-batch x --seq-len",

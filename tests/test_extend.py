@@ -134,21 +134,21 @@ def test_an_extension_that_is_killed_is_resumed(words, copied, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("flags", "schedule", "lost", "line"),
     [
-        ("--steps 8", "[resume] --extend makes a run longer: --steps is above its 8, but got 8."),
-        ("--steps 16 cosine", "hint: --resume {out} --steps 16 without it: the rate jumps, and the log says how"),
-        ("--steps 16 lost", "[resume] the run goes on from a checkpoint of step 4 or before, but got none in '{out}'."),
+        ("--steps 8", "wsd", [], "[resume] --extend makes a run longer: --steps is above its 8, but got 8."),
+        ("--steps 16", "cosine", [], "hint: --resume {out} --steps 16 without it: the rate jumps, and the log says how"),
+        ("--steps 16 --schedule linear", "wsd", [], "[resume] --extend keeps the schedule of the run, wsd, but got lin"),
+        ("--steps 16", "wsd", [4], "[resume] the run goes on from a checkpoint of step 4 or before, but got none in"),
     ],
 )
-def test_extension_that_cannot_be_is_refused(copied, capsys, flags, line):
-    flags, _, change = flags.partition(" c") if "cosine" in flags else flags.partition(" l")
-    if "--steps 16" in flags and change.startswith("osine"):
-        saved = json.loads((copied / "config.json").read_text())
+def test_extension_that_cannot_be_is_refused(copied, capsys, flags, schedule, lost, line):
+    saved = json.loads((copied / "config.json").read_text())
+    if schedule == "cosine":
         saved["optim"] |= {"schedule": "cosine", "cooldown": None, "cooldown_shape": "", "final": 0.1}
-        (copied / "config.json").write_text(json.dumps(saved))
-    elif change:
-        shutil.rmtree(copied / "step_000004")
+    (copied / "config.json").write_text(json.dumps(saved))
+    for step in lost:
+        shutil.rmtree(copied / f"step_{step:06d}")
     before, text = names(copied), (copied / "log.jsonl").read_bytes()
     assert main(["train", "--resume", str(copied), "--extend", *flags.split()]) == 2
     assert line.format(out=copied) in capsys.readouterr().err

@@ -12,21 +12,25 @@ from handgrad.train.config import Config
 LOG = "log.jsonl"
 
 
-def branch_step(saved: Config | None, steps: int, out: Path) -> int:
-    """The last step of a saved run whose state an extension to `steps` steps shares: before its cooldown.
+def branch_step(saved: Config | None, c: Config, out: Path) -> int:
+    """The last step of a saved run whose state an extension with these settings shares: before its cooldown.
 
-    Raises HandgradError if the schedule depends on the length from its first step, or the run becomes no longer.
+    Raises HandgradError if the schedule depends on the length from its first step, or is another one, or the run
+    becomes no longer.
     """
     if saved is None or saved.run.steps is None:
         raise HandgradError("resume", "--extend reads the settings of a run", f"no config.json in '{out}'")
-    o, before = saved.optim, saved.run.steps
+    o, before, steps = saved.optim, saved.run.steps, c.run.steps or 0
     if steps <= before:
         raise HandgradError("resume", f"--extend makes a run longer: --steps is above its {before}", steps)
     begin = schedules.settled_until(o.schedule, before, o.cooldown, o.decay_every)
     if not begin:
         rule = "--extend needs a schedule whose rate does not depend on the length: wsd, constant or inverse_sqrt"
+        rule += ", or step with --decay-every in steps"
         hint = f"--resume {out} --steps {steps} without it: the rate jumps, and the log says how"
         raise HandgradError("resume", rule, o.schedule, hint=hint)
+    if c.optim.schedule != o.schedule:
+        raise HandgradError("resume", f"--extend keeps the schedule of the run, {o.schedule}", c.optim.schedule)
     return begin
 
 

@@ -121,7 +121,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise with_remedies(error, model, optim, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
-    until = on_rank_0(comm, lambda: branch_step(saved_settings(c), steps_of(c), out)) if asked.extend else None
+    until = on_rank_0(comm, lambda: branch_step(saved_settings(c), c, out)) if asked.extend else None
     fresh = asked.fresh_optimizer
     done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
     if done > steps_of(c):

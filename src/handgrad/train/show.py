@@ -42,7 +42,8 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
     if run.config.data.train == f"./{PACKAGED}":
         console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     if run.done == steps:
-        console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
+        hint = "raise --steps to continue" + ", with --extend from before the cooldown" * bool(run.branch)
+        console.print(f" nothing left to do: {hint}", soft_wrap=True)
     elif (run.config.optim.warmup or 0) >= steps:
         console.print(f" all {steps} steps are warm-up; a smaller --warmup lets the rate decay", soft_wrap=True)
     console.print()
