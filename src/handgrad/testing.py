@@ -182,8 +182,8 @@ def run_case(
 
 def set_scalars(p: Program, arena: Arena) -> None:
     """Writes the step scalars of every check: step 3, learning rate 1e-3, and so on."""
-    counters = {"seed": 7, "step": 3, "micro_step": 0, "position": 0}
-    arena.write_scalars(p, **counters, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
+    inputs = {"seed": 7, "step": 3, "micro_step": 0, "position": 0, "momentum": 0.9}
+    arena.write_scalars(p, **inputs, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:

@@ -43,6 +43,8 @@ class Convert:
     """dtype of the written weights; saved: the source's; f16 and q8_0: of a .gguf alone"""
     adapter: bool = False
     """of a run with --lora-rank: write the adapter alone, as peft keeps it, not a model with it merged in"""
+    ema: bool = False
+    """convert the average of the weights that train --ema keeps"""
     force: bool = False
     """replace a file, or a folder that holds only a model"""
     push: str = ""
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
     """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
     check_push(a)
-    dst, source = Path(a.dst), open_source(a.src)
+    dst, source = Path(a.dst), open_source(a.src, a.ema)
     to = kind_of(dst, a.to, source)
     if dst.suffix.lower() in FOREIGN:
         hint = f"a folder such as '{dst.with_suffix('')}'; --to hf writes model.safetensors into it"

@@ -44,6 +44,8 @@ class Eval:
     """at most this many questions, or sequences of val; 0: all"""
     out: str = ""
     """file that the results are added to; empty: eval.json beside the model"""
+    ema: bool = False
+    """the average of the weights that train --ema keeps"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> int:
                 found = evals.evaluate(name, what, m.scorer, done)
             of = count if name == "val" else len(what)
             key = f"{name} (first {of})" if a.limit else name  # beside the result of them all
+            key += " of the average" * a.ema
             note(path, m, key, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
             for i, (metric, (value, error)) in enumerate(found.items()):
                 row = ("", "") if i else (name, f"{of:,}")
@@ -96,8 +99,8 @@ def main(argv: list[str]) -> int:
 def open_model(a: Eval) -> Model:
     """The model, ready to score, or to classify if it has labels."""
     if getattr(open_source(a.run).model, "labels", ()):
-        return load_encoder(a.run, a.dtype, a.backend, a.threads)
-    return evals.load_scorer(a.run, a.dtype, a.backend, a.threads)
+        return load_encoder(a.run, a.dtype, a.backend, a.threads, ema=a.ema)
+    return evals.load_scorer(a.run, a.dtype, a.backend, a.threads, a.ema)
 
 
 def place(word: str, a: Eval) -> tuple[str, str | Path]:

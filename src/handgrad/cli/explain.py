@@ -59,6 +59,8 @@ class Explain:
     """type of adamw's moments"""
     momentum: float | None = OptimConfig.momentum
     """of sgd, which has no state without it; None: the optimizer's own"""
+    ema: float = OptimConfig.ema
+    """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
@@ -93,7 +95,8 @@ def main(argv: list[str]) -> int:
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
     kinds: dict[str, Any] = {"execution": execution, "precision": precision}
-    optim = optimizer_of(OptimConfig(optimizer=a.optimizer, moments=a.moments, momentum=a.momentum))
+    names = ("optimizer", "moments", "momentum", "ema")
+    optim = optimizer_of(OptimConfig(**{name: getattr(a, name) for name in names}))
     page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""

@@ -35,6 +35,8 @@ class Generate:
     """tokens that the model sees at most; 0: its longest, and 2048 at most for a Llama"""
     stop: tuple[str, ...] = ()
     """stop before any of these strings"""
+    ema: bool = False
+    """the average of the weights that train --ema keeps"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt() if a.prompt == "-" else a.prompt
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0))
+    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0), a.ema)
     pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
     if loaded.model.continues_text:
         print("\n" if prompt is None else prompt, end="", flush=True)

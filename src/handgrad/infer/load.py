@@ -12,6 +12,7 @@ from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
+from handgrad.core.program import Program
 from handgrad.infer.adapters import merged
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.marks import Marked
@@ -60,25 +61,30 @@ class Source:
     tensors: Callable[[str], np.ndarray] | None = None
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, ema: bool = False) -> Source:
     """The model at a path, or at hf:NAME. Reads and checks headers, not tensors.
 
-    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError if there is no model.
+    A folder that llm.c trains in stands for its newest complete model. ema: with the average of the weights that a run
+    with --ema keeps. Raises HandgradError if there is no model, or no average.
     """
     path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:  # a name that is too long, a folder that is closed
         raise HandgradError("model", f"a model is {KINDS}", error.strerror) from None
+    if ema and not (is_folder and (checkpoint.is_checkpoint(path) or checkpoint.newest(path))):
+        raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"'{path}'")
     if is_file:
         return _gguf(path) if is_gguf(path) else _llmc(path)
     if not is_folder:
         on_hub = f"hf:{path} is a model of the Hugging Face hub"
         hint = on_hub if str(path) in HUGGING_FACE else "handgrad train makes one"
+        if path.name == checkpoint.BEST and checkpoint.newest(path.parent):
+            hint = "a run with --keep-best has one, from its first validation on"
         raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint=hint)
     folder = path if checkpoint.is_checkpoint(path) else checkpoint.newest(path)
     if folder is not None:
-        return _run(folder)
+        return _run(folder.parent / folder.resolve().name, ema)
     if hf.is_folder(path):
         return _hugging_face(path)
     done = sorted(int(p.name[5:]) for p in path.glob("DONE_*") if p.name[5:].isdigit())
@@ -88,16 +94,17 @@ def open_source(source: str | Path) -> Source:
 
 
 def load_run(
-    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0, context: int = 0
+    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0, context: int = 0, ema: bool = False
 ) -> tuple[Engine, tokenizers.Tokenizer]:
     """(engine, tokenizer) of the model that `open_source` opens.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in
     context: tokens that the model sees at most; 0: the model's longest, and 2048 at most for a Llama
+    ema: the average of its weights
 
     Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
-    source = open_source(path)
+    source = open_source(path, ema)
     if not isinstance(source.model, EncoderDecoder):
         check_continues(source, "generate")
     if not 0 <= context <= source.model.max_seq_len:
@@ -179,13 +186,15 @@ class Loaded:
         return f"Loaded({self.model}, tokenizer {self.tokenizer.name} of {self.tokenizer.vocab_size:,} tokens)"
 
 
-def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0) -> Loaded:
+def load(
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0, ema: bool = False
+) -> Loaded:
     """The model that `open_source` opens, ready to continue text.
 
     path: a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME
-    dtype, backend, threads, context and errors as in `load_run`
+    dtype, backend, threads, context, ema and errors as in `load_run`
     """
-    return Loaded(*load_run(path, dtype, backend, threads, context))
+    return Loaded(*load_run(path, dtype, backend, threads, context, ema))
 
 
 def check_continues(source: Source, where: str) -> None:
@@ -210,8 +219,8 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
 # handgrad's own -------------------------------------------------------------------------------------------------------
 
 
-def _run(folder: Path) -> Source:
-    """The model in a checkpoint of ours; the ref backend stores float64."""
+def _run(folder: Path, ema: bool) -> Source:
+    """The model in a checkpoint of ours, or its average; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
     model = from_dict(saved, "model", f"{folder}/run.json")
     if saved["dtype"] not in ON_DISK:
@@ -221,13 +230,26 @@ def _run(folder: Path) -> Source:
     lora = from_saved(saved.get("lora"), f"{folder}/run.json")
     program = declare(model, adapters=lora.adapters(model) if lora else {})
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
-    tensors = checkpoint.load(folder, expected)
+    read: Callable[[str], np.ndarray] = checkpoint.load(folder, expected).__getitem__
+    if ema:
+        read = _average(folder, program, read)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
-    weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), tensors.__getitem__)
+    weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), read)
     if lora is not None:
-        weights = merged(weights, lora, model, tensors.__getitem__)
+        weights = merged(weights, lora, model, read)
     tokenizer = partial(_tokenizer_of_run, folder.resolve().parent)
-    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, tensors.__getitem__)
+    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, read)
+
+
+def _average(folder: Path, program: Program, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """What reads a parameter of the average in a checkpoint, float32; a frozen parameter has none and is itself."""
+    held, params = checkpoint.state_names(folder), program.params.items()
+    names = {name: info.tensor.shape for name, info in params if f"{checkpoint.EMA}.{name}" in held}
+    if not names:
+        raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
+    expected = {f"{checkpoint.EMA}.{name}": (shape, "float32") for name, shape in names.items()}
+    tensors = checkpoint.load_state(folder, expected, others=True)
+    return lambda name: tensors[f"{checkpoint.EMA}.{name}"] if name in names else read(name)
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:

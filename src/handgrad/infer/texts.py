@@ -33,16 +33,17 @@ def special_ids(model: Bert, tokenizer: tokenizers.Tokenizer | None) -> dict[str
 
 
 def load_encoder(
-    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0, ema: bool = False
 ) -> "TextEncoder":
     """The BERT that `open_source` opens, ready to read texts.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in
     context: tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads
+    ema: the average of its weights
 
     Raises HandgradError for another model, if something is missing, or if the model reads fewer tokens.
     """
-    source = open_source(path)
+    source = open_source(path, ema)
     model = source.model
     if not isinstance(model, Bert):
         raise HandgradError("embed", "a bert reads whole texts", f"a {model.family}")

@@ -8,6 +8,7 @@ from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
 from handgrad.ops.cap_logits.op import cap_logits
 from handgrad.ops.dropout.op import dropout
+from handgrad.ops.ema.op import ema
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
 from handgrad.ops.gated.op import gated, gated_backward
@@ -64,5 +65,6 @@ _ALL = (
     sgd,
     lion,
     adafactor,
+    ema,
 )
 OPS = {op.name: op for op in _ALL}

@@ -3,6 +3,7 @@
 from handgrad.optim import schedules
 from handgrad.optim.adafactor import Adafactor
 from handgrad.optim.adamw import AdamW
+from handgrad.optim.ema import Ema
 from handgrad.optim.lion import Lion
 from handgrad.optim.record import Optimizer, record_step
 from handgrad.optim.sgd import SGD
@@ -14,4 +15,4 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {  # by the name that settings give the
     "adafactor": Adafactor,
 }
 
-__all__ = ["OPTIMIZERS", "SGD", "Adafactor", "AdamW", "Lion", "Optimizer", "record_step", "schedules"]
+__all__ = ["OPTIMIZERS", "SGD", "Adafactor", "AdamW", "Ema", "Lion", "Optimizer", "record_step", "schedules"]

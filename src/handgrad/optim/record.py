@@ -15,6 +15,9 @@ COLLECTIVES = Collectives(all_reduce, reduce_scatter, all_gather, all_gather_f32
 class Optimizer(Protocol):
     """The interface of an optimizer.
 
+    An optimizer whose momentum may be scheduled reads the step scalar `momentum` and has an attribute
+    `scheduled_momentum`: its value where there is no schedule.
+
     clip    the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     groups  which parameters share their settings
     """

@@ -1,7 +1,6 @@
 """From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
 import glob
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +23,23 @@ from handgrad.infer.texts import special_ids
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
+from handgrad.train.best import Best
 from handgrad.train.checks import micro_batches
-from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
+from handgrad.train.config import (
+    PACKAGED,
+    SCHEDULE_SETTINGS,
+    SIZES,
+    STEPS,
+    ComputeConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    RanksConfig,
+    num_tokens,
+)
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
+from handgrad.train.extend import branch_step
 from handgrad.train.folder import saved_settings
 from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
@@ -47,6 +59,9 @@ class Run:
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
     lr               learning rate of a step
+    momentum         momentum of a step, None where it is the optimizer's own
+    branch           the step before the cooldown of wsd, whose checkpoint is kept for --extend; else 0
+    best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
     hellaswag        its questions; none: it is not evaluated
@@ -61,6 +76,9 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     trainer: Trainer
     lr: Callable[[int], float]
+    momentum: Callable[[int], float] | None
+    branch: int
+    best: Best
     val: hg_data.Tokens | None
     prompt: list[int]
     hellaswag: list[evals.Item]
@@ -69,6 +87,11 @@ class Run:
     peak_flops: float | None
     done: int
     facts: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """The length of the run."""
+        return steps_of(self.config)
 
 
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
@@ -79,9 +102,11 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, start, source = find_start(c, out, tokenizer, labels)
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, shards, model, comm.world, tokenizer)
-    c = complete(c, model, data, out)
+    asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
+    if val_shards == "" and (c.checkpoint.keep_best or c.eval.patience):
+        raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
     if not model.continues_text and c.eval.hellaswag:
         raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
@@ -95,6 +120,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     start = with_adapter(start, c, model, execution, is_new=newest(out) is None or not r.resume)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
+    momentum = momentum_of(c, optim)
     try:
         trainer = Trainer(
             model, optim, data, execution=execution, precision=precision, backend=backend, start=start, out=out
@@ -105,8 +131,10 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise with_remedies(error, model, optim, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
-    done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
-    if done > r.steps:
+    until = on_rank_0(comm, lambda: branch_step(saved_settings(c), c, out)) if asked.extend else None
+    fresh = asked.fresh_optimizer
+    done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
+    if done > steps_of(c):
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
     facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
@@ -121,6 +149,9 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         tokenizer=tokenizer,
         trainer=trainer,
         lr=lr,
+        momentum=momentum,
+        branch=schedules.settled_until(o.schedule, steps_of(c), o.cooldown) if o.schedule == "wsd" else 0,
+        best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
         hellaswag=hellaswag,
@@ -352,30 +383,61 @@ def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: 
 
 def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    steps = c.run.steps or max(data.windows // data.sequences, 1)
-    final = c.optim.final
-    if final is None:
-        final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    warmup = min(100, steps // 10) if c.optim.warmup is None else c.optim.warmup
+    steps, o = num_steps(c, data), c.optim
+    own = {name: v for name, v in schedules.own_settings(o.schedule).items() if getattr(o, name) in (None, "")}
+    warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
+    run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
     return replace(
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        optim=replace(c.optim, **optimizer_settings(optimizer_of(c.optim)) | {"final": final, "warmup": warmup}),
-        run=replace(c.run, out=str(out), steps=steps),
+        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
+        run=run,
         compute=replace(c.compute, **found),
         world=RanksConfig(),
     )
 
 
+def num_steps(c: Config, data: hg_data.Tokens) -> int:
+    """The length of the run in steps, from --steps, --tokens or --epochs: the whole steps in it, at least one."""
+    r, epoch = c.run, data.windows / data.sequences
+    if r.tokens:
+        return max(num_tokens(r.tokens) // data.batch_tokens, 1)
+    if r.epochs or r.steps == 0:
+        return max(int((r.epochs or 1.0) * epoch + 1e-9), 1)  # 0.1 * 70 is 7
+    return STEPS if r.steps is None else r.steps
+
+
+def steps_of(c: Config) -> int:
+    """The length of the run of complete settings."""
+    assert c.run.steps is not None  # `complete` has set it
+    return c.run.steps
+
+
 def schedule_of(c: Config) -> schedules.Schedule:
     """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
-    o, steps = c.optim, c.run.steps
+    o, steps = c.optim, steps_of(c)
     assert o.warmup is not None  # `complete` has set it
     warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
-    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final)
+    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final, **schedule_settings(o))
+
+
+def schedule_settings(o: OptimConfig) -> dict[str, Any]:
+    """The settings of single schedules, None where they are not given."""
+    return {name: getattr(o, name) or None for name in SCHEDULE_SETTINGS}
+
+
+def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:
+    """The momentum of every step, None if it is not scheduled. HandgradError if the optimizer does not read it."""
+    o, peak = c.optim, getattr(optim, "scheduled_momentum", None)
+    if not o.momentum_warmup and not o.momentum_cooldown:
+        return None
+    if peak is None:
+        rule = "--momentum-warmup and --momentum-cooldown are settings of optimizers whose momentum is scheduled"
+        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}")
+    return schedules.momentum(o.momentum_warmup, steps_of(c), o.momentum_cooldown, peak=peak)
 
 
 def precision_of(h: ComputeConfig) -> Precision:
