@@ -35,6 +35,11 @@ handgrad profile tiny --by call""",
     "data jsonl": "\nhandgrad data jsonl part1.jsonl part2.jsonl.gz --column text --out mydata",
     "data parquet": "\nhandgrad data parquet part1.parquet --out mydata --workers 8",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
+    "data json": "\nhandgrad data json stories.json --column story --out mydata",
+    "data tokens": "\nhandgrad data tokens train.bin --val val.bin --raw uint16 --out mydata",
+    "data tokenizer": """
+handgrad data tokenizer book.txt --vocab 16384 --out mytokens
+handgrad data tokenizer --extend gpt2 --special '<|im_start|>' '<|im_end|>' --out chat-tokens""",
     "ops": """
 handgrad ops
 handgrad ops check attention

@@ -35,6 +35,8 @@ class Generate:
     """tokens that the model sees at most; 0: its longest, and 2048 at most for a Llama"""
     stop: tuple[str, ...] = ()
     """stop before any of these strings"""
+    special_tokens: bool = False
+    """a special token spelled out in the prompt, such as <|endoftext|>, is that token; else it is plain text"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
     loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0))
-    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
+    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop, special_tokens=a.special_tokens)
     print("\n" if prompt is None else prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

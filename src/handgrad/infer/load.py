@@ -114,9 +114,10 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> str:
         """Returns the continuation of a prompt, without the prompt; the same as `stream`, joined."""
-        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop))
+        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop, special_tokens))
 
     def stream(
         self,
@@ -127,11 +128,15 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a prompt as it is made.
 
         prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one
         max_tokens: at most;  temperature, top_k, top_p, seed: see `Sampling`;  stop: end before any of these strings
+        special_tokens: a special token spelled out in the prompt is that token; else it is plain text
+
+        What the tokenizer puts before every text, as Llama's does, precedes the prompt.
 
         It ends at a token that ends texts. Raises HandgradError, at once, for a value out of range and for a prompt
         that is empty or that the tokenizer cannot spell.
@@ -143,7 +148,11 @@ class Loaded:
         if prompt == "":
             raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
         tokenizer = self.tokenizer
-        ids = tokenizers.neutral_prompt(tokenizer) if prompt is None else tokenizer.encode(prompt).tolist()
+        tokenizers.check_special(tokenizer, special_tokens)
+        if prompt is None:
+            ids = tokenizers.neutral_prompt(tokenizer)
+        else:
+            ids = tokenizers.prompt_ids(tokenizer, prompt, special_tokens)
         if not ids:
             raise HandgradError("generate", f"a prompt is spelled with tokens of {tokenizer.name}", repr(prompt))
         tokens = self.engine.generate(ids, max_tokens, sampling, tokenizer.ends)

@@ -325,7 +325,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
         return tokenizers.neutral_prompt(tokenizer)
     found: object = repr(prompt)
     try:
-        ids = tokenizer.encode(prompt).tolist()
+        ids = tokenizers.prompt_ids(tokenizer, prompt)
     except HandgradError as error:
         ids, found = [], error.got or found  # the character
     if not ids:
