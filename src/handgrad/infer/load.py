@@ -177,17 +177,25 @@ def check_continues(source: Source, where: str) -> None:
         raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
 
 
-def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises HandgradError if a token differs between this tokenizer and the model's own, if it has one."""
+def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
+    """Returns the ids of the tokens that this tokenizer adds to the model's own; none if the model has no tokenizer.
+
+    Raises HandgradError if another token differs.
+    """
     try:
         own = source.tokenizer()
     except HandgradError:
-        return
+        return range(0)
     for id in range(min(own.vocab_size, tokenizer.vocab_size)):
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
             rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
             raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
+    added = range(own.vocab_size, tokenizer.vocab_size)
+    if not tokenizers.added_ids(tokenizer) >= set(added):
+        rule = f"data for {source.path} are made with its tokenizer of {own.vocab_size:,} tokens, or one that adds some"
+        raise HandgradError("model", rule, f"{tokenizer.vocab_size:,} of {tokenizer.name}")
+    return added
 
 
 # handgrad's own -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer, check_special, neutral_prompt, prompt_ids
 from handgrad.tokenizers.chars import CharTokenizer, chars
 from handgrad.tokenizers.ends import id_list, model_ends
-from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
+from handgrad.tokenizers.file import FileTokenizer, added_ids, from_file, read_library, vocabulary
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
@@ -18,6 +18,7 @@ __all__ = [
     "FileTokenizer",
     "RULE",
     "Tokenizer",
+    "added_ids",
     "chars",
     "check_special",
     "ends_in_gguf",

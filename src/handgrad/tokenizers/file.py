@@ -79,6 +79,11 @@ def begins_of(library: tokenizers.Tokenizer, source: object) -> tuple[int, ...]:
     return ids
 
 
+def added_ids(tokenizer: object) -> set[int]:
+    """Returns the ids of the tokens that were added to a tokenizer's vocabulary, special or not."""
+    return set(tokenizer.library.get_added_tokens_decoder()) if isinstance(tokenizer, FileTokenizer) else set()
+
+
 def put_before(library: tokenizers.Tokenizer, token: str) -> None:
     """Makes the library put a token of its vocabulary before every text."""
     before = {"SpecialToken": {"id": token, "type_id": 0}}

@@ -25,6 +25,7 @@ from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelC
 from handgrad.train.execution import Execution
 from handgrad.train.explain import explain
 from handgrad.train.folder import saved_settings
+from handgrad.train.growth import described, with_new_rows
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.outliers import Guard
@@ -68,7 +69,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
     tokenizer = tokenizer_of(hg_data.find_shards(shards))
-    c, start, source = find_start(c, out, tokenizer)
+    c, start, source, new_rows = find_start(c, out, tokenizer)
     model = find_model(c, tokenizer.vocab_size, source)
     data = training_data(c, shards, model, comm.world, tokenizer.eot)
     c = complete(c, model, data, out)
@@ -101,7 +102,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     num_params = trainer.program.num_params
     facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
+    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
@@ -158,10 +159,10 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
 
 
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
-    """(the settings, what the run starts from, the model on disk if there is one).
+def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None, str]:
+    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any).
 
-    A model on disk sets the sizes; a checkpoint sets everything.
+    A model on disk sets the sizes; a checkpoint sets everything. Tokens that the data's tokenizer adds get new rows.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -171,22 +172,23 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
     if drawn and last is None:
-        return c, Start(c.run.seed, m.init), None
+        return c, Start(c.run.seed, m.init), None, ""
     source = open_source(m.init if last is None else str(last))
-    check_same_tokens(source, tokenizer)
+    added = check_same_tokens(source, tokenizer)
     if drawn:
-        return c, Start(c.run.seed), None
+        return c, Start(c.run.seed), None, ""
     if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
         rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
         raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
-    brought = {"family": source.model.family} | settings_of(source.model)
+    model, weights = with_new_rows(source, added) if added else (source.model, source.weights)
+    brought = {"family": model.family} | settings_of(model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
-    start = Start(c.run.seed, source.weights) if last is None else Start(c.run.seed)
-    return replace(c, model=replace(m, **brought)), start, source.model
+    start = Start(c.run.seed, weights) if last is None else Start(c.run.seed)
+    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added)
 
 
 def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:

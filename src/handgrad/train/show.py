@@ -55,10 +55,12 @@ def facts(run: Run) -> list[tuple[str, str]]:
     padding = run.trainer.program.num_padding
     padded = f" ({padding:,} more pad the vocabulary)" if padding else ""
     steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
+    new_rows = [("new rows", run.facts["new_rows"])] if "new_rows" in run.facts else []
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
+        *new_rows,
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
