@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from handgrad import data
-from handgrad.cli.data_tokenizer import Files, Training, tokenizer_of, train_tokenizer
+from handgrad.cli.data_tokenizer import Files, MoreFiles, Training, tokenizer_of, train_tokenizer
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models import preset
@@ -64,7 +64,7 @@ class Text(Shards):
 
     files: Files = ()
     """the files; plain, .gz, .xz, .bz2 or .zst"""
-    val: tuple[str, ...] = ()
+    val: MoreFiles = ()
     """files that become the validation set, whole"""
     val_fraction: float | None = None
     """share of the text, at its end, that becomes the validation set; None: 0.1, without --val"""
@@ -80,7 +80,7 @@ class Rows(Shards):
     """the files; JSON may be .gz, .xz, .bz2 or .zst"""
     column: str = "text"
     """the column that holds the text"""
-    val: tuple[str, ...] = ()
+    val: MoreFiles = ()
     """files that become the validation set, whole"""
     val_tokens: int | None = None
     """tokens, from the start, that become the validation set; 0: none; None: 1,048,576, without --val"""
@@ -100,7 +100,7 @@ class Ids:
     """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: data"""
     tokenizer: str = "gpt2"
     """the tokenizer that made the ids: gpt2, a tokenizer.json, or a folder that holds one"""
-    val: tuple[str, ...] = ()
+    val: MoreFiles = ()
     """files that become the validation set, whole"""
     val_tokens: int | None = None
     """ids, from the start, that become the validation set; 0: none; None: 1,048,576, without --val"""

@@ -16,6 +16,7 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.replace import replace, restore, staged
 
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
+MoreFiles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
 HELD_OUT = 0.05  # of the text, at its end, unless files are given
 REPORT = "tokenizer_report.json"
 MADE = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", REPORT}
@@ -29,11 +30,11 @@ class Training:
     """UTF-8 text files to train on"""
     vocab: int = 16384
     """tokens: 256 bytes, merges, <|endoftext|>, and those of --special"""
-    special: tuple[str, ...] = ()
+    special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN...", help_behavior_hint="")] = ()
     """special tokens besides <|endoftext|>, such as '<|im_start|>' '<|im_end|>'"""
     extend: str = ""
     """gpt2, a tokenizer.json or a folder with one: no training, --special is added to this tokenizer"""
-    held_out: tuple[str, ...] = ()
+    held_out: MoreFiles = ()
     """text files to measure bytes per token on; none: the last 5 % of the text, which is not trained on"""
     out: str = ""
     """folder for tokenizer.json, tokenizer_config.json and tokenizer_report.json; empty: tokenizer"""

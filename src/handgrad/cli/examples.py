@@ -39,7 +39,7 @@ handgrad profile tiny --by call""",
     "data tokens": "\nhandgrad data tokens train.bin --val val.bin --raw uint16 --out mydata",
     "data tokenizer": """
 handgrad data tokenizer book.txt --vocab 16384 --out mytokens
-handgrad data tokenizer --extend gpt2 --special '<|im_start|>' '<|im_end|>' --out chat-tokens""",
+handgrad data tokenizer --extend gpt2 --special '[user]' '[assistant]' --out chat-tokens""",
     "ops": """
 handgrad ops
 handgrad ops check attention

@@ -48,7 +48,7 @@ def json_kind(value: object) -> str:
 def replaced(raw: bytes) -> tuple[str, int]:
     """Returns (`raw` as UTF-8 with U+FFFD for what is none, the number of these).
 
-    >>> replaced(b"caf\xe9")
+    >>> replaced(b"caf\\xe9")
     ('caf\ufffd', 1)
     """
     text = raw.decode("utf-8", "replace")

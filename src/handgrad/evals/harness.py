@@ -40,21 +40,15 @@ def register() -> type:
             self._engine: Engine | None = None
 
         @property
-        def eot_token_id(self) -> int:
-            if self._model.tokenizer.eot is None:
-                rule = "the harness starts texts with the token that ends documents"
-                raise HandgradError("eval", rule, f"{self._model.tokenizer.name}, which has none")
-            return self._model.tokenizer.eot
+        def eot_token_id(self) -> int:  # what an empty context becomes
+            own = self._model.tokenizer
+            if not own.begins and not own.ends:
+                raise HandgradError("eval", "the harness starts texts with a token that begins or ends them", own.name)
+            return (own.begins or own.ends)[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            if add_special_tokens is False:
-                return self._model.tokenizer.encode(string).tolist()
-            return prompt_ids(self._model.tokenizer, string)
-
-        @property
-        def prefix_token_id(self) -> int:
-            begins = self._model.tokenizer.begins
-            return begins[0] if begins else self.eot_token_id
+            own = self._model.tokenizer
+            return own.encode(string).tolist() if add_special_tokens is False else prompt_ids(own, string)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             scores = self._model.scorer.score([pair for _, *pair in requests], greedy=True)
@@ -64,7 +58,7 @@ def register() -> type:
             T, totals = self._model.source.model.usual_seq_len, []
             for request in requests:
                 ids = self.tok_encode(request.args[0], add_special_tokens=False)
-                windows = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=T, context_len=1)
+                windows = get_rolling_token_windows(ids, self.eot_token_id, max_seq_len=T, context_len=1)
                 scores = self._model.scorer.score([make_disjoint_window(window) for window in windows])
                 totals.append(-sum(float(s.losses.sum(dtype="float64")) for s in scores))
             return totals
@@ -77,7 +71,7 @@ def register() -> type:
             if self._engine is None:  # an arena of its own: few tasks write text
                 self._engine, _ = load_run(*self._from)
             until = settings.get("until") or []
-            ids = self.tok_encode(context) or [self.prefix_token_id]
+            ids = self.tok_encode(context) or [self.eot_token_id]
             most, tokenizer = settings.get("max_gen_toks", 256), self._model.tokenizer
             said = tokenizer.stream(self._engine.generate(ids, most, sampling(settings), tokenizer.ends))
             return "".join(StopStrings([until] if isinstance(until, str) else until).cut(said))

@@ -8,7 +8,6 @@ is held. Plain files only cost what they weigh on disk, but a line of one is bou
 import bz2
 import csv
 import gzip
-import importlib
 import io
 import lzma
 import tarfile
@@ -32,22 +31,24 @@ DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised bes
 
 
 @cache
-def zstd() -> Any:
+def zstd_module() -> Any:
     """Returns the module for .zst files, Python's own from 3.14 on; None if there is none."""
-    for name in ("compression.zstd", "backports.zstd"):
+    try:
+        from compression import zstd
+    except ImportError:
         try:
-            return importlib.import_module(name)
+            from backports import zstd
         except ImportError:
-            pass
-    return None
+            return None
+    return zstd
 
 
 def open_zstd(raw: BinaryIO) -> Any:
     """Opens a .zst file. Raises HandgradError without a module for it."""
-    if zstd() is None:
+    if zstd_module() is None:
         rule, hint = ".zst files are read by Python 3.14, or by backports.zstd", install_command("zstd")
         raise HandgradError("data", rule, "no such package", hint=hint)
-    return zstd().open(raw)
+    return zstd_module().open(raw)
 
 
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open_zstd}
@@ -125,7 +126,7 @@ def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    return (OSError, EOFError, ValueError, *DAMAGE, *([zstd().ZstdError] if zstd() else ()))
+    return (OSError, EOFError, ValueError, *DAMAGE, *([zstd_module().ZstdError] if zstd_module() else ()))
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def json_lines(path: Path, column: str, on_error: str = "stop") -> Iterator[tupl
         yield stop, Job(_lines_between, (path, start, stop, column, on_error))
 
 
-def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str) -> Iterator[str | Damage]:
+def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     """Yields the documents of the lines that begin in bytes start..stop."""
     with readable(path), path.open("rb") as file:
         if start:
@@ -93,7 +93,7 @@ def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str
             at += len(line)
 
 
-def _lines(path: Path, lines: Iterable[bytes], at: int, column: str, on_error: str) -> Iterator[str | Damage]:
+def _lines(path: Path, lines: Iterable[bytes], at: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     for line in lines:
         if line.strip():
             yield from _line(line, f"{path}, line at byte {at}", column, on_error)
@@ -127,7 +127,7 @@ def json_list(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple
     yield path.stat().st_size, Job(_listed, (path, column, on_error))
 
 
-def _listed(path: Path, column: str, on_error: str) -> Iterator[str | Damage]:
+def _listed(path: Path, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     hint = "one object a line may be of any size: jq -c '.[]' FILE | handgrad data jsonl"
     with readable(path), path.open("rb") as raw:
         size = path.stat().st_size
@@ -173,7 +173,7 @@ def table(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int
         yield size * (group + 1) // groups, Job(_rows, (path, group, column, on_error))
 
 
-def _rows(path: Path, group: int, column: str, on_error: str) -> Iterator[str | Damage]:
+def _rows(path: Path, group: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     for _ in batches(path, group, column):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
     for batch in batches(path, group, column):

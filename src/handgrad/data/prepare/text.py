@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def unfolded(paths: Sequence[Path], folder: Path) -> list[Path]:
                     file.write(block)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # unless something else lies there
+                folder.parent.rmdir()
+                folder.parent.parent.rmdir()
             raise
         found.append(plain)
     return found
