@@ -225,8 +225,8 @@ def test_completion_in_other_shells(name, capsys):
         ),
         (
             "data",
-            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, labels, "
-            "chat, hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
+            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, json, parquet, text, labels, "
+            "chat, tokens, tokenizer, hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
         ),
         ("data check", "[data] after check comes a folder, but got nothing."),
         ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
@@ -277,7 +277,10 @@ def test_wrong_words(told, argv, line):
         ("data txt book.txt", ("[data] the recipe is one of ", "'txt'. hint: did you mean text?")),
         (
             "data hellaswag --tokenizer GPT-2",
-            ("[data] --tokenizer is gpt2, chars or a file tokenizer.json, but got 'GPT-2'. hint: did you mean gpt2?",),
+            (
+                "[data] --tokenizer is gpt2, chars, a file tokenizer.json or a folder",
+                "got 'GPT-2'. hint: did you mean gpt2?",
+            ),
         ),
         ("version", ("but got 'version'. hint: did you mean handgrad --version?",)),
         ("sample runs/a", ("but got 'sample'. hint: did you mean handgrad generate?",)),

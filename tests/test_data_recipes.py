@@ -287,7 +287,7 @@ def test_end_of_text_precedes_every_document(tokenizer, texts, ids):
     [(_, whole), (_, continued)] = tokenize(
         [(0, Job(lambda: texts, ())), (1, Job(lambda: texts, (), continues=True))], tokenizer, 1
     )
-    assert whole.ids.tolist() == ids and whole.ids.dtype == np.uint16 and whole.replaced == 0
+    assert whole.ids.tolist() == ids and whole.ids.dtype == np.uint16 and whole.damage.replaced == 0
     assert continued.ids.tolist() == (ids[1:] if tokenizer.eot is not None else ids)
 
 

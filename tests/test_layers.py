@@ -49,6 +49,8 @@ OUTSIDE = {
     "lm_eval": "evals",
     "huggingface_hub": "data io",
     "pyarrow": "data",
+    "backports": "data",
+    "compression": "data",
 }
 
 

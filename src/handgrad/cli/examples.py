@@ -47,6 +47,11 @@ handgrad profile tiny --by call""",
 handgrad data chat chats.jsonl --model hf:HuggingFaceTB/SmolLM2-135M-Instruct --out mychats
 handgrad data chat chats.jsonl --model model/tokenizer.json --template llama3""",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
+    "data json": "\nhandgrad data json stories.json --column story --out mydata",
+    "data tokens": "\nhandgrad data tokens train.bin --val val.bin --raw uint16 --out mydata",
+    "data tokenizer": """
+handgrad data tokenizer book.txt --vocab 16384 --out mytokens
+handgrad data tokenizer --extend gpt2 --special '[user]' '[assistant]' --out chat-tokens""",
     "ops": """
 handgrad ops
 handgrad ops check attention

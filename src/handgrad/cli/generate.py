@@ -37,6 +37,8 @@ class Generate:
     """stop before any of these strings"""
     ema: bool = False
     """the average of the weights that train --ema keeps"""
+    special_tokens: bool = False
+    """a special token spelled out in the prompt, such as <|endoftext|>, is that token; else it is plain text"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
     loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0), a.ema)
-    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
+    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop, special_tokens=a.special_tokens)
     if loaded.model.continues_text:
         print("\n" if prompt is None else prompt, end="", flush=True)
     for piece in pieces:

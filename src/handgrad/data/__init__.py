@@ -11,7 +11,7 @@ from handgrad.data.prepare.chat import prepare_chat
 from handgrad.data.prepare.labels import Columns, prepare_labels
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
-from handgrad.data.prepare.text import read_text, shakespeare
+from handgrad.data.prepare.text import read_text, shakespeare, split_text
 from handgrad.data.shards import Shard, ShardWriter, id_dtype, open_shard, write_random, write_shard
 from handgrad.data.spans import Spans
 
@@ -42,6 +42,7 @@ __all__ = [
     "read_meta",
     "read_text",
     "shakespeare",
+    "split_text",
     "tokens",
     "tokens_digest",
     "tokens_record",

@@ -55,6 +55,16 @@ def json_kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
+def replaced(raw: bytes) -> tuple[str, int]:
+    """Returns (`raw` as UTF-8 with U+FFFD for what is none, the number of these).
+
+    >>> replaced(b"caf\\xe9")
+    ('caf\ufffd', 1)
+    """
+    text = raw.decode("utf-8", "replace")
+    return text, text.count("\N{REPLACEMENT CHARACTER}") - raw.count("\N{REPLACEMENT CHARACTER}".encode())
+
+
 def repaired(text: str) -> tuple[str, int]:
     """Returns (`text` with U+FFFD for every lone half of a character, their number), as tiktoken reads it.
 

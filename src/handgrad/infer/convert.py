@@ -31,6 +31,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
     form = Format(**source.model.hugging_face)
     ends = source.ends
     suppressed: list[int] = []
+    begins: tuple[int, ...] = ()
     if tokenizer is not None:
         ends = tuple(id for id in tokenizer.ends if id < source.model.vocab_size)
         drawable = np.zeros(source.model.vocab_size, bool)
@@ -39,7 +40,8 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         # cutting these rows off instead would change the probabilities of the others
         suppressed = np.flatnonzero(~drawable).tolist()
         tokenizers.to_folder(tokenizer, folder)
-    hf.write(folder, form, source.weights, dtype, ends, suppressed)
+        begins = tokenizer.begins
+    hf.write(folder, form, source.weights, dtype, ends, suppressed, begins)
 
 
 def to_adapter(source: Source, folder: Path, dtype: str) -> None:

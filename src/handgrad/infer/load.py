@@ -144,9 +144,10 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> str:
         """Returns the continuation of a prompt, without the prompt; the same as `stream`, joined."""
-        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop))
+        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop, special_tokens))
 
     def stream(
         self,
@@ -157,12 +158,16 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a prompt as it is made.
 
         prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one. An
         encoder-decoder needs one, its source: it ends by itself, and marks such as <extra_id_0> stand for gaps.
         max_tokens: at most;  temperature, top_k, top_p, seed: see `Sampling`;  stop: end before any of these strings
+        special_tokens: a special token spelled out in the prompt is that token; else it is plain text
+
+        What the tokenizer puts before every text, as Llama's does, precedes the prompt.
 
         It ends at a token that ends texts. Raises HandgradError, at once, for a value out of range and for a prompt
         that is empty or that the tokenizer cannot spell.
@@ -174,9 +179,13 @@ class Loaded:
         if prompt == "":
             raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
         tokenizer = self.tokenizer
+        tokenizers.check_special(tokenizer, special_tokens)
         if prompt is None and not self.model.continues_text:
             raise HandgradError("generate", f"a {self.model.family} needs a prompt, which it writes about")
-        ids = tokenizers.neutral_prompt(tokenizer) if prompt is None else tokenizer.encode(prompt).tolist()
+        if prompt is None:
+            ids = tokenizers.neutral_prompt(tokenizer)
+        else:
+            ids = tokenizers.prompt_ids(tokenizer, prompt, special_tokens)
         if not ids:
             raise HandgradError("generate", f"a prompt is spelled with tokens of {tokenizer.name}", repr(prompt))
         tokens = self.engine.generate(ids, max_tokens, sampling, tokenizer.ends)
@@ -203,17 +212,25 @@ def check_continues(source: Source, where: str) -> None:
         raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
 
 
-def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises HandgradError if a token differs between this tokenizer and the model's own, if it has one."""
+def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
+    """Returns the ids of the tokens that this tokenizer adds to the model's own; none if the model has no tokenizer.
+
+    Raises HandgradError if another token differs.
+    """
     try:
         own = source.tokenizer()
     except HandgradError:
-        return
+        return range(0)
     for id in range(min(own.vocab_size, tokenizer.vocab_size)):
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
             rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
             raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
+    added = range(own.vocab_size, tokenizer.vocab_size)
+    if not tokenizers.added_ids(tokenizer) >= set(added):
+        rule = f"data for {source.path} are made with its tokenizer of {own.vocab_size:,} tokens, or one that adds some"
+        raise HandgradError("model", rule, f"{tokenizer.vocab_size:,} of {tokenizer.name}")
+    return added
 
 
 # handgrad's own -------------------------------------------------------------------------------------------------------

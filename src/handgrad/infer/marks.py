@@ -28,12 +28,14 @@ class Marked:
     def __init__(self, tokenizer: Tokenizer, marks: Mapping[str, int], end: int):
         self.tokenizer, self.marks, self.end = tokenizer, marks, end
         self.name, self.eot, self.ends = tokenizer.name, end, (end,)
+        self.begins: tuple[int, ...] = ()
+        self.specials = tokenizer.specials
         self.vocab_size = max(tokenizer.vocab_size, end + 1, *(id + 1 for id in marks.values()))
         self._beyond = {id: name for name, id in marks.items() if id >= tokenizer.vocab_size}
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         pieces = re.split("(" + "|".join(map(re.escape, self.marks)) + ")", text)
-        ids = [[self.marks[p]] if p in self.marks else self.tokenizer.encode(p) for p in pieces if p]
+        ids = [[self.marks[p]] if p in self.marks else self.tokenizer.encode(p, special) for p in pieces if p]
         return np.concatenate([*ids, [self.end]]).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:

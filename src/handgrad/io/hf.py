@@ -159,17 +159,18 @@ def write(
     dtype: str | None = None,
     ends: Sequence[int] = (),
     suppressed: Sequence[int] = (),
+    begins: Sequence[int] = (),
 ) -> None:
     """Writes config.json, the tensors and, if it has something to say, generation_config.json into a folder.
 
     dtype: "f32", "bf16", or None for the weights' own;  ends: the tokens that end a text, unless the family has its own
-    suppressed: ids that `generate` of transformers must not draw
+    suppressed: ids that `generate` of transformers must not draw;  begins: the tokens that precede a text
 
     Up to MOST_FILE bytes of tensors become model.safetensors, more become several files with an index.
     """
     dtype, config = dtype or weights.dtype, form.config(weights.fields)
     end = {
-        "bos_token_id": ends[0] if ends else None,
+        "bos_token_id": (*begins, *ends, None)[0],
         "eos_token_id": config.get("eos_token_id", list(ends) if len(ends) > 1 else ends[0] if ends else None),
     }
     config |= {**end, "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype]}

@@ -1,5 +1,6 @@
 """Any tokenizer.json, and BERT's vocab.txt, through the `tokenizers` library: BPE, Unigram, WordPiece."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,43 @@ def vocabulary(library: tokenizers.Tokenizer, source: object) -> dict[str, int]:
     return known
 
 
+def begins_of(library: tokenizers.Tokenizer, source: object) -> tuple[int, ...]:
+    """Returns the ids that the library puts before a text; none if it puts others after it, as BERT's does: objectives
+    and models of whole texts do that on their own.
+
+    Raises HandgradError naming the source if one is no id of the vocabulary.
+    """
+    about = {} if library.post_processor is None else json.loads(library.post_processor.__getstate__())
+    steps = [step for step in about.get("processors", [about]) if step.get("type") == "TemplateProcessing"]
+    pieces = steps[0]["single"] if steps else []
+    if not pieces or "Sequence" not in pieces[-1]:
+        return ()
+    named = [
+        steps[0]["special_tokens"][piece["SpecialToken"]["id"]] for piece in pieces[:-1] if "Sequence" not in piece
+    ]
+    ids = tuple(id for token in named for id in token["ids"])
+    if any(library.id_to_token(id) is None for id in ids):
+        raise HandgradError("tokenizer", f"{source} puts tokens of its vocabulary before a text", f"the ids {ids}")
+    return ids
+
+
+def added_ids(tokenizer: object) -> set[int]:
+    """Returns the ids of the tokens that were added to a tokenizer's vocabulary, special or not."""
+    return set(tokenizer.library.get_added_tokens_decoder()) if isinstance(tokenizer, FileTokenizer) else set()
+
+
+def put_before(library: tokenizers.Tokenizer, token: str) -> None:
+    """Makes the library put a token of its vocabulary before every text."""
+    before = {"SpecialToken": {"id": token, "type_id": 0}}
+    single = [before, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    ids = {"id": token, "ids": [library.token_to_id(token)], "tokens": [token]}
+    state = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {token: ids}}
+    processor = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    processor.__setstate__(json.dumps(state).encode())  # its constructor takes no token with a colon or a space
+    library.post_processor = processor
+
+
 @contextmanager
 def library_must(rule: str) -> Iterator[None]:
     """Re-raises whatever the library raises in the block as a HandgradError with this rule."""
@@ -84,20 +122,22 @@ class FileTokenizer:
     def __init__(self, library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...] | None = None):
         library.no_padding()
         library.no_truncation()
-        library.encode_special_tokens = True  # as plain text
         known = vocabulary(library, name)
         self.name = name
         self.vocab_size = max(known.values()) + 1  # ids may have gaps
         self.ends = known_ends(known) if ends is None else ends
         self.eot = self.ends[0] if self.ends else None
+        self.begins = begins_of(library, name)
+        self.specials = tuple(t.content for t in library.get_added_tokens_decoder().values() if t.special)
         self.library, self._spelled = library, spelled_bytes()
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
         with library_must(f"{self.name} must be able to encode the text"):
+            self.library.encode_special_tokens = not special  # as plain text; a copy in another process forgets it
             return np.array(self.library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:

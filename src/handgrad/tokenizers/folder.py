@@ -14,12 +14,13 @@ from handgrad.core.json_file import read_object, shown
 from handgrad.tokenizers import wordpiece
 from handgrad.tokenizers.base import MAX_IDS, Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
-from handgrad.tokenizers.ends import CONFIG, added_tokens, ends_of
+from handgrad.tokenizers.ends import CONFIG, added_tokens, content, ends_of, read_if_there
 from handgrad.tokenizers.file import (
     FILE,
     MOST_BYTES,
     FileTokenizer,
     library_must,
+    put_before,
     read_library,
     special_ids,
     vocabulary,
@@ -46,12 +47,16 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
     else:
         return None
     _add(library, folder)
+    if name == VOCAB:
+        _put_before(library, folder)
     return recognised(library, name, ends_of(folder, vocabulary(library, folder / name)))
 
 
 def recognised(library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...]) -> Tokenizer:
     """Returns the tokenizer of a library's: `gpt2()` or a CharTokenizer where it is one of them."""
     found, vocab = FileTokenizer(library, name, ends), library.get_vocab(with_added_tokens=True)
+    if found.begins:
+        return found
     rules = _rules(library)
     if found.vocab_size == gpt2().vocab_size and ends == gpt2().ends and rules == _rules(_gpt2()):
         return gpt2()
@@ -79,7 +84,8 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         config |= {f"{name}_token": token for name, token in wordpiece.SPECIAL.items()}
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if end not in config.values():
-        config |= {"bos_token": end, "eos_token": end}
+        begin = library.id_to_token(tokenizer.begins[0]) if tokenizer.begins else end
+        config |= {"bos_token": begin, "eos_token": end}
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -147,6 +153,14 @@ def _add(library: tokenizers.Tokenizer, folder: Path) -> None:
         if library.token_to_id(text) != id:
             got = f"{library.token_to_id(text)} for {shown(text)}"
             raise HandgradError("tokenizer", f"an added token in {folder} must have the id {id} of its list", got)
+
+
+def _put_before(library: tokenizers.Tokenizer, folder: Path) -> None:
+    """Puts the token before every text that tokenizer_config.json asks for. A tokenizer.json says it itself."""
+    about = read_if_there(folder / CONFIG)
+    token = content(about.get("bos_token"), f"{folder / CONFIG} gives bos_token")
+    if about.get("add_bos_token") is True and token is not None and library.token_to_id(token) is not None:
+        put_before(library, token)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -41,6 +41,7 @@ from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.extend import branch_step
 from handgrad.train.folder import saved_settings
+from handgrad.train.growth import described, with_new_rows
 from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
@@ -99,7 +100,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, shards, val_shards = settle_data(c, out, comm)
     tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
-    c, start, source = find_start(c, out, tokenizer, labels)
+    c, start, source, new_rows = find_start(c, out, tokenizer, labels)
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, shards, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
@@ -141,7 +142,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
     facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
+    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
@@ -217,10 +218,11 @@ def labels_of(shards: str) -> tuple[str, ...]:
 
 def find_start(
     c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
-) -> tuple[Config, Start, Model | None]:
-    """(the settings, what the run starts from, the model on disk if there is one).
+) -> tuple[Config, Start, Model | None, str]:
+    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any).
 
     A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
+    Tokens that the data's tokenizer adds get new rows.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -230,9 +232,9 @@ def find_start(
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
     if drawn and last is None:
-        return c, Start(c.run.seed, m.init), None
+        return c, Start(c.run.seed, m.init), None, ""
     source = open_source(m.init if last is None else str(last))
-    check_same_tokens(source, tokenizer)
+    added = check_same_tokens(source, tokenizer)
     if labels and last is None:
         source = for_labels(source, labels, c.run.seed)
     if getattr(source.model, "labels", ()) != labels:
@@ -240,17 +242,18 @@ def find_start(
         rule = f"the texts have the labels of {source.path}, {known}"
         raise HandgradError("model", rule, ", ".join(labels) or "none")
     if drawn:
-        return c, Start(c.run.seed), None
-    if isinstance(source.model, Bert):
-        check_special(source.model, tokenizer)
-    brought = {"family": source.model.family} | settings_of(source.model)
+        return c, Start(c.run.seed), None, ""
+    model, weights = with_new_rows(source, added) if added else (source.model, source.weights)
+    if isinstance(model, Bert):
+        check_special(model, tokenizer)
+    brought = {"family": model.family} | settings_of(model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
-    start = Start(c.run.seed, source.weights) if last is None else Start(c.run.seed)
-    return replace(c, model=replace(m, **brought)), start, source.model
+    start = Start(c.run.seed, weights) if last is None else Start(c.run.seed)
+    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added)
 
 
 def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
@@ -469,7 +472,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
         return tokenizers.neutral_prompt(tokenizer)
     found: object = repr(prompt)
     try:
-        ids = tokenizer.encode(prompt).tolist()
+        ids = tokenizers.prompt_ids(tokenizer, prompt)
     except HandgradError as error:
         ids, found = [], error.got or found  # the character
     if not ids:

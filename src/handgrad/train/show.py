@@ -58,11 +58,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
     count = run.facts["trainable"]
     trainable = f"; {count:,} learn" if count < run.facts["params"] else ""
     steps, tokens = run.steps, run.steps * d.batch_tokens
+    new_rows = [("new rows", run.facts["new_rows"])] if "new_rows" in run.facts else []
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
+        *new_rows,
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         *chat,
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),

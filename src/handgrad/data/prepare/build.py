@@ -24,7 +24,7 @@ from handgrad.core.disk import flush, make_folder, require_file, write_text, wri
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object
 from handgrad.data.meta import META, read_meta, sha256_of
-from handgrad.data.prepare.workers import Encoder, Job, tokenize
+from handgrad.data.prepare.workers import Damage, Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 
 SUMS = "SHA256SUMS"
@@ -34,7 +34,7 @@ _SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 Progress = Callable[[int, int, int], None]
-_Place = tuple[int, int, int, int]  # part, job, ids of the job before this place, halves replaced in all jobs so far
+_Place = tuple[int, int, int, Damage]  # part, job, ids of the job before this place, damage in all jobs so far
 _Piece = tuple[tuple[str, int], np.ndarray, _Place]  # (split, index of the shard), ids, the place after them
 
 
@@ -69,6 +69,8 @@ class Settings:
     replace: the folder's shards of another source or tokenizer are replaced
     val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
     about: what else meta.json says
+    special: special tokens spelled out in the text are tokens
+    on_error: what the parts' jobs do with damaged rows; a build that was stopped does not continue under another word
     """
 
     shard_tokens: int = 100_000_000
@@ -78,18 +80,21 @@ class Settings:
     replace: bool = False
     val_flag: str = ""
     about: dict = field(default_factory=dict)
+    special: bool = False
+    on_error: str = "stop"
 
 
 @dataclass
 class _Done:
     """Progress of a build: the next part and job, the ids of that job already written, and the shards so far.
 
-    replaced: halves of characters that became U+FFFD, in all jobs begun
+    skipped, replaced: `Damage` of all jobs begun
     """
 
     part: int = 0
     job: int = 0
     ids: int = 0
+    skipped: int = 0
     replaced: int = 0
     shards: list[dict] = field(default_factory=list)  # {"split", "name", "tokens", "sha256"}
 
@@ -125,13 +130,14 @@ def build(
     try:
         with claimed(out_dir) as building:
             spec = tokenizer.save(building)
-            words = [recipe, spec, settings.shard_tokens, settings.val_tokens, settings.about]
-            plan = _fingerprint(words, parts, building)
+            chosen = [settings.shard_tokens, settings.val_tokens, settings.about, settings.special, settings.on_error]
+            plan = _fingerprint([recipe, spec, *chosen], parts, building)
             if not settings.replace:
                 check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
-            meta = _meta(recipe, parts, tokenizer, spec, done) | settings.about
+            special = {"special_tokens": True} if settings.special else {}
+            meta = _meta(recipe, parts, tokenizer, spec, done) | special | settings.about
             _check_splits(meta, settings, building)
             install(building, out_dir, meta, {shard["name"]: shard["sha256"] for shard in done.shards})
     except OSError as error:
@@ -261,14 +267,18 @@ def _write(
 ) -> None:
     """Writes the shards that `done` lacks, and records `done` after each."""
     dtype = id_dtype(tokenizer.vocab_size)
-    for (split, index), group in groupby(_pieces(parts, tokenizer, settings, done, progress), lambda piece: piece[0]):
+    seen = [Damage(done.skipped, done.replaced)]
+    pieces = _pieces(parts, tokenizer, settings, done, seen, progress)
+    for (split, index), group in groupby(pieces, lambda piece: piece[0]):
         name = f"{split}_{index:06d}.bin"
         places: list[_Place] = []
         shard = write_shard(building / name, _tracked(group, places), dtype)
         sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
-        done.part, done.job, done.ids, done.replaced = places[-1]
+        done.part, done.job, done.ids, damage = places[-1]
+        done.skipped, done.replaced = damage.skipped, damage.replaced
         write_whole(building / _PROGRESS, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
+    done.skipped, done.replaced = seen[0].skipped, seen[0].replaced  # also of jobs at the end without an id
 
 
 def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarray]:
@@ -279,15 +289,16 @@ def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarr
 
 
 def _pieces(
-    parts: Sequence[Part], tokenizer: Encoder, settings: Settings, done: _Done, progress: Progress
+    parts: Sequence[Part], tokenizer: Encoder, settings: Settings, done: _Done, seen: list[Damage], progress: Progress
 ) -> Iterator[_Piece]:
-    """Yields the ids after `done` in pieces that do not cross shards."""
+    """Yields the ids after `done` in pieces that do not cross shards. seen: the damage so far, which it adds to."""
     sizes = list(accumulate((part.size for part in parts), initial=0))
     counts = {split: done.tokens(split) for split in SPLITS}
-    skip, full, replaced = done.ids, settings.shard_tokens, done.replaced
-    for (index, number, read), found in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
+    skip, full = done.ids, settings.shard_tokens
+    jobs = _jobs(parts, done.part, done.job)
+    for (index, number, read), found in tokenize(jobs, tokenizer, settings.workers, settings.special):
         at, ids = skip, found.ids
-        replaced += 0 if skip else found.replaced  # a job that was begun is counted
+        seen[0] += Damage() if skip else found.damage  # a job that was begun is counted
         skip = 0
         while at < len(ids):
             split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
@@ -298,7 +309,7 @@ def _pieces(
             shard = counts[split] // full
             counts[split] += len(piece)
             at += len(piece)
-            yield (split, shard), piece, (index, number, at, replaced)
+            yield (split, shard), piece, (index, number, at, seen[0])
         progress(sizes[index] + read, sizes[-1], sum(counts.values()))
 
 
@@ -320,9 +331,7 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
         if all(part.split for part in parts):
             meta[split]["bytes"] = sum(part.size for part in parts if part.split == split)
         meta[split]["shards"] = [shard["name"] for shard in done.shards if shard["split"] == split]
-    if done.replaced:
-        meta["replaced"] = done.replaced  # halves of characters, by U+FFFD
-    return meta
+    return meta | {name: count for name in ("skipped", "replaced") if (count := getattr(done, name))}
 
 
 def install(building: Path, out_dir: Path, meta: dict, sums: dict[str, str]) -> None:

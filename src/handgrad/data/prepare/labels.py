@@ -47,6 +47,7 @@ def prepare_labels(
     shard_tokens: int = 100_000_000,
     workers: int = 0,
     replace: bool = False,
+    special_tokens: bool = False,
     progress: Progress = lambda read, size, tokens: None,
 ) -> dict:
     """Writes shards of labelled texts (see `build`); returns the content of meta.json, which names the labels.
@@ -55,6 +56,7 @@ def prepare_labels(
     pad_id: the tokenizer's [PAD]
     val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part
     seq_len: tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut
+    special_tokens: a special token spelled out in a text is that token; else it is plain text
 
     Raises HandgradError for a row without text or label, fewer than two labels, and as `build` does.
     """
@@ -81,6 +83,7 @@ def prepare_labels(
         workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
         replace=replace,
         about={"labels": labels, "record": record},
+        special=special_tokens,
     )
     return build("labels", found, out_dir, Records(tokenizer, pad_id, record), settings, progress)
 
@@ -102,15 +105,23 @@ class Records:
     def vocab_size(self) -> int:
         return self.inner.vocab_size
 
+    @property
+    def begins(self) -> tuple[int, ...]:
+        return ()  # the objective puts [CLS] before a text
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        return self.inner.specials
+
     def bytes_of(self, id: int) -> bytes:
         return self.inner.bytes_of(id)
 
     def save(self, folder: Path) -> dict:
         return self.inner.save(folder)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         label, _, said = text.partition(" ")
-        ids = self.inner.encode(said)
+        ids = self.inner.encode(said, special)
         ids = ids[ids != self.pad_id][: self.record - 1]
         found = np.full(self.record, self.pad_id, np.int32)
         found[0], found[1 : 1 + len(ids)] = int(label), ids
