@@ -131,6 +131,9 @@ class LinearAct(Op):
     def cheap(self, c: Call) -> dict[str, str]:
         return {"y": "act"}
 
+    def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
+        return rng.standard_normal(shape) if v["act"] is Act.RELU else None  # whose kink at 0 has no derivative
+
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return Launches((_elementwise("linear_act_kernel", "y pre | N M", c, c.y.size, packs=ACT_PACKS),))
 
