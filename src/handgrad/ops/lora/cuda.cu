@@ -37,7 +37,7 @@ __device__ __forceinline__ int row_of_column(int m) {
   return -1;
 }
 
-KERNEL __launch_bounds__(THREADS) lora_forward_kernel(
+KERNEL __launch_bounds__(THREADS, 4) lora_forward_kernel(
     real *__restrict__ y,           // (N, M)
     const real *__restrict__ base,  // (N, M)
     const real *__restrict__ u,     // (N, U)
