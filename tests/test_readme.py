@@ -62,6 +62,8 @@ def test_readme_flags_exist(folder):
             "explain",
             "data text",
             "data fineweb",
+            "data tokens",
+            "data tokenizer",
             "eval",
             "convert",
             "report",
