@@ -63,6 +63,8 @@ def test_readme_flags_exist(folder):
             "data text",
             "data chat",
             "data fineweb",
+            "data tokens",
+            "data tokenizer",
             "eval",
             "convert",
             "report",

@@ -58,10 +58,9 @@ def extend(tokenizer: Tokenizer, special: Sequence[str]) -> FileTokenizer:
 
     Raises HandgradError for a special token that is empty, repeated or a token already.
 
-    >>> from handgrad.tokenizers import gpt2
-    >>> more = extend(gpt2(), ["<|im_start|>", "<|im_end|>"])
+    >>> more = extend(train(["to be"], 257), ["<|im_start|>", "<|im_end|>"])
     >>> more.vocab_size, more.eot, more.encode("a<|im_end|>", special=True).tolist()
-    (50259, 50256, [64, 50258])
+    (259, 256, [64, 258])
     """
     library = tokenizers.Tokenizer.from_str(library_of(tokenizer).to_str())  # a copy: the caller's stays as it is
     if library.get_vocab_size() != tokenizer.vocab_size:
