@@ -122,7 +122,9 @@ def test_generate_eval_and_convert_read_the_average(tmp_path, capsys):
     converted = open_source(f"{tmp_path}/hf").weights
     for name in average.shapes:
         assert np.array_equal(average.tensor(name, "bf16"), converted.tensor(name)), name
-    assert any(not np.array_equal(average.tensor(n, "bf16"), open_source(out).weights.tensor(n)) for n in average.shapes)
+    assert any(
+        not np.array_equal(average.tensor(n, "bf16"), open_source(out).weights.tensor(n)) for n in average.shapes
+    )
     for flags in ([], ["--ema"]):
         assert main(["eval", out, "--backend", "cpu", *flags]) == 0
         assert main(["generate", out, "--backend", "cpu", "--max-tokens", "5", *flags]) == 0

@@ -137,8 +137,18 @@ def test_an_extension_that_is_killed_is_resumed(words, copied, monkeypatch):
     ("flags", "schedule", "lost", "line"),
     [
         ("--steps 8", "wsd", [], "[resume] --extend makes a run longer: --steps is above its 8, but got 8."),
-        ("--steps 16", "cosine", [], "hint: --resume {out} --steps 16 without it: the rate jumps, and the log says how"),
-        ("--steps 16 --schedule linear", "wsd", [], "[resume] --extend keeps the schedule of the run, wsd, but got lin"),
+        (
+            "--steps 16",
+            "cosine",
+            [],
+            "hint: --resume {out} --steps 16 without it: the rate jumps, and the log says how",
+        ),
+        (
+            "--steps 16 --schedule linear",
+            "wsd",
+            [],
+            "[resume] --extend keeps the schedule of the run, wsd, but got lin",
+        ),
         ("--steps 16", "wsd", [4], "[resume] the run goes on from a checkpoint of step 4 or before, but got none in"),
     ],
 )
