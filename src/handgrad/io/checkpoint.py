@@ -110,10 +110,7 @@ def save(
     out_dir = Path(out_dir)
     final = out_dir / f"step_{step:06d}"
     building = temporary(final)
-    try:
-        text = json.dumps({**meta, "step": step}, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
-        raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
+    text = _dumped({**meta, "step": step})
     good = newest(out_dir)
     hint = f"resume from {good}, which is whole, with a lower learning rate" if good else "a lower learning rate"
     for name, array in (*tensors.items(), *state.items()):
@@ -137,6 +134,13 @@ def save(
     finally:
         shutil.rmtree(building, ignore_errors=True)  # already renamed if all went well
     return final
+
+
+def _dumped(meta: dict) -> str:
+    try:
+        return json.dumps(meta, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
 
 
 def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -> None:

@@ -106,10 +106,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
-    if val_shards == "" and (c.checkpoint.keep_best or c.eval.patience):
-        raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
-    if not model.continues_text and c.eval.hellaswag:
-        raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
+    check_evals(c, model, val_shards)
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(val_shards, data, model, tokenizer) if val_shards else None
@@ -169,6 +166,14 @@ def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is
     if not is_new or not c.tune.lora_init or execution.lora is None:
         return start
     return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
+
+
+def check_evals(c: Config, model: Model, val_shards: str) -> None:
+    """Raises HandgradError for settings of validation without data, and of HellaSwag for a model that it is not for."""
+    if not val_shards and (c.checkpoint.keep_best or c.eval.patience):
+        raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
+    if not model.continues_text and c.eval.hellaswag:
+        raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
 
 
 def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:

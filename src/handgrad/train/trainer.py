@@ -121,9 +121,8 @@ class Trainer:
     # training -------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, lr: float, momentum: float | None = None) -> Step:
-        """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone.
-
-        momentum: of this step, for an optimizer that schedules it; None: its own, the same at every step
+        """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
+        (None: its own). The data of a step depend on its number alone.
 
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
@@ -156,10 +155,8 @@ class Trainer:
             self._writer.wait_until_read()
             waited = self.backend.seconds(before, self.backend.mark())
         guarded, self.is_torn = self.execution.guard.is_on, True
-        if guarded:  # the host decides on the update
-            self._run(self._train, segments.norm)
-        else:  # the norm's kernel does: it knows what is not finite
-            self._run(self._train, segments.norm_update)
+        # a guard: the host decides on the update; else the norm's kernel does, which knows what is not finite
+        self._run(self._train, segments.norm if guarded else segments.norm_update)
         scalars = self.arena.fetch_scalars(self.program)
 
         def finish() -> tuple[float, float, str, int]:
@@ -374,20 +371,7 @@ class Trainer:
         params, held = self.params(), self._state()
         if self.comm.rank > 0:
             return
-        meta = {
-            "step": step,
-            **to_dict(self.model),
-            **self.execution.tuning,
-            "dtype": self.program.dtype.name,
-            "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
-            "config": config or {},
-            "tokens": self.tokens(step),
-            "outliers": {name: list(o.window) for name, o in self._outliers.items()},
-            "skips": self.skips,
-            "optimizer": optimizer_name(self.optim),
-            **notes,
-            "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
-        }
+        meta = self._meta(step, next(iter(params.values())).dtype.name) | {"config": config or {}, **notes}
         kept: dict[str, Any] = {
             "keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize,
             "keep_every": keep_every,
@@ -396,6 +380,21 @@ class Trainer:
         self._writer.save(self._folder(), step, params, held, meta, **kept)
         if wait:
             self.wait_saved()
+
+    def _meta(self, step: int, stored: str) -> dict[str, Any]:
+        """What a checkpoint's run.json says of this trainer. stored: float64 where the ref backend trained."""
+        return {
+            "step": step,
+            **to_dict(self.model),
+            **self.execution.tuning,
+            "dtype": self.program.dtype.name,
+            "stored": stored,
+            "tokens": self.tokens(step),
+            "outliers": {name: list(o.window) for name, o in self._outliers.items()},
+            "skips": self.skips,
+            "optimizer": optimizer_name(self.optim),
+            "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
+        }
 
     def wait_saved(self) -> None:
         """Waits until the last checkpoint is complete; raises what went wrong."""
