@@ -4,6 +4,7 @@ from handgrad.data.choices import Choices, read_choices, tokens_digest, tokens_r
 from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, read_meta
+from handgrad.data.mixture import Mixture
 from handgrad.data.objectives import Causal, Objective
 from handgrad.data.prepare.build import check
 from handgrad.data.prepare.questions import prepare_questions
@@ -16,6 +17,7 @@ __all__ = [
     "Causal",
     "Choices",
     "Masked",
+    "Mixture",
     "Objective",
     "Shard",
     "ShardWriter",
