@@ -62,7 +62,7 @@ class Remembering(NoPositions):
         if g.trains:
             B, T, D = data.batch_size, data.seq_len, self.hidden_size // 3
             into = {"cache": g.state("seen", (B, T, 2, 1, D), g.dtype)}
-            g.emit(attention_decode, x, into=into, T=T, S=T, H=1, K=1, window=0, scale=D**-0.5)
+            g.emit(attention_decode, x, None, into=into, T=T, S=T, H=1, K=1, window=0, scale=D**-0.5)
         return x
 
 

@@ -61,6 +61,7 @@ def test_readme_flags_exist(folder):
             "generate",
             "explain",
             "data text",
+            "data chat",
             "data fineweb",
             "eval",
             "convert",

@@ -264,6 +264,8 @@ class EmulatedExecutable(Executable):
         out = self.matrix(g.out, c, g.m, g.n)
         bias = self.matrix(g.bias, c, g.n) if g.bias and resolve_pointer(g.bias, c)[0] is not None else None
         aux = self.matrix(g.aux, c, g.m, g.n) if g.aux else None
+        addend = self.matrix(g.addend, c, g.m, g.n) if g.addend else None
+        assert not (g.addend and g.epilogue), g
         assert g.epilogue in ("", "bias", "gelu", "dgelu") and not (g.epilogue == "dgelu" and aux is None), g
 
         def run() -> None:
@@ -272,6 +274,8 @@ class EmulatedExecutable(Executable):
                 y += bias.astype(np.float32)
             if resolve_number(g.accumulate, c, micro_batch):
                 y += out.astype(np.float32)
+            if addend is not None:
+                y += addend.astype(np.float32)
             if g.epilogue == "gelu":
                 if aux is not None:
                     aux[...] = y

@@ -1,5 +1,6 @@
 """Arenas in host memory: what they share, and HostArena, the planned arena of the ref and cpu backends."""
 
+import math
 import mmap
 from abc import abstractmethod
 from collections.abc import Callable
@@ -58,17 +59,21 @@ class HostMemory(Arena):
 
     def part(self, flat: str, param: Tensor) -> np.ndarray:
         """The memory of a parameter's slice of a flat vector, or, 1-D, of the elements of it that this rank holds."""
-        start, low, high = self.plan.vectors[flat].piece(param)
+        vector = self.plan.vectors[flat]
+        shape = vector.shape(param)
+        start, low, high = vector.piece(param)
         piece = self.vector(flat)[start : start + high - low]
-        return piece.reshape(param.shape) if high - low == param.size else piece
+        return piece.reshape(shape) if high - low == math.prod(shape) else piece
 
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
         return self.part(flat, param)
 
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
-        start, low, high = self.plan.vectors[flat].piece(param)
-        if high - low < param.size:
-            values = np.broadcast_to(values, param.shape).reshape(-1)[low:high]
+        vector = self.plan.vectors[flat]
+        shape = vector.shape(param)
+        _, low, high = vector.piece(param)
+        if high - low < math.prod(shape):
+            values = np.broadcast_to(values, shape).reshape(-1)[low:high]
         self.part(flat, param)[...] = values
 
     def fetch_scalars(self, program: Program) -> Callable[[], Any]:

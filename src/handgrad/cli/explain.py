@@ -16,11 +16,12 @@ from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import preset
-from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName
+from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName, TuneConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.scaling import Cluster, GpuRanks
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,19 @@ class Explain:
     """tokens in the vocabulary; 0: the model's"""
     optimizer: OptimizerName = OptimConfig.optimizer
     """whose state the run holds"""
+    moments: Literal["f32", "bf16", "int8"] = OptimConfig.moments
+    """type of adamw's moments"""
+    momentum: float | None = OptimConfig.momentum
+    """of sgd, which has no state without it; None: the optimizer's own"""
+    ema: float = OptimConfig.ema
+    """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
     """plan for samples too, as a run that prints them does"""
+    tune: TuneConfig = field(default_factory=TuneConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
@@ -81,12 +89,14 @@ def main(argv: list[str]) -> int:
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
+    execution = tuned(execution, settled(a.tune, is_resumed=False))
     if on_gpus(a) and (name != "cuda" or a.ranks == 1):
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
     kinds: dict[str, Any] = {"execution": execution, "precision": precision}
-    optim = optimizer_of(OptimConfig(optimizer=a.optimizer))
+    names = ("optimizer", "moments", "momentum", "ema")
+    optim = optimizer_of(OptimConfig(**{name: getattr(a, name) for name in names}))
     page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""
@@ -97,8 +107,7 @@ def main(argv: list[str]) -> int:
     print(f"\nscratch is that of {where}; the run allocates these bytes once")
     if name == "cuda":
         print(fit(a.gpu or "h100", page.plan.nbytes))
-    saved = page.program.num_params * sum(v.dtype.size for name, v in page.plan.vectors.items() if name != "grad")
-    print(f"a checkpoint is {saved / MIB:.1f} MiB, {saving}")
+    print(f"a checkpoint is {page.checkpoint_bytes / MIB:.1f} MiB, {saving}")
     print(f"\n{page.calls()}" if a.calls else "every call, with its shapes and offsets: --calls")
     return 0
 

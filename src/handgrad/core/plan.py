@@ -89,7 +89,7 @@ class Plan:
         state = [v for name, v in vectors.items() if name != "param"]
         for info in p.params.values():
             rows[info.block][0] += info.tensor.nbytes // vectors["param"].shares
-            held = (info.tensor.size * v.dtype.size // v.shares for v in state if v.covers(info.tensor))
+            held = (v.nbytes_of(info.tensor) // v.shares for v in state if v.covers(info.tensor))
             rows[info.block][1] += sum(held)
         read_later = {t for c in p.calls if c.phase is not Phase.FORWARD for t in c.ins if is_activation(t)}
         for t, c in p.producer.items():

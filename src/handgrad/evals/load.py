@@ -27,12 +27,17 @@ class Loaded:
     dtype: str
 
 
-def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
+def load_scorer(
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, ema: bool = False
+) -> Loaded:
     """The model at a path (whatever `open_source` opens), with its weights in an arena of its own.
 
-    dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError if something is missing.
+    dtype: "f32", "bf16", or "saved" for the one on disk
+    ema: with the average of its weights
+
+    Raises HandgradError if something is missing.
     """
-    source = open_source(path)
+    source = open_source(path, ema)
     check_continues(source, "eval")
     tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype

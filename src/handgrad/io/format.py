@@ -5,7 +5,7 @@ A `Format`, which the caller gives, is that table. It serves Hugging Face's fold
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,10 @@ class Format:
     """from config.json: our fields that `fields` and `shared` cannot give"""
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     """from our fields: the keys that `decode` reads"""
+    renamed: Callable[[str], str] = str
+    """from the name of a tensor of theirs, without the prefix, to the one that newer files give it"""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """our flag: a tensor of ours. A file without the tensor turns the flag off, whatever config.json says"""
     computes: frozenset[str] = frozenset()
     """keys of NEUTRAL that `decode` reads"""
     gguf: Mapping[str, Any] | None = None

@@ -1,9 +1,18 @@
 """Optimizers record their update onto a program; schedules are functions of the step."""
 
 from handgrad.optim import schedules
+from handgrad.optim.adafactor import Adafactor
 from handgrad.optim.adamw import AdamW
+from handgrad.optim.ema import Ema
+from handgrad.optim.lion import Lion
 from handgrad.optim.record import Optimizer, record_step
+from handgrad.optim.sgd import SGD
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}  # by the name that settings give them: dataclasses
+OPTIMIZERS: dict[str, type[Optimizer]] = {  # by the name that settings give them: dataclasses
+    "adamw": AdamW,
+    "sgd": SGD,
+    "lion": Lion,
+    "adafactor": Adafactor,
+}
 
-__all__ = ["OPTIMIZERS", "AdamW", "Optimizer", "record_step", "schedules"]
+__all__ = ["OPTIMIZERS", "SGD", "Adafactor", "AdamW", "Ema", "Lion", "Optimizer", "record_step", "schedules"]

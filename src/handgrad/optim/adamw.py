@@ -1,15 +1,20 @@
 """AdamW (Loshchilov & Hutter 2019): records its update onto a program."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from handgrad.core.dtypes import F32, I16
+from handgrad.core.dtypes import BF16, BYTE, F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.number import F32_TINY, real
+from handgrad.core.number import F32_TINY
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
-from handgrad.ops import adamw
+from handgrad.ops import adamw, adamw_bf16, adamw_int8
+from handgrad.ops.adamw.op import BLOCK
+from handgrad.optim.checks import check_betas, check_reals
+from handgrad.optim.slices import declare_low, size_of, slices, whole_parameters
 
 DECAY, PLAIN = "decay", "plain"
+MOMENTS = {"f32": (F32, adamw), "bf16": (BF16, adamw_bf16), "int8": (BYTE, adamw_int8)}
 
 
 def decays(name: str, shape: tuple[int, ...]) -> str:
@@ -21,25 +26,30 @@ def decays(name: str, shape: tuple[int, ...]) -> str:
 class AdamW:
     """AdamW's hyperparameters; the learning rate is a step scalar.
 
-    Matrices and embeddings decay; biases and norms do not. `clip` is the largest global L2 norm of the gradients that
-    is not scaled down, 0 for no clipping. Raises HandgradError for a number that is not finite or out of range: with it
-    an update would make NaN.
+    Matrices and embeddings decay; biases and norms do not.
+
+    clip             the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
+    moments          "f32", "bf16" or "int8": 8, 4 or 2.06 bytes a parameter (ops/adamw/README.md)
+    scale_parameter  a parameter's step is multiplied by its RMS, at least 1e-3, as Adafactor's is: for a T5 from
+                     scratch. Ranks then need zero 0
+
+    Raises HandgradError for a number that is not finite or out of range: with it an update would make NaN.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    moments: str = "f32"
+    scale_parameter: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            raise HandgradError("optim", "betas are two numbers", repr(self.betas))
-        betas = tuple(real("optim", "beta", b) for b in self.betas)
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise HandgradError("optim", "both betas lie in [0, 1)", betas)
-        object.__setattr__(self, "betas", betas)
-        for name in ("eps", "weight_decay", "clip"):
-            object.__setattr__(self, name, real("optim", name, getattr(self, name), 0.0))
+        check_betas(self)
+        check_reals(self, "eps", "weight_decay", "clip")
+        if self.moments not in MOMENTS:
+            raise HandgradError("optim", f"moments are one of {', '.join(MOMENTS)}", repr(self.moments))
+        if self.scale_parameter and self.moments != "f32":
+            raise HandgradError("optim", "AdamW that scales by the parameter has moments f32", self.moments)
         if self.eps < F32_TINY:  # a parameter that never had a gradient would become 0 / 0
             raise HandgradError("optim", f"eps is at least {F32_TINY:.2g}, the smallest normal float32", self.eps)
 
@@ -49,26 +59,27 @@ class AdamW:
         return Groups((DECAY, PLAIN), decays)
 
     def declare(self, g: Program) -> None:
-        """Declares the moments m and v in float32 and, for bf16 weights with master weights, the low halves."""
-        g.flat("m", F32)
-        g.flat("v", F32)
-        if g.dtype is not F32 and g.master:
-            g.flat("low", I16)
+        """Declares the moments m and v, with a scale per block if they are of 8 bits, and the low halves."""
+        dtype, _ = MOMENTS[self.moments]
+        g.flat("m", dtype)
+        g.flat("v", dtype)
+        if dtype is BYTE:
+            g.flat("m_scale", F32, block=BLOCK)
+            g.flat("v_scale", F32, block=BLOCK)
+        declare_low(g)
 
     def update(self, g: Program, bucket: Bucket) -> None:
         """Appends the update of one bucket."""
-        g.emit(
-            adamw,
-            g.slice("grad", bucket),
-            into={
-                "p": g.slice("param", bucket),
-                "m": g.slice("m", bucket),
-                "v": g.slice("v", bucket),
-                "low": g.slice("low", bucket) if "low" in g.vectors else None,
-            },
-            start=g.share_start(bucket),
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            eps=self.eps,
-            weight_decay=self.weight_decay if bucket.group == DECAY else 0.0,
-        )
+        rule: dict[str, Any] = {
+            "beta1": self.betas[0],
+            "beta2": self.betas[1],
+            "eps": self.eps,
+            "weight_decay": self.weight_decay if bucket.group == DECAY else 0.0,
+        }
+        if self.scale_parameter:
+            for param, start, grad, own in whole_parameters(g, bucket, "AdamW that scales by the parameter"):
+                g.emit(adamw, grad, size_of(g, param, own), into=own, start=start, **rule)
+            return
+        _, op = MOMENTS[self.moments]
+        ins = (g.slice("grad", bucket), *[None] * (len(op.in_args) - 1))
+        g.emit(op, *ins, into=slices(g, bucket), start=g.share_start(bucket), **rule)

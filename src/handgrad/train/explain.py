@@ -15,7 +15,7 @@ from handgrad.core.program import Program
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
-from handgrad.train.record import head_chunks, head_rows, logits_row_bytes, record, record_train
+from handgrad.train.record import flops_per_token, head_chunks, head_rows, logits_row_bytes, record, record_train
 from handgrad.train.scaling import Cluster, Exchange, GpuRanks, Prediction, exchanges, predict
 
 
@@ -37,6 +37,14 @@ class Explanation:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
         return sum(c.flops for c in self.program.calls) / self.rows
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the tensors in a checkpoint: parameters, and vectors and states of the optimizer."""
+        vectors = [v for name, v in self.program.vectors.items() if name != "grad"]
+        params = [info.tensor for info in self.program.params.values()]
+        held = sum(v.nbytes_of(t) for v in vectors for t in params if v.covers(t))
+        return held + sum(t.nbytes for t in self.program.states.values())
+
     def traffic(self) -> list[Exchange]:
         """What a rank exchanges in a step; the seconds are 0 without a cluster."""
         return exchanges(self.program, self.accumulation, self.cluster.seconds if self.cluster else lambda c: 0.0)
@@ -51,6 +59,7 @@ class Explanation:
         lines = [
             f"parameters    {p.num_params - p.num_padding:,}, and {p.num_padding:,} of padded vocabulary rows"
             f" ({p.flat_size:,} with alignment)",
+            f"trainable     {p.num_trainable:,}",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
             f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",
@@ -131,7 +140,7 @@ def explain(
             cluster,
             dtype=precision.dtype,
             tokens=rows,
-            flops_per_token=model.flops_per_token(program.num_params, seq_len),
+            flops_per_token=flops_per_token(model, program, execution.micro_batch, seq_len),
             accumulation=accumulation,
         )
     return Explanation(program, layout, rows, tuple(prices), accumulation, backend.note, cluster, prediction)

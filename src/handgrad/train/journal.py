@@ -18,6 +18,7 @@ from handgrad.train.folder import Lock, describe, holds_run, recorded
 from handgrad.train.log import RunLog
 from handgrad.train.optimizers import optimizer_settings
 from handgrad.train.step import Step
+from handgrad.train.tuning import tune_settings
 
 _OPEN: WeakValueDictionary[Path, "Journal"] = WeakValueDictionary()  # by folder
 
@@ -112,8 +113,9 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
         "batch_tokens": data.batch_tokens,
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
+    values["documents"] = execution.documents and data.packing is None  # of chat data it is no choice
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
-    return by_group(values | optimizer_settings(optim))
+    return by_group(values | optimizer_settings(optim) | tune_settings(execution))
 
 
 def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:

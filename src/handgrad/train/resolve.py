@@ -1,12 +1,13 @@
 """From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
 import glob
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import handgrad.data as hg_data
 from handgrad import evals, tokenizers
@@ -16,22 +17,41 @@ from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
+from handgrad.infer.adapters import read_peft
 from handgrad.infer.load import check_same_tokens, open_source
+from handgrad.infer.texts import special_ids
 from handgrad.io import newest
 from handgrad.models import T5, Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
+from handgrad.train.best import Best
 from handgrad.train.checks import micro_batches
-from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
-from handgrad.train.execution import Execution
+from handgrad.train.config import (
+    PACKAGED,
+    SCHEDULE_SETTINGS,
+    SIZES,
+    STEPS,
+    ComputeConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    RanksConfig,
+    num_tokens,
+)
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
+from handgrad.train.extend import branch_step
 from handgrad.train.folder import saved_settings
+from handgrad.train.growth import described, with_new_rows
+from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
-from handgrad.train.optimizers import optimizer_of
+from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
+from handgrad.train.record import flops_per_token
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,9 @@ class Run:
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
     lr               learning rate of a step
+    momentum         momentum of a step, None where it is the optimizer's own
+    branch           the step before the cooldown of wsd, whose checkpoint is kept for --extend; else 0
+    best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
     hellaswag        its questions; none: it is not evaluated
@@ -54,6 +77,9 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     trainer: Trainer
     lr: Callable[[int], float]
+    momentum: Callable[[int], float] | None
+    branch: int
+    best: Best
     val: hg_data.Tokens | None
     prompt: list[int]
     hellaswag: list[evals.Item]
@@ -63,17 +89,25 @@ class Run:
     done: int
     facts: dict[str, Any]
 
+    @property
+    def steps(self) -> int:
+        """The length of the run."""
+        return steps_of(self.config)
+
 
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
     c, shards, val_shards = settle_data(c, out, comm)
-    tokenizer = tokenizer_of(hg_data.find_shards(shards))
-    c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model, comm.world, tokenizer.eot)
-    c = complete(c, model, data, out)
+    tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
+    c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
+    c, start, source, new_rows = find_start(c, out, tokenizer, labels)
+    model = find_model(c, tokenizer, source, labels)
+    data = training_data(c, shards, model, comm.world, tokenizer)
+    asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
+    if val_shards == "" and (c.checkpoint.keep_best or c.eval.patience):
+        raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
     if not model.continues_text and c.eval.hellaswag:
         raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
@@ -82,9 +116,12 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    execution = for_data(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), data)
+    execution = tuned(execution, c.tune)
+    start = with_adapter(start, c, model, execution, is_new=newest(out) is None or not r.resume)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
+    momentum = momentum_of(c, optim)
     try:
         trainer = Trainer(
             model, optim, data, execution=execution, precision=precision, backend=backend, start=start, out=out
@@ -95,13 +132,17 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise with_remedies(error, model, optim, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
-    done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
-    if done > r.steps:
+    until = on_rank_0(comm, lambda: branch_step(saved_settings(c), c, out)) if asked.extend else None
+    fresh = asked.fresh_optimizer
+    done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
+    if done > steps_of(c):
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
-    facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
+    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
+    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
@@ -109,15 +150,25 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         tokenizer=tokenizer,
         trainer=trainer,
         lr=lr,
+        momentum=momentum,
+        branch=schedules.settled_until(o.schedule, steps_of(c), o.cooldown) if o.schedule == "wsd" else 0,
+        best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
-        flops_per_token=model.flops_per_token(num_params, data.seq_len),
+        flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
     )
+
+
+def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
+    """What a run starts from, with the tensors of the adapter that --lora-init names."""
+    if not is_new or not c.tune.lora_init or execution.lora is None:
+        return start
+    return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
 
 
 def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
@@ -158,10 +209,20 @@ def find_data(c: Config, out: Path) -> tuple[str, str]:
     return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
 
 
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
-    """(the settings, what the run starts from, the model on disk if there is one).
+def labels_of(shards: str) -> tuple[str, ...]:
+    """The labels of the texts in these shards; none if they have none."""
+    found = hg_data.common_meta(hg_data.find_shards(shards))
+    known = hg_data.labelled(found[1], found[0]) if found else None
+    return known[0] if known else ()
 
-    A model on disk sets the sizes; a checkpoint sets everything.
+
+def find_start(
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+) -> tuple[Config, Start, Model | None, str]:
+    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any).
+
+    A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
+    Tokens that the data's tokenizer adds get new rows.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -171,27 +232,45 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
     if drawn and last is None:
-        return c, Start(c.run.seed, m.init), None
+        return c, Start(c.run.seed, m.init), None, ""
     source = open_source(m.init if last is None else str(last))
-    check_same_tokens(source, tokenizer)
+    added = check_same_tokens(source, tokenizer)
+    if labels and last is None:
+        source = for_labels(source, labels, c.run.seed)
+    if getattr(source.model, "labels", ()) != labels:
+        known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
+        rule = f"the texts have the labels of {source.path}, {known}"
+        raise HandgradError("model", rule, ", ".join(labels) or "none")
     if drawn:
-        return c, Start(c.run.seed), None
-    if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
-        rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
-        raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
-    brought = {"family": source.model.family} | settings_of(source.model)
+        return c, Start(c.run.seed), None, ""
+    model, weights = with_new_rows(source, added) if added else (source.model, source.weights)
+    if isinstance(model, Bert):
+        check_special(model, tokenizer)
+    brought = {"family": model.family} | settings_of(model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
-    start = Start(c.run.seed, source.weights) if last is None else Start(c.run.seed)
-    return replace(c, model=replace(m, **brought)), start, source.model
+    start = Start(c.run.seed, weights) if last is None else Start(c.run.seed)
+    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added)
 
 
-def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
-    """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
-    m = c.model
+def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises HandgradError unless a BERT on disk has the tokens of the data and its special ones."""
+    count, special = tokenizer.vocab_size, ", ".join(Bert.special_tokens)
+    is_own = tokenizers.special_ids(tokenizer, Bert.special_tokens) is not None
+    if is_own and model.vocab_size < count:
+        raise HandgradError("model", f"a BERT to start from has the {count} tokens of the data", model.vocab_size)
+    if not is_own and model.vocab_size != count + len(Bert.special_tokens):
+        rule = f"a BERT to start from has {special} after the data's {count}"
+        hint = "make the data with its own tokenizer: handgrad data RECIPE --tokenizer FOLDER"
+        raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
+
+
+def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()) -> Model:
+    """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
+    m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
@@ -202,12 +281,15 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
     name = f"d{m.depth}" if m.depth else m.preset
-    special = preset(name, m.family).special_tokens
+    chosen = preset(name, m.family)
+    is_own = isinstance(chosen, Bert) and tokenizers.special_ids(tokenizer, chosen.special_tokens)
+    special = () if is_own else chosen.special_tokens
     own = vocab_size + len(special)
     if 0 < m.vocab_size < own:
         rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
         raise HandgradError("model", rule, m.vocab_size)
-    return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    model = preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    return as_classifier(model, labels) if labels else model
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -215,10 +297,13 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int, eot: int | None) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks. eot: the id between documents."""
-    d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
-    paths = hg_data.find_shards(shards)
+def training_data(c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
+    """The batches that the settings ask for, of so many ranks."""
+    d, paths = c.data, hg_data.find_shards(shards)
+    meta = hg_data.common_meta(paths)
+    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None, d.documents)
+    usual = objective.seq_len if isinstance(objective, hg_data.Labels) else model.usual_seq_len
+    seq_len = d.seq_len or usual
     held_out = [path for path in paths if path.name.startswith("val_")]
     if held_out and len(held_out) < len(paths):
         hint = f"--train {held_out[0].parent}, which validates on them"
@@ -232,12 +317,34 @@ def training_data(c: Config, shards: str, model: Model, world: int, eot: int | N
         shuffle=d.shuffle,
         overfit=d.overfit,
         vocab_size=model.vocab_size,
-        objective=objective_of(model, eot),
+        objective=objective,
     )
 
 
-def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
-    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
+def objective_of(
+    model: Model,
+    eot: int | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    whole_word: bool = False,
+    meta: dict[str, Any] | None = None,
+    documents: bool = False,
+) -> hg_data.Objective:
+    """What a model learns from a text, or from chat data.
+
+    eot: the id between documents;  documents: attention stays within them;  whole_word: a BERT's words are masked whole
+    tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
+    meta: what meta.json says of the shards
+    """
+    is_chat = "chat" in (meta or {})
+    if whole_word and not isinstance(model, Bert):
+        raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
+    if (is_chat or documents) and not model.continues_text:
+        rule = f"{'chat data' if is_chat else '--documents'} is for models that continue texts"
+        raise HandgradError("data", rule, f"a {model.family}")
+    if is_chat:
+        return hg_data.Chat()
+    if documents and eot is None:
+        raise HandgradError("data", "--documents needs an end-of-text id, which begins each", "a tokenizer without one")
     if isinstance(model, T5):
         first, end, pad = model.special_ids
         if first >= model.vocab_size:
@@ -245,8 +352,16 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
             raise HandgradError("model", rule, f"{model.vocab_size} tokens")
         return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
     if not isinstance(model, Bert):
-        return hg_data.Causal()
-    id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
+        return hg_data.Causal(eot if documents else None)
+    id_of, continues = special_ids(model, tokenizer), None
+    known = hg_data.labelled(meta, "the data")
+    if model.labels and known:
+        ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
+        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
+    if whole_word and tokenizer is not None:
+        continues = np.zeros(model.vocab_size, bool)
+        found = tokenizers.continuations(tokenizer)
+        continues[: len(found)] = found
     return hg_data.Masked(
         mask_id=id_of["[MASK]"],
         cls_id=id_of["[CLS]"],
@@ -255,6 +370,7 @@ def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
         special_ids=(id_of["[MASK]"],),
         vocab_size=model.vocab_size,
         rate=model.mask_rate,
+        whole_word=continues,
         next_sentence=model.nsp,
         eot=eot,
     )
@@ -270,30 +386,61 @@ def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: 
 
 def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    steps = c.run.steps or max(data.windows // data.sequences, 1)
-    final = c.optim.final
-    if final is None:
-        final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    warmup = min(100, steps // 10) if c.optim.warmup is None else c.optim.warmup
+    steps, o = num_steps(c, data), c.optim
+    own = {name: v for name, v in schedules.own_settings(o.schedule).items() if getattr(o, name) in (None, "")}
+    warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
+    run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
     return replace(
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        optim=replace(c.optim, final=final, warmup=warmup),
-        run=replace(c.run, out=str(out), steps=steps),
+        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
+        run=run,
         compute=replace(c.compute, **found),
         world=RanksConfig(),
     )
 
 
+def num_steps(c: Config, data: hg_data.Tokens) -> int:
+    """The length of the run in steps, from --steps, --tokens or --epochs: the whole steps in it, at least one."""
+    r, epoch = c.run, data.windows / data.sequences
+    if r.tokens:
+        return max(num_tokens(r.tokens) // data.batch_tokens, 1)
+    if r.epochs or r.steps == 0:
+        return max(int((r.epochs or 1.0) * epoch + 1e-9), 1)  # 0.1 * 70 is 7
+    return STEPS if r.steps is None else r.steps
+
+
+def steps_of(c: Config) -> int:
+    """The length of the run of complete settings."""
+    assert c.run.steps is not None  # `complete` has set it
+    return c.run.steps
+
+
 def schedule_of(c: Config) -> schedules.Schedule:
     """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
-    o, steps = c.optim, c.run.steps
+    o, steps = c.optim, steps_of(c)
     assert o.warmup is not None  # `complete` has set it
     warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
-    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final)
+    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final, **schedule_settings(o))
+
+
+def schedule_settings(o: OptimConfig) -> dict[str, Any]:
+    """The settings of single schedules, None where they are not given."""
+    return {name: getattr(o, name) or None for name in SCHEDULE_SETTINGS}
+
+
+def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:
+    """The momentum of every step, None if it is not scheduled. HandgradError if the optimizer does not read it."""
+    o, peak = c.optim, getattr(optim, "scheduled_momentum", None)
+    if not o.momentum_warmup and not o.momentum_cooldown:
+        return None
+    if peak is None:
+        rule = "--momentum-warmup and --momentum-cooldown are settings of optimizers whose momentum is scheduled"
+        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}")
+    return schedules.momentum(o.momentum_warmup, steps_of(c), o.momentum_cooldown, peak=peak)
 
 
 def precision_of(h: ComputeConfig) -> Precision:
@@ -325,7 +472,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
         return tokenizers.neutral_prompt(tokenizer)
     found: object = repr(prompt)
     try:
-        ids = tokenizer.encode(prompt).tolist()
+        ids = tokenizers.prompt_ids(tokenizer, prompt)
     except HandgradError as error:
         ids, found = [], error.got or found  # the character
     if not ids:

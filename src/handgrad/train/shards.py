@@ -34,7 +34,7 @@ def whole(arena: Arena, comm: Comm, p: Program, vector: str) -> Iterator[tuple[s
         own = part.reshape(-1)
         pieces = comm.gather(own if own.size == high - low else own[low:high])
         if comm.rank == 0:
-            yield name, np.concatenate(pieces).reshape(info.tensor.shape)
+            yield name, np.concatenate(pieces).reshape(v.shape(info.tensor))
 
 
 def state(arena: Arena, comm: Comm, p: Program) -> dict[str, np.ndarray]:
@@ -48,7 +48,7 @@ def state(arena: Arena, comm: Comm, p: Program) -> dict[str, np.ndarray]:
 def expected(arena: Arena, p: Program, vectors: list[str], prefix: bool) -> Expected:
     """Names, shapes and types of what a checkpoint holds of these vectors; `prefix`: with the vector's name."""
     return {
-        f"{v}.{name}" if prefix else name: (info.tensor.shape, arena.read_part(v, info.tensor).dtype)
+        f"{v}.{name}" if prefix else name: (p.vectors[v].shape(info.tensor), arena.read_part(v, info.tensor).dtype)
         for v in vectors
         for name, info in p.params.items()
         if p.vectors[v].covers(info.tensor)

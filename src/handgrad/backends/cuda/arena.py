@@ -1,6 +1,7 @@
 """CudaArena: the planned memory on the GPU. Reads and writes go through pinned memory and do not stall the stream."""
 
 import ctypes
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,7 +54,8 @@ class CudaArena(Arena):
 
     def read_part(self, flat: str, param: Tensor) -> np.ndarray:
         start, low, high, dtype = self._piece(flat, param)
-        out = np.empty(param.shape if high - low == param.size else high - low, NUMPY[dtype.name])
+        shape = self.plan.vectors[flat].shape(param)
+        out = np.empty(shape if high - low == math.prod(shape) else high - low, NUMPY[dtype.name])
         if out.size:
             self.device.to_host(out.ctypes.data, self.address + start, out.nbytes)
             self.device.sync()
@@ -61,7 +63,7 @@ class CudaArena(Arena):
 
     def write_part(self, flat: str, param: Tensor, values: Any) -> None:
         start, low, high, dtype = self._piece(flat, param)
-        whole = np.broadcast_to(values, param.shape)
+        whole = np.broadcast_to(values, self.plan.vectors[flat].shape(param))
         self._write(start, np.ascontiguousarray(whole.reshape(-1)[low:high], NUMPY[dtype.name]))
 
     def _piece(self, flat: str, param: Tensor) -> tuple[int, int, int, DType]:

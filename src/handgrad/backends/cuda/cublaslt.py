@@ -146,12 +146,13 @@ class CublasLt:
         return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
 
     def bind(
-        self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
+        self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, addend: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
-        """A function that starts the GEMM on these addresses; its argument says whether to add to out."""
+        """A function that starts the GEMM on these addresses; its argument says whether to add the addend, or out if
+        that is 0."""
         description, layouts = self.describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
-        return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
+        return self.starter(description, layouts, algorithm, a, b, out, workspace, stream, addend)
 
     def starter(
         self,
@@ -163,18 +164,19 @@ class CublasLt:
         out: int,
         workspace: int,
         stream: Any,
+        addend: int = 0,
     ) -> Callable[[bool], None]:
         """`bind` with a given algorithm."""
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
         call, handle, chosen, find = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.workspace
-        on, size = int(stream), algorithm.workspace
+        on, size, addend = int(stream), algorithm.workspace, addend or out
 
         def start(accumulate: bool) -> None:
             beta = one if accumulate and scalars else zero  # `scalars` stays referenced here
             at = find(size, workspace)
-            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, at, size, on)
+            status = call(handle, description, one, b, lb, a, la, beta, addend, lo, out, lo, chosen, at, size, on)
             if status:
                 raise HandgradError("cublaslt", f"cublasLtMatmul failed with status {status}")
 

@@ -1,0 +1,70 @@
+"""Adafactor (Shazeer & Stern 2018): records its update onto a program."""
+
+from dataclasses import dataclass
+
+from handgrad.core.dtypes import F32
+from handgrad.core.params import Bucket, Groups
+from handgrad.core.program import Program
+from handgrad.ops import adafactor
+from handgrad.optim.adamw import DECAY, PLAIN, decays
+from handgrad.optim.checks import check_reals
+from handgrad.optim.slices import declare_low, num_weights, size_of, whole_parameters
+
+BETA_DECAY = 0.8  # the second moment decays by 1 - step^-0.8
+EPS = 1e-30  # added to squared gradients
+STEP_RMS = 1.0  # the largest RMS of a step, before the learning rate
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor's hyperparameters; the learning rate is a step scalar. The defaults are those that T5 was trained with.
+
+    scale_parameter  a parameter's step is multiplied by its RMS, at least 1e-3
+    relative_step    the learning rate of step t is at most 1 / sqrt(t)
+    weight_decay     decoupled, of matrices and embeddings alone; T5 has none
+    clip             the largest global L2 norm of the gradients that is not scaled down; T5 has 0: no clipping
+
+    A matrix of M rows and K columns has M + K numbers of state; several ranks need zero 0. Raises HandgradError for a
+    number that is not finite or out of range.
+    """
+
+    scale_parameter: bool = True
+    relative_step: bool = False
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_reals(self, "weight_decay", "clip")
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of parameters that decay and that do not, in this order in every block."""
+        return Groups((DECAY, PLAIN), decays)
+
+    def declare(self, g: Program) -> None:
+        """Declares the low halves; the states of a parameter are declared where it is updated."""
+        declare_low(g)
+
+    def update(self, g: Program, bucket: Bucket) -> None:
+        """Appends the updates of one bucket, a call for each parameter."""
+        for param, start, grad, own in whole_parameters(g, bucket, "Adafactor"):
+            name, shape = param.tensor.name, param.tensor.shape
+            rows = 1 if len(shape) == 1 else shape[0]  # a vector is a matrix of one row
+            columns = param.tensor.size // rows
+            factor = size_of(g, param, own) if self.scale_parameter else None
+            g.emit(
+                adafactor,
+                grad,
+                factor,
+                into=own
+                | {"row": g.state(f"row.{name}", (rows,), F32), "col": g.state(f"col.{name}", (columns,), F32)},
+                start=start,
+                M=rows,
+                K=columns,
+                count=num_weights(param),
+                relative_step=self.relative_step,
+                decay=BETA_DECAY,
+                eps=EPS,
+                clip=STEP_RMS,
+                weight_decay=self.weight_decay if bucket.group == DECAY else 0.0,
+            )
