@@ -1,9 +1,13 @@
 """Mixtures: exact shares in every window, the same batches for any ranks, and settings that make none."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import handgrad as hg
+from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.data import Masked, Mixture, id_dtype, tokens, write_shard
 from handgrad.data.mixture import WINDOW
@@ -113,3 +117,50 @@ def test_a_trainer_takes_a_mixture_and_resumes_to_the_same_bits(sets, tmp_path):
     assert again.resume() == 3
     got += [again.step(step, 1e-3).loss for step in range(4, 7)]
     assert got == want
+
+
+# the verbs --------------------------------------------------------------------------------------------------------------
+
+FLAGS = (
+    "--num-layers 1 --num-heads 1 --hidden-size 8 --max-seq-len 8 --seq-len 8 --micro-batch 4 --threads 1 --dtype f32"
+    " --sample-tokens 0 --val-every 2 --val-tokens 64 --steps 4 --warmup 0"
+)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two folders of texts with one tokenizer and their own validation split, of other letters."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = hg.tokenizers.chars("abcdefgh\n")
+    for name, letters in (("one", "abcd\n"), ("two", "efgh\n")):
+        text = "".join(np.random.default_rng(2).choice(list(letters), 3_000).tolist())
+        (tmp_path / f"{name}.txt").write_text(text)
+        hg.data.prepare_text([tmp_path / f"{name}.txt"], name, tokenizer)
+
+
+def test_train_mixes_folders_and_says_so(folders, capsys):
+    assert main(["train", *FLAGS.split(), "--train", "one,two", "--weights", "3,1", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "75.0 % of" in out and "25.0 % of" in out
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert any("epochs of each set in 4 steps: " in line.get("event", "") for line in log), log
+    assert [line["val_loss"] for line in log if line.get("val_loss")]  # of both sets
+    assert main(["eval", "run", "--threads", "1"]) == 2
+    assert "val of 'run' is one set, but got a mixture of 2. hint: one of them: --tasks val=" in capsys.readouterr().err
+
+
+def test_a_mixed_run_resumes_to_the_same_bits(folders):
+    for out, last in (("whole", (4,)), ("part", (2, 4))):
+        for steps in last:
+            flags = [*FLAGS.split(), "--schedule", "constant", "--steps", str(steps), "--out", out, "--resume", "auto"]
+            assert main(["train", *flags, "--train", "one,two", "--weights", "3,1"]) == 0
+    for name in ("model.safetensors", "state.rank00.safetensors"):
+        assert Path("whole/step_000004", name).read_bytes() == Path("part/step_000004", name).read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["3", "1,2,3", "1,x", "0,1"])
+def test_weights_on_the_command_line(folders, weights, capsys):
+    assert main(["train", *FLAGS.split(), "--train", "one,two", "--weights", weights, "--out", "run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("[data] ") and "weights" in err and err.count("\n") == 1
+    assert main(["train", *FLAGS.split(), "--train", "one", "--weights", "1", "--out", "run"]) == 2

@@ -14,6 +14,7 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import real
 from handgrad.data.loader import Tokens
+from handgrad.data.packing import Packing
 from handgrad.data.shards import Shard
 
 WINDOW = 1000  # sequences: shares are exact to a thousandth
@@ -57,7 +58,7 @@ class Mixture:
         self._which = _spread(counts)
         self._before = np.zeros((WINDOW + 1, len(sets)), np.int64)  # sequences of each set before one of a window
         self._before[1:] = np.cumsum(self._which[:, None] == np.arange(len(sets)), axis=0)
-        first = self.sets[0]
+        first = max(self.sets, key=lambda data: len(data.objective.inputs))  # beside chats, texts fill the same inputs
         self.seq_len, self.batch_tokens, self.sequences = first.seq_len, first.batch_tokens, first.sequences
         self.sequence_tokens, self.objective, self.seed = first.sequence_tokens, first.objective, first.seed
         self.shuffle, self.overfit, self.ahead = first.shuffle, first.overfit, 0
@@ -77,6 +78,11 @@ class Mixture:
         return [shard for data in self.sets for shard in data.shards]
 
     @property
+    def packing(self) -> Packing | None:
+        """That of the first set of chats."""
+        return next((data.packing for data in self.sets if data.packing), None)
+
+    @property
     def windows(self) -> int:
         """Sequences until every set has been seen once."""
         return max(round(data.windows / share) for data, share in zip(self.sets, self.weights))
@@ -90,6 +96,11 @@ class Mixture:
     def vocab_size(self, size: int | None) -> None:
         for data in self.sets:
             data.vocab_size = size
+
+    def about(self) -> str:
+        """The shares, and how long a set is, in words."""
+        sets = zip(self.weights, self.sets)
+        return ", ".join(f"{100 * share:.1f} % of {data.windows:,} in {data.pattern}" for share, data in sets)
 
     def epochs(self, sequences: int) -> list[float]:
         """How often each set has been seen after so many sequences."""
@@ -153,3 +164,6 @@ def _spread(counts: np.ndarray) -> np.ndarray:
         which[n] = np.argmax(counts * (n + 1) - seen * WINDOW)
         seen[which[n]] += 1
     return which
+
+
+Data = Tokens | Mixture  # what trains and validates
