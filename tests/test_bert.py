@@ -17,7 +17,7 @@ from handgrad.io import gguf
 from handgrad.io.format import Format
 from handgrad.models import Bert, forward_loss, preset
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.resolve import objective_of
+from handgrad.train.datasets import objective_of
 from handgrad.train.start import Start, initialize
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
-from handgrad.train.resolve import objective_of
+from handgrad.train.datasets import objective_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,8 +19,8 @@ from handgrad.data.prepare.labels import Records
 from handgrad.infer.load import open_source
 from handgrad.models import Bert, from_dict, to_dict
 from handgrad.testing import gradcheck, set_scalars
+from handgrad.train.datasets import objective_of
 from handgrad.train.heads import for_labels
-from handgrad.train.resolve import objective_of
 from handgrad.train.start import Start, initialize
 
 torch = pytest.importorskip("torch")

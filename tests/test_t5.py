@@ -19,7 +19,7 @@ from handgrad.infer.engine import PREFILL, record
 from handgrad.infer.load import open_source
 from handgrad.models import T5, declare, forward_logits, forward_loss, preset
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.resolve import objective_of
+from handgrad.train.datasets import objective_of
 from handgrad.train.start import Start, draw, initialize
 
 tokenizers = pytest.importorskip("tokenizers")

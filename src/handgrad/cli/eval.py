@@ -23,8 +23,8 @@ from handgrad.infer.load import open_source
 from handgrad.infer.texts import TextEncoder, load_encoder
 from handgrad.io.checkpoint import is_checkpoint
 from handgrad.train.config import PACKAGED, Config, DataConfig
+from handgrad.train.datasets import Shards, find_data, objective_of
 from handgrad.train.folder import SETTINGS
-from handgrad.train.resolve import find_data, objective_of
 
 RESULTS = "eval.json"
 Model = evals.Loaded | TextEncoder
@@ -127,9 +127,14 @@ def own_val(run: Path) -> str:
     run, settings = run.parent if is_checkpoint(run) else run, run_data(run)
     paths = {name: settings[name] for name in ("train", "val") if name in settings}
     is_gone = paths.get("train") == PACKAGED and not (run / "data" / "meta.json").exists()  # a run makes its own
-    train, val = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths and not is_gone else ("", "")
-    if train and not val:  # of a run from Python, whose shards a glob names
-        beside = Path(train).parent
+    found = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths and not is_gone else [Shards("", "")]
+    vals = [one.val for one in found if one.val]
+    if len(vals) > 1:
+        hint = f"one of them: --tasks val={vals[0]}"
+        raise HandgradError("eval", f"val of '{run}' is one set", f"a mixture of {len(vals)}", hint=hint)
+    val = vals[0] if vals else ""
+    if found[0].train and not val:  # of a run from Python, whose shards a glob names
+        beside = Path(found[0].train).parent
         val = f"{beside}/val_*.bin" if any(beside.glob("val_*.bin")) else ""
     if not val:
         what = f"no validation shards are known for '{run}', or none can be seen from here"

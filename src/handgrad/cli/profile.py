@@ -21,9 +21,10 @@ from handgrad.core.number import whole
 from handgrad.models import preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, RanksConfig
+from handgrad.train.datasets import objective_of
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.ranks import together
-from handgrad.train.resolve import execution_of, objective_of, precision_of
+from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.trainer import Trainer
 
 

@@ -5,6 +5,7 @@ from handgrad.data.labels import Labels
 from handgrad.data.loader import Tokens, find_shards, tokens
 from handgrad.data.masked import Masked
 from handgrad.data.meta import common_meta, labelled, read_meta
+from handgrad.data.mixture import Data, Mixture
 from handgrad.data.objectives import Causal, Chat, Objective
 from handgrad.data.prepare.build import check
 from handgrad.data.prepare.chat import prepare_chat
@@ -20,8 +21,10 @@ __all__ = [
     "Chat",
     "Choices",
     "Columns",
+    "Data",
     "Labels",
     "Masked",
+    "Mixture",
     "Objective",
     "Shard",
     "ShardWriter",

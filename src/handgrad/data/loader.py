@@ -220,7 +220,13 @@ class Tokens:
         Raises HandgradError for a name that the objective cannot fill, if the step's sequences do not divide into such
         micro-batches, or if an id is not below `vocab_size`.
         """
-        names = self._fillable(names)
+        first, count = self.place(step, rank, world, micro_batch, micro_step)
+        return self.at(first + (0 if self.overfit else self.ahead), count, names)
+
+    def place(
+        self, step: int, rank: int, world: int, micro_batch: int | None = None, micro_step: int = 0
+    ) -> tuple[int, int]:
+        """Returns (first, count) of the endless sequence that a micro-batch is, without `ahead`; as `batch`."""
         if micro_batch is None:
             micro_batch = max(self.sequences // world, 1)
         micro_steps, rest = divmod(self.sequences, world * micro_batch)
@@ -230,11 +236,14 @@ class Tokens:
         if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
             rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
-        first = 0 if self.overfit else self.ahead + step * self.sequences
-        first += (micro_step * world + rank) * micro_batch
-        windows, shifts = self._order(first, micro_batch)
-        numbers = windows if self.objective.static else range(first, first + micro_batch)
-        return self._fill(windows, shifts, numbers, micro_batch, self._ends, names)
+        first = 0 if self.overfit else step * self.sequences
+        return first + (micro_step * world + rank) * micro_batch, micro_batch
+
+    def at(self, first: int, count: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Returns `count` sequences of the endless sequence from number `first` on, as `batch` does."""
+        windows, shifts = self._order(first, count)
+        numbers = windows if self.objective.static else range(first, first + count)
+        return self._fill(windows, shifts, numbers, count, self._ends, self._fillable(names))
 
     def sweep(
         self,

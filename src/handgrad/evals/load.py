@@ -7,7 +7,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.base import Backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens, tokens_digest
+from handgrad.data import Data, tokens_digest
 from handgrad.evals.scoring import Scorer, record
 from handgrad.infer.load import Source, check_continues, open_source
 from handgrad.models import declare
@@ -50,7 +50,7 @@ def load_scorer(
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)
 
 
-def check_tokenizer(data: Tokens, tokenizer: Tokenizer, owner: str) -> None:
+def check_tokenizer(data: Data, tokenizer: Tokenizer, owner: str) -> None:
     """Raises HandgradError if the data's meta.json names other tokens than those of `owner`'s tokenizer.
 
     Data without a meta.json pass: their ids are checked against the vocabulary when they are read.

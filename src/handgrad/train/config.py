@@ -72,7 +72,9 @@ class DataConfig:
 
     train: str = PACKAGED
     """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
-    in the package"""
+    in the package. Several, with commas between them, are mixed"""
+    weights: str = ""
+    """shares of the sequences that the sets of --train have, such as 3,1; empty: alike"""
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0

@@ -7,7 +7,7 @@ from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.ranks import STAGES
-from handgrad.data import Tokens
+from handgrad.data import Data
 from handgrad.models.lora import Lora
 from handgrad.train.outliers import Guard
 
@@ -81,6 +81,6 @@ class Execution:
         return {"lora": self.lora.to_dict() if self.lora else None, "train_only": list(self.train_only)}
 
 
-def for_data(execution: Execution, data: Tokens) -> Execution:
+def for_data(execution: Execution, data: Data) -> Execution:
     """The same, with documents kept apart where the data's objective gives their bounds."""
     return replace(execution, documents=execution.documents or "positions" in data.objective.inputs)

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens, common_meta
+from handgrad.data import Data, common_meta
 from handgrad.models import Model
 from handgrad.optim import Optimizer
 from handgrad.train.config import PACKAGED, by_group
@@ -33,9 +33,7 @@ class Journal:
     Raises HandgradError if the folder holds a run that was not resumed, is in use, or cannot be written.
     """
 
-    def __init__(
-        self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Tokens
-    ):
+    def __init__(self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Data):
         if resumed_at is None and holds_run(out):
             raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
         try:
@@ -103,7 +101,7 @@ class Journal:
                 lock.close()
 
 
-def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
+def recorded_settings(model: Model, optim: Optimizer, data: Data, execution: Execution, dtype: str) -> dict[str, Any]:
     """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
     values: dict[str, Any] = {"family": model.family, **asdict(model)}
     # to the command line the word is the text in the package; to `data.tokens` it was a folder

@@ -10,6 +10,7 @@ from typing import Any
 from handgrad import evals
 from handgrad.backends.ranks.comm import RankError
 from handgrad.core.errors import HandgradError
+from handgrad.data import Mixture
 from handgrad.infer import Sampling
 from handgrad.io import checkpoint
 from handgrad.optim import schedules
@@ -55,6 +56,8 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
     All ranks do the same, and agree on what only one of them knows.
     """
     trainer, last, is_renewed = run.trainer, run.steps, False
+    if isinstance(trainer.data, Mixture):
+        log.event(run.done, f"epochs of each set in {last:,} steps: {epochs(trainer.data, last)}")
     if is_exhausted(run):
         log.say(f"nothing left to do: {exhausted(run)}; a larger --patience goes on")
         return True
@@ -84,6 +87,12 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
                 text = sample(run)
             log.say(f"\n{text}\n")
     return True
+
+
+def epochs(data: Mixture, steps: int) -> str:
+    """How often each set of a mixture has been read after so many steps, in words."""
+    found = zip(data.sets, data.epochs(data.ahead + steps * data.sequences))
+    return ", ".join(f"{one.pattern} {count:.2f}" for one, count in found)
 
 
 def is_exhausted(run: Run) -> bool:

@@ -1,13 +1,9 @@
 """From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
-import glob
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import handgrad.data as hg_data
 from handgrad import evals, tokenizers
@@ -19,14 +15,12 @@ from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.adapters import read_peft
 from handgrad.infer.load import check_same_tokens, open_source
-from handgrad.infer.texts import special_ids
 from handgrad.io import newest
-from handgrad.models import T5, Bert, Model, create, preset
+from handgrad.models import Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
 from handgrad.train.best import Best
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import (
-    PACKAGED,
     SCHEDULE_SETTINGS,
     SIZES,
     STEPS,
@@ -37,6 +31,7 @@ from handgrad.train.config import (
     RanksConfig,
     num_tokens,
 )
+from handgrad.train.datasets import labels_of, paths_of, settle_data, training_data, validation_data
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.extend import branch_step
@@ -80,7 +75,7 @@ class Run:
     momentum: Callable[[int], float] | None
     branch: int
     best: Best
-    val: hg_data.Tokens | None
+    val: hg_data.Data | None
     prompt: list[int]
     hellaswag: list[evals.Item]
     telemetry: Telemetry | None
@@ -97,19 +92,19 @@ class Run:
 
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    c, shards, val_shards = settle_data(c, out, comm)
-    tokenizer, labels = tokenizer_of(hg_data.find_shards(shards)), labels_of(shards)
+    c, found = settle_data(c, out, comm)
+    tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
     c, start, source, new_rows = find_start(c, out, tokenizer, labels)
     model = find_model(c, tokenizer, source, labels)
-    data = training_data(c, shards, model, comm.world, tokenizer)
+    data = training_data(c, found, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
-    check_evals(c, model, val_shards)
+    check_evals(c, model, any(one.val for one in found))
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
-    val = validation_data(val_shards, data, model, tokenizer) if val_shards else None
+    val = validation_data(found, c.data.weights, data, model, tokenizer)
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -168,57 +163,12 @@ def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is
     return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
 
 
-def check_evals(c: Config, model: Model, val_shards: str) -> None:
+def check_evals(c: Config, model: Model, has_val: bool) -> None:
     """Raises HandgradError for settings of validation without data, and of HellaSwag for a model that it is not for."""
-    if not val_shards and (c.checkpoint.keep_best or c.eval.patience):
+    if not has_val and (c.checkpoint.keep_best or c.eval.patience):
         raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
     if not model.continues_text and c.eval.hellaswag:
         raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
-
-
-def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
-    """(the settings, train glob, val glob or ""). Rank 0 looks, and prepares what is missing, for all."""
-
-    def look() -> list[str]:
-        chosen = local_folder_first(c, out)
-        return [chosen.data.train, *find_data(chosen, out)]
-
-    train, shards, val_shards = on_rank_0(comm, look)
-    return replace(c, data=replace(c.data, train=train)), shards, val_shards
-
-
-def local_folder_first(c: Config, out: Path) -> Config:
-    """The settings; `shakespeare` becomes ./shakespeare if that folder exists.
-
-    A run that was trained on the packaged text, in its own folder, continues with it.
-    """
-    is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
-    if c.data.train != PACKAGED or is_own or not os.path.isdir(PACKAGED):
-        return c
-    return replace(c, data=replace(c.data, train=f"./{PACKAGED}"))
-
-
-def find_data(c: Config, out: Path) -> tuple[str, str]:
-    """(train glob, val glob or ""). Packaged text is prepared inside the run folder; a folder has its split."""
-    d = c.data
-    if d.train == PACKAGED:
-        folder = out / "data"
-        if not (folder / "meta.json").exists():
-            text = hg_data.shakespeare()
-            hg_data.prepare_text(text, folder, tokenizers.chars(hg_data.read_text(text)))
-    elif os.path.isdir(d.train):
-        folder = Path(d.train)
-    else:
-        return d.train, d.val
-    own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
-    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
-
-
-def labels_of(shards: str) -> tuple[str, ...]:
-    """The labels of the texts in these shards; none if they have none."""
-    found = hg_data.common_meta(hg_data.find_shards(shards))
-    known = hg_data.labelled(found[1], found[0]) if found else None
-    return known[0] if known else ()
 
 
 def find_start(
@@ -302,94 +252,7 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks."""
-    d, paths = c.data, hg_data.find_shards(shards)
-    meta = hg_data.common_meta(paths)
-    objective = objective_of(model, tokenizer.eot, tokenizer, d.whole_word, meta[1] if meta else None, d.documents)
-    usual = objective.seq_len if isinstance(objective, hg_data.Labels) else model.usual_seq_len
-    seq_len = d.seq_len or usual
-    held_out = [path for path in paths if path.name.startswith("val_")]
-    if held_out and len(held_out) < len(paths):
-        hint = f"--train {held_out[0].parent}, which validates on them"
-        raise HandgradError("data", f"{d.train} names no validation shards", str(held_out[0]), hint=hint)
-    batch_tokens = d.batch_tokens or world * c.compute.micro_batch * seq_len
-    return hg_data.tokens(
-        shards,
-        seq_len,
-        batch_tokens,
-        seed=c.run.seed,
-        shuffle=d.shuffle,
-        overfit=d.overfit,
-        vocab_size=model.vocab_size,
-        objective=objective,
-    )
-
-
-def objective_of(
-    model: Model,
-    eot: int | None = None,
-    tokenizer: tokenizers.Tokenizer | None = None,
-    whole_word: bool = False,
-    meta: dict[str, Any] | None = None,
-    documents: bool = False,
-) -> hg_data.Objective:
-    """What a model learns from a text, or from chat data.
-
-    eot: the id between documents;  documents: attention stays within them;  whole_word: a BERT's words are masked whole
-    tokenizer: a BERT takes its special tokens, if it has them; None: they are the last of the vocabulary
-    meta: what meta.json says of the shards
-    """
-    is_chat = "chat" in (meta or {})
-    if whole_word and not isinstance(model, Bert):
-        raise HandgradError("data", "--whole-word is for a bert", f"a {model.family}")
-    if (is_chat or documents) and not model.continues_text:
-        rule = f"{'chat data' if is_chat else '--documents'} is for models that continue texts"
-        raise HandgradError("data", rule, f"a {model.family}")
-    if is_chat:
-        return hg_data.Chat()
-    if documents and eot is None:
-        raise HandgradError("data", "--documents needs an end-of-text id, which begins each", "a tokenizer without one")
-    if isinstance(model, T5):
-        first, end, pad = model.special_ids
-        if first >= model.vocab_size:
-            rule = f"the released T5's first sentinel {first} lies in the vocabulary"
-            raise HandgradError("model", rule, f"{model.vocab_size} tokens")
-        return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
-    if not isinstance(model, Bert):
-        return hg_data.Causal(eot if documents else None)
-    id_of, continues = special_ids(model, tokenizer), None
-    known = hg_data.labelled(meta, "the data")
-    if model.labels and known:
-        ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
-        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
-    if whole_word and tokenizer is not None:
-        continues = np.zeros(model.vocab_size, bool)
-        found = tokenizers.continuations(tokenizer)
-        continues[: len(found)] = found
-    return hg_data.Masked(
-        mask_id=id_of["[MASK]"],
-        cls_id=id_of["[CLS]"],
-        sep_id=id_of["[SEP]"],
-        pad_id=id_of["[PAD]"],
-        special_ids=(id_of["[MASK]"],),
-        vocab_size=model.vocab_size,
-        rate=model.mask_rate,
-        whole_word=continues,
-        next_sentence=model.nsp,
-        eot=eot,
-    )
-
-
-def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
-    """The validation set, in sequences as long as the training data's. HandgradError if it is of another tokenizer."""
-    T, V = data.seq_len, model.vocab_size
-    val = hg_data.tokens(shards, T, T, shuffle=False, vocab_size=V, split="val", objective=data.objective)
-    evals.check_tokenizer(val, tokenizer, f"the training data in {data.folder}")
-    return val
-
-
-def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:
+def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
     steps, o = num_steps(c, data), c.optim
     own = {name: v for name, v in schedules.own_settings(o.schedule).items() if getattr(o, name) in (None, "")}
@@ -408,7 +271,7 @@ def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config
     )
 
 
-def num_steps(c: Config, data: hg_data.Tokens) -> int:
+def num_steps(c: Config, data: hg_data.Data) -> int:
     """The length of the run in steps, from --steps, --tokens or --epochs: the whole steps in it, at least one."""
     r, epoch = c.run, data.windows / data.sequences
     if r.tokens:
@@ -486,9 +349,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def check_readable(
-    data: hg_data.Tokens, val: hg_data.Tokens | None, trainer: Trainer, hellaswag: list[evals.Item]
-) -> None:
+def check_readable(data: hg_data.Data, val: hg_data.Data | None, trainer: Trainer, hellaswag: list[evals.Item]) -> None:
     """Reads the first batches and all questions. Raises HandgradError for tokens that the model does not know."""
     data.batch(0, micro_batch=1, names=trainer.program.inputs)  # tokens of another vocabulary show here, most often
     if val is not None:
@@ -501,7 +362,7 @@ def with_remedies(
     error: HandgradError,
     model: Model,
     optim: Optimizer,
-    data: hg_data.Tokens,
+    data: hg_data.Data,
     execution: Execution,
     precision: Precision,
     backend: Backend,

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from handgrad.data import Mixture
 from handgrad.train.config import PACKAGED, Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
@@ -61,11 +62,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
     new_rows = [("new rows", run.facts["new_rows"])] if "new_rows" in run.facts else []
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
+    mixed = [("mixture", d.about())] if isinstance(d, Mixture) else []
     chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
         *new_rows,
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
+        *mixed,
         *chat,
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),

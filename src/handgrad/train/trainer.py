@@ -22,7 +22,7 @@ from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Segment
 from handgrad.core.tensor import IGNORE_INDEX, Role
-from handgrad.data import Tokens
+from handgrad.data import Data
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
@@ -68,7 +68,7 @@ class Trainer:
         self,
         model: Model,
         optim: Optimizer,
-        data: Tokens,
+        data: Data,
         *,
         execution: Execution,
         precision: Precision | None = None,
@@ -226,7 +226,7 @@ class Trainer:
         self.arena.write_scalars(self.program, micro_step=0)
         self._train.run_each(after)
 
-    def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
+    def evaluate(self, data: Data, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
         the number of ranks."""
         if self._loss is None:
