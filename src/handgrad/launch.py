@@ -54,6 +54,7 @@ class Gemm:
 
     epilogue    "" | "bias": + bias (n) | "gelu": aux = that sum, out = gelu(aux) | "dgelu": out = a b * gelu'(aux)
     accumulate  a number word; if its value is not 0: out += a b
+    batch       this many products, whose matrices follow one another; more than one has no epilogue
     """
 
     out: str
@@ -68,6 +69,7 @@ class Gemm:
     bias: str = ""
     aux: str = ""
     accumulate: str = "0"
+    batch: int = 1
 
 
 @dataclass(frozen=True)

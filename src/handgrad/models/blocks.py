@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.core.dtypes import F32
-from handgrad.core.params import ONES, ZEROS, Init, normal
+from handgrad.core.params import ONES, ZEROS, Init, Part, normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -47,12 +47,22 @@ def dense(
     act: Act = Act.NONE,
     bias: bool = True,
     init: Init = normal(0.02),
+    parts: tuple[Part, ...] | None = None,
 ) -> Tensor:
-    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
+    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it.
+
+    parts: the hidden matrices in w, one if None, none in a head
+    """
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), init)
+        w = g.param("weight", (size, x.shape[-1]), init, ((size, 1),) if parts is None else parts)
         b = g.param("bias", (size,), ZEROS) if bias else None
     return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
+
+
+def packed(heads: int, kv_heads: int, head_size: int) -> tuple[Part, Part, Part]:
+    """The parts of packed q, k, v."""
+    kv = kv_heads * head_size, kv_heads
+    return (heads * head_size, heads), kv, kv
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -98,7 +108,7 @@ def project(
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(std))
+        w = g.param("weight", (size, x.shape[-1]), normal(std), ((size, 1),))
         b = g.param("bias", (size,), ZEROS) if bias else None
     drops = p > 0.0 and g.trains
     y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
@@ -140,8 +150,10 @@ def attend(
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
     """Causal self-attention with biases and as many key/value heads as query heads."""
     with g.scope(name):
-        y = attend(g, dense(g, x, "c_attn", 3 * x.shape[-1]), data, heads=heads, kv_heads=heads, p=p)
-        return project(g, y, "c_proj", x.shape[-1], std=std, p=p)
+        C = x.shape[-1]
+        qkv = dense(g, x, "c_attn", 3 * C, parts=packed(heads, heads, C // heads))
+        y = attend(g, qkv, data, heads=heads, kv_heads=heads, p=p)
+        return project(g, y, "c_proj", C, std=std, p=p)
 
 
 def rotary(
@@ -197,7 +209,7 @@ def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float
     """down (act(gate x) * up x) without biases, `size` wide inside: SwiGLU, GeGLU. The rows of gate_up.weight are those
     of gate, then those of up."""
     with g.scope(name):
-        h = dense(g, x, "gate_up", 2 * size, bias=False)
+        h = dense(g, x, "gate_up", 2 * size, bias=False, parts=((size, 1), (size, 1)))
         return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 

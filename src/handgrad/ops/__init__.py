@@ -14,6 +14,7 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.muon.op import muon, muon_momentum
 from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.share_norm.op import share_norm
@@ -51,5 +52,7 @@ _ALL = (
     global_norm,
     share_norm,
     adamw,
+    muon_momentum,
+    muon,
 )
 OPS = {op.name: op for op in _ALL}

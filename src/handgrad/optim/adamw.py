@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from handgrad.core.dtypes import F32, I16
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import F32_TINY, real
-from handgrad.core.params import Bucket, Groups
+from handgrad.core.params import Bucket, Groups, Param
 from handgrad.core.program import Program
 from handgrad.ops import adamw
 
 DECAY, PLAIN = "decay", "plain"
 
 
-def decays(name: str, shape: tuple[int, ...]) -> str:
+def decays(param: Param) -> str:
     """The group of a parameter: matrices and embeddings decay, biases and norms do not."""
-    return DECAY if len(shape) > 1 else PLAIN
+    return DECAY if len(param.tensor.shape) > 1 else PLAIN
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16"
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
-OptimizerName = Literal["adamw"]  # handgrad.optim.OPTIMIZERS
+OptimizerName = Literal["adamw", "muon"]  # handgrad.optim.OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,26 @@ class OptimConfig:
     """added to the root of the second moment"""
     weight_decay: float = 0.1
     """of matrices and embeddings; biases and norms do not decay"""
+    table_decay: float | None = None
+    """of embeddings and heads, with muon; None: --weight-decay"""
+    momentum: float | None = None
+    """of the matrices of muon; None: the optimizer's own"""
+    matrix_rate: float = 1.0
+    """of muon: the learning rate of hidden matrices, as a multiple of --lr"""
+    matrix_scale: Literal["adamw", "aspect"] = "adamw"
+    """of muon's steps: adamw: 0.2 sqrt(max(m, n)), so that AdamW's rate carries over; aspect: sqrt(max(1, m/n))"""
+    polynomial: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """of muon: what orthogonalises"""
+    row_scale: bool = False
+    """of muon: rows get the same norm before it (MuonEq)"""
+    rescale: bool = False
+    """of muon: the result gets the norm of an orthogonal matrix (Muon+)"""
+    second_beta: float = 0.0
+    """of muon: decay of the mean square of each row or column of the result, which evens them out (NorMuon); 0: none"""
+    cautious: bool = False
+    """of muon: matrices decay only where the step shrinks the weight"""
+    per_head: bool = False
+    """of muon: q, k and v are a matrix for each head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

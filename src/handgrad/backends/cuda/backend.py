@@ -380,4 +380,4 @@ def gemm_problem(g: Gemm, c: Call, gpu: Gpu) -> GemmProblem:
         return tensor.dtype.name if isinstance(tensor, Tensor) else c.dtype.name  # scratch holds the working dtype
 
     a, b, out = dtype(g.a), dtype(g.b), dtype(g.out)
-    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.accumulate != "0", gpu.tf32)
+    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.accumulate != "0", gpu.tf32, g.batch)
