@@ -79,7 +79,6 @@ class Muon(Op):
         "weight_decay": float,
         "cautious": bool,
     }
-    ill_conditioned = True  # the steps enlarge small singular values up to a thousandfold
     cpu = CpuKernel(
         "muon",
         "p low v u scalars scratch | R N rows first count start polynomial row_scale rescale beta2 scale weight_decay"
@@ -195,6 +194,10 @@ class Muon(Op):
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         if arg.name == "low":
             return rng.integers(-(1 << 15), 1 << 15, shape, dtype="int16")
+        if arg.name == "u":
+            u = rng.standard_normal(shape)
+            u[0] = 0.0  # a hard row; equal ones would make every result a rounding error that is enlarged a thousandfold
+            return u
         return rng.random(shape) / v["N"] if arg.name == "v" else None  # a mean of squares
 
 
