@@ -296,7 +296,7 @@ def test_settings_out_of_range_are_rejected(bad):
 def test_matrices_of_an_odd_size_are_rejected():
     p = Program(F32, trains=True)
     p.grad(p.param("w", (3, 5), normal(1.0), ((3, 1),)))
-    with pytest.raises(HandgradError, match=r"\[muon\] a matrix has a multiple of 4 elements, but got 15"):
+    with pytest.raises(HandgradError, match=r"\[muon\] a matrix has a multiple of 4 elements, but got 3 x 5"):
         record_step(p, Muon())
 
 

@@ -9,8 +9,7 @@
 
 // -DTHREADS  of a block, but for column_squares, which has 32 x COLUMNS
 // -DROW_VEC  4; 1 where N is not a multiple of 4
-// -DBETA2    a double: 1 - 0.95f would be wrong by 1e-6
-#if !defined(THREADS) || !defined(COLUMNS) || !defined(ROW_VEC) || !defined(BETA2)
+#if !defined(THREADS) || !defined(COLUMNS) || !defined(ROW_VEC)
 #error "muon/op.py defines these"
 #endif
 
@@ -128,7 +127,7 @@ muon_polynomial_kernel(real *__restrict__ poly, const real *__restrict__ gram, i
 // matrix.
 KERNEL __launch_bounds__(THREADS)
 muon_even_kernel(float *__restrict__ factors, float *__restrict__ v, const float *__restrict__ sums,
-                 const StepScalars *scalars, i64 rows, i64 N, i64 rescale) {
+                 const StepScalars *scalars, i64 rows, i64 N, i64 rescale, float beta2) {
   __shared__ double buffer[THREADS];
   if (scalars->grad_scale == 0.0f) return;  // the gradients are not finite: v stays, and apply reads no factor
   const i64 lines = rows < N ? N : rows, least = rows < N ? rows : N, first = blockIdx.x * lines;
@@ -141,7 +140,7 @@ muon_even_kernel(float *__restrict__ factors, float *__restrict__ v, const float
     for (i64 i = threadIdx.x; i < lines; i += THREADS) {
       const double sum = factor * factor * (double)sums[first + i];
       float mean = v[first + i];
-      mean += (float)(1.0 - BETA2) * ((float)(sum / (double)least) - mean);
+      mean += (1.0f - beta2) * ((float)(sum / (double)least) - mean);
       v[first + i] = mean;
       factors[first + i] = 1.0f / sqrtf(fmaxf(mean, TINY));
       after += sum * (double)factors[first + i] * (double)factors[first + i];

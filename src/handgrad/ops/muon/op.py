@@ -30,10 +30,14 @@ class MuonMomentum(Op):
     attrs = {"momentum": float}
     cpu = CpuKernel("muon_momentum", "m u grad scalars | n momentum")
     cases = (
-        case(n=33, momentum=0.95),
+        case(n=36, momentum=0.95),
         case(n=4096, momentum=0.9),
         case(n=7_077_888, momentum=0.95, real="gpt2-124m, one block"),
     )
+
+    def derive(self, d: dict[str, int]) -> None:
+        if d["n"] % 4:
+            raise HandgradError("muon", "a slice has a multiple of 4 elements", d["n"])
 
     def ref(self, v: Any) -> tuple:
         if v.scalars.grad_scale == 0:
@@ -42,10 +46,8 @@ class MuonMomentum(Op):
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         n = c.sizes["n"]
-        vec = 4 if n % 4 == 0 else 1
-        defines = {"VEC": vec, "THREADS": THREADS, "MOMENTUM": c.attrs["momentum"]}
-        grid = min(-(-n // (vec * THREADS)), 8 * gpu.sms)
-        args = "m u grad scalars | n"
+        grid = min(-(-n // (4 * THREADS)), 8 * gpu.sms)
+        args, defines = "m u grad scalars | n momentum", {"THREADS": THREADS}
         return Launches((Kernel("muon_momentum_kernel", args, grid, THREADS, 0, defines, "momentum.cu"),))
 
 
@@ -86,10 +88,10 @@ class Muon(Op):
         "muon_scratch N rows threads",
     )
     cases = (
-        case(R=24, N=20, rows=8, k=480, count=480, without="v", **PLAIN),
+        case(R=24, N=18, rows=8, k=432, count=432, without="v", **PLAIN),
         case(R=40, N=12, rows=40, k=480, count=480, s=40, **EVERY),
         case(R=48, N=36, rows=24, k=512, count=512, s=72, **EVERY | dict(first=700)),
-        case(R=6, N=6, rows=6, k=36, count=36, without="v low", **PLAIN | dict(polynomial=Polynomial.NEWTON_SCHULZ)),
+        case(R=8, N=8, rows=8, k=64, count=64, without="v low", **PLAIN | dict(polynomial=Polynomial.NEWTON_SCHULZ)),
         case(R=8, N=36, rows=8, k=288, count=0, s=36, without="p low", **EVERY),
         *(
             case(R=R, N=N, rows=rows, k=R * N, count=R * N, without="v", real=f"gpt2-124m, {what}", **PLAIN)
@@ -105,11 +107,11 @@ class Muon(Op):
     def derive(self, d: dict[str, int]) -> None:
         if d["R"] % d["rows"]:
             raise HandgradError("muon", f"u is a stack of matrices of {d['rows']} rows", d["R"])
-        for name, value in {"a matrix has": d["rows"] * d["N"], "p begins at": d["first"]}.items():
-            if value % 4:
-                raise HandgradError("muon", f"{name} a multiple of 4 elements", value)
-        if d["start"] % 4:
-            raise HandgradError("muon", "a slice starts at a multiple of 4 elements", d["start"])
+        if d["rows"] * d["N"] % 4:
+            raise HandgradError("muon", "a matrix has a multiple of 4 elements", f"{d['rows']} x {d['N']}")
+        for name in ("first", "count", "start"):
+            if d[name] % 4:
+                raise HandgradError("muon", f"{name} is a multiple of 4 elements", d[name])
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         if out == "v":
@@ -140,9 +142,8 @@ class Muon(Op):
         at, end = {}, 0
         for name, nbytes in parts.items():
             at[name], end = f"scratch@{end}", end + aligned(nbytes)
-        vec = 4 if N % 4 == 0 else 1
-        defines = {"THREADS": THREADS, "COLUMNS": COLUMNS, "ROW_VEC": vec, "LOW": int(c.low is not None)}
-        defines |= {"VEC": 4 if c.attrs["count"] % 4 == 0 else 1, "BETA2": c.attrs["beta2"]}
+        defines = {"THREADS": THREADS, "COLUMNS": COLUMNS, "ROW_VEC": 1 if N % 4 else 4}
+        defines |= {"VEC": 4, "LOW": int(c.low is not None)}
 
         def kernel(entry: str, args: str, grid: int | tuple[int, int, int], block: int = THREADS) -> Kernel:
             return Kernel(entry, args, grid, block, 0, defines)
@@ -183,7 +184,7 @@ class Muon(Op):
         else:
             grid = (-(-N // 32), R // rows, 1)
             squares = kernel("muon_column_squares_kernel", f"{at['sums']} {x} | rows N", grid, 32 * COLUMNS)
-        args = f"{at['factors']} v {at['sums']} scalars | rows N rescale"
+        args = f"{at['factors']} v {at['sums']} scalars | rows N rescale beta2"
         return [squares, kernel("muon_even_kernel", args, R // rows)]
 
     def flops(self, c: Call) -> int:
