@@ -6,7 +6,7 @@
     python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
-model of reference/{gpt2,llama,bert}_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
+model of reference/{gpt2,llama,bert,t5}_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
 and its vocabulary padded to a multiple of 128, which is faster. Every contender is a process of its own, and each round
 runs them in turn; if both do not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median
 ms a step over the rounds, tok/s, MFU by the model's formula, device memory of the process, the CPU time that the host
@@ -71,6 +71,7 @@ TASKS = {
     "qwen1.5b": Task("qwen2.5-1.5b", 28, 12, 1536, 16, 1024, 131072, 2, 73000),
     "llama1b": Task("llama3.2-1b", 16, 32, 2048, 8, 2048, 262144, 1, 90000),
     "bert": Task("bert-base", 12, 12, 768, 64, 512, 262144, 3, 40000),
+    "t5": Task("t5-base", 12, 12, 768, 64, 114, 4 * 64 * 114, 3, 40000),
     "smoke": Task("d2", 2, 2, 128, 2, 32, 128, 1, 1),
 }
 
@@ -90,6 +91,10 @@ class Handgrad:
             self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, nsp=False)
             ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
             objective = hg.data.Masked(**ids, vocab_size=self.model.vocab_size)
+        if self.model.family == "t5":
+            first, end, pad = self.model.special_ids
+            source = self.model.max_seq_len
+            objective = hg.data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=source)
         data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False, objective=objective)
         kinds = {f.name for f in dataclasses.fields(hg.Precision)}
         precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
@@ -143,6 +148,7 @@ class Torch:
         sys.path.insert(0, str(ROOT / "reference"))
         import bert_torch
         import numpy as np
+        import t5_torch
         import torch
         from gpt2_torch import GPT2, adamw
         from llama_torch import SIZES, Llama
@@ -153,8 +159,11 @@ class Torch:
         self.ids = np.fromfile(shard, np.uint16, offset=HEADER_BYTES)
         bf16 = device == "cuda"
         self.masked = task.preset in bert_torch.SIZES
+        self.source = t5_torch.SIZES[task.preset][-1] if task.preset in t5_torch.SIZES else 0
         if self.masked:
             self.model = bert_torch.Bert(task.preset, bf16=bf16).to(device)
+        elif self.source:
+            self.model = t5_torch.T5(task.preset, task.T, bf16=bf16).to(device)
         elif task.preset in SIZES:
             self.model = Llama(task.preset, task.T, bf16=bf16).to(device)
         else:
@@ -165,14 +174,19 @@ class Torch:
         self.device = device
 
     def _batch(self, micro_step: int):
-        """The same sequences as handgrad's, in the same order."""
+        """The same sequences as handgrad's, in the same order; for a T5 as many tokens, without gaps."""
         t, sequences = self.task, self.task.step_tokens // self.task.T
         first = self.done * sequences + micro_step * t.B
-        starts = [t.T * (row % ((len(self.ids) - 1) // t.T)) for row in range(first, first + t.B)]
-        both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + t.T + 1].astype("int64")) for s in starts])
+        width = t.T + self.source
+        starts = [width * (row % ((len(self.ids) - 1) // width)) for row in range(first, first + t.B)]
+        both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + width + 1].astype("int64")) for s in starts])
         if self.device == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
+        if self.source:
+            both, source = both[:, self.source :], both[:, : self.source].contiguous()
         ids = both[:, :-1].contiguous()
+        if self.source:
+            return source, ids, both[:, 1:].contiguous()
         if not self.masked:
             return ids, both[:, 1:].contiguous()
         each = round(0.15 * t.T)  # predictions: as many rows of every sequence, the ids themselves
@@ -440,7 +454,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             shard = f"{folder}/{name}.bin"
-            write_random(shard, 2 * TASKS[name].step_tokens + 1, 30000 if name == "bert" else VOCAB)
+            count, vocab = (12 if name == "t5" else 2), (30000 if name in ("bert", "t5") else VOCAB)
+            write_random(shard, count * TASKS[name].step_tokens + 1, vocab)
             try:
                 results["models"][name] = race(name, shard, a, f"{folder}/cache")
             except RuntimeError as error:

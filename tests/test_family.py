@@ -135,7 +135,7 @@ def test_families_are_found_by_name(model):
     assert set(declare(GPT2(**SIZES)).params) - set(declare(model).params) == {"wpe.weight"}
     with pytest.raises(HandgradError, match=r"\[model\] every family has a name of its own, but got 'gpt2' twice"):
         register(type("Other", (), {"family": "gpt2"}))
-    with pytest.raises(HandgradError, match=r"\[model\] a family is one of bert, gpt2, .*, but got 'gpt9'"):
+    with pytest.raises(HandgradError, match=r"\[model\] a family is one of bert, gemma, gpt2, .*, but got 'gpt9'"):
         family("gpt9")
 
 

@@ -268,6 +268,7 @@ RELEASED = {  # as in their own files
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-0.6b": 596_049_920,
+    "gemma3-270m": 268_098_176,
     "bert-base": 110_106_428 + 70 * 769,  # rows of padding
     "pythia-70m": 70_426_624,
     "pythia-160m": 162_322_944,

@@ -29,14 +29,14 @@ class Explain:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
     gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
     the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""

@@ -1,6 +1,7 @@
 """Model families: one file each, a dataclass of sizes whose methods record the body and the head."""
 
 from handgrad.models.bert import Bert
+from handgrad.models.gemma import Gemma
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
@@ -12,6 +13,7 @@ from handgrad.models.t5 import T5
 __all__ = [
     "Bert",
     "GPT2",
+    "Gemma",
     "GPTNeoX",
     "Llama",
     "T5",

@@ -32,10 +32,10 @@ from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 Branch = tuple[Tensor, Tensor | None]
 
 
-def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
-    """(N, C): the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache, positions
-    continue after its tokens."""
-    return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=1.0)
+def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """(N, C): `scale` times the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache,
+    positions continue after its tokens."""
+    return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=scale)
 
 
 def dense(

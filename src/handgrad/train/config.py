@@ -25,12 +25,12 @@ class ModelConfig:
     """Which model."""
 
     family: str = ""
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
     the preset's"""
     preset: str = "tiny"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     depth: int = 0
     """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
