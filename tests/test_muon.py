@@ -11,7 +11,7 @@ from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.params import ONES, normal
 from handgrad.core.program import Program
-from handgrad.models import T5, Bert, GPTNeoX, Llama, declare, registry
+from handgrad.models import T5, Bert, Gemma, GPTNeoX, Llama, declare, registry
 from handgrad.ops.muon.reference import POLYNOMIALS
 from handgrad.optim import AdamW, Muon, record_step
 from handgrad.train.config import OptimConfig
@@ -142,21 +142,34 @@ def test_fifty_steps_equal_pytorch(scale, monkeypatch):
             judge.step()
     found = ours(RefBackend(), polynomial="newton_schulz", matrix_scale=scale, table_decay=0.3)
     for name, rows in pieces(False):  # 1e-7, which torch does not add to the norm, changes it by 1e-7 of itself
-        np.testing.assert_allclose(found[name][rows], params[name, rows.start].numpy(), rtol=0, atol=STEPS * 3 * LR * 1e-7)
+        np.testing.assert_allclose(
+            found[name][rows], params[name, rows.start].numpy(), rtol=0, atol=STEPS * 3 * LR * 1e-7
+        )
     for name, w in rest.items():
         np.testing.assert_allclose(found[name], w.numpy(), rtol=1e-12, atol=1e-12)
 
 
 SIZES = dict(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=4, hidden_size=24)
 FAMILIES = {  # the matrices of a block, with how many each stacks; all others are AdamW's
-    "gpt2": (hg.models.GPT2(**SIZES, tie_embeddings=False), {"c_attn": 3, "attn.c_proj": 1, "c_fc": 1, "mlp.c_proj": 1}),
+    "gpt2": (
+        hg.models.GPT2(**SIZES, tie_embeddings=False),
+        {"c_attn": 3, "attn.c_proj": 1, "c_fc": 1, "mlp.c_proj": 1},
+    ),
     "llama": (Llama(**SIZES, num_kv_heads=2, qk_norm=True), {"qkv": 3, "out": 1, "gate_up": 2, "down": 1}),
+    "gemma": (Gemma(**SIZES, num_kv_heads=2), {"qkv": 3, "out": 1, "gate_up": 2, "down": 1}),
     "gpt_neox": (GPTNeoX(**SIZES, rotary_pct=1.0), {"qkv": 3, "out": 1, "c_fc": 1, "c_proj": 1}),
     "bert": (Bert(**SIZES), {"qkv": 3, "out": 1, "up": 1, "down": 1}),
     "t5": (
         T5(**SIZES, gated=True, tie_embeddings=False),
         {"enc.0.attn.qkv": 3, "enc.0.attn.out": 1, "enc.0.mlp.gate_up": 2, "enc.0.mlp.down": 1, "dec.0.attn.qkv": 3}
-        | {"dec.0.attn.out": 1, "dec.0.mlp.gate_up": 2, "dec.0.mlp.down": 1, "cross.q": 1, "cross.kv": 2, "cross.out": 1},
+        | {
+            "dec.0.attn.out": 1,
+            "dec.0.mlp.gate_up": 2,
+            "dec.0.mlp.down": 1,
+            "cross.q": 1,
+            "cross.kv": 2,
+            "cross.out": 1,
+        },
     ),
 }
 
@@ -177,8 +190,8 @@ def test_only_matrices_between_hidden_layers_are_muons(family):
     for suffix, count in wanted.items():
         [(name, parts)] = [(name, parts) for name, parts in found.items() if name.endswith(f"{suffix}.weight")]
         assert len(parts) == count and sum(rows for rows, _ in parts) == params[name].tensor.shape[0]
-        heads = {"qkv": (4, model.num_kv_heads, model.num_kv_heads) if family == "llama" else (4, 4, 4)}
-        heads |= {"c_attn": (4, 4, 4), "q": (4,), "kv": (4, 4)}
+        kv = 2 if family in ("llama", "gemma") else 4
+        heads = {"qkv": (4, kv, kv), "c_attn": (4, 4, 4), "q": (4,), "kv": (4, 4)}
         assert tuple(h for _, h in parts) == heads.get(suffix.split(".")[-1], (1,) * count)
         rows = {rows // h for rows, h in parts}
         assert len(rows) == 1 and (suffix.split(".")[-1] not in heads or rows == {6})  # of a head
@@ -212,7 +225,11 @@ def alone(shards):
         if key not in found:
             run = trainer(shards, on_ranks(1, lambda comm: comm)[0], **settings)
             losses = [run.step(k, 3e-3).loss for k in range(1, 5)]
-            found[key] = losses, {n: w.copy() for n, w in run.params().items()}, {k: v.copy() for k, v in run._state().items()}
+            found[key] = (
+                losses,
+                {n: w.copy() for n, w in run.params().items()},
+                {k: v.copy() for k, v in run._state().items()},
+            )
         return found[key]
 
     return train
@@ -263,7 +280,10 @@ def test_resume_is_bit_exact(shards, tmp_path):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_memory_is_planned_to_the_byte(dtype, shards):
     """v has no byte for matrices; a run allocates what explain plans."""
-    backend, sizes = open_backend("cpu"), dict(execution=hg.Execution(12, extra_programs=()), precision=hg.Precision(dtype))
+    backend, sizes = (
+        open_backend("cpu"),
+        dict(execution=hg.Execution(12, extra_programs=()), precision=hg.Precision(dtype)),
+    )
     page = explain(llama(), 8, backend=backend, optim=Muon(), **sizes)
     assert page.plan.nbytes == trainer(shards, backend=backend, dtype=dtype).plan.nbytes
     matrices = sum(b.size for b in page.program.buckets if b.group == "matrix")

@@ -110,7 +110,7 @@ class Muon:
         if bucket.group != MATRIX:
             self._rest.update(g, bucket)
             return
-        into = {"m": g.slice("m", bucket)}
+        into: dict[str, Tensor | None] = {"m": g.slice("m", bucket)}
         u: Tensor = g.emit(muon_momentum, g.slice("grad", bucket), into=into, momentum=self.momentum)
         if u.size < bucket.size:
             whole = Tensor(f"{bucket.name}.momentum", (bucket.size,), F32, Role.ACT)

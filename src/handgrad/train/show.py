@@ -59,11 +59,22 @@ def facts(run: Run) -> list[tuple[str, str]]:
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
+        *groups(run),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),
     ]
+
+
+def groups(run: Run) -> list[tuple[str, str]]:
+    """A line for each of the optimizer's groups that it has a rule for: how many parameters, and their rule."""
+    lines: list[tuple[str, str]] = []
+    for group, rule in run.trainer.optim.groups.rules.items():
+        tensors = [p.tensor for b in run.trainer.program.buckets if b.group == group for p in b.members]
+        size = f"{len(tensors)} of {sum(t.size for t in tensors):,} parameters"
+        lines.append(("" if lines else "optimizer", f"{group}: {size}, {rule}"))
+    return lines
 
 
 def differences(given: Config) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from handgrad.ops.muon.reference import POLYNOMIALS, Polynomial
 
 THREADS, COLUMNS = 256, 32  # of a CUDA block; columns that a block of 32 x COLUMNS threads sums
 STEPS = len(POLYNOMIALS[0])
-PLAIN = dict(polynomial=Polynomial.POLAR_EXPRESS, row_scale=False, rescale=False, cautious=False, beta2=0.0)
+PLAIN: dict[str, Any] = dict(
+    polynomial=Polynomial.POLAR_EXPRESS, row_scale=False, rescale=False, cautious=False, beta2=0.0
+)
 PLAIN |= dict(first=0, start=128, scale=5e3, weight_decay=0.1)  # attributes of cases; p moves by as much as it is
 EVERY = PLAIN | dict(row_scale=True, rescale=True, cautious=True, beta2=0.9)
 
@@ -138,7 +140,14 @@ class Muon(Op):
         matrices, tall, size = R // rows, rows > N, c.dtype.size
         least = min(rows, N)
         square, lines = matrices * least * least * size, 4 * matrices * max(rows, N)
-        parts = {"x0": R * N * size, "x1": R * N * size, "gram": square, "poly": square, "sums": lines, "factors": lines}
+        parts = {
+            "x0": R * N * size,
+            "x1": R * N * size,
+            "gram": square,
+            "poly": square,
+            "sums": lines,
+            "factors": lines,
+        }
         at, end = {}, 0
         for name, nbytes in parts.items():
             at[name], end = f"scratch@{end}", end + aligned(nbytes)
@@ -164,7 +173,9 @@ class Muon(Op):
                     f"{poly} {gram} | {elements} {least} polynomial {i}",
                     min(-(-elements // THREADS), 8 * gpu.sms),
                 ),
-                Gemm(to, x, poly, rows, N, N, batch=matrices) if tall else Gemm(to, poly, x, rows, N, rows, batch=matrices),
+                Gemm(to, x, poly, rows, N, N, batch=matrices)
+                if tall
+                else Gemm(to, poly, x, rows, N, rows, batch=matrices),
             ]
             x, to = to, x
         if c.attrs["rescale"] or c.v is not None:
@@ -197,7 +208,9 @@ class Muon(Op):
             return rng.integers(-(1 << 15), 1 << 15, shape, dtype="int16")
         if arg.name == "u":
             u = rng.standard_normal(shape)
-            u[0] = 0.0  # a hard row; equal ones would make every result a rounding error that is enlarged a thousandfold
+            u[0] = (
+                0.0  # a hard row; equal ones would make every result a rounding error that is enlarged a thousandfold
+            )
             return u
         return rng.random(shape) / v["N"] if arg.name == "v" else None  # a mean of squares
 

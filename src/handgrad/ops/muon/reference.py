@@ -53,9 +53,7 @@ def orthogonalise(u: np.ndarray, polynomial: int, row_scale: bool, round: Round)
     return x
 
 
-def even_out(
-    o: np.ndarray, v: np.ndarray | None, rescale: bool, beta2: float
-) -> tuple[np.ndarray, np.ndarray | None]:
+def even_out(o: np.ndarray, v: np.ndarray | None, rescale: bool, beta2: float) -> tuple[np.ndarray, np.ndarray | None]:
     """o (b, rows, N) with the norm of an orthogonal matrix, if `rescale`; then, with v (b, s), divided by the root of
     the mean square of its rows (of its columns, if they are longer), at the same norm. And the next v."""
     axis = 2 if o.shape[1] >= o.shape[2] else 1
