@@ -34,7 +34,7 @@ class MuonMomentum(Op):
     cases = (
         case(n=36, momentum=0.95),
         case(n=4096, momentum=0.9),
-        case(n=7_077_888, momentum=0.95, real="gpt2-124m, one block"),
+        case(n=589_824, momentum=0.95, real="gpt2-124m, attention's output"),
     )
 
     def derive(self, d: dict[str, int]) -> None:
@@ -95,14 +95,8 @@ class Muon(Op):
         case(R=48, N=36, rows=24, k=512, count=512, s=72, **EVERY | dict(first=700)),
         case(R=8, N=8, rows=8, k=64, count=64, without="v low", **PLAIN | dict(polynomial=Polynomial.NEWTON_SCHULZ)),
         case(R=8, N=36, rows=8, k=288, count=0, s=36, without="p low", **EVERY),
-        *(
-            case(R=R, N=N, rows=rows, k=R * N, count=R * N, without="v", real=f"gpt2-124m, {what}", **PLAIN)
-            for R, N, rows, what in (
-                (2304, 768, 768, "q, k, v"),
-                (768, 768, 768, "attention's output"),
-                (3072, 768, 3072, "up"),
-                (768, 3072, 768, "down"),
-            )
+        case(
+            R=768, N=768, rows=768, k=589_824, count=589_824, without="v", real="gpt2-124m, attention's output", **PLAIN
         ),
     )
 

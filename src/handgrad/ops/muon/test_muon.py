@@ -30,7 +30,9 @@ def test_muon(op):
     check_op(op, [open_backend("cpu")])
 
 
-@pytest.mark.parametrize(("polynomial", "low", "high"), [("POLAR_EXPRESS", 0.858, 1.142), ("NEWTON_SCHULZ", 0.681, 1.135)])
+@pytest.mark.parametrize(
+    ("polynomial", "low", "high"), [("POLAR_EXPRESS", 0.858, 1.142), ("NEWTON_SCHULZ", 0.681, 1.135)]
+)
 @pytest.mark.parametrize(("rows", "N"), [(24, 40), (40, 24)])
 def test_singular_values_become_about_one(polynomial, low, high, rows, N):
     """Singular values from 0.005 of the norm on. The polynomials, on a fine grid of such numbers, end between 0.8589 and
