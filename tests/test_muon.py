@@ -1,5 +1,7 @@
 """Muon: against an independent transcription and PyTorch over 50 steps; who is a hidden matrix; ranks, resuming, memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from rank_threads import on_ranks
@@ -17,6 +19,7 @@ from handgrad.optim import AdamW, Muon, record_step
 from handgrad.train.config import OptimConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
+from handgrad.train.show import groups
 
 STEPS, LR, COLUMNS = 50, 2e-2, 12
 EVERY = dict(row_scale=True, rescale=True, second_beta=0.9, cautious=True)
@@ -327,3 +330,15 @@ def test_settings_name_muon_and_stand_for_it():
     with pytest.raises(HandgradError, match=r"--per-head is a setting of muon, but got --optimizer adamw"):
         optimizer_of(OptimConfig(per_head=True))
     assert isinstance(optimizer_of(OptimConfig()), AdamW)
+
+
+def test_a_run_prints_its_groups(shards):
+    """Of a Llama of 2 layers: 4 packed matrices a block, the table, 2 norms a block and the last one."""
+    run = trainer(shards, backend=RefBackend(), matrix_rate=2.0, table_decay=0.0)
+    table = run.program.params["wte.weight"].tensor.size
+    matrices = run.program.num_params - table - 5 * 24
+    assert groups(SimpleNamespace(trainer=run)) == [
+        ("optimizer", f"matrix: {matrices:,} parameters in 8 tensors; Muon, rate 2 x 0.2 sqrt(max(m, n)), decay 0.1"),
+        ("", f"decay: {table:,} parameters in 1 tensors; AdamW, decay 0"),
+        ("", "plain: 120 parameters in 5 tensors; AdamW, no decay"),
+    ]

@@ -309,7 +309,9 @@ class Program:
 
     def within(self, part: Tensor, first: int, size: int) -> Tensor:
         """A handle on elements [first, first + size) of a slice of a flat vector."""
-        return self._part(f"{part.name}[{first}:{first + size}]", self.vectors[part.flat], self.starts[part] + first, size)
+        return self._part(
+            f"{part.name}[{first}:{first + size}]", self.vectors[part.flat], self.starts[part] + first, size
+        )
 
     def share_start(self, bucket: Bucket) -> int:
         """The element of the flat order of all parameters at which that part starts."""
