@@ -3,6 +3,7 @@
     python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
     python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
     python bench/gpu_step.py --models qwen0.5b bert      other families
+    python bench/gpu_step.py --models 124m --no-torch --optimizer muon    what a step of Muon costs
     python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
@@ -80,13 +81,14 @@ TASKS = {
 
 
 class Handgrad:
-    """Steps in handgrad. options: keyword arguments of Trainer."""
+    """Steps in handgrad. options: fields of Execution and Precision, and the name of the optimizer."""
 
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         import handgrad as hg
 
         self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
         objective: hg.data.Objective = hg.data.Causal()
+        optim = hg.optim.OPTIMIZERS[options.pop("optimizer")]()
         if task.preset == "bert-base":  # masked tokens alone
             self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, nsp=False)
             ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
@@ -100,7 +102,7 @@ class Handgrad:
         precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
         how = {"extra_programs": (), "backend": device} | {k: v for k, v in options.items() if k not in kinds}
         kind = dict(execution=hg.Execution(task.B, **how), precision=precision)
-        self.run = hg.Trainer(self.model, hg.optim.AdamW(), data, **kind)
+        self.run = hg.Trainer(self.model, optim, data, **kind)
         self.task, self.dtype = task, precision.dtype
 
     def steps(self, count: int) -> float:
@@ -254,7 +256,13 @@ class Process:
     def __init__(self, kind: str, name: str, shard: str, a: argparse.Namespace, cache: str):
         used, begin = used_mib(), time.perf_counter()
         python = a.torch_python if kind == "torch" else sys.executable
-        words = [kind, name, shard, "cpu" if a.smoke else "cuda", json.dumps(a.trainer if kind == "handgrad" else {})]
+        words = [
+            kind,
+            name,
+            shard,
+            "cpu" if a.smoke else "cuda",
+            json.dumps(a.trainer | {"optimizer": a.optimizer} if kind == "handgrad" else {}),
+        ]
         self.kind, self._before = kind, used
         self._process = subprocess.Popen(
             [python, __file__, "--worker", *words],
@@ -426,6 +434,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=["124m", "350m", "774m", "1558m"])
     parser.add_argument("--steps", type=int, default=0, help="steps in a round; 0: about two seconds")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--optimizer", default="adamw", help="handgrad's, by name; PyTorch's is AdamW")
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
     parser.add_argument(

@@ -17,7 +17,7 @@ from handgrad.core.op import Case, Op
 from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2, Lora
 from handgrad.ops import OPS
-from handgrad.optim import AdamW
+from handgrad.optim import AdamW, Muon
 from handgrad.optim.record import COLLECTIVES as USED
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
@@ -145,6 +145,25 @@ def test_training(shards, name):
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
     np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)
     np.testing.assert_allclose(val, exact[2], rtol=rtol)
+
+
+def test_muon_on_two_ranks(shards):
+    """Every call of Muon as the cuda backend binds it, in bf16, batched GEMMs among them; each rank holds half of the
+    momentum, and v is kept for all rows."""
+
+    def work(comm):
+        tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
+        model = GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=24)
+        optim = Muon(second_beta=0.9, row_scale=True, rescale=True, cautious=True)
+        backend = EmulatedBackend(comm=comm) if comm.world > 1 else RefBackend()
+        run = Trainer(
+            model, optim, tokens, execution=Execution(4 // comm.world), precision=Precision("bf16"), backend=backend
+        )
+        return [run.step(step, lr=2e-2).loss for step in (1, 2, 3)]
+
+    [exact], (mine, other) = on_ranks(1, work), on_ranks(2, work)
+    assert mine == other
+    np.testing.assert_allclose(mine, exact, rtol=5e-3)  # as above
 
 
 @pytest.mark.parametrize("zero, micro_batch, dtype", [(0, 2, "f32"), (1, 1, "bf16"), (2, 1, "f32"), (3, 1, "f32")])

@@ -322,7 +322,7 @@ def test_parameter_order(tiny, name, dropout):
     want += [("ln_f.weight", False, "head"), ("ln_f.bias", False, "head"), ("lm_head.weight", True, "head")]
     want = want[:-1] if name == "prefill" else want
     group_of = AdamW().groups.group_of
-    found = [(name, group_of(name, info.tensor.shape) == "decay", info.block) for name, info in p.params.items()]
+    found = [(name, group_of(info) == "decay", info.block) for name, info in p.params.items()]
     assert found == want
 
 

@@ -56,6 +56,7 @@ class Gemm:
 
     epilogue    "" | "bias": + bias (n) | "gelu": aux = that sum, out = gelu(aux) | "dgelu": out = a b * gelu'(aux)
     accumulate  a number word; if its value is not 0: out += a b
+    batch       this many products, whose matrices follow one another; more than one has no epilogue
     """
 
     out: str
@@ -71,6 +72,7 @@ class Gemm:
     aux: str = ""
     accumulate: str = "0"
     addend: str = ""
+    batch: int = 1
 
 
 @dataclass(frozen=True)

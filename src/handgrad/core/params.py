@@ -8,8 +8,8 @@ rank-th of `world` equal parts; a sharded vector holds the shares of one rank, b
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
@@ -46,26 +46,33 @@ def uniform(bound: float) -> Init:
 ZEROS, ONES = Init("zeros"), Init("ones")
 
 
+# a matrix that maps one hidden layer to the next: its rows, and how many heads they are divided among
+Part = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its handle, initial values, the block that uses it first, and whether it learns or is frozen."""
+    """A parameter: its handle, initial values, the block that uses it first, whether it learns or is frozen, and the
+    matrices that its rows stack: none for a table, a head or a vector."""
 
     tensor: Tensor
     init: Init
     block: str
     trainable: bool = True
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from the
-    name and shape of a parameter to its group."""
+    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from a
+    parameter to its group. `rules` says in words how a group is updated, for whoever starts a run."""
 
     names: tuple[str, ...]
-    group_of: Callable[[str, tuple[int, ...]], str]
+    group_of: Callable[[Param], str]
+    rules: Mapping[str, str] = field(default_factory=dict)
 
 
-ONE_GROUP = Groups(("",), lambda name, shape: "")
+ONE_GROUP = Groups(("",), lambda param: "")
 FROZEN = "frozen"  # the group of parameters that no optimizer updates
 
 
@@ -103,7 +110,7 @@ def lay_out(params: Sequence[Param], groups: Groups, world: int = 1) -> tuple[Bu
         for group in (*groups.names, FROZEN):
             members[block, group] = []
     for p in params:
-        group = groups.group_of(p.tensor.name, p.tensor.shape) if p.trainable else FROZEN
+        group = groups.group_of(p) if p.trainable else FROZEN
         if p.trainable and group not in groups.names:
             rule = f"a parameter's group is one of {', '.join(groups.names)}"
             raise HandgradError("optim", rule, f"'{group}' for {p.tensor.name}")

@@ -11,7 +11,7 @@ from handgrad.core.arguments import Arg
 from handgrad.core.dtypes import BYTE, F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call, Op, Phase, When, bind_dims
-from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector, lay_out
+from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Part, Vector, lay_out
 from handgrad.core.ranks import ALONE, Ranks
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
@@ -111,16 +111,21 @@ class Program:
         name = ".".join([*self._scope, name])
         return self.states.setdefault(name, Tensor(name, shape, dtype, Role.STATE))
 
-    def param(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
-        """Declares or finds the parameter `name` of the current scope; using the same name twice ties the weights."""
+    def param(self, name: str, shape: tuple[int, ...], init: Init, parts: tuple[Part, ...] = ()) -> Tensor:
+        """Declares or finds the parameter `name` of the current scope; using the same name twice ties the weights.
+
+        parts: the hidden matrices that its rows stack (params.py)
+        """
         name = ".".join([*self._scope, name])
         known = self.params.get(name)
         if known is None:
             if self._buckets is not None:
                 rule = "parameters are declared before the update is recorded"
                 raise HandgradError("program", rule, f"'{name}' after it")
+            if parts and sum(rows for rows, _ in parts) != shape[0]:
+                raise HandgradError("program", f"the parts of '{name}' have its {shape[0]} rows", parts)
             handle = Tensor(name, shape, self.dtype, Role.PARAM, "param")
-            known = Param(handle, init, self._block, self.trainable(name))
+            known = Param(handle, init, self._block, self.trainable(name), parts)
             self.params[name] = known
         if known.tensor.shape != shape:
             raise HandgradError("program", f"parameter '{name}' has one shape", f"{known.tensor.shape} and {shape}")

@@ -21,6 +21,7 @@ from handgrad.models.blocks import (
     lm_head_logits,
     lm_head_loss,
     mlp,
+    packed,
     project,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, names, number, padded, rate, size
@@ -137,8 +138,9 @@ class Bert:
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 with g.scope("attn"):
-                    qkv = dense(g, x, "qkv", 3 * self.hidden_size)
-                    y = attend(g, qkv, data, heads=self.num_heads, kv_heads=self.num_heads, causal=False, p=p)
+                    H, C = self.num_heads, self.hidden_size
+                    qkv = dense(g, x, "qkv", 3 * C, parts=packed(H, H, C // H))
+                    y = attend(g, qkv, data, heads=H, kv_heads=H, causal=False, p=p)
                     h = project(g, y, "out", self.hidden_size, std=0.02, p=p)
                 x = layer_norm(g, x, h, "ln_1", eps)[1]
                 h = mlp(g, x, "mlp", size=self.mlp_size, p=p, std=0.02, act=Act.GELU_ERF, up="up", down="down")
@@ -150,7 +152,8 @@ class Bert:
         B, T = data.batch_size, data.seq_len
         with g.block("head", prefix=False):
             starts = g.constant(f"starts {(B, T)}", (B,), I32, partial(range, 0, B * T, T))
-            pooled = g.output("pooled", dense(g, g.emit(pick, x, starts), "pooler", self.hidden_size, act=Act.TANH))
+            first = g.emit(pick, x, starts)
+            pooled = g.output("pooled", dense(g, first, "pooler", self.hidden_size, act=Act.TANH, parts=()))
             return drop(g, pooled, self.dropout if self.labels else 0.0)
 
     def _follows(self, g: Program, pooled: Tensor, data: Batch) -> None:
@@ -188,7 +191,7 @@ class Bert:
         if not self.mlm:
             return x, self._table(g), None
         with g.scope("mlm"):
-            h = dense(g, x, "dense", self.hidden_size, act=Act.GELU_ERF)
+            h = dense(g, x, "dense", self.hidden_size, act=Act.GELU_ERF, parts=())
             n = layer_norm(g, h, None, "ln", self.norm_eps)[1]
             b = g.param("bias", (self.vocab_padded,), Init("zeros", rows=self.vocab_size))
         return n, self._table(g), b

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from handgrad.core.dtypes import F32, I32
-from handgrad.core.params import ONES, ZEROS, Init, normal, uniform
+from handgrad.core.params import ONES, ZEROS, Init, Part, normal, uniform
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -51,11 +51,15 @@ def dense(
     bias: bool = True,
     init: Init = normal(0.02),
     into: Tensor | None = None,
+    parts: tuple[Part, ...] | None = None,
 ) -> Tensor:
     """act(x w^T + b) (N, size), in the state `into` if that is given; keeps the pre-activation only where a backward
-    will read it."""
+    will read it.
+
+    parts: the hidden matrices in w, one if None, none in a head
+    """
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), init)
+        w = g.param("weight", (size, x.shape[-1]), init, ((size, 1),) if parts is None else parts)
         b = g.param("bias", (size,), ZEROS) if bias else None
         if w.name in g.adapters:
             y = adapted(g, x, w, b, into=into)
@@ -81,6 +85,12 @@ def adapted(
 def _state(into: Tensor | None) -> dict[str, Tensor | None]:
     """The state that a call's output y goes into, if any."""
     return {} if into is None else {"y": into}
+
+
+def packed(heads: int, kv_heads: int, head_size: int) -> tuple[Part, Part, Part]:
+    """The parts of packed q, k, v."""
+    kv = kv_heads * head_size, kv_heads
+    return (heads * head_size, heads), kv, kv
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -127,7 +137,7 @@ def project(
     sums b's gradient anyway; the linear would need another pass over dy."""
     drops = p > 0.0 and g.trains
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(std))
+        w = g.param("weight", (size, x.shape[-1]), normal(std), ((size, 1),))
         b = g.param("bias", (size,), ZEROS) if bias else None
         if w.name in g.adapters:
             y = adapted(g, x, w, b if drops else None, pre_x)
@@ -171,8 +181,10 @@ def attend(
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
     """Causal self-attention with biases and as many key/value heads as query heads."""
     with g.scope(name):
-        y = attend(g, dense(g, x, "c_attn", 3 * x.shape[-1]), data, heads=heads, kv_heads=heads, p=p)
-        return project(g, y, "c_proj", x.shape[-1], std=std, p=p)
+        C = x.shape[-1]
+        qkv = dense(g, x, "c_attn", 3 * C, parts=packed(heads, heads, C // heads))
+        y = attend(g, qkv, data, heads=heads, kv_heads=heads, p=p)
+        return project(g, y, "c_proj", C, std=std, p=p)
 
 
 def rotary(
@@ -229,7 +241,7 @@ def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float
     """down (act(gate x) * up x) without biases, `size` wide inside: SwiGLU, GeGLU. The rows of gate_up.weight are those
     of gate, then those of up."""
     with g.scope(name):
-        h = dense(g, x, "gate_up", 2 * size, bias=False)
+        h = dense(g, x, "gate_up", 2 * size, bias=False, parts=((size, 1), (size, 1)))
         return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 

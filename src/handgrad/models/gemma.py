@@ -22,6 +22,7 @@ from handgrad.models.blocks import (
     gated_mlp,
     lm_head_logits,
     lm_head_loss,
+    packed,
     project,
     rms_norm,
     rotary,
@@ -137,7 +138,7 @@ class Gemma:
         with g.scope("attn"):
             qkv = rotary(
                 g,
-                dense(g, x, "qkv", (H + 2 * K) * D, bias=False),
+                dense(g, x, "qkv", (H + 2 * K) * D, bias=False, parts=packed(H, K, D)),
                 data,
                 heads=H,
                 kv_heads=K,

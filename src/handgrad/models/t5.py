@@ -13,7 +13,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, project, rms_norm
+from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, packed, project, rms_norm
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
@@ -182,7 +182,7 @@ class T5:
         with g.scope("attn"):
             A = H * self.head_size
             init = normal(std, first=(A, std * self.head_size**-0.5))
-            qkv = dense(g, x, "qkv", 3 * A, bias=False, init=init)
+            qkv = dense(g, x, "qkv", 3 * A, bias=False, init=init, parts=packed(H, H, self.head_size))
             y = attend(g, qkv, data, heads=H, kv_heads=H, scale=1.0, causal=causal, p=self.dropout, rel=rel)
             return self._out(g, y)
 
@@ -190,16 +190,18 @@ class T5:
         """Attention to what the encoder returned, without biases."""
         H, std = self.num_heads, self.hidden_size**-0.5
         with g.scope("cross"):
-            A = H * self.head_size
-            q = dense(g, x, "q", A, bias=False, init=normal(std * self.head_size**-0.5))
+            A, (q_part, *_) = H * self.head_size, packed(H, H, self.head_size)
+            q = dense(g, x, "q", A, bias=False, init=normal(std * self.head_size**-0.5), parts=(q_part,))
             kv = self._kept(g, data.batch_size) if memory is None else self._keys_values(g, memory)
             y = attend(g, q, data, heads=H, kv_heads=H, scale=1.0, causal=False, p=self.dropout, kv=kv)
             return self._out(g, y)
 
     def _keys_values(self, g: Program, memory: Tensor, into: Tensor | None = None) -> Tensor:
         """Those of a cross-attention (M, 2 A), in the state `into` if one is given."""
-        size = 2 * self.num_heads * self.head_size
-        return dense(g, memory, "kv", size, bias=False, init=normal(self.hidden_size**-0.5), into=into)
+        H, init = self.num_heads, normal(self.hidden_size**-0.5)
+        _, *parts = packed(H, H, self.head_size)
+        size = 2 * H * self.head_size
+        return dense(g, memory, "kv", size, bias=False, init=init, into=into, parts=tuple(parts))
 
     def _kept(self, g: Program, batch_size: int) -> Tensor:
         """The state with those of the sources."""
@@ -214,7 +216,8 @@ class T5:
         init = normal(self.hidden_size**-0.5)
         with g.scope("mlp"):
             if self.gated:
-                h = g.emit(gated, dense(g, x, "gate_up", 2 * F, bias=False, init=init), act=Act.GELU_TANH)
+                up = dense(g, x, "gate_up", 2 * F, bias=False, init=init, parts=((F, 1), (F, 1)))
+                h = g.emit(gated, up, act=Act.GELU_TANH)
             else:
                 h = dense(g, x, "up", F, act=Act.RELU, bias=False, init=init)
                 pre = g.producer[h].pre if p == 0.0 else None  # dropout lies between

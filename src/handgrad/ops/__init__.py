@@ -18,6 +18,7 @@ from handgrad.ops.lion.op import lion
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
 from handgrad.ops.lora.op import lora, lora_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.muon.op import muon, muon_momentum
 from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rms.op import rms
 from handgrad.ops.rope.op import rope, rope_backward
@@ -66,5 +67,7 @@ _ALL = (
     lion,
     adafactor,
     ema,
+    muon_momentum,
+    muon,
 )
 OPS = {op.name: op for op in _ALL}

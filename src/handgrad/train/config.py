@@ -23,7 +23,7 @@ ScheduleName = Literal[
 ]  # handgrad.optim.schedules.SCHEDULES
 STEPS = 2000  # of a run whose length is not given
 SCHEDULE_SETTINGS = ("cooldown", "cooldown_shape", "power", "cycles", "decay_every", "decay_factor")
-OptimizerName = Literal["adamw", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
+OptimizerName = Literal["adamw", "muon", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,37 @@ class OptimConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float | None = None
-    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw 0.1, lion 1, others 0)"""
+    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw and muon 0.1, lion 1,
+    others 0)"""
+    table_decay: float | None = None
+    """of embeddings and heads, with muon; None: --weight-decay"""
     moments: Literal["f32", "bf16", "int8"] = "f32"
     """of adamw: the type of both moments, rounded stochastically: 8, 4 or 2.06 bytes a parameter"""
     momentum: float | None = None
-    """of sgd: factor of the sum of earlier gradients; 0: none, and no memory for it; None: the optimizer's own"""
+    """of muon's matrices and of sgd: decay of the mean, or factor of the sum, of earlier gradients; sgd needs no
+    memory for 0. None: the optimizer's own"""
     nesterov: bool = False
     """of sgd: Nesterov's step"""
     scale_parameter: bool | None = None
     """of adafactor and adamw: multiply a parameter's step by its RMS; None: the optimizer's own (adafactor: True)"""
     relative_step: bool = False
     """of adafactor: the learning rate of step t is at most 1 / sqrt(t)"""
+    matrix_rate: float = 1.0
+    """of muon: the learning rate of hidden matrices, as a multiple of --lr"""
+    matrix_scale: Literal["adamw", "aspect"] = "adamw"
+    """of muon's steps: adamw: 0.2 sqrt(max(m, n)), so that AdamW's rate carries over; aspect: sqrt(max(1, m/n))"""
+    polynomial: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """of muon: what orthogonalises"""
+    row_scale: bool = False
+    """of muon: rows get the same norm before it (MuonEq)"""
+    rescale: bool = False
+    """of muon: the result gets the norm of an orthogonal matrix (Muon+)"""
+    second_beta: float = 0.0
+    """of muon: decay of the mean square of each row or column of the result, which evens them out (NorMuon); 0: none"""
+    cautious: bool = False
+    """of muon: matrices decay only where the step shrinks the weight"""
+    per_head: bool = False
+    """of muon: q, k and v are a matrix for each head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
     schedule: ScheduleName = "cosine"

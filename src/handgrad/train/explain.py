@@ -35,7 +35,7 @@ class Explanation:
     @property
     def flops_per_token(self) -> float:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
-        return sum(c.flops for c in self.program.calls) / self.rows
+        return flops(self.program) / self.rows
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -82,12 +82,15 @@ class Explanation:
         base = at.nbytes
         if self.remedies:
             lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
-        flops = sum(c.flops for c in p.calls)
         for name, nbytes, count in self.remedies:
-            lines.append(
-                f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {100 * (count / flops - 1):10.1f}%"
-            )
+            more = 100 * (count / flops(p) - 1)
+            lines.append(f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {more:10.1f}%")
         return "\n".join(lines)
+
+
+def flops(p: Program) -> int:
+    """FLOP of a micro-batch, without those of the update, which runs once a step."""
+    return sum(c.flops for c in p.part(p.segments.forward_backward))
 
 
 def explain(
@@ -128,7 +131,7 @@ def explain(
         train, its = lay_out(other, accumulation * factor)
         if layout.nbytes - its.nbytes < MIB / 20:  # saves nothing that shows
             continue
-        prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
+        prices.append((name, its.nbytes, flops(train) * factor))
     rows, cluster, prediction = execution.micro_batch * seq_len, None, None
     if isinstance(backend, GpuRanks):
         cluster = backend.cluster

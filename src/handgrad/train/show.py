@@ -67,6 +67,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
         *new_rows,
+        *groups(run),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         *mixed,
         *chat,
@@ -74,6 +75,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),
     ]
+
+
+def groups(run: Run) -> list[tuple[str, str]]:
+    """A line for each of the optimizer's groups that it has a rule for: how many parameters, and their rule."""
+    lines: list[tuple[str, str]] = []
+    for group, rule in run.trainer.optim.groups.rules.items():
+        tensors = [p.tensor for b in run.trainer.program.buckets if b.group == group for p in b.members]
+        size = f"{sum(t.size for t in tensors):,} parameters in {len(tensors)} tensors"
+        lines.append(("" if lines else "optimizer", f"{group}: {size}; {rule}"))
+    return lines
 
 
 def differences(given: Config) -> dict[str, Any]:

@@ -381,4 +381,4 @@ def gemm_problem(g: Gemm, c: Call, gpu: Gpu) -> GemmProblem:
 
     a, b, out = dtype(g.a), dtype(g.b), dtype(g.out)
     accumulates = g.accumulate != "0" or bool(g.addend)
-    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, accumulates, gpu.tf32)
+    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, accumulates, gpu.tf32, g.batch)
