@@ -129,12 +129,6 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
     if done > steps_of(c):
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
-    num_params = trainer.program.num_params
-    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
-    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
-    facts |= {"chat": str(data.packing)} if data.packing else {}
-    each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
@@ -152,8 +146,18 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
-        facts=facts,
+        facts=facts_of(trainer, new_rows),
     )
+
+
+def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
+    """What the settings do not say of a run. new_rows: what tokens the model has gained, if any"""
+    p, world = trainer.program, trainer.ranks.world
+    facts: dict[str, Any] = {"params": p.num_params - p.num_padding, "trainable": p.num_trainable}
+    facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
+    facts |= {"chat": str(trainer.data.packing)} if trainer.data.packing else {}
+    facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}
+    return facts | ({"new_rows": new_rows} if new_rows else {})
 
 
 def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
