@@ -59,7 +59,7 @@ _HINTS = {  # hint: names
     "--final, as a fraction of --lr": "min-lr",
     "--warmup, in steps": "warmup-ratio warmup-fraction lr-warmup-fraction warmup-tokens",
     "--schedule cosine, linear, constant or wsd": "lr-scheduler lr-scheduler-type scheduler lr-decay-style",
-    "--optimizer adamw, sgd, lion or adafactor": "optim optimizer-type opt",
+    "--optimizer NAME (--help lists them)": "optim optimizer-type opt",
     "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
     "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
     "--ranks, one a GPU; --zero says what they divide": "ddp fsdp devices",
