@@ -3,10 +3,11 @@
     python bench/gpu_step.py                             four sizes, PyTorch for three of them; 5 to 6 minutes
     python bench/gpu_step.py --models 124m --no-torch    one size, handgrad alone; half a minute
     python bench/gpu_step.py --models qwen0.5b bert      other families
+    python bench/gpu_step.py --models 124m --no-torch --optimizer muon    what a step of Muon costs
     python bench/gpu_step.py --smoke                     a tiny model on the CPU, to test this script
 
 A step is gradient accumulation over T = 1024, clipping and AdamW, on the same random tokens for both. PyTorch is the
-model of reference/{gpt2,llama,bert}_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
+model of reference/{gpt2,llama,bert,t5}_torch.py with torch.compile, bf16 autocast, SDPA, fused AdamW, TF32 allowed,
 and its vocabulary padded to a multiple of 128, which is faster. Every contender is a process of its own, and each round
 runs them in turn; if both do not fit on the GPU, handgrad runs before and after PyTorch. The script reports the median
 ms a step over the rounds, tok/s, MFU by the model's formula, device memory of the process, the CPU time that the host
@@ -71,6 +72,7 @@ TASKS = {
     "qwen1.5b": Task("qwen2.5-1.5b", 28, 12, 1536, 16, 1024, 131072, 2, 73000),
     "llama1b": Task("llama3.2-1b", 16, 32, 2048, 8, 2048, 262144, 1, 90000),
     "bert": Task("bert-base", 12, 12, 768, 64, 512, 262144, 3, 40000),
+    "t5": Task("t5-base", 12, 12, 768, 64, 114, 4 * 64 * 114, 3, 40000),
     "smoke": Task("d2", 2, 2, 128, 2, 32, 128, 1, 1),
 }
 
@@ -79,23 +81,28 @@ TASKS = {
 
 
 class Handgrad:
-    """Steps in handgrad. options: keyword arguments of Trainer."""
+    """Steps in handgrad. options: fields of Execution and Precision, and the name of the optimizer."""
 
     def __init__(self, task: Task, shard: str, device: str, options: dict):
         import handgrad as hg
 
         self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
         objective: hg.data.Objective = hg.data.Causal()
+        optim = hg.optim.OPTIMIZERS[options.pop("optimizer")]()
         if task.preset == "bert-base":  # masked tokens alone
             self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, nsp=False)
             ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
             objective = hg.data.Masked(**ids, vocab_size=self.model.vocab_size)
+        if self.model.family == "t5":
+            first, end, pad = self.model.special_ids
+            source = self.model.max_seq_len
+            objective = hg.data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=source)
         data = hg.data.tokens(shard, task.T, task.step_tokens, shuffle=False, objective=objective)
         kinds = {f.name for f in dataclasses.fields(hg.Precision)}
         precision = hg.Precision(**{"dtype": dtype} | {k: v for k, v in options.items() if k in kinds})
         how = {"extra_programs": (), "backend": device} | {k: v for k, v in options.items() if k not in kinds}
         kind = dict(execution=hg.Execution(task.B, **how), precision=precision)
-        self.run = hg.Trainer(self.model, hg.optim.AdamW(), data, **kind)
+        self.run = hg.Trainer(self.model, optim, data, **kind)
         self.task, self.dtype = task, precision.dtype
 
     def steps(self, count: int) -> float:
@@ -143,6 +150,7 @@ class Torch:
         sys.path.insert(0, str(ROOT / "reference"))
         import bert_torch
         import numpy as np
+        import t5_torch
         import torch
         from gpt2_torch import GPT2, adamw
         from llama_torch import SIZES, Llama
@@ -153,8 +161,11 @@ class Torch:
         self.ids = np.fromfile(shard, np.uint16, offset=HEADER_BYTES)
         bf16 = device == "cuda"
         self.masked = task.preset in bert_torch.SIZES
+        self.source = t5_torch.SIZES[task.preset][-1] if task.preset in t5_torch.SIZES else 0
         if self.masked:
             self.model = bert_torch.Bert(task.preset, bf16=bf16).to(device)
+        elif self.source:
+            self.model = t5_torch.T5(task.preset, task.T, bf16=bf16).to(device)
         elif task.preset in SIZES:
             self.model = Llama(task.preset, task.T, bf16=bf16).to(device)
         else:
@@ -165,14 +176,19 @@ class Torch:
         self.device = device
 
     def _batch(self, micro_step: int):
-        """The same sequences as handgrad's, in the same order."""
+        """The same sequences as handgrad's, in the same order; for a T5 as many tokens, without gaps."""
         t, sequences = self.task, self.task.step_tokens // self.task.T
         first = self.done * sequences + micro_step * t.B
-        starts = [t.T * (row % ((len(self.ids) - 1) // t.T)) for row in range(first, first + t.B)]
-        both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + t.T + 1].astype("int64")) for s in starts])
+        width = t.T + self.source
+        starts = [width * (row % ((len(self.ids) - 1) // width)) for row in range(first, first + t.B)]
+        both = self.torch.stack([self.torch.from_numpy(self.ids[s : s + width + 1].astype("int64")) for s in starts])
         if self.device == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
+        if self.source:
+            both, source = both[:, self.source :], both[:, : self.source].contiguous()
         ids = both[:, :-1].contiguous()
+        if self.source:
+            return source, ids, both[:, 1:].contiguous()
         if not self.masked:
             return ids, both[:, 1:].contiguous()
         each = round(0.15 * t.T)  # predictions: as many rows of every sequence, the ids themselves
@@ -240,7 +256,13 @@ class Process:
     def __init__(self, kind: str, name: str, shard: str, a: argparse.Namespace, cache: str):
         used, begin = used_mib(), time.perf_counter()
         python = a.torch_python if kind == "torch" else sys.executable
-        words = [kind, name, shard, "cpu" if a.smoke else "cuda", json.dumps(a.trainer if kind == "handgrad" else {})]
+        words = [
+            kind,
+            name,
+            shard,
+            "cpu" if a.smoke else "cuda",
+            json.dumps(a.trainer | {"optimizer": a.optimizer} if kind == "handgrad" else {}),
+        ]
         self.kind, self._before = kind, used
         self._process = subprocess.Popen(
             [python, __file__, "--worker", *words],
@@ -412,6 +434,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=["124m", "350m", "774m", "1558m"])
     parser.add_argument("--steps", type=int, default=0, help="steps in a round; 0: about two seconds")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--optimizer", default="adamw", help="handgrad's, by name; PyTorch's is AdamW")
     parser.add_argument("--no-torch", action="store_true", help="handgrad alone")
     parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has PyTorch")
     parser.add_argument(
@@ -440,7 +463,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             shard = f"{folder}/{name}.bin"
-            write_random(shard, 2 * TASKS[name].step_tokens + 1, 30000 if name == "bert" else VOCAB)
+            count, vocab = (12 if name == "t5" else 2), (30000 if name in ("bert", "t5") else VOCAB)
+            write_random(shard, count * TASKS[name].step_tokens + 1, vocab)
             try:
                 results["models"][name] = race(name, shard, a, f"{folder}/cache")
             except RuntimeError as error:

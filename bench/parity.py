@@ -7,6 +7,7 @@ A model of transformers is saved as a folder and read as any model on disk; its 
 names and layouts are tested as well.
 """
 
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.program import Program
 from handgrad.infer.load import open_source
+from handgrad.io.format import Format
 from handgrad.models import Model, declare, forward_logits
 from handgrad.optim import schedules
 
@@ -36,6 +38,11 @@ THREE = {  # Llama 3's rope in a model whose texts are as short as these
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+GEMMA: dict[str, Any] = {  # a window shorter than the text, a full layer, and a scale that is not the width's
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 24,
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ CASES = {
     "qwen2 tied": Case(transformers.Qwen2Config, small(4, 1, 16, 64, 50, tie_word_embeddings=True), 66),
     "qwen3": Case(transformers.Qwen3Config, small(3, 1, 24, 60, 77, tie_word_embeddings=True), 37),
     "qwen3 untied": Case(transformers.Qwen3Config, small(4, 2, 10, 36, 50), 70),
+    "gemma3": Case(transformers.Gemma3TextConfig, small(4, 1, 20, 60, 77, **GEMMA), 41),
+    "gemma3 untied": Case(
+        transformers.Gemma3TextConfig, small(3, 3, 14, 36, 50, **GEMMA | {"tie_word_embeddings": False}), 66
+    ),
     "gpt_neox": Case(transformers.GPTNeoXConfig, neox(3, 72, 77), 37),
     "gpt_neox tied, sequential, GELU by tanh": Case(
         transformers.GPTNeoXConfig,
@@ -144,8 +155,13 @@ def tensors(inner: Any, gradients: bool = False) -> tuple[Model, dict[str, np.nd
         for p, data in zip(inner.parameters(), kept, strict=True):
             p.data = data
         source = open_source(folder)
+        form = Format(**source.model.hugging_face)
         rows = {name: info.tensor.shape[0] for name, info in declare(source.model).params.items()}
-        return source.model, {name: np.array(source.weights.tensor(name, "f32", n)) for name, n in rows.items()}
+        found = {name: np.array(source.weights.tensor(name, "f32", n)) for name, n in rows.items()}
+        for name in found:
+            if gradients and re.fullmatch(form.shifted, name):  # a weight that is theirs plus 1: not so its gradient
+                found[name] -= 1
+        return source.model, found
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:

@@ -45,7 +45,7 @@ FLAGS = [
         "-k",
         "cosine",
         "schedule",
-        "the same four, step for step; by default linear and wsd end at 0, cosine at 0.1 of the peak. constant warms up, too (`--warmup 0`: as in llm.c)",
+        "llm.c's four, step for step, and four more; by default linear and wsd end at 0, cosine at 0.1 of the peak. constant warms up, too (`--warmup 0`: as in llm.c)",
     ),
     ("-l", "3e-4", "lr", ""),
     ("-u", "0", "warmup", ""),

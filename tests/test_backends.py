@@ -126,6 +126,31 @@ def test_poison_exposes_an_input_that_overlaps_the_output():
     assert (results[0] == 4).all() and np.isnan(results[1]).all()
 
 
+@pytest.mark.parametrize("backend", [open_backend("cpu"), RefBackend(exact=False, poison=True), RefBackend()])
+def test_an_output_in_a_state_is_written_anew_and_other_programs_read_it(backend):
+    writer, reader = Program(F32), Program(F32)
+    a = writer.input("a", (4, 3), F32)
+    writer.emit(add, a, a, into={"y": writer.state("kept", (4, 3), F32)})
+    kept = reader.state("kept", (4, 3), F32)
+    reader.output("y", reader.emit(add, kept, kept))
+    arena = backend.alloc(backend.plan(reader, writer))
+    write, read = backend.bind(writer, arena), backend.bind(reader, arena)
+    for value in (1, 2):
+        arena.write(a, value)
+        write.run()
+        for _ in range(2):
+            read.run()
+            assert (arena.read(reader.outputs["y"]) == 4 * value).all()
+
+
+def test_an_output_goes_into_a_state_of_its_shape_alone():
+    p = Program(F32)
+    a = p.input("a", (4, 3), F32)
+    for target, got in ((a, "'a'"), (p.state("short", (3, 3), F32), r"'short' \(3, 3\) f32")):
+        with pytest.raises(HandgradError, match=rf"\[add\] 'y' .* but got {got}"):
+            p.emit(add, a, a, into={"y": target})
+
+
 def test_arena_is_one_zeroed_allocation_of_the_planned_size(program):
     layout = plan(program)
     arena = open_backend("cpu").alloc(layout)

@@ -80,7 +80,7 @@ def test_help_shows_every_flag_and_its_default(capsys):
     assert "--run." not in text and "--model." not in text
     for flag in ("--preset", "--depth", "--train", "--schedule", "--resume", "--check"):
         assert flag in text
-    assert "default: 2000" in text and "(required)" not in text
+    assert "None: 2000" in text and "(required)" not in text
 
 
 def test_help_is_quick():
@@ -131,7 +131,7 @@ def test_every_verb_has_examples_and_completion():
         ("handgrad completion z", {"zsh"}),
         ("handgrad data text --tokenizer c", {"chars", "corpus"}),
         ("handgrad data text --tokenizer g", {"gpt2", "gpt2.bin"}),
-        ("handgrad data c", {"check"}),
+        ("handgrad data c", {"chat", "check"}),
         ("handgrad data check p", {"plays"}),
         ("handgrad data text c", {"corpus"}),
     ],
@@ -171,7 +171,7 @@ def test_completion_in_other_shells(name, capsys):
     [
         (
             "trian",
-            "[handgrad] the verb is one of train, generate, eval, convert, report, explain, "
+            "[handgrad] the verb is one of train, generate, embed, classify, eval, convert, report, explain, "
             "profile, data, ops, doctor, completion, but got 'trian'. hint: did you mean handgrad train?",
         ),
         (
@@ -185,19 +185,20 @@ def test_completion_in_other_shells(name, capsys):
             "[train] flags are those of --help, but got '--no-data.shuffle'. hint: did you mean --no-shuffle?",
         ),
         ("train --quiet", "[train] flags are those of --help, but got '--quiet'. hint: handgrad train --help"),
-        ("train --steps many", "[train] --steps takes a whole number, but got 'many'."),
+        ("train --steps many", "[train] --steps takes a whole number or None, but got 'many'."),
         ("train --micro_batch=1.5", "[train] --micro-batch takes a whole number, but got '1.5'."),
-        ("train --steps", "[train] --steps takes a whole number, but got nothing."),
-        ("train --steps --resume", "[train] --steps takes a whole number, but got nothing."),
+        ("train --steps", "[train] --steps takes a whole number or None, but got nothing."),
+        ("train --steps --resume", "[train] --steps takes a whole number or None, but got nothing."),
         ("train --deterministic=yes", "[train] --deterministic takes nothing, but got 'yes'."),
         ("train --final half", "[train] --final takes a number or None, but got 'half'."),
         (
             "train --warmup soon",
-            "[train] --warmup takes a whole number or None, but got 'soon'.",
+            "[train] --warmup takes a number or None, but got 'soon'.",
         ),
         (
             "train --schedule cosinus",
-            "[train] --schedule takes one of cosine, linear, constant, wsd, but got 'cosinus'. hint: did you mean cosine?",
+            "[train] --schedule takes one of cosine, linear, constant, wsd, inverse_sqrt, polynomial, step, "
+            "cosine_with_restarts, but got 'cosinus'. hint: did you mean cosine?",
         ),
         (
             "train fast",
@@ -224,8 +225,8 @@ def test_completion_in_other_shells(name, capsys):
         ),
         (
             "data",
-            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, parquet, text, "
-            "hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
+            "[data] the recipe is one of shakespeare, tinystories, fineweb, fineweb-edu, openwebtext, jsonl, json, parquet, text, labels, "
+            "chat, tokens, tokenizer, hellaswag, mmlu, check, but got nothing. hint: handgrad data RECIPE [FILE...] [flags]",
         ),
         ("data check", "[data] after check comes a folder, but got nothing."),
         ("data text", "[data] text comes from at least one file, but got none. hint: handgrad data text FILE..."),
@@ -276,7 +277,10 @@ def test_wrong_words(told, argv, line):
         ("data txt book.txt", ("[data] the recipe is one of ", "'txt'. hint: did you mean text?")),
         (
             "data hellaswag --tokenizer GPT-2",
-            ("[data] --tokenizer is gpt2, chars or a file tokenizer.json, but got 'GPT-2'. hint: did you mean gpt2?",),
+            (
+                "[data] --tokenizer is gpt2, chars, a file tokenizer.json or a folder",
+                "got 'GPT-2'. hint: did you mean gpt2?",
+            ),
         ),
         ("version", ("but got 'version'. hint: did you mean handgrad --version?",)),
         ("sample runs/a", ("but got 'sample'. hint: did you mean handgrad generate?",)),
@@ -338,8 +342,8 @@ def test_other_words_for_a_dtype(told, word, ours):
         ("--compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
         ("--compile=False", "leave it out: there is nothing to compile, the kernels are hand-written"),
         ("--no-compile", "leave it out: there is nothing to compile, the kernels are hand-written"),
-        ("--epochs 3", "--steps; --steps 0 is one epoch"),
-        ("--num_train_epochs=3", "--steps; --steps 0 is one epoch"),
+        ("--load_best_model_at_end True", "--keep-best, and then RUN/best"),
+        ("--warmup_tokens 1000", "--warmup, in steps or as a fraction of them"),
         (
             "--gradient_accumulation_steps=8",
             "--batch-tokens, a multiple of --micro-batch x --seq-len",
@@ -349,7 +353,7 @@ def test_other_words_for_a_dtype(told, word, ours):
         ("--optim adamw", "--optimizer NAME (--help lists them)"),
         ("--fp16", "--dtype bf16, tf32 or f32; there is no float16"),
         ("--bf16", "--dtype bf16, tf32 or f32; there is no float16"),
-        ("--lr_scheduler cosine", "--schedule cosine, linear, constant or wsd"),
+        ("--lr_scheduler cosine", "--schedule cosine, linear, constant, wsd and others"),
         ("--context_length 1024", "--seq-len (tokens in a training sequence) or --max-seq-len (longest)"),
         ("--eval_iters 20", "--val-tokens, in tokens"),
         ("--num-samples 3", "repeat the command with another --seed"),

@@ -45,7 +45,7 @@ def test_every_kind_of_file_gives_the_same_settings(name, tmp_path):
         (
             "a.yaml",
             "schedule: cosin",
-            "[optim] --schedule is one of cosine, linear, constant, wsd, but got 'cosin'. hint: did",
+            "[optim] --schedule is one of cosine, linear, constant, wsd, inverse_sqrt, polynomial, step, cosine_with_restarts, but got 'cosin'. hint: did",
         ),
         (
             "a.json",

@@ -15,9 +15,9 @@ from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import Case, Op
 from handgrad.launch import Kernel, Launches
-from handgrad.models import GPT2
+from handgrad.models import GPT2, Lora
 from handgrad.ops import OPS
-from handgrad.optim import AdamW
+from handgrad.optim import AdamW, Muon
 from handgrad.optim.record import COLLECTIVES as USED
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
@@ -109,11 +109,11 @@ def test_every_op_has_a_cuda_form():
     assert all(type(op).cuda is not Op.cuda for op in [*OPS.values(), *COLLECTIVES])
 
 
-def steps(shards, backend, *, dtype="f32", hidden_size=36, micro_batch=2, zero=1, count=3):
+def steps(shards, backend, *, dtype="f32", hidden_size=36, micro_batch=2, zero=1, count=3, **tune):
     """(losses, gradient norms) of a few steps of four sequences, a validation loss, and the trainer."""
     tokens = data.tokens(shards, seq_len=33, batch_tokens=132)
     model = GPT2(vocab_size=97, max_seq_len=40, num_layers=2, num_heads=3, hidden_size=hidden_size, dropout=0.1)
-    execution, kinds = Execution(micro_batch, zero=zero), Precision(dtype)
+    execution, kinds = Execution(micro_batch, zero=zero, **tune), Precision(dtype)
     run = Trainer(model, AdamW(), tokens, execution=execution, precision=kinds, backend=backend)
     done = [run.step(step, lr=1e-2) for step in range(1, count + 1)]
     return np.array([s.loss for s in done]), np.array([s.grad_norm for s in done]), run.evaluate(tokens, 264), run
@@ -129,6 +129,8 @@ TRAINING = {
     "bf16 wide own attention": dict(
         dtype="bf16", hidden_size=48, variant=Variant(replace(H100, has_library_attention=False))
     ),
+    "f32 a part": dict(train_only=("h.1.attn.*.weight", "*.bias")),
+    "bf16 wide lora": dict(dtype="bf16", hidden_size=48, lora=Lora(rank=4, dropout=0.1)),
     "bf16 wide deterministic": dict(dtype="bf16", hidden_size=48, variant=Variant(replace(H100, deterministic=True))),
 }
 
@@ -143,6 +145,25 @@ def test_training(shards, name):
     np.testing.assert_allclose(loss, exact[0], rtol=rtol)
     np.testing.assert_allclose(norm, exact[1], rtol=10 * rtol)
     np.testing.assert_allclose(val, exact[2], rtol=rtol)
+
+
+def test_muon_on_two_ranks(shards):
+    """Every call of Muon as the cuda backend binds it, in bf16, batched GEMMs among them; each rank holds half of the
+    momentum, and v is kept for all rows."""
+
+    def work(comm):
+        tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
+        model = GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=24)
+        optim = Muon(second_beta=0.9, row_scale=True, rescale=True, cautious=True)
+        backend = EmulatedBackend(comm=comm) if comm.world > 1 else RefBackend()
+        run = Trainer(
+            model, optim, tokens, execution=Execution(4 // comm.world), precision=Precision("bf16"), backend=backend
+        )
+        return [run.step(step, lr=2e-2).loss for step in (1, 2, 3)]
+
+    [exact], (mine, other) = on_ranks(1, work), on_ranks(2, work)
+    assert mine == other
+    np.testing.assert_allclose(mine, exact, rtol=5e-3)  # as above
 
 
 @pytest.mark.parametrize("zero, micro_batch, dtype", [(0, 2, "f32"), (1, 1, "bf16"), (2, 1, "f32"), (3, 1, "f32")])

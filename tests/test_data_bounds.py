@@ -349,7 +349,7 @@ def test_null_text_is_called_null(tmp_path):
         with pytest.raises(HandgradError) as error:
             prepare("jsonl", tmp_path / "out", tokenizers.gpt2(), files=tmp_path / "a.jsonl")
         expected = f"[data] {tmp_path}/a.jsonl, line at byte 0: an object must hold text under 'text', but got {got}."
-        assert str(error.value) == expected
+        assert str(error.value) == f"{expected} hint: --on-error skip leaves such rows out, and counts them"
 
 
 def test_parquet_whose_text_is_no_unicode(tmp_path):

@@ -287,7 +287,7 @@ def test_end_of_text_precedes_every_document(tokenizer, texts, ids):
     [(_, whole), (_, continued)] = tokenize(
         [(0, Job(lambda: texts, ())), (1, Job(lambda: texts, (), continues=True))], tokenizer, 1
     )
-    assert whole.ids.tolist() == ids and whole.ids.dtype == np.uint16 and whole.replaced == 0
+    assert whole.ids.tolist() == ids and whole.ids.dtype == np.uint16 and whole.damage.replaced == 0
     assert continued.ids.tolist() == (ids[1:] if tokenizer.eot is not None else ids)
 
 
@@ -366,7 +366,7 @@ def test_resume_restarts_when_settings_changed(tmp_path, monkeypatch):
 
     def interrupted(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(build, "_install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(build, "install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(out, "fineweb", source=source, **options)
         assert (out / ".preparing" / "progress.json").exists()
@@ -395,7 +395,7 @@ def test_resume_compares_source_content(tmp_path, monkeypatch):
     source.write_text('{"text": "one"}\n{"text": "two"}\n')
     make = partial(run, out, "jsonl", files=[source], val_tokens=2)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(build, "install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make()
         os.utime(source, ns=(1, 1))

@@ -62,7 +62,7 @@ class Remembering(NoPositions):
         if g.trains:
             B, T, D = data.batch_size, data.seq_len, self.hidden_size // 3
             into = {"cache": g.state("seen", (B, T, 2, 1, D), g.dtype)}
-            g.emit(attention_decode, x, into=into, T=T, S=T, H=1, K=1, window=0, scale=D**-0.5)
+            g.emit(attention_decode, x, None, into=into, T=T, S=T, H=1, K=1, window=0, scale=D**-0.5)
         return x
 
 
@@ -135,7 +135,7 @@ def test_families_are_found_by_name(model):
     assert set(declare(GPT2(**SIZES)).params) - set(declare(model).params) == {"wpe.weight"}
     with pytest.raises(HandgradError, match=r"\[model\] every family has a name of its own, but got 'gpt2' twice"):
         register(type("Other", (), {"family": "gpt2"}))
-    with pytest.raises(HandgradError, match=r"\[model\] a family is one of bert, gpt2, .*, but got 'gpt9'"):
+    with pytest.raises(HandgradError, match=r"\[model\] a family is one of bert, gemma, gpt2, .*, but got 'gpt9'"):
         family("gpt9")
 
 

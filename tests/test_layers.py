@@ -39,6 +39,7 @@ OUTSIDE = {
     "gguf": "io",
     "tiktoken": "tokenizers",
     "tokenizers": "tokenizers",
+    "jinja2": "tokenizers",
     "tyro": "cli",
     "yaml": "cli",
     "rich": "train cli",
@@ -48,6 +49,8 @@ OUTSIDE = {
     "lm_eval": "evals",
     "huggingface_hub": "data io",
     "pyarrow": "data",
+    "backports": "data",
+    "compression": "data",
 }
 
 

@@ -24,8 +24,8 @@ GOLDEN = Path(__file__).parent / "golden"
 SIZES = dict(vocab_size=97, max_seq_len=16, num_layers=2, num_heads=2, hidden_size=32)
 
 
-def train(policy="none", optim=AdamW(), **changes):
-    model, execution = GPT2(**SIZES, **changes), Execution(micro_batch=2, recompute=policy)
+def train(policy="none", optim=AdamW(), documents=False, **changes):
+    model, execution = GPT2(**SIZES, **changes), Execution(micro_batch=2, recompute=policy, documents=documents)
     return record_train(model, optim, 16, Precision("bf16"), execution, chunks=2)
 
 
@@ -38,6 +38,7 @@ def logits():
 PROGRAMS = {
     "train_none": train,
     "train_act": lambda: train("act"),
+    "train_documents": lambda: train("act", documents=True),
     "train_act_norm": lambda: train("act_norm"),
     "train_block": lambda: train("block"),
     "train_dropout": lambda: train(dropout=0.1),

@@ -137,7 +137,7 @@ def test_p4_a_flag_that_does_not_exist_stops_the_page(monkeypatch):
         ("--seq-len -1", "a number from 0 on"),
         ("--batch-tokens 100", "must be a multiple of seq_len"),
         ("--steps -1", "a number from 0 on"),
-        ("--schedule step", "one of cosine, linear, constant, wsd"),
+        ("--schedule steps", "one of cosine, linear, constant, wsd"),
         ("--lr fast", "takes a number"),
         ("--warmup -1", "a number from 0 on"),
         ("--final -1", "a number from 0 on"),

@@ -2,12 +2,13 @@
 
 import pytest
 
+from handgrad.core.backward import POLICIES as ALL
 from handgrad.core.backward import backward
 from handgrad.core.op import Op
 from handgrad.core.plan import plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
-from handgrad.models import forward_loss, gpt2
+from handgrad.models import T5, Bert, forward_loss, gpt2
 from handgrad.ops import OPS, add
 from handgrad.optim import AdamW
 from handgrad.train.execution import Execution
@@ -84,3 +85,16 @@ def test_policy_may_be_any_function(tiny):
     backward(p, add, drop=lambda p, c: {"y"} if c.op.name == "attention" else set())
     again = [(c.op.name, c.block) for c in p.calls if c.phase == "recompute"]
     assert again == [("attention", "h.1"), ("attention", "h.0")]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", [Bert, T5])
+def test_gradients_of_two_readers_join_in_a_gemm(family, dropout):
+    """Of a post-norm's output, and of what cross-attentions read: no call adds them, whatever is recomputed."""
+    model = family(vocab_size=200, max_seq_len=16, num_layers=3, num_heads=2, hidden_size=16, dropout=dropout)
+    for policy in ALL.values():
+        p = Program(trains=True)
+        forward_loss(p, model, 1, model.usual_seq_len)
+        backward(p, add, drop=policy)
+        added = [c.dx0 is not None for c in p.calls if c.op.name == "linear_backward_x"]
+        assert sum(added) == (2 * 3 if family is Bert else 2) and not any(c.op is add for c in p.calls)

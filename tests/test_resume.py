@@ -401,7 +401,7 @@ def everything(folder):
     ("words_", "part"),
     [
         ("--hidden-size 64", "[resume] the checkpoint's model has hidden_size 32, but got 64."),
-        ("--family gpt9", "[model] a family is one of bert, gpt2, llama, gpt_neox, t5, but got 'gpt9'."),
+        ("--family gpt9", "[model] a family is one of bert, gemma, gpt2, llama, gpt_neox, t5, but got 'gpt9'."),
         ("--depth 3", "[resume] the checkpoint's model has "),
         ("--preset gpt2-124m", "[resume] the checkpoint's model has "),
         ("--dropout 0", "[resume] the checkpoint's model has dropout 0.1, but got 0.0."),

@@ -11,14 +11,18 @@ import handgrad as hg
 from handgrad.backends import open_backend
 from handgrad.cli.__main__ import main
 from handgrad.core.backward import POLICIES
+from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
+from handgrad.infer import Engine, Sampling
+from handgrad.infer.engine import PREFILL, record
 from handgrad.infer.load import open_source
 from handgrad.models import T5, declare, forward_logits, forward_loss, preset
 from handgrad.testing import gradcheck, set_scalars
-from handgrad.train.resolve import objective_of
+from handgrad.train.datasets import objective_of
 from handgrad.train.start import Start, draw, initialize
 
+tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -300,6 +304,107 @@ def test_the_usual_length_is_that_of_the_data():
         assert objective_of(model).seq_len == model.usual_seq_len
 
 
+# generation -------------------------------------------------------------------------------------------------------------
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Writer:
+    """An engine and transformers' model with the same weights. Branches outweigh embeddings, and attention is sharp: else
+    what it writes is the last token for ever."""
+
+    def __init__(self, model, dtype=F32, context=80):
+        self.inner = Theirs(model).inner.eval().requires_grad_(False)
+        scales = {"q.weight": 4, "o.weight": 3, "wo.weight": 3, "shared.weight": 0.03 if model.tie_embeddings else 0.3}
+        for name, p in self.inner.named_parameters():
+            p *= scales.get(".".join(name.split(".")[-2:]), 1)
+        read, params = parity.tensors(self.inner)
+        assert read == model
+        whole, programs, backend = declare(model), record(model, F32, context), open_backend("cpu")
+        self.full = Program()
+        forward_logits(self.full, model, 1, context)
+        arena = backend.alloc(backend.plan(whole, *programs, self.full))
+        for name, info in whole.params.items():
+            arena.write_part("param", info.tensor, params[name])
+        self.engine = Engine(model, programs, arena, backend, context=context)
+        self.arena, self.run_full = arena, backend.bind(self.full, arena)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_greedy_tokens_equal_transformers(name):
+    model, rng, different = KINDS[name], np.random.default_rng(1), 0
+    writer = Writer(model)
+    for length in (7, model.max_seq_len):
+        source = rng.integers(0, WORDS, length)
+        settings = dict(max_new_tokens=64, do_sample=False, eos_token_id=None)
+        settings["use_cache"] = model.num_decoder_layers == 0  # its cache has a place for each layer of the encoder
+        want = writer.inner.generate(torch.from_numpy(source[None]), **settings)[0].tolist()
+        got = list(writer.engine.generate(source.tolist(), 64, GREEDY))
+        assert [model.start_id, *got] == want
+        different += len(set(got))
+        assert list(writer.engine.generate(source.tolist(), 64, GREEDY, [got[9]])) == got[: got.index(got[9])]
+    assert different >= 12
+
+
+@pytest.mark.parametrize("name", ["1.0", "1.1, other sizes"])
+def test_prefill_and_decode_equal_the_training_program(name):
+    """Logits after some numbers of tokens, of which prefill has read all but the last, a few, or none."""
+    rng, T = np.random.default_rng(2), PREFILL + 9
+    writer = Writer(KINDS[name], context=T)
+    S = KINDS[name].max_seq_len
+    source, ids = rng.integers(0, WORDS, S), rng.integers(0, WORDS, T)
+    writer.arena.write(writer.full.inputs["source"], source)
+    writer.arena.write(writer.full.inputs["ids"], ids)
+    writer.run_full.run()
+    want = writer.arena.read(writer.full.outputs["logits"])[:, : KINDS[name].vocab_size]
+    limit = 1e-5 * np.abs(want).max()  # the same numbers multiplied in other orders: a few roundings
+    writer.engine.read(source[:5])
+    assert np.abs(writer.engine.logits(ids[:1]) - want[0]).max() > 10 * limit  # another source
+    for count in (1, 2, 17, PREFILL + 3, T):
+        writer.engine.read(source)
+        np.testing.assert_allclose(writer.engine.logits(ids[:count]), want[count - 1], rtol=0, atol=limit)
+    writer.engine.read(source)
+    writer.engine.logits(ids[:3])
+    for count in range(4, 20):
+        np.testing.assert_allclose(writer.engine.logits(ids[count - 1 : count]), want[count - 1], rtol=0, atol=limit)
+
+
+def test_errors_of_a_source():
+    engine = Writer(KINDS["1.0"]).engine
+    for source, got in (([], "0"), ([1] * 42, "42")):
+        with pytest.raises(HandgradError, match=f"a source has 1 to 41 tokens, its end included, but got {got}"):
+            engine.generate(source, 1, GREEDY)
+
+
+def test_a_released_folder(tmp_path, capsys):
+    """With a tokenizer.json of SentencePiece's kind, ids as those of all released models, and gaps in the prompt."""
+    words = "translate English to German : the house is wonderful".split()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -3.0), *(("\u2581" + w, -4.0) for w in words)]
+    pieces += [(f"\u2581{i}w", -12.0) for i in range(32_000 - len(pieces))]
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    library.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    library.add_special_tokens([*T5.special_tokens[:100], "</s>", "<pad>"])
+    theirs = Theirs(replace(KINDS["1.1"], vocab_size=32128, hidden_size=18, specials_last=False))
+    theirs.inner.config.update({"pad_token_id": 0, "decoder_start_token_id": 0})
+    theirs.inner.save_pretrained(tmp_path)
+    library.save(str(tmp_path / "tokenizer.json"))
+    prompt = "the <extra_id_0> is<extra_id_11> house"
+    source = [*library.encode(prompt, add_special_tokens=False).ids, 1]
+    assert source[1:4:2] == [32099, 32088]
+    loaded = hg.load(tmp_path, backend="cpu")
+    assert loaded.tokenizer.encode(prompt).tolist() == source
+    settings = dict(max_new_tokens=20, do_sample=False, decoder_start_token_id=0, pad_token_id=0)
+    ids = theirs.inner.generate(torch.tensor([source]), **settings)[0, 1:].tolist()
+    want = library.decode(ids[: ids.index(1)] if 1 in ids else ids, skip_special_tokens=False)
+    assert loaded.generate(prompt, 20, 0.0) == want != ""
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path), "--prompt", prompt, "--max-tokens", "20", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == want + "\n"
+
+
 # the verbs --------------------------------------------------------------------------------------------------------------
 
 
@@ -343,11 +448,18 @@ def test_train_resume_and_convert(words, capsys):
     assert main(["train", *SHORT.split(), "--init", "hf", "--steps", "1", "--out", "more"]) == 0
 
 
-def test_it_continues_no_texts(words, capsys):
+def test_it_writes_about_a_text_but_continues_none(words, capsys):
     assert train("--steps 1 --out run") == 0
-    for verb in (["generate", "run"], ["eval", "run", "--tasks", "lambada=x"]):
-        assert main(verb) == 2
-        assert "a t5 continues no texts" in capsys.readouterr().err
+    assert main(["eval", "run", "--tasks", "lambada=x"]) == 2
+    assert "a t5 continues no texts" in capsys.readouterr().err
+    assert main(["generate", "run"]) == 2
+    assert "a t5 needs a prompt" in capsys.readouterr().err
+    assert main(["generate", "run", "--prompt", "ab<extra_id_0>h", "--max-tokens", "500", "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "<extra_id_" in said and "<pad>" not in said  # after one step any token may follow; few are letters
+    loaded = hg.load("run", backend="cpu")
+    assert loaded.tokenizer.encode("ab<extra_id_0>h").tolist()[2:] == [109, loaded.tokenizer.encode("h")[0], 110]
+    assert len(loaded.engine.drawable) == 111
     assert train("--steps 1 --seq-len 16 --out other") == 2
     assert "the targets of Spans(source_len=32) have seq_len 8, but got 16" in capsys.readouterr().err
 

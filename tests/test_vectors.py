@@ -19,7 +19,7 @@ def two_groups():
         with p.block(block):
             p.param("matrix", (10, 20), ONES)
             p.param("vector", (30,), ONES)
-    p.group_by(Groups(("wide", "flat"), lambda name, shape: "wide" if len(shape) > 1 else "flat"))
+    p.group_by(Groups(("wide", "flat"), lambda param: "wide" if len(param.tensor.shape) > 1 else "flat"))
     return p
 
 
@@ -64,7 +64,7 @@ def test_slices_and_parameters_share_memory(backend):
 def test_undeclared_group_is_rejected():
     p = Program(F32)
     p.param("w", (2,), ONES)
-    p.group_by(Groups(("one",), lambda name, shape: "other"))
+    p.group_by(Groups(("one",), lambda param: "other"))
     with pytest.raises(HandgradError, match="'other' for w"):
         assert p.buckets
 
@@ -73,7 +73,7 @@ def test_groups_after_the_flat_order_is_read_are_rejected():
     p = two_groups()
     assert p.buckets
     with pytest.raises(HandgradError, match="before the flat order is read"):
-        p.group_by(Groups(("one",), lambda name, shape: "one"))
+        p.group_by(Groups(("one",), lambda param: "one"))
 
 
 def test_duplicate_vector_is_rejected():

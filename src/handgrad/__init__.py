@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from handgrad.core.precision import Precision
     from handgrad.infer import Engine, Sampling
     from handgrad.infer.load import load
+    from handgrad.infer.texts import load_encoder
     from handgrad.optim import schedules
     from handgrad.train.execution import Execution
     from handgrad.train.explain import explain
@@ -32,6 +33,7 @@ __all__ = [
     "data",
     "explain",
     "load",
+    "load_encoder",
     "models",
     "optim",
     "schedules",
@@ -48,6 +50,7 @@ _MODULES = {  # of the names that are no module of the same name here
     "Trainer": "train.trainer",
     "explain": "train.explain",
     "load": "infer.load",
+    "load_encoder": "infer.texts",
     "schedules": "optim",
 }
 

@@ -52,8 +52,11 @@ class Kernel:
 class Gemm:
     """out (m, n) = epilogue(a (m, k) b (k, n)) by cuBLASLt, all row-major; ta: a is stored (k, m); tb: b is (n, k).
 
+    addend      "" | a matrix (m, n) of out's type: out = a b + it; without an epilogue
+
     epilogue    "" | "bias": + bias (n) | "gelu": aux = that sum, out = gelu(aux) | "dgelu": out = a b * gelu'(aux)
     accumulate  a number word; if its value is not 0: out += a b
+    batch       this many products, whose matrices follow one another; more than one has no epilogue
     """
 
     out: str
@@ -68,6 +71,8 @@ class Gemm:
     bias: str = ""
     aux: str = ""
     accumulate: str = "0"
+    addend: str = ""
+    batch: int = 1
 
 
 @dataclass(frozen=True)

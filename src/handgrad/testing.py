@@ -97,7 +97,7 @@ def case_program(op: Op, case: Case, dtype: DType, *, accumulate: bool = False) 
         elif a.inout and a.name not in case.without and (not a.optional or op.makes(a.name, case.sizes, dtype)):
             role = Role.GRAD if a.kind == "grad" else Role.STATE
             into[a.name] = p.states[a.name] = Tensor(a.name, shape(a), a.dtype(dtype), role)
-    p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into)
+    p.emit_call(op, ins, {k: case.sizes[k] for k in op.attrs}, into, case.without)
     if accumulate:
         p.calls[-1].first = frozenset()  # as if an earlier call had written the gradients
     return p, p.calls[-1]
@@ -182,8 +182,8 @@ def run_case(
 
 def set_scalars(p: Program, arena: Arena) -> None:
     """Writes the step scalars of every check: step 3, learning rate 1e-3, and so on."""
-    counters = {"seed": 7, "step": 3, "micro_step": 0, "position": 0}
-    arena.write_scalars(p, **counters, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
+    inputs = {"seed": 7, "step": 3, "micro_step": 0, "position": 0, "momentum": 0.9}
+    arena.write_scalars(p, **inputs, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 
 def check_case(op: Op, case: Case, backend: Backend, dtype: DType, seed: int = 0) -> list[Error]:
@@ -236,7 +236,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     """The largest relative error of an op's gradient rule against central differences of its oracle, in float64."""
     from handgrad.ops import add
 
-    p, sizes = Program(F32, trains=True), case_sizes(op, case)
+    p, sizes = Program(F32, trains=True, trainable=lambda name: f"d{name}" not in case.without), case_sizes(op, case)
     ins: list[Tensor | None] = []
     into: dict[str, Tensor | None] = {}
     for a in op.in_args:
@@ -253,7 +253,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     for a in op.out_args:
         if a.inout and a.name not in case.without:
             into[a.name] = p.grad(p.params[a.name[1:]].tensor)
-    p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into)
+    p.emit_call(op, tuple(ins), {k: case.sizes[k] for k in op.attrs}, into, case.without)
     c, forward = p.calls[-1], Segment(0, len(p.calls))
     results = [(name, t) for name, t in c.named_outs() if name in op.differentiated.split()]
     seeds = {} if op.starts_gradient else {t: p.input("seed " + name, t.shape, F32) for name, t in results}
@@ -273,7 +273,7 @@ def gradcheck_op(op: Op, case: Case, samples: int = 6) -> float:
     gradients = {
         t: np.array(arena.view(p.grad(t) if t.role is Role.PARAM else p.pending_grads[t]))
         for t in inputs
-        if t.role is Role.PARAM or t in p.pending_grads
+        if (p.wanted_grad(t) if t.role is Role.PARAM else p.pending_grads.get(t)) is not None
     }
 
     def loss() -> float:
@@ -320,7 +320,7 @@ def gradcheck(
     fill(p, arena)
     run = backend.bind(p, arena)
     run.run()
-    gradients = {name: np.array(arena.view(p.grad(info.tensor))) for name, info in p.params.items()}
+    gradients = {name: np.array(arena.view(p.grad(info.tensor))) for name, info in p.params.items() if info.trainable}
     rng = np.random.default_rng(2)
 
     def loss() -> float:

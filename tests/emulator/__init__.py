@@ -257,21 +257,27 @@ class EmulatedExecutable(Executable):
         return self.arena.bytes[at : at + nbytes].view(NUMPY[dtype.name]).reshape(shape)
 
     def _gemm(self, g: Gemm, c: Call, micro_batch: MicroBatch) -> Callable[[], None]:
+        each = () if g.batch == 1 else (g.batch,)
         a, b = (
-            self.matrix(g.a, c, *(g.k, g.m) if g.ta else (g.m, g.k)),
-            self.matrix(g.b, c, *(g.n, g.k) if g.tb else (g.k, g.n)),
+            self.matrix(g.a, c, *each, *(g.k, g.m) if g.ta else (g.m, g.k)),
+            self.matrix(g.b, c, *each, *(g.n, g.k) if g.tb else (g.k, g.n)),
         )
-        out = self.matrix(g.out, c, g.m, g.n)
+        out = self.matrix(g.out, c, *each, g.m, g.n)
         bias = self.matrix(g.bias, c, g.n) if g.bias and resolve_pointer(g.bias, c)[0] is not None else None
         aux = self.matrix(g.aux, c, g.m, g.n) if g.aux else None
+        addend = self.matrix(g.addend, c, g.m, g.n) if g.addend else None
+        assert not (g.addend and g.epilogue), g
         assert g.epilogue in ("", "bias", "gelu", "dgelu") and not (g.epilogue == "dgelu" and aux is None), g
+        assert g.batch == 1 or g.epilogue == "", g
 
         def run() -> None:
-            y = (a.T if g.ta else a).astype(np.float32) @ (b.T if g.tb else b).astype(np.float32)
+            y = (a.mT if g.ta else a).astype(np.float32) @ (b.mT if g.tb else b).astype(np.float32)
             if bias is not None:
                 y += bias.astype(np.float32)
             if resolve_number(g.accumulate, c, micro_batch):
                 y += out.astype(np.float32)
+            if addend is not None:
+                y += addend.astype(np.float32)
             if g.epilogue == "gelu":
                 if aux is not None:
                     aux[...] = y

@@ -11,6 +11,8 @@ from collections.abc import Callable
 VERBS = {
     "train": "train a model; without flags, a small GPT-2 on Shakespeare",
     "generate": "continue a prompt with a trained model",
+    "embed": "an embedding of every line of a file, by a BERT",
+    "classify": "the class of every line of a file, by a BERT that was trained on labels",
     "eval": "validation loss and benchmark tasks of a trained model",
     "convert": "a model between llm.c's .bin, Hugging Face folders and run folders",
     "report": "the curves and figures of a run, or of several, as a page",

@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
 KINDS = {  # verb: the module and the name of the dataclass of its flags
     "train": ("train.config", "Config"),
     "generate": ("cli.generate", "Generate"),
+    "embed": ("cli.embed", "Embed"),
+    "classify": ("cli.classify", "Classify"),
     "eval": ("cli.eval", "Eval"),
     "convert": ("cli.convert", "Convert"),
     "report": ("cli.report", "Report"),

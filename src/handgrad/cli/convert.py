@@ -11,12 +11,20 @@ from handgrad.cli.flags import parse
 from handgrad.core.disk import flush, make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.core.replace import dead_writers, replace, restore, sibling, staged
-from handgrad.infer.convert import to_gguf, to_hf, to_llmc, to_run
+from handgrad.infer.convert import num_adapter_params, to_adapter, to_gguf, to_hf, to_llmc, to_run
 from handgrad.infer.load import Source, open_source
 from handgrad.io import hf
 from handgrad.tokenizers import Tokenizer
 
-OF_A_MODEL = ("config.json", "generation_config.json", "model*.safetensors*", "step_*", "tokenizer*", *hf.TOKENIZER)
+OF_A_MODEL = (
+    "adapter_*",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "step_*",
+    "tokenizer*",
+    *hf.TOKENIZER,
+)
 
 FOREIGN = set(".pt .pth .ckpt .safetensors .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
 
@@ -33,6 +41,10 @@ class Convert:
     """format; auto: llmc for FILE.bin, gguf for FILE.gguf, hf for a run folder, otherwise handgrad"""
     dtype: Literal["saved", "f32", "bf16", "f16", "q8_0"] = "saved"
     """dtype of the written weights; saved: the source's; f16 and q8_0: of a .gguf alone"""
+    adapter: bool = False
+    """of a run with --lora-rank: write the adapter alone, as peft keeps it, not a model with it merged in"""
+    ema: bool = False
+    """convert the average of the weights that train --ema keeps"""
     force: bool = False
     """replace a file, or a folder that holds only a model"""
     push: str = ""
@@ -45,7 +57,7 @@ def main(argv: list[str]) -> int:
     """Converts. The destination changes only when everything has been written."""
     a = parse(Convert, argv, "convert")
     check_push(a)
-    dst, source = Path(a.dst), open_source(a.src)
+    dst, source = Path(a.dst), open_source(a.src, a.ema)
     to = kind_of(dst, a.to, source)
     if dst.suffix.lower() in FOREIGN:
         hint = f"a folder such as '{dst.with_suffix('')}'; --to hf writes model.safetensors into it"
@@ -56,6 +68,7 @@ def main(argv: list[str]) -> int:
     if to != "gguf" and a.dtype in ("f16", "q8_0"):
         raise HandgradError("convert", f"--dtype {a.dtype} is for FILE.gguf", f"'{a.dst}'")
     dtype = source.weights.dtype if a.dtype == "saved" else a.dtype
+    check_adapter(a, source, to)
     try:
         tokenizer = source.tokenizer()
     except HandgradError as error:
@@ -77,10 +90,10 @@ def main(argv: list[str]) -> int:
                 to_gguf(source, new, dtype, tokenizer)
                 replace(new, dst)
         else:
-            step = write_folder(source, dst, to, dtype, tokenizer)
+            step = write_folder(source, dst, "adapter" if a.adapter else to, dtype, tokenizer)
     except OSError as error:
         raise HandgradError("convert", f"cannot write '{dst}': {error.strerror or error}") from None
-    count = sum(math.prod(shape) for shape in source.weights.shapes.values())
+    count = num_adapter_params(source) if a.adapter else sum(map(math.prod, source.weights.shapes.values()))
     print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
         print(f"resume: handgrad train --resume {dst} --steps N --train DATA")
@@ -101,6 +114,14 @@ def kind_of(dst: Path, to: str, source: Source) -> str:
         rule = "models for llm.c are files FILE.bin, for llama.cpp FILE.gguf, all others folders"
         raise HandgradError("convert", rule, f"'{dst}' for {to}")
     return to
+
+
+def check_adapter(a: Convert, source: Source, to: str) -> None:
+    """Raises HandgradError for --adapter of a model without one, or into another format than peft's."""
+    if a.adapter and source.lora is None:
+        raise HandgradError("convert", "--adapter is of a run with --lora-rank", f"'{a.src}'")
+    if a.adapter and to != "hf":
+        raise HandgradError("convert", "--adapter writes a folder, as peft does", f"--to {to}")
 
 
 def check_push(a: Convert) -> None:
@@ -126,11 +147,13 @@ def check_free(path: Path, force: bool) -> None:
 
 
 def write_folder(source: Source, dst: Path, to: str, dtype: str, tokenizer: Tokenizer | None) -> int:
-    """Writes a Hugging Face folder, or a run folder; returns the step of the latter."""
+    """Writes a Hugging Face folder, an adapter, or a run folder; returns the step of the last."""
     step = 0
     with staged(dst) as new:
         new.mkdir()
-        if to == "hf":
+        if to == "adapter":
+            to_adapter(source, new, dtype)
+        elif to == "hf":
             to_hf(source, new, dtype, tokenizer)
         else:
             step = to_run(source, new, dtype, tokenizer)

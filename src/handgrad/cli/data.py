@@ -1,25 +1,24 @@
 """handgrad data RECIPE: writes token shards from text and evaluation files from questions; verifies checksums."""
 
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from handgrad import data, tokenizers
+from handgrad.cli.data_tokenizer import Files, MoreFiles, Training, tokenizer_of, train_tokenizer
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError, did_you_mean
+from handgrad.infer.load import open_source
 from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
-Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,10 @@ class Shards:
     """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
     files, otherwise named after the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (one id per character; for text and shakespeare), or the path of a tokenizer.json"""
+    """gpt2, chars (one id per character; for text and shakespeare), a tokenizer.json, BERT's vocab.txt, or a folder
+    that holds one"""
+    special_tokens: bool = False
+    """a special token spelled out in the text, such as <|endoftext|>, is that token; else it is plain text"""
     shard_tokens: int = 100_000_000
     """tokens in a full shard"""
     workers: int = 0
@@ -55,14 +57,21 @@ class FineWeb(DataSet):
     """tokens in the sample"""
 
 
+OnError = Literal["stop", "skip", "replace"]
+
+
 @dataclass(frozen=True)
 class Text(Shards):
     """UTF-8 text files, one document each."""
 
     files: Files = ()
-    """the files"""
-    val_fraction: float = 0.1
-    """share of the text, at its end, that becomes the validation set"""
+    """the files; plain, .gz, .xz, .bz2 or .zst"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_fraction: float | None = None
+    """share of the text, at its end, that becomes the validation set; None: 0.1, without --val"""
+    on_error: OnError = "stop"
+    """bytes that are no UTF-8 stop it, or their lines are skipped, or U+FFFD replaces them; what was done is counted"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,74 @@ class Rows(Shards):
     """Files with one document per row."""
 
     files: Files = ()
-    """the files; JSON lines may be .gz, .xz or .bz2"""
+    """the files; JSON may be .gz, .xz, .bz2 or .zst"""
     column: str = "text"
     """the column that holds the text"""
-    val_tokens: int = 2**20
-    """tokens, from the start, that become the validation set; 0: none"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_tokens: int | None = None
+    """tokens, from the start, that become the validation set; 0: none; None: 1,048,576, without --val"""
+    on_error: OnError = "stop"
+    """a row without text stops it, or is skipped and counted; replace: so, once bytes that are no UTF-8 are U+FFFD"""
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Files of token ids: .npy, or ids alone, as nanoGPT's train.bin."""
+
+    files: Files = ()
+    """the files"""
+    raw: Literal["", "uint16", "uint32"] = ""
+    """dtype of the ids in files without a header, little-endian"""
+    out: str = ""
+    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: data"""
+    tokenizer: str = "gpt2"
+    """the tokenizer that made the ids: gpt2, a tokenizer.json, or a folder that holds one"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_tokens: int | None = None
+    """ids, from the start, that become the validation set; 0: none; None: 1,048,576, without --val"""
+    shard_tokens: int = 100_000_000
+    """tokens in a full shard"""
+    replace: bool = False
+    """replace shards of another source or tokenizer in the folder"""
+
+
+@dataclass(frozen=True)
+class Labelled(Shards):
+    """Files with one labelled text per row."""
+
+    files: Files = ()
+    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz or .bz2"""
+    val: str = ""
+    """file of the same kind for validation; empty: --val-fraction of the texts"""
+    val_fraction: float = 0.1
+    """share of the texts that becomes the validation set, without --val"""
+    column: str = "text"
+    """the column that holds the text"""
+    label: str = "label"
+    """the column that holds the label, text or a whole number"""
+    seq_len: int = 128
+    """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
+
+
+class Chats:
+    """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
+
+    files: Files = ()
+    """the files; JSON lines may be .gz, .xz or .bz2"""
+    model: str = ""
+    """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
+    template: str = ""
+    """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
+    out: str = "chat"
+    """folder for train_*.bin and .mask, val_*.bin and .mask, meta.json and SHA256SUMS"""
+    val_fraction: float = 0.05
+    """share of the rows, evenly spread, that becomes the validation set; 0: none"""
+    shard_tokens: int = 10_000_000
+    """tokens in a full shard"""
+    replace: bool = False
+    """replace shards of another source, template or tokenizer in the folder"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +158,7 @@ class Questions:
     out: str = ""
     """folder for the evaluation file; empty: named after the benchmark"""
     tokenizer: str = "gpt2"
-    """gpt2, or the path of a tokenizer.json of at most 65,536 tokens"""
+    """gpt2, or a tokenizer.json of at most 65,536 tokens, or a folder that holds one"""
 
 
 RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, default folder, description)
@@ -96,8 +168,17 @@ RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, 
     "fineweb-edu": (FineWeb, "edu_fineweb", "educational web pages, a sample of the same sizes"),
     "openwebtext": (DataSet, "openwebtext", "web pages linked from Reddit, 9 billion tokens"),
     "jsonl": (Rows, "data", "JSON lines"),
+    "json": (Rows, "data", "JSON lists of texts or objects"),
     "parquet": (Rows, "data", "Parquet tables"),
     "text": (Text, "data", "text files"),
+    "labels": (Labelled, "data", "JSON lines of texts and their labels, for a BERT that classifies"),
+    "chat": (Chats, "chat", "chats, for fine-tuning: JSON lines"),
+    "tokens": (Ids, "data", "files of token ids: .npy, or nanoGPT's train.bin"),
+    "tokenizer": (
+        Training,
+        "tokenizer",
+        "trains a byte-level BPE tokenizer on text files, or adds special tokens to one",
+    ),
     "hellaswag": (Questions, "hellaswag", "10,042 questions: choose the ending of a story"),
     "mmlu": (Questions, "mmlu", "14,042 questions: exams in 57 subjects"),
 }
@@ -126,6 +207,12 @@ def main(argv: list[str]) -> int:
         a = parse(Questions, rest, f"data {word}")
         path, count = data.prepare_questions(word, a.out or RECIPES[word][1], tokenizer_of(a.tokenizer), a.source)
         print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {quote(f'{word}={path}')}")
+    elif RECIPES[word][0] is Labelled:
+        make_labels(parse(Labelled, rest, f"data {word}"), RECIPES[word][1])
+    elif word == "chat":
+        make_chat(rest)
+    elif RECIPES[word][0] is Training:
+        train_tokenizer(parse(Training, rest, "data tokenizer"), RECIPES[word][1])
     else:
         make(word, rest)
     return 0
@@ -139,7 +226,7 @@ def make(recipe: str, argv: list[str]) -> None:
         hint = f"handgrad data {recipe} FILE..."
         raise HandgradError("data", f"{recipe} comes from at least one file", "none", hint=hint)
     out = a.pop("out") or folder + a.get("sample", "")
-    texts = a.get("files") or [a.get("source") or data.shakespeare()]
+    texts = [*a["files"], *a["val"]] if "files" in a else [a.get("source") or data.shakespeare()]
     if a["tokenizer"] == "chars" and recipe not in ("text", "shakespeare"):
         raise HandgradError("data", "--tokenizer chars is for text and shakespeare", recipe, hint="--tokenizer gpt2")
     tokenizer = tokenizer_of(a.pop("tokenizer"), texts)
@@ -149,7 +236,12 @@ def make(recipe: str, argv: list[str]) -> None:
         count = len(meta[split]["shards"])
         print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {count} shard{'s' * (count != 1)}")
     if "replaced" in meta:
-        print(f"halves of characters in the text, now U+FFFD: {meta['replaced']:,}")
+        bad = "bytes that are no UTF-8, and halves" if a.get("on_error") == "replace" else "halves"
+        print(f"{bad} of characters in the text, now U+FFFD: {meta['replaced']:,}")
+    if "skipped" in meta:
+        print(
+            f"{'lines that are no UTF-8' if recipe == 'text' else 'rows without text'}, left out: {meta['skipped']:,}"
+        )
     least = min([a["shard_tokens"], *(meta[split]["tokens"] for split in ("train", "val") if meta[split]["shards"])])
     wanted = preset("tiny").max_seq_len + 1
     if least < wanted:
@@ -159,8 +251,67 @@ def make(recipe: str, argv: list[str]) -> None:
         print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}{shorter}")
 
 
+def make_labels(a: Labelled, folder: str) -> None:
+    """Builds a data set of labelled texts, with a progress bar on a terminal, and prints its size."""
+    if not a.files:
+        raise HandgradError("data", "labels come from at least one file", "none", hint="handgrad data labels FILE...")
+    tokenizer, out = tokenizer_of(a.tokenizer), a.out or folder
+    pad = tokenizers.special_ids(tokenizer, ["[PAD]"])
+    if pad is None:
+        hint = "--tokenizer FOLDER, that of the BERT to start from"
+        raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
+    names = ("val_fraction", "seq_len", "shard_tokens", "workers", "replace", "special_tokens")
+    given = {name: getattr(a, name) for name in names}
+    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(a.val)] if a.val else []}
+    with bar() as progress:
+        paths = [Path(file) for file in a.files]
+        meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
+    for split in ("train", "val"):
+        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
+    print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
+    print(f"train on them: handgrad train --init BERT --train {quote(out)}")
+
+
+def make_chat(argv: list[str]) -> None:
+    """Builds a data set of chats, with a progress bar on a terminal, and prints its size."""
+    a = parse(Chats, argv, "data chat")
+    if not a.files or not a.model:
+        rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
+        raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
+    tokenizer, folder = model_of(a.model)
+    encoder = tokenizers.ChatEncoder(tokenizer, folder, a.template)
+    kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
+    with bar(f"{a.out} is as it was") as progress:
+        meta = data.prepare_chat(a.files, a.out, tokenizer, encoder, progress=progress, **kind)
+    for split in ("train", "val"):
+        m = meta[split]
+        print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
+    print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
+    init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
+
+
+def model_of(word: str) -> tuple[tokenizers.Tokenizer, Path]:
+    """Returns the tokenizer of the model that `word` names, and the folder that may hold its template."""
+    if is_tokenizer(word):
+        return tokenizer_of(word), Path(word).parent if word.endswith(".json") else Path(word)
+    source = open_source(word)
+    return source.tokenizer(), source.path
+
+
+def is_tokenizer(word: str) -> bool:
+    """Whether a word names a tokenizer, without a model."""
+    return word == "gpt2" or word.endswith(".json")
+
+
 class bar:
-    """A progress bar on standard error while the block runs, if standard error is a terminal."""
+    """A progress bar on standard error while the block runs, if standard error is a terminal.
+
+    kept: what is said of the folder when the user stops it
+    """
+
+    def __init__(self, kept: str = "finished shards are kept; the same command continues after them"):
+        self.kept = kept
 
     def __enter__(self) -> Callable[[int, int, int], None]:
         columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens")
@@ -175,19 +326,7 @@ class bar:
     ) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            print("finished shards are kept; the same command continues after them", file=sys.stderr)
-
-
-def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that `word` names; the characters of `texts` for "chars"."""
-    if word == "gpt2":
-        return tokenizers.gpt2()
-    if word == "chars":
-        return tokenizers.chars(data.read_text(texts))
-    near = "" if os.path.exists(word) else did_you_mean(word, ["gpt2", "chars"])
-    if near:
-        raise HandgradError("data", "--tokenizer is gpt2, chars or a file tokenizer.json", f"'{word}'", hint=near)
-    return tokenizers.from_file(word)
+            print(self.kept, file=sys.stderr)
 
 
 def check(argv: list[str]) -> None:

@@ -20,12 +20,14 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.json_file import read_object
 from handgrad.core.number import whole
 from handgrad.infer.load import open_source
+from handgrad.infer.texts import TextEncoder, load_encoder
 from handgrad.io.checkpoint import is_checkpoint
 from handgrad.train.config import PACKAGED, Config, DataConfig
+from handgrad.train.datasets import Shards, find_data, objective_of
 from handgrad.train.folder import SETTINGS
-from handgrad.train.resolve import find_data
 
 RESULTS = "eval.json"
+Model = evals.Loaded | TextEncoder
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Eval:
     """at most this many questions, or sequences of val; 0: all"""
     out: str = ""
     """file that the results are added to; empty: eval.json beside the model"""
+    ema: bool = False
+    """the average of the weights that train --ema keeps"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -56,7 +60,7 @@ def main(argv: list[str]) -> int:
     if a.limit < 0:
         raise HandgradError("eval", "--limit is at least 1, or 0 for all", a.limit)
     places = dict(place(word, a) for word in a.tasks.split(","))
-    m = evals.load_scorer(a.run, a.dtype, a.backend, a.threads)
+    m = open_model(a)
     table = Table("task", "of", "metric", "value", "± standard error", box=None)
     for column in table.columns[1:2] + table.columns[3:]:
         column.justify = "right"
@@ -74,12 +78,15 @@ def main(argv: list[str]) -> int:
             def done(pairs: int, bar: Any = bar) -> None:
                 progress.update(bar, completed=pairs)
 
-            if name == "val":
+            if isinstance(m, TextEncoder):
+                found = evals.class_metrics(what, m, a.limit or None, done)
+            elif name == "val":
                 found = evals.val_metrics(what, m.tokenizer, m.scorer, a.limit * what.seq_len or None, done)
             else:
                 found = evals.evaluate(name, what, m.scorer, done)
             of = count if name == "val" else len(what)
             key = f"{name} (first {of})" if a.limit else name  # beside the result of them all
+            key += " of the average" * a.ema
             note(path, m, key, found, {"count": of, "file": str(places[name]), "seconds": time.perf_counter() - begin})
             for i, (metric, (value, error)) in enumerate(found.items()):
                 row = ("", "") if i else (name, f"{of:,}")
@@ -87,6 +94,13 @@ def main(argv: list[str]) -> int:
     console.print(table)
     console.print(f"\n{m.source.path}, {m.dtype}, {m.backend.hardware}; in {path}", soft_wrap=True)
     return 0
+
+
+def open_model(a: Eval) -> Model:
+    """The model, ready to score, or to classify if it has labels."""
+    if getattr(open_source(a.run).model, "labels", ()):
+        return load_encoder(a.run, a.dtype, a.backend, a.threads, ema=a.ema)
+    return evals.load_scorer(a.run, a.dtype, a.backend, a.threads, a.ema)
 
 
 def place(word: str, a: Eval) -> tuple[str, str | Path]:
@@ -113,9 +127,14 @@ def own_val(run: Path) -> str:
     run, settings = run.parent if is_checkpoint(run) else run, run_data(run)
     paths = {name: settings[name] for name in ("train", "val") if name in settings}
     is_gone = paths.get("train") == PACKAGED and not (run / "data" / "meta.json").exists()  # a run makes its own
-    train, val = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths and not is_gone else ("", "")
-    if train and not val:  # of a run from Python, whose shards a glob names
-        beside = Path(train).parent
+    found = find_data(Config(data=DataConfig(**paths)), run) if "train" in paths and not is_gone else [Shards("", "")]
+    vals = [one.val for one in found if one.val]
+    if len(vals) > 1:
+        hint = f"one of them: --tasks val={vals[0]}"
+        raise HandgradError("eval", f"val of '{run}' is one set", f"a mixture of {len(vals)}", hint=hint)
+    val = vals[0] if vals else ""
+    if found[0].train and not val:  # of a run from Python, whose shards a glob names
+        beside = Path(found[0].train).parent
         val = f"{beside}/val_*.bin" if any(beside.glob("val_*.bin")) else ""
     if not val:
         what = f"no validation shards are known for '{run}', or none can be seen from here"
@@ -123,19 +142,44 @@ def own_val(run: Path) -> str:
     return val
 
 
-def questions(name: str, where: str | Path, a: Eval, m: evals.Loaded) -> tuple[Any, int]:
+def questions(name: str, where: str | Path, a: Eval, m: Model) -> tuple[Any, int]:
     """(a task's questions, the number of their pairs); for val, (its shards, the number of sequences)."""
+    if isinstance(m, TextEncoder):
+        texts = labelled_texts(name, where, m)
+        return texts, min(texts.windows, a.limit or texts.windows)
     if name != "val":
         items = evals.read_items(name, where, m.tokenizer, a.limit)
         return items, len(m.scorer.texts([pair for item in items for pair in item.pairs]))
-    T = whole("eval", "seq_len in the run's settings", run_data(Path(a.run)).get("seq_len", 0), 0)
-    T = T or m.source.model.usual_seq_len
-    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=m.source.model.vocab_size, split="val")
+    settings, model = run_data(Path(a.run)), m.source.model
+    T = whole("eval", "seq_len in the run's settings", settings.get("seq_len", 0), 0) or model.usual_seq_len
+    found, documents = hg_data.common_meta(hg_data.find_shards(where, "val")), settings.get("documents") is True
+    meta = found[1] if found else None
+    objective = objective_of(model, m.tokenizer.eot, m.tokenizer, meta=meta, documents=documents)
+    kind: dict[str, Any] = {"split": "val", "objective": objective}
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=model.vocab_size, **kind)
     evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
     return shards, min(shards.windows, a.limit or shards.windows)
 
 
-def note(path: Path, m: evals.Loaded, name: str, found: dict[str, Any], facts: dict[str, Any]) -> None:
+def labelled_texts(name: str, where: str | Path, m: TextEncoder) -> hg_data.Tokens:
+    """The shards of a classifier's val. Raises HandgradError if they have other labels."""
+    if name != "val":
+        raise HandgradError("eval", "a classifier is evaluated on val, labelled texts", f"'{name}'")
+    found = hg_data.common_meta(hg_data.find_shards(where, "val"))
+    known = hg_data.labelled(found[1], found[0]) if found else None
+    if known is None or known[0] != m.labels:
+        got = f"the labels {', '.join(known[0])}" if known else "texts without labels"
+        raise HandgradError("eval", f"{where} holds texts with the labels {', '.join(m.labels)}", got)
+    objective = objective_of(m.model, None, m.tokenizer, meta=found[1] if found else None)
+    T, V = known[1] + 1, m.model.vocab_size
+    if T > m.context:
+        raise HandgradError("eval", f"the model reads at most {m.context} tokens", T)
+    shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=V, split="val", objective=objective)
+    evals.check_tokenizer(shards, m.tokenizer, f"the model {m.source.path}")
+    return shards
+
+
+def note(path: Path, m: Model, name: str, found: dict[str, Any], facts: dict[str, Any]) -> None:
     """Adds a task's results to the file, beside those of other tasks and checkpoints."""
     results = results_in(path)
     flat = {metric: value for metric, (value, _) in found.items()}

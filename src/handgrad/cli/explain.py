@@ -16,11 +16,12 @@ from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.models import preset
-from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName
+from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName, TuneConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
 from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.scaling import Cluster, GpuRanks
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Explain:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
     gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
     the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
@@ -58,12 +59,15 @@ class Explain:
     """type of adamw's moments"""
     momentum: float | None = OptimConfig.momentum
     """of sgd, which has no state without it; None: the optimizer's own"""
+    ema: float = OptimConfig.ema
+    """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
     """plan for samples too, as a run that prints them does"""
+    tune: TuneConfig = field(default_factory=TuneConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
@@ -85,12 +89,14 @@ def main(argv: list[str]) -> int:
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
+    execution = tuned(execution, settled(a.tune, is_resumed=False))
     if on_gpus(a) and (name != "cuda" or a.ranks == 1):
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")
     backend, where, saving = planner(h, a, precision)
     kinds: dict[str, Any] = {"execution": execution, "precision": precision}
-    optim = optimizer_of(OptimConfig(optimizer=a.optimizer, moments=a.moments, momentum=a.momentum))
+    names = ("optimizer", "moments", "momentum", "ema")
+    optim = optimizer_of(OptimConfig(**{name: getattr(a, name) for name in names}))
     page = explain(model, seq_len, backend=backend, accumulation=accumulation, optim=optim, **kinds)
     micro_batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)} of {h.micro_batch} x {seq_len} tokens"
     each = f" on each of {a.ranks} ranks, zero {h.zero}: one of them" if a.ranks > 1 else ""

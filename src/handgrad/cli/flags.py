@@ -24,6 +24,8 @@ TAKES: dict[Any, tuple[str, Callable[[str], Any]]] = {
     float: ("a number", float),
     int | None: ("a whole number or None", lambda word: word == "None" or int(word)),
     float | None: ("a number or None", lambda word: word == "None" or float(word)),
+    int | float: ("a number", float),
+    int | float | None: ("a number or None", lambda word: word == "None" or float(word)),
     str: ("text", str),
     str | None: ("text", str),
     tuple[str, ...]: ("text", str),

@@ -1,4 +1,4 @@
-"""handgrad generate RUN: continues a prompt with the newest checkpoint of a run folder, streaming to the terminal."""
+"""handgrad generate RUN: continues or answers a prompt with the newest checkpoint of a run folder, streaming it."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ class Generate:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME"""
     prompt: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = None
-    """text to continue; -: standard input"""
+    """text to continue, or source of a T5 with <extra_id_0> .. for gaps; -: standard input"""
     max_tokens: int = MAX_TOKENS
     """tokens to generate"""
     temperature: float = Sampling.temperature
@@ -35,6 +35,10 @@ class Generate:
     """tokens that the model sees at most; 0: its longest, and 2048 at most for a Llama"""
     stop: tuple[str, ...] = ()
     """stop before any of these strings"""
+    ema: bool = False
+    """the average of the weights that train --ema keeps"""
+    special_tokens: bool = False
+    """a special token spelled out in the prompt, such as <|endoftext|>, is that token; else it is plain text"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -44,7 +48,7 @@ class Generate:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, or what an encoder-decoder writes about it."""
     a = parse(Generate, argv, "generate")
     if a.max_tokens < 1:
         raise HandgradError("generate", "--max-tokens is at least 1", a.max_tokens)
@@ -53,9 +57,10 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt() if a.prompt == "-" else a.prompt
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0))
-    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop)
-    print("\n" if prompt is None else prompt, end="", flush=True)
+    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0), a.ema)
+    pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop, special_tokens=a.special_tokens)
+    if loaded.model.continues_text:
+        print("\n" if prompt is None else prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -21,9 +21,10 @@ from handgrad.core.number import whole
 from handgrad.models import preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, RanksConfig
+from handgrad.train.datasets import objective_of
 from handgrad.train.profile import Profile, Row, profile
 from handgrad.train.ranks import together
-from handgrad.train.resolve import execution_of, objective_of, precision_of
+from handgrad.train.resolve import execution_of, precision_of
 from handgrad.train.trainer import Trainer
 
 
@@ -33,8 +34,8 @@ class Profiling:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -42,7 +43,7 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
     the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""

@@ -16,13 +16,15 @@ from handgrad.cli.names import ALIASES, hint_for
 from handgrad.cli.ranks import requested_ranks
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.train.config import Config, OptimConfig, from_names
+from handgrad.train.config import SCHEDULE_SETTINGS, Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
+from handgrad.train.optimizers import own_settings
 from handgrad.train.ranks import together
 from handgrad.train.run import train
 from handgrad.train.show import RANKS
 
 NUMBERS = {f.name for f in fields(OptimConfig) if f.type in ("float", float)}
+LENGTHS = ("steps", "tokens", "epochs")  # settings of which a run has one
 READERS = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads}
 
 
@@ -37,14 +39,34 @@ def settings(argv: list[str]) -> Config:
     """The settings of a command line, over those of its file, over those of the run that it resumes."""
     alone = parse(Config, argv, "train")
     named = from_file(Path(alone.run.config)) if alone.run.config else {}
+    if length(alone):  # of a file or a saved run there is another
+        named = {name: value for name, value in named.items() if name not in LENGTHS}
     c = parse(Config, argv, "train", from_names(named)) if named else alone
     saved = saved_settings(c) if c.run.resume else None
     if named or saved is not None:
-        base = leave_sizes(from_names((flat(asdict(saved)) if saved else {}) | named), alone)
+        values = flat(asdict(saved)) if saved else {}
+        if length(alone) or length(from_names(named)):
+            values = {name: value for name, value in values.items() if name not in LENGTHS}
+        base = leave_sizes(from_names(values | named), alone)
         c = parse(Config, argv, "train", base)
-        if c.optim.schedule != base.optim.schedule and c.optim.final == base.optim.final:
-            c = replace(c, optim=replace(c.optim, final=None))  # another schedule ends where its own default says
+        c = replace(c, optim=leave_settings(c.optim, base.optim))
     return c
+
+
+def length(c: Config) -> bool:
+    """Whether the settings give the length of the run."""
+    return c.run.steps is not None or bool(c.run.tokens or c.run.epochs)
+
+
+def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
+    """The settings of another schedule or optimizer than in `base`: those of the former go back to their defaults."""
+    names: set[str] = set()
+    if o.schedule != base.schedule:
+        names |= {"final", *SCHEDULE_SETTINGS}
+    if o.optimizer != base.optimizer:
+        names |= own_settings()
+    left = {name: getattr(OptimConfig, name) for name in names if getattr(o, name) == getattr(base, name)}
+    return replace(o, **left)
 
 
 def from_file(path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
     Gradients start at ops that compute their own (lm_loss) and at `seeds`, which maps outputs to their gradients. If
     two rules contribute to the gradient of one activation, the op `add` sums them (core knows no op by name), unless
     the later rule passes the earlier gradient to its kernel. Outputs that `drop` names are recomputed at their first
-    use, once per block and never across blocks.
+    use, once per block and never across blocks. Gradients that no parameter needs are not computed.
     """
     forward, block = list(p.calls), None
     dropped: dict[Tensor, Call] = {}
@@ -68,6 +68,7 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
             with p.at(source, Phase.RECOMPUTE):
                 for name, new in source.op.recompute(p, again, want).items():
                     recomputed[getattr(source, name)] = new
+                    p.recomputes[new] = getattr(source, name)
         return recomputed[t]
 
     for c in reversed(forward):
@@ -77,7 +78,9 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         d = {name: p.pending_grads.pop(t, None) for name, t in c.named_outs()}
         if not c.op.starts_gradient and all(t is None for t in d.values()):
             continue
-        saved = set(c.op.saved.split())
+        if not any(map(p.wants, c.ins)):  # nothing below learns
+            continue
+        saved = c.op.reads(p, c)
         view = replace(
             c,
             outs=tuple(live(t) if a.name in saved else t for a, t in zip(c.op.out_args, c.outs)),
@@ -86,6 +89,6 @@ def backward(p: Program, add: Op, *, drop: Policy = keep_all, seeds: dict[Tensor
         with p.at(c, Phase.BACKWARD):
             for name, gradient in c.op.backward(p, view, d).items():
                 target = getattr(c, name)
-                if is_activation(target):
+                if is_activation(target) and p.wants(target):
                     held = p.pending_grads.get(target)
                     p.pending_grads[target] = gradient if held is None else p.emit(add, held, gradient)

@@ -46,7 +46,7 @@ class Collectives:
 
 def communicate(p: Program, ops: Collectives) -> None:
     """Inserts what ranks exchange in forward and backward into a training program that has its backward, and in which
-    every parameter's gradient is written. Changes nothing for one rank."""
+    every gradient is written. Changes nothing for one rank."""
     if p.ranks.world == 1:
         return
     if p.ranks.zero >= 3:
@@ -103,9 +103,9 @@ def sum_losses(p: Program, op: Op) -> None:
 def record_norm(p: Program, ops: Collectives, global_norm: Op, clip: float) -> None:
     """Records the norm of all gradients and the clip factor, from the norm of each bucket's share on each rank. The
     norm of the norms is that of all: they are numbers whose squares neither overflow nor depend on a rank."""
-    count, ranks = len(p.buckets), p.ranks
+    count, ranks = len(p.trained), p.ranks
     norms = Tensor("norms", (ranks.world * count,), F32, Role.ACT)
-    for k, bucket in enumerate(p.buckets):
+    for k, bucket in enumerate(p.trained):
         y = p.part_of(norms, ranks.rank * count + k, f"{bucket.name}.norm", (1,), Role.ACT)
         p.emit(ops.share_norm, p.slice("grad", bucket), into={"y": y})
     mine = p.part_of(norms, ranks.rank * count, "own norms", (count,), Role.ACT)
@@ -149,7 +149,7 @@ def _shard_gradients(p: Program, ops: Collectives) -> None:
     added to the own share after the last writer, and its memory is free again."""
     ends, of, runs = joins(p), _gradients(p), _runs(p)
     edits: Edits = defaultdict(list)
-    shares = {bucket: p.slice("grad", bucket) for bucket in p.buckets}
+    shares = {bucket: p.slice("grad", bucket) for bucket in p.trained}
 
     def reduce(bucket: Bucket, base: Tensor, written: list[tuple[int, int]], overlap: int) -> None:
         for start, stop in _gaps(bucket.size, written):  # the norm and the update read them
@@ -177,8 +177,8 @@ def _shard_gradients(p: Program, ops: Collectives) -> None:
 
 
 def _gradients(p: Program) -> Places:
-    """The place of every parameter's gradient."""
-    return {p.grad(t): (bucket, place) for bucket in p.buckets for t, place in bucket.places()}
+    """The place of every gradient."""
+    return {p.grad(t): (bucket, place) for bucket in p.trained for t, place in bucket.places()}
 
 
 def _spans(

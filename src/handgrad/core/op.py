@@ -4,7 +4,7 @@ arguments.py explains how arguments are declared.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum, auto
 from pathlib import Path
@@ -85,14 +85,24 @@ class Recorder(Protocol):
 
     producer: dict[Tensor, "Call"]  # the call that makes each activation
 
-    def emit(self, op: "Op", *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
-        """Appends a call and returns its outputs."""
+    def emit(
+        self,
+        op: "Op",
+        *ins: Tensor | None,
+        into: dict[str, Tensor | None] | None = None,
+        without: Collection[str] = (),
+        **attrs: Any,
+    ) -> Any:
+        """Appends a call and returns its outputs; without: optional ones that nobody reads."""
 
     def emit_call(self, op: "Op", ins: tuple[Tensor | None, ...], attrs: dict[str, Any]) -> tuple[Tensor | None, ...]:
         """`emit` with all outputs returned, in declared order."""
 
-    def grad(self, param: Tensor) -> Tensor:
-        """The gradient of a parameter."""
+    def wants(self, tensor: Tensor | None) -> bool:
+        """Whether backward computes the gradient of this parameter or activation."""
+
+    def wanted_grad(self, param: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter that learns; None for one that is frozen or absent."""
 
     def take(self, tensor: Tensor) -> Tensor | None:
         """Removes and returns the gradient collected so far for an activation."""
@@ -135,7 +145,8 @@ class Op:
         """Appends gradient calls; returns the gradients of the activation inputs by input name.
 
         `d` holds the gradient of each output, None if nothing reads the output. A rule whose kernel can add to an
-        existing gradient of input x takes it by `g.take(c.x)`.
+        existing gradient of input x takes it by `g.take(c.x)`. It runs if `g.wants` the gradient of some input, and
+        computes none that is not wanted where a call or an output of its own would do so.
         """
         raise HandgradError(self.name, "this op has no gradient", hint="use it after backward or in inference")
 
@@ -143,6 +154,10 @@ class Op:
         """Whether an optional output exists under these attributes and working dtype. One with a letter that no input
         has does not."""
         return True
+
+    def reads(self, g: Recorder, c: "Call") -> set[str]:
+        """Which of `saved` the gradient rule reads for the gradients that are wanted."""
+        return set(self.saved.split())
 
     def cheap(self, c: "Call") -> dict[str, str]:
         """Outputs that are cheap to recompute from what backward keeps anyway, with their kind, act or norm."""

@@ -2,13 +2,14 @@
 
 Parameters, gradients and optimizer state are flat vectors in one order: block by block, and within a block group by
 group, each parameter aligned to FLAT_ALIGN elements. A bucket (one block, one group of the optimizer) is a contiguous
-slice of every vector that covers it. The optimizer and the norm work on slices. A rank's share of a bucket is the
+slice of every vector that covers it. The frozen parameters of a block are a bucket of their own, which only "param"
+covers. The optimizer and the norm work on slices. A rank's share of a bucket is the
 rank-th of `world` equal parts; a sharded vector holds the shares of one rank, bucket after bucket.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
@@ -20,7 +21,8 @@ FLAT_ALIGN = 128  # elements: 256 bytes in bf16, so that a parameter is aligned 
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: "normal" with a standard deviation, "ones" or "zeros"; rows from `rows` on are zero.
+    """Initial values: "normal" with a standard deviation, "uniform" between -std and std, "ones" or "zeros"; rows from
+    `rows` on are zero.
 
     first: (rows, std) of the first rows, where a parameter is several matrices that start differently
     """
@@ -36,28 +38,42 @@ def normal(std: float, rows: int | None = None, first: tuple[int, float] | None 
     return Init("normal", std, rows, first)
 
 
+def uniform(bound: float) -> Init:
+    """Independent draws from [-bound, bound)."""
+    return Init("uniform", bound)
+
+
 ZEROS, ONES = Init("zeros"), Init("ones")
+
+
+# a matrix that maps one hidden layer to the next: its rows, and how many heads they are divided among
+Part = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its handle, initial values, and the block that uses it first."""
+    """A parameter: its handle, initial values, the block that uses it first, whether it learns or is frozen, and the
+    matrices that its rows stack: none for a table, a head or a vector."""
 
     tensor: Tensor
     init: Init
     block: str
+    trainable: bool = True
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from the
-    name and shape of a parameter to its group."""
+    """The optimizer's groups: names, in the order in which a block lays out its parameters, and a function from a
+    parameter to its group. `rules` says in words how a group is updated, for whoever starts a run."""
 
     names: tuple[str, ...]
-    group_of: Callable[[str, tuple[int, ...]], str]
+    group_of: Callable[[Param], str]
+    rules: Mapping[str, str] = field(default_factory=dict)
 
 
-ONE_GROUP = Groups(("",), lambda name, shape: "")
+ONE_GROUP = Groups(("",), lambda param: "")
+FROZEN = "frozen"  # the group of parameters that no optimizer updates
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,11 @@ class Bucket:
     def name(self) -> str:
         return f"{self.block}.{self.group}" if self.group else self.block
 
+    @property
+    def trainable(self) -> bool:
+        """Whether its parameters learn: all do, or none."""
+        return self.group != FROZEN
+
     def places(self) -> Iterator[tuple[Tensor, int]]:
         """Its parameters, with the element of the bucket at which each starts."""
         at = 0
@@ -86,11 +107,11 @@ def lay_out(params: Sequence[Param], groups: Groups, world: int = 1) -> tuple[Bu
     """The buckets of parameters in their flat order, each padded so that every rank's share is aligned."""
     members: dict[tuple[str, str], list[Param]] = {}
     for block in dict.fromkeys(p.block for p in params):
-        for group in groups.names:
+        for group in (*groups.names, FROZEN):
             members[block, group] = []
     for p in params:
-        group = groups.group_of(p.tensor.name, p.tensor.shape)
-        if group not in groups.names:
+        group = groups.group_of(p) if p.trainable else FROZEN
+        if p.trainable and group not in groups.names:
             rule = f"a parameter's group is one of {', '.join(groups.names)}"
             raise HandgradError("optim", rule, f"'{group}' for {p.tensor.name}")
         members[p.block, group].append(p)

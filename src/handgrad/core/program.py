@@ -1,7 +1,7 @@
 """Program: the flat list of calls. Models append to it; the planner, backends, listings and tests read it."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from handgrad.core.arguments import Arg
 from handgrad.core.dtypes import BYTE, F32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call, Op, Phase, When, bind_dims
-from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Vector, lay_out
+from handgrad.core.params import ONE_GROUP, Bucket, Groups, Init, Param, Part, Vector, lay_out
 from handgrad.core.ranks import ALONE, Ranks
 from handgrad.core.scalars import STEP_SCALARS_BYTES
 from handgrad.core.tensor import Role, Tensor
@@ -51,6 +51,8 @@ class Program:
     grad_dtype: DType = F32  # of parameter gradients
     # bf16 weights keep the low 16 bits of their float32 in "low"; else updates round stochastically
     master: bool = True
+    trainable: Callable[[str], bool] = lambda name: True  # whether the parameter of this name learns
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # by weight: what a model records beside it
     calls: list[Call] = field(default_factory=list)
     params: dict[str, Param] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Program:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # the host reads them after a run: live to the end
     # in backward: activations to their gradients so far
     pending_grads: dict[Tensor, Tensor] = field(default_factory=dict)
+    recomputes: dict[Tensor, Tensor] = field(default_factory=dict)  # in backward: to the activations of the forward
     starts: dict[Tensor, int] = field(default_factory=dict)  # first element of a slice in its flat vector
     phase: Phase = Phase.FORWARD  # of the calls that are recorded now
     when: When = When.ALWAYS  # of calls recorded from now on
@@ -74,6 +77,7 @@ class Program:
         self._where = ""
         self._streams = 0
         self._written: set[Tensor] = set()
+        self._frozen: set[Tensor] = set()  # activations that depend on no parameter that learns
         self._groups = ONE_GROUP
         self._buckets: tuple[Bucket, ...] | None = None
         self._vectors: dict[str, Vector] = {}
@@ -107,15 +111,21 @@ class Program:
         name = ".".join([*self._scope, name])
         return self.states.setdefault(name, Tensor(name, shape, dtype, Role.STATE))
 
-    def param(self, name: str, shape: tuple[int, ...], init: Init) -> Tensor:
-        """Declares or finds the parameter `name` of the current scope; using the same name twice ties the weights."""
+    def param(self, name: str, shape: tuple[int, ...], init: Init, parts: tuple[Part, ...] = ()) -> Tensor:
+        """Declares or finds the parameter `name` of the current scope; using the same name twice ties the weights.
+
+        parts: the hidden matrices that its rows stack (params.py)
+        """
         name = ".".join([*self._scope, name])
         known = self.params.get(name)
         if known is None:
             if self._buckets is not None:
                 rule = "parameters are declared before the update is recorded"
                 raise HandgradError("program", rule, f"'{name}' after it")
-            known = Param(Tensor(name, shape, self.dtype, Role.PARAM, "param"), init, self._block)
+            if parts and sum(rows for rows, _ in parts) != shape[0]:
+                raise HandgradError("program", f"the parts of '{name}' have its {shape[0]} rows", parts)
+            handle = Tensor(name, shape, self.dtype, Role.PARAM, "param")
+            known = Param(handle, init, self._block, self.trainable(name), parts)
             self.params[name] = known
         if known.tensor.shape != shape:
             raise HandgradError("program", f"parameter '{name}' has one shape", f"{known.tensor.shape} and {shape}")
@@ -133,6 +143,18 @@ class Program:
             self.grads[param.name], self._param_of[grad] = grad, param
         return self.grads[param.name]
 
+    def wants(self, tensor: Tensor | None) -> bool:
+        """Whether backward computes the gradient of this parameter or activation: a parameter learns, or an activation
+        depends on one that does."""
+        if tensor is None or tensor.role is Role.ACT:
+            return tensor is not None and tensor not in self._frozen
+        info = self.params.get(tensor.name) if tensor.role is Role.PARAM else None  # none of a slice of many
+        return info is not None and info.trainable
+
+    def wanted_grad(self, param: Tensor | None) -> Tensor | None:
+        """`grad` of a parameter that learns; None for one that is frozen or absent."""
+        return self.grad(param) if param is not None and self.wants(param) else None
+
     def next_stream(self) -> int:
         """The number of the next random call, the same for every recompute policy and plan."""
         self._streams += 1
@@ -144,7 +166,7 @@ class Program:
 
     def take(self, tensor: Tensor) -> Tensor | None:
         """Removes and returns the gradient collected so far for an activation."""
-        return self.pending_grads.pop(tensor, None)
+        return self.pending_grads.pop(self.recomputes.get(tensor, tensor), None)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -172,9 +194,20 @@ class Program:
         yield
         self.phase, self._block, self._where, self.when = outer
 
-    def emit(self, op: Op, *ins: Tensor | None, into: dict[str, Tensor | None] | None = None, **attrs: Any) -> Any:
-        """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`)."""
-        outs = self.emit_call(op, ins, attrs, into or {})
+    def emit(
+        self,
+        op: Op,
+        *ins: Tensor | None,
+        into: dict[str, Tensor | None] | None = None,
+        without: Collection[str] = (),
+        **attrs: Any,
+    ) -> Any:
+        """Appends a call. Returns its output, or a tuple of its outputs, without inout outputs (`into`).
+
+        An output that is not inout may go into a state, which the call then writes anew.
+        without: names of optional outputs that nobody reads; they are None
+        """
+        outs = self.emit_call(op, ins, attrs, into, without)
         made = tuple(t for arg, t in zip(op.out_args, outs) if not arg.inout)
         return made[0] if len(made) == 1 else made
 
@@ -184,6 +217,7 @@ class Program:
         ins: tuple[Tensor | None, ...],
         attrs: dict[str, Any],
         into: dict[str, Tensor | None] | None = None,
+        without: Collection[str] = (),
     ) -> tuple[Tensor | None, ...]:
         """`emit` with all outputs returned, in declared order."""
         where = self._where or caller()
@@ -196,7 +230,7 @@ class Program:
         outs: list[Tensor | None] = []
         first = set()
         for arg in op.out_args:
-            if arg.inout:
+            if arg.inout or arg.name in (into or {}):
                 target = (into or {}).get(arg.name)
                 self._check_inout(op, arg, target, sizes, where)
                 outs.append(target)
@@ -206,7 +240,9 @@ class Program:
                         raise HandgradError(op.name, rule, "a call for the last one", context=f"recorded at {where}")
                     self._written.add(target)
                     first.add(arg.name)
-            elif arg.optional and not (sizes.keys() >= arg.letters and op.makes(arg.name, attrs, self.dtype)):
+            elif arg.optional and (
+                arg.name in without or not (sizes.keys() >= arg.letters and op.makes(arg.name, attrs, self.dtype))
+            ):
                 outs.append(None)
             else:
                 shape = tuple(sizes[d] if d in sizes else int(d) for d in arg.dims)
@@ -225,20 +261,26 @@ class Program:
             self.when,
         )
         self.calls.append(call)
+        is_frozen = not any(map(self.wants, ins))
         for t in outs:
             if t is not None and t.role is Role.ACT:
                 self.producer[t] = call
+                if is_frozen:
+                    self._frozen.add(t)
         return call.outs
 
     def _check_inout(self, op: Op, arg: Arg, target: Tensor | None, sizes: dict[str, int], where: str) -> None:
-        """Raises unless an inout output has the shape and dtype that its kernel writes, or is optional and absent."""
+        """Raises unless a given output has the shape and dtype that its kernel writes, or is optional and absent."""
         if target is None:
             if not arg.optional:
-                raise HandgradError(op.name, f"inout output '{arg.name}' is missing", context=f"recorded at {where}")
+                raise HandgradError(op.name, f"output '{arg.name}' is missing", context=f"recorded at {where}")
             return
         found = (target.size,) if len(arg.dims) == 1 else target.shape  # one letter stands for any shape, flattened
         shape = tuple(int(d) if d.isdigit() else sizes.setdefault(d, n) for d, n in zip(arg.dims, found))
         dtype = arg.dtype(self.dtype, self.grad_dtype)
+        if not arg.inout and target.role is not Role.STATE:
+            rule = f"'{arg.name}' is a new activation, or goes into a state"
+            raise HandgradError(op.name, rule, f"'{target.name}'", context=f"recorded at {where}")
         if shape != found or len(arg.dims) != len(found) or dtype is not target.dtype:
             raise HandgradError(
                 op.name,
@@ -268,8 +310,14 @@ class Program:
         return self._buckets
 
     @property
+    def trained(self) -> tuple[Bucket, ...]:
+        """The buckets of parameters that learn."""
+        return tuple(bucket for bucket in self.buckets if bucket.trainable)
+
+    @property
     def vectors(self) -> dict[str, Vector]:
-        """The flat vectors: "param" and, if there are gradients, "grad", both over all buckets; and optimizer state."""
+        """The flat vectors: "param" over all buckets; if there are gradients, "grad" over those that learn; and
+        optimizer state."""
         if self.params and "param" not in self._vectors:
             self._vectors["param"] = self._vector("param", self.dtype, Role.PARAM, 3)
         if self.grads and "grad" not in self._vectors:
@@ -285,7 +333,7 @@ class Program:
         sharded: bool = True,
         block: int = 1,
     ) -> Vector:
-        """Declares optimizer state: a flat vector over these buckets, by default all. It starts as zeros;
+        """Declares optimizer state: a flat vector over these buckets, by default all that learn. It starts as zeros;
         checkpoints save it. block: elements of a parameter that share one of it, a divisor of FLAT_ALIGN."""
         if name in self.vectors or name == STATE:
             raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
@@ -307,7 +355,9 @@ class Program:
     ) -> Vector:
         """A vector that is sharded from this ZeRO stage on (None: never)."""
         is_sharded = stage is not None and self.ranks.zero >= stage
-        return Vector(name, dtype, role, self.buckets if buckets is None else buckets, is_sharded, self.ranks, block)
+        if buckets is None:
+            buckets = self.buckets if role is Role.PARAM else self.trained
+        return Vector(name, dtype, role, buckets, is_sharded, self.ranks, block)
 
     def slice(self, vector: str, bucket: Bucket) -> Tensor:
         """A handle on the part of a bucket that this rank updates, in a flat vector: its share, or all of it."""
@@ -363,6 +413,12 @@ class Program:
     def num_params(self) -> int:
         """Number of parameters, those of padded rows included, without the alignment of vectors."""
         return sum(p.tensor.size for p in self.params.values())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of parameters that learn, without padded rows."""
+        trained = [p for p in self.params.values() if p.trainable]
+        return sum(p.tensor.size // p.tensor.shape[0] * (p.init.rows or p.tensor.shape[0]) for p in trained)
 
     @property
     def num_padding(self) -> int:

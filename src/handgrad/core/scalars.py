@@ -12,6 +12,7 @@ INPUTS = (  # written by the host
     ("position", "i64", "decode: tokens already in the cache"),
     ("lr", "f32", "learning rate of this step"),
     ("loss_scale", "f32", "1 / (targets that count in the whole step)"),
+    ("momentum", "f64", "momentum of this step, for optimizers that schedule it"),
 )
 OUTPUTS = (  # written by kernels
     ("loss_sum", "f64", "sum of the losses of the step's micro-batches, nats"),

@@ -15,18 +15,28 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields (location for error messages, object) of each line of JSON that is not blank. See `blocks`, `json_row`."""
+    for _, rows in json_blocks(path):
+        yield from rows
+
+
+def json_blocks(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, dict]]]]:
+    """Yields (bytes of the file read so far, its next rows, as `json_rows` yields them), a block at a time."""
     number = 0
-    for _, _, lines in blocks(path):
-        for line in lines:
-            number += 1
-            if line.strip():
-                where = f"{path}, line {number}"
-                row = json_row(line, where)
-                if not isinstance(row, dict):
-                    raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
-                if _HALF.search(line):
-                    row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
-                yield where, row
+    for read, _, lines in blocks(path):
+        yield read, _rows(path, lines, number)
+        number += len(lines)
+
+
+def _rows(path: Path, lines: list[bytes], before: int) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(lines, before + 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = json_row(line, where)
+            if not isinstance(row, dict):
+                raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
+            if _HALF.search(line):
+                row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
+            yield where, row
 
 
 def json_row(line: bytes, where: str) -> object:
@@ -43,6 +53,16 @@ def json_kind(value: object) -> str:
     """Returns what JSON calls a value."""
     kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number")
+
+
+def replaced(raw: bytes) -> tuple[str, int]:
+    """Returns (`raw` as UTF-8 with U+FFFD for what is none, the number of these).
+
+    >>> replaced(b"caf\\xe9")
+    ('caf\ufffd', 1)
+    """
+    text = raw.decode("utf-8", "replace")
+    return text, text.count("\N{REPLACEMENT CHARACTER}") - raw.count("\N{REPLACEMENT CHARACTER}".encode())
 
 
 def repaired(text: str) -> tuple[str, int]:

@@ -5,7 +5,8 @@ A window is a number of consecutive ids of one shard. An `Objective` says how ma
 so an epoch predicts every id once. A step takes the next `batch_tokens / seq_len` windows of one endless sequence that
 depends on the seed alone; the number of ranks and the micro-batch size only decide which rank computes which of them,
 and when. What an objective draws depends on the seed and on the window's number in the endless sequence, so it differs
-from epoch to epoch. The loader keeps no state, so a resumed run needs none.
+from epoch to epoch. The loader keeps no state, so a resumed run needs none. Chat data have windows of whole rows
+(packing.py), which are the same in every epoch.
 
 With `shuffle`, each epoch visits its windows in the order of a keyed bijection of 0..n-1 (a Feistel network, so no
 table), and shifts all window starts, so that epochs cut a small text at different places: after as many epochs as
@@ -25,9 +26,11 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.data.draws import Draws, below, hashed
+from handgrad.data.labels import Labels
 from handgrad.data.meta import common_meta
 from handgrad.data.objectives import EMPTY, Causal, Objective, check_names
-from handgrad.data.shards import open_shard
+from handgrad.data.packing import Packing
+from handgrad.data.shards import MARK, open_shard
 
 _MIX_1, _MIX_2, _SHIFT = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(32)
 _OPEN_SHARDS = 256  # at a time: 1024 file descriptors are a common limit
@@ -56,11 +59,11 @@ def tokens(
     vocab_size: if given, the ids of every batch are checked against it
     overfit: every step reads the batch of the first
     split: "train" or "val", of a folder
-    objective: what a window becomes: Causal, Masked or Spans
+    objective: what a window becomes: Causal, Masked, Spans, Labels or, of chat data, Chat
 
-    Raises HandgradError if no file matches, a shard is damaged (`open_shard`), no shard holds a window, batch_tokens is
-    not a multiple of seq_len, the objective has no sequences of this length, or the shards' folders are of different
-    tokenizers (`common_meta`).
+    Raises HandgradError if no file matches, a shard or its marks are damaged (`open_shard`, `open_marks`), no shard
+    holds a window, batch_tokens is not a multiple of seq_len, the objective has no sequences of this length, or the
+    shards' folders are of different tokenizers (`common_meta`).
 
     >>> import tempfile
     >>> from handgrad.data.shards import write_shard, id_dtype
@@ -122,6 +125,7 @@ class Tokens:
     sequence_tokens: tokens that a model reads per sequence: seq_len, and those of the encoder if there is one
     ahead: sequences read by earlier steps minus step * sequences; 0 unless a resumed run changed its batch_tokens
     windows: sequences in an epoch
+    packing: which rows the windows of chat data hold; None for other data
     """
 
     def __init__(
@@ -155,13 +159,20 @@ class Tokens:
         described = common_meta(paths)
         self.folder = described[0] if described else paths[0].parent
         self.meta = described[1] if described else None
+        if (self.meta or {}).get("labels") and not isinstance(objective, Labels):
+            rule = f"{self.folder} holds labelled texts, which a bert learns to classify (the objective Labels)"
+            raise HandgradError("data", rule, type(objective).__name__)
         self.sequences = batch_tokens // seq_len
         self.sequence_tokens = objective.tokens(seq_len)
         self.ahead = 0
+        for shard in self.shards:
+            if shard.dtype == MARK:
+                raise HandgradError("data", f"{pattern} names token shards", f"{shard.path}, which holds marks")
         self._length, self._apart = objective.window(seq_len)
+        self.packing = Packing(self.shards, self._length) if objective.packs else None
         grid = [self._grid(shard.count) for shard in self.shards]
         self._num_shifts = [shifts for _, shifts in grid]
-        self._ends = list(accumulate(windows for windows, _ in grid))
+        self._ends = self.packing.ends if self.packing else list(accumulate(windows for windows, _ in grid))
         self.windows = self._ends[-1]
         if self.windows == 0:
             longest = max(shard.count for shard in self.shards)
@@ -209,7 +220,13 @@ class Tokens:
         Raises HandgradError for a name that the objective cannot fill, if the step's sequences do not divide into such
         micro-batches, or if an id is not below `vocab_size`.
         """
-        names = self._fillable(names)
+        first, count = self.place(step, rank, world, micro_batch, micro_step)
+        return self.at(first + (0 if self.overfit else self.ahead), count, names)
+
+    def place(
+        self, step: int, rank: int, world: int, micro_batch: int | None = None, micro_step: int = 0
+    ) -> tuple[int, int]:
+        """Returns (first, count) of the endless sequence that a micro-batch is, without `ahead`; as `batch`."""
         if micro_batch is None:
             micro_batch = max(self.sequences // world, 1)
         micro_steps, rest = divmod(self.sequences, world * micro_batch)
@@ -219,11 +236,14 @@ class Tokens:
         if not (0 <= rank < world and 0 <= micro_step < micro_steps and step >= 0):
             rule = f"step, rank and micro_step must lie in 0.., 0..{world - 1} and 0..{micro_steps - 1}"
             raise HandgradError("data", rule, f"{step}, {rank} and {micro_step}")
-        first = 0 if self.overfit else self.ahead + step * self.sequences
-        first += (micro_step * world + rank) * micro_batch
-        windows, shifts = self._order(first, micro_batch)
-        numbers = windows if self.objective.static else range(first, first + micro_batch)
-        return self._fill(windows, shifts, numbers, micro_batch, self._ends, names)
+        first = 0 if self.overfit else step * self.sequences
+        return first + (micro_step * world + rank) * micro_batch, micro_batch
+
+    def at(self, first: int, count: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Returns `count` sequences of the endless sequence from number `first` on, as `batch` does."""
+        windows, shifts = self._order(first, count)
+        numbers = windows if self.objective.static else range(first, first + count)
+        return self._fill(windows, shifts, numbers, count, self._ends, self._fillable(names))
 
     def sweep(
         self,
@@ -244,8 +264,9 @@ class Tokens:
         the number of other targets. What is random depends on the seed and the number of the window.
         """
         names = self._fillable(names)
-        spare = self._length - self._apart
-        ends = list(accumulate(max(shard.count - spare, 0) // self._apart for shard in self.shards))
+        spare, ends = self._length - self._apart, self._ends
+        if self.packing is None:
+            ends = list(accumulate(max(shard.count - spare, 0) // self._apart for shard in self.shards))
         total = ends[-1] if limit is None else min(max(limit // self.seq_len, 1), ends[-1])
         for first in range(0, total, world * micro_batch):
             begin = first + rank * micro_batch
@@ -281,13 +302,17 @@ class Tokens:
 
         numbers: of the sequences, for their draws
         """
-        draw, partner = Draws(self.seed, [*numbers, *[0] * (rows - len(numbers))]), None
-        raw = self._gather(windows, shifts, rows, ends)
+        draw, beside = Draws(self.seed, [*numbers, *[0] * (rows - len(numbers))]), None
+        if self.packing:
+            raw, beside = self.packing.gather(windows, rows)
+            self._check(raw, windows, ends)
+        else:
+            raw = self._gather(windows, shifts, rows, ends)
         if self.objective.partners:
             away = 1 + below(draw(_PARTNER, [0])[: len(windows), 0], ends[-1] - 1)
             others = [(window + distance) % ends[-1] for window, distance in zip(windows, away.tolist(), strict=True)]
-            partner = self._gather(others, shifts, rows, ends)
-        arrays = self.objective.fill(raw, partner, draw, names)
+            beside = self._gather(others, shifts, rows, ends)
+        arrays = self.objective.fill(raw, beside, draw, names)
         for name in names:
             arrays[name].reshape(rows, -1)[len(windows) :] = EMPTY.get(name, 0)
         return {name: arrays[name] for name in names}
@@ -307,17 +332,16 @@ class Tokens:
             filled.append(row)
         for read, filled in raw.values():
             ids[filled] = read[filled]
-        if self.vocab_size is not None:
-            self._check(ids, windows, ends, self.vocab_size)
+        self._check(ids, windows, ends)
         return ids
 
-    def _check(self, ids: np.ndarray, windows: Sequence[int], ends: list[int], vocab_size: int) -> None:
+    def _check(self, ids: np.ndarray, windows: Sequence[int], ends: list[int]) -> None:
         known = ids.view(np.uint32)  # uint32 ids of 2**31 and above wrapped to negative int32
-        if known.max() >= vocab_size:
-            row = int(np.argmax((known >= vocab_size).any(axis=1)))
+        if self.vocab_size is not None and known.max() >= self.vocab_size:
+            row = int(np.argmax((known >= self.vocab_size).any(axis=1)))
             path = self.shards[bisect_right(ends, windows[row])].path
             hint = "the data was made with another tokenizer than the model's"
-            rule = f"{path} must hold ids below the vocabulary size {vocab_size}"
+            rule = f"{path} must hold ids below the vocabulary size {self.vocab_size}"
             raise HandgradError("data", rule, known[row].max(), hint=hint)
 
     def _fillable(self, names: Iterable[str] | None) -> tuple[str, ...]:

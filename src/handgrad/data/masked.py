@@ -14,6 +14,7 @@ and a sequence depends on its windows and its number alone. With next_sentence, 
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -76,6 +77,7 @@ class Masked:
     static: bool = False
     next_sentence: bool = False
     eot: int | None = None
+    packs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -125,18 +127,16 @@ class Masked:
         return seq_len
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
-        if partner is None:
+        if beside is None:
             arrays = self._single(raw)
         else:
-            arrays = self._pair(raw, partner, draw)
+            arrays = self._pair(raw, beside, draw)
         ids, count = arrays["ids"], arrays.pop("count")
         T = ids.shape[1]
         if "first" in names or "last" in names:
-            here = np.arange(T, dtype=np.int32)
-            arrays["first"] = np.where(here < count, np.int32(0), count)
-            arrays["last"] = np.repeat(count - np.int32(1), T, axis=1)
+            arrays |= bounds(count, T)
         at = self._chosen(ids, count[:, 0], draw)
         found = at < T
         rows = np.where(found, at + T * np.arange(len(at))[:, None], -1).astype(np.int32)
@@ -213,6 +213,13 @@ class Masked:
         word = np.maximum.accumulate(np.where(begins, here, np.int32(0)), axis=1)
         masked = np.take_along_axis(chosen, word, axis=1) & free
         return np.sort(np.where(masked, here, np.int32(T)), axis=1)[:, :most]
+
+
+def bounds(count: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns `first` and `last`, (B, seq_len), of sequences of count, (B, 1) int32, tokens and padding."""
+    here = np.arange(seq_len, dtype=np.int32)
+    first = np.where(here < count, np.int32(0), count)
+    return {"first": first, "last": np.repeat(count - np.int32(1), seq_len, axis=1)}
 
 
 def _sizes(begins: np.ndarray, free: np.ndarray) -> np.ndarray:

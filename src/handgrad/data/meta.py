@@ -37,6 +37,21 @@ def read_meta(folder: str | Path) -> dict | None:
     return meta
 
 
+def labelled(meta: dict | None, source: object) -> tuple[tuple[str, ...], int] | None:
+    """Returns (the labels, the ids of a record) of labelled texts by their meta.json; None for other shards.
+
+    Raises HandgradError that names the source if they are damaged.
+    """
+    labels, record = ((meta or {}).get(key) for key in ("labels", "record"))
+    if labels is None:
+        return None
+    is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not is_list or len(set(labels)) < max(len(labels), 2) or type(record) is not int or record < 2:
+        rule = f"{source}/{META} must hold two labels or more, each once, and the ids of a 'record'"
+        raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
+    return tuple(labels), record
+
+
 def read_json(path: Path, hint: str) -> dict | None:
     """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
     return read_object(path, "data", MOST_OF_TOKENIZER, hint) if os.path.exists(path) else None

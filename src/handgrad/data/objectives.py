@@ -1,4 +1,4 @@
-"""Objective: what a window of raw ids becomes. Causal: the next token."""
+"""Objective: what a window of raw ids becomes. Causal: the next token. Chat: the assistant's next token."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data.draws import Draws
+from handgrad.data.shards import BEGINS, LEARNED
 
 # what stands in rows that hold no sequence; 0 in all other arrays. last -1: the row sees nothing
 EMPTY = {"targets": IGNORE_INDEX, "nsp_targets": IGNORE_INDEX, "rows": -1, "last": -1}
@@ -33,6 +34,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def packs(self) -> bool:
+        """Whether a window holds whole rows of chat data, whose marks `fill` gets (`handgrad.data.packing`)."""
+        ...
+
+    @property
     def largest_id(self) -> int:
         """The largest id that `fill` may insert; -1 if it inserts none."""
         ...
@@ -54,12 +60,13 @@ class Objective(Protocol):
         ...
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
         """Returns at least the inputs `names`: int32 or float32, contiguous, in the order of the sequences.
 
-        raw: ids of the windows, (B, raw ids in a window) int32;  partner: the same of the second windows, or None
-        draw: the sequences' random numbers. A sequence must depend on its row of raw, partner and draw alone
+        raw: ids of the windows, (B, raw ids in a window) int32
+        beside: as many ids of the second windows (`partners`), or marks of the ids (`packs`); else None
+        draw: the sequences' random numbers. A sequence must depend on its row of raw, beside and draw alone
         """
         ...
 
@@ -87,6 +94,7 @@ class Causal:
     eot: int | None = None
     static: ClassVar[bool] = False
     partners: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     vocab_size: ClassVar[int | None] = None
     largest_id: ClassVar[int] = -1
 
@@ -101,15 +109,57 @@ class Causal:
         return seq_len
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
         ids = np.ascontiguousarray(raw[:, :-1])
         arrays = {"ids": ids, "targets": np.ascontiguousarray(raw[:, 1:])}
         if "first" in names or "positions" in names:
-            here = np.arange(ids.shape[1], dtype=np.int32)
-            first = np.maximum.accumulate(np.where(ids == self.eot, here, np.int32(0)), axis=1)
-            arrays |= {"first": first, "positions": here - first}
+            arrays |= _bounds(ids == self.eot)
         return arrays
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Every position predicts the next token of its row if that is the assistant's, and nothing else.
+
+    The windows are whole rows of chat data, one after another; the rest of a window is padding, of id 0.
+
+    ids, targets: (B, seq_len), the same ids shifted by one; IGNORE_INDEX for what the assistant did not write
+    first, positions: (B, seq_len), as `Causal(eot)` fills them, with rows as documents. Padding sees itself alone
+
+    >>> raw, marks = np.array([[5, 6, 7, 8, 9]], np.int32), np.array([[2, 1, 2, 0, 1]], np.uint8)  # rows 5 6, 7 8 9
+    >>> arrays = Chat().fill(raw, marks, Draws(0, [0]), ["targets", "first"])
+    >>> arrays["targets"].tolist(), arrays["first"].tolist()
+    ([[6, -1, -1, 9]], [[0, 0, 2, 2]])
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("ids", "targets", "first", "positions")
+    static: ClassVar[bool] = True
+    partners: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    vocab_size: ClassVar[int | None] = None
+    largest_id: ClassVar[int] = -1
+
+    def window(self, seq_len: int) -> tuple[int, int]:
+        return seq_len + 1, seq_len
+
+    def tokens(self, seq_len: int) -> int:
+        return seq_len
+
+    def fill(
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
+    ) -> dict[str, np.ndarray]:
+        assert beside is not None  # the marks, as `packs` asks for
+        targets = np.where(beside[:, 1:] == LEARNED, raw[:, 1:], np.int32(IGNORE_INDEX))
+        arrays = {"ids": np.ascontiguousarray(raw[:, :-1]), "targets": targets}
+        return arrays | _bounds(beside[:, :-1] & BEGINS > 0)
+
+
+def _bounds(begins: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the inputs first and positions of texts whose documents begin at these places, (B, seq_len) bool."""
+    here = np.arange(begins.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(begins, here, np.int32(0)), axis=1)
+    return {"first": first, "positions": here - first}
 
 
 def check_names(names: Collection[str], objective: Objective) -> None:

@@ -1,9 +1,14 @@
-"""Token shards in both of llm.c's formats: a header of 256 int32, then the token ids.
+"""Token shards in both of llm.c's formats: a header of 256 int32, then the token ids. Chat data add files of marks.
 
-    header[0]  magic    20240520: uint16 ids, version 1      20240801: uint32 ids, version 7
+    header[0]  magic    20240520: uint16 ids, version 1      20240801: uint32 ids, version 7      20261201: marks
     header[1]  version
-    header[2]  number of ids, low 32 bits
+    header[2]  number of ids or marks, low 32 bits
     header[3:] zero
+
+Marks are ours: train_000000.mask beside train_000000.bin has a uint8 for each of its ids, the sum of
+
+    1  LEARNED  the assistant's: the model learns to predict the id
+    2  BEGINS   the id is the first of a row
 
 All little-endian. The header's count has 32 bits and wraps for shards of 2**32 ids or more; `open_shard` therefore
 computes the count from the file size and requires the header to agree with it modulo 2**32, so a truncated or extended
@@ -24,9 +29,12 @@ from handgrad.core.disk import flush, require_file, temporary
 from handgrad.core.errors import HandgradError
 
 HEADER_BYTES = 256 * 4
-FORMATS: dict[int, tuple[int, np.dtype]] = {  # magic: (version, dtype of an id)
+MARK = np.dtype("u1")
+LEARNED, BEGINS = 1, 2
+FORMATS: dict[int, tuple[int, np.dtype]] = {  # magic: (version, dtype of an id or a mark)
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
+    20261201: (1, MARK),
 }
 
 
@@ -139,6 +147,18 @@ def open_shard(path: str | Path) -> Shard:
     return Shard(path, *_checked(path, raw, size), identity)
 
 
+def open_marks(shard: Shard) -> Shard:
+    """Returns the marks beside a shard of chat data, as a `Shard`. Raises HandgradError unless there is one per id."""
+    path, hint = shard.path.with_suffix(".mask"), "handgrad data chat makes them; handgrad data check finds damage"
+    if not os.path.exists(path):
+        raise HandgradError("data", f"{shard.path} must have its marks beside it, {path.name}", "missing", hint=hint)
+    marks = open_shard(path)
+    if (marks.dtype, marks.count) != (MARK, shard.count):
+        got = f"{marks.count:,} of {marks.dtype.name}"
+        raise HandgradError("data", f"{path} must hold {shard.count:,} marks, one per id", got, hint=hint)
+    return marks
+
+
 def _identity(descriptor: int) -> tuple[tuple[int, int], int]:
     """Returns ((device, inode), bytes) of an open file."""
     found = os.fstat(descriptor)
@@ -153,7 +173,7 @@ def _checked(path: Path, raw: bytes, size: int) -> tuple[np.dtype, int]:
         raise HandgradError("data", f"{path} must start with a header of {HEADER_BYTES} bytes", f"{size} bytes in all")
     magic, version, low_count = (int(word) for word in np.frombuffer(raw, "<u4", 3))
     if magic not in FORMATS:
-        known = " or ".join(str(m) for m in FORMATS)
+        known = " or ".join(str(m) for m, (_, dtype) in FORMATS.items() if dtype != MARK)
         hint = "make shards of a text with: handgrad data text FILE"
         raise HandgradError("data", f"{path} must start with the magic number {known}", magic, hint=hint)
     known_version, dtype = FORMATS[magic]

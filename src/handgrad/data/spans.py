@@ -50,6 +50,7 @@ class Spans:
     sentinels: int = 100
     static: ClassVar[bool] = False
     partners: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("source", "ids", "targets")
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ class Spans:
         return self.source_len + seq_len
 
     def fill(
-        self, raw: np.ndarray, partner: np.ndarray | None, draw: Draws, names: Collection[str]
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
         B = len(raw)
         length, noise, spans = span_counts(self.source_len, self.rate, self.mean)

@@ -1,5 +1,6 @@
-"""Evaluation: benchmark tasks, scored by the losses of continuations."""
+"""Evaluation: benchmark tasks, scored by the losses of continuations, and labels of texts."""
 
+from handgrad.evals.classes import class_metrics
 from handgrad.evals.load import Loaded, check_tokenizer, load_scorer
 from handgrad.evals.metrics import choice_metrics, evaluate, val_metrics, word_metrics
 from handgrad.evals.scoring import Scorer, record
@@ -12,6 +13,7 @@ __all__ = [
     "Scorer",
     "check_tokenizer",
     "choice_metrics",
+    "class_metrics",
     "evaluate",
     "find",
     "load_scorer",

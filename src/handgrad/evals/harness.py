@@ -14,6 +14,7 @@ from handgrad.evals.load import load_scorer
 from handgrad.infer.engine import Engine
 from handgrad.infer.load import load_run
 from handgrad.infer.sampling import Sampling, StopStrings
+from handgrad.tokenizers import prompt_ids
 
 
 def register() -> type:
@@ -39,14 +40,15 @@ def register() -> type:
             self._engine: Engine | None = None
 
         @property
-        def eot_token_id(self) -> int:
-            if self._model.tokenizer.eot is None:
-                rule = "the harness starts texts with the token that ends documents"
-                raise HandgradError("eval", rule, f"{self._model.tokenizer.name}, which has none")
-            return self._model.tokenizer.eot
+        def eot_token_id(self) -> int:  # what an empty context becomes
+            own = self._model.tokenizer
+            if not own.begins and not own.ends:
+                raise HandgradError("eval", "the harness starts texts with a token that begins or ends them", own.name)
+            return (own.begins or own.ends)[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return self._model.tokenizer.encode(string).tolist()
+            own = self._model.tokenizer
+            return own.encode(string).tolist() if add_special_tokens is False else prompt_ids(own, string)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             scores = self._model.scorer.score([pair for _, *pair in requests], greedy=True)
@@ -55,7 +57,7 @@ def register() -> type:
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             T, totals = self._model.source.model.usual_seq_len, []
             for request in requests:
-                ids = self.tok_encode(request.args[0])
+                ids = self.tok_encode(request.args[0], add_special_tokens=False)
                 windows = get_rolling_token_windows(ids, self.eot_token_id, max_seq_len=T, context_len=1)
                 scores = self._model.scorer.score([make_disjoint_window(window) for window in windows])
                 totals.append(-sum(float(s.losses.sum(dtype="float64")) for s in scores))

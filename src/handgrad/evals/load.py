@@ -7,7 +7,7 @@ from handgrad.backends import open_backend
 from handgrad.backends.base import Backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens, tokens_digest
+from handgrad.data import Data, tokens_digest
 from handgrad.evals.scoring import Scorer, record
 from handgrad.infer.load import Source, check_continues, open_source
 from handgrad.models import declare
@@ -27,12 +27,17 @@ class Loaded:
     dtype: str
 
 
-def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0) -> Loaded:
+def load_scorer(
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, ema: bool = False
+) -> Loaded:
     """The model at a path (whatever `open_source` opens), with its weights in an arena of its own.
 
-    dtype: "f32", "bf16", or "saved" for the one on disk. Raises HandgradError if something is missing.
+    dtype: "f32", "bf16", or "saved" for the one on disk
+    ema: with the average of its weights
+
+    Raises HandgradError if something is missing.
     """
-    source = open_source(path)
+    source = open_source(path, ema)
     check_continues(source, "eval")
     tokenizer = source.tokenizer()
     kind = source.weights.dtype if dtype == "saved" else dtype
@@ -45,7 +50,7 @@ def load_scorer(path: str | Path, dtype: str = "saved", backend: str = "auto", t
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)
 
 
-def check_tokenizer(data: Tokens, tokenizer: Tokenizer, owner: str) -> None:
+def check_tokenizer(data: Data, tokenizer: Tokenizer, owner: str) -> None:
     """Raises HandgradError if the data's meta.json names other tokens than those of `owner`'s tokenizer.
 
     Data without a meta.json pass: their ids are checked against the vocabulary when they are read.

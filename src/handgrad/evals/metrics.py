@@ -1,10 +1,11 @@
 """Metrics from the losses of continuations, each as (value, standard error)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data import Tokens
 from handgrad.evals.scoring import Score, Scorer
 from handgrad.evals.tasks import TASKS, Item
@@ -62,14 +63,30 @@ def val_metrics(
 ) -> dict[str, Metric]:
     """Loss in nats per token, perplexity, and bits per byte of text, over the first `limit` tokens of `data`.
 
-    The token that ends a document counts as a token, not as text. Standard errors are over sequences.
+    The tokens are those that training counts: of chat data the assistant's. The token that ends a document counts as a
+    token, not as text. Standard errors are over sequences, or over documents where the data keep them apart.
     """
-    pairs = [(ids[:1], targets) for b in data.sweep(1, limit) for ids, targets in zip(b["ids"], b["targets"])]
-    loss, error = mean([score.losses.mean(dtype=np.float64) for score in scorer.score(pairs, done=done)])
-    said = (id for _, targets in pairs for id in targets.tolist() if id != tokenizer.eot)
+    parts = [part for batch in data.sweep(1, limit) for part in _documents(batch)]
+    scores = scorer.score([pair for pair, _ in parts], done=done)
+    counts = np.array([own.sum() for _, own in parts])
+    sums = np.array([score.losses[own].sum(dtype=np.float64) for score, (_, own) in zip(scores, parts)])
+    loss = float(sums.sum() / counts.sum())
+    error = mean((sums - loss * counts) / counts.mean())[1]  # of a ratio, to first order
+    said = (id for (_, targets), own in parts for id in targets[own].tolist() if id != tokenizer.eot)
     nbytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.stream(said))
-    bits = sum(len(targets) for _, targets in pairs) / max(nbytes, 1) / math.log(2)
+    bits = int(counts.sum()) / max(nbytes, 1) / math.log(2)
     return {"loss": (loss, error), "perplexity": _perplexity(loss, error), "bits_per_byte": (loss * bits, error * bits)}
+
+
+def _documents(batch: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
+    """Yields (the first id and those after it, which of these count) of each text that a sequence keeps apart."""
+    ids, targets = batch["ids"][0], batch["targets"][0]
+    begins = np.flatnonzero(batch["positions"][0] == 0) if "positions" in batch else np.zeros(1, np.int64)
+    for begin, end in zip(begins, [*begins[1:], ids.size]):
+        own = np.flatnonzero(targets[begin:end] != IGNORE_INDEX)
+        if own.size:  # the last target is no input; what follows the last that counts has no effect
+            after = np.append(ids[begin + 1 : end], targets[end - 1])[: own[-1] + 1]
+            yield (ids[begin : begin + 1], after), np.isin(np.arange(after.size), own)
 
 
 def mean(values: Sequence[float]) -> Metric:

@@ -7,8 +7,9 @@ a time.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,10 @@ from handgrad.core.dtypes import I32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.infer.lengths import lengths
 from handgrad.models import Model
+from handgrad.models.model import NONE
 
-LENGTHS = tuple(n << k for k in range(3, 20) for n in (2, 3))  # 16 24 32 48 64 96 ...
 LOSSES, LOGITS = -2, -1  # where the head's programs stand among them
 HEAD_ROWS = 512  # 100 MB of logits at GPT-2's vocabulary in float32
 
@@ -35,19 +37,16 @@ class Score:
     greedy: bool | None
 
 
-def lengths(model: Model) -> list[int]:
-    """The lengths that have a program, ascending."""
-    return [n for n in LENGTHS if n < model.usual_seq_len] + [model.usual_seq_len]
-
-
-def record(model: Model, dtype: DType, tokens: int) -> tuple[Program, ...]:
+def record(model: Model, dtype: DType, tokens: int, adapters: Mapping[str, Any] = NONE) -> tuple[Program, ...]:
     """The programs of a Scorer: one per length, of about `tokens` tokens a batch; then the head's losses and logits.
+
+    adapters: see `Program.adapters`
 
     None of them uses every parameter, so the plan's primary program must be another: `models.declare`'s, or training's.
     """
     bodies = []
-    for length in lengths(model):
-        p = Program(dtype)
+    for length in lengths(model.usual_seq_len):
+        p = Program(dtype, adapters=adapters)
         p.output("hidden", model.body(p, model.inputs(p, max(tokens // length, 1), length)))
         bodies.append(p)
     width = bodies[0].outputs["hidden"].shape[1]
@@ -65,7 +64,7 @@ class Scorer:
     def __init__(self, model: Model, programs: tuple[Program, ...], arena: Arena, backend: Backend):
         self.model = model
         self._programs, self._arena, self._backend = programs, arena, backend
-        self._lengths = lengths(model)
+        self._lengths = lengths(model.usual_seq_len)
         self._bound: dict[int, Executable] = {}
 
     def score(

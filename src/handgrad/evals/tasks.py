@@ -209,7 +209,8 @@ def read_items(name: str, path: str | Path, tokenizer: Tokenizer, limit: int = 0
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """The tokens of both, from the text tokenized in one piece; spaces between them belong to the continuation.
 
-    An empty context becomes the token that ends documents.
+    What the tokenizer puts before every text precedes the context. An empty context without it becomes the token that
+    ends documents.
 
     >>> from handgrad import tokenizers
     >>> [ids.tolist() for ids in encode_pair(tokenizers.gpt2(), "Hello ", "world")]
@@ -217,13 +218,13 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
-    whole = tokenizer.encode(context + continuation)
+    whole, begins = tokenizer.encode(context + continuation), list(tokenizer.begins)
     if not context:
-        if tokenizer.eot is None:
+        if not begins and not tokenizer.ends:
             raise HandgradError("eval", "an empty context needs a tokenizer that ends documents", tokenizer.name)
-        return [tokenizer.eot], whole
+        return begins or [tokenizer.ends[0]], whole
     at = len(tokenizer.encode(context))
-    return whole[:at], whole[at:]
+    return [*begins, *whole[:at]] if begins else whole[:at], whole[at:]
 
 
 def _read_tokens(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Item]:
@@ -238,7 +239,7 @@ def _read_tokens(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Ite
         raise HandgradError("eval", f"{path} holds tokens of the model's tokenizer", "another's", hint=hint)
     return [
         Item(
-            tuple((q.context, ending) for ending in q.endings),
+            tuple(([*tokenizer.begins, *q.context], ending) for ending in q.endings),
             q.label,
             tuple(max(len(tokenizer.decode(ending).removeprefix(" ")), 1) for ending in q.endings),
         )

@@ -11,12 +11,16 @@ from handgrad import tokenizers
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import own_version
+from handgrad.core.json_file import read_object
+from handgrad.infer.adapters import write_peft
 from handgrad.infer.load import TOKENIZER, Source
 from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, with_rows
 from handgrad.models import GPT2, declare, to_dict
 from handgrad.ops.adamw.reference import split_weight
+
+SETTINGS = "config.json"  # of a run folder
 
 
 def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
@@ -27,6 +31,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
     form = Format(**source.model.hugging_face)
     ends = source.ends
     suppressed: list[int] = []
+    begins: tuple[int, ...] = ()
     if tokenizer is not None:
         ends = tuple(id for id in tokenizer.ends if id < source.model.vocab_size)
         drawable = np.zeros(source.model.vocab_size, bool)
@@ -35,7 +40,24 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         # cutting these rows off instead would change the probabilities of the others
         suppressed = np.flatnonzero(~drawable).tolist()
         tokenizers.to_folder(tokenizer, folder)
-    hf.write(folder, form, source.weights, dtype, ends, suppressed)
+        begins = tokenizer.begins
+    hf.write(folder, form, source.weights, dtype, ends, suppressed, begins)
+
+
+def to_adapter(source: Source, folder: Path, dtype: str) -> None:
+    """Fills an empty folder with the adapter of a run, so that peft loads it onto the model that the run began with."""
+    assert source.lora is not None and source.tensors is not None
+    settings = source.path.resolve().parent / SETTINGS
+    init = read_object(settings, "convert").get("model", {}).get("init", "") if settings.exists() else ""
+    base = "" if init in ("random", "llmc") else str(init).removeprefix("hf:")
+    write_peft(folder, source.lora, source.model, source.tensors, dtype, base)
+
+
+def num_adapter_params(source: Source) -> int:
+    """Parameters of the adapter of a run."""
+    adapters = source.lora.adapters(source.model) if source.lora else {}
+    shapes = source.weights.shapes
+    return sum(a.rank * (len(a.spans) * shapes[weight][1] + a.rows) for weight, a in adapters.items())
 
 
 def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None, table: Path) -> None:

@@ -1,7 +1,9 @@
-"""Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time."""
+"""Engine: text generation with a key/value cache. Prefill reads the prompt in chunks, decode one token at a time. The
+prompt of an encoder-decoder is the source: its encoder reads it whole, and the decoder starts with an id of its own."""
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,20 +12,32 @@ from handgrad.core.dtypes import DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.infer.sampling import Sampler, Sampling
-from handgrad.models import Model, forward_logits
+from handgrad.models import EncoderDecoder, Model, forward_logits
+from handgrad.models.model import NONE
 
 PREFILL = 64  # tokens of a prefill chunk: enough rows for a GEMM to run near its peak
 
 
-def record(model: Model, dtype: DType, context: int = 0) -> tuple[Program, Program]:
-    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head.
+def record(model: Model, dtype: DType, context: int = 0, adapters: Mapping[str, Any] = NONE) -> tuple[Program, ...]:
+    """The programs (prefill, decode) of one sequence; they share the cache. Prefill has no head. For an encoder-decoder
+    (prefill, decode, encode): the first two read what the third one writes.
 
-    context: tokens that the cache holds; 0: the model's usual_seq_len
+    context: tokens that the cache holds; 0: `usual_context`;  adapters: see `Program.adapters`
     """
-    prefill, decode, context = Program(dtype), Program(dtype), context or model.usual_seq_len
+    prefill, decode, encode = (Program(dtype, adapters=adapters) for _ in range(3))
+    context = context or usual_context(model)
     model.body(prefill, model.inputs(prefill, 1, min(PREFILL, context), cache=context))
     forward_logits(decode, model, 1, 1, cache=context)
-    return prefill, decode
+    if not isinstance(model, EncoderDecoder):
+        return prefill, decode
+    model.encode(encode, 1)
+    return prefill, decode, encode
+
+
+def usual_context(model: Model) -> int:
+    """Tokens in the cache where the user does not say: the model's usual_seq_len. What a decoder writes may be longer
+    than its targets in training."""
+    return model.max_seq_len if isinstance(model, EncoderDecoder) else model.usual_seq_len
 
 
 class Engine:
@@ -36,21 +50,32 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        programs: tuple[Program, Program],
+        programs: tuple[Program, ...],
         arena: Arena,
         backend: Backend,
         drawable: np.ndarray | None = None,
         context: int = 0,
     ):
-        self.model, self.context = model, context or model.usual_seq_len
+        self.model, self.context = model, context or usual_context(model)
         self.drawable = drawable
-        self._prefill, self._decode = programs
+        self._prefill, self._decode = programs[:2]
         self._arena = arena
         self._run = tuple(backend.bind(p, arena) for p in programs)
         self.position = 0  # tokens in the cache
 
     def __repr__(self) -> str:
         return f"Engine({self.model}, {self.position} tokens in the cache)"
+
+    def read(self, source: Sequence[int]) -> None:
+        """Encodes a source for an encoder-decoder, and empties the cache."""
+        padding = [0] * (self.model.max_seq_len - len(source))
+        for run in self._run:
+            last = run.program.inputs["source_last"]
+            self._arena.write(last, [len(source) - 1] * last.size)
+        encode = self._run[2]
+        self._arena.write(encode.program.inputs["source"], [*source, *padding])
+        encode.run()
+        self.position = 0
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Appends tokens to the cache; returns the logits (V,) f32 after the last one."""
@@ -86,12 +111,14 @@ class Engine:
         stop_ids: Collection[int] = (),
         drawable: np.ndarray | None = None,
     ) -> Iterator[int]:
-        """Yields up to `max_tokens` token ids after `prompt`; ends before any of `stop_ids`. Raises at once.
+        """Yields up to `max_tokens` token ids after `prompt` (of an encoder-decoder: about it, its source); ends before
+        any of `stop_ids`. Raises at once.
 
         drawable: which ids may follow, (n,) bool; None: those of the engine
 
         The model sees at most `context` tokens. When the window is full, the engine reads its newer half again from
-        position 0, so generation has no end of its own. Of a longer prompt it reads the last `context` tokens.
+        position 0, so generation has no end of its own. Of a longer prompt it reads the last `context` tokens; a source
+        has at most max_seq_len.
         """
         try:
             ids = [operator.index(t) for t in prompt]
@@ -102,9 +129,23 @@ class Engine:
         if bad:
             raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
         sampler = Sampler(sampling, self.model.vocab_size, self.drawable if drawable is None else drawable)
-        return self._tokens(ids[-self.context :], max_tokens, sampler, stop_ids)
+        if not isinstance(self.model, EncoderDecoder):
+            return self._tokens(None, ids[-self.context :], max_tokens, sampler, stop_ids)
+        if not 0 < len(ids) <= self.model.max_seq_len:
+            rule = f"a source has 1 to {self.model.max_seq_len} tokens, its end included"
+            raise HandgradError("generate", rule, len(ids))
+        return self._tokens(ids, [self.model.start_id], max_tokens, sampler, stop_ids)
 
-    def _tokens(self, window: list[int], max_tokens: int, sampler: Sampler, stop_ids: Collection[int]) -> Iterator[int]:
+    def _tokens(
+        self,
+        source: list[int] | None,
+        window: list[int],
+        max_tokens: int,
+        sampler: Sampler,
+        stop_ids: Collection[int],
+    ) -> Iterator[int]:
+        if source is not None:
+            self.read(source)
         self.position = 0
         logits = self.logits(window)
         for i in range(max_tokens):

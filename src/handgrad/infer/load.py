@@ -2,24 +2,41 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from handgrad import tokenizers
 from handgrad.backends import open_backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
+from handgrad.core.program import Program
+from handgrad.infer.adapters import merged
 from handgrad.infer.engine import Engine, record
+from handgrad.infer.marks import Marked
 from handgrad.infer.sampling import Sampling, StopStrings
 from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
 from handgrad.io.gguf_file import is_gguf, open_file
 from handgrad.io.weights import Weights
-from handgrad.models import GPT2, Model, build_from_file, declare, family_of_model_type, from_dict, shapes
+from handgrad.models import (
+    GPT2,
+    EncoderDecoder,
+    Model,
+    build_from_file,
+    declare,
+    family_of_model_type,
+    from_dict,
+    shapes,
+)
+from handgrad.models.lora import Lora, from_saved
 from handgrad.models.presets import HUGGING_FACE
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
+HEADLESS = {"mlm": False, "nsp": False, "pooler": True, "labels": ()}  # of a Bert
 MAX_TOKENS = 256  # of a continuation, unless it is given
 KINDS = "a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder or hf:NAME"
 
@@ -31,6 +48,7 @@ class Source:
     kind: "handgrad", "llmc", "gguf" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
     weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     ends: ids that end a text, for a model whose tokenizer is missing
+    lora: adapters that a run has trained, which are merged into `weights`;  tensors: reads those of the adapters
     """
 
     kind: str
@@ -39,27 +57,34 @@ class Source:
     weights: Weights
     tokenizer: Callable[[], tokenizers.Tokenizer]
     ends: tuple[int, ...] = ()
+    lora: Lora | None = None
+    tensors: Callable[[str], np.ndarray] | None = None
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, ema: bool = False) -> Source:
     """The model at a path, or at hf:NAME. Reads and checks headers, not tensors.
 
-    A folder that llm.c trains in stands for its newest complete model. Raises HandgradError if there is no model.
+    A folder that llm.c trains in stands for its newest complete model. ema: with the average of the weights that a run
+    with --ema keeps. Raises HandgradError if there is no model, or no average.
     """
     path = hf.download(str(source)[3:]) if str(source).startswith("hf:") else Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:  # a name that is too long, a folder that is closed
         raise HandgradError("model", f"a model is {KINDS}", error.strerror) from None
+    if ema and not (is_folder and (checkpoint.is_checkpoint(path) or checkpoint.newest(path))):
+        raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"'{path}'")
     if is_file:
         return _gguf(path) if is_gguf(path) else _llmc(path)
     if not is_folder:
         on_hub = f"hf:{path} is a model of the Hugging Face hub"
         hint = on_hub if str(path) in HUGGING_FACE else "handgrad train makes one"
+        if path.name == checkpoint.BEST and checkpoint.newest(path.parent):
+            hint = "a run with --keep-best has one, from its first validation on"
         raise HandgradError("model", f"a model is {KINDS}", f"no '{path}'", hint=hint)
     folder = path if checkpoint.is_checkpoint(path) else checkpoint.newest(path)
     if folder is not None:
-        return _run(folder)
+        return _run(folder.parent / folder.resolve().name, ema)
     if hf.is_folder(path):
         return _hugging_face(path)
     done = sorted(int(p.name[5:]) for p in path.glob("DONE_*") if p.name[5:].isdigit())
@@ -69,33 +94,38 @@ def open_source(source: str | Path) -> Source:
 
 
 def load_run(
-    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0, context: int = 0
+    path: str | Path, dtype: str = "saved", backend: str = "cpu", threads: int = 0, context: int = 0, ema: bool = False
 ) -> tuple[Engine, tokenizers.Tokenizer]:
     """(engine, tokenizer) of the model that `open_source` opens.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in
     context: tokens that the model sees at most; 0: the model's longest, and 2048 at most for a Llama
+    ema: the average of its weights
 
     Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
-    source = open_source(path)
-    check_continues(source, "generate")
+    source = open_source(path, ema)
+    if not isinstance(source.model, EncoderDecoder):
+        check_continues(source, "generate")
     if not 0 <= context <= source.model.max_seq_len:
         rule = f"context lies in 1 .. {source.model.max_seq_len}, the tokens that the model reads"
         raise HandgradError("generate", rule, context)
     tokenizer = source.tokenizer()
+    if isinstance(source.model, EncoderDecoder):
+        tokenizer = Marked(tokenizer, source.model.marks, source.model.end_id)
     kind = source.weights.dtype if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    prefill, decode = programs = record(source.model, DTYPES[kind], context)
-    arena = engine_backend.alloc(engine_backend.plan(decode, prefill))
-    for name, info in decode.params.items():
+    whole, programs = declare(source.model, DTYPES[kind]), record(source.model, DTYPES[kind], context)
+    arena = engine_backend.alloc(engine_backend.plan(whole, *programs))
+    for name, info in whole.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
     return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable(), context), tokenizer
 
 
 @dataclass(frozen=True, repr=False)
 class Loaded:
-    """A model that is ready to continue text. `stream` and `generate` share one cache: finish one before the next."""
+    """A model that is ready to continue a text, or to write about it (an encoder-decoder). `stream` and `generate`
+    share one cache: finish one before the next."""
 
     engine: Engine
     tokenizer: tokenizers.Tokenizer
@@ -114,9 +144,10 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> str:
         """Returns the continuation of a prompt, without the prompt; the same as `stream`, joined."""
-        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop))
+        return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, seed, stop, special_tokens))
 
     def stream(
         self,
@@ -127,11 +158,16 @@ class Loaded:
         top_p: float = Sampling.top_p,
         seed: int = Sampling.seed,
         stop: Sequence[str] = (),
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a prompt as it is made.
 
-        prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one
+        prompt: text to continue; None: a line break, or the end-of-text token if the tokenizer cannot spell one. An
+        encoder-decoder needs one, its source: it ends by itself, and marks such as <extra_id_0> stand for gaps.
         max_tokens: at most;  temperature, top_k, top_p, seed: see `Sampling`;  stop: end before any of these strings
+        special_tokens: a special token spelled out in the prompt is that token; else it is plain text
+
+        What the tokenizer puts before every text, as Llama's does, precedes the prompt.
 
         It ends at a token that ends texts. Raises HandgradError, at once, for a value out of range and for a prompt
         that is empty or that the tokenizer cannot spell.
@@ -143,7 +179,13 @@ class Loaded:
         if prompt == "":
             raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
         tokenizer = self.tokenizer
-        ids = tokenizers.neutral_prompt(tokenizer) if prompt is None else tokenizer.encode(prompt).tolist()
+        tokenizers.check_special(tokenizer, special_tokens)
+        if prompt is None and not self.model.continues_text:
+            raise HandgradError("generate", f"a {self.model.family} needs a prompt, which it writes about")
+        if prompt is None:
+            ids = tokenizers.neutral_prompt(tokenizer)
+        else:
+            ids = tokenizers.prompt_ids(tokenizer, prompt, special_tokens)
         if not ids:
             raise HandgradError("generate", f"a prompt is spelled with tokens of {tokenizer.name}", repr(prompt))
         tokens = self.engine.generate(ids, max_tokens, sampling, tokenizer.ends)
@@ -153,13 +195,15 @@ class Loaded:
         return f"Loaded({self.model}, tokenizer {self.tokenizer.name} of {self.tokenizer.vocab_size:,} tokens)"
 
 
-def load(path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0) -> Loaded:
+def load(
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0, ema: bool = False
+) -> Loaded:
     """The model that `open_source` opens, ready to continue text.
 
     path: a run folder, one of its checkpoints, a .bin of llm.c, a .gguf, a Hugging Face folder, or hf:NAME
-    dtype, backend, threads, context and errors as in `load_run`
+    dtype, backend, threads, context, ema and errors as in `load_run`
     """
-    return Loaded(*load_run(path, dtype, backend, threads, context))
+    return Loaded(*load_run(path, dtype, backend, threads, context, ema))
 
 
 def check_continues(source: Source, where: str) -> None:
@@ -168,36 +212,61 @@ def check_continues(source: Source, where: str) -> None:
         raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
 
 
-def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises HandgradError if a token differs between this tokenizer and the model's own, if it has one."""
+def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
+    """Returns the ids of the tokens that this tokenizer adds to the model's own; none if the model has no tokenizer.
+
+    Raises HandgradError if another token differs.
+    """
     try:
         own = source.tokenizer()
     except HandgradError:
-        return
+        return range(0)
     for id in range(min(own.vocab_size, tokenizer.vocab_size)):
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
             rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
             raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
+    added = range(own.vocab_size, tokenizer.vocab_size)
+    if not tokenizers.added_ids(tokenizer) >= set(added):
+        rule = f"data for {source.path} are made with its tokenizer of {own.vocab_size:,} tokens, or one that adds some"
+        raise HandgradError("model", rule, f"{tokenizer.vocab_size:,} of {tokenizer.name}")
+    return added
 
 
 # handgrad's own -------------------------------------------------------------------------------------------------------
 
 
-def _run(folder: Path) -> Source:
-    """The model in a checkpoint of ours; the ref backend stores float64."""
+def _run(folder: Path, ema: bool) -> Source:
+    """The model in a checkpoint of ours, or its average; the ref backend stores float64."""
     saved = checkpoint.load_meta(folder, {"model": dict, "dtype": str})
     model = from_dict(saved, "model", f"{folder}/run.json")
     if saved["dtype"] not in ON_DISK:
         rule = f"{folder}/run.json gives a dtype of {', '.join(ON_DISK)}"
         raise HandgradError("model", rule, repr(saved["dtype"]))
     stored = "float64" if saved.get("stored") == "float64" else ON_DISK[saved["dtype"]]
-    program = declare(model)
+    lora = from_saved(saved.get("lora"), f"{folder}/run.json")
+    program = declare(model, adapters=lora.adapters(model) if lora else {})
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
-    tensors = checkpoint.load(folder, expected)
+    read: Callable[[str], np.ndarray] = checkpoint.load(folder, expected).__getitem__
+    if ema:
+        read = _average(folder, program, read)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
-    weights = Weights(asdict(model), saved["dtype"], shapes(program), tensors.__getitem__)
-    return Source("handgrad", folder, model, weights, lambda: _tokenizer_of_run(folder.resolve().parent), ends)
+    weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), read)
+    if lora is not None:
+        weights = merged(weights, lora, model, read)
+    tokenizer = partial(_tokenizer_of_run, folder.resolve().parent)
+    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, read)
+
+
+def _average(folder: Path, program: Program, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """What reads a parameter of the average in a checkpoint, float32; a frozen parameter has none and is itself."""
+    held, params = checkpoint.state_names(folder), program.params.items()
+    names = {name: info.tensor.shape for name, info in params if f"{checkpoint.EMA}.{name}" in held}
+    if not names:
+        raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
+    expected = {f"{checkpoint.EMA}.{name}": (shape, "float32") for name, shape in names.items()}
+    tensors = checkpoint.load_state(folder, expected, others=True)
+    return lambda name: tensors[f"{checkpoint.EMA}.{name}"] if name in names else read(name)
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:
@@ -235,6 +304,15 @@ def _hugging_face(path: Path) -> Source:
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
     ends = tokenizers.model_ends(path, range(model.vocab_size)) or ()
     return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model), ends)
+
+
+def with_pooler(source: Source) -> Source:
+    """A BERT as its body and pooler, if a Hugging Face folder holds a pooler that the model's class leaves out."""
+    form = Format(**source.model.hugging_face)
+    if source.kind != "hf" or asdict(source.model)["pooler"] or not hf.holds(source.path, form, "pooler.weight"):
+        return source
+    model = build_from_file(type(source.model), asdict(source.model) | HEADLESS, "hf", source.path)
+    return replace(source, model=model, weights=hf.read(source.path, form, asdict(model), shapes(declare(model))))
 
 
 def _tokenizer_of_file(path: Path, model: Model) -> tokenizers.Tokenizer:

@@ -13,7 +13,8 @@ Saving step 500, and what is left if it is killed between two lines:
     3  write DONE in it, flush DONE and the folder                              the same
     4  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
     5  rename the temporary folder to step_000500, flush the run folder         step_000500, complete
-    6  delete .old, then what keep_last and keep_every do not keep              under temporary names: never read
+    6  let the link `best` lead to it, if it is the best so far                 the link leads to the older best
+    7  delete .old, then what keep_last and keep_every do not keep              under temporary names: never read
 
 A folder gets the name step_000500 only when it is complete and on disk, and renaming is atomic. DONE shows what a name
 cannot: whether a copy by other means was completed. The next save first removes temporary folders, and gives a .old
@@ -28,7 +29,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ MODEL = "model.safetensors"
 STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
+BEST = "best"  # a link to the checkpoint with the lowest validation loss
+EMA = "ema"  # begins the names of an average of the weights in the state
+COOLED = "cooled_"  # begins the name of a checkpoint that an extended run has set aside: no resume takes it
 OLDER = "delete this folder (or its DONE file) to resume from the previous checkpoint"
 Expected = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name: shape, dtype
 _STEP = re.compile(r"step_(\d{6,})(\.old)?")
@@ -79,6 +83,8 @@ def save(
     *,
     keep_last: int = 1,
     keep_every: int = 0,
+    keep: Collection[int] = (),
+    best: int | None = None,
     when_read: Callable[[], None] = lambda: None,
     before_done: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -87,6 +93,7 @@ def save(
     tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written without a
         copy; others are copied first
     meta: what JSON can hold; "step" is added
+    keep_last, keep_every, keep: see `prune`;  best: the step that the link `best` leads to, which is kept, too
     when_read: called once, when the system has all arrays and they may change again
     before_done: called once, when all but DONE is on disk: whatever must not be missing beside the checkpoint
 
@@ -103,10 +110,7 @@ def save(
     out_dir = Path(out_dir)
     final = out_dir / f"step_{step:06d}"
     building = temporary(final)
-    try:
-        text = json.dumps({**meta, "step": step}, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
-        raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
+    text = _dumped({**meta, "step": step})
     good = newest(out_dir)
     hint = f"resume from {good}, which is whole, with a lower learning rate" if good else "a lower learning rate"
     for name, array in (*tensors.items(), *state.items()):
@@ -120,7 +124,9 @@ def save(
         when_read()
         _complete_folder(building, text, before_done)
         _give_name(building, final)
-        prune(out_dir, keep_last, keep_every, but=step)
+        if best is not None:
+            link_best(out_dir, best)
+        prune(out_dir, keep_last, keep_every, keep={step, best, *keep})
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         hint = "older checkpoints are untouched; free some space or choose another run folder"
@@ -128,6 +134,13 @@ def save(
     finally:
         shutil.rmtree(building, ignore_errors=True)  # already renamed if all went well
     return final
+
+
+def _dumped(meta: dict) -> str:
+    try:
+        return json.dumps(meta, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise HandgradError("checkpoint", f"what goes into {META} must be JSON", error) from None
 
 
 def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -> None:
@@ -233,9 +246,12 @@ def load(path: str | Path, expected: Expected) -> "Tensors":
     return Tensors(_checked_folder(path) / MODEL, expected)
 
 
-def load_state(path: str | Path, expected: Expected) -> "Tensors":
-    """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`."""
-    return Tensors(_checked_folder(path) / STATE, expected)
+def load_state(path: str | Path, expected: Expected, others: bool = False) -> "Tensors":
+    """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`.
+
+    others: there may be more of them
+    """
+    return Tensors(_checked_folder(path) / STATE, expected, others)
 
 
 def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
@@ -260,7 +276,7 @@ def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> d
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder, or what a link to one leads to, has the name of a checkpoint; it may be incomplete."""
-    return path.resolve().name.startswith("step_")
+    return path.resolve().name.startswith(("step_", COOLED))
 
 
 def newest(out_dir: str | Path) -> Path | None:
@@ -268,24 +284,47 @@ def newest(out_dir: str | Path) -> Path | None:
     return next(iter(complete(out_dir)), None)
 
 
-def complete(out_dir: str | Path) -> list[Path]:
-    """Returns the folders of the complete checkpoints in `out_dir`, the highest step first."""
-    return [path for _, path in sorted(_checkpoints(Path(out_dir)).items(), reverse=True)]
+def complete(out_dir: str | Path, until: int | None = None) -> list[Path]:
+    """Returns the folders of the complete checkpoints in `out_dir`, up to a step, the highest step first."""
+    found = sorted(_checkpoints(Path(out_dir)).items(), reverse=True)
+    return [path for step, path in found if until is None or step <= until]
 
 
-def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, but: int | None = None) -> None:
-    """Deletes checkpoints, except the `keep_last` highest steps, multiples of `keep_every` (0: none) and step `but`."""
+def link_best(out_dir: str | Path, step: int) -> None:
+    """Lets the link `best` lead to the checkpoint of a step; without a complete one of it, removes the link."""
+    link, found = Path(out_dir) / BEST, _checkpoints(Path(out_dir)).get(step)
+    if found is None:
+        if link.is_symlink():
+            link.unlink()
+        return
+    new = temporary(link)
+    new.unlink(missing_ok=True)
+    new.symlink_to(found.name)
+    new.replace(link)
+    flush(link.parent)
+
+
+def state_names(path: str | Path) -> set[str]:
+    """Returns the names of the tensors of the optimizer state in checkpoint `path`."""
+    file = _checked_folder(path) / STATE
+    require_file(file, "a checkpoint's tensors", "checkpoint", OLDER)
+    return set(_readable(file, lambda: safe_open(file, "np", backend="pread").keys()))
+
+
+def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, keep: Collection[int | None] = ()) -> None:
+    """Deletes checkpoints, except the `keep_last` highest steps, multiples of `keep_every` (0: none) and steps in
+    `keep`."""
     _check_keep(keep_last, keep_every)
     found = _checkpoints(Path(out_dir))
     for step in sorted(found)[:-keep_last]:
-        if step != but and (keep_every == 0 or step % keep_every):
+        if step not in keep and (keep_every == 0 or step % keep_every):
             _delete(found[step])
 
 
 class Tensors(Mapping):
     """The tensors of one safetensors file: name -> array, a fresh copy read from disk at each access."""
 
-    def __init__(self, path: Path, expected: Expected):
+    def __init__(self, path: Path, expected: Expected, others: bool = False):
         self._path = path
         # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
         require_file(path, "a checkpoint's tensors", "checkpoint", OLDER)
@@ -294,7 +333,7 @@ class Tensors(Mapping):
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing:
             raise HandgradError("checkpoint", f"{path} must hold the tensor {missing[0]!r}", _more("no such", missing))
-        if extra:
+        if extra and not others:
             rule = f"{path} must hold only the {len(expected)} expected tensors"
             raise HandgradError("checkpoint", rule, _more(f"also {extra[0]!r}", extra), hint="is it another model's?")
         for name, (shape, dtype) in expected.items():

@@ -5,14 +5,14 @@ A `Format`, which the caller gives, is that table. It serves Hugging Face's fold
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
-from handgrad.io.weights import Weights
+from handgrad.io.weights import NUMPY, Weights
 
 DTYPES = {"F32": "f32", "BF16": "bf16", "F16": "f32"}  # float16 has fewer values than float32, and others than bf16
 # keys that change what transformers makes of any family: the values that change nothing, the default first
@@ -66,6 +66,8 @@ class Format:
     """their tensors that we do not need, without the prefix: a regular expression"""
     tied: tuple[str, str, str]
     """our flag, and the two tensors of ours that are one where it is set: the table and the head"""
+    shifted: str = "(?!)"
+    """our tensors that are theirs plus 1: a regular expression"""
     rows: Callable[[str, Mapping[str, Any]], tuple[int, ...]] | None = None
     """from the name of a tensor of ours that is several of theirs, and from our fields: the rows of each"""
     order: Callable[[str, Mapping[str, Any]], Sequence[int] | None] | None = None
@@ -76,6 +78,10 @@ class Format:
     """from config.json: our fields that `fields` and `shared` cannot give"""
     encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     """from our fields: the keys that `decode` reads"""
+    renamed: Callable[[str], str] = str
+    """from the name of a tensor of theirs, without the prefix, to the one that newer files give it"""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """our flag: a tensor of ours. A file without the tensor turns the flag off, whatever config.json says"""
     computes: frozenset[str] = frozenset()
     """keys of NEUTRAL that `decode` reads"""
     gguf: Mapping[str, Any] | None = None
@@ -106,9 +112,11 @@ class Format:
     def apart(self, weights: Weights, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, tensor) of all their tensors, read one of ours at a time."""
         for name, shape in weights.shapes.items():
-            values, at = weights.tensor(name, dtype), 0
+            is_shifted, at = self._is_shifted(name), 0
+            values = weights.tensor(name, "f32" if is_shifted else dtype)
             order = self._order(name, weights.fields)
             values = values if order is None else values[order]
+            values = (values - np.float32(1)).astype(NUMPY[dtype]) if is_shifted else values
             for theirs, part in self.parts(name, shape, weights.fields):
                 count = part[-1] if self._is_transposed(name) else part[0]
                 rows = values[at : at + count]
@@ -121,10 +129,15 @@ class Format:
         if len({part.dtype for part in values}) > 1:
             values = [part.astype(np.float32) for part in values]
         whole = values[0] if len(values) == 1 else np.concatenate(values)
-        return whole if order is None else whole[np.argsort(order)]
+        whole = whole if order is None else whole[np.argsort(order)]
+        # in float32: near 1, bf16 has fewer digits
+        return whole.astype(np.float32) + np.float32(1) if self._is_shifted(name) else whole
 
     def _order(self, name: str, fields: Mapping[str, Any]) -> Sequence[int] | None:
         return self.order(name, fields) if self.order else None
+
+    def _is_shifted(self, name: str) -> bool:
+        return re.fullmatch(self.shifted, name) is not None
 
     def _is_transposed(self, name: str) -> bool:
         return re.fullmatch(self.transposed, name) is not None

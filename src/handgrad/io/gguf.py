@@ -73,6 +73,7 @@ class Layout:
             names=lambda name: tuple(self.name(theirs) for theirs in form.names(name)),
             prefix="",
             transposed="(?!)",
+            shifted="(?!)",
             ignored="(?!)",
         )
 

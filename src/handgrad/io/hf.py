@@ -28,8 +28,16 @@ from handgrad.io.weights import Weights
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
-TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-FILES = (CONFIG, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
+TOKENIZER = (
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+FILES = (CONFIG, POOLING, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs
 MOST_HEADER = 8 << 20  # bytes of a safetensors header; 1,024 layers take 2 MB, and the format allows a slow 100 MB
 LOGIN = "hf auth login, with a token that may write"
 MOST_FILE = 5 * 10**9  # bytes of the tensors in a file; a larger model is written into several, with an index
@@ -111,12 +119,19 @@ def read_fields(path: Path, form: Format) -> dict[str, Any]:
     where two keys for one field contradict each other.
     """
     found = format.read_fields(form, read_object(path / CONFIG, "hf"), "hf", path / CONFIG)
+    for flag, name in form.optional.items():
+        found[flag] = found[flag] and holds(path, form, name)
     flag, *pair = form.tied
     if found.get(flag) is True:
         tensors = _tensors(path, form)
         table, head = (tensors.get(form.names(name)[0].removeprefix(form.prefix)) for name in pair)
         found[flag] = table is None or head is None or _equal(table, head)
     return found
+
+
+def holds(path: Path, form: Format, name: str) -> bool:
+    """Whether a folder holds a tensor of ours."""
+    return form.names(name)[0].removeprefix(form.prefix) in _tensors(path, form)
 
 
 def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -129,7 +144,7 @@ def read(path: Path, form: Format, fields: Mapping[str, Any], shapes: Mapping[st
     config = read_object(path / CONFIG, "hf")
     format.check_only(form, config, fields, "hf", path / CONFIG)
     if (path / ADAPTER).exists():
-        hint = "merge it into the weights with peft's merge_and_unload"
+        hint = "merge it with peft's merge_and_unload; or train on from it: --init its model --lora-init the adapter"
         raise HandgradError("hf", f"'{path}' holds a whole model", f"{ADAPTER} of an adapter", hint=hint)
     found = {name: _stored(*place) for name, place in _tensors(path, form).items()}
     kind, known = shown(config.get("architectures")), form.model_types.values()
@@ -144,17 +159,18 @@ def write(
     dtype: str | None = None,
     ends: Sequence[int] = (),
     suppressed: Sequence[int] = (),
+    begins: Sequence[int] = (),
 ) -> None:
     """Writes config.json, the tensors and, if it has something to say, generation_config.json into a folder.
 
     dtype: "f32", "bf16", or None for the weights' own;  ends: the tokens that end a text, unless the family has its own
-    suppressed: ids that `generate` of transformers must not draw
+    suppressed: ids that `generate` of transformers must not draw;  begins: the tokens that precede a text
 
     Up to MOST_FILE bytes of tensors become model.safetensors, more become several files with an index.
     """
     dtype, config = dtype or weights.dtype, form.config(weights.fields)
     end = {
-        "bos_token_id": ends[0] if ends else None,
+        "bos_token_id": (*begins, *ends, None)[0],
         "eos_token_id": config.get("eos_token_id", list(ends) if len(ends) > 1 else ends[0] if ends else None),
     }
     config |= {**end, "torch_dtype": {"f32": "float32", "bf16": "bfloat16"}[dtype]}
@@ -164,7 +180,7 @@ def write(
     if ends or suppressed:
         write_text(path / GENERATION, json.dumps(end, indent=2) + "\n")
     parts = [part for name, shape in weights.shapes.items() for part in form.parts(name, shape, weights.fields)]
-    files = _divide(parts, dtype)
+    files = _divide(parts, dtype, MOST_FILE)
     names = [MODEL] if len(files) == 1 else [SHARD.format(i + 1, len(files)) for i in range(len(files))]
     tensors = form.apart(weights, dtype)  # tensor by tensor: no second copy of the model in memory
     for name, header in zip(names, files, strict=True):
@@ -177,13 +193,27 @@ def write(
     flush(path)
 
 
-def _divide(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> list[dict[str, dict[str, Any]]]:
-    """The headers of the files that (name, shape) of all tensors need, each of at most MOST_FILE bytes if it can be."""
+def write_file(
+    path: Path, parts: Sequence[tuple[str, tuple[int, ...]]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str
+) -> None:
+    """Writes one safetensors file. parts: (name, shape) of all tensors;  tensors: (any name, values) in this order."""
+    (header,) = _divide(parts, dtype, math.inf)
+    _write_tensors(path, header, tensors)
+
+
+def stored_tensors(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, of which only the header has been read."""
+    handle = _open(file)
+    return [_stored(file, handle, name) for name in _readable(file, handle.keys)]
+
+
+def _divide(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str, most: float) -> list[dict[str, dict[str, Any]]]:
+    """The headers of the files that (name, shape) of all tensors need, each of at most `most` bytes if it can be."""
     files: list[dict[str, dict[str, Any]]] = [{}]
     at = 0
     for name, shape in tensors:
         size = math.prod(shape) * {"f32": 4, "bf16": 2}[dtype]
-        if files[-1] and at + size > MOST_FILE:
+        if files[-1] and at + size > most:
             files.append({})
             at = 0
         files[-1][name] = {"dtype": dtype.upper(), "shape": shape, "data_offsets": (at, at + size)}
@@ -220,7 +250,7 @@ def _tensors(path: Path, form: Format) -> dict[str, Place]:
             raise HandgradError("hf", f"{file} exists: {INDEX} names it", "no such file", hint=hint)
         handle = _open(file)
         for theirs in _readable(file, handle.keys):
-            name = theirs.removeprefix(form.prefix)
+            name = form.renamed(theirs.removeprefix(form.prefix))
             if name in found:
                 raise HandgradError("hf", f"{path} holds one tensor {shown(name)}", f"two, the second in {file.name}")
             if index is not None and index.pop(theirs, None) != file.name:

@@ -1,9 +1,11 @@
 """Model families: one file each, a dataclass of sizes whose methods record the body and the head."""
 
 from handgrad.models.bert import Bert
+from handgrad.models.gemma import Gemma
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
-from handgrad.models.model import Batch, Model, declare, forward_logits, forward_loss, shapes
+from handgrad.models.lora import Lora
+from handgrad.models.model import Batch, EncoderDecoder, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.presets import gpt2, names, preset
 from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
@@ -12,10 +14,13 @@ from handgrad.models.t5 import T5
 __all__ = [
     "Bert",
     "GPT2",
+    "Gemma",
     "GPTNeoX",
     "Llama",
+    "Lora",
     "T5",
     "Batch",
+    "EncoderDecoder",
     "Model",
     "build_from_file",
     "declare",

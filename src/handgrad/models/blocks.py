@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from handgrad.core.dtypes import F32
-from handgrad.core.params import ONES, ZEROS, Init, normal
+from handgrad.core.dtypes import F32, I32
+from handgrad.core.params import ONES, ZEROS, Init, Part, normal, uniform
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.model import Batch
@@ -18,8 +18,10 @@ from handgrad.ops import (
     embed,
     gated,
     linear,
+    linear_act,
     lm_loss,
     lm_loss_forward_backward,
+    lora,
     loss_sum,
     norm,
     rope,
@@ -32,10 +34,11 @@ from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 Branch = tuple[Tensor, Tensor | None]
 
 
-def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None) -> Tensor:
-    """(N, C): the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache, positions
-    continue after its tokens."""
-    return g.emit(embed, data.ids, wte, wpe, None, T=data.seq_len, decode=data.cache > 0, scale=1.0)
+def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """(N, C): `scale` times the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache,
+    positions continue after its tokens."""
+    positions = g.input("positions", data.ids.shape, I32) if wpe is not None and data.documents else None
+    return g.emit(embed, data.ids, wte, wpe, positions, T=data.seq_len, decode=data.cache > 0, scale=scale)
 
 
 def dense(
@@ -47,12 +50,47 @@ def dense(
     act: Act = Act.NONE,
     bias: bool = True,
     init: Init = normal(0.02),
+    into: Tensor | None = None,
+    parts: tuple[Part, ...] | None = None,
 ) -> Tensor:
-    """act(x w^T + b) (N, size); keeps the pre-activation only where a backward will read it."""
+    """act(x w^T + b) (N, size), in the state `into` if that is given; keeps the pre-activation only where a backward
+    will read it.
+
+    parts: the hidden matrices in w, one if None, none in a head
+    """
     with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), init)
+        w = g.param("weight", (size, x.shape[-1]), init, ((size, 1),) if parts is None else parts)
         b = g.param("bias", (size,), ZEROS) if bias else None
-    return g.emit(linear, x, w, b, None, act=act, keep_pre=act is not Act.NONE and g.trains)[0]
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b, into=into)
+            return y if act is Act.NONE else g.emit(linear_act, y, act=act)
+    keep_pre = act is not Act.NONE and g.trains and any(map(g.wants, (x, w, b)))
+    return g.emit(linear, x, w, b, None, into=_state(into), act=act, keep_pre=keep_pre)[0]
+
+
+def adapted(
+    g: Program, x: Tensor, w: Tensor, b: Tensor | None, pre_x: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """x w^T + b (N, M), and the adapter of w (models/lora.py): A and B are parameters of the current scope."""
+    a, K = g.adapters[w.name], x.shape[-1]
+    plain: dict[str, Any] = {"act": Act.NONE, "keep_pre": False}
+    base = g.emit(linear, x, w, b, pre_x, **plain)[0]
+    low = drop(g, x, a.dropout)
+    down = g.param("lora_A.weight", (a.rank * len(a.spans), K), uniform(K**-0.5))
+    u = g.emit(linear, low, down, None, pre_x if low is x else None, **plain)[0]
+    up = g.param("lora_B.weight", (a.rows, a.rank), ZEROS)
+    return g.emit(lora, base, u, up, into=_state(into), scale=a.scale, **a.columns)
+
+
+def _state(into: Tensor | None) -> dict[str, Tensor | None]:
+    """The state that a call's output y goes into, if any."""
+    return {} if into is None else {"y": into}
+
+
+def packed(heads: int, kv_heads: int, head_size: int) -> tuple[Part, Part, Part]:
+    """The parts of packed q, k, v."""
+    kv = kv_heads * head_size, kv_heads
+    return (heads * head_size, heads), kv, kv
 
 
 def layer_norm(g: Program, x: Tensor, h: Branch | None, name: str, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -97,11 +135,14 @@ def project(
 ) -> Branch:
     """The end of a branch: x w^T + b (N, size), then dropout. Without dropout the next add_norm adds b: its backward
     sums b's gradient anyway; the linear would need another pass over dy."""
-    with g.scope(name):
-        w = g.param("weight", (size, x.shape[-1]), normal(std))
-        b = g.param("bias", (size,), ZEROS) if bias else None
     drops = p > 0.0 and g.trains
-    y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
+    with g.scope(name):
+        w = g.param("weight", (size, x.shape[-1]), normal(std), ((size, 1),))
+        b = g.param("bias", (size,), ZEROS) if bias else None
+        if w.name in g.adapters:
+            y = adapted(g, x, w, b if drops else None, pre_x)
+        else:
+            y = g.emit(linear, x, w, b if drops else None, pre_x, act=Act.NONE, keep_pre=False)[0]
     return (drop(g, y, p), None) if drops else (y, b)
 
 
@@ -119,29 +160,31 @@ def attend(
     kv: Tensor | None = None,
     rel: Tensor | None = None,
 ) -> Tensor:
-    """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache it appends to and
-    reads the batch's keys and values.
+    """Attention (N, heads D) of packed q, k, v, within the bounds that the batch gives. With a cache and without kv it
+    appends to and reads the batch's keys and values.
 
     scale: of the scores, D^-1/2 if None;  window: tokens that a token sees, itself included; 0: all
     p: dropout of attention weights, in training
-    kv: packed k, v of other texts; qkv then is q alone;  rel: a parameter, biases by distance (buckets, heads)
+    kv: packed k, v of the batch's sources; qkv then is q alone;  rel: a parameter, biases by distance (buckets, heads)
     """
     D = qkv.shape[-1] // (heads + (2 * kv_heads if kv is None else 0))
     sizes: dict[str, Any] = {"T": data.seq_len, "H": heads, "K": kv_heads, "window": window, "scale": scale or D**-0.5}
-    if data.cache:
+    if data.cache and kv is None:
         cache = g.state("cache", (data.batch_size, data.cache, 2, kv_heads, D), g.dtype)
-        return g.emit(attention_decode, qkv, into={"cache": cache}, **sizes, S=data.cache)
+        return g.emit(attention_decode, qkv, rel, into={"cache": cache}, **sizes, S=data.cache)
     active = p if g.trains else 0.0
     stream = g.next_stream() if active else 0
-    ins = qkv, kv, rel, data.first, data.last
+    ins = (qkv, None, rel, data.first, data.last) if kv is None else (qkv, kv, rel, None, data.source_last)
     return g.emit(attention, *ins, **sizes, causal=causal, p=active, stream=stream)[0]
 
 
 def self_attention(g: Program, x: Tensor, name: str, data: Batch, *, heads: int, p: float, std: float) -> Branch:
     """Causal self-attention with biases and as many key/value heads as query heads."""
     with g.scope(name):
-        y = attend(g, dense(g, x, "c_attn", 3 * x.shape[-1]), data, heads=heads, kv_heads=heads, p=p)
-        return project(g, y, "c_proj", x.shape[-1], std=std, p=p)
+        C = x.shape[-1]
+        qkv = dense(g, x, "c_attn", 3 * C, parts=packed(heads, heads, C // heads))
+        y = attend(g, qkv, data, heads=heads, kv_heads=heads, p=p)
+        return project(g, y, "c_proj", C, std=std, p=p)
 
 
 def rotary(
@@ -189,7 +232,8 @@ def mlp(
     """down act(up x): two linears with biases, of these names, `size` wide between them."""
     with g.scope(name):
         h = dense(g, x, up, size, act=act)
-        pre = g.producer[h].pre  # None unless training
+        made = g.producer[h]  # its pre: None unless training
+        pre = made.pre if made.op is linear else None
         return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre)
 
 
@@ -197,7 +241,7 @@ def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float
     """down (act(gate x) * up x) without biases, `size` wide inside: SwiGLU, GeGLU. The rows of gate_up.weight are those
     of gate, then those of up."""
     with g.scope(name):
-        h = dense(g, x, "gate_up", 2 * size, bias=False)
+        h = dense(g, x, "gate_up", 2 * size, bias=False, parts=((size, 1), (size, 1)))
         return project(g, g.emit(gated, h, act=act), "down", x.shape[-1], std=std, p=p, bias=False)
 
 
@@ -220,9 +264,9 @@ def lm_head_loss(
     weights: (N,) f32, factors of the losses and of their gradients
     """
     attrs: dict[str, Any] = dict(V=vocab_size, chunks=chunks, scale=scale, softcap=softcap)
-    if g.trains:
-        into = {"dw": g.grad(w), "db": None if b is None else g.grad(b)}
-        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, **attrs)
+    if g.trains and any(map(g.wants, (x, w, b))):
+        into, without = {"dw": g.wanted_grad(w), "db": g.wanted_grad(b)}, () if g.wants(x) else ("dx",)
+        losses, *_ = g.emit(lm_loss_forward_backward, x, w, targets, b, weights, into=into, without=without, **attrs)
     else:
         losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})

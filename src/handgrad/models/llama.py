@@ -21,6 +21,7 @@ from handgrad.models.blocks import (
     gated_mlp,
     lm_head_logits,
     lm_head_loss,
+    packed,
     project,
     rms_norm,
     rotary,
@@ -128,7 +129,7 @@ class Llama:
         """Grouped-query attention with rotated q and k."""
         H, K, D = self.num_heads, self.num_kv_heads, self.head_size
         with g.scope("attn"):
-            qkv = dense(g, x, "qkv", (H + 2 * K) * D, bias=self.qkv_bias)
+            qkv = dense(g, x, "qkv", (H + 2 * K) * D, bias=self.qkv_bias, parts=packed(H, K, D))
             qkv = rotary(
                 g,
                 qkv,

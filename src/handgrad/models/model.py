@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from handgrad.core.dtypes import F32, I32, DType
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
+NONE: Mapping[str, Any] = {}  # no adapters
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
@@ -30,7 +31,9 @@ class Batch:
     last: Tensor | None = None
     types: Tensor | None = None  # (batch_size * seq_len,) i32, which of two texts a token belongs to
     source: Tensor | None = None  # i32, the ids that an encoder reads, batch_size texts of one length
+    source_last: Tensor | None = None  # (batch_size * seq_len,) i32, the last token of its source that a row sees
     rows: Tensor | None = None  # i32, the rows that the head predicts, -1 for none; None: all
+    documents: bool = False  # a sequence holds several, which `first` keeps apart: positions begin anew at each
 
 
 class Model(Protocol):
@@ -41,7 +44,7 @@ class Model(Protocol):
 
     family: the name in checkpoints;  hugging_face: the arguments of `io.format.Format`, empty if Hugging Face's library
     has no such family
-    special_tokens: what the last ids of the vocabulary are, beyond those of the data
+    special_tokens: what the last ids of the vocabulary are, beyond those of the data; a BERT's may be its tokenizer's
     continues_text: whether it predicts the next token, so that it generates and scores texts
     """
 
@@ -105,12 +108,49 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class EncoderDecoder(Model, Protocol):
+    """A model that reads a source once and then writes a text about it. Generation asks for what is below.
+
+    With a cache, `inputs` declares the decoder's alone, and `body` reads the states that `encode` writes.
+    """
+
+    @property
+    def start_id(self) -> int:
+        """The id that a decoder reads first."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a source, and what the decoder writes."""
+        ...
+
+    @property
+    def marks(self) -> Mapping[str, int]:
+        """Ids of the model's own tokens that a text may hold, by the names that stand for them."""
+        ...
+
+    def encode(self, g: Program, batch_size: int) -> None:
+        """Records the encoder over the inputs "source" and "source_last" (batch_size * max_seq_len,), and writes what
+        decoders read of it into states. A source that is shorter is padded; source_last is the place of its last
+        token."""
+        ...
+
+
 # whole models ---------------------------------------------------------------------------------------------------------
 
 
-def forward_loss(g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1) -> Tensor:
-    """Records inputs, body and losses; the input "targets" has as many rows as the body returns."""
-    x = model.body(g, model.inputs(g, batch_size, seq_len))
+def forward_loss(
+    g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1, documents: bool = False
+) -> Tensor:
+    """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
+
+    documents: sequences hold several, which the input "first" keeps apart, for a model that continues texts
+    """
+    data = model.inputs(g, batch_size, seq_len)
+    if documents:
+        data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
+    x = model.body(g, data)
     return model.loss(g, x, g.input("targets", x.shape[:1], I32), chunks)
 
 
@@ -119,14 +159,16 @@ def forward_logits(g: Program, model: Model, batch_size: int, seq_len: int, *, c
     return model.logits(g, model.body(g, model.inputs(g, batch_size, seq_len, cache=cache)))
 
 
-def declare(model: Model, dtype: DType = F32) -> Program:
+def declare(model: Model, dtype: DType = F32, adapters: Mapping[str, Any] = NONE) -> Program:
     """A program of one token, body and head, that declares every parameter in the order of use. It is never run.
+
+    adapters: see `Program.adapters`
 
     >>> from handgrad.models import GPT2
     >>> len(declare(GPT2(num_layers=1)).params)
     16
     """
-    g = Program(dtype)
+    g = Program(dtype, adapters=adapters)
     forward_logits(g, model, 1, 1)
     return g
 
@@ -176,6 +218,16 @@ def numbers(count: int) -> Any:
         return value is None or (type(value) in (tuple, list) and len(value) == count and all(map(_is_positive, value)))
 
     return _field(None, (f"is None, or {count} positive numbers", holds))
+
+
+def names(least: int, most: int) -> Any:
+    """A field of a model: no names, or so many, each once."""
+
+    def holds(value: Any) -> bool:
+        is_list = type(value) in (tuple, list) and all(type(name) is str for name in value)
+        return is_list and len(value) in (0, *range(least, most + 1)) and len(set(value)) == len(value)
+
+    return _field((), (f"is a list of {least} to {most:,} names, each once, or empty", holds))
 
 
 def _is_positive(value: Any) -> bool:

@@ -23,6 +23,7 @@ from handgrad.models.blocks import (
     lm_head_logits,
     lm_head_loss,
     mlp,
+    packed,
     rotary,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, choice, flag, number, padded, size
@@ -214,7 +215,8 @@ class GPTNeoX:
         H, C, rows = self.num_heads, self.hidden_size, data.cache or data.seq_len
         rope: dict[str, Any] = dict(table_rows=rows, theta=self.rope_theta, rotary_dims=self.rotary_dims)
         with g.scope("attn"):
-            qkv = rotary(g, dense(g, x, "qkv", 3 * C), data, heads=H, kv_heads=H, **rope)
+            qkv = dense(g, x, "qkv", 3 * C, parts=packed(H, H, C // H))
+            qkv = rotary(g, qkv, data, heads=H, kv_heads=H, **rope)
             return dense(g, attend(g, qkv, data, heads=H, kv_heads=H), "out", C, init=normal(std))
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.models.bert import Bert
+from handgrad.models.gemma import Gemma
 from handgrad.models.gpt2 import GPT2
 from handgrad.models.llama import Llama
 from handgrad.models.model import Model
@@ -39,6 +40,7 @@ OTHERS = {  # names that are no presets: the nearest
     "qwen2.5": "qwen2.5-0.5b",
     "qwen3": "qwen3-0.6b",
     "pythia": "pythia-70m",
+    "gemma3": "gemma3-270m",
     "t5": "t5-small",
 }
 # llm.c's depth descriptors; its head size is 64 up to d60 and 96 above
@@ -105,7 +107,8 @@ LLAMAS = {
         head_size=128, mlp_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
     ),
 }
-RELEASED: dict[str, Model] = {**LLAMAS, **BERTS, **PYTHIAS, **T5S}
+GEMMAS = {"gemma3-270m": Gemma(num_kv_heads=1, head_size=256, mlp_size=2048)}
+RELEASED: dict[str, Model] = {**LLAMAS, **GEMMAS, **BERTS, **PYTHIAS, **T5S}
 # fmt: on
 
 

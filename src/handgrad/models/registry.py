@@ -9,6 +9,7 @@ from handgrad.models.model import Model
 
 FAMILIES: dict[str, type[Model]] = {}
 UNNAMED = "gpt2"  # the family of checkpoints that name none
+LATER: dict[str, Any] = {"labels": ()}  # fields that earlier checkpoints lack, with what they mean
 
 Family = TypeVar("Family", bound=type[Model])
 
@@ -74,11 +75,12 @@ def from_dict(saved: Mapping[str, Any], where: str, source: object) -> Model:
     except HandgradError as error:
         raise HandgradError(where, f"{source} gives a family, one of {', '.join(FAMILIES)}", error.got) from None
     known = [f.name for f in fields(cls)]
-    for name in known + list(saved["model"]):
-        if (name in known) != (name in saved["model"]):
+    values = {name: LATER[name] for name in known if name in LATER} | saved["model"]
+    for name in known + list(values):
+        if (name in known) != (name in values):
             got = f"{'no ' if name in known else ''}{name!r}"
             raise HandgradError(where, f"{source} gives {', '.join(known)}", got)
-    return build_from_file(cls, saved["model"], where, source)
+    return build_from_file(cls, values, where, source)
 
 
 def build_from_file(cls: type[Model], values: Mapping[str, Any], where: str, source: object) -> Model:

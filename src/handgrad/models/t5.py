@@ -13,7 +13,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, project, rms_norm
+from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, packed, project, rms_norm
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
@@ -30,7 +30,7 @@ class T5:
     """A T5. `dropout` applies to embeddings, attention weights, branches, inside the MLP and to what a stack returns,
     in training only.
 
-    max_seq_len         tokens of every source; a decoder reads at most as many
+    max_seq_len         tokens of a source, in generation at most; a decoder reads at most as many
     num_decoder_layers  0: num_layers, which the encoder has
     head_size           columns of a head; 0: hidden_size / num_heads
     mlp_size            columns of the MLP; 0: four times hidden_size
@@ -84,6 +84,21 @@ class T5:
         return (self.vocab_size - 3, self.vocab_size - 2, self.vocab_size - 1) if self.specials_last else RELEASED
 
     @property
+    def start_id(self) -> int:
+        """Padding: a decoder reads it first."""
+        return self.special_ids[2]
+
+    @property
+    def end_id(self) -> int:
+        """The end of a source, and of what fills its gaps."""
+        return self.special_ids[1]
+
+    @property
+    def marks(self) -> Mapping[str, int]:
+        """The sentinels by name. They stand for the gaps of a source."""
+        return {f"<extra_id_{i}>": self.special_ids[0] - i for i in range(SENTINELS)}
+
+    @property
     def usual_seq_len(self) -> int:
         """The targets of a source of max_seq_len tokens: `data.Spans` with its default rates.
 
@@ -103,28 +118,37 @@ class T5:
         return seq_len
 
     def inputs(self, g: Program, batch_size: int, seq_len: int, *, cache: int = 0) -> Batch:
-        """The source's ids and the decoder's."""
+        """The source's ids and the decoder's; with a cache, the decoder's and where the source ends."""
+        N = batch_size * seq_len
+        ids = g.input("ids", (N,), I32)
         if cache:
-            raise HandgradError("generate", "a T5 fills gaps in a source", "a text to continue")
-        ids = g.input("ids", (batch_size * seq_len,), I32)
+            return Batch(ids, batch_size, seq_len, cache, source_last=g.input("source_last", (N,), I32))
         return Batch(ids, batch_size, seq_len, source=g.input("source", (batch_size * self.max_seq_len,), I32))
 
     def body(self, g: Program, data: Batch) -> Tensor:
         """The decoder's rows (N, C)."""
-        assert data.source is not None
-        source = Batch(data.source, data.batch_size, self.max_seq_len)
+        B, source = data.batch_size, data.source
         with g.block("embed", prefix=False):
-            memory, x = (self._embed(g, batch) for batch in (source, data))
-            rel, own_rel = (
-                g.param(f"{side}.rel.weight", (self.num_buckets, self.num_heads), normal(self.hidden_size**-0.5))
-                for side in ("enc", "dec")
-            )
-        memory = self._encode(g, memory, source, rel)
-        return self._decode(g, x, data, own_rel, memory)
+            read = None if source is None else self._enter(g, Batch(source, B, self.max_seq_len), "enc")
+            written = self._enter(g, data, "dec")
+        return self._decode(g, *written, None if read is None else self._encode(g, *read))
 
-    def _embed(self, g: Program, data: Batch) -> Tensor:
+    def encode(self, g: Program, batch_size: int) -> None:
+        """See `EncoderDecoder.encode`: the states are the keys and values of every cross-attention."""
+        N = batch_size * self.max_seq_len
+        ids, last = (g.input(name, (N,), I32) for name in ("source", "source_last"))
+        with g.block("embed", prefix=False):
+            read = self._enter(g, Batch(ids, batch_size, self.max_seq_len, last=last), "enc")
+        memory = self._encode(g, *read)
+        for i in range(self.num_decoder_layers or self.num_layers):
+            with g.block(f"dec.{i}"), g.scope("cross"):
+                self._keys_values(g, memory, self._kept(g, batch_size))
+
+    def _enter(self, g: Program, data: Batch, side: str) -> tuple[Tensor, Batch, Tensor]:
+        """What a stack reads: embeddings, their batch, and the biases of its attention by distance."""
         x = g.emit(embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0)
-        return drop(g, x, self.dropout)
+        rel = g.param(f"{side}.rel.weight", (self.num_buckets, self.num_heads), normal(self.hidden_size**-0.5))
+        return drop(g, x, self.dropout), data, rel
 
     def _encode(self, g: Program, x: Tensor, data: Batch, rel: Tensor) -> Tensor:
         """The encoder's output (B S, C)."""
@@ -138,8 +162,8 @@ class T5:
         with g.block("memory", prefix=False):
             return drop(g, rms_norm(g, x, h, "enc.ln_f", self.norm_eps)[1], self.dropout)
 
-    def _decode(self, g: Program, x: Tensor, data: Batch, rel: Tensor, memory: Tensor) -> Tensor:
-        """The decoder's output (N, C)."""
+    def _decode(self, g: Program, x: Tensor, data: Batch, rel: Tensor, memory: Tensor | None) -> Tensor:
+        """The decoder's output (N, C). memory: the encoder's; None: its keys and values are in states."""
         h: Branch | None = None
         for i in range(self.num_decoder_layers or self.num_layers):
             with g.block(f"dec.{i}"):
@@ -158,19 +182,30 @@ class T5:
         with g.scope("attn"):
             A = H * self.head_size
             init = normal(std, first=(A, std * self.head_size**-0.5))
-            qkv = dense(g, x, "qkv", 3 * A, bias=False, init=init)
+            qkv = dense(g, x, "qkv", 3 * A, bias=False, init=init, parts=packed(H, H, self.head_size))
             y = attend(g, qkv, data, heads=H, kv_heads=H, scale=1.0, causal=causal, p=self.dropout, rel=rel)
             return self._out(g, y)
 
-    def _cross(self, g: Program, x: Tensor, data: Batch, memory: Tensor) -> Branch:
+    def _cross(self, g: Program, x: Tensor, data: Batch, memory: Tensor | None) -> Branch:
         """Attention to what the encoder returned, without biases."""
         H, std = self.num_heads, self.hidden_size**-0.5
         with g.scope("cross"):
-            A = H * self.head_size
-            q = dense(g, x, "q", A, bias=False, init=normal(std * self.head_size**-0.5))
-            kv = dense(g, memory, "kv", 2 * A, bias=False, init=normal(std))
+            A, (q_part, *_) = H * self.head_size, packed(H, H, self.head_size)
+            q = dense(g, x, "q", A, bias=False, init=normal(std * self.head_size**-0.5), parts=(q_part,))
+            kv = self._kept(g, data.batch_size) if memory is None else self._keys_values(g, memory)
             y = attend(g, q, data, heads=H, kv_heads=H, scale=1.0, causal=False, p=self.dropout, kv=kv)
             return self._out(g, y)
+
+    def _keys_values(self, g: Program, memory: Tensor, into: Tensor | None = None) -> Tensor:
+        """Those of a cross-attention (M, 2 A), in the state `into` if one is given."""
+        H, init = self.num_heads, normal(self.hidden_size**-0.5)
+        _, *parts = packed(H, H, self.head_size)
+        size = 2 * H * self.head_size
+        return dense(g, memory, "kv", size, bias=False, init=init, into=into, parts=tuple(parts))
+
+    def _kept(self, g: Program, batch_size: int) -> Tensor:
+        """The state with those of the sources."""
+        return g.state("kv", (batch_size * self.max_seq_len, 2 * self.num_heads * self.head_size), g.dtype)
 
     def _out(self, g: Program, y: Tensor) -> Branch:
         return project(g, y, "out", self.hidden_size, std=y.shape[1] ** -0.5, p=self.dropout, bias=False)
@@ -181,7 +216,8 @@ class T5:
         init = normal(self.hidden_size**-0.5)
         with g.scope("mlp"):
             if self.gated:
-                h = g.emit(gated, dense(g, x, "gate_up", 2 * F, bias=False, init=init), act=Act.GELU_TANH)
+                up = dense(g, x, "gate_up", 2 * F, bias=False, init=init, parts=((F, 1), (F, 1)))
+                h = g.emit(gated, up, act=Act.GELU_TANH)
             else:
                 h = dense(g, x, "up", F, act=Act.RELU, bias=False, init=init)
                 pre = g.producer[h].pre if p == 0.0 else None  # dropout lies between

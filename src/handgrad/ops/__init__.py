@@ -8,6 +8,7 @@ from handgrad.ops.attention.op import attention, attention_backward
 from handgrad.ops.attention_decode.op import attention_decode
 from handgrad.ops.cap_logits.op import cap_logits
 from handgrad.ops.dropout.op import dropout
+from handgrad.ops.ema.op import ema
 from handgrad.ops.embed.op import embed, embed_backward
 from handgrad.ops.fill.op import fill
 from handgrad.ops.gated.op import gated, gated_backward
@@ -15,7 +16,9 @@ from handgrad.ops.global_norm.op import global_norm
 from handgrad.ops.linear.op import linear, linear_act, linear_act_backward, linear_backward_w, linear_backward_x
 from handgrad.ops.lion.op import lion
 from handgrad.ops.lm_loss.op import lm_loss, lm_loss_forward_backward
+from handgrad.ops.lora.op import lora, lora_backward
 from handgrad.ops.loss_sum.op import loss_sum
+from handgrad.ops.muon.op import muon, muon_momentum
 from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rms.op import rms
 from handgrad.ops.rope.op import rope, rope_backward
@@ -30,6 +33,8 @@ _ALL = (
     linear_act_backward,
     linear_backward_w,
     linear_backward_x,
+    lora,
+    lora_backward,
     gated,
     gated_backward,
     norm,
@@ -61,5 +66,8 @@ _ALL = (
     sgd,
     lion,
     adafactor,
+    ema,
+    muon_momentum,
+    muon,
 )
 OPS = {op.name: op for op in _ALL}

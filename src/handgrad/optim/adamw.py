@@ -1,11 +1,12 @@
 """AdamW (Loshchilov & Hutter 2019): records its update onto a program."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from handgrad.core.dtypes import BF16, BYTE, F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import F32_TINY
-from handgrad.core.params import Bucket, Groups
+from handgrad.core.params import Bucket, Groups, Param
 from handgrad.core.program import Program
 from handgrad.ops import adamw, adamw_bf16, adamw_int8
 from handgrad.ops.adamw.op import BLOCK
@@ -16,9 +17,9 @@ DECAY, PLAIN = "decay", "plain"
 MOMENTS = {"f32": (F32, adamw), "bf16": (BF16, adamw_bf16), "int8": (BYTE, adamw_int8)}
 
 
-def decays(name: str, shape: tuple[int, ...]) -> str:
+def decays(param: Param) -> str:
     """The group of a parameter: matrices and embeddings decay, biases and norms do not."""
-    return DECAY if len(shape) > 1 else PLAIN
+    return DECAY if len(param.tensor.shape) > 1 else PLAIN
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class AdamW:
 
     def update(self, g: Program, bucket: Bucket) -> None:
         """Appends the update of one bucket."""
-        rule = {
+        rule: dict[str, Any] = {
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "eps": self.eps,

@@ -15,6 +15,9 @@ COLLECTIVES = Collectives(all_reduce, reduce_scatter, all_gather, all_gather_f32
 class Optimizer(Protocol):
     """The interface of an optimizer.
 
+    An optimizer whose momentum may be scheduled reads the step scalar `momentum` and has an attribute
+    `scheduled_momentum`: its value where there is no schedule.
+
     clip    the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     groups  which parameters share their settings
     """
@@ -41,7 +44,7 @@ def record_step(g: Program, optim: Optimizer) -> None:
     g.group_by(optim.groups)
     g.phase = Phase.BACKWARD
     for info in g.params.values():
-        if not g.is_written(g.grad(info.tensor)):  # no call uses this parameter: its gradient is zero
+        if info.trainable and not g.is_written(g.grad(info.tensor)):  # no call uses it: its gradient is zero
             g.emit(fill, into={"x": g.grad(info.tensor)}, n=info.tensor.size, value=0.0)
     communicate(g, COLLECTIVES)
     g.phase = Phase.NORM
@@ -51,7 +54,7 @@ def record_step(g: Program, optim: Optimizer) -> None:
         g.emit(global_norm, g.whole("grad"), into={"scalars": g.scalars}, clip=optim.clip)
     g.phase = Phase.UPDATE
     optim.declare(g)
-    for bucket in g.buckets:
+    for bucket in g.trained:
         with g.block(bucket.block, prefix=False):
             optim.update(g, bucket)
             publish(g, bucket, all_gather)

@@ -1,22 +1,40 @@
-"""Text to ids and back: GPT-2's byte-level BPE, characters, or any tokenizer.json."""
+"""Text to ids and back: GPT-2's byte-level BPE, characters, BERT's WordPiece, or any tokenizer.json."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
-from handgrad.tokenizers.base import Tokenizer, neutral_prompt
+from handgrad.tokenizers.base import Tokenizer, check_special, neutral_prompt, prompt_ids
 from handgrad.tokenizers.chars import CharTokenizer, chars
+from handgrad.tokenizers.chat import TEMPLATES, ChatEncoder
 from handgrad.tokenizers.ends import id_list, model_ends
-from handgrad.tokenizers.file import FileTokenizer, from_file, read_library, vocabulary
+from handgrad.tokenizers.file import (
+    FileTokenizer,
+    added_ids,
+    continuations,
+    from_file,
+    read_library,
+    special_ids,
+    vocabulary,
+)
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
+from handgrad.tokenizers.training import RULE, extend, measure, train
 
 __all__ = [
+    "FileTokenizer",
+    "RULE",
+    "TEMPLATES",
+    "ChatEncoder",
     "Tokenizer",
+    "added_ids",
     "chars",
+    "continuations",
+    "check_special",
     "ends_in_gguf",
+    "extend",
     "from_file",
     "from_folder",
     "from_gguf",
@@ -24,10 +42,14 @@ __all__ = [
     "gpt2",
     "id_list",
     "load",
+    "measure",
     "model_ends",
     "neutral_prompt",
+    "special_ids",
+    "prompt_ids",
     "to_folder",
     "to_gguf",
+    "train",
 ]
 
 

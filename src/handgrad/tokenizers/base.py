@@ -37,12 +37,25 @@ class Tokenizer(Protocol):
         """Every id that ends a text; the first is `eot`."""
         ...
 
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The ids that precede every text, such as Llama's beginning-of-text; empty for most."""
+        ...
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """The texts of the special tokens, which `encode` reads as such with `special`."""
+        ...
+
     def drawable(self) -> np.ndarray:
         """Returns which ids stand for a token, (vocab_size,) bool; the others must never be sampled."""
         ...
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, (n,) int32. A special token spelled out in `text` is encoded as plain text."""
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Returns the ids of `text`, (n,) int32, without `begins`.
+
+        special: a special token spelled out in `text` is that token; else it is encoded as plain text
+        """
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -64,6 +77,7 @@ class Tokenizer(Protocol):
 
 def neutral_prompt(tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of a line break; of the end-of-text token, or of the first token, if it cannot be spelled.
+    `begins` precede it.
 
     >>> from handgrad.tokenizers import chars
     >>> neutral_prompt(chars("hello, world"))  # its first token is the space
@@ -74,8 +88,32 @@ def neutral_prompt(tokenizer: Tokenizer) -> list[int]:
     except HandgradError:
         ids = []
     if ids and "\n" in tokenizer.decode(ids):  # else it was dropped, or is an unknown token
-        return ids
+        return [*tokenizer.begins, *ids]
+    if tokenizer.begins:
+        return list(tokenizer.begins)
     return [int(tokenizer.drawable().argmax()) if tokenizer.eot is None else tokenizer.eot]
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    """Returns the ids that a model reads of a text to continue: `begins`, unless it is spelled out, and the text's own.
+
+    Empty if the text has none. special: as in `Tokenizer.encode`
+
+    >>> from handgrad import tokenizers
+    >>> prompt_ids(tokenizers.gpt2(), "<|endoftext|>", special=True)
+    [50256]
+    """
+    ids, begins = tokenizer.encode(text, special).tolist(), list(tokenizer.begins)
+    return ids if not ids or ids[: len(begins)] == begins else begins + ids
+
+
+def check_special(tokenizer: Tokenizer, special: bool) -> None:
+    """Raises HandgradError if special tokens are to be read, and the tokenizer has none."""
+    if special and not tokenizer.specials:
+        hint = "leave out --special-tokens"
+        raise HandgradError(
+            "tokenizer", "special tokens are read by a tokenizer that has some", tokenizer.name, hint=hint
+        )
 
 
 def checked(ids: Iterable[int], vocab_size: int) -> Iterator[int]:

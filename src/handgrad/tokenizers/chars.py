@@ -28,6 +28,8 @@ class CharTokenizer:
     """A `handgrad.tokenizers.Tokenizer`, made by `chars`. `characters[id]` is the character of an id."""
 
     name = "chars"
+    begins: tuple[int, ...] = ()
+    specials: tuple[str, ...] = ()
 
     def __init__(self, characters: str, ends: tuple[int, ...] = ()):
         self.characters = characters
@@ -38,8 +40,11 @@ class CharTokenizer:
         self._id_of = np.full(points.max() + 1, -1, np.int32)
         self._id_of[points] = np.arange(len(characters))
 
-    def encode(self, text: str) -> np.ndarray:
-        """As `Tokenizer.encode`. Raises HandgradError for a character that the tokenizer was not built from."""
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """As `Tokenizer.encode`; there are no special tokens.
+
+        Raises HandgradError for a character that the tokenizer was not built from.
+        """
         points = _code_points(text)
         ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
         unknown = (ids < 0) | (points >= len(self._id_of))

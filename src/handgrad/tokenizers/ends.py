@@ -17,9 +17,9 @@ KNOWN = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>", "[SE
 def ends_of(folder: Path, vocab: Mapping[str, int]) -> tuple[int, ...]:
     """Returns the ids that end a text in a Hugging Face folder; the first separates documents.
 
-    The model's files say it by id, else the tokenizer's by its text. An id or text that the vocabulary lacks says
-    nothing: transformers' own default, 50256, stands in the config.json of models of any size. Where no file says
-    anything, a bare tokenizer.json (or vocab.json) ends with the first of KNOWN that it has.
+    The model's files say it by id, else the tokenizer's by its text, a BERT's as sep_token. An id or text that the
+    vocabulary lacks says nothing: transformers' own default, 50256, stands in the config.json of models of any size.
+    Where no file says anything, a bare tokenizer.json (or vocab.json) ends with the first of KNOWN that it has.
 
     Raises HandgradError if a file is damaged.
     """
@@ -31,7 +31,7 @@ def ends_of(folder: Path, vocab: Mapping[str, int]) -> tuple[int, ...]:
     for path in files:
         about = read_object(path, "tokenizer")
         default = KNOWN[0] if path.name == CONFIG and about.get("tokenizer_class") in GPT2_CLASSES else None
-        token = content(about.get("eos_token", default), f"{path} gives eos_token")
+        token = content(about.get("eos_token", about.get("sep_token", default)), f"{path} gives eos_token")
         if token is not None and token in vocab:
             return (vocab[token],)
         says_none |= "eos_token" in about and token is None

@@ -11,17 +11,28 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object, shown
+from handgrad.tokenizers import wordpiece
 from handgrad.tokenizers.base import MAX_IDS, Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
-from handgrad.tokenizers.ends import CONFIG, added_tokens, ends_of
-from handgrad.tokenizers.file import FILE, MOST_BYTES, FileTokenizer, library_must, read_library, vocabulary
+from handgrad.tokenizers.ends import CONFIG, added_tokens, content, ends_of, read_if_there
+from handgrad.tokenizers.file import (
+    FILE,
+    MOST_BYTES,
+    FileTokenizer,
+    library_must,
+    put_before,
+    read_library,
+    special_ids,
+    vocabulary,
+)
 from handgrad.tokenizers.gpt2 import MERGES, GPT2Tokenizer, gpt2, spelled_bytes
 
 VOCAB, MERGED = "vocab.json", "merges.txt"
 
 
 def from_folder(folder: str | Path) -> Tokenizer | None:
-    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json or vocab.json and merges.txt; None without.
+    """Returns the tokenizer in a Hugging Face folder, from tokenizer.json, from vocab.json and merges.txt, or from
+    BERT's vocab.txt; None without.
 
     GPT-2's tokenizer is returned as `gpt2()`, one whose tokens are single characters as a CharTokenizer.
     Raises HandgradError if the files are invalid.
@@ -31,15 +42,21 @@ def from_folder(folder: str | Path) -> Tokenizer | None:
         library, name = read_library(folder / FILE), FILE
     elif (folder / VOCAB).is_file() and (folder / MERGED).is_file():
         library, name = _read_merges(folder), VOCAB
+    elif (folder / wordpiece.VOCAB).is_file():
+        library, name = read_library(folder / wordpiece.VOCAB), wordpiece.VOCAB
     else:
         return None
     _add(library, folder)
+    if name == VOCAB:
+        _put_before(library, folder)
     return recognised(library, name, ends_of(folder, vocabulary(library, folder / name)))
 
 
 def recognised(library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...]) -> Tokenizer:
     """Returns the tokenizer of a library's: `gpt2()` or a CharTokenizer where it is one of them."""
     found, vocab = FileTokenizer(library, name, ends), library.get_vocab(with_added_tokens=True)
+    if found.begins:
+        return found
     rules = _rules(library)
     if found.vocab_size == gpt2().vocab_size and ends == gpt2().ends and rules == _rules(_gpt2()):
         return gpt2()
@@ -62,7 +79,13 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
         (folder / VOCAB).write_text(text, encoding="utf-8")
         shutil.copyfile(MERGES, folder / MERGED)
     end = None if tokenizer.eot is None else library.id_to_token(tokenizer.eot)
-    config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, "bos_token": end, "eos_token": end}
+    config: dict[str, Any] = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False}
+    if special_ids(tokenizer, list(wordpiece.SPECIAL.values())):
+        config |= {f"{name}_token": token for name, token in wordpiece.SPECIAL.items()}
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    if end not in config.values():
+        begin = library.id_to_token(tokenizer.begins[0]) if tokenizer.begins else end
+        config |= {"bos_token": begin, "eos_token": end}
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -130,6 +153,14 @@ def _add(library: tokenizers.Tokenizer, folder: Path) -> None:
         if library.token_to_id(text) != id:
             got = f"{library.token_to_id(text)} for {shown(text)}"
             raise HandgradError("tokenizer", f"an added token in {folder} must have the id {id} of its list", got)
+
+
+def _put_before(library: tokenizers.Tokenizer, folder: Path) -> None:
+    """Puts the token before every text that tokenizer_config.json asks for. A tokenizer.json says it itself."""
+    about = read_if_there(folder / CONFIG)
+    token = content(about.get("bos_token"), f"{folder / CONFIG} gives bos_token")
+    if about.get("add_bos_token") is True and token is not None and library.token_to_id(token) is not None:
+        put_before(library, token)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

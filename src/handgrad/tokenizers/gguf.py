@@ -14,7 +14,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer
 from handgrad.tokenizers.ends import id_list
-from handgrad.tokenizers.file import library_must
+from handgrad.tokenizers.file import library_must, put_before
 from handgrad.tokenizers.folder import library_of, recognised
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # what a token is; of llama.cpp
@@ -70,6 +70,10 @@ def from_gguf(metadata: Mapping[str, Any], source: object) -> Tokenizer:
         for type, is_special in ((CONTROL, True), (USER_DEFINED, False)):
             added = [AddedToken(t, special=is_special, normalized=False) for t, k in zip(tokens, types) if k == type]
             (library.add_special_tokens if is_special else library.add_tokens)(added)
+        begin: Any = metadata.get("tokenizer.ggml.bos_token_id")
+        adds = metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
+        if adds and begin in range(len(tokens)):
+            put_before(library, tokens[begin])
         return recognised(library, "gguf", ends_in_gguf(metadata, len(tokens), source))
 
 
@@ -102,9 +106,10 @@ def to_gguf(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
     found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
     found |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.ends))
-    if tokenizer.eot is not None:
-        found["bos_token_id"] = tokenizer.eot
-    return {f"tokenizer.ggml.{key}": value for key, value in (found | {"add_bos_token": False}).items()}
+    if tokenizer.begins or tokenizer.ends:
+        found["bos_token_id"] = (tokenizer.begins or tokenizer.ends)[0]
+    found["add_bos_token"] = bool(tokenizer.begins)
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
 
 
 def _texts(metadata: Mapping[str, Any], key: str, source: object) -> list[str]:

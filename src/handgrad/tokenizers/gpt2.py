@@ -38,6 +38,8 @@ class GPT2Tokenizer:
     vocab_size = END_OF_TEXT + 1
     eot = END_OF_TEXT
     ends = (END_OF_TEXT,)
+    begins: tuple[int, ...] = ()
+    specials = ("<|endoftext|>",)
 
     def __init__(self) -> None:
         self._encoding = tiktoken.Encoding(
@@ -48,15 +50,17 @@ class GPT2Tokenizer:
             explicit_n_vocab=self.vocab_size,
         )
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        allowed: set[str] = set(self.specials) if special else set()
         try:
             # encode_to_numpy, because encode_ordinary replaces lone surrogates instead of raising
-            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+            found = self._encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+            return found.astype(np.int32)
         except UnicodeEncodeError as error:
             raise HandgradError("tokenizer", "text must be Unicode", repr(text[error.start])) from None
         except ValueError:  # white space too long for the regular expression's stack: encode each half on its own
             half = len(text) // 2
-            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
+            return np.concatenate([self.encode(text[:half], special), self.encode(text[half:], special)])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(checked(ids, self.vocab_size)))

@@ -6,7 +6,7 @@ from handgrad.backends.base import Backend
 from handgrad.core.errors import HandgradError
 from handgrad.core.precision import Precision
 from handgrad.core.tensor import Tensor
-from handgrad.data import Tokens
+from handgrad.data import Data
 from handgrad.models import Model
 
 MOST_MICRO_BATCHES = 2**14  # whose tokens are in memory together; GPT-3's batch is 1563 of one sequence each
@@ -24,7 +24,7 @@ def check_kinds(optim: Any, data: Any, execution: Any) -> None:
             raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
 
 
-def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
+def micro_batches(data: Data, micro_batch: int, world: int = 1) -> int:
     """How many micro-batches a step has on each rank. Raises HandgradError unless they fill it."""
     tokens = world * micro_batch * data.seq_len
     if data.batch_tokens % tokens:
@@ -42,7 +42,7 @@ def micro_batches(data: Tokens, micro_batch: int, world: int = 1) -> int:
     return count
 
 
-def limit_ids(model: Model, data: Tokens) -> None:
+def limit_ids(model: Model, data: Data) -> None:
     """Has every batch checked against the vocabulary: a kernel would read past the embedding.
 
     Raises HandgradError if the objective inserts ids that the model lacks.

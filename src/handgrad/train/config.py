@@ -12,12 +12,18 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.number import I64_MAX, real, whole
 
 PACKAGED = "shakespeare"  # the word for the text in the package
+THOUSANDS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 OTHER_WORDS = {"gpu": "cuda", "float": "f32"} | dict.fromkeys(("fp16", "float16", "half", "bfloat16"), "bf16")
 # a preset's, of which each may be set alone
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", "mlp_size", "max_seq_len")
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
-OptimizerName = Literal["adamw", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
+ScheduleName = Literal[
+    "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "step", "cosine_with_restarts"
+]  # handgrad.optim.schedules.SCHEDULES
+STEPS = 2000  # of a run whose length is not given
+SCHEDULE_SETTINGS = ("cooldown", "cooldown_shape", "power", "cycles", "decay_every", "decay_factor")
+OptimizerName = Literal["adamw", "muon", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,12 @@ class ModelConfig:
     """Which model."""
 
     family: str = ""
-    """architecture, by the name that handgrad.models registers (bert, gpt2, llama, gpt_neox, t5); empty:
+    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
     the preset's"""
     preset: str = "tiny"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
-    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, bert-base,
-    pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     depth: int = 0
     """number of layers, width 64 per layer; replaces the preset"""
     num_layers: int = 0
@@ -48,7 +54,7 @@ class ModelConfig:
     max_seq_len: int = 0
     """longest sequence, tokens, and of a T5 the source; 0: the preset's"""
     vocab_size: int = 0
-    """tokens in the vocabulary; 0: the data's, and the model's special tokens"""
+    """tokens in the vocabulary; 0: the data's, and the model's special tokens that it lacks"""
     dropout: float = 0.0
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
     tie_embeddings: bool = True
@@ -66,7 +72,9 @@ class DataConfig:
 
     train: str = PACKAGED
     """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
-    in the package"""
+    in the package. Several, with commas between them, are mixed"""
+    weights: str = ""
+    """shares of the sequences that the sets of --train have, such as 3,1; empty: alike"""
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0
@@ -75,8 +83,13 @@ class DataConfig:
     """tokens in an optimizer step; 0: one micro-batch. More accumulates gradients"""
     shuffle: bool = True
     """visit the sequences in random order"""
+    documents: bool = False
+    """a token sees only its own document, which the end-of-text id begins; of chat data it always sees only its row"""
     overfit: bool = False
     """every step takes the batch of the first: can the model memorise it?"""
+
+    whole_word: bool = False
+    """a BERT's masks cover whole words, whose pieces begin with ## after the first"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "seq_len batch_tokens")
@@ -97,25 +110,63 @@ class OptimConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float | None = None
-    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw 0.1, lion 1, others 0)"""
+    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw and muon 0.1, lion 1,
+    others 0)"""
+    table_decay: float | None = None
+    """of embeddings and heads, with muon; None: --weight-decay"""
     moments: Literal["f32", "bf16", "int8"] = "f32"
     """of adamw: the type of both moments, rounded stochastically: 8, 4 or 2.06 bytes a parameter"""
     momentum: float | None = None
-    """of sgd: factor of the sum of earlier gradients; 0: none, and no memory for it; None: the optimizer's own"""
+    """of muon's matrices and of sgd: decay of the mean, or factor of the sum, of earlier gradients; sgd needs no
+    memory for 0. None: the optimizer's own"""
     nesterov: bool = False
     """of sgd: Nesterov's step"""
     scale_parameter: bool | None = None
     """of adafactor and adamw: multiply a parameter's step by its RMS; None: the optimizer's own (adafactor: True)"""
     relative_step: bool = False
     """of adafactor: the learning rate of step t is at most 1 / sqrt(t)"""
+    matrix_rate: float = 1.0
+    """of muon: the learning rate of hidden matrices, as a multiple of --lr"""
+    matrix_scale: Literal["adamw", "aspect"] = "adamw"
+    """of muon's steps: adamw: 0.2 sqrt(max(m, n)), so that AdamW's rate carries over; aspect: sqrt(max(1, m/n))"""
+    polynomial: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """of muon: what orthogonalises"""
+    row_scale: bool = False
+    """of muon: rows get the same norm before it (MuonEq)"""
+    rescale: bool = False
+    """of muon: the result gets the norm of an orthogonal matrix (Muon+)"""
+    second_beta: float = 0.0
+    """of muon: decay of the mean square of each row or column of the result, which evens them out (NorMuon); 0: none"""
+    cautious: bool = False
+    """of muon: matrices decay only where the step shrinks the weight"""
+    per_head: bool = False
+    """of muon: q, k and v are a matrix for each head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    schedule: ScheduleName = "cosine"
     """shape of the learning rate after warm-up"""
-    warmup: int | None = None
-    """steps from 0 to the peak; None: 100, or a tenth of the steps if that is less"""
+    warmup: int | float | None = None
+    """steps from 0 to the peak, or a fraction of all below 1; None: 100, or a tenth of the steps if that is less"""
     final: float | None = None
-    """last learning rate as a fraction of the peak; None: the schedule's own (cosine 0.1, linear 0, wsd 0)"""
+    """last learning rate as a fraction of the peak; None: 0.1 of a cosine, 1 of constant, else 0"""
+    cooldown: int | float | None = None
+    """of wsd: the last steps, in which the rate falls, or a fraction of all below 1; None: 0.2"""
+    cooldown_shape: Literal["", "sqrt", "linear", "cosine"] = ""
+    """of wsd: how it falls there; sqrt is 1 - sqrt; empty: sqrt"""
+    power: float | None = None
+    """of polynomial: its exponent; None: 2"""
+    cycles: int | None = None
+    """of cosine_with_restarts: how many cosines; None: 4"""
+    decay_every: int | float | None = None
+    """of step: steps between two falls of the rate, or a fraction of all below 1; None: 0.25"""
+    decay_factor: float | None = None
+    """of step: what the rate is multiplied by; None: 0.1"""
+    momentum_warmup: int | float = 0
+    """steps, or a fraction of all, over which momentum rises from 0.85 to the optimizer's own; 0: it is constant"""
+    momentum_cooldown: int | float = 0
+    """last steps, or a fraction of all, over which momentum falls back to 0.85"""
+    ema: float = 0.0
+    """decay of an average of the weights, such as 0.999, for --ema of eval, generate and convert; 0: none"""
     max_skipped: int = 10
     """updates in a row that may be skipped; one more ends the run"""
     skip_loss_z: float = 0.0
@@ -124,19 +175,56 @@ class OptimConfig:
     """the same for the gradient norm"""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "lr warmup final max_skipped skip_loss_z skip_grad_z")
+        lengths = "warmup cooldown decay_every momentum_warmup momentum_cooldown"
+        _check(self, 0, f"lr final max_skipped skip_loss_z skip_grad_z power cycles decay_factor ema {lengths}")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Which parameters learn; the others are frozen, without gradients and optimizer state."""
+
+    train_only: str = ""
+    """patterns of parameters that learn, such as 'h.11.*,ln_f.*'; empty: all"""
+    lora_rank: int = 0
+    """train low-rank adapters of this rank beside the frozen model; 0: none"""
+    lora_alpha: float = 16.0
+    """alpha / rank is the factor of what adapters add"""
+    lora_targets: str = "all-linear"
+    """linears with adapters, by the names of transformers, such as q,k,v,o,gate,up,down or c_attn"""
+    lora_dropout: float = 0.0
+    """probability of dropping inputs of adapters"""
+    lora_init: str = ""
+    """folder of an adapter saved by peft, to start from; it sets rank, alpha, targets and dropout"""
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "lora_rank lora_alpha lora_dropout")
+        if not self.lora_rank and not self.lora_init:
+            for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+                if getattr(self, name) != getattr(TuneConfig, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise HandgradError("tune", f"{flag} goes with --lora-rank", repr(getattr(self, name)))
+        if self.train_only and (self.lora_rank or self.lora_init):
+            raise HandgradError("tune", "--train-only goes without adapters, which alone learn", self.train_only)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Length, run folder, seed."""
 
-    steps: int = 2000
-    """optimizer steps; 0: one epoch"""
+    steps: int | None = None
+    """optimizer steps; 0: one epoch; None: 2000, unless --tokens or --epochs gives the length"""
+    tokens: str = ""
+    """length in tokens of the data instead, such as 1B, 300M or 250000: the whole steps in them"""
+    epochs: float = 0.0
+    """length in passes over the data instead"""
     out: str = ""
     """run folder; empty: runs/<data>-NNN, the next free number"""
     resume: str = ""
     """run folder whose newest complete checkpoint to resume; auto: the one in --out, or a new run"""
+    extend: bool = False
+    """with --resume and a larger --steps: go on from before the cooldown of wsd, which is kept aside"""
+    fresh_optimizer: bool = False
+    """with --resume: take the weights, and start the state of the optimizer anew, also of another --optimizer"""
     seed: int = 1337
     """seed of initial weights, data order, dropout and sampling"""
     check: Literal["off", "nan"] = "off"
@@ -145,7 +233,19 @@ class RunConfig:
     """settings from a file: a run's config.json, or names and values in .json, .yaml or .toml. Flags override it"""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "steps seed")
+        if isinstance(self.tokens, int | float):  # from a file
+            object.__setattr__(self, "tokens", f"{self.tokens:.0f}" if self.tokens else "")
+        _check(self, 0, "steps epochs seed")
+        lengths = {"--steps": self.steps, "--tokens": self.tokens, "--epochs": self.epochs}
+        given = [f"{flag} {value}" for flag, value in lengths.items() if value or (flag == "--steps" and value == 0)]
+        if len(given) > 1:
+            raise HandgradError("run", "the length of a run is one of --steps, --tokens and --epochs", " ".join(given))
+        if self.tokens:
+            num_tokens(self.tokens)
+        for name in ("extend", "fresh_optimizer"):
+            if getattr(self, name) and not self.resume:
+                flag = f"--{name.replace('_', '-')}"
+                raise HandgradError("run", f"{flag} goes with --resume RUN", "a new run")
         if self.seed >= 2**63:
             raise HandgradError("run", "--seed is below 2^63", self.seed)
 
@@ -208,6 +308,8 @@ class EvalConfig:
     """steps between validations; 0: only after the last step"""
     val_tokens: int = 65536
     """tokens of a validation; 0: the whole set"""
+    patience: int = 0
+    """end the run after this many validations in a row without a lower loss; 0: never"""
     hellaswag: str = ""
     """HellaSwag as `handgrad data hellaswag` makes it, or .jsonl: its accuracy by llm.c's rule goes into the log"""
     eval_every: int = 250
@@ -220,7 +322,7 @@ class EvalConfig:
     """start of every sample; empty: a line break, or the end-of-text token if the data cannot spell one"""
 
     def __post_init__(self) -> None:
-        _check(self, 0, "val_every val_tokens eval_every sample_every sample_tokens")
+        _check(self, 0, "val_every val_tokens patience eval_every sample_every sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -230,7 +332,9 @@ class CheckpointConfig:
     save_every: int = 1000
     """steps between checkpoints; 0: only after the last step"""
     keep_last: int = 2
-    """newest checkpoints that are kept; 0: all"""
+    """newest checkpoints that are kept; 0: all. The one before a wsd cooldown stays, too"""
+    keep_best: bool = False
+    """save after a validation with the lowest loss so far, and keep that checkpoint: RUN/best leads to it"""
     keep_every: int = 0
     """checkpoints at multiples of this step, itself one of --save-every, are never deleted; 0: none"""
 
@@ -265,6 +369,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     world: RanksConfig = field(default_factory=RanksConfig)
@@ -293,6 +398,24 @@ def by_group(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {group: {name: values[name] for name in names if name in values} for group, names in groups.items()}
 
 
+def num_tokens(text: str) -> int:
+    """The number in `--tokens`: digits, with k, M, B or T for a thousand to a million million.
+
+    >>> num_tokens("1B"), num_tokens("2.5m"), num_tokens("4096")
+    (1000000000, 2500000, 4096)
+    """
+    digits, factor = text.strip(), 1
+    if digits[-1:].upper() in THOUSANDS:
+        digits, factor = digits[:-1], THOUSANDS[digits[-1:].upper()]
+    try:
+        found = float(digits) * factor
+    except ValueError:
+        found = 0.0
+    if not 1 <= found <= I64_MAX:
+        raise HandgradError("run", "--tokens is a number such as 1B, 300M or 250000", f"'{text}'")
+    return round(found)
+
+
 def _check(settings: Any, least: int, names: str) -> None:
     """Raises HandgradError unless every field is of its type, and numbers are finite and, if named, at
     least `least`.
@@ -311,6 +434,11 @@ def _check(settings: Any, least: int, names: str) -> None:
                 raise HandgradError(group, f"{flag} is one of {', '.join(words)}", repr(value), hint=hint)
         elif value is None and type(None) in kinds:
             continue
+        elif {int, float} <= set(kinds):  # a number of steps, or a fraction of them
+            number = real(group, flag, value, bounds.get(name))
+            is_fraction = 0 < number < 1
+            count = int(number) if isinstance(value, float) and number.is_integer() else value
+            object.__setattr__(settings, name, number if is_fraction else whole(group, flag, count))
         elif float in kinds:
             object.__setattr__(settings, name, real(group, flag, value, bounds.get(name)))
         elif int in kinds:

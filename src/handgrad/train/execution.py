@@ -1,11 +1,14 @@
 """Execution: micro-batch, memory, backend and checks of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import I64_MAX, whole
 from handgrad.core.ranks import STAGES
+from handgrad.data import Data
+from handgrad.models.lora import Lora
 from handgrad.train.outliers import Guard
 
 EXTRA_PROGRAMS = ("val", "sample", "score")
@@ -26,8 +29,13 @@ class Execution:
     threads          of the cpu backend; 0: the physical cores that this process may use
     check            "nan" looks at every output of every call and names the first that is not finite; slow
     guard            which updates are skipped as outliers
+    train_only       patterns of the names of parameters that learn, as of the shell; the others are frozen: they have
+                     neither gradients nor optimizer state. None: all learn
+    lora             adapters, which alone learn; None: none
     zero             the ZeRO stage of several ranks: each holds only its share of 1 the optimizer state, 2 the
                      gradients too, 3 the parameters too; 0: of nothing
+    documents        a sequence holds several documents, which attention and positions keep apart. Trainer sets it
+                     where the data's objective gives their bounds
 
     Raises HandgradError for another word or a size that cannot be.
 
@@ -44,6 +52,9 @@ class Execution:
     check: str = "off"
     guard: Guard = Guard()
     zero: int = 1
+    train_only: tuple[str, ...] = ()
+    lora: Lora | None = None
+    documents: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "head_bytes", "threads"):
@@ -54,8 +65,22 @@ class Execution:
             raise HandgradError("execution", "head_bytes is not negative", self.head_bytes)
         if whole("execution", "zero", self.zero, 0) not in STAGES:
             raise HandgradError("execution", f"zero is one of {', '.join(map(str, STAGES))}", self.zero)
+        object.__setattr__(self, "train_only", tuple(self.train_only))
+        if self.train_only and self.lora:
+            rule = "adapters alone learn beside a frozen model: train_only goes without lora"
+            raise HandgradError("execution", rule, f"train_only {', '.join(self.train_only)}")
         words = [("recompute", self.recompute, tuple(POLICIES)), ("check", self.check, CHECKS)]
         words += [("an extra program", word, EXTRA_PROGRAMS) for word in self.extra_programs]
         for name, word, known in words:
             if word not in known:
                 raise HandgradError("execution", f"{name} is one of {', '.join(known)}", f"'{word}'")
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What a checkpoint keeps of `lora` and `train_only`."""
+        return {"lora": self.lora.to_dict() if self.lora else None, "train_only": list(self.train_only)}
+
+
+def for_data(execution: Execution, data: Data) -> Execution:
+    """The same, with documents kept apart where the data's objective gives their bounds."""
+    return replace(execution, documents=execution.documents or "positions" in data.objective.inputs)

@@ -15,7 +15,7 @@ from handgrad.core.program import Program
 from handgrad.models import Model
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
-from handgrad.train.record import head_chunks, head_rows, logits_row_bytes, record, record_train
+from handgrad.train.record import flops_per_token, head_chunks, head_rows, logits_row_bytes, record, record_train
 from handgrad.train.scaling import Cluster, Exchange, GpuRanks, Prediction, exchanges, predict
 
 
@@ -35,7 +35,7 @@ class Explanation:
     @property
     def flops_per_token(self) -> float:
         """Multiply and add count of forward, backward and recompute for one token, from the calls themselves."""
-        return sum(c.flops for c in self.program.calls) / self.rows
+        return flops(self.program) / self.rows
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -59,6 +59,7 @@ class Explanation:
         lines = [
             f"parameters    {p.num_params - p.num_padding:,}, and {p.num_padding:,} of padded vocabulary rows"
             f" ({p.flat_size:,} with alignment)",
+            f"trainable     {p.num_trainable:,}",
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
             f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",
@@ -81,12 +82,15 @@ class Explanation:
         base = at.nbytes
         if self.remedies:
             lines += ["", f"{'remedy':32} {'arena MiB':>10} {'saves MiB':>10} {'more flops':>11}"]
-        flops = sum(c.flops for c in p.calls)
         for name, nbytes, count in self.remedies:
-            lines.append(
-                f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {100 * (count / flops - 1):10.1f}%"
-            )
+            more = 100 * (count / flops(p) - 1)
+            lines.append(f"{name:32} {nbytes / MIB:10.1f} {(base - nbytes) / MIB:10.1f} {more:10.1f}%")
         return "\n".join(lines)
+
+
+def flops(p: Program) -> int:
+    """FLOP of a micro-batch, without those of the update, which runs once a step."""
+    return sum(c.flops for c in p.part(p.segments.forward_backward))
 
 
 def explain(
@@ -127,7 +131,7 @@ def explain(
         train, its = lay_out(other, accumulation * factor)
         if layout.nbytes - its.nbytes < MIB / 20:  # saves nothing that shows
             continue
-        prices.append((name, its.nbytes, sum(c.flops for c in train.calls) * factor))
+        prices.append((name, its.nbytes, flops(train) * factor))
     rows, cluster, prediction = execution.micro_batch * seq_len, None, None
     if isinstance(backend, GpuRanks):
         cluster = backend.cluster
@@ -139,7 +143,7 @@ def explain(
             cluster,
             dtype=precision.dtype,
             tokens=rows,
-            flops_per_token=model.flops_per_token(program.num_params, seq_len),
+            flops_per_token=flops_per_token(model, program, execution.micro_batch, seq_len),
             accumulation=accumulation,
         )
     return Explanation(program, layout, rows, tuple(prices), accumulation, backend.note, cluster, prediction)

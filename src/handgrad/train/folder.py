@@ -16,12 +16,23 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object
 from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
+from handgrad.io.checkpoint import DONE
 from handgrad.models import preset
 from handgrad.tokenizers import Tokenizer
 from handgrad.train.config import DERIVED_SIZES, SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
-UNRECORDED = ("out", "resume", "config", "threads", "verbose")  # changing these changes no result
+UNRECORDED = (
+    "out",
+    "resume",
+    "config",
+    "threads",
+    "verbose",
+    "tokens",
+    "epochs",
+    "extend",
+    "fresh_optimizer",
+)  # changing these changes no result
 RETIRED = {"head_chunks": 0}  # settings that only earlier versions had, with their defaults
 
 
@@ -167,6 +178,8 @@ def claim(out: Path, resume: str) -> Iterator[Lock]:
         held.close()
         with suppress(FileNotFoundError):  # somebody else has deleted it
             for path in set(out.iterdir()) - before:
+                if (path / DONE).exists():  # a checkpoint that has another name now
+                    continue
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         remove_empty(made)
         raise

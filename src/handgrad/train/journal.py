@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
-from handgrad.data import Tokens, common_meta
+from handgrad.data import Data, common_meta
 from handgrad.models import Model
 from handgrad.optim import Optimizer
 from handgrad.train.config import PACKAGED, by_group
@@ -18,6 +18,7 @@ from handgrad.train.folder import Lock, describe, holds_run, recorded
 from handgrad.train.log import RunLog
 from handgrad.train.optimizers import optimizer_settings
 from handgrad.train.step import Step
+from handgrad.train.tuning import tune_settings
 
 _OPEN: WeakValueDictionary[Path, "Journal"] = WeakValueDictionary()  # by folder
 
@@ -32,9 +33,7 @@ class Journal:
     Raises HandgradError if the folder holds a run that was not resumed, is in use, or cannot be written.
     """
 
-    def __init__(
-        self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Tokens
-    ):
+    def __init__(self, out: Path, resumed_at: int | None, settings: dict[str, dict[str, Any]], memory: str, data: Data):
         if resumed_at is None and holds_run(out):
             raise HandgradError("train", f"'{out}' already holds a run", hint="resume() continues it; or another out")
         try:
@@ -102,7 +101,7 @@ class Journal:
                 lock.close()
 
 
-def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: Execution, dtype: str) -> dict[str, Any]:
+def recorded_settings(model: Model, optim: Optimizer, data: Data, execution: Execution, dtype: str) -> dict[str, Any]:
     """The settings that these objects stand for, by group; the schedule and the length of a run are not among them."""
     values: dict[str, Any] = {"family": model.family, **asdict(model)}
     # to the command line the word is the text in the package; to `data.tokens` it was a folder
@@ -112,8 +111,9 @@ def recorded_settings(model: Model, optim: Optimizer, data: Tokens, execution: E
         "batch_tokens": data.batch_tokens,
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
+    values["documents"] = execution.documents and data.packing is None  # of chat data it is no choice
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
-    return by_group(values | optimizer_settings(optim))
+    return by_group(values | optimizer_settings(optim) | tune_settings(execution))
 
 
 def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:

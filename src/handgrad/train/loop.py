@@ -10,8 +10,10 @@ from typing import Any
 from handgrad import evals
 from handgrad.backends.ranks.comm import RankError
 from handgrad.core.errors import HandgradError
+from handgrad.data import Mixture
 from handgrad.infer import Sampling
 from handgrad.io import checkpoint
+from handgrad.optim import schedules
 from handgrad.train.interrupt import Interrupt
 from handgrad.train.log import RunLog
 from handgrad.train.mfu import mfu
@@ -53,19 +55,31 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
 
     All ranks do the same, and agree on what only one of them knows.
     """
-    trainer, last, is_renewed = run.trainer, run.config.run.steps, False
+    trainer, last, is_renewed = run.trainer, run.steps, False
+    if isinstance(trainer.data, Mixture):
+        log.event(run.done, f"epochs of each set in {last:,} steps: {epochs(trainer.data, last)}")
+    if is_exhausted(run):
+        log.say(f"nothing left to do: {exhausted(run)}; a larger --patience goes on")
+        return True
 
     def due(number: int) -> Due:
         usual = due_after(run, interrupt, number)
         return replace(usual, save=usual.save or is_renewed)
 
-    for f in steps(trainer, run.lr, run.done + 1, last, due):
+    for f in steps(trainer, run.lr, run.done + 1, last, due, run.momentum):
         is_renewed = trainer.comm.any(keep()) or is_renewed
-        log_step(run, log, f)
-        if f.due.save or (is_renewed and f.number == trainer.last_step):  # the log has every step of a checkpoint
+        is_best = log_step(run, log, f) and run.config.checkpoint.keep_best
+        is_over = is_exhausted(run)
+        if is_over:
+            log.event(f.number, f"stopped early: {exhausted(run)}")
+        if (
+            f.due.save or is_best or is_over or (is_renewed and f.number == trainer.last_step)
+        ):  # the log has every step of a checkpoint
             is_renewed = False
             with log.activity("saving"):
-                save(run, log, wait=f.due.stop or f.number == last)
+                save(run, log, wait=f.due.stop or is_over or f.number == last)
+        if is_over:
+            return True
         if f.due.stop:
             return f.number == last
         if f.due.sample:
@@ -75,8 +89,30 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
     return True
 
 
+def epochs(data: Mixture, steps: int) -> str:
+    """How often each set of a mixture has been read after so many steps, in words."""
+    found = zip(data.sets, data.epochs(data.ahead + steps * data.sequences))
+    return ", ".join(f"{one.pattern} {count:.2f}" for one, count in found)
+
+
+def is_exhausted(run: Run) -> bool:
+    """Whether --patience ends the run: the same on all ranks."""
+    return 0 < run.config.eval.patience <= run.best.since
+
+
+def exhausted(run: Run) -> str:
+    """Why."""
+    best = run.best
+    return f"{best.since} validations without a loss below {best.val_loss:.4f}, that of step {best.step}"
+
+
 def steps(
-    trainer: Trainer, lr: Callable[[int], float], first: int, last: int, due: Callable[[int], Due]
+    trainer: Trainer,
+    lr: schedules.Schedule,
+    first: int,
+    last: int,
+    due: Callable[[int], Due],
+    momentum: schedules.Schedule | None = None,
 ) -> Iterator[Finished]:
     """Runs the steps `first` to `last` and yields each in order.
 
@@ -87,7 +123,7 @@ def steps(
     begin = trainer.backend.mark()
     for number in range(first, last + 1):
         try:
-            result = trainer.step(number, lr(number))
+            result = trainer.step(number, lr(number), *([momentum(number)] if momentum else []))
         finally:  # also if it raises: the step before it is done
             yield from waiting
         waiting = [Finished(number, result, begin, due(number))]
@@ -102,12 +138,12 @@ def steps(
 def due_after(run: Run, interrupt: Interrupt, number: int) -> Due:
     """What is due after a step."""
     c, is_stopped = run.config, run.trainer.comm.any(interrupt.requested)
-    is_last = number == c.run.steps
+    is_last = number == run.steps
     return Due(
         val=run.val is not None and (is_last or every(c.eval.val_every, number)),
         hellaswag=bool(run.hellaswag) and (is_last or every(c.eval.eval_every, number)),
         sample=bool(run.prompt) and not is_last and every(c.eval.sample_every, number),
-        save=is_last or is_stopped or every(c.checkpoint.save_every, number),
+        save=is_last or is_stopped or number == run.branch or every(c.checkpoint.save_every, number),
         stop=is_stopped,
     )
 
@@ -117,8 +153,9 @@ def every(count: int, number: int) -> bool:
     return count > 0 and number % count == 0
 
 
-def log_step(run: Run, log: Log, f: Finished) -> None:
-    """Waits for a step, evaluates if that is due, and writes the line of the log.
+def log_step(run: Run, log: Log, f: Finished) -> bool:
+    """Waits for a step, evaluates if that is due, and writes the line of the log; whether its validation loss is the
+    lowest so far.
 
     Raises HandgradError if too many updates in a row were skipped.
     """
@@ -150,6 +187,7 @@ def log_step(run: Run, log: Log, f: Finished) -> None:
     if result.skips > c.optim.max_skipped:
         what = f"{result.skips} updates in a row were skipped, the last at step {f.number}: {result.skipped}"
         raise HandgradError("train", what, hint=f"{way_back(run.out)} with a lower --lr; --check nan names the call")
+    return "val_loss" in found and run.best.take(f.number, found["val_loss"])
 
 
 def measure(run: Run, log: Log, f: Finished) -> dict[str, Any]:
@@ -204,5 +242,6 @@ def sample(run: Run) -> str:
 def save(run: Run, log: Log, wait: bool) -> None:
     """Writes a checkpoint of the step just done; without `wait`, while the next steps run. The log is on disk first."""
     kept, config = run.config.checkpoint, asdict(run.config)
-    keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every}
+    keep: dict[str, Any] = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep": (run.branch,)}
+    keep |= {"best": run.best.step if kept.keep_best else None, "notes": run.best.saved()}
     run.trainer.save(run.trainer.last_step, config, **keep, wait=wait, before_done=log.flush)

@@ -7,6 +7,7 @@ from handgrad.backends.base import Planner
 from handgrad.core.backward import POLICIES, backward
 from handgrad.core.communicate import gather_parameters, sum_losses
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Phase
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.core.ranks import ALONE, Ranks
@@ -16,6 +17,7 @@ from handgrad.models import Model, forward_loss
 from handgrad.ops import add, collectives
 from handgrad.optim import Optimizer, record_step
 from handgrad.train.execution import Execution
+from handgrad.train.tuning import adapters_of, learns
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Programs:
 
     train: Program
     loss: Program | None
-    engine: tuple[Program, Program] | None
+    engine: tuple[Program, ...] | None
     scorer: tuple[Program, ...]
 
     def __iter__(self) -> Iterator[Program]:
@@ -48,14 +50,15 @@ def record(
     """All programs of a run whose steps have one micro-batch, or several if it `accumulates`, for this rank."""
     ranks = planner.ranks(execution.zero)
     chunks, extra = head_chunks(model, seq_len, precision, execution, planner), execution.extra_programs
+    dtype, adapters, tokens = precision.working, adapters_of(model, execution), execution.micro_batch * seq_len
     train = record_train(
         model, optim, seq_len, precision, execution, chunks=chunks, accumulates=accumulates, ranks=ranks
     )
     programs = Programs(
         train,
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
-        record_engine(model, precision.working) if "sample" in extra and model.continues_text else None,
-        record_scorer(model, precision.working, execution.micro_batch * seq_len) if "score" in extra else (),
+        record_engine(model, dtype, 0, adapters) if "sample" in extra and model.continues_text else None,
+        record_scorer(model, dtype, tokens, adapters) if "score" in extra else (),
     )
     for p in programs if ranks.shares(3) > 1 else ():
         if p is not train:
@@ -91,8 +94,10 @@ def record_train(
         grad_dtype=precision.gradients,
         master=precision.master_weights,
         ranks=ranks,
+        trainable=learns(model, execution),
+        adapters=adapters_of(model, execution),
     )
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     backward(p, add, drop=POLICIES[execution.recompute])
     record_step(p, optim)
     return p
@@ -100,9 +105,20 @@ def record_train(
 
 def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch."""
-    p = Program(precision.working)
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks)
+    p = Program(precision.working, adapters=adapters_of(model, execution))
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
     return p
+
+
+def flops_per_token(model: Model, p: Program, micro_batch: int, seq_len: int) -> int:
+    """FLOP of forward and backward per token: the model's own count, or that of the calls where parameters are frozen,
+    since gradients of those are not computed.
+
+    p: the program of training
+    """
+    if all(info.trainable for info in p.params.values()):
+        return model.flops_per_token(p.num_params, seq_len)
+    return sum(c.flops for c in p.calls if c.phase in (Phase.FORWARD, Phase.BACKWARD)) // (micro_batch * seq_len)
 
 
 def head_chunks(model: Model, seq_len: int, precision: Precision, execution: Execution, planner: Planner) -> int:

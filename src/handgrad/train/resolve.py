@@ -1,8 +1,5 @@
 """From flags to resolved settings and the objects built from them. Nothing below this module reads a flag."""
 
-import glob
-import inspect
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,22 +13,40 @@ from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
+from handgrad.infer.adapters import read_peft
 from handgrad.infer.load import check_same_tokens, open_source
 from handgrad.io import newest
-from handgrad.models import T5, Bert, Model, create, preset
+from handgrad.models import Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
+from handgrad.train.best import Best
 from handgrad.train.checks import micro_batches
-from handgrad.train.config import PACKAGED, SIZES, ComputeConfig, Config, ModelConfig, RanksConfig
-from handgrad.train.execution import Execution
+from handgrad.train.config import (
+    SCHEDULE_SETTINGS,
+    SIZES,
+    STEPS,
+    ComputeConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    RanksConfig,
+    num_tokens,
+)
+from handgrad.train.datasets import labels_of, paths_of, settle_data, training_data, validation_data
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
+from handgrad.train.extend import branch_step
 from handgrad.train.folder import saved_settings
+from handgrad.train.growth import described, with_new_rows
+from handgrad.train.heads import as_classifier, for_labels
 from handgrad.train.journal import tokenizer_of
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
+from handgrad.train.record import flops_per_token
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
+from handgrad.train.tuning import settled, tuned
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,9 @@ class Run:
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
     lr               learning rate of a step
+    momentum         momentum of a step, None where it is the optimizer's own
+    branch           the step before the cooldown of wsd, whose checkpoint is kept for --extend; else 0
+    best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
     hellaswag        its questions; none: it is not evaluated
@@ -54,7 +72,10 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     trainer: Trainer
     lr: Callable[[int], float]
-    val: hg_data.Tokens | None
+    momentum: Callable[[int], float] | None
+    branch: int
+    best: Best
+    val: hg_data.Data | None
     prompt: list[int]
     hellaswag: list[evals.Item]
     telemetry: Telemetry | None
@@ -63,28 +84,36 @@ class Run:
     done: int
     facts: dict[str, Any]
 
+    @property
+    def steps(self) -> int:
+        """The length of the run."""
+        return steps_of(self.config)
+
 
 def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     """Finds the data, builds all objects, and resumes if asked. Raises HandgradError for whatever does not fit."""
-    c, shards, val_shards = settle_data(c, out, comm)
-    tokenizer = tokenizer_of(hg_data.find_shards(shards))
-    c, start, source = find_start(c, out, tokenizer)
-    model = find_model(c, tokenizer.vocab_size, source)
-    data = training_data(c, shards, model, comm.world, tokenizer.eot)
-    c = complete(c, model, data, out)
+    c, found = settle_data(c, out, comm)
+    tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
+    c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
+    c, start, source, new_rows = find_start(c, out, tokenizer, labels)
+    model = find_model(c, tokenizer, source, labels)
+    data = training_data(c, found, model, comm.world, tokenizer)
+    asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
-    if not model.continues_text and c.eval.hellaswag:
-        raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
+    check_evals(c, model, any(one.val for one in found))
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
-    val = validation_data(val_shards, data, model, tokenizer) if val_shards else None
+    val = validation_data(found, c.data.weights, data, model, tokenizer)
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    execution = execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z))
+    execution = for_data(execution_of(h, extra_programs, r.check, Guard(o.skip_loss_z, o.skip_grad_z)), data)
+    execution = tuned(execution, c.tune)
+    start = with_adapter(start, c, model, execution, is_new=newest(out) is None or not r.resume)
     backend = open_backend(h.backend, h.threads, precision, comm)
     optim = optimizer_of(o)
+    momentum = momentum_of(c, optim)
     try:
         trainer = Trainer(
             model, optim, data, execution=execution, precision=precision, backend=backend, start=start, out=out
@@ -95,13 +124,17 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         raise with_remedies(error, model, optim, data, execution, precision, backend) from None
     trainer.keeps_journal = False  # the loop writes a log of its own
     check_readable(data, val, trainer, hellaswag)
-    done = trainer.resume(pass_over=r.resume == "auto") if r.resume else 0
-    if done > r.steps:
+    until = on_rank_0(comm, lambda: branch_step(saved_settings(c), c, out)) if asked.extend else None
+    fresh = asked.fresh_optimizer
+    done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
+    if done > steps_of(c):
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
     num_params = trainer.program.num_params
-    facts = {"params": num_params - trainer.program.num_padding, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
+    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
+    facts |= {"chat": str(data.packing)} if data.packing else {}
     each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype}
+    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
@@ -109,59 +142,42 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         tokenizer=tokenizer,
         trainer=trainer,
         lr=lr,
+        momentum=momentum,
+        branch=schedules.settled_until(o.schedule, steps_of(c), o.cooldown) if o.schedule == "wsd" else 0,
+        best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
-        flops_per_token=model.flops_per_token(num_params, data.seq_len),
+        flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
         facts=facts,
     )
 
 
-def settle_data(c: Config, out: Path, comm: Comm) -> tuple[Config, str, str]:
-    """(the settings, train glob, val glob or ""). Rank 0 looks, and prepares what is missing, for all."""
-
-    def look() -> list[str]:
-        chosen = local_folder_first(c, out)
-        return [chosen.data.train, *find_data(chosen, out)]
-
-    train, shards, val_shards = on_rank_0(comm, look)
-    return replace(c, data=replace(c.data, train=train)), shards, val_shards
+def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
+    """What a run starts from, with the tensors of the adapter that --lora-init names."""
+    if not is_new or not c.tune.lora_init or execution.lora is None:
+        return start
+    return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
 
 
-def local_folder_first(c: Config, out: Path) -> Config:
-    """The settings; `shakespeare` becomes ./shakespeare if that folder exists.
-
-    A run that was trained on the packaged text, in its own folder, continues with it.
-    """
-    is_own = bool(c.run.resume) and (out / "data" / "meta.json").exists()
-    if c.data.train != PACKAGED or is_own or not os.path.isdir(PACKAGED):
-        return c
-    return replace(c, data=replace(c.data, train=f"./{PACKAGED}"))
+def check_evals(c: Config, model: Model, has_val: bool) -> None:
+    """Raises HandgradError for settings of validation without data, and of HellaSwag for a model that it is not for."""
+    if not has_val and (c.checkpoint.keep_best or c.eval.patience):
+        raise HandgradError("eval", "--keep-best and --patience need validation data", "none", hint="--val GLOB")
+    if not model.continues_text and c.eval.hellaswag:
+        raise HandgradError("eval", "HellaSwag is for models that continue texts", f"a {model.family}")
 
 
-def find_data(c: Config, out: Path) -> tuple[str, str]:
-    """(train glob, val glob or ""). Packaged text is prepared inside the run folder; a folder has its split."""
-    d = c.data
-    if d.train == PACKAGED:
-        folder = out / "data"
-        if not (folder / "meta.json").exists():
-            text = hg_data.shakespeare()
-            hg_data.prepare_text(text, folder, tokenizers.chars(hg_data.read_text(text)))
-    elif os.path.isdir(d.train):
-        folder = Path(d.train)
-    else:
-        return d.train, d.val
-    own = f"{glob.escape(str(folder))}/val_*.bin" if any(folder.glob("val_*.bin")) else ""
-    return f"{glob.escape(str(folder))}/train_*.bin", d.val or own
+def find_start(
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+) -> tuple[Config, Start, Model | None, str]:
+    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any).
 
-
-def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[Config, Start, Model | None]:
-    """(the settings, what the run starts from, the model on disk if there is one).
-
-    A model on disk sets the sizes; a checkpoint sets everything.
+    A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
+    Tokens that the data's tokenizer adds get new rows.
     """
     m, last = c.model, newest(out) if c.run.resume else None
     drawn = m.init in ("random", "llmc")
@@ -171,27 +187,45 @@ def find_start(c: Config, out: Path, tokenizer: tokenizers.Tokenizer) -> tuple[C
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
     if drawn and last is None:
-        return c, Start(c.run.seed, m.init), None
+        return c, Start(c.run.seed, m.init), None, ""
     source = open_source(m.init if last is None else str(last))
-    check_same_tokens(source, tokenizer)
+    added = check_same_tokens(source, tokenizer)
+    if labels and last is None:
+        source = for_labels(source, labels, c.run.seed)
+    if getattr(source.model, "labels", ()) != labels:
+        known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
+        rule = f"the texts have the labels of {source.path}, {known}"
+        raise HandgradError("model", rule, ", ".join(labels) or "none")
     if drawn:
-        return c, Start(c.run.seed), None
-    if isinstance(source.model, Bert) and source.model.vocab_size != tokenizer.vocab_size + len(Bert.special_tokens):
-        rule = f"a BERT to start from has {', '.join(Bert.special_tokens)} after the data's {tokenizer.vocab_size}"
-        raise HandgradError("model", rule, f"a vocabulary of {source.model.vocab_size}")
-    brought = {"family": source.model.family} | settings_of(source.model)
+        return c, Start(c.run.seed), None, ""
+    model, weights = with_new_rows(source, added) if added else (source.model, source.weights)
+    if isinstance(model, Bert):
+        check_special(model, tokenizer)
+    brought = {"family": model.family} | settings_of(model)
     brought.pop("dropout", None)  # a choice of the run
     for name in ("family", "preset", "depth", *SIZES, "vocab_size", "tie_embeddings"):
         if getattr(m, name) not in (getattr(ModelConfig, name), brought.get(name)):
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
-    start = Start(c.run.seed, source.weights) if last is None else Start(c.run.seed)
-    return replace(c, model=replace(m, **brought)), start, source.model
+    start = Start(c.run.seed, weights) if last is None else Start(c.run.seed)
+    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added)
 
 
-def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
-    """The model that the settings ask for, or the one on disk with the run's dropout, on data with this vocabulary."""
-    m = c.model
+def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises HandgradError unless a BERT on disk has the tokens of the data and its special ones."""
+    count, special = tokenizer.vocab_size, ", ".join(Bert.special_tokens)
+    is_own = tokenizers.special_ids(tokenizer, Bert.special_tokens) is not None
+    if is_own and model.vocab_size < count:
+        raise HandgradError("model", f"a BERT to start from has the {count} tokens of the data", model.vocab_size)
+    if not is_own and model.vocab_size != count + len(Bert.special_tokens):
+        rule = f"a BERT to start from has {special} after the data's {count}"
+        hint = "make the data with its own tokenizer: handgrad data RECIPE --tokenizer FOLDER"
+        raise HandgradError("model", rule, f"a vocabulary of {model.vocab_size}", hint=hint)
+
+
+def find_model(c: Config, tokenizer: tokenizers.Tokenizer, source: Model | None, labels: tuple[str, ...] = ()) -> Model:
+    """The model that the settings ask for, or the one on disk with the run's dropout, on data of this tokenizer."""
+    m, vocab_size = c.model, tokenizer.vocab_size
     if 0 < m.vocab_size < vocab_size:
         raise HandgradError("model", f"--vocab-size is at least the data's {vocab_size}", m.vocab_size)
     if source is not None:  # fields that are no settings stay, too
@@ -202,12 +236,15 @@ def find_model(c: Config, vocab_size: int, source: Model | None) -> Model:
         if getattr(m, name) != getattr(ModelConfig, name):
             changes[name] = getattr(m, name)
     name = f"d{m.depth}" if m.depth else m.preset
-    special = preset(name, m.family).special_tokens
+    chosen = preset(name, m.family)
+    is_own = isinstance(chosen, Bert) and tokenizers.special_ids(tokenizer, chosen.special_tokens)
+    special = () if is_own else chosen.special_tokens
     own = vocab_size + len(special)
     if 0 < m.vocab_size < own:
         rule = f"--vocab-size is at least {own}: the data's {vocab_size} and {len(special)} special tokens"
         raise HandgradError("model", rule, m.vocab_size)
-    return preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    model = preset(name, m.family, vocab_size=m.vocab_size or own, **changes)
+    return as_classifier(model, labels) if labels else model
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -215,85 +252,63 @@ def settings_of(model: Model) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if hasattr(ModelConfig, name)}
 
 
-def training_data(c: Config, shards: str, model: Model, world: int, eot: int | None) -> hg_data.Tokens:
-    """The batches that the settings ask for, of so many ranks. eot: the id between documents."""
-    d, seq_len = c.data, c.data.seq_len or model.usual_seq_len
-    paths = hg_data.find_shards(shards)
-    held_out = [path for path in paths if path.name.startswith("val_")]
-    if held_out and len(held_out) < len(paths):
-        hint = f"--train {held_out[0].parent}, which validates on them"
-        raise HandgradError("data", f"{d.train} names no validation shards", str(held_out[0]), hint=hint)
-    batch_tokens = d.batch_tokens or world * c.compute.micro_batch * seq_len
-    return hg_data.tokens(
-        shards,
-        seq_len,
-        batch_tokens,
-        seed=c.run.seed,
-        shuffle=d.shuffle,
-        overfit=d.overfit,
-        vocab_size=model.vocab_size,
-        objective=objective_of(model, eot),
-    )
-
-
-def objective_of(model: Model, eot: int | None = None) -> hg_data.Objective:
-    """What a model learns from a text. Its special tokens are the last of its vocabulary."""
-    if isinstance(model, T5):
-        first, end, pad = model.special_ids
-        if first >= model.vocab_size:
-            rule = f"the released T5's first sentinel {first} lies in the vocabulary"
-            raise HandgradError("model", rule, f"{model.vocab_size} tokens")
-        return hg_data.Spans(first_sentinel=first, eos_id=end, pad_id=pad, source_len=model.max_seq_len)
-    if not isinstance(model, Bert):
-        return hg_data.Causal()
-    id_of = dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
-    return hg_data.Masked(
-        mask_id=id_of["[MASK]"],
-        cls_id=id_of["[CLS]"],
-        sep_id=id_of["[SEP]"],
-        pad_id=id_of["[PAD]"],
-        special_ids=(id_of["[MASK]"],),
-        vocab_size=model.vocab_size,
-        rate=model.mask_rate,
-        next_sentence=model.nsp,
-        eot=eot,
-    )
-
-
-def validation_data(shards: str, data: hg_data.Tokens, model: Model, tokenizer: tokenizers.Tokenizer) -> hg_data.Tokens:
-    """The validation set, in sequences as long as the training data's. HandgradError if it is of another tokenizer."""
-    T, V = data.seq_len, model.vocab_size
-    val = hg_data.tokens(shards, T, T, shuffle=False, vocab_size=V, split="val", objective=data.objective)
-    evals.check_tokenizer(val, tokenizer, f"the training data in {data.folder}")
-    return val
-
-
-def complete(c: Config, model: Model, data: hg_data.Tokens, out: Path) -> Config:
+def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    steps = c.run.steps or max(data.windows // data.sequences, 1)
-    final = c.optim.final
-    if final is None:
-        final = inspect.signature(schedules.SCHEDULES[c.optim.schedule]).parameters["final"].default
-    warmup = min(100, steps // 10) if c.optim.warmup is None else c.optim.warmup
+    steps, o = num_steps(c, data), c.optim
+    own = {name: v for name, v in schedules.own_settings(o.schedule).items() if getattr(o, name) in (None, "")}
+    warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
+    run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
     return replace(
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
-        optim=replace(c.optim, **optimizer_settings(optimizer_of(c.optim)) | {"final": final, "warmup": warmup}),
-        run=replace(c.run, out=str(out), steps=steps),
+        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
+        run=run,
         compute=replace(c.compute, **found),
         world=RanksConfig(),
     )
 
 
+def num_steps(c: Config, data: hg_data.Data) -> int:
+    """The length of the run in steps, from --steps, --tokens or --epochs: the whole steps in it, at least one."""
+    r, epoch = c.run, data.windows / data.sequences
+    if r.tokens:
+        return max(num_tokens(r.tokens) // data.batch_tokens, 1)
+    if r.epochs or r.steps == 0:
+        return max(int((r.epochs or 1.0) * epoch + 1e-9), 1)  # 0.1 * 70 is 7
+    return STEPS if r.steps is None else r.steps
+
+
+def steps_of(c: Config) -> int:
+    """The length of the run of complete settings."""
+    assert c.run.steps is not None  # `complete` has set it
+    return c.run.steps
+
+
 def schedule_of(c: Config) -> schedules.Schedule:
     """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
-    o, steps = c.optim, c.run.steps
+    o, steps = c.optim, steps_of(c)
     assert o.warmup is not None  # `complete` has set it
     warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
-    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final)
+    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final, **schedule_settings(o))
+
+
+def schedule_settings(o: OptimConfig) -> dict[str, Any]:
+    """The settings of single schedules, None where they are not given."""
+    return {name: getattr(o, name) or None for name in SCHEDULE_SETTINGS}
+
+
+def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:
+    """The momentum of every step, None if it is not scheduled. HandgradError if the optimizer does not read it."""
+    o, peak = c.optim, getattr(optim, "scheduled_momentum", None)
+    if not o.momentum_warmup and not o.momentum_cooldown:
+        return None
+    if peak is None:
+        rule = "--momentum-warmup and --momentum-cooldown are settings of optimizers whose momentum is scheduled"
+        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}")
+    return schedules.momentum(o.momentum_warmup, steps_of(c), o.momentum_cooldown, peak=peak)
 
 
 def precision_of(h: ComputeConfig) -> Precision:
@@ -325,7 +340,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
         return tokenizers.neutral_prompt(tokenizer)
     found: object = repr(prompt)
     try:
-        ids = tokenizer.encode(prompt).tolist()
+        ids = tokenizers.prompt_ids(tokenizer, prompt)
     except HandgradError as error:
         ids, found = [], error.got or found  # the character
     if not ids:
@@ -334,9 +349,7 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def check_readable(
-    data: hg_data.Tokens, val: hg_data.Tokens | None, trainer: Trainer, hellaswag: list[evals.Item]
-) -> None:
+def check_readable(data: hg_data.Data, val: hg_data.Data | None, trainer: Trainer, hellaswag: list[evals.Item]) -> None:
     """Reads the first batches and all questions. Raises HandgradError for tokens that the model does not know."""
     data.batch(0, micro_batch=1, names=trainer.program.inputs)  # tokens of another vocabulary show here, most often
     if val is not None:
@@ -349,7 +362,7 @@ def with_remedies(
     error: HandgradError,
     model: Model,
     optim: Optimizer,
-    data: hg_data.Tokens,
+    data: hg_data.Data,
     execution: Execution,
     precision: Precision,
     backend: Backend,

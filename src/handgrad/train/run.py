@@ -14,8 +14,9 @@ from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected
-from handgrad.io import newest
+from handgrad.io import checkpoint, newest
 from handgrad.train.config import Config
+from handgrad.train.extend import set_aside
 from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
 from handgrad.train.interrupt import EXIT_CODE, Interrupt, as_ctrl_c
 from handgrad.train.log import RunLog
@@ -47,8 +48,8 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
     with claim(out, c.run.resume) if leads else nullcontext() as lock:
         run = resolve(c, out, comm)
         processes = comm.all_gather_object(os.getpid())
-        log = open_log(run, quiet) if leads else NullLog()
-        if leads and run.done < run.config.run.steps:
+        log = open_log(run, c, quiet) if leads else NullLog()
+        if leads and run.done < run.steps:
             describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
         if leads and not quiet:
             show(run, c, processes)
@@ -80,17 +81,20 @@ def unread(out: Path, error: OSError) -> None:
     print(f"[handgrad] {what}", file=sys.stderr)
 
 
-def open_log(run: Run, quiet: bool) -> RunLog:
+def open_log(run: Run, asked: Config, quiet: bool) -> RunLog:
     """The log of the run; if it resumes with other settings, a line says which, and how the learning rate jumps.
 
-    Another line says if it does not resume from the newest checkpoint.
+    Another line says if it does not resume from the newest checkpoint; what --extend leaves behind is set aside first.
     """
-    r, sent = run.config.run, run.config.log
-    changed = changes(run.out, run.config) if 0 < run.done < r.steps else ""
+    sent = run.config.log
+    changed = changes(run.out, run.config) if 0 < run.done < run.steps else ""
+    aside = set_aside(run.out, run.done) if asked.run.extend else ""
+    if run.done:
+        checkpoint.link_best(run.out, run.best.step if run.config.checkpoint.keep_best else 0)
     jump = rate_jump(run) if changed else ""
     log = RunLog(
         run.out,
-        r.steps,
+        run.steps,
         resumed_at=run.done,
         tensorboard=sent.tensorboard,
         wandb=sent.wandb,
@@ -99,6 +103,12 @@ def open_log(run: Run, quiet: bool) -> RunLog:
     )
     if run.trainer.passed_over:
         log.event(run.done, run.trainer.passed_over)
+    if asked.run.extend:
+        log.event(run.done, f"extended from step {run.done} to {run.steps} steps{aside}")
+    if asked.run.fresh_optimizer:
+        log.event(
+            run.done, f"the state of {run.config.optim.optimizer} starts anew here; the weights are the checkpoint's"
+        )
     if changed:
         log.event(run.done, f"from here on {changed}{jump}", lr=run.lr(run.done + 1))
     return log
@@ -197,6 +207,8 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
         if run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
+        elif getattr(run.trainer.model, "labels", ()):
+            log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
         log.say(f"resume: handgrad train --resume {out}")

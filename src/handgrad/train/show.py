@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from handgrad.data import Mixture
 from handgrad.train.config import PACKAGED, Config, RanksConfig
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
@@ -38,11 +39,12 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
         rest = "all others are the defaults" if changed else "the defaults"
         table.add_row(" settings", "; ".join(filter(None, [as_flags(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
-    steps = run.config.run.steps
+    steps = run.steps
     if run.config.data.train == f"./{PACKAGED}":
         console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     if run.done == steps:
-        console.print(" nothing left to do: raise --steps to continue", soft_wrap=True)
+        hint = "raise --steps to continue" + ", with --extend from before the cooldown" * bool(run.branch)
+        console.print(f" nothing left to do: {hint}", soft_wrap=True)
     elif (run.config.optim.warmup or 0) >= steps:
         console.print(f" all {steps} steps are warm-up; a smaller --warmup lets the rate decay", soft_wrap=True)
     console.print()
@@ -54,16 +56,35 @@ def facts(run: Run) -> list[tuple[str, str]]:
     sizes = f"{m.num_layers} layers, {m.num_heads} heads, width {m.hidden_size}"
     padding = run.trainer.program.num_padding
     padded = f" ({padding:,} more pad the vocabulary)" if padding else ""
-    steps, tokens = c.run.steps, c.run.steps * d.batch_tokens
+    count = run.facts["trainable"]
+    trainable = f"; {count:,} learn" if count < run.facts["params"] else ""
+    steps, tokens = run.steps, run.steps * d.batch_tokens
+    new_rows = [("new rows", run.facts["new_rows"])] if "new_rows" in run.facts else []
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
+    mixed = [("mixture", d.about())] if isinstance(d, Mixture) else []
+    chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
     return [
-        ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}"),
+        ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
+        *new_rows,
+        *groups(run),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
+        *mixed,
+        *chat,
         ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),
     ]
+
+
+def groups(run: Run) -> list[tuple[str, str]]:
+    """A line for each of the optimizer's groups that it has a rule for: how many parameters, and their rule."""
+    lines: list[tuple[str, str]] = []
+    for group, rule in run.trainer.optim.groups.rules.items():
+        tensors = [p.tensor for b in run.trainer.program.buckets if b.group == group for p in b.members]
+        size = f"{sum(t.size for t in tensors):,} parameters in {len(tensors)} tensors"
+        lines.append(("" if lines else "optimizer", f"{group}: {size}; {rule}"))
+    return lines
 
 
 def differences(given: Config) -> dict[str, Any]:

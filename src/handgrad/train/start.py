@@ -1,9 +1,9 @@
 """Start: the values that the parameters of a run begin with."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,9 @@ from handgrad.core.params import Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.io.weights import Weights
-from handgrad.ops.adamw.reference import split_weight
+from handgrad.models.lora import adapter_params
+from handgrad.ops.adamw.reference import join_weight, split_weight
+from handgrad.optim.ema import EMA
 from handgrad.train.llmc_init import draws
 
 PREFETCH = 4  # parameters drawn ahead, per thread: most are vectors
@@ -30,6 +32,7 @@ class Start:
     """What a run starts from.
 
     seed   of random weights and of dropout
+    adapter  values of adapters by name, in place of drawn ones, for a run that has some
     init   "random" draws the weights in float32, each parameter from its own stream of the seed; "llmc" draws those of
            llm.c's GPU trainer, whatever the seed; Weights are those of a model on disk (`infer.load.open_source`)
 
@@ -38,6 +41,7 @@ class Start:
 
     seed: int = 0
     init: str | Weights = "random"
+    adapter: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", whole("train", "seed", self.seed))
@@ -50,8 +54,12 @@ def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | 
 
     Raises HandgradError where a model on disk has other tensors or shapes.
     """
+    own = adapter_params(p)
     if isinstance(start.init, Weights):
-        copy(p, arena, start.init)
+        copy(p, arena, start.init, own)
+        for stream, (name, info) in enumerate(p.params.items()):
+            if name in own:
+                write_weight(arena, info.tensor, draw(info, start.seed, stream))
     elif start.init == "llmc":
         for info, values in draws(p):
             write_weight(arena, info.tensor, values)
@@ -59,11 +67,13 @@ def initialize(p: Program, arena: Arena, start: Start, drawn: Iterator[Parts] | 
         drawn = drawn or drawing(p, start.seed, "low" in arena.plan.vectors)
         for info, parts in zip(p.params.values(), drawn, strict=True):
             write_parts(arena, info.tensor, parts)
+    for name in own & start.adapter.keys():
+        write_weight(arena, p.params[name].tensor, start.adapter[name])
 
 
-def copy(p: Program, arena: Arena, weights: Weights) -> None:
-    """Writes the weights of a model on disk, one tensor after another."""
-    for name in sorted(p.params.keys() ^ weights.shapes.keys()):
+def copy(p: Program, arena: Arena, weights: Weights, others: Collection[str] = ()) -> None:
+    """Writes the weights of a model on disk, one tensor after another. others: parameters that it lacks."""
+    for name in sorted((p.params.keys() - set(others)) ^ weights.shapes.keys()):
         raise HandgradError("train", "the model to start from has the same tensors", f"'{name}' in one of them alone")
     for name, shape in weights.shapes.items():
         own, padded = p.params[name].tensor, p.params[name].init.rows is not None
@@ -99,6 +109,9 @@ def draw(info: Param, seed: int, stream: int) -> np.ndarray:
         first, std = info.init.first or (0, 0.0)
         rows[:first] *= np.float32(std)
         rows[first:] *= np.float32(info.init.std)
+    if info.init.kind == "uniform":
+        bound, rng = np.float32(info.init.std), np.random.default_rng([seed, stream])
+        values = (2 * rng.random(info.tensor.shape, np.float32) - 1) * bound
     return values
 
 
@@ -118,10 +131,18 @@ def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
 
 def write_parts(arena: Arena, param: Tensor, parts: Parts) -> None:
     """Writes a parameter's slices of flat vectors. Low halves are dropped where the optimizer keeps none: the high half
-    is the nearest bf16."""
+    is the nearest bf16. An average of the weights starts as the weights."""
+    if EMA in arena.plan.vectors:
+        write_average(arena, param, parts["param"], parts.get("low"))
     for vector, values in parts.items():
         if vector != "low" or has_low(arena, param):
             arena.write_part(vector, param, values)
+
+
+def write_average(arena: Arena, param: Tensor, values: np.ndarray, low: np.ndarray | None) -> None:
+    """Sets the average of a parameter to its weights, or to those that they form with their low halves."""
+    whole = values.astype(np.float32)  # before they are joined: the result has the type of the upper half
+    arena.write_part(EMA, param, whole if low is None else join_weight(whole, low))
 
 
 def has_low(arena: Arena, param: Tensor) -> bool:

@@ -3,9 +3,8 @@
 import math
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,25 @@ from handgrad.core.number import whole as whole_number
 from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
-from handgrad.core.program import STATE, Segment
+from handgrad.core.program import Segment
 from handgrad.core.tensor import IGNORE_INDEX, Role
-from handgrad.data import Tokens
+from handgrad.data import Data
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
-from handgrad.models import Model, declare, from_dict, to_dict
+from handgrad.models import Model, to_dict
 from handgrad.optim import Optimizer
 from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
-from handgrad.train.execution import Execution
+from handgrad.train.execution import Execution, for_data
 from handgrad.train.journal import Journal, recorded_settings
+from handgrad.train.optimizers import optimizer_name
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
-from handgrad.train.shards import GRAD, PARAM, expected, expected_state, state, whole
+from handgrad.train.restore import check_model, restore
+from handgrad.train.shards import GRAD, PARAM, state, whole
 from handgrad.train.start import Start, drawing, initialize, write_weight
 from handgrad.train.step import Step
-
-
-def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
-    """The family and the fields of a model's dictionary side by side."""
-    return {"family": d["family"], **d["model"]}
+from handgrad.train.tuning import declared
 
 
 class Trainer:
@@ -71,7 +68,7 @@ class Trainer:
         self,
         model: Model,
         optim: Optimizer,
-        data: Tokens,
+        data: Data,
         *,
         execution: Execution,
         precision: Precision | None = None,
@@ -82,17 +79,17 @@ class Trainer:
         check_kinds(optim, data, execution)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
-        self.execution, self.precision = execution, precision
+        self.execution, self.precision = for_data(execution, data), precision
         self.comm = open_comm() if backend is None else backend.comm
         self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
         limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
-            drawn = drawing(declare(model, precision.working), start.seed, precision.splits_weights)
+            drawn = drawing(declared(model, execution, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
         check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
-        programs = record(model, optim, data.seq_len, precision, execution, self.backend, accumulates=accumulates)
+        programs = record(model, optim, data.seq_len, precision, self.execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
         self.ranks = train.ranks
         self.plan: Plan = self.backend.plan(*programs)
@@ -112,6 +109,8 @@ class Trainer:
         self.last_step = 0
         self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
+        self._momentum = getattr(optim, "scheduled_momentum", None) or 0.0
+        self.saved: dict[str, Any] = {}  # the run.json of the checkpoint that it was resumed from
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
         initialize(train, self.arena, start, drawn)
@@ -121,12 +120,14 @@ class Trainer:
 
     # training -------------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, lr: float) -> Step:
-        """One optimizer step (counted from 1) at this learning rate. The data of a step depend on its number alone.
+    def step(self, step: int, lr: float, momentum: float | None = None) -> Step:
+        """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
+        (None: its own). The data of a step depend on its number alone.
 
         Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
         """
         step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
+        momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
         journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
@@ -136,7 +137,7 @@ class Trainer:
             for k in range(self.accumulation)
         ]
         counts = max(int(self.comm.total(sum(num_targets(b) for b in batches))), 1)  # of all ranks
-        self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts)
+        self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts, momentum=momentum)
         segments = self.program.segments
         for k, b in enumerate(batches):
             self.arena.write_scalars(self.program, micro_step=k * self.ranks.world + self.ranks.rank)
@@ -154,10 +155,8 @@ class Trainer:
             self._writer.wait_until_read()
             waited = self.backend.seconds(before, self.backend.mark())
         guarded, self.is_torn = self.execution.guard.is_on, True
-        if guarded:  # the host decides on the update
-            self._run(self._train, segments.norm)
-        else:  # the norm's kernel does: it knows what is not finite
-            self._run(self._train, segments.norm_update)
+        # a guard: the host decides on the update; else the norm's kernel does, which knows what is not finite
+        self._run(self._train, segments.norm if guarded else segments.norm_update)
         scalars = self.arena.fetch_scalars(self.program)
 
         def finish() -> tuple[float, float, str, int]:
@@ -227,7 +226,7 @@ class Trainer:
         self.arena.write_scalars(self.program, micro_step=0)
         self._train.run_each(after)
 
-    def evaluate(self, data: Tokens, max_tokens: int | None = None) -> float:
+    def evaluate(self, data: Data, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
         the number of ranks."""
         if self._loss is None:
@@ -336,6 +335,9 @@ class Trainer:
         config: dict[str, Any] | None = None,
         keep_last: int = 0,
         keep_every: int = 0,
+        keep: Collection[int] = (),
+        best: int | None = None,
+        notes: Mapping[str, Any] = {},
         wait: bool = True,
         before_done: Callable[[], None] = lambda: None,
     ) -> None:
@@ -343,7 +345,9 @@ class Trainer:
 
         keep_last: newest checkpoints that are kept, 0 for all. While updates are skipped all are, since the weights
             may have diverged: the last good ones stay
-        keep_every: multiples of this step are never deleted
+        keep_every: multiples of this step are never deleted;  keep: nor are these steps
+        best: the step that the link `best` leads to once this checkpoint is complete; it is not deleted, either
+        notes: what else the checkpoint's run.json gives `saved` of a trainer that resumes from it
         before_done: called before the checkpoint counts, when it is on disk; by another thread
         wait: False returns at once, and what goes wrong is raised by a later step, save or `wait_saved`. On the host
             the weights are read where they lie, and the next update waits for that; of a device's, and of what ranks
@@ -367,40 +371,51 @@ class Trainer:
         params, held = self.params(), self._state()
         if self.comm.rank > 0:
             return
-        meta = {
+        meta = self._meta(step, next(iter(params.values())).dtype.name) | {"config": config or {}, **notes}
+        kept: dict[str, Any] = {
+            "keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize,
+            "keep_every": keep_every,
+        }
+        kept |= {"keep": keep, "best": best, "before_done": on_disk}
+        self._writer.save(self._folder(), step, params, held, meta, **kept)
+        if wait:
+            self.wait_saved()
+
+    def _meta(self, step: int, stored: str) -> dict[str, Any]:
+        """What a checkpoint's run.json says of this trainer. stored: float64 where the ref backend trained."""
+        return {
             "step": step,
             **to_dict(self.model),
+            **self.execution.tuning,
             "dtype": self.program.dtype.name,
-            "stored": next(iter(params.values())).dtype.name,  # float64 where the ref backend trained
-            "config": config or {},
+            "stored": stored,
             "tokens": self.tokens(step),
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "skips": self.skips,
+            "optimizer": optimizer_name(self.optim),
             "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
         }
-        kept = {"keep_last": sys.maxsize if self.skips else keep_last or sys.maxsize, "keep_every": keep_every}
-        self._writer.save(self._folder(), step, params, held, meta, **kept, before_done=on_disk)
-        if wait:
-            self.wait_saved()
 
     def wait_saved(self) -> None:
         """Waits until the last checkpoint is complete; raises what went wrong."""
         self._writer.wait()
 
-    def resume(self, pass_over: bool = False) -> int:
+    def resume(self, pass_over: bool = False, until: int | None = None, fresh: bool = False) -> int:
         """Continues from the newest complete checkpoint of the run folder; returns its step, 0 if there is none.
 
         pass_over: of checkpoints that hold values that are not finite, take the one before, and say so in
             `passed_over`. Otherwise, or if none is left, HandgradError names the first
+        until: take the newest up to this step. HandgradError if there is none
+        fresh: take the weights alone; the optimizer's state starts anew, so it may be another optimizer
         """
         self.close()
         self._resumed_at = None  # until it has succeeded
-        names = [str(path) for path in checkpoint.complete(self._folder())]
+        names = [str(path) for path in checkpoint.complete(self._folder(), until)]
         paths, refusal = self.comm.all_gather_object(names)[0], None
         found = [Path(path) for path in paths]
         for path in found:
             try:
-                step = self._resume_from(path)
+                step = self._resume_from(path, fresh)
             except checkpoint.NotFiniteError as error:
                 refusal = refusal or error
                 if not pass_over:
@@ -411,35 +426,22 @@ class Trainer:
                 return step
         if refusal:
             raise refusal
+        if until is not None:
+            rule = f"the run goes on from a checkpoint of step {until} or before"
+            raise HandgradError("resume", rule, f"none in '{self.out}'", hint="--resume without --extend")
         if self.last_step:
             rule = f"no checkpoint in '{self.out}' to resume from, and this trainer is at step {self.last_step}"
             raise HandgradError("train", rule, hint="a new Trainer starts over")
         self._resumed_at = 0
         return 0
 
-    def _resume_from(self, path: Path) -> int:
+    def _resume_from(self, path: Path, fresh: bool) -> int:
         """Takes weights, state and position from a complete checkpoint; returns its step."""
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
-        theirs = flat_fields(to_dict(from_dict(saved, "resume", path / checkpoint.META)))
-        mine = flat_fields(to_dict(self.model))
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                hint = "another run folder, or the model of the first run"
-                rule = f"the checkpoint's model has {key} {theirs.get(key)}"
-                raise HandgradError("resume", rule, value, context=str(path), hint=hint)
-        if saved["dtype"] != self.program.dtype.name:
-            rule = f"the checkpoint was trained with dtype {saved['dtype']}"
-            raise HandgradError("resume", rule, self.program.dtype.name)
-        weights = checkpoint.load(path, expected(self.arena, self.program, [PARAM], prefix=False))
-        held = checkpoint.load_state(path, expected_state(self.arena, self.program))
-        for key, values in chain(((f"{PARAM}.{name}", w) for name, w in weights.items()), held.items()):
-            vector, _, name = key.partition(".")
-            checkpoint.check_finite(path, key, values, hint=checkpoint.OLDER)
-            if vector == STATE:
-                self.arena.write(self.program.states[name], values)
-            else:
-                self.arena.write_part(vector, self.program.params[name].tensor, values)
+        check_model(saved, path, self.model, self.execution.tuning, self.program.dtype.name)
+        restore(self.arena, self.program, path, saved, self.optim, fresh)
+        self.saved = saved
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))

@@ -54,6 +54,7 @@ static inline __attribute__((always_inline)) void epilogue_rows(const Gemm *g, f
   }
   for (int64_t r = 0; r < rows; r++, c += NR) {
     int64_t at = (i + r) * g->ldc + j;
+    for (int64_t q = 0; g->addend && q < cols; q++) c[q] += load(g->addend[at + q]);
     for (int q = 0; q < NR; q++) c[q] += bias[q];
     if (act) {  // of the rounded value, so that recomputing y from a kept `pre` gives the same bits
       round_row(out, c);
@@ -211,7 +212,7 @@ static Round round_at(const Gemm *g, const Blocking *b, const Operand *shared, c
     r.sum = (g->sum ? g->sum : (float *)g->y) + (b->a_shared ? s0 * g->ldc + t0 : t0 * g->ldc + s0);
     r.ld_sum = g->ldc;
   }
-  int has_epilogue = g->y && (HG_BF16 || g->bias || g->act);
+  int has_epilogue = g->y && (HG_BF16 || g->bias || g->addend || g->act);
   int aligned = (uintptr_t)r.sum % 64 == 0 && g->ldc % 16 == 0;
   int streams = g->sum && aligned && b->k_block >= g->k && g->m * g->n * 4 >= STREAM_BYTES;
   r.sums_only = !has_epilogue || k0 + r.k < g->k;

@@ -336,10 +336,10 @@ class CudaBackend(Backend):
     def _bind_gemm(
         self, g: Gemm, c: Call, stream: Any, address: Callable[[str], int], workspace: int, micro_batch: MicroBatch
     ) -> Launch:
-        bias, aux = (address(word) if word else 0 for word in (g.bias, g.aux))
-        addresses = address(g.a), address(g.b), address(g.out), bias, aux, workspace
+        bias, aux, addend = (address(word) if word else 0 for word in (g.bias, g.aux, g.addend))
+        addresses = address(g.a), address(g.b), address(g.out), bias, aux, addend, workspace
         start = self._blas.bind(gemm_problem(g, c, self.gpu), *addresses, stream)
-        return partial(start, bool(resolve_number(g.accumulate, c, micro_batch)))
+        return partial(start, bool(addend or resolve_number(g.accumulate, c, micro_batch)))
 
 
 def bind_kernel(
@@ -380,4 +380,5 @@ def gemm_problem(g: Gemm, c: Call, gpu: Gpu) -> GemmProblem:
         return tensor.dtype.name if isinstance(tensor, Tensor) else c.dtype.name  # scratch holds the working dtype
 
     a, b, out = dtype(g.a), dtype(g.b), dtype(g.out)
-    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, g.accumulate != "0", gpu.tf32)
+    accumulates = g.accumulate != "0" or bool(g.addend)
+    return GemmProblem(g.m, g.n, g.k, g.ta, g.tb, a, b, out, g.epilogue, accumulates, gpu.tf32, g.batch)

@@ -21,6 +21,7 @@ TYPES = {"f32": 0, "bf16": 14}  # cudaDataType
 COMPUTE_F32, COMPUTE_TF32 = 68, 77  # cublasComputeType_t
 EPILOGUES = {"": 1, "bias": 4, "gelu": 164, "gelu without bias": 160, "dgelu": 192}  # cublasLtEpilogue_t
 TRANS_A, TRANS_B, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
+BATCH_COUNT, BATCH_STRIDE = 5, 6  # cublasLtMatrixLayoutAttribute_t
 MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
 NOT_SUPPORTED = (7, 15)  # the library also returns INVALID_VALUE for unsupported combinations
 
@@ -30,6 +31,7 @@ CALLS = {  # name: argument types; all return a status
     "cublasLtMatmulDescDestroy": [c_void_p],
     "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
     "cublasLtMatrixLayoutCreate": [c_void_p, c_int, c_uint64, c_uint64, c_int64],
+    "cublasLtMatrixLayoutSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
     "cublasLtMatmulPreferenceCreate": [c_void_p],
     "cublasLtMatmulPreferenceDestroy": [c_void_p],
     "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
@@ -71,10 +73,11 @@ class GemmProblem:
     epilogue: str
     accumulates: bool
     tf32: bool
+    batch: int = 1
 
     @property
     def flops(self) -> int:
-        return 2 * self.m * self.n * self.k
+        return 2 * self.m * self.n * self.k * self.batch
 
 
 class CublasLt:
@@ -101,10 +104,13 @@ class CublasLt:
     def _set(self, call: str, target: c_void_p, attribute: int, value: Any) -> None:
         self._call(call, target, attribute, byref(value), sizeof(value))
 
-    def _layout(self, dtype: str, rows: int, columns: int) -> c_void_p:
-        """The layout of a row-major (rows, columns) matrix."""
+    def _layout(self, dtype: str, rows: int, columns: int, batch: int) -> c_void_p:
+        """The layout of a row-major (rows, columns) matrix, or of `batch` of them that follow one another."""
         layout = c_void_p()
         self._call("cublasLtMatrixLayoutCreate", byref(layout), TYPES[dtype], columns, rows, columns)
+        if batch > 1:
+            self._set("cublasLtMatrixLayoutSetAttribute", layout, BATCH_COUNT, c_int32(batch))
+            self._set("cublasLtMatrixLayoutSetAttribute", layout, BATCH_STRIDE, c_int64(rows * columns))
         return layout
 
     def describe(self, p: GemmProblem, bias: int, aux: int) -> tuple[c_void_p, tuple[c_void_p, c_void_p, c_void_p]]:
@@ -121,9 +127,9 @@ class CublasLt:
         values += [(AUX, c_void_p(aux)), (AUX_LD, c_int64(p.n))] * bool(aux)
         for attribute, value in values:
             self._set("cublasLtMatmulDescSetAttribute", description, attribute, value)
-        a = self._layout(p.a, *((p.k, p.m) if p.ta else (p.m, p.k)))
-        b = self._layout(p.b, *((p.n, p.k) if p.tb else (p.k, p.n)))
-        return description, (b, a, self._layout(p.out, p.m, p.n))
+        a = self._layout(p.a, *((p.k, p.m) if p.ta else (p.m, p.k)), p.batch)
+        b = self._layout(p.b, *((p.n, p.k) if p.tb else (p.k, p.n)), p.batch)
+        return description, (b, a, self._layout(p.out, p.m, p.n, p.batch))
 
     def types(self, p: GemmProblem) -> tuple[int, ...]:
         """The compute type, the scale type, and the types of the library's A, B, C and D."""
@@ -146,12 +152,13 @@ class CublasLt:
         return [results[i] for i in range(got.value) if results[i].state == 0] if status == 0 else []
 
     def bind(
-        self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, workspace: int, stream: Any
+        self, p: GemmProblem, a: int, b: int, out: int, bias: int, aux: int, addend: int, workspace: int, stream: Any
     ) -> Callable[[bool], None]:
-        """A function that starts the GEMM on these addresses; its argument says whether to add to out."""
+        """A function that starts the GEMM on these addresses; its argument says whether to add the addend, or out if
+        that is 0."""
         description, layouts = self.describe(p, bias, aux)
         algorithm = self._algorithm(p, description, layouts)
-        return self.starter(description, layouts, algorithm, a, b, out, workspace, stream)
+        return self.starter(description, layouts, algorithm, a, b, out, workspace, stream, addend)
 
     def starter(
         self,
@@ -163,18 +170,19 @@ class CublasLt:
         out: int,
         workspace: int,
         stream: Any,
+        addend: int = 0,
     ) -> Callable[[bool], None]:
         """`bind` with a given algorithm."""
         lb, la, lo = layouts
         scalars = (c_float * 2)(0.0, 1.0)
         zero, one = ctypes.addressof(scalars), ctypes.addressof(scalars) + 4
         call, handle, chosen, find = self.dll.cublasLtMatmul, self.handle, byref(algorithm), self.graphs.workspace
-        on, size = int(stream), algorithm.workspace
+        on, size, addend = int(stream), algorithm.workspace, addend or out
 
         def start(accumulate: bool) -> None:
             beta = one if accumulate and scalars else zero  # `scalars` stays referenced here
             at = find(size, workspace)
-            status = call(handle, description, one, b, lb, a, la, beta, out, lo, out, lo, chosen, at, size, on)
+            status = call(handle, description, one, b, lb, a, la, beta, addend, lo, out, lo, chosen, at, size, on)
             if status:
                 raise HandgradError("cublaslt", f"cublasLtMatmul failed with status {status}")
 

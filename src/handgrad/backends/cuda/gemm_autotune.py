@@ -72,9 +72,9 @@ def tune_gemms(blas: CublasLt, problems: Sequence[GemmProblem]) -> None:
     device = blas.device
     widths = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
     sizes = {
-        "a": max(p.m * p.k * widths[p.a] for p in todo),
-        "b": max(p.k * p.n * widths[p.b] for p in todo),
-        "out": max(p.m * p.n * widths[p.out] for p in todo),
+        "a": max(p.batch * p.m * p.k * widths[p.a] for p in todo),
+        "b": max(p.batch * p.k * p.n * widths[p.b] for p in todo),
+        "out": max(p.batch * p.m * p.n * widths[p.out] for p in todo),
         "aux": max(p.m * p.n * widths[p.out] * bool(p.epilogue) for p in todo),
         "bias": max(p.n * widths[p.out] for p in todo),
     }

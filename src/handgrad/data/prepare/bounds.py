@@ -14,19 +14,44 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
+from handgrad.core.install import install_command
 
 LONGEST_DOCUMENT = 2**25  # bytes. Common Crawl cuts pages at 5 MiB; an unabridged dictionary has 27 MB
 MOST_UNFOLDED = 256  # bytes for a byte of the source: text shrinks 3 to 20 times, lists of the same row 100 times
 FREE = 2**20  # bytes that the smallest source may unfold to: tokenized in a second, whatever they are
 BLOCK_BYTES = 2**20  # of lines read together
 
-OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 DAMAGE = (lzma.LZMAError, zlib.error, tarfile.TarError, csv.Error)  # raised besides OSError and ValueError
+
+
+@cache
+def zstd_module() -> Any:
+    """Returns the module for .zst files, Python's own from 3.14 on; None if there is none."""
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            return None
+    return zstd
+
+
+def open_zstd(raw: BinaryIO) -> Any:
+    """Opens a .zst file. Raises HandgradError without a module for it."""
+    if zstd_module() is None:
+        rule, hint = ".zst files are read by Python 3.14, or by backports.zstd", install_command("zstd")
+        raise HandgradError("data", rule, "no such package", hint=hint)
+    return zstd_module().open(raw)
+
+
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open_zstd}
 
 
 def most_unfolded(packed: int, shares: int = 1) -> int:
@@ -85,8 +110,8 @@ def checked_line(line: bytes, path: Path, at: int) -> bytes:
 def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
     """Yields (bytes of the file read so far, place of the first line, lines), BLOCK_BYTES of lines at a time.
 
-    The file may be .gz, .xz or .bz2; places are in the decompressed text. Raises HandgradError for a damaged file, and
-    for one that unfolds to too much.
+    The file may be .gz, .xz, .bz2 or .zst; places are in the decompressed text. Raises HandgradError for a damaged
+    file, and for one that unfolds to too much.
     """
     size = require_file(path, "a source", "data")
     with readable(path), path.open("rb") as raw:
@@ -100,6 +125,10 @@ def blocks(path: Path) -> Iterator[tuple[int, int, list[bytes]]]:
             at += len(block)
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    return (OSError, EOFError, ValueError, *DAMAGE, *([zstd_module().ZstdError] if zstd_module() else ()))
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Re-raises what reading a damaged file raises in the block as a HandgradError that names `path`."""
@@ -107,6 +136,6 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except RecursionError:
         raise HandgradError("data", f"{path} must be readable and whole", "JSON nested too deeply") from None
-    except (OSError, EOFError, ValueError, *DAMAGE) as error:
+    except _damage() as error:
         reason = one_line(error).rstrip(".")
         raise HandgradError("data", f"{path} must be readable and whole", reason) from None

@@ -24,17 +24,17 @@ from handgrad.core.disk import flush, make_folder, require_file, write_text, wri
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object
 from handgrad.data.meta import META, read_meta, sha256_of
-from handgrad.data.prepare.workers import Encoder, Job, tokenize
+from handgrad.data.prepare.workers import Damage, Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
 
 SUMS = "SHA256SUMS"
-_SPLITS = ("train", "val")
+SPLITS = ("train", "val")
 _PROGRESS = "progress.json"
-_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin")
+_SHARD_NAME = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
 
 Jobs = Callable[[Path], Iterator[tuple[int, Job]]]
 Progress = Callable[[int, int, int], None]
-_Place = tuple[int, int, int, int]  # part, job, ids of the job before this place, halves replaced in all jobs so far
+_Place = tuple[int, int, int, Damage]  # part, job, ids of the job before this place, damage in all jobs so far
 _Piece = tuple[tuple[str, int], np.ndarray, _Place]  # (split, index of the shard), ids, the place after them
 
 
@@ -68,6 +68,9 @@ class Settings:
     workers: processes that tokenize
     replace: the folder's shards of another source or tokenizer are replaced
     val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
+    about: what else meta.json says
+    special: special tokens spelled out in the text are tokens
+    on_error: what the parts' jobs do with damaged rows; a build that was stopped does not continue under another word
     """
 
     shard_tokens: int = 100_000_000
@@ -76,18 +79,22 @@ class Settings:
     workers: int = 1
     replace: bool = False
     val_flag: str = ""
+    about: dict = field(default_factory=dict)
+    special: bool = False
+    on_error: str = "stop"
 
 
 @dataclass
 class _Done:
     """Progress of a build: the next part and job, the ids of that job already written, and the shards so far.
 
-    replaced: halves of characters that became U+FFFD, in all jobs begun
+    skipped, replaced: `Damage` of all jobs begun
     """
 
     part: int = 0
     job: int = 0
     ids: int = 0
+    skipped: int = 0
     replaced: int = 0
     shards: list[dict] = field(default_factory=list)  # {"split", "name", "tokens", "sha256"}
 
@@ -121,16 +128,18 @@ def build(
         raise HandgradError("data", "workers must be at least 1", settings.workers)
     out_dir = Path(out_dir)
     try:
-        with _claimed(out_dir) as building:
+        with claimed(out_dir) as building:
             spec = tokenizer.save(building)
-            plan = _fingerprint([recipe, spec, settings.shard_tokens, settings.val_tokens], parts, building)
+            chosen = [settings.shard_tokens, settings.val_tokens, settings.about, settings.special, settings.on_error]
+            plan = _fingerprint([recipe, spec, *chosen], parts, building)
             if not settings.replace:
-                _check_replaces(out_dir, _origin(recipe, parts, spec))
+                check_replaces(out_dir, _origin(recipe, parts, spec))
             done = _resumed(building, out_dir, plan)
             _write(parts, building, tokenizer, settings, plan, done, progress)
-            meta = _meta(recipe, parts, tokenizer, spec, done)
+            special = {"special_tokens": True} if settings.special else {}
+            meta = _meta(recipe, parts, tokenizer, spec, done) | special | settings.about
             _check_splits(meta, settings, building)
-            _install(building, out_dir, meta, done)
+            install(building, out_dir, meta, {shard["name"]: shard["sha256"] for shard in done.shards})
     except OSError as error:
         raise HandgradError("data", f"{out_dir} must be writable", error.strerror) from None
     return meta
@@ -167,7 +176,7 @@ def check(folder: str | Path) -> dict[str, int]:
 
 
 @contextmanager
-def _claimed(out_dir: Path) -> Iterator[Path]:
+def claimed(out_dir: Path) -> Iterator[Path]:
     """Locks and yields the folder to build in; removes it at the end unless a finished shard can be resumed from."""
     building, is_new = out_dir / ".preparing", not out_dir.exists()
     try:
@@ -195,11 +204,11 @@ def _fingerprint(words: list, parts: Sequence[Part], building: Path) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def _check_replaces(out_dir: Path, origin: dict) -> None:
+def check_replaces(out_dir: Path, origin: dict) -> None:
     """Raises HandgradError if the folder holds shards of another source or tokenizer."""
     meta = read_meta(out_dir)
     if meta is not None and any(meta.get(key) != value for key, value in origin.items()):
-        got = f"{sum(meta[split].get('tokens', 0) for split in _SPLITS):,} tokens of another, or by another tokenizer"
+        got = f"{sum(meta[split].get('tokens', 0) for split in SPLITS):,} tokens of another, or by another tokenizer"
         raise HandgradError(
             "data", f"{out_dir} holds shards of this source", got, hint="use another --out, or --replace"
         )
@@ -207,14 +216,14 @@ def _check_replaces(out_dir: Path, origin: dict) -> None:
 
 def _check_splits(meta: dict, settings: Settings, building: Path) -> None:
     """Raises HandgradError if a split has no tokens; nothing is kept to resume from, as it would fail again."""
-    wanted = _SPLITS if settings.wants_val else ("train",)
+    wanted = SPLITS if settings.wants_val else ("train",)
     missing = [split for split in wanted if not meta[split]["tokens"]]
     if not missing:
         return
     (building / _PROGRESS).unlink(missing_ok=True)
     hint = f"the first {settings.val_tokens:,} tokens are val" if settings.val_tokens else ""
     hint += f": {settings.val_flag} can be smaller" if hint and settings.val_flag else ""
-    got = f"none of {sum(meta[split]['tokens'] for split in _SPLITS):,}"
+    got = f"none of {sum(meta[split]['tokens'] for split in SPLITS):,}"
     raise HandgradError("data", f"the {missing[0]} part of the text must hold tokens", got, hint=hint)
 
 
@@ -258,14 +267,18 @@ def _write(
 ) -> None:
     """Writes the shards that `done` lacks, and records `done` after each."""
     dtype = id_dtype(tokenizer.vocab_size)
-    for (split, index), group in groupby(_pieces(parts, tokenizer, settings, done, progress), lambda piece: piece[0]):
+    seen = [Damage(done.skipped, done.replaced)]
+    pieces = _pieces(parts, tokenizer, settings, done, seen, progress)
+    for (split, index), group in groupby(pieces, lambda piece: piece[0]):
         name = f"{split}_{index:06d}.bin"
         places: list[_Place] = []
         shard = write_shard(building / name, _tracked(group, places), dtype)
         sha256 = sha256_of(shard.path)
         done.shards.append({"split": split, "name": name, "tokens": shard.count, "sha256": sha256})
-        done.part, done.job, done.ids, done.replaced = places[-1]
+        done.part, done.job, done.ids, damage = places[-1]
+        done.skipped, done.replaced = damage.skipped, damage.replaced
         write_whole(building / _PROGRESS, [json.dumps({"plan": plan, "done": asdict(done)}).encode()])
+    done.skipped, done.replaced = seen[0].skipped, seen[0].replaced  # also of jobs at the end without an id
 
 
 def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarray]:
@@ -276,15 +289,16 @@ def _tracked(group: Iterable[_Piece], places: list[_Place]) -> Iterator[np.ndarr
 
 
 def _pieces(
-    parts: Sequence[Part], tokenizer: Encoder, settings: Settings, done: _Done, progress: Progress
+    parts: Sequence[Part], tokenizer: Encoder, settings: Settings, done: _Done, seen: list[Damage], progress: Progress
 ) -> Iterator[_Piece]:
-    """Yields the ids after `done` in pieces that do not cross shards."""
+    """Yields the ids after `done` in pieces that do not cross shards. seen: the damage so far, which it adds to."""
     sizes = list(accumulate((part.size for part in parts), initial=0))
-    counts = {split: done.tokens(split) for split in _SPLITS}
-    skip, full, replaced = done.ids, settings.shard_tokens, done.replaced
-    for (index, number, read), found in tokenize(_jobs(parts, done.part, done.job), tokenizer, settings.workers):
+    counts = {split: done.tokens(split) for split in SPLITS}
+    skip, full = done.ids, settings.shard_tokens
+    jobs = _jobs(parts, done.part, done.job)
+    for (index, number, read), found in tokenize(jobs, tokenizer, settings.workers, settings.special):
         at, ids = skip, found.ids
-        replaced += 0 if skip else found.replaced  # a job that was begun is counted
+        seen[0] += Damage() if skip else found.damage  # a job that was begun is counted
         skip = 0
         while at < len(ids):
             split = parts[index].split or ("val" if counts["val"] < settings.val_tokens else "train")
@@ -295,7 +309,7 @@ def _pieces(
             shard = counts[split] // full
             counts[split] += len(piece)
             at += len(piece)
-            yield (split, shard), piece, (index, number, at, replaced)
+            yield (split, shard), piece, (index, number, at, seen[0])
         progress(sizes[index] + read, sizes[-1], sum(counts.values()))
 
 
@@ -312,19 +326,19 @@ def _meta(recipe: str, parts: Sequence[Part], tokenizer: Encoder, spec: dict, do
         "vocab_size": tokenizer.vocab_size,
         "dtype": id_dtype(tokenizer.vocab_size).name,
     }
-    for split in _SPLITS:
+    for split in SPLITS:
         meta[split] = {"tokens": done.tokens(split)}
         if all(part.split for part in parts):
             meta[split]["bytes"] = sum(part.size for part in parts if part.split == split)
         meta[split]["shards"] = [shard["name"] for shard in done.shards if shard["split"] == split]
-    if done.replaced:
-        meta["replaced"] = done.replaced  # halves of characters, by U+FFFD
-    return meta
+    return meta | {name: count for name in ("skipped", "replaced") if (count := getattr(done, name))}
 
 
-def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
-    """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture."""
-    sums = {shard["name"]: shard["sha256"] for shard in done.shards}
+def install(building: Path, out_dir: Path, meta: dict, sums: dict[str, str]) -> None:
+    """Moves the new files over the old. meta.json is removed first and moved last, so it never describes a mixture.
+
+    sums: the checksums of the new files; those of meta.json and of the tokenizer are added
+    """
     write_text(building / META, json.dumps(meta, indent=2) + "\n")
     for path in [*_tokenizer_files(building), building / META]:
         sums[path.name] = sha256_of(path)
@@ -340,7 +354,7 @@ def _install(building: Path, out_dir: Path, meta: dict, done: _Done) -> None:
         if (building / name).exists():  # else an earlier run moved it before it was killed
             (building / name).replace(out_dir / name)
     flush(out_dir)
-    (building / _PROGRESS).unlink()
+    (building / _PROGRESS).unlink(missing_ok=True)
 
 
 def write_sums(into: Path, folder: Path, sums: dict[str, str]) -> None:

@@ -10,13 +10,14 @@ import random
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
-from handgrad.data.json_lines import json_kind, json_row
+from handgrad.data.json_lines import json_kind, json_row, replaced
 from handgrad.data.prepare.bounds import (
     BLOCK_BYTES,
     LONGEST_DOCUMENT,
@@ -28,10 +29,11 @@ from handgrad.data.prepare.bounds import (
     readable,
     too_large,
 )
-from handgrad.data.prepare.workers import Job
+from handgrad.data.prepare.workers import Damage, Job
 
 BATCH_ROWS, BATCH_BYTES = 256, 2**24  # of a Parquet table, decoded at a time
 LONGEST_ARCHIVE = 2**28  # bytes of an .xz that is read whole
+LONGEST_LIST = 2**30  # bytes of a JSON list, which is read whole
 BLANK_LINES = "\n\n"
 
 
@@ -58,23 +60,27 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
         if not isinstance(rows, list):
             raise HandgradError("data", f"{path} must hold a JSON list of stories", f"a {type(rows).__name__}")
         random.Random(seed).shuffle(rows)
-        texts = [_text(row, "story", f"{path}, story {number}").strip() for number, row in enumerate(rows)]
+        texts = [text_in(row, "story", f"{path}, story {number}").strip() for number, row in enumerate(rows)]
     yield from texts
 
 
-def json_lines(path: Path, column: str) -> Iterator[tuple[int, Job]]:
-    """JSON lines, plain or .gz, .xz, .bz2. Compressed files are not seekable, so they are decompressed here."""
+def json_lines(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
+    """JSON lines, plain or compressed. Compressed files are not seekable, so they are decompressed here.
+
+    on_error: "stop" at the first line without text under `column`, "skip" and count such lines, or "replace" bytes that
+        are no UTF-8 by U+FFFD and skip what then still has no text
+    """
     if path.suffix in OPEN:
         for read, at, lines in blocks(path):
-            yield read, Job(_lines, (path, lines, at, column))
+            yield read, Job(_lines, (path, lines, at, column, on_error))
         return
     size = path.stat().st_size
     for start in range(0, size, BLOCK_BYTES):
         stop = min(start + BLOCK_BYTES, size)
-        yield stop, Job(_lines_between, (path, start, stop, column))
+        yield stop, Job(_lines_between, (path, start, stop, column, on_error))
 
 
-def _lines_between(path: Path, start: int, stop: int, column: str) -> Iterator[str]:
+def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     """Yields the documents of the lines that begin in bytes start..stop."""
     with readable(path), path.open("rb") as file:
         if start:
@@ -83,19 +89,68 @@ def _lines_between(path: Path, start: int, stop: int, column: str) -> Iterator[s
         at = file.tell()
         while at < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
             checked_line(line, path, at)
-            yield from _lines(path, [line], at, column)
+            yield from _lines(path, [line], at, column, on_error)
             at += len(line)
 
 
-def _lines(path: Path, lines: Iterable[bytes], at: int, column: str) -> Iterator[str]:
+def _lines(path: Path, lines: Iterable[bytes], at: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     for line in lines:
         if line.strip():
-            where = f"{path}, line at byte {at}"
-            yield _text(json_row(line, where), column, where)
+            yield from _line(line, f"{path}, line at byte {at}", column, on_error)
         at += len(line)
 
 
-def _text(row: object, column: str, where: str) -> str:
+def _line(line: bytes, where: str, column: str, on_error: str) -> list[str | Damage]:
+    """Returns the text of a line of JSON, and its damage."""
+    try:
+        return [text_in(json_row(line, where), column, where)]
+    except HandgradError as error:
+        if on_error == "stop":
+            raise _with_hint(error) from None
+    whole, count = replaced(line)
+    if on_error == "replace" and count:
+        with suppress(HandgradError):
+            return [text_in(json_row(whole.encode(), where), column, where), Damage(replaced=count)]
+    return [Damage(skipped=1)]
+
+
+def _with_hint(error: HandgradError) -> HandgradError:
+    hint = error.hint or "--on-error skip leaves such rows out, and counts them"
+    return HandgradError(error.where, error.rule, error.got, hint=hint)
+
+
+def json_list(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
+    """A JSON list of texts, or of objects with text under `column`, plain or compressed, as one job.
+
+    on_error: as in `json_lines`. A list that is no JSON is an error in any case: where its rows end is unknown.
+    """
+    yield path.stat().st_size, Job(_listed, (path, column, on_error))
+
+
+def _listed(path: Path, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
+    hint = "one object a line may be of any size: jq -c '.[]' FILE | handgrad data jsonl"
+    with readable(path), path.open("rb") as raw:
+        size = path.stat().st_size
+        content = Unfolding(path, raw, size, path.suffix).read(LONGEST_LIST + 1)
+        if len(content) > LONGEST_LIST:
+            rule = f"{path}: a JSON list must have at most {LONGEST_LIST:,} bytes"
+            raise HandgradError("data", rule, f"{max(size, len(content)):,}", hint=hint)
+        whole, count = replaced(content) if on_error == "replace" else (content, 0)
+        rows = json.loads(whole)
+    if not isinstance(rows, list):
+        raise HandgradError("data", f"{path} must hold a JSON list", json_kind(rows), hint="handgrad data jsonl FILE")
+    if count:
+        yield Damage(replaced=count)
+    for number, row in enumerate(rows):
+        try:
+            yield row if isinstance(row, str) else text_in(row, column, f"{path}, row {number}")
+        except HandgradError as error:
+            if on_error == "stop":
+                raise _with_hint(error) from None
+            yield Damage(skipped=1)
+
+
+def text_in(row: object, column: str, where: str) -> str:
     if not isinstance(row, dict):
         raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row))
     if column not in row:
@@ -107,30 +162,48 @@ def _text(row: object, column: str, where: str) -> str:
     return row[column]
 
 
-def table(path: Path, column: str) -> Iterator[tuple[int, Job]]:
-    """A Parquet file, one job per row group."""
+def table(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
+    """A Parquet file, one job per row group. on_error: as in `json_lines`."""
     with readable(path), parquet().ParquetFile(path) as file:
         names, groups = file.schema_arrow.names, file.num_row_groups
     if column not in names:
         raise HandgradError("data", f"{path} must have a column {column!r}", ", ".join(names))
     size = path.stat().st_size
     for group in range(groups):
-        yield size * (group + 1) // groups, Job(_rows, (path, group, column))
+        yield size * (group + 1) // groups, Job(_rows, (path, group, column, on_error))
 
 
-def _rows(path: Path, group: int, column: str) -> Iterator[str]:
+def _rows(path: Path, group: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
     for _ in batches(path, group, column):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
     for batch in batches(path, group, column):
-        with readable(path):  # a column of text need not be UTF-8
-            texts = batch.column(0).to_pylist()
-        for text in texts:
+        for text in _values(path, batch.column(0), on_error):
             rule = f"{path}, row group {group}: the column {column!r} must hold text"
-            if not isinstance(text, str):
-                raise HandgradError("data", rule, f"a {type(text).__name__}")
-            if len(text) > LONGEST_DOCUMENT:
+            if isinstance(text, Damage):
+                yield text
+            elif not isinstance(text, str):
+                if on_error == "stop":
+                    raise _with_hint(HandgradError("data", rule, f"a {type(text).__name__}"))
+                yield Damage(skipped=1)
+            elif len(text) > LONGEST_DOCUMENT:
                 raise HandgradError("data", f"{rule} of at most {LONGEST_DOCUMENT:,} characters", f"{len(text):,}")
-            yield text
+            else:
+                yield text
+
+
+def _values(path: Path, column: Any, on_error: str) -> Iterator[Any]:
+    """Yields the values of a column, and the damage of texts that are no UTF-8: a column of text need not be."""
+    if on_error == "stop":
+        with readable(path):
+            values = column.to_pylist()
+        yield from values
+        return
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            text, count = replaced(value.as_buffer().to_pybytes())
+            yield from (text, Damage(replaced=count)) if on_error == "replace" else [Damage(skipped=1)]
 
 
 def batches(path: Path, group: int, column: str | None = None) -> Iterator[Any]:

@@ -3,12 +3,14 @@
 shakespeare: a blank line ends a document; the first 32,768 tokens are val. The default source is the packaged text.
 tinystories: the first file is val; random.Random(1337 + index of the file in its split) shuffles each file's stories.
 fineweb, fineweb-edu, openwebtext: in the order of file names; the first shard is val.
-jsonl, parquet: in the order given; the first val_tokens tokens are val.
+jsonl, json, parquet, tokens: in the order given; the first val_tokens tokens are val.
 text: the last val_fraction of the bytes is val.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as renamed
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +20,20 @@ from handgrad.core.limits import cpus
 from handgrad.data.prepare.bounds import Unfolding, most_unfolded, readable, too_large
 from handgrad.data.prepare.build import Jobs, Part, Progress, Settings, build
 from handgrad.data.prepare.hub import hub_files, hub_parts, local, local_part
-from handgrad.data.prepare.readers import archive, json_lines, statements, stories, table
-from handgrad.data.prepare.text import paths_of, shakespeare, text_parts
+from handgrad.data.prepare.ids import token_ids
+from handgrad.data.prepare.readers import archive, json_lines, json_list, statements, stories, table
+from handgrad.data.prepare.text import paths_of, shakespeare, text_parts, unfolded
 from handgrad.data.prepare.workers import Encoder, Job
 
-RECIPES = ("shakespeare", "tinystories", "fineweb", "fineweb-edu", "openwebtext", "jsonl", "parquet", "text")
+OWN = ("text", "jsonl", "json", "parquet", "tokens")
+RECIPES = ("shakespeare", "tinystories", "fineweb", "fineweb-edu", "openwebtext", *OWN)
+ON_ERROR = ("stop", "skip", "replace")
 FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 _SHAKESPEARE_VAL = 32_768
+_OWN_VAL = 2**20
+_ROWS: dict[str, Callable[..., Iterator[tuple[int, Job]]]] = {"jsonl": json_lines, "json": json_list, "parquet": table}
 _SEED = 1337
-_WORKER_BYTES = 2**24  # of source per worker; a smaller source is done before another process has started
+WORKER_BYTES = 2**24  # of source per worker; a smaller source is done before another process has started
 
 
 def prepare(
@@ -36,10 +43,14 @@ def prepare(
     *,
     source: str | Path | None = None,
     files: str | Path | Sequence[str | Path] = (),
+    val: str | Path | Sequence[str | Path] = (),
     sample: str = "10B",
     column: str = "text",
-    val_tokens: int = 2**20,
-    val_fraction: float = 0.1,
+    raw: str = "",
+    val_tokens: int | None = None,
+    val_fraction: float | None = None,
+    on_error: str = "stop",
+    special_tokens: bool = False,
     shard_tokens: int = 100_000_000,
     workers: int = 0,
     replace: bool = False,
@@ -48,34 +59,80 @@ def prepare(
     """Builds the data set `recipe` in `out_dir` (see `build`) and returns the content of meta.json.
 
     source: the data set's file or folder as published; None downloads it
-    files: the input of jsonl, parquet and text: one path or several
+    files, val: the input of `OWN`, one path or several; val are the validation set, and `files` then all train
     sample: "10B", "100B" or "350B" tokens of FineWeb
-    column: the text column of jsonl and parquet
-    val_tokens: the first tokens of jsonl and parquet, which become val
-    val_fraction: share of the bytes of text, at the end, that becomes val
+    column: the text column of jsonl, json and parquet;  raw: the dtype of ids without a header, "uint16" or "uint32"
+    val_tokens: the first tokens of jsonl, json, parquet and tokens, which become val; None: 2**20
+    val_fraction: share of the bytes of text, at the end, that becomes val; None: 0.1
+    on_error: what becomes of damaged rows of `OWN`: "stop", "skip" or "replace" (see `json_lines`, `text_parts`)
+    special_tokens: special tokens spelled out in a text are these tokens; else they are plain text
     workers: processes; 0 for one per core, or fewer if the source is small
     replace: the folder's shards of another source or tokenizer are replaced
 
     Raises HandgradError for a source that is missing or damaged, and as `build` does.
     """
-    if not 0 <= val_fraction < 1:
-        raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
-    parts = _parts(recipe, source, paths_of(files), sample, column, val_fraction, Path(out_dir))
-    wants_val, val_flag = True, ""
-    if recipe == "text":
-        val_tokens, wants_val = 0, val_fraction > 0
-    elif recipe == "tinystories":
-        val_tokens = 0
-    elif recipe == "shakespeare":
-        val_tokens = _SHAKESPEARE_VAL
-    elif recipe in ("jsonl", "parquet"):
-        wants_val, val_flag = val_tokens > 0, "--val-tokens"
-    else:
-        val_tokens, val_flag = shard_tokens, "--shard-tokens"
+    _check(recipe, tokenizer, val, val_tokens, val_fraction, on_error, special_tokens)
+    fraction = 0.0 if val else 0.1 if val_fraction is None else val_fraction
+    own = Own(column, raw, tokenizer.vocab_size, on_error, Path(out_dir) / ".preparing")
+    parts = _parts(recipe, source, own, paths_of(files), sample, fraction)
+    if val:
+        held = _parts(recipe, source, own, paths_of(val), sample, 0, "val")
+        parts = [renamed(part, split="train") for part in parts] + [renamed(part, split="val") for part in held]
+    first, wants_val, flag = _first_tokens(recipe, val_tokens, shard_tokens, fraction, bool(val))
     size = sum(part.size for part in parts)
-    workers = workers or min(cpus(), 1 + size // _WORKER_BYTES)
-    settings = Settings(shard_tokens, val_tokens, wants_val, workers, replace, val_flag)
+    workers = workers or min(cpus(), 1 + size // WORKER_BYTES)
+    settings = Settings(
+        shard_tokens, first, wants_val, workers, replace, flag, special=special_tokens, on_error=on_error
+    )
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
+
+
+def _check(
+    recipe: str,
+    tokenizer: Encoder,
+    val: object,
+    val_tokens: int | None,
+    val_fraction: float | None,
+    on_error: str,
+    special_tokens: bool,
+) -> None:
+    """Raises HandgradError for options out of range, or that the recipe does not have."""
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
+    if val_tokens is not None and val_tokens < 0:
+        raise HandgradError("data", "val_tokens must be at least 0", val_tokens)
+    if on_error not in ON_ERROR:
+        raise HandgradError("data", f"on_error is one of {', '.join(ON_ERROR)}", repr(on_error))
+    if recipe not in OWN and (val or on_error != "stop"):
+        raise HandgradError("data", f"val and on_error are for {', '.join(OWN)}", f"'{recipe}'")
+    if recipe == "tokens" and (on_error != "stop" or special_tokens):
+        raise HandgradError("data", "on_error and special_tokens are for text", "'tokens', whose files hold ids")
+    if val and (val_tokens or val_fraction):
+        rule = "with --val the validation set is its files"
+        raise HandgradError(
+            "data", rule, "--val-tokens" if val_tokens else "--val-fraction", hint="leave one of them out"
+        )
+    if special_tokens and not tokenizer.specials:
+        rule = "--special-tokens is for a tokenizer with special tokens"
+        raise HandgradError("data", rule, tokenizer.name)
+
+
+def _first_tokens(
+    recipe: str, val_tokens: int | None, shard_tokens: int, fraction: float, has_val: bool
+) -> tuple[int, bool, str]:
+    """Returns (how many first tokens are val, whether there must be some, the flag that says how many)."""
+    if has_val:
+        return 0, True, ""
+    if recipe == "text":
+        return 0, fraction > 0, ""
+    if recipe == "tinystories":
+        return 0, True, ""
+    if recipe == "shakespeare":
+        return _SHAKESPEARE_VAL, True, ""
+    if recipe in OWN:
+        first = _OWN_VAL if val_tokens is None else val_tokens
+        return first, first > 0, "--val-tokens"
+    return shard_tokens, True, "--shard-tokens"
 
 
 def prepare_text(
@@ -123,31 +180,45 @@ def prepare_text(
     )
 
 
+@dataclass(frozen=True)
+class Own:
+    """How files of one's own are read. building: the folder that compressed texts are unfolded in"""
+
+    column: str
+    raw: str
+    vocab_size: int
+    on_error: str
+    building: Path
+
+
 def _parts(
     recipe: str,
     source: str | Path | None,
+    own: Own,
     files: Sequence[Path],
     sample: str,
-    column: str,
     val_fraction: float,
-    out_dir: Path,
+    split: str = "source",
 ) -> list[Part]:
-    """Returns the source of `recipe`."""
+    """Returns the source of `recipe`. split: the folder that it is unfolded in, if it must be"""
     if recipe == "shakespeare":
         return [local_part(Path(source or shakespeare()), statements)]
     if recipe == "tinystories":
-        return _tinystories(source, out_dir)
+        return _tinystories(source, own.building)
     if recipe in FINEWEB:
         jobs = partial(table, column="text")
         return _published(source, FINEWEB[recipe], (f"sample/{sample}T/*.parquet",), ("*.parquet",), jobs)
     if recipe == "openwebtext":
         patterns, also = ("plain_text/*.parquet", "subsets/*.tar"), ("*.parquet", "*.tar", "*.xz")
         return _published(source, "Skylion007/openwebtext", patterns, also, _openwebtext)
-    if recipe in ("jsonl", "parquet"):
-        jobs = partial(json_lines if recipe == "jsonl" else table, column=column)
-        return [local_part(file, jobs) for file in files]
+    if recipe in _ROWS:
+        rows = partial(_ROWS[recipe], column=own.column, on_error=own.on_error)
+        return [local_part(file, rows) for file in files]
+    if recipe == "tokens":
+        ids = partial(token_ids, raw=own.raw, vocab_size=own.vocab_size)
+        return [local_part(file, ids) for file in files]
     if recipe == "text":
-        return text_parts(files, val_fraction)
+        return text_parts(unfolded(files, own.building / split), val_fraction, own.on_error)
     raise HandgradError("data", f"the recipe is one of {', '.join(RECIPES)}", f"'{recipe}'")
 
 
@@ -164,14 +235,14 @@ def _openwebtext(path: Path) -> Iterator[tuple[int, Job]]:
     return table(path, "text") if path.suffix == ".parquet" else archive(path)
 
 
-def _tinystories(source: str | Path | None, out_dir: Path) -> list[Part]:
+def _tinystories(source: str | Path | None, building: Path) -> list[Part]:
     packed = "TinyStories_all_data.tar.gz"
     if source:
         files = local(source, ("*.json", "TinyStories_all_data/*.json", packed))
     else:
         files = hub_files("roneneldan/TinyStories", (packed,))
     if files[0].suffix != ".json":
-        files = _unpacked(files[0], out_dir / ".preparing" / "source")
+        files = _unpacked(files[0], building / "source")
     if len(files) < 2:
         raise HandgradError("data", "TinyStories must have two files or more: the first is val", len(files))
     val, *train = files

@@ -4,16 +4,21 @@ A piece is 256 KiB and ends where a space or line break follows another characte
 so the ids of the pieces are those of the whole text; other tokenizers may merge across such a cut.
 """
 
+import io
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
+from handgrad.data.json_lines import replaced
 from handgrad.data.meta import sha256_of
+from handgrad.data.prepare.bounds import BLOCK_BYTES, OPEN, Unfolding, readable
 from handgrad.data.prepare.build import Part
-from handgrad.data.prepare.workers import Job
+from handgrad.data.prepare.workers import Damage, Job
 
 PIECE_BYTES = 2**18
 _LONGEST_WORD = 2**14  # bytes; a longer word is cut between any two characters
@@ -44,10 +49,54 @@ def shakespeare() -> Path:
     return Path(__file__).parent.parent / "shakespeare.txt"
 
 
-def text_parts(paths: Sequence[Path], val_fraction: float) -> list[Part]:
+def split_text(
+    files: str | Path | Iterable[str | Path], val_fraction: float
+) -> tuple[list[Part], Iterator[str], Iterator[str]]:
+    """Returns (parts, the text of train, the text of val) of plain files, split as `text_parts` does."""
+    parts = text_parts(paths_of(files), val_fraction)
+    return parts, _of_split(parts, "train"), _of_split(parts, "val")
+
+
+def _of_split(parts: Sequence[Part], split: str) -> Iterator[str]:
+    for part in parts:
+        if part.split == split:
+            for _, job in part.jobs(part.get()):
+                yield from (text for text in job.read(*job.arguments) if isinstance(text, str))
+
+
+def unfolded(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Returns the files `paths`, the compressed ones as plain files in `folder`: a text is read from any place in it.
+
+    Raises HandgradError for a file that is missing or damaged, or unfolds to too much; `folder` is then removed.
+    """
+    sizes = [require_file(path, "a text", "data") for path in paths]
+    found = []
+    for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        if path.suffix not in OPEN:
+            found.append(path)
+            continue
+        plain = folder / str(index) / path.stem
+        try:
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            with readable(path), path.open("rb") as raw, plain.open("wb") as file:
+                text = Unfolding(path, raw, size, path.suffix)
+                while block := text.read(BLOCK_BYTES):
+                    file.write(block)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # unless something else lies there
+                folder.parent.rmdir()
+                folder.parent.parent.rmdir()
+            raise
+        found.append(plain)
+    return found
+
+
+def text_parts(paths: Sequence[Path], val_fraction: float, on_error: str = "stop") -> list[Part]:
     """Returns the parts of the files `paths` that are train, then those that are val, split at a character boundary.
 
     val_fraction: share of the bytes, at the end, that is val
+    on_error: of bytes that are no UTF-8: "stop", "skip" the lines that hold them, or "replace" them by U+FFFD
 
     Raises HandgradError for a file that is missing, and if all are empty.
     """
@@ -60,7 +109,7 @@ def text_parts(paths: Sequence[Path], val_fraction: float) -> list[Part]:
     for path, size in zip(paths, sizes, strict=True):
         cut = min(left, size)
         left -= cut
-        make = partial(_part, path, sha256_of(path))
+        make = partial(_part, path, sha256_of(path), on_error)
         if 0 < cut < size:
             with path.open("rb") as file:
                 file.seek(cut)
@@ -74,6 +123,15 @@ def text_parts(paths: Sequence[Path], val_fraction: float) -> list[Part]:
 
 def read_span(path: Path, start: int, stop: int) -> str:
     """Returns the text in bytes start..stop of `path`. Raises HandgradError if they are not readable UTF-8."""
+    raw = _bytes_between(path, start, stop)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{raw[error.start]:02x} at offset {start + error.start}"
+        raise HandgradError("data", f"{path} must be UTF-8 text", where) from None
+
+
+def _bytes_between(path: Path, start: int, stop: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -82,25 +140,33 @@ def read_span(path: Path, start: int, stop: int) -> str:
         raise HandgradError("data", f"{path} must be readable", error.strerror) from None
     if len(raw) < stop - start:
         raise HandgradError("data", f"{path} must not shrink while it is read", f"{start + len(raw)} bytes")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} at offset {start + error.start}"
-        raise HandgradError("data", f"{path} must be UTF-8 text", where) from None
+    return raw
 
 
-def _part(path: Path, sha256: str, start: int, stop: int, split: str) -> Part:
-    jobs = partial(_jobs, start=start, stop=stop)
+def _part(path: Path, sha256: str, on_error: str, start: int, stop: int, split: str) -> Part:
+    jobs = partial(_jobs, start=start, stop=stop, on_error=on_error)
     return Part(f"{path.name}:{start}", stop - start, sha256, lambda: path, jobs, split)
 
 
-def _jobs(path: Path, start: int, stop: int) -> Iterator[tuple[int, Job]]:
+def _jobs(path: Path, start: int, stop: int, on_error: str) -> Iterator[tuple[int, Job]]:
     for begin, end in _pieces(path, start, stop):
-        yield end - start, Job(_texts, (path, begin, end), continues=begin > 0)
+        yield end - start, Job(_texts, (path, begin, end, on_error), continues=begin > 0)
 
 
-def _texts(path: Path, start: int, stop: int) -> Iterator[str]:
-    yield read_span(path, start, stop)
+def _texts(path: Path, start: int, stop: int, on_error: str) -> Iterator[str | Damage]:
+    if on_error == "stop":
+        yield read_span(path, start, stop)
+        return
+    raw = _bytes_between(path, start, stop)
+    text, count = replaced(raw)
+    if on_error == "replace" or not count:
+        yield text
+        yield Damage(replaced=count)
+        return
+    lines = io.BytesIO(raw).readlines()
+    whole = [text for text, count in map(replaced, lines) if not count]
+    yield "".join(whole)
+    yield Damage(skipped=len(lines) - len(whole))
 
 
 def _pieces(path: Path, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -38,7 +38,13 @@ class Encoder(Protocol):
     @property
     def eot(self) -> int | None: ...
 
-    def encode(self, text: str) -> np.ndarray: ...
+    @property
+    def begins(self) -> tuple[int, ...]: ...
+
+    @property
+    def specials(self) -> tuple[str, ...]: ...
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray: ...
 
     def bytes_of(self, id: int) -> bytes: ...
 
@@ -46,13 +52,30 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What a reader did not yield as it is in the source.
+
+    skipped: rows without text, or lines that are no UTF-8, which were left out
+    replaced: bytes that are no UTF-8, and halves of characters, now U+FFFD
+    """
+
+    skipped: int = 0
+    replaced: int = 0
+
+    def __add__(self, other: "Damage") -> "Damage":
+        return Damage(self.skipped + other.skipped, self.replaced + other.replaced)
+
+
+@dataclass(frozen=True)
 class Job:
-    """A call that yields documents: `read(*arguments)`. Both are pickled and sent to a worker process: keep them small.
+    """A call that yields documents, ids that are tokens already, and the damage of either: `read(*arguments)`.
+
+    Both are pickled and sent to a worker process: keep them small.
 
     continues: the first text continues the last document of the previous job, so no end-of-text id precedes it
     """
 
-    read: Callable[..., Iterable[str]]
+    read: Callable[..., Iterable[str | np.ndarray | Damage]]
     arguments: tuple
     continues: bool = False
 
@@ -62,28 +85,32 @@ _Told = tuple[str, str, str | None, str]  # where, rule, got, hint: a HandgradEr
 
 @dataclass(frozen=True)
 class Ids:
-    """ids: of a job, (n,) in the shard dtype of the vocabulary;  replaced: halves of characters read as U+FFFD"""
+    """ids: of a job, (n,) in the shard dtype of the vocabulary;  damage: of its documents"""
 
     ids: np.ndarray
-    replaced: int
+    damage: Damage
 
 
-def tokenize(jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int) -> Iterator[tuple[Any, Ids]]:
+def tokenize(
+    jobs: Iterable[tuple[Any, Job]], tokenizer: Encoder, workers: int, special: bool = False
+) -> Iterator[tuple[Any, Ids]]:
     """Yields (key, ids) for each (key, job), in order.
 
-    An end-of-text id precedes every document, as in llm.c's shards, if the tokenizer has one.
+    An end-of-text id precedes every document, as in llm.c's shards, if the tokenizer has one; then what the tokenizer
+    puts before every text, if that is another.
 
+    special: special tokens spelled out in a document are tokens, not text
     workers: processes; 1 runs the jobs in this process. Workers exit when this process does, even if it is killed.
 
     Raises HandgradError if a job does, or if a worker dies.
     """
     if workers == 1:
         for key, job in jobs:
-            yield key, _ids(job, tokenizer)
+            yield key, _ids(job, tokenizer, special)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe: numpy and rich have threads
     with _folder_last():
-        pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
+        pool = ProcessPoolExecutor(workers, context, _start, (tokenizer, special))
     waiting: deque[tuple[Any, Future[Ids | _Told]]] = deque()
     try:
         for key, job in jobs:
@@ -128,27 +155,34 @@ def _result(waiting: deque[tuple[Any, Future[Ids | _Told]]]) -> tuple[Any, Ids]:
     return key, found
 
 
-def _ids(job: Job, tokenizer: Encoder) -> Ids:
-    dtype = id_dtype(tokenizer.vocab_size)
-    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype)
-    parts, replaced = [separator[:0]], 0
+def _ids(job: Job, tokenizer: Encoder, special: bool) -> Ids:
+    dtype, begins = id_dtype(tokenizer.vocab_size), tokenizer.begins
+    ends = () if tokenizer.eot is None or tokenizer.eot in begins else (tokenizer.eot,)
+    separator = np.array([*ends, *begins], dtype)
+    parts, damage = [separator[:0]], Damage()
     try:
-        for text in job.read(*job.arguments):
-            whole, count = repaired(text)
-            replaced += count
-            parts += [separator, tokenizer.encode(whole).astype(dtype)]
+        for found in job.read(*job.arguments):
+            if isinstance(found, Damage):
+                damage += found
+            elif isinstance(found, np.ndarray):
+                parts.append(found.astype(dtype))
+            else:
+                whole, count = repaired(found)
+                damage += Damage(replaced=count)
+                parts += [separator, tokenizer.encode(whole, special).astype(dtype)]
         ids = np.concatenate(parts)
     except MemoryError:
         raise HandgradError("data", "tokenizing ran out of memory", hint=FEWER) from None
-    return Ids(ids[len(separator) :] if job.continues else ids, replaced)
+    return Ids(ids[len(separator) :] if job.continues else ids, damage)
 
 
 _tokenizer: Encoder  # of a worker process
+_special: bool
 
 
-def _start(tokenizer: Encoder) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _start(tokenizer: Encoder, special: bool) -> None:
+    global _tokenizer, _special
+    _tokenizer, _special = tokenizer, special
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -162,6 +196,6 @@ def _exit_with_parent() -> None:
 
 def _work(job: Job) -> Ids | _Told:
     try:
-        return _ids(job, _tokenizer)
+        return _ids(job, _tokenizer, _special)
     except HandgradError as error:
         return error.where, error.rule, None if error.got is None else str(error.got), error.hint

@@ -1,7 +1,7 @@
 // add_norm: s = x + h + hb;  y = (s - mean) * rstd * w + b;  norm: y of s = x      math: README.md §2, §3
 // add_rms_norm, rms_norm: y = s * rstd * w, without mean and b
 // forward   writes =  s, y: (N, C) dtype;  mean, rstd: (N) f32
-// backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) f32      dx also serves as dh
+// backward  writes =  dx: (N, C) dtype;  = or += dw, db, dhb: (C) f32, those that are not NULL   dx also serves as dh
 // numerics  sums in f32; two-pass variance; eps inside the root; statistics are those of the rounded s
 // layout    threads divide rows; dw, db, dhb: each chunk of rows is summed, then threads divide columns to add chunks
 // determinism  chunks depend on N alone and are added in order, for any number of threads
@@ -119,28 +119,29 @@ SCRATCH(rms_norm_backward)(int64_t N, int64_t C, int64_t threads) {
 }
 
 // dx = ds + rstd * (dn - mean of dn - n * mean of dn n), n = (s - mean) * rstd, dn = dy * w; adds a row to dw, db, dhb.
-// An RMS norm: n = s * rstd, and without the mean of dn.
+// An RMS norm: n = s * rstd, and without the mean of dn. learns: dw and db are summed; dx, dhb may be NULL.
 INLINE void norm_row_backward(real *restrict dx, float *restrict dw, float *restrict db, float *restrict dhb,
                               const real *restrict dy, const real *restrict ds, const real *restrict s,
-                              const real *restrict w, float mean, float rstd, int64_t C, int kind) {
+                              const real *restrict w, float mean, float rstd, int64_t C, int kind, int learns) {
   float sum = 0.0f, dot = 0.0f;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t c = 0; c < C; c++) {
     float g = load(dy[c]), normed = (load(s[c]) - mean) * rstd, dn = g * load(w[c]);
     dot += dn * normed;
-    dw[c] += g * normed;
+    if (learns) dw[c] += g * normed;
     if (kind == LAYER) {
       sum += dn;
-      db[c] += g;
+      if (learns) db[c] += g;
     }
   }
+  if (!dx && !dhb) return;
   sum = kind == LAYER ? sum / (float)C : 0.0f;
   dot /= (float)C;
 #pragma omp simd
   for (int64_t c = 0; c < C; c++) {
     float normed = (load(s[c]) - mean) * rstd, dn = load(dy[c]) * load(w[c]);
     float d = (ds ? load(ds[c]) : 0.0f) + rstd * (dn - sum - normed * dot);
-    dx[c] = store(d);
+    if (dx) dx[c] = store(d);
     if (dhb) dhb[c] += d;
   }
 }
@@ -148,12 +149,13 @@ INLINE void norm_row_backward(real *restrict dx, float *restrict dw, float *rest
 // dx of the rows of chunk k, and their column sums: sums (num_sums, C)
 INLINE void norm_chunk_backward(real *dx, float *sums, int has_dhb, const real *dy, const real *ds, const real *s,
                                 const real *w, const float *mean, const float *rstd, int64_t k, int64_t N, int64_t C,
-                                int kind) {
+                                int kind, int learns) {
   int64_t rows = chunk_rows(N), dhb = num_sums(kind) - 1;
   memset(sums, 0, (size_t)((dhb + has_dhb) * C) * sizeof(float));
   for (int64_t n = k * rows; n < N && n < (k + 1) * rows; n++)
-    norm_row_backward(dx + n * C, sums, kind == LAYER ? sums + C : NULL, has_dhb ? sums + dhb * C : NULL, dy + n * C,
-                      ds ? ds + n * C : NULL, s + n * C, w, kind == LAYER ? mean[n] : 0.0f, rstd[n], C, kind);
+    norm_row_backward(dx ? dx + n * C : NULL, sums, kind == LAYER ? sums + C : NULL, has_dhb ? sums + dhb * C : NULL,
+                      dy + n * C, ds ? ds + n * C : NULL, s + n * C, w, kind == LAYER ? mean[n] : 0.0f, rstd[n], C,
+                      kind, learns);
 }
 
 // d = or += the sum of all chunks, columns [from, to); a chunk's sums are `stride` after those of the one before
@@ -167,8 +169,8 @@ static inline void sum_chunks(float *restrict d, int add, const float *restrict 
 }
 
 ENTRY(norm_backward) {
-  real *dx = a->dx;                                // (N, C)
-  float *dw = a->dw, *db = a->db, *dhb = a->dhb;   // (C); dhb or NULL
+  real *dx = a->dx;                                // (N, C) or NULL
+  float *dw = a->dw, *db = a->db, *dhb = a->dhb;   // (C) or NULL
   const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds is the gradient of s from the residual stream, or NULL
   const real *w = a->w;                            // (C)
   const float *mean = a->mean, *rstd = a->rstd;    // (N)
@@ -179,17 +181,18 @@ ENTRY(norm_backward) {
   {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < chunks; k++)
-      norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, mean, rstd, k, N, C, LAYER);
+      if (dw || db) norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, mean, rstd, k, N, C, LAYER, 1);
+      else norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, mean, rstd, k, N, C, LAYER, 0);
     int64_t from = C * hg_thread() / hg_num_threads(), to = C * (hg_thread() + 1) / hg_num_threads();
-    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
-    sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, stride, from, to);
+    if (dw) sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
+    if (db) sum_chunks(db, (int)a->accumulate_db, partial + C, chunks, stride, from, to);
     if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + 2 * C, chunks, stride, from, to);
   }
 }
 
 ENTRY(rms_norm_backward) {
-  real *dx = a->dx;                                // (N, C)
-  float *dw = a->dw, *dhb = a->dhb;                // (C); dhb or NULL
+  real *dx = a->dx;                                // (N, C) or NULL
+  float *dw = a->dw, *dhb = a->dhb;                // (C) or NULL
   const real *dy = a->dy, *ds = a->ds, *s = a->s;  // (N, C); ds or NULL
   const real *w = a->w;                            // (C)
   const float *rstd = a->rstd;                     // (N)
@@ -200,9 +203,10 @@ ENTRY(rms_norm_backward) {
   {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < chunks; k++)
-      norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, NULL, rstd, k, N, C, RMS);
+      if (dw) norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, NULL, rstd, k, N, C, RMS, 1);
+      else norm_chunk_backward(dx, partial + k * stride, dhb != NULL, dy, ds, s, w, NULL, rstd, k, N, C, RMS, 0);
     int64_t from = C * hg_thread() / hg_num_threads(), to = C * (hg_thread() + 1) / hg_num_threads();
-    sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
+    if (dw) sum_chunks(dw, (int)a->accumulate_dw, partial, chunks, stride, from, to);
     if (dhb) sum_chunks(dhb, (int)a->accumulate_dhb, partial + C, chunks, stride, from, to);
   }
 }

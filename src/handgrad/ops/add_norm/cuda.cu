@@ -128,7 +128,9 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
   norm_row(y, mean, rstd, row, w, b, n, lane, eps, buffer);
 }
 #else
-// -DSUMS           column sums: dw, db unless RMS, dhb if wanted
+// -DWEIGHTS        1: dw or db is wanted
+// -DSUMS           column sums: dw and, unless RMS, db if WEIGHTS; dhb if wanted
+// -DDX             1: dx is wanted
 // -DSTREAMS        3; 2 where ds is not given
 // -DSTAGED         1: rows are prefetched into shared memory; 0: C is odd, or too long for it
 // -DBLOCKS_PER_SM  blocks per SM, which bounds registers
@@ -137,12 +139,12 @@ norm_forward_kernel(real *__restrict__ y,                                    // 
 #if !defined(SUMS) || !defined(STREAMS) || !defined(STAGED) || !defined(BLOCKS_PER_SM) || !defined(BLOCKS)
 #error "add_norm/op.py defines these"
 #endif
-#ifndef SUM_THREADS
-#error "add_norm/op.py defines SUM_THREADS"
+#if !defined(SUM_THREADS) || !defined(WEIGHTS) || !defined(DX)
+#error "add_norm/op.py defines these"
 #endif
 
-constexpr int DB = 1, DHB = RMS ? 1 : 2;           // places among the sums; dw is the first
-typedef Pack<float, VEC> ColumnSums[SUMS][PACKS];  // of a thread's columns
+constexpr int DB = 1, DHB = !WEIGHTS ? 0 : RMS ? 1 : 2;           // places among the sums; dw is the first
+typedef Pack<float, VEC> ColumnSums[SUMS ? SUMS : 1][PACKS];  // of a thread's columns
 
 // Adds up the column sums of the groups of a block, through shared memory, into block (SUMS, C).
 __device__ __forceinline__ void store_column_sums(float *block, const ColumnSums &sums, float *shared, int group,
@@ -166,7 +168,7 @@ __device__ __forceinline__ void store_column_sums(float *block, const ColumnSums
 }
 
 KERNEL __launch_bounds__(ROW_THREADS * ROWS, BLOCKS_PER_SM)
-norm_backward_kernel(real *__restrict__ dx,                                           // (N, C)
+norm_backward_kernel(real *__restrict__ dx,                                           // (N, C) or NULL
                      float *__restrict__ partial,                                     // (BLOCKS, SUMS, C): dw, db, dhb
                      const real *__restrict__ dy, const real *__restrict__ ds,        // (N, C); ds or NULL
                      const real *__restrict__ s, const real *__restrict__ w,          // (N, C); (C)
@@ -225,8 +227,8 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           float normed = (v.at(i) - m) * r, dn = g.at(i) * a.at(i);
           if constexpr (!RMS) sum += dn;
           dot += dn * normed;
-          sums[0][k].v[i] += g.at(i) * normed;
-          if constexpr (!RMS) sums[DB][k].v[i] += g.at(i);
+          if constexpr (WEIGHTS) sums[0][k].v[i] += g.at(i) * normed;
+          if constexpr (WEIGHTS && !RMS) sums[DB][k].v[i] += g.at(i);
         }
       }
     if constexpr (!RMS) sum = row_sum(sum, buffer) / C;
@@ -245,16 +247,16 @@ norm_backward_kernel(real *__restrict__ dx,                                     
           if constexpr (SUMS > DHB) sums[DHB][k].v[i] += d;
           to.set(i, d);
         }
-        store(dx + n * C + c, to);
+        if constexpr (DX) store(dx + n * C + c, to);
       }
   }
-  store_column_sums(partial + (i64)blockIdx.x * SUMS * C, sums, (float *)shared, group, lane);
+  if constexpr (SUMS > 0) store_column_sums(partial + (i64)blockIdx.x * SUMS * C, sums, (float *)shared, group, lane);
 }
 
 // dw, db, dhb = or += the sums of all blocks' rows of partial. Of 32 x 32 threads, x is a column of (SUMS, C), and y
 // takes every 32nd block.
 KERNEL __launch_bounds__(SUM_THREADS)
-norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C)
+norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (C) or NULL
                          grad_t *__restrict__ dhb,                          // (C) or NULL
                          const float *__restrict__ partial,                 // (BLOCKS, SUMS, C)
                          i64 accumulate_dw, i64 accumulate_db, i64 accumulate_dhb) {
@@ -269,9 +271,10 @@ norm_backward_sum_kernel(grad_t *__restrict__ dw, grad_t *__restrict__ db,  // (
   sum = warp_reduce(buffer[x][y], Sum());  // now a warp a column
   c = blockIdx.x * 32 + y;
   if (x == 0 && c < SUMS * C) {
-    grad_t *to = c < C ? dw + c : c < DHB * C ? db + (c - DB * C) : dhb + (c - DHB * C);
-    const i64 accumulate = c < C ? accumulate_dw : c < DHB * C ? accumulate_db : accumulate_dhb;
-    *to = from_float<grad_t>(accumulate ? to_float(*to) + sum : sum);
+    const bool is_dhb = c >= DHB * C, is_dw = !is_dhb && c < C;
+    grad_t *d = is_dhb ? dhb : is_dw ? dw : db, *to = d + c % C;
+    const i64 accumulate = is_dhb ? accumulate_dhb : is_dw ? accumulate_dw : accumulate_db;
+    if (d) *to = from_float<grad_t>(accumulate ? to_float(*to) + sum : sum);
   }
 }
 #endif

@@ -45,7 +45,7 @@ class AddNorm(Op):
         return _forward(c, "add_norm_forward_kernel", "s y mean rstd x h w b hb | N eps")
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = _norm_backward(g, c, d["y"], d["s"], c.s, c.hb)
+        ds = _backward_call(g, c, norm_backward, d["y"], d["s"], c.s, c.hb, c.x, c.h)
         return {"x": ds, "h": ds}  # residual and branch share one gradient buffer
 
     def cheap(self, c: Call) -> dict[str, str]:
@@ -86,7 +86,7 @@ class Norm(Op):
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ds = g.take(c.x)  # x also feeds the residual: the kernel adds the gradient from there
-        return {"x": _norm_backward(g, c, d["y"], ds, c.x, None)}
+        return {"x": _backward_call(g, c, norm_backward, d["y"], ds, c.x, None, c.x)}
 
 
 class NormBackward(Op):
@@ -94,7 +94,7 @@ class NormBackward(Op):
 
     name = "norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C mean:N:f32 rstd:N:f32"
-    outs = "dx:N,C +dw:C:grad +db:C:grad +dhb:C:grad?"
+    outs = "dx:N,C? +dw:C:grad? +db:C:grad? +dhb:C:grad?"
     cpu = CpuKernel(
         "norm_backward",
         "dx dw db dhb dy ds s w mean rstd scratch | N C accumulate.dw accumulate.db accumulate.dhb",
@@ -110,6 +110,9 @@ class NormBackward(Op):
         case(N=9, C=33, without="ds dhb"),
         case(N=5, C=2072),
         case(N=5, C=2072, without="dhb"),
+        case(N=300, C=256, without="dw db dhb"),
+        case(N=5, C=2072, without="dw db"),
+        case(N=41, C=48, without="dx ds dw"),
         case(N=300, C=256),
         case(N=3, C=1037),
         case(N=1024, C=768, real="gpt2-124m, B=4 T=256"),
@@ -119,7 +122,7 @@ class NormBackward(Op):
         return reference.norm_backward(v.dy, v.ds, v.s, v.w, v.mean, v.rstd)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        args = "dx scratch dy ds s w mean rstd | N", "dw db dhb scratch | accumulate.dw accumulate.db accumulate.dhb"
+        args = "dx {} dy ds s w mean rstd | N", "dw db dhb scratch | accumulate.dw accumulate.db accumulate.dhb"
         return _backward(c, gpu, *args, rms=False)
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
@@ -159,7 +162,7 @@ class AddRmsNorm(Op):
         return _forward(c, "add_norm_forward_kernel", "s y null rstd x h w null hb | N eps", rms=True)
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        ds = _rms_norm_backward(g, c, d["y"], d["s"], c.s, c.hb)
+        ds = _backward_call(g, c, rms_norm_backward, d["y"], d["s"], c.s, c.hb, c.x, c.h)
         return {"x": ds, "h": ds}
 
     def cheap(self, c: Call) -> dict[str, str]:
@@ -201,7 +204,7 @@ class RmsNorm(Op):
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ds = g.take(c.x)  # as in Norm
-        return {"x": _rms_norm_backward(g, c, d["y"], ds, c.x, None)}
+        return {"x": _backward_call(g, c, rms_norm_backward, d["y"], ds, c.x, None, c.x)}
 
 
 class RmsNormBackward(Op):
@@ -209,7 +212,7 @@ class RmsNormBackward(Op):
 
     name = "rms_norm_backward"
     ins = "dy:N,C ds:N,C? s:N,C w:C rstd:N:f32"
-    outs = "dx:N,C +dw:C:grad +dhb:C:grad?"
+    outs = "dx:N,C? +dw:C:grad? +dhb:C:grad?"
     cpu = CpuKernel(
         "rms_norm_backward",
         "dx dw dhb dy ds s w rstd scratch | N C accumulate.dw accumulate.dhb",
@@ -223,6 +226,9 @@ class RmsNormBackward(Op):
         case(N=41, C=48),
         case(N=9, C=33, without="ds dhb"),
         case(N=300, C=768, without="dhb"),
+        case(N=300, C=768, without="dw dhb"),
+        case(N=5, C=4096, without="dw"),
+        case(N=41, C=48, without="dx ds dhb"),
         case(N=41, C=1600),
         case(N=5, C=2048, without="dhb"),
         case(N=5, C=4096),
@@ -234,7 +240,7 @@ class RmsNormBackward(Op):
         return reference.rms_norm_backward(v.dy, v.ds, v.s, v.w, v.rstd)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        args = "dx scratch dy ds s w null rstd | N", "dw null dhb scratch | accumulate.dw 0 accumulate.dhb"
+        args = "dx {} dy ds s w null rstd | N", "dw null dhb scratch | accumulate.dw 0 accumulate.dhb"
         return _backward(c, gpu, *args, rms=True)
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
@@ -257,9 +263,13 @@ def _forward(c: Call, entry: str, args: str, *, rms: bool = False) -> Launches:
 
 
 def _backward(c: Call, gpu: Gpu, args: str, sum_args: str, *, rms: bool) -> Launches:
-    """norm_backward_kernel and norm_backward_sum_kernel, with these arguments."""
+    """norm_backward_kernel and, if something learns, norm_backward_sum_kernel, with these arguments.
+
+    {} in `args` is where partial sums go
+    """
     N, C, size = c.sizes["N"], c.sizes["C"], c.dtype.size
-    streams, sums = 2 + (c.ds is not None), (1 if rms else 2) + (c.dhb is not None)
+    weights = c.dw is not None or (not rms and c.db is not None)
+    streams, sums = 2 + (c.ds is not None), weights * (1 if rms else 2) + (c.dhb is not None)
     d = _layout(c, packs=7)
     staging, summing = 2 * streams * C * size, sums * C * 4  # bytes per concurrent row: two rows per stream; sums
     staged = d["VEC"] > 1 and C * size + staging <= gpu.shared_bytes
@@ -267,7 +277,7 @@ def _backward(c: Call, gpu: Gpu, args: str, sum_args: str, *, rms: bool) -> Laun
         blocks_per_sm = 1
         own = sums * -(-C // (32 * d["VEC"])) * d["VEC"]  # float sums in the registers of a thread
         rows = 24 if own <= 24 else 16 if own <= 48 else 12 if own <= 96 else 8
-        rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing), -(-N // gpu.sms)))
+        rows = max(1, min(rows, (gpu.shared_bytes - C * size) // max(staging * staged, summing, 1), -(-N // gpu.sms)))
         rows = rows if rows < 4 else rows // 4 * 4  # an SM has four partitions with registers of their own
         d["ROWS"] = rows
     else:
@@ -278,27 +288,28 @@ def _backward(c: Call, gpu: Gpu, args: str, sum_args: str, *, rms: bool) -> Laun
     blocks = min(-(-N // rows), gpu.sms * blocks_per_sm)
     d |= {"SUMS": sums, "STREAMS": streams, "STAGED": int(staged), "BLOCKS_PER_SM": blocks_per_sm}
     d |= {"BLOCKS": blocks, "FORWARD": 0, "RMS": int(rms), "SUM_THREADS": SUM_THREADS}
-    return Launches(
-        (
-            Kernel("norm_backward_kernel", args, blocks, d["ROW_THREADS"] * rows, shared, d),
-            Kernel("norm_backward_sum_kernel", sum_args, -(-sums * C // 32), SUM_THREADS, 0, d),
-        ),
-        scratch=blocks * summing,
-    )
+    d |= {"WEIGHTS": int(weights), "DX": int(c.dx is not None)}
+    args = args.format("scratch" if sums else "null")
+    kernel = Kernel("norm_backward_kernel", args, blocks, d["ROW_THREADS"] * rows, shared, d)
+    if not sums:
+        return Launches((kernel,))
+    add = Kernel("norm_backward_sum_kernel", sum_args, -(-sums * C // 32), SUM_THREADS, 0, d)
+    return Launches((kernel, add), scratch=blocks * summing)
 
 
-def _norm_backward(g: Recorder, c: Call, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None) -> Tensor:
-    """Appends the gradient of the norm of s. ds: the gradient that reaches s past the norm; hb: a bias added into s."""
-    into = {"dw": g.grad(c.w), "db": g.grad(c.b), "dhb": None if hb is None else g.grad(hb)}
-    return g.emit(norm_backward, dy, ds, s, c.w, c.mean, c.rstd, into=into)
+def _backward_call(
+    g: Recorder, c: Call, op: Op, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None, *below: Tensor
+) -> Any:
+    """Appends `op`, the gradient of the norm of s; returns dx, None if none of `below`, which s is made of, wants it.
 
-
-def _rms_norm_backward(
-    g: Recorder, c: Call, dy: Tensor | None, ds: Tensor | None, s: Tensor, hb: Tensor | None
-) -> Tensor:
-    """The same for the RMS norm of s."""
-    into = {"dw": g.grad(c.w), "dhb": None if hb is None else g.grad(hb)}
-    return g.emit(rms_norm_backward, dy, ds, s, c.w, c.rstd, into=into)
+    ds: the gradient that reaches s past the norm;  hb: a bias added into s
+    """
+    params = {"dw": c.w, "db": getattr(c, "b", None), "dhb": hb}
+    into = {arg.name: g.wanted_grad(params[arg.name]) for arg in op.out_args if arg.inout}
+    without = () if any(map(g.wants, below)) else ("dx",)
+    statistics = [getattr(c, arg.name) for arg in op.in_args if arg.name in ("mean", "rstd")]
+    reaches = not without or into["dhb"] is not None
+    return g.emit(op, dy, ds if reaches else None, s, c.w, *statistics, into=into, without=without)
 
 
 add_norm, norm, norm_backward = AddNorm(), Norm(), NormBackward()

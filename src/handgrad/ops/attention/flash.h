@@ -264,10 +264,10 @@ static inline int64_t attend_scratch(int64_t T, int64_t S, int64_t D, int64_t th
   return threads * (int64_t)attend_layout(&w, 0, T, S, D);
 }
 
-// bias (T + S - 1) of head h, by key - query + T - 1. bucket: of distance_buckets.
+// bias (T + S - 1) of head h, by key - query + T - 1, queries counted from 0. bucket: of distance_buckets.
 static void head_bias(float *bias, const Attend *x, const int *bucket, int64_t h) {
-  int64_t T = x->view.T, S = x->view.S;
-  for (int64_t i = 0; i < T + S - 1; i++) bias[i] = load(x->rel[bucket[clamped(i - T + 1)] * x->H + h]);
+  int64_t T = x->view.T, S = x->view.S, first = 1 - T - x->view.position;  // the smallest distance
+  for (int64_t i = 0; i < T + S - 1; i++) bias[i] = load(x->rel[bucket[clamped(i + first)] * x->H + h]);
 }
 
 static void scale_and_bias(float *s, const float *bias, int begin, int end, float scale) {

@@ -153,7 +153,7 @@ def _own_backward(c: Call, gpu: Gpu, stats: int) -> Launches:
     for outputs in (1, 2) if wide else (3,):  # dk, dv, both
         args = f"dqkv dkv scratch dy qkv {OPTIONAL}"
         steps.append(_launch(c, gpu, "attention_backward_dkdv_{}_kernel", args, 2, True, outputs))
-    if c.rel is not None:
+    if c.drel is not None:
         args = f"drel scratch@{stats} | B H R {blocks // (c.sizes['B'] * H)} accumulate.drel"
         threads = 128
         drel = {"THREADS": threads}
@@ -246,7 +246,7 @@ class Attention(Op):
         return reference.sample(arg.name, v)
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        into = {"drel": None if c.rel is None else g.grad(c.rel)}
+        into = {"drel": g.wanted_grad(c.rel)}
         ins = d["y"], c.qkv, c.kv, c.rel, c.first_key, c.last_key, c.y, c.lse
         dqkv, dkv = g.emit(attention_backward, *ins, into=into, **c.attrs)
         return {"qkv": dqkv} if c.kv is None else {"qkv": dqkv, "kv": dkv}

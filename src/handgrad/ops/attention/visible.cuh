@@ -85,19 +85,9 @@ struct View {
 };
 
 #if BUCKETS
-#define FAR 128  // distances from here on share a bucket
+#include "buckets.cuh"
 enum { DISTANCES = 2 * FAR + 1 };
 
-// The bucket of a distance n among `count`: exact below count / 2, then by its logarithm. Powers instead of logarithms:
-// products of small whole numbers are exact, so that all engines agree on the borders.
-__device__ __forceinline__ int distance_bucket(int n, int count) {
-  int exact = count / 2, bucket = exact;
-  double power = 1.0, bound = (double)FAR / exact;
-  if (n < exact) return n;
-  for (int i = exact; i < count; i++) power *= (double)n / exact;
-  for (; bucket + 1 < count && power >= bound; bucket++) bound *= (double)FAR / exact;
-  return bucket;
-}
 // Of a distance key - query.
 __device__ __forceinline__ int bucket_of(int d) {
   if (CAUSAL) return distance_bucket(max(-d, 0), BUCKETS);

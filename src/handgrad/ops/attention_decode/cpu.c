@@ -13,9 +13,16 @@
 // Floats of one run: max (H), sum (H), out (H, D).
 static inline int64_t partial_floats(int64_t H, int64_t D) { return round_up(H * (D + 2), 16); }
 
-// One run of one sequence: the softmax over its n positions alone, before normalisation.
-static void decode_run(float *partial, float *score, const real *q, const real *cache, int n, int64_t H,
-                       int64_t K, int64_t D, float scale) {
+// The biases of a call's one query, (R, H), and the bucket of each distance up to FAR.
+typedef struct {
+  const real *rel;  // or NULL
+  int bucket[2 * FAR + 1];
+} Biases;
+
+// One run of one sequence: the softmax over its n positions alone, before normalisation. distance: of the first one to
+// the query, at most 0.
+static void decode_run(float *partial, float *score, const real *q, const real *cache, const Biases *biases, int n,
+                       int64_t distance, int64_t H, int64_t K, int64_t D, float scale) {
   float *max = partial, *sum = partial + H, *out = partial + 2 * H;
   int64_t row = 2 * K * D, group = H / K;
   for (int s = 0; s < n; s++)
@@ -25,6 +32,10 @@ static void decode_run(float *partial, float *score, const real *q, const real *
       prefetch(k + AHEAD * row + K * D, D);
       score[h * RUN + s] = dot(q + h * D, k, D) * scale;
     }
+  for (int s = 0; biases->rel && s < n; s++) {
+    const real *rel = biases->rel + biases->bucket[clamped(distance + s)] * H;
+    for (int64_t h = 0; h < H; h++) score[h * RUN + s] += load(rel[h]);
+  }
   for (int64_t h = 0; h < H; h++) {
     float *p = score + h * RUN, top = p[0], total = 0.0f;
     for (int s = 1; s < n; s++) top = p[s] > top ? p[s] : top;
@@ -74,6 +85,7 @@ ENTRY(attention_decode) {
   real *y = a->y;              // (N, H D), N = B T
   real *cache = a->cache;      // (B, S, 2, K, D), in and out
   const real *qkv = a->qkv;    // (N, H + 2 K, D)
+  const real *rel = a->rel;    // (R, H), or NULL
   int64_t N = a->N, T = a->T, S = a->S, H = a->H, K = a->K, D = a->D;
   const StepScalars *scalars = a->scalars;
   char *scratch = a->scratch;  // attention_decode_scratch bytes
@@ -86,21 +98,23 @@ ENTRY(attention_decode) {
   if (T > 1) {
     View view = {.T = T, .S = position + T, .position = position, .window = a->window, .causal = 1};
     Attend x = {.q = qkv, .k = cache, .v = cache + K * D, .q_row = row, .kv_row = kv_row, .q_seq = T * row,
-                .kv_seq = sequence, .B = B, .H = H, .K = K, .D = D, .view = view, .scale = scale};
+                .kv_seq = sequence, .B = B, .H = H, .K = K, .D = D, .view = view, .scale = scale, .rel = rel, .R = a->R};
     attend(y, NULL, &x, scratch);
     return;
   }
   int64_t low = a->window && position >= a->window ? position + 1 - a->window : 0, first_run = low / RUN;
   int64_t runs = position / RUN + 1 - first_run, step = partial_floats(H, D);
   float *partial = (float *)scratch, *work = partial + B * (S / RUN + 1) * step;
+  Biases biases = {.rel = rel};
+  if (rel) distance_buckets(biases.bucket, a->R, 1);
 #pragma omp parallel
   {
     float *score = work + hg_thread() * (H * RUN + D);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * runs; i++) {
       int64_t b = i / runs, run = (first_run + i % runs) * RUN, first = larger(run, low);
-      decode_run(partial + i * step, score, qkv + b * row, cache + b * sequence + first * kv_row,
-                 smaller(run + RUN, position + 1) - (int)first, H, K, D, scale);
+      decode_run(partial + i * step, score, qkv + b * row, cache + b * sequence + first * kv_row, &biases,
+                 smaller(run + RUN, position + 1) - (int)first, first - position, H, K, D, scale);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * H; i++)

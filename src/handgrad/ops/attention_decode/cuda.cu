@@ -9,9 +9,10 @@
 //           one cache 0.44 TB/s
 // source    own work; the split over positions is Flash-Decoding's (Dao et al. 2023)
 //
-// Defines (op.py): D, VEC (elements of an access), LANES, PARTS (chunks of the keys), THREADS.
-#include "kernel.cuh"
-#if !defined(D) || !defined(VEC) || !defined(LANES) || !defined(PARTS) || !defined(THREADS)
+// Defines (op.py): D, VEC (elements of an access), LANES, PARTS (chunks of the keys), THREADS, BUCKETS (rows of rel; 0:
+// no biases).
+#include "buckets.cuh"
+#if !defined(D) || !defined(VEC) || !defined(LANES) || !defined(PARTS) || !defined(THREADS) || !defined(BUCKETS)
 #error "attention_decode/op.py defines these"
 #endif
 
@@ -19,6 +20,19 @@
 #define PER ((D + LANES * VEC - 1) / (LANES * VEC))  // accesses of a lane to one key
 #define AHEAD 4                                      // keys of a lane group that are read before the first is used
 #define FULL 0xffffffffu
+
+struct Biases {  // of a head, in shared memory, by the distance of a key before its query
+  float values[BUCKETS ? FAR + 1 : 1];
+  __device__ __forceinline__ void load(const real *rel, i64 H, i64 h) {
+#if BUCKETS
+    for (int d = threadIdx.x; d <= FAR; d += THREADS) values[d] = to_float(rel[distance_bucket(d, BUCKETS) * H + h]);
+    __syncthreads();
+#endif
+  }
+  __device__ __forceinline__ float of(i64 distance) const {
+    return BUCKETS ? values[distance < FAR ? distance : FAR] : 0.0f;
+  }
+};
 
 // The weight of a sum with maximum m, once the maximum is top; 0 for an empty sum.
 __device__ __forceinline__ float weight(float m, float top) { return m == -HG_INF ? 0.0f : expf(m - top); }
@@ -73,6 +87,7 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
     float *parts,       // (N, H, PARTS, D + 2): sums over values, maximum, sum of weights
     real *cache,        // (B, S, 2, K, D), in and out
     const real *qkv,    // (N, H + 2 K, D)
+    const real *rel,    // (R, H)
     const StepScalars *scalars, i64 T, i64 S, i64 H, i64 K, i64 window, float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % LANES * VEC;
   const i64 n = blockIdx.x / H, h = blockIdx.x % H, kv = h / (H / K), b = n / T, t = n % T;
@@ -90,6 +105,8 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
       to[K * D] = from[K * D];
     }
 
+  __shared__ Biases biases;
+  biases.load(rel, H, h);
   float q[PER][VEC], o[PER][VEC], top = -HG_INF, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < PER; i++) {
@@ -131,7 +148,8 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
           if (i * LANES * VEC + own < D) z[a] += q[i][e] * k[a][i].at(e);
 #pragma unroll
       for (int lanes = LANES / 2; lanes; lanes /= 2) z[a] += __shfl_xor_sync(FULL, z[a], lanes);
-      if (s0 + a * step + lane / LANES >= last) z[a] = -HG_INF;
+      const i64 s = s0 + a * step + lane / LANES;
+      z[a] = s < last ? z[a] + biases.of(end - 1 - s) : -HG_INF;
       higher = fmaxf(higher, z[a]);
     }
     float shrink = weight(top, higher);
@@ -152,8 +170,7 @@ KERNEL __launch_bounds__(THREADS, 4) attention_decode_kernel(
           if (i * LANES * VEC + own < D) o[i][e] += p * v[a][i].at(e);
     }
   }
-  float *part = parts + ((i64)blockIdx.x * PARTS + blockIdx.y) * (D + 2);
-  merge_block(y + (n * H + h) * D, part, o, top, total);
+  merge_block(y + (n * H + h) * D, parts + ((i64)blockIdx.x * PARTS + blockIdx.y) * (D + 2), o, top, total);
 }
 
 KERNEL __launch_bounds__(THREADS) attention_decode_merge_kernel(

@@ -15,14 +15,14 @@ def test_attention_decode():
     check_op(attention_decode, [open_backend("cpu")])
 
 
-@pytest.mark.parametrize("window", (0, 1, 40, 64, 500))
+@pytest.mark.parametrize(("window", "buckets"), [*((window, 0) for window in (0, 1, 40, 64, 500)), (0, 32), (140, 8)])
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
 @pytest.mark.parametrize("T", (1, 30))
-def test_windows_at_any_position_equal_attention(T, dtype, window):
+def test_any_position_equals_attention(T, dtype, window, buckets):
     """y from a full cache equals the rows of attention over the whole text."""
     S, H, K, D = 200, 2, 1, 24
-    sizes = {"N": T, "Q": (H + 2 * K) * D, "T": T, "S": S, "H": H, "K": K, "window": window, "scale": 0.3}
-    p, c = case_program(attention_decode, Case(sizes), dtype)
+    sizes = {"N": T, "Q": (H + 2 * K) * D, "T": T, "S": S, "H": H, "K": K, "window": window, "scale": 0.3, "R": buckets}
+    p, c = case_program(attention_decode, Case(sizes, without=() if buckets else ("rel",)), dtype)
     arrays = case_arrays(attention_decode, c)
     text = np.random.default_rng(1).standard_normal((S, sizes["Q"]))
     text[:, H * D :] = arrays["cache"].reshape(S, -1)
@@ -30,12 +30,13 @@ def test_windows_at_any_position_equal_attention(T, dtype, window):
         for position in (0, 39, 40, 41, 64, 128, 129, S - T):
             text[position : position + T] = arrays["qkv"]
             v = SimpleNamespace(qkv=text, B=1, T=S, S=S, H=H, K=K, D=D, causal=True, window=window, scale=0.3, p=0.0)
-            v.kv = v.rel = v.first_key = v.last_key = None
+            v.kv = v.first_key = v.last_key = None
+            v.rel = arrays.get("rel")
             want = reference.attention_forward(v)[0][position : position + T]
             text[:, H * D :] = arrays["cache"].reshape(S, -1)
             arena = backend.alloc(backend.plan(p))
-            for tensor, name in ((c.qkv, "qkv"), (c.cache, "cache")):
-                arena.write(tensor, arrays[name])
+            for name, values in arrays.items():
+                arena.write(getattr(c, name), values)
             set_scalars(p, arena)
             arena.write_scalars(p, position=position)
             backend.bind(p, arena).run()

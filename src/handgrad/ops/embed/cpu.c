@@ -36,7 +36,7 @@ ENTRY(embed_forward) {
 #define STRIPE 16  // columns: one cache line of a gradient, the least that a thread owns
 
 ENTRY(embed_backward) {
-  float *restrict dwte = a->dwte;   // (V, C)
+  float *restrict dwte = a->dwte;   // (V, C) or NULL
   float *restrict dwpe = a->dwpe;   // (Tmax, C) or NULL
   const real *restrict dy = a->dy;  // (N, C)
   const int32_t *ids = a->ids;      // (N)
@@ -50,15 +50,17 @@ ENTRY(embed_backward) {
     int64_t to = stripes * (hg_thread() + 1) / hg_num_threads() * STRIPE;
     to = to < C ? to : C;
     size_t width = from < to ? (size_t)(to - from) * sizeof(float) : 0;
-    if (!a->accumulate_dwte)
+    if (dwte && !a->accumulate_dwte)
       for (int64_t i = 0; i < V; i++) memset(dwte + i * C + from, 0, width);
     if (dwpe && !a->accumulate_dwpe)
       for (int64_t t = 0; t < Tmax; t++) memset(dwpe + t * C + from, 0, width);
     for (int64_t n = 0; n < N; n++) {
       const real *g = dy + n * C;
-      float *dwte_row = dwte + ids[n] * C;
+      if (dwte) {
+        float *dwte_row = dwte + ids[n] * C;
 #pragma omp simd
-      for (int64_t c = from; c < to; c++) dwte_row[c] += scale * load(g[c]);
+        for (int64_t c = from; c < to; c++) dwte_row[c] += scale * load(g[c]);
+      }
       if (!dwpe) continue;
       float *dwpe_row = dwpe + (positions ? positions[n] : n % T) * C;
 #pragma omp simd

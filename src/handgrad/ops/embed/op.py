@@ -63,7 +63,7 @@ class Embed(Op):
         return c.ids.nbytes + 2 * c.y.nbytes + positions
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        into = {"dwte": g.grad(c.wte), "dwpe": None if c.wpe is None else g.grad(c.wpe)}
+        into = {"dwte": g.wanted_grad(c.wte), "dwpe": g.wanted_grad(c.wpe)}
         Tmax = 0 if c.wpe is None else c.wpe.shape[0]
         attrs = dict(V=c.wte.shape[0], Tmax=Tmax, T=c.attrs["T"], scale=c.attrs["scale"])
         g.emit(embed_backward, d["y"], c.ids, c.positions, into=into, **attrs)
@@ -75,7 +75,7 @@ class EmbedBackward(Op):
 
     name = "embed_backward"
     ins = "dy:N,C ids:N:i32 positions:N:i32?"
-    outs = "+dwte:V,C:grad +dwpe:Tmax,C:grad?"
+    outs = "+dwte:V,C:grad? +dwpe:Tmax,C:grad?"
     attrs = {"V": int, "Tmax": int, "T": int, "scale": float}
     cpu = CpuKernel("embed_backward", "dwte dwpe dy ids positions | N C V T Tmax scale accumulate.dwte accumulate.dwpe")
     cases = (
@@ -87,20 +87,24 @@ class EmbedBackward(Op):
         case(N=2100, C=40, V=300, Tmax=700, T=700, scale=1.0),
         case(N=300, C=1032, V=2, Tmax=12, T=10, scale=1.0, without="positions"),
         case(N=64, C=24, V=9, Tmax=0, T=64, scale=5.5, without="positions"),
+        case(N=60, C=40, V=7, Tmax=20, T=20, scale=1.0, without="dwte positions"),
+        case(N=60, C=40, V=7, Tmax=20, T=20, scale=1.0, without="dwpe"),
         case(N=1024, C=768, V=50304, Tmax=1024, T=256, scale=1.0, without="positions", real=GPT2),
     )
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
-        return attrs["Tmax"] > 0  # dwpe
+        return out == "dwte" or attrs["Tmax"] > 0
 
     def ref(self, v: Any) -> tuple:
         return reference.embed_backward(v)
 
     def nbytes(self, c: Call) -> int:
         """Counts the rows of dwte that tokens read and write, and all of dwte if it is set to zero first."""
+        total = c.ids.nbytes + c.dy.nbytes + (0 if c.dwpe is None else 2 * c.dwpe.nbytes)
+        if c.dwte is None:
+            return total
         rows = 2 * min(c.sizes["N"], c.sizes["V"]) * c.sizes["C"] * c.dwte.dtype.size
-        table = c.dwte.nbytes if c.begins("dwte") else 0
-        return c.ids.nbytes + c.dy.nbytes + rows + table + (0 if c.dwpe is None else 2 * c.dwpe.nbytes)
+        return total + rows + (c.dwte.nbytes if c.begins("dwte") else 0)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, C = c.sizes["N"], c.sizes["C"]
@@ -111,7 +115,8 @@ class EmbedBackward(Op):
         columns = -(-accesses // sum_threads)
         sorted_, partial = chunks * CHUNK * 8, (2 * chunks * CHUNK) * 8  # their offsets in scratch, bytes
         steps = []
-        tables, plain = [("dwte", "ids", "V", d)], d | {"SCALE": 1.0}
+        plain = d | {"SCALE": 1.0}
+        tables = [] if c.dwte is None else [("dwte", "ids", "V", d)]
         if c.dwpe is not None and c.positions is None:
             grid = -(-c.sizes["Tmax"] * accesses // THREADS)
             steps.append(Kernel("embed_position_kernel", "dwpe dy | T Tmax accumulate.dwpe", grid, THREADS, 0, plain))

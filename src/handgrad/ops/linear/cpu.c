@@ -3,7 +3,7 @@
 // act           writes =        y: (N, M)                         recomputes y from pre
 // act_backward  writes =        dpre: (N, M)                      dpre = dy act'(pre)
 // backward_w    writes = or +=  dw: (M, K), db: (M) float         += where accumulate_dw, accumulate_db
-// backward_x    writes =        dx: (N, K) dtype                  with pre, where x was act(pre): the gradient at pre
+// backward_x    writes =        dx: (N, K) dtype                  with dx0: the sum; with pre, where x was act(pre): at pre
 // numerics  sums in float, rounded once; db in blocks of 64 rows
 // determinism  fixed order of sums for any number of threads
 // source    own work
@@ -89,13 +89,14 @@ static void sum_rows(float *db, const real *dy, int64_t N, int64_t M, int accumu
 }
 
 ENTRY(linear_backward_w) {
-  float *dw = a->dw;       // (M, K)
+  float *dw = a->dw;       // (M, K) or NULL
   float *db = a->db;       // (M) or NULL
   const real *dy = a->dy;  // (N, M)
-  const real *x = a->x;    // (N, K)
+  const real *x = a->x;    // (N, K), or NULL without dw
   int64_t N = a->N, M = a->M, K = a->K;
-  gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
-               .accumulate = (int)a->accumulate_dw, .threads = a->threads, .scratch = a->scratch});
+  if (dw)
+    gemm(&(Gemm){.m = M, .n = K, .k = N, .a = dy, .lda = M, .a_trans = 1, .b = x, .ldb = K, .sum = dw, .ldc = K,
+                 .accumulate = (int)a->accumulate_dw, .threads = a->threads, .scratch = a->scratch});
   if (db) sum_rows(db, dy, N, M, (int)a->accumulate_db);
 }
 
@@ -104,8 +105,9 @@ ENTRY(linear_backward_x) {
   const real *dy = a->dy;    // (N, M)
   const real *w = a->w;      // (M, K)
   const real *pre = a->pre;  // (N, K) or NULL
+  const real *dx0 = a->dx0;  // (N, K) or NULL
   int64_t N = a->N, M = a->M, K = a->K;
-  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .ldc = K, .threads = a->threads,
-               .scratch = a->scratch});
+  gemm(&(Gemm){.m = N, .n = K, .k = M, .a = dy, .lda = M, .b = w, .ldb = K, .y = dx, .addend = dx0, .ldc = K,
+               .threads = a->threads, .scratch = a->scratch});
   if (pre) act_backward(dx, dx, pre, N * K, (int)a->act);
 }

@@ -60,13 +60,18 @@ class Linear(Op):
             dy = g.emit(linear_act_backward, dy, c.pre, act=c.attrs["act"])
         if dpre is not None:
             dy = dpre if dy is None else g.emit(add, dy, dpre)
-        into = {"dw": g.grad(c.w), "db": None if c.b is None else g.grad(c.b)}
-        # dw before dx: it overlaps dx now, and its reduction can start early later
-        g.emit(linear_backward_w, dy, c.x, into=into)
-        if c.pre_x is None:
-            return {"x": g.emit(linear_backward_x, dy, c.w, None, act=Act.NONE)}
-        act = g.producer[c.pre_x].attrs["act"]
-        return {"pre_x": g.emit(linear_backward_x, dy, c.w, c.pre_x, act=act)}
+        into = {"dw": g.wanted_grad(c.w), "db": g.wanted_grad(c.b)}
+        if any(into.values()):  # before dx: it overlaps dx now, and its reduction can start early later
+            g.emit(linear_backward_w, dy, None if into["dw"] is None else c.x, into=into)
+        if not g.wants(c.x):
+            return {}
+        act = Act.NONE if c.pre_x is None else g.producer[c.pre_x].attrs["act"]
+        dx0 = g.take(c.x)  # of other readers of x: the GEMM adds it
+        dx = g.emit(linear_backward_x, dy, c.w, c.pre_x, dx0, act=act)
+        return {"x" if c.pre_x is None else "pre_x": dx}
+
+    def reads(self, g: Recorder, c: Call) -> set[str]:
+        return super().reads(g, c) - ({"x"} if g.wanted_grad(c.w) is None else set())
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
@@ -102,12 +107,13 @@ class Linear(Op):
 
 
 class LinearAct(Op):
-    """y = act(pre): recomputes y of a linear with an activation."""
+    """y = act(pre): recomputes y of a linear with an activation; follows a linear that something is added to."""
 
     name = "linear_act"
     ins = "pre:N,M"
     outs = "y:N,M"
     attrs = {"act": Act}
+    saved = "pre"
     cpu = CpuKernel("linear_act", "y pre | N M act")
     cases = (
         case(N=7, M=33, act=Act.GELU_TANH),
@@ -118,6 +124,15 @@ class LinearAct(Op):
 
     def ref(self, v: Any) -> tuple:
         return (reference.act_forward(v.pre, v.act),)
+
+    def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        return {"pre": g.emit(linear_act_backward, d["y"], c.pre, act=c.attrs["act"])}
+
+    def cheap(self, c: Call) -> dict[str, str]:
+        return {"y": "act"}
+
+    def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
+        return rng.standard_normal(shape) if v["act"] is Act.RELU else None  # whose kink at 0 has no derivative
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         return Launches((_elementwise("linear_act_kernel", "y pre | N M", c, c.y.size, packs=ACT_PACKS),))
@@ -143,12 +158,12 @@ class LinearActBackward(Op):
 
 
 class LinearBackwardW(Op):
-    """dw += dy^T x;  db += sum of dy over rows."""
+    """dw += dy^T x;  db += sum of dy over rows. Without dw, x is absent."""
 
     name = "linear_backward_w"
     overlap = 1  # it has few tiles and leaves SMs idle, which the GEMM for dx uses
-    ins = "dy:N,M x:N,K"
-    outs = "+dw:M,K:grad +db:M:grad?"
+    ins = "dy:N,M x:N,K?"
+    outs = "+dw:M,K:grad? +db:M:grad?"
     cpu = CpuKernel(
         "linear_backward_w",
         "dw db dy x scratch | N M K accumulate.dw accumulate.db threads",
@@ -159,16 +174,23 @@ class LinearBackwardW(Op):
         case(N=1, K=1, M=1),
         case(N=130, K=65, M=96),
         case(N=1100, K=16, M=264),
+        case(N=40, K=24, M=48, without="db"),
+        case(N=300, M=72, without="x dw"),
         case(N=1024, K=768, M=3072, real="gpt2-124m, B=4 T=256"),
         case(N=8192, K=768, M=2304, real="gpt2-124m, B=8 T=1024: tiles split along N on Hopper"),
         case(N=8200, K=1288, M=3848, real="more tiles than clusters, none of them full"),
     )
+
+    def derive(self, d: dict[str, int]) -> None:
+        d.setdefault("K", 1)  # without x; scratch is sized for one column
 
     def ref(self, v: Any) -> tuple:
         return reference.linear_backward_w(v.dy, v.x)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
+        if c.dw is None:
+            return Launches(*bias_gradient("dy", N, M, c.dtype, gpu))
         gemm = Gemm("dw", "dy", "x", M, K, N, ta=True, accumulate="accumulate.dw")
         if c.db is None:
             return Launches((gemm,))
@@ -179,40 +201,41 @@ class LinearBackwardW(Op):
         return separate
 
     def flops(self, c: Call) -> int:
-        return 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
+        return 0 if c.dw is None else 2 * c.sizes["N"] * c.sizes["M"] * c.sizes["K"]
 
 
 class LinearBackwardX(Op):
-    """dx = dy w; with pre (x was act(pre)) the gradient of pre: dx = (dy w) * act'(pre)."""
+    """dx = dx0 + dy w; with pre (x was act(pre)) the gradient of pre: dx = (dx0 + dy w) * act'(pre)."""
 
     name = "linear_backward_x"
-    ins = "dy:N,M w:M,K pre:N,K?"
+    ins = "dy:N,M w:M,K pre:N,K? dx0:N,K?"
     outs = "dx:N,K"
     attrs = {"act": Act}
-    cpu = CpuKernel("linear_backward_x", "dx dy w pre scratch | N M K act threads", "linear_scratch N M K threads")
+    cpu = CpuKernel("linear_backward_x", "dx dy w pre dx0 scratch | N M K act threads", "linear_scratch N M K threads")
     cases = (
-        case(N=7, K=33, M=19, act=Act.NONE, without="pre"),
-        case(N=1, K=1, M=1, act=Act.GELU_TANH),
+        case(N=7, K=33, M=19, act=Act.NONE, without="pre dx0"),
+        case(N=70, K=136, M=2072, act=Act.NONE, without="pre"),
+        case(N=1, K=1, M=1, act=Act.GELU_TANH, without="dx0"),
         case(N=130, K=65, M=96, act=Act.GELU_TANH),
-        case(N=67, K=96, M=64, act=Act.GELU_TANH),
-        *(case(N=9, K=40, M=24, act=act) for act in OTHERS),
-        case(N=1024, K=768, M=3072, act=Act.NONE, without="pre", real="gpt2-124m, B=4 T=256"),
-        case(N=1024, K=3072, M=768, act=Act.GELU_TANH, real="gpt2-124m, B=4 T=256"),
+        case(N=67, K=96, M=64, act=Act.GELU_TANH, without="dx0"),
+        *(case(N=9, K=40, M=24, act=act, without="dx0") for act in OTHERS),
+        case(N=1024, K=768, M=3072, act=Act.NONE, without="pre dx0", real="gpt2-124m, B=4 T=256"),
+        case(N=1024, K=3072, M=768, act=Act.GELU_TANH, without="dx0", real="gpt2-124m, B=4 T=256"),
     )
 
     def ref(self, v: Any) -> tuple:
-        dx = reference.linear_backward_x(v.dy, v.w)
+        dx = reference.linear_backward_x(v.dy, v.w, v.dx0)
         return (dx if v.pre is None else reference.act_backward(dx, v.pre, v.act),)
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
         N, M, K = (c.sizes[d] for d in "NMK")
-        gemm = Gemm("dx", "dy", "w", N, K, M)
+        gemm = Gemm("dx", "dy", "w", N, K, M, addend="" if c.dx0 is None else "dx0")
         if c.pre is None:
             return Launches((gemm,))
         separate = Launches(
             (gemm, _elementwise("linear_act_backward_kernel", "dx dx pre | N K", c, N * K, packs=ACT_BACKWARD_PACKS))
         )
-        if not _fuses(c):
+        if not _fuses(c) or c.dx0 is not None:
             return separate
         fused = replace(gemm, epilogue="dgelu", aux="pre")
         return Launches((fused,), note="gelu' in the GEMM", alternative=separate)

@@ -80,11 +80,11 @@ def linear_forward(x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.nda
     return y if b is None else y + b
 
 
-def linear_backward_w(dy: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """dw (M, K) = dy^T x;  db (M) = sum of dy over rows."""
-    return dy.T @ x, dy.sum(0)
+def linear_backward_w(dy: np.ndarray, x: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray]:
+    """dw (M, K) = dy^T x, None without x;  db (M) = sum of dy over rows."""
+    return None if x is None else dy.T @ x, dy.sum(0)
 
 
-def linear_backward_x(dy: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """dx (N, K) = dy w."""
-    return dy @ w
+def linear_backward_x(dy: np.ndarray, w: np.ndarray, dx0: np.ndarray | None) -> np.ndarray:
+    """dx (N, K) = dx0 + dy w."""
+    return dy @ w if dx0 is None else dx0 + dy @ w

@@ -51,7 +51,7 @@ def error_with_readers(readers, act=Act.GELU_TANH):
     return gradcheck(record, fill)
 
 
-@pytest.mark.parametrize("readers", [("pre",), ("y",), ("pre", "y"), ("pre", "pre")], ids="+".join)
+@pytest.mark.parametrize("readers", [("pre",), ("y",), ("pre", "y"), ("pre", "pre"), ("y", "y")], ids="+".join)
 def test_gradient_of_activation_and_of_pre_activation(readers):
     assert error_with_readers(readers) < 1e-6
 
@@ -61,8 +61,9 @@ def test_second_linear_applies_the_derivative_of_the_first_ones_activation(act):
     assert error_with_readers(("pre",), act) < 1e-6
 
 
-def test_missing_derivative_is_caught(monkeypatch):
+@pytest.mark.parametrize(("lost", "readers"), [("pre", ("pre",)), ("dx0", ("y", "y")), ("dx0", ("pre", "y"))])
+def test_missing_input_of_the_gradient_is_caught(lost, readers, monkeypatch):
     kind = type(OPS["linear_backward_x"])
     right = kind.ref
-    monkeypatch.setattr(kind, "ref", lambda self, v: right(self, type(v)(**{**vars(v), "pre": None})))
-    assert error_with_readers(("pre",)) > 1e-2
+    monkeypatch.setattr(kind, "ref", lambda self, v: right(self, type(v)(**{**vars(v), lost: None})))
+    assert error_with_readers(readers) > 1e-2

@@ -131,8 +131,8 @@ ENTRY(lm_loss_forward) {
 }
 
 ENTRY(lm_loss_forward_backward) {
-  real *dx = a->dx;   // (N, C)
-  float *dw = a->dw;  // (Vp, C)
+  real *dx = a->dx;   // (N, C) or NULL
+  float *dw = a->dw;  // (Vp, C) or NULL
   float *db = a->db;  // (Vp) or NULL
   Head h = HEAD(a);
   int64_t rows_per_chunk = a->rows;
@@ -142,10 +142,12 @@ ENTRY(lm_loss_forward_backward) {
     chunk_losses(&h, first, rows, 1, scalars->loss_scale);
     if (db) sum_rows(db, h.logits, rows, h.Vp, a->accumulate_db || first > 0);
     const real *x = h.x + first * h.C;
-    gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = x, .ldb = h.C,
-                 .sum = dw, .ldc = h.C, .accumulate = a->accumulate_dw || first > 0, .threads = h.threads,
-                 .scratch = h.scratch});
-    gemm(&(Gemm){.m = rows, .n = h.C, .k = h.Vp, .a = h.logits, .lda = h.Vp, .b = h.w, .ldb = h.C,
-                 .y = dx + first * h.C, .ldc = h.C, .threads = h.threads, .scratch = h.scratch});
+    if (dw)
+      gemm(&(Gemm){.m = h.Vp, .n = h.C, .k = rows, .a = h.logits, .lda = h.Vp, .a_trans = 1, .b = x, .ldb = h.C,
+                   .sum = dw, .ldc = h.C, .accumulate = a->accumulate_dw || first > 0, .threads = h.threads,
+                   .scratch = h.scratch});
+    if (dx)
+      gemm(&(Gemm){.m = rows, .n = h.C, .k = h.Vp, .a = h.logits, .lda = h.Vp, .b = h.w, .ldb = h.C,
+                   .y = dx + first * h.C, .ldc = h.C, .threads = h.threads, .scratch = h.scratch});
   }
 }

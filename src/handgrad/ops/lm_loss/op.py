@@ -78,7 +78,7 @@ class LmLossForwardBackward(Op):
 
     name = "lm_loss_forward_backward"
     ins = LmLoss.ins
-    outs = "losses:N:f32 dx:N,C logits:rows,Vp +dw:Vp,C:grad +db:Vp:grad?"
+    outs = "losses:N:f32 dx:N,C? logits:rows,Vp +dw:Vp,C:grad? +db:Vp:grad?"
     attrs = LmLoss.attrs
     params = "w b"
     saved = "dx"
@@ -91,7 +91,12 @@ class LmLossForwardBackward(Op):
         " | N C V Vp ignore_index rows scale softcap accumulate.dw accumulate.db threads",
         "lm_loss_scratch N C Vp rows threads",
     )
-    cases = LmLoss.cases
+    cases = (
+        *LmLoss.cases,
+        case(N=67, C=64, Vp=128, V=97, chunks=3, scale=1.0, softcap=0.0, without="b weights db dw"),
+        case(N=67, C=64, Vp=128, V=97, chunks=3, scale=1.0, softcap=0.0, without="weights dx"),
+        case(N=9, C=48, Vp=56, V=50, chunks=2, scale=1.0, softcap=0.0, without="weights dw dx"),
+    )
 
     derive = LmLoss.derive
     sample = LmLoss.sample
@@ -112,10 +117,11 @@ class LmLossForwardBackward(Op):
         for first, rows in _chunks(c):
             steps += _losses(c, gpu, first, rows, gradient=True)
             at = first * C * c.dtype.size
-            steps.append(
-                Gemm("dw", "logits", f"x@{at}", Vp, C, rows, ta=True, accumulate="1" if first else "accumulate.dw")
-            )
-            steps.append(Gemm(f"dx@{at}", "logits", "w", rows, C, Vp))
+            if c.dw is not None:
+                add = "1" if first else "accumulate.dw"
+                steps.append(Gemm("dw", "logits", f"x@{at}", Vp, C, rows, ta=True, accumulate=add))
+            if c.dx is not None:
+                steps.append(Gemm(f"dx@{at}", "logits", "w", rows, C, Vp))
             if c.db is not None:
                 add, file = "1" if first else "accumulate.db", "../linear/cuda.cu"
                 sums, nbytes = bias_gradient("logits", rows, Vp, c.dtype, gpu, add, file)
@@ -123,7 +129,8 @@ class LmLossForwardBackward(Op):
         return Launches(tuple(steps), scratch)
 
     def flops(self, c: Call) -> int:
-        return 6 * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
+        products = 1 + (c.dw is not None) + (c.dx is not None)
+        return 2 * products * c.sizes["N"] * c.sizes["C"] * c.sizes["Vp"]
 
 
 def _targets(rng: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
@@ -195,10 +202,11 @@ def _exponentials(c: Call, gpu: Gpu) -> Launches:
                 -(-n // 32),
                 defines,
             ),
-            Gemm("dw", "logits", scaled, Vp, C, n, ta=True, accumulate="1" if first else "accumulate.dw"),
-            Gemm(dx, "logits", "w", n, C, Vp),
-            _rows("lm_loss_dx_kernel", f"{dx} {factor}", blocks, defines),
         ]
+        if c.dw is not None:
+            steps.append(Gemm("dw", "logits", scaled, Vp, C, n, ta=True, accumulate="1" if first else "accumulate.dw"))
+        if c.dx is not None:
+            steps += [Gemm(dx, "logits", "w", n, C, Vp), _rows("lm_loss_dx_kernel", f"{dx} {factor}", blocks, defines)]
     scratch = int(scaled.split("@")[1]) + rows * C * bf16
     return Launches(tuple(steps), scratch, note="softmax in the GEMM")
 

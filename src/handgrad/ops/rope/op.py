@@ -77,7 +77,7 @@ class Rope(Op):
         return (reference.rope_forward(v.qkv, v.table, v.wq, v.wk, v.T, v.H, v.K, v.eps, v.interleaved, position),)
 
     def backward(self, g: Recorder, c: Call, d: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        into = {"dwq": None if c.wq is None else g.grad(c.wq), "dwk": None if c.wk is None else g.grad(c.wk)}
+        into = {"dwq": g.wanted_grad(c.wq), "dwk": g.wanted_grad(c.wk)}
         qkv = c.qkv if _normed(c) else None  # a rotation alone is undone without its input
         attrs = {k: v for k, v in c.attrs.items() if k != "decode"}
         return {"qkv": g.emit(rope_backward, d["y"], qkv, c.table, c.wq, c.wk, into=into, **attrs)}
@@ -119,6 +119,7 @@ class RopeBackward(Op):
         case(N=9, Q=640, S=3, R=20, T=3, H=4, K=2, eps=0.0, interleaved=False, without="qkv wq wk dwq dwk"),
         case(N=6, Q=512, S=8, R=128, T=3, H=2, K=1, eps=0.0, interleaved=True, without="qkv wq wk dwq dwk"),
         case(N=6, Q=768, S=3, R=256, T=3, H=1, K=1, eps=1e-2, interleaved=False, without="wq dwq"),
+        case(N=6, Q=192, S=6, R=64, T=6, H=1, K=1, eps=1e-2, interleaved=False, without="dwq dwk"),
         case(N=1024, Q=3072, S=256, R=64, T=256, H=32, K=8, eps=0.0, interleaved=False,
              without="qkv wq wk dwq dwk", real="llama-3.2-1b, B=4 T=256"),
         case(N=1024, Q=4096, S=256, R=128, T=256, H=16, K=8, eps=1e-6, interleaved=False,
@@ -143,13 +144,10 @@ class RopeBackward(Op):
         blocks = min(-(-c.sizes["N"] * d["HEADS"] // groups), gpu.sms * BLOCKS_PER_SM)
         d |= {"SUMS": 1, "BLOCKS": blocks, "BLOCKS_PER_SM": BLOCKS_PER_SM, "SUM_THREADS": SUM_THREADS}
         args, add = "dqkv scratch dy qkv table wq wk | N T eps", "dwq dwk scratch | accumulate.dwq accumulate.dwk"
-        return Launches(
-            (
-                Kernel("rope_backward_kernel", args, blocks, THREADS, groups * 2 * D * 4, d),
-                Kernel("rope_backward_sum_kernel", add, -(-2 * D // 32), SUM_THREADS, 0, d),
-            ),
-            scratch=blocks * 2 * D * 4,
-        )
+        kernel = Kernel("rope_backward_kernel", args, blocks, THREADS, groups * 2 * D * 4, d)
+        sums = Kernel("rope_backward_sum_kernel", add, -(-2 * D // 32), SUM_THREADS, 0, d)
+        is_learning = c.dwq is not None or c.dwk is not None
+        return Launches((kernel, sums) if is_learning else (kernel,), scratch=blocks * 2 * D * 4)
 
     def sample(self, rng: Any, arg: Any, shape: tuple[int, ...], v: dict[str, Any]) -> Any:
         return _table(arg, shape)

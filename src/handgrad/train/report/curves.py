@@ -44,13 +44,14 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     loss = [s for i, run in enumerate(runs) for s in _noisy(run.points("loss"), i, "train")]
     val = [s for i, run in enumerate(runs) for s in _series(run.points("val_loss"), i, "validation", "dots")]
+    of = "nats per token of the assistant" if all("chat" in run.summary for run in runs) else "nats per token"
     if len(runs) == 1:
         val = [one | {"colour": 1} for one in val]
-        first = [_panel("Loss, nats per token", loss + val, loss_lines if val else [], marks, wide=True, tail=True)]
+        first = [_panel(f"Loss, {of}", loss + val, loss_lines if val else [], marks, wide=True, tail=True)]
     else:
         first = [
-            _panel("Training loss, nats per token", loss, [], marks, wide=True, tail=True),
-            _panel("Validation loss, nats per token", val, loss_lines, [], wide=True, tail=True),
+            _panel(f"Training loss, {of}", loss, [], marks, wide=True, tail=True),
+            _panel(f"Validation loss, {of}", val, loss_lines, [], wide=True, tail=True),
         ]
     measured = [s for i, run in enumerate(runs) for s in _series(run.hellaswag() * 100, i, "", "dots")]
     norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]

@@ -3,7 +3,7 @@
 //   C(m, n) = op(A)(m, k) * op(B)(k, n)      sums in float for every element type
 //
 // The result goes either to `sum` as float (parameter gradients, which may accumulate), or to `y` as real, after
-// pre = C + bias;  y = act(pre).
+// pre = C + addend + bias;  y = act(pre).
 #pragma once
 #include "kernel.h"
 
@@ -18,6 +18,7 @@ typedef struct {
   real *y;           // (m, n)
   real *pre;         // (m, n) or NULL; only with an act
   const real *bias;  // (n) or NULL
+  const real *addend;  // (m, n) like y, or NULL
   int act;           // of vmath.h
   void *scratch;     // gemm_scratch bytes for at least this many threads, 64-byte aligned
   int64_t threads;   // at most this many threads run; scratch was sized for them

@@ -10,6 +10,7 @@ typedef struct {
   int64_t position;    // decode: tokens already in the cache
   float lr;            // learning rate of this step
   float loss_scale;    // 1 / (targets that count in the whole step)
+  double momentum;     // momentum of this step, for optimizers that schedule it
   double loss_sum;     // out: sum of the losses of the step's micro-batches, nats
   float grad_norm;     // out: global L2 norm of the gradients
   float grad_scale;    // out: clip factor that the optimizer applies; 0: no update

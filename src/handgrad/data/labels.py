@@ -1,0 +1,75 @@
+"""Labels: texts and the class of each, which a BERT learns to tell."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+from handgrad.data.draws import Draws
+from handgrad.data.masked import bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """[CLS] text [SEP] and padding, and the class of the text, from shards that `prepare_labels` wrote.
+
+    ids: (B, seq_len);  types: (B, seq_len), zeros
+    first, last: (B, seq_len), as of Masked: a token sees its text, padding sees nothing
+    targets: (B,), the index of the text's label
+
+    cls_id, sep_id, pad_id: ids of [CLS], [SEP] and [PAD];  count: labels
+    record: ids of a text in the shards: the index of its label, its ids, pad_id up to here. A longer text was cut
+
+    Raises HandgradError where a shard holds no such record.
+
+    >>> objective = Labels(cls_id=2, sep_id=3, pad_id=0, count=2, record=5)
+    >>> arrays = objective.fill(np.array([[1, 7, 8, 0, 0]], np.int32), None, Draws(0, [0]), objective.inputs)
+    >>> arrays["ids"].tolist(), arrays["last"][0].tolist(), arrays["targets"].tolist()
+    ([[2, 7, 8, 3, 0, 0]], [3, 3, 3, 3, 3, 3], [1])
+    """
+
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    count: int
+    record: int
+    static: ClassVar[bool] = True  # a window is a text
+    partners: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    vocab_size: ClassVar[int | None] = None
+    inputs: ClassVar[tuple[str, ...]] = ("ids", "types", "first", "last", "targets")
+
+    @property
+    def largest_id(self) -> int:
+        return max(self.cls_id, self.sep_id, self.pad_id)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence: those of a record, [CLS] and [SEP] for the label."""
+        return self.record + 1
+
+    def window(self, seq_len: int) -> tuple[int, int]:
+        if seq_len != self.seq_len:
+            hint = "handgrad data labels --seq-len makes others"
+            raise HandgradError("data", f"these labelled texts have seq_len {self.seq_len}", seq_len, hint=hint)
+        return self.record, self.record
+
+    def tokens(self, seq_len: int) -> int:
+        return seq_len
+
+    def fill(
+        self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
+    ) -> dict[str, np.ndarray]:
+        labels, text = raw[:, 0], raw[:, 1:]
+        inside = text != self.pad_id
+        length = inside.sum(axis=1, keepdims=True, dtype=np.int32)
+        if (labels >= self.count).any() or (inside != (np.arange(text.shape[1]) < length)).any():
+            rule = f"a record of the shards is one of {self.count} labels, a text, and padding"
+            raise HandgradError("data", rule, "another", hint="handgrad data labels --replace makes them again")
+        ids = np.full((len(raw), self.seq_len), self.pad_id, np.int32)
+        ids[:, 0], ids[:, 1:-1] = self.cls_id, text
+        np.put_along_axis(ids, length + 1, np.int32(self.sep_id), axis=1)
+        arrays = {"ids": ids, "types": np.zeros_like(ids), "targets": labels.astype(np.int32)}
+        return arrays | bounds(length + np.int32(2), self.seq_len)

@@ -1,0 +1,168 @@
+"""Labelled texts as shards: a record of one length for every text, so that any loader of windows finds them.
+
+A record is the index of the label, the ids of the text, and padding; `data.Labels` reads it.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.limits import cpus
+from handgrad.data.json_lines import json_kind, json_row, json_rows
+from handgrad.data.prepare.bounds import blocks
+from handgrad.data.prepare.build import Part, Progress, Settings, build
+from handgrad.data.prepare.hub import local_part
+from handgrad.data.prepare.readers import text_in
+from handgrad.data.prepare.recipes import WORKER_BYTES
+from handgrad.data.prepare.workers import Encoder, Job
+
+MOST_LABELS = 2**16
+LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row has its text and its label."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+def prepare_labels(
+    files: Sequence[Path],
+    out_dir: str | Path,
+    tokenizer: Encoder,
+    pad_id: int,
+    *,
+    val: Sequence[Path] = (),
+    val_fraction: float = 0.1,
+    columns: Columns = Columns(),
+    seq_len: int = 128,
+    shard_tokens: int = 100_000_000,
+    workers: int = 0,
+    replace: bool = False,
+    special_tokens: bool = False,
+    progress: Progress = lambda read, size, tokens: None,
+) -> dict:
+    """Writes shards of labelled texts (see `build`); returns the content of meta.json, which names the labels.
+
+    files: JSON lines, also .gz, .xz, .bz2;  val: the same, for validation
+    pad_id: the tokenizer's [PAD]
+    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part
+    seq_len: tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut
+    special_tokens: a special token spelled out in a text is that token; else it is plain text
+
+    Raises HandgradError for a row without text or label, fewer than two labels, and as `build` does.
+    """
+    if seq_len < LEAST:
+        raise HandgradError("data", f"seq_len must be at least {LEAST} tokens", seq_len)
+    if not 0 <= val_fraction < 1:
+        raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
+    labels = _labels([*files, *val], columns.label)
+    if len(labels) > min(tokenizer.vocab_size, MOST_LABELS):
+        rule = f"there must be at most {min(tokenizer.vocab_size, MOST_LABELS):,} labels"
+        raise HandgradError("data", rule, f"{len(labels):,}")
+    record = seq_len - 1
+
+    def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
+        jobs = partial(_jobs, columns=columns, labels=labels, share=(low, high))
+        return [local_part(path, jobs, split) for path in paths]
+
+    cut = 0.0 if val else val_fraction
+    found = parts(files, "train", cut, 1.0) + parts(val or files, "val", 0.0, 1.0 if val else cut)
+    size = sum(part.size for part in found)
+    settings = Settings(
+        shard_tokens=max(shard_tokens // record, 1) * record,
+        wants_val=bool(val) or val_fraction > 0,
+        workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
+        replace=replace,
+        about={"labels": labels, "record": record},
+        special=special_tokens,
+    )
+    return build("labels", found, out_dir, Records(tokenizer, pad_id, record), settings, progress)
+
+
+@dataclass(frozen=True)
+class Records:
+    """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record."""
+
+    inner: Encoder
+    pad_id: int
+    record: int
+    eot: None = None
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        return ()  # the objective puts [CLS] before a text
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        return self.inner.specials
+
+    def bytes_of(self, id: int) -> bytes:
+        return self.inner.bytes_of(id)
+
+    def save(self, folder: Path) -> dict:
+        return self.inner.save(folder)
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        label, _, said = text.partition(" ")
+        ids = self.inner.encode(said, special)
+        ids = ids[ids != self.pad_id][: self.record - 1]
+        found = np.full(self.record, self.pad_id, np.int32)
+        found[0], found[1 : 1 + len(ids)] = int(label), ids
+        return found
+
+
+def _labels(paths: Sequence[Path], column: str) -> list[str]:
+    """Returns all labels, numbers by size, texts by the alphabet."""
+    found = {_label(row, column, where) for path in paths for where, row in json_rows(path)}
+    if len(found) < 2:
+        raise HandgradError("data", f"the texts must have two labels or more under {column!r}", f"{len(found)}")
+    if all(label.isdecimal() for label in found):
+        return sorted(found, key=int)
+    return sorted(found)
+
+
+def _label(row: dict, column: str, where: str) -> str:
+    value = row.get(column)
+    if type(value) is bool or not isinstance(value, str | int):
+        rule = f"{where}: an object must hold a label, text or a whole number, under {column!r}"
+        hint = "" if column in row else "--label names another column"
+        raise HandgradError("data", rule, json_kind(value) if column in row else "none", hint=hint)
+    return str(value)
+
+
+def _jobs(path: Path, columns: Columns, labels: Sequence[str], share: tuple[float, float]) -> Iterator[tuple[int, Job]]:
+    for read, at, lines in blocks(path):
+        yield read, Job(_documents, (path, lines, at, columns, labels, share))
+
+
+def _documents(
+    path: Path, lines: Sequence[bytes], at: int, columns: Columns, labels: Sequence[str], share: tuple[float, float]
+) -> Iterator[str]:
+    """Yields "INDEX TEXT" of the rows whose text has a hash in this share."""
+    index, (low, high) = {label: i for i, label in enumerate(labels)}, share
+    for line in lines:
+        if line.strip():
+            where = f"{path}, line at byte {at}"
+            row = json_row(line, where)
+            text = text_in(row, columns.text, where)
+            assert isinstance(row, dict)
+            if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
+                yield f"{index[_label(row, columns.label, where)]} {text}"
+        at += len(line)

@@ -1,0 +1,220 @@
+"""TextEncoder: whole texts through a BERT, in batches: an embedding of each, or the class that it belongs to."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handgrad import tokenizers
+from handgrad.backends import open_backend
+from handgrad.backends.base import Arena, Backend, Executable
+from handgrad.core.dtypes import DTYPES
+from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import read_object, shown
+from handgrad.core.program import Program
+from handgrad.core.replace import replace, staged
+from handgrad.infer.lengths import lengths
+from handgrad.infer.load import Source, open_source
+from handgrad.io.hf import POOLING as POOLING_FILE
+from handgrad.models import Bert, declare
+
+BATCH_TOKENS = 512  # at least: enough rows for a GEMM to run near its peak
+POOLING = ("auto", "mean", "cls")
+MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # of sentence-transformers
+
+
+def special_ids(model: Bert, tokenizer: tokenizers.Tokenizer | None) -> dict[str, int]:
+    """Returns the ids of [MASK], [CLS], [SEP] and [PAD]: the tokenizer's own, or the last of the vocabulary."""
+    own = None if tokenizer is None else tokenizers.special_ids(tokenizer, model.special_tokens)
+    return own or dict(zip(model.special_tokens, range(model.vocab_size - len(model.special_tokens), model.vocab_size)))
+
+
+def load_encoder(
+    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0, ema: bool = False
+) -> "TextEncoder":
+    """The BERT that `open_source` opens, ready to read texts.
+
+    dtype: "f32", "bf16", or "saved" for the one it was trained in
+    context: tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads
+    ema: the average of its weights
+
+    Raises HandgradError for another model, if something is missing, or if the model reads fewer tokens.
+    """
+    source = open_source(path, ema)
+    model = source.model
+    if not isinstance(model, Bert):
+        raise HandgradError("embed", "a bert reads whole texts", f"a {model.family}")
+    if context and not 3 <= context <= model.max_seq_len:
+        raise HandgradError("embed", f"context lies in 3 .. {model.max_seq_len} tokens", context)
+    kind = source.weights.dtype if dtype == "saved" else dtype
+    opened = open_backend(backend, threads)
+    steps, most = lengths(context or model.max_seq_len), max(BATCH_TOKENS, opened.head_rows)
+    programs = [record(model, Program(DTYPES[kind]), max(most // T, 1), T) for T in steps]
+    declared = declare(model, DTYPES[kind])
+    arena = opened.alloc(opened.plan(declared, *programs))
+    for name, info in declared.params.items():
+        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
+    return TextEncoder(source, model, kind, steps, programs, arena, opened)
+
+
+def record(model: Bert, p: Program, batch_size: int, seq_len: int) -> Program:
+    """A program that reads texts of up to seq_len tokens; its outputs are "hidden" and, with labels, "logits"."""
+    data = model.texts(p, batch_size, seq_len, padded=True)
+    x = p.output("hidden", model.encode(p, data))
+    if model.labels:
+        model.logits(p, model.pool(p, x, data))
+    return p
+
+
+@dataclass(frozen=True)
+class Class:
+    """label: the name of the likeliest class;  probability: its;  logits: of every class, (labels,) float32."""
+
+    label: str
+    probability: float
+    logits: np.ndarray
+
+
+class TextEncoder:
+    """A BERT with its tokenizer, made by `load_encoder`; it binds each program at first use."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: Bert,
+        dtype: str,
+        steps: Sequence[int],
+        programs: Sequence[Program],
+        arena: Arena,
+        backend: Backend,
+    ):
+        self.source, self.model, self.dtype, self.backend = source, model, dtype, backend
+        self.tokenizer, self.labels = source.tokenizer(), model.labels
+        self._special = special_ids(model, self.tokenizer)
+        self._lengths, self._programs, self._arena = steps, programs, arena
+        self._bound: dict[int, Executable] = {}
+        self.context = steps[-1]  # tokens of a text that are read
+        self.num_cut = 0  # texts so far that were longer
+
+    def __repr__(self) -> str:
+        return f"TextEncoder({self.model}, {self.context} tokens of a text)"
+
+    def ids(self, text: str) -> np.ndarray:
+        """Returns [CLS] text [SEP] as ids, (n,) int32; the end of a text that is too long is cut off."""
+        inside = self.tokenizer.encode(text)
+        self.num_cut += len(inside) > self.context - 2
+        inside = inside[: self.context - 2]
+        return np.concatenate([[self._special["[CLS]"]], inside, [self._special["[SEP]"]]]).astype(np.int32)
+
+    def embed(self, texts: Sequence[str], pooling: str = "auto", normalize: bool = True) -> np.ndarray:
+        """Returns an embedding of each text, (texts, hidden size) float32.
+
+        pooling: "mean" of the last layer over a text's tokens, [CLS] and [SEP] included, or "cls", its first row;
+            "auto": what sentence-transformers' files beside the model say, else the mean
+        normalize: give them length 1, so that a dot product is a cosine
+
+        Raises HandgradError for another pooling, and for a text that the tokenizer cannot spell.
+        """
+        if pooling not in POOLING:
+            raise HandgradError("embed", f"pooling is {' or '.join(POOLING)}", repr(pooling))
+        pooling = own_pooling(self.source.path) if pooling == "auto" else pooling
+        found = np.zeros((len(texts), self.model.hidden_size), np.float32)
+        for i, hidden in self._outputs("hidden", [self.ids(text) for text in texts]):
+            found[i] = hidden.mean(axis=0, dtype=np.float32) if pooling == "mean" else hidden[0]
+        if normalize:
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return found
+
+    def classify(self, texts: Sequence[str]) -> list[Class]:
+        """Returns the class of each text. Raises HandgradError for a model without labels."""
+        return self.classify_ids([self.ids(text) for text in texts])
+
+    def classify_ids(self, texts: Sequence[np.ndarray]) -> list[Class]:
+        """As `classify`, for ids of [CLS] text [SEP]."""
+        if not self.labels:
+            hint = "handgrad data labels FILE, then handgrad train --init MODEL --train FOLDER"
+            raise HandgradError("classify", "a classifier has labels", "a bert without", hint=hint)
+        found: dict[int, Class] = {}
+        for i, logits in self._outputs("logits", texts):
+            best = int(logits.argmax())
+            share = 1.0 / np.exp(logits.astype(np.float64) - float(logits[best])).sum()
+            found[i] = Class(self.labels[best], float(share), logits)
+        return [found[i] for i in range(len(texts))]
+
+    def _outputs(self, output: str, texts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (number of the text, its rows of "hidden" or its row of "logits", float32), longest first.
+
+        The next batch starts before the host waits for the previous one.
+        """
+        order, waiting, at = sorted(range(len(texts)), key=lambda i: -len(texts[i])), list[tuple[Any, ...]](), 0
+        while at < len(order) or waiting:
+            if at < len(order):
+                which = bisect_left(self._lengths, len(texts[order[at]]))
+                group = order[at : at + self._programs[which].inputs["ids"].size // self._lengths[which]]
+                at += len(group)
+                waiting.append((group, self._start(which, output, [texts[i] for i in group])))
+            if len(waiting) == 2 or at >= len(order):
+                group, read = waiting.pop(0)
+                values = read()
+                for row, i in enumerate(group):
+                    yield i, values[row][: len(texts[i])] if output == "hidden" else values[row]
+
+    def _start(self, which: int, output: str, texts: Sequence[np.ndarray]) -> Any:
+        """Starts a batch; calling the result waits for the output, float32, by texts."""
+        program, T = self._programs[which], self._lengths[which]
+        if which not in self._bound:
+            self._bound[which] = self.backend.bind(program, self._arena)
+        B = program.inputs["ids"].size // T
+        ids, count = np.full((B, T), self._special["[PAD]"], np.int32), np.zeros((B, 1), np.int32)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], count[row] = text, len(text)
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:  # a kernel would read past the embedding
+            rule = f"{self.source.path} has a tokenizer of its own {self.model.vocab_size} tokens"
+            raise HandgradError("embed", rule, f"the id {ids.max()}")
+        inputs = bounds(ids, count) | {"ids": ids, "types": np.zeros_like(ids)}
+        for name, values in inputs.items():
+            self._arena.write(program.inputs[name], values.reshape(-1))
+        self._bound[which].run()
+        fetched, shape = self._arena.fetch(program.outputs[output]), (B, T, -1) if output == "hidden" else (B, -1)
+        return lambda: fetched().astype(np.float32).reshape(shape)
+
+
+def own_pooling(folder: Path) -> str:
+    """Returns the pooling that sentence-transformers' files in a folder name; "mean" without such files.
+
+    Raises HandgradError if they name another, or several.
+    """
+    path = folder / POOLING_FILE
+    if not path.is_file():
+        return "mean"
+    modes = [key for key, value in read_object(path, "embed").items() if key.startswith("pooling_mode_") and value]
+    if len(modes) != 1 or modes[0] not in MODES:
+        got = shown(", ".join(modes) or "none")
+        raise HandgradError("embed", f"{path} has one of {', '.join(MODES)}", got, hint="--pooling says which")
+    return MODES[modes[0]]
+
+
+def write_array(path: Path, parts: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Writes arrays, one below the other, as a .npy file, and returns its shape. An older file stays until the new one
+    is on disk. Raises HandgradError if it cannot be written."""
+    values = np.concatenate(parts)
+    try:
+        with staged(path) as new:
+            with new.open("wb") as file:
+                np.save(file, values)
+            replace(new, path)
+    except OSError as error:
+        raise HandgradError("embed", f"'{path}' can be written", error.strerror) from None
+    return values.shape
+
+
+def bounds(ids: np.ndarray, count: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns `first` and `last` (B, T): a token sees the count (B, 1) tokens of its text, padding sees nothing."""
+    here = np.arange(ids.shape[1], dtype=np.int32)
+    return {
+        "first": np.where(here < count, np.int32(0), count),
+        "last": np.repeat(count - np.int32(1), ids.shape[1], axis=1),
+    }

@@ -1,0 +1,137 @@
+"""Gemma 3 in Hugging Face's library. A norm there multiplies by 1 + weight, here by the weight."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
+
+Fields = Mapping[str, Any]
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+EVERY = 6  # layers of which the last sees the whole text, where config.json does not say
+PARTS = {  # tensors of ours that are several of theirs
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+IN_BLOCK = {
+    "ln_1": "input_layernorm",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.out": "self_attn.o_proj",
+    "ln_attn": "post_attention_layernorm",
+    "ln_2": "pre_feedforward_layernorm",
+    "mlp.down": "mlp.down_proj",
+    "ln_mlp": "post_feedforward_layernorm",
+}
+OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """Their tensors that are the rows of one of ours."""
+    module, kind = name.rsplit(".", 1)
+    block = re.fullmatch(r"h\.(\d+)\.(.+)", module)
+    if block is None:
+        return (f"{OUTSIDE[module]}.{kind}",)
+    parts = PARTS.get(block[2]) or (IN_BLOCK[block[2]],)
+    return tuple(f"model.layers.{block[1]}.{part}.{kind}" for part in parts)
+
+
+def _rows(name: str, fields: Fields) -> tuple[int, ...]:
+    if ".gate_up." in name:
+        return fields["mlp_size"], fields["mlp_size"]
+    q, kv = (fields[heads] * fields["head_size"] for heads in ("num_heads", "num_kv_heads"))
+    return q, kv, kv
+
+
+def _only(_: Fields) -> dict[str, tuple]:
+    """Keys of config.json that change the computation: the values that we compute, their default first."""
+    return {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0, 0),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False, None),
+    }
+
+
+def _decode(config: Fields) -> dict[str, Any]:
+    """Our fields that need more than one key of config.json."""
+    return {
+        "rope_theta": _theta(config, FULL, "rope_theta", 1e6),
+        "local_theta": _theta(config, SLIDING, "rope_local_base_freq", 1e4),
+        "global_every": _every(config),
+    }
+
+
+def _theta(config: Fields, kind: str, older: str, default: float) -> object:
+    """The base of the angles of one kind of layer, from `rope_parameters` or the older key."""
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or not isinstance(rope.get(kind, {}), dict):
+        raise HandgradError("hf", "rope_parameters that are an object for each kind of layer", shown(rope))
+    for spelling in (config.get("rope_scaling"), rope.get(kind)):
+        type_ = (spelling or {}).get("rope_type", "default") if isinstance(spelling, dict | None) else spelling
+        if type_ != "default":
+            raise HandgradError("hf", "a rope_type default", shown(type_), hint="no kernel here computes another")
+    theta = rope.get(kind, {}).get("rope_theta", config.get(older, default))
+    return float(theta) if type(theta) is int else theta
+
+
+def _every(config: Fields) -> object:
+    """Every which layer sees the whole text."""
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers", 26)
+    if types is None:
+        return config.get("sliding_window_pattern", config.get("_sliding_window_pattern", EVERY))
+    if not isinstance(types, list) or set(types) - {SLIDING, FULL} or len(types) != layers:
+        raise HandgradError("hf", f"layer_types {SLIDING} or {FULL}, one for each layer", shown(types))
+    every = types.index(FULL) + 1 if FULL in types else len(types) + 1
+    if types != _types(len(types), every):
+        raise HandgradError("hf", f"layer_types with {FULL} at equal distances", shown(types))
+    return every
+
+
+def _types(layers: int, every: int) -> list[str]:
+    return [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+
+
+def _encode(fields: Fields) -> dict[str, Any]:
+    """The keys that `_decode` reads."""
+    bases = {SLIDING: fields["local_theta"], FULL: fields["rope_theta"]}
+    return {
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+        "layer_types": _types(fields["num_layers"], fields["global_every"]),
+    }
+
+
+HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
+    "model_types": {"gemma3_text": "Gemma3ForCausalLM"},
+    "fields": {
+        "vocab_size": ("vocab_size", 262208),
+        "max_seq_len": ("max_position_embeddings", 131072),
+        "num_layers": ("num_hidden_layers", 26),
+        "num_heads": ("num_attention_heads", 8),
+        "num_kv_heads": ("num_key_value_heads", 4),
+        "hidden_size": ("hidden_size", 2304),
+        "head_size": ("head_dim", 256),
+        "mlp_size": ("intermediate_size", 9216),
+        "query_size": ("query_pre_attn_scalar", 256),
+        "window": ("sliding_window", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    "aliases": {},
+    "shared": {},
+    "only": _only,
+    "decode": _decode,
+    "encode": _encode,
+    "computes": frozenset({"layer_types", "sliding_window"}),
+    "names": _names,
+    "rows": _rows,
+    "prefix": "model.",
+    "transposed": "(?!)",  # none
+    "shifted": r".*(ln_\w+|_norm)\.weight",
+    "ignored": r"lm_head\.weight",  # of a tied head
+    "tied": ("tie_embeddings", "wte.weight", "lm_head.weight"),
+}

@@ -1,0 +1,259 @@
+"""Documents in one sequence: packed rows of chats, and texts with --documents, train as the documents apart."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from chats import rows, tokenizer_folder, write_rows
+from rank_threads import on_ranks
+
+import handgrad as hg
+from handgrad.backends.ref import RefBackend
+from handgrad.cli.__main__ import main
+from handgrad.core.backward import backward
+from handgrad.core.dtypes import F32
+from handgrad.core.errors import HandgradError
+from handgrad.core.program import Program
+from handgrad.core.tensor import IGNORE_INDEX
+from handgrad.data.draws import Draws
+from handgrad.data.shards import BEGINS, LEARNED, MARK
+from handgrad.models import GPT2, GPTNeoX, Llama, forward_loss
+from handgrad.ops import add
+from handgrad.tokenizers.chat import TEMPLATES
+from handgrad.train.config import from_names
+from handgrad.train.run import train
+
+V, T = 61, 24
+SIZES = dict(vocab_size=V, max_seq_len=T, num_layers=2, num_heads=2, hidden_size=16)
+MODELS = {
+    "gpt2": GPT2(**SIZES),
+    "llama": Llama(**SIZES, num_kv_heads=1, mlp_size=24, qk_norm=True),
+    "window": Llama(**SIZES, mlp_size=24, window=3),
+    "neox": GPTNeoX(**SIZES),
+}
+# Both sides sum the same float64 terms, some in another order. A sum of n terms errs by at most n 2^-53 of the sum of
+# their sizes; the longest here, of V or T 16 terms through two layers and back, stay below 2^12 roundings: 5e-13.
+EXACT = 1e-12
+
+
+def angles(positions, columns, theta, scaling):
+    """The rotary table without its rounding to float32, which alone depends on where a row begins (2e-8 here)."""
+    assert scaling is None
+    found = np.arange(positions)[:, None] * theta ** (-np.arange(0, columns, 2) / columns)
+    return np.concatenate([np.cos(found), np.sin(found)], axis=1)
+
+
+def run(model, batch, documents):
+    """(losses, gradients by name) of a batch in float64, with random weights that are the same for every shape."""
+    B, length = batch["ids"].shape
+    p = Program(F32, trains=True)
+    forward_loss(p, model, B, length, documents=documents)
+    backward(p, add)
+    backend = RefBackend()
+    arena = backend.alloc(backend.plan(p))
+    rng = np.random.default_rng(0)
+    for info in p.params.values():
+        arena.part("param", info.tensor)[...] = rng.normal(0, 0.3, info.tensor.shape)
+    for name, tensor in p.inputs.items():
+        arena.write(tensor, np.ascontiguousarray(batch[name]).reshape(-1))
+    for tensor, table in p.constants.values():
+        arena.view(tensor)[...] = angles(*table.args)
+    arena.write_scalars(p, seed=0, step=1, micro_step=0, position=0, loss_sum=0.0, loss_scale=1.0)
+    backend.bind(p, arena).run()
+    losses = np.array(arena.view(p.outputs["losses"])).reshape(B, length)
+    return losses, {name: np.array(arena.view(p.grad(info.tensor))) for name, info in p.params.items()}
+
+
+def apart(model, documents):
+    """(losses one after another, sums of gradients) of (ids, targets) that are each a sequence of its own."""
+    found = [run(model, {"ids": ids[None], "targets": targets[None]}, False) for ids, targets in documents]
+    sums = {name: sum(gradients[name] for _, gradients in found) for name in found[0][1]}
+    return np.concatenate([losses[0] for losses, _ in found]), sums
+
+
+def error(packed, separate, counts):
+    """The largest difference of losses and gradients, relative to the largest value."""
+    (losses, gradients), (want, sums) = packed, separate
+    pairs = [(losses[counts], want[want != 0]), *((gradients[name], sums[name]) for name in sums)]
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
+
+
+def chats():
+    """(windows of ids, marks, the rows apart): three rows and padding, and two rows that fill a window."""
+    rng = np.random.default_rng(1)
+    ids, marks, documents = np.zeros((2, T + 1), np.int32), np.full((2, T + 1), BEGINS, MARK), []
+    for window, sizes in enumerate([(6, 9, 5), (12, 13)]):
+        at = 0
+        for size in sizes:
+            row, own = rng.integers(1, V, size).astype(np.int32), rng.integers(0, 2, size).astype(MARK)
+            own[[0, -1]] = BEGINS, LEARNED
+            ids[window, at : at + size], marks[window, at : at + size] = row, own
+            documents.append((row[:-1], np.where(own[1:] == LEARNED, row[1:], IGNORE_INDEX).astype(np.int32)))
+            at += size
+    return ids, marks, documents
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_equal_the_rows_apart(name):
+    ids, marks, documents = chats()
+    batch = hg.data.Chat().fill(ids, marks, Draws(0, [0, 1]), hg.data.Chat.inputs)
+    counts, separate = batch["targets"] != IGNORE_INDEX, apart(MODELS[name], documents)
+    assert counts.sum() == sum((targets != IGNORE_INDEX).sum() for _, targets in documents)
+    assert error(run(MODELS[name], batch, True), separate, counts) < EXACT
+    assert error(run(MODELS[name], batch, False), separate, counts) > 1e-3  # without bounds
+    if name == "gpt2":  # or with positions that go on
+        batch["positions"] = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+        assert error(run(MODELS[name], batch, True), separate, counts) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_documents_of_a_text_equal_the_documents_apart(name):
+    """The last token of each predicts the end-of-text id that begins the next."""
+    text = np.random.default_rng(2).integers(1, V, T + 1).astype(np.int32)
+    text[[0, 7, 8, 19]] = 0
+    batch = hg.data.Causal(eot=0).fill(text[None], None, Draws(0, [0]), hg.data.Causal(eot=0).inputs)
+    ends = [7, 8, 19, T]
+    documents = [(text[a:b], text[a + 1 : b + 1]) for a, b in zip([0, *ends], ends)]
+    assert error(run(MODELS[name], batch, True), apart(MODELS[name], documents), np.s_[0, :]) < EXACT
+
+
+# runs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Chats of the chatml tokenizer, made by the command."""
+    model = tokenizer_folder(tmp_path_factory.mktemp("tokenizer"), "chatml")
+    out = tmp_path_factory.mktemp("chats") / "chat"
+    source = write_rows(out.with_name("rows.jsonl"), rows(60))
+    words = ["--model", f"{model}/tokenizer.json", "--template", "chatml", "--val-fraction", "0.2"]
+    assert main(["data", "chat", source, *words, "--out", str(out)]) == 0
+    return out
+
+
+def config(folder, out, **changes):
+    settings = dict(family="gpt2", num_layers=1, num_heads=2, hidden_size=16, max_seq_len=128, lr=1e-3)
+    settings |= dict(train=str(folder), seq_len=96, micro_batch=2, batch_tokens=384, steps=6, threads=1, warmup=0)
+    settings |= dict(out=str(out), sample_tokens=0, val_every=3, val_tokens=0, save_every=3, dtype="f32", backend="cpu")
+    return from_names(settings | changes)
+
+
+def log(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def test_a_model_folder_is_tuned_with_its_own_template(folder, tmp_path, capsys):
+    """From a Hugging Face folder of a Llama: data by its template, training from its weights, and back to a folder."""
+    base, model = tmp_path / "base", tmp_path / "model"
+    assert train(config(folder, base, family="llama", preset="smollm2-135m", num_kv_heads=1, head_size=8, mlp_size=24, steps=1), quiet=True) == 0  # fmt: skip
+    assert main(["convert", str(base), str(model)]) == 0
+    about = json.loads((model / "tokenizer_config.json").read_text())
+    about["chat_template"] = TEMPLATES["chatml"].read_text()
+    (model / "tokenizer_config.json").write_text(json.dumps(about))
+    own, tuned = tmp_path / "own", tmp_path / "tuned"
+    assert (
+        main(
+            [
+                "data",
+                "chat",
+                str(folder.with_name("rows.jsonl")),
+                "--model",
+                str(model),
+                "--val-fraction",
+                "0.2",
+                "--out",
+                str(own),
+            ]
+        )
+        == 0
+    )
+    for name in ("train_000000.bin", "train_000000.mask", "val_000000.mask"):
+        assert (own / name).read_bytes() == (folder / name).read_bytes()
+    capsys.readouterr()
+    words = ["--init", str(model), "--train", str(own), "--seq-len", "96", "--micro-batch", "2", "--lr", "5e-3"]
+    words += ["--steps", "12", "--backend", "cpu", "--threads", "1", "--dtype", "f32", "--sample-tokens", "0"]
+    assert main(["train", *words, "--out", str(tuned)]) == 0
+    said = capsys.readouterr().out
+    assert "48 rows in " in said and "losses are of the assistant's tokens" in " ".join(said.split())
+    losses = [line["loss"] for line in log(tuned)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "Loss, nats per token of the assistant" in (tuned / "report.html").read_text()
+    assert json.loads((tuned / "run.json").read_text())["summary"]["chat"].startswith("48 rows in ")
+    assert main(["eval", str(tuned), "--backend", "cpu", "--threads", "1"]) == 0
+    found = json.loads((tuned / "eval.json").read_text())["step_000012"]["val"]["loss"]
+    assert abs(found - log(tuned)[-1]["val_loss"]) < 1e-5 * found  # both in float32, packed and row by row
+
+
+def test_resume_is_bit_for_bit(folder, tmp_path):
+    assert train(config(folder, tmp_path / "whole"), quiet=True) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step_000006")
+    assert train(config(folder, tmp_path / "run", resume="auto"), quiet=True) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    for name in ("model.safetensors", "state.rank00.safetensors"):
+        ours, theirs = (tmp_path / out / "step_000006" / name for out in ("run", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_losses_are_of_the_assistants_tokens_on_any_number_of_ranks(folder):
+    def work(comm):
+        data = hg.data.tokens(folder, 96, 384, objective=hg.data.Chat())
+        val = hg.data.tokens(folder, 96, 96, split="val", shuffle=False, objective=hg.data.Chat())
+        model = GPT2(**SIZES | dict(vocab_size=data.meta["vocab_size"], max_seq_len=96))
+        execution = hg.Execution(micro_batch=1, extra_programs=("val",))
+        backend = RefBackend(comm=comm)
+        trainer = hg.Trainer(
+            model, hg.optim.AdamW(), data, execution=execution, precision=hg.Precision(), backend=backend
+        )
+        weights = {name: np.array(value) for name, value in trainer.params().items()}
+        return [trainer.evaluate(val), trainer.step(1, 1e-3).loss, trainer.step(2, 1e-3).loss], model, weights
+
+    ((one, model, weights),) = on_ranks(1, work)
+    for losses, *_ in on_ranks(2, work):
+        assert np.abs(np.subtract(losses, one)).max() < EXACT * max(one)
+    total = count = 0
+    p = Program(F32)
+    forward_loss(p, model, 1, 96)
+    backend = RefBackend()
+    arena = backend.alloc(backend.plan(p))
+    for name, value in weights.items():
+        arena.part("param", p.params[name].tensor)[...] = value
+    bound = backend.bind(p, arena)
+    ids, marks = (hg.data.open_shard(folder / f"val_000000.{end}").read() for end in ("bin", "mask"))
+    for row, own in zip(*(np.split(a, np.flatnonzero(marks & BEGINS)[1:]) for a in (ids, marks))):
+        own, row, size = own[1:97] == LEARNED, row.astype(np.int32), min(row.size - 1, 96)
+        for name, values in (("ids", row[:-1][:96]), ("targets", np.where(own, row[1:97], IGNORE_INDEX))):
+            arena.write(p.inputs[name], np.pad(values, (0, 96 - size), constant_values=-(name == "targets")))
+        bound.run()
+        total, count = total + arena.view(p.outputs["losses"]).sum(), count + own.sum()
+    assert abs(total / count - one[0]) < EXACT * one[0]
+
+
+def test_documents_flag(tmp_path, folder):
+    text = np.random.default_rng(0).integers(1, 50, 3000)
+    text[::37] = 0
+    hg.data.write_shard(tmp_path / "train_0.bin", [text], hg.data.id_dtype(50))
+    spec = {"kind": "chars", "characters": "".join(map(chr, range(50, 100)))}
+    meta = {"vocab_size": 50, "dtype": "uint16", "train": {}, "val": {}}
+    settings = dict(train=str(tmp_path), seq_len=32, batch_tokens=0, steps=3, save_every=0, val_every=0)
+
+    def go(out="none", **changes):
+        return train(config(folder, tmp_path / out, **settings | changes), quiet=True)
+
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"tokenizer": spec}))
+    with pytest.raises(HandgradError, match="--documents needs an end-of-text id, which begins each, but got a token"):
+        go(documents=True)
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"tokenizer": spec | {"eot": [0]}}))
+    losses = {}
+    for documents in (False, True):
+        assert go(documents=documents, out=f"run{documents}") == 0
+        losses[documents] = [line["loss"] for line in log(tmp_path / f"run{documents}")]
+        saved = json.loads((tmp_path / f"run{documents}" / "config.json").read_text())
+        assert saved["data"]["documents"] is documents
+    assert all(a != b for a, b in zip(*losses.values()))
+    with pytest.raises(HandgradError, match="--documents is for models that continue texts, but got a bert"):
+        go(family="bert", preset="bert-base", documents=True)
+    with pytest.raises(HandgradError, match="chat data is for models that continue texts, but got a bert"):
+        go(family="bert", preset="bert-base", train=str(folder))
