@@ -130,6 +130,7 @@ class Labelled(Shards):
     """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
 
 
+@dataclass(frozen=True)
 class Chats:
     """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
 
