@@ -73,8 +73,8 @@ class DataConfig:
     train: str = PACKAGED
     """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
     in the package. Several, with commas between them, are mixed"""
-    weights: str = ""
-    """shares of the sequences that the sets of --train have, such as 3,1; empty: alike"""
+    mix: str = ""
+    """ratio of the sequences from the sets of --train, such as 3,1; empty: equal shares"""
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0
@@ -112,8 +112,8 @@ class OptimConfig:
     weight_decay: float | None = None
     """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw and muon 0.1, lion 1,
     others 0)"""
-    table_decay: float | None = None
-    """of embeddings and heads, with muon; None: --weight-decay"""
+    embedding_decay: float | None = None
+    """of muon: weight decay of embeddings and heads; None: --weight-decay"""
     moments: Literal["f32", "bf16", "int8"] = "f32"
     """of adamw: the type of both moments, rounded stochastically: 8, 4 or 2.06 bytes a parameter"""
     momentum: float | None = None
@@ -129,8 +129,8 @@ class OptimConfig:
     """of muon: the learning rate of hidden matrices, as a multiple of --lr"""
     matrix_scale: Literal["adamw", "aspect"] = "adamw"
     """of muon's steps: adamw: 0.2 sqrt(max(m, n)), so that AdamW's rate carries over; aspect: sqrt(max(1, m/n))"""
-    polynomial: Literal["polar_express", "newton_schulz"] = "polar_express"
-    """of muon: what orthogonalises"""
+    orthogonalize: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """of muon: the polynomials that orthogonalise momentum"""
     row_scale: bool = False
     """of muon: rows get the same norm before it (MuonEq)"""
     rescale: bool = False
