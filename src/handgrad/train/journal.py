@@ -1,7 +1,7 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -50,7 +50,8 @@ class Journal:
             tokenizer = tokenizer_of([shard.path for shard in data.shards])
             is_known = data.meta is not None or (data.vocab_size or 0) >= tokenizer.vocab_size
             merged = {group: known.get(group, {}) | values for group, values in settings.items()}
-            describe(out, merged, memory, tokenizer if is_known else None)
+            template = template_of([shard.path for shard in data.shards])
+            describe(out, merged, memory, tokenizer if is_known else None, template)
             self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
         except BaseException:
             self._lock.close()
@@ -130,3 +131,14 @@ def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:
         rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
         raise HandgradError("data", rule, meta["vocab_size"])
     return tokenizer
+
+
+def template_of(shards: Sequence[Path]) -> tokenizers.OwnTemplate:
+    """The template that made the chats among these shards, the first of several; an empty one without chats."""
+    for path in {path.parent: path for path in reversed(shards)}.values():
+        found = common_meta([path])
+        if found and "chat" in found[1]:
+            folder, about = found[0], found[1]["chat"]
+            ends = tokenizers.id_list(about.get("ends"), f"{folder}/meta.json gives ends")
+            return replace(tokenizers.template_in_folder(folder), ends=ends, tokens=about.get("tokens") or {})
+    return tokenizers.OwnTemplate()
