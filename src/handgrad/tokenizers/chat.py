@@ -36,7 +36,7 @@ class ChatEncoder:
     """Makes ids and masks of chats, with one tokenizer and one template.
 
     tokenizer: any but one of characters
-    own: the model's template, and its special tokens by the names that templates know (`template_in_folder`, `template_in_gguf`)
+    own: what the model brings (`template_in_folder`, `template_in_gguf`)
     template: one of TEMPLATES, or a file; empty: the model's own
 
     name, source: of the template;  tokens: the special tokens that it is given

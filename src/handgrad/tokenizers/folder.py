@@ -91,7 +91,9 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path, template: OwnTemplate = 
         config |= {"bos_token": begin, "eos_token": end}
     if template.source:
         given, known = variables(tokenizer, template), library.get_vocab(with_added_tokens=True)
-        config |= {"bos_token": None} | {name: token for name, token in given.items() if name in ROLES and token in known}
+        config |= {"bos_token": None} | {
+            name: token for name, token in given.items() if name in ROLES and token in known
+        }
         (folder / OWN).write_text(template.source, encoding="utf-8")
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
 from handgrad.data import Data, common_meta
 from handgrad.models import Model
 from handgrad.optim import Optimizer
@@ -139,6 +140,12 @@ def template_of(shards: Sequence[Path]) -> tokenizers.OwnTemplate:
         found = common_meta([path])
         if found and "chat" in found[1]:
             folder, about = found[0], found[1]["chat"]
+            about = about if isinstance(about, dict) else {}
             ends = tokenizers.id_list(about.get("ends"), f"{folder}/meta.json gives ends")
-            return replace(tokenizers.template_in_folder(folder), ends=ends, tokens=about.get("tokens") or {})
+            tokens = about.get("tokens", {})
+            if not isinstance(tokens, dict) or not all(isinstance(token, str) for token in tokens.values()):
+                raise HandgradError(
+                    "data", f"{folder}/meta.json gives the tokens of the template by name", shown(tokens)
+                )
+            return replace(tokenizers.template_in_folder(folder), ends=ends, tokens=tokens)
     return tokenizers.OwnTemplate()
