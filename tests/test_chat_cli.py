@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers as library
-from chats import SPECIAL, rows, tokenizer_folder, write_rows
+from chats import rows, tokenizer_folder, write_rows
 
-from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.infer.chat import Chat, encoder_of
 from handgrad.infer.load import Loaded, engine_of, open_source
@@ -152,7 +151,7 @@ def test_a_stopped_reply_stays_in_the_history(folder):
     engine._run = run, decode
     assert "".join(chat.reply("us us us us")) == first
     with closing(chat.reply("And?")) as pieces:
-        said = next(pieces) + next(pieces)
+        said = next(pieces)
     assert chat.messages[-2:] == [user("And?"), {"role": "assistant", "content": said.strip()}]
     assert "".join(chat.reply("And then?")) == Reference(folder).reply(chat.messages[:-1], 8)
 
