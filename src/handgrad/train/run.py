@@ -210,7 +210,9 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
     if is_finished:
         log.say(f"\n{text}\n" if text else "")
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
-        if run.trainer.model.continues_text:
+        if run.template.source:
+            log.say(f"chat: handgrad chat {out}")
+        elif run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
         elif getattr(run.trainer.model, "labels", ()):
             log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE")
