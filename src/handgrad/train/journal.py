@@ -134,8 +134,10 @@ def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def template_of(shards: Sequence[Path]) -> tokenizers.OwnTemplate:
-    """The template that made the chats among these shards, the first of several; an empty one without chats."""
+def template_of(
+    shards: Sequence[Path], otherwise: tokenizers.OwnTemplate = tokenizers.OwnTemplate()
+) -> tokenizers.OwnTemplate:
+    """The template that made the chats among these shards, the first of several; `otherwise` without chats."""
     for path in {path.parent: path for path in reversed(shards)}.values():
         found = common_meta([path])
         if found and "chat" in found[1]:
@@ -148,4 +150,4 @@ def template_of(shards: Sequence[Path]) -> tokenizers.OwnTemplate:
                     "data", f"{folder}/meta.json gives the tokens of the template by name", shown(tokens)
                 )
             return replace(tokenizers.template_in_folder(folder), ends=ends, tokens=tokens)
-    return tokenizers.OwnTemplate()
+    return otherwise

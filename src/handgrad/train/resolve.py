@@ -98,7 +98,6 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
     c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels)
-    template = template_of(paths_of(found))
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, found, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
@@ -132,18 +131,12 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     done = trainer.resume(pass_over=r.resume == "auto", until=until, fresh=fresh) if r.resume else 0
     if done > steps_of(c):
         raise HandgradError("resume", f"--steps is at least the checkpoint's step {done}", r.steps)
-    num_params = trainer.program.num_params
-    facts: dict[str, Any] = {"params": num_params - trainer.program.num_padding}
-    facts |= {"trainable": trainer.program.num_trainable, "arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"}
-    facts |= {"chat": str(data.packing)} if data.packing else {}
-    each = f"{comm.world} ranks, each on " if comm.world > 1 else ""
-    facts |= {"hardware": each + backend.hardware, "dtype": h.dtype} | ({"new_rows": new_rows} if new_rows else {})
     peak_flops = backend.peak_flops(h.dtype)
     return Run(
         config=c,
         out=out,
         tokenizer=tokenizer,
-        template=template if template.source else brought,
+        template=template_of(paths_of(found), brought),
         trainer=trainer,
         lr=lr,
         momentum=momentum,
@@ -156,8 +149,17 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
-        facts=facts,
+        facts=facts_of(trainer, data, h.dtype) | ({"new_rows": new_rows} if new_rows else {}),
     )
+
+
+def facts_of(trainer: Trainer, data: hg_data.Data, dtype: str) -> dict[str, Any]:
+    """What the settings of a run do not say."""
+    program, backend, world = trainer.program, trainer.backend, trainer.comm.world
+    facts: dict[str, Any] = {"params": program.num_params - program.num_padding, "trainable": program.num_trainable}
+    facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"} | ({"chat": str(data.packing)} if data.packing else {})
+    each = f"{world} ranks, each on " if world > 1 else ""
+    return facts | {"hardware": each + backend.hardware, "dtype": dtype}
 
 
 def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:
