@@ -12,17 +12,17 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
-    "core": 1600,
-    "backends": 4450,
-    "train": 3350,
-    "optim": 200,
-    "data tokenizers": 2550,
-    "io": 1250,
-    "evals": 500,
-    "infer": 500,
-    "cli": 1470,
+    "core": 1700,
+    "backends": 4600,
+    "train": 4000,
+    "optim": 600,
+    "data tokenizers": 3850,
+    "io": 1420,
+    "evals": 550,
+    "infer": 950,
+    "cli": 2000,
 }
-OP, ATTENTION, MODEL = 700, 2800, 250
+OP, ATTENTION, MODEL = 725, 2800, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel
 QUIET = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 

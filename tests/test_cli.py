@@ -350,7 +350,7 @@ def test_other_words_for_a_dtype(told, word, ours):
         ),
         ("--dataset openwebtext", "--train FOLDER, which handgrad data makes"),
         ("--min_lr 1e-5", "--final, as a fraction of --lr"),
-        ("--optim adamw", "--optimizer adamw"),
+        ("--optim adamw", "--optimizer NAME (--help lists them)"),
         ("--fp16", "--dtype bf16, tf32 or f32; there is no float16"),
         ("--bf16", "--dtype bf16, tf32 or f32; there is no float16"),
         ("--lr_scheduler cosine", "--schedule cosine, linear, constant, wsd and others"),

@@ -45,12 +45,14 @@ def ours(backend, **settings):
     p = Program(F32, trains=True)
     for name, shape in SHAPES.items():
         p.grad(p.param(name, shape, ONES if len(shape) == 1 else normal(1.0), PARTS[name]))
-    record_step(p, Muon(**dict(clip=0.0) | settings))
+    optim = Muon(**dict(clip=0.0) | settings)
+    record_step(p, optim)
     arena = backend.alloc(backend.plan(p))
     tensors = {name: info.tensor for name, info in p.params.items()}
     for name, w in STARTS.items():
         arena.view(tensors[name])[...] = w
     scalars, run = arena.scalars(p), backend.bind(p, arena)
+    scalars.momentum = optim.scheduled_momentum
     for scalars.step, step in enumerate(GRADS, 1):
         scalars.lr = rate(scalars.step)
         for name, g in step.items():

@@ -49,7 +49,9 @@ def test_vector_has_memory_for_its_own_buckets_only():
     assert all(layout.part(v, matrix)[0] % (2 * FLAT_ALIGN) == 0 for v in ("param", "momentum", "codes"))
 
 
-@pytest.mark.parametrize("backend", [open_backend("cpu"), RefBackend(), RefBackend(exact=False)], ids=repr)
+@pytest.mark.parametrize(
+    "backend", [open_backend("cpu"), RefBackend(), RefBackend(exact=False)], ids=["cpu", "exact", "ref"]
+)
 def test_slices_and_parameters_share_memory(backend):
     p = two_groups()
     p.flat("momentum", F32, [b for b in p.buckets if b.group == "wide"])

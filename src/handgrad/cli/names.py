@@ -63,7 +63,7 @@ _HINTS = {  # hint: names
     "--warmup, in steps or as a fraction of them": "warmup-tokens",
     "--cooldown, of --schedule wsd": "lr-wsd-decay-iters cooldown-steps cooldown-frac warmdown-iters",
     "--schedule cosine, linear, constant, wsd and others": "lr-scheduler lr-scheduler-type scheduler lr-decay-style",
-    "--optimizer adamw, sgd, lion or adafactor": "optim optimizer-type opt",
+    "--optimizer NAME (--help lists them)": "optim optimizer-type opt",
     "leave it out: there is nothing to compile, the kernels are hand-written": "compile torch-compile",
     "leave it out: every step is in log.jsonl": "log-interval logging-steps log-every log-every-n-steps",
     "--ranks, one a GPU; --zero says what they divide": "ddp fsdp devices",

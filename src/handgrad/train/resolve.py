@@ -149,17 +149,18 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
         peak_flops=peak_flops and peak_flops * comm.world,
         done=done,
-        facts=facts_of(trainer, data, h.dtype) | ({"new_rows": new_rows} if new_rows else {}),
+        facts=facts_of(trainer, new_rows),
     )
 
 
-def facts_of(trainer: Trainer, data: hg_data.Data, dtype: str) -> dict[str, Any]:
-    """What the settings of a run do not say."""
-    program, backend, world = trainer.program, trainer.backend, trainer.comm.world
-    facts: dict[str, Any] = {"params": program.num_params - program.num_padding, "trainable": program.num_trainable}
-    facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB"} | ({"chat": str(data.packing)} if data.packing else {})
-    each = f"{world} ranks, each on " if world > 1 else ""
-    return facts | {"hardware": each + backend.hardware, "dtype": dtype}
+def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
+    """What the settings do not say of a run. new_rows: what tokens the model has gained, if any"""
+    p, world = trainer.program, trainer.ranks.world
+    facts: dict[str, Any] = {"params": p.num_params - p.num_padding, "trainable": p.num_trainable}
+    facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
+    facts |= {"chat": str(trainer.data.packing)} if trainer.data.packing else {}
+    facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}
+    return facts | ({"new_rows": new_rows} if new_rows else {})
 
 
 def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is_new: bool) -> Start:

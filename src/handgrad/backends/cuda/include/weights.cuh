@@ -48,7 +48,8 @@ __device__ __forceinline__ float join_weight(bf16 high, short low) {
 // of the 2^16 numbers of random calls.
 #define WEIGHT_STREAM ((u64)0xFFFF << 48)
 struct Draws {
-  u64 key, stream;
+  u64 key = 0, stream = 0;
+  __device__ __forceinline__ Draws() {}  // of weights that are only read
   __device__ __forceinline__ Draws(const StepScalars *scalars, u64 number)
       : key(scalars->seed), stream(number ^ (u64)scalars->step) {}
   __device__ __forceinline__ uint4 operator()(i64 first) const { return philox((u64)first / 4, stream, key); }
