@@ -14,7 +14,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.data.packing import Packing
 from handgrad.data.prepare.chat import messages_of
 from handgrad.data.shards import BEGINS, LEARNED, MARK
-from handgrad.tokenizers.chat import OWN, TEMPLATES
+from handgrad.tokenizers.template import OWN, TEMPLATES
 
 pytest.importorskip("jinja2")
 
@@ -56,7 +56,8 @@ def made(tmp_path_factory):
 
 
 def encoder(folder, template=""):
-    return tokenizers.ChatEncoder(tokenizers.from_file(folder / "tokenizer.json"), folder, template)
+    own = tokenizers.template_in_folder(folder)
+    return tokenizers.ChatEncoder(tokenizers.from_file(folder / "tokenizer.json"), own, template)
 
 
 def unmarked(name):
@@ -181,7 +182,8 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
             "shards": [],
         }
         assert f"{len(numbers)} rows, {ids.size:,} tokens, {learned:,} of them the assistant's" in said
-    assert meta["chat"] == {"template": "chatml", "longest": max(ids.size for ids, _ in want)}
+    longest, about = max(ids.size for ids, _ in want), {"ends": [266], "tokens": {"eos_token": "<|endoftext|>"}}
+    assert meta["chat"] == {"template": "chatml", "longest": longest} | about
     assert (out / "chat_template.jinja").read_text() == TEMPLATES["chatml"].read_text()
     assert (
         main(["data", "check", str(out)]) == 0

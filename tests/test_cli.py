@@ -171,7 +171,7 @@ def test_completion_in_other_shells(name, capsys):
     [
         (
             "trian",
-            "[handgrad] the verb is one of train, generate, embed, classify, eval, convert, report, explain, "
+            "[handgrad] the verb is one of train, generate, chat, embed, classify, eval, convert, report, explain, "
             "profile, data, ops, doctor, completion, but got 'trian'. hint: did you mean handgrad train?",
         ),
         (

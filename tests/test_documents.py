@@ -20,7 +20,7 @@ from handgrad.data.draws import Draws
 from handgrad.data.shards import BEGINS, LEARNED, MARK
 from handgrad.models import GPT2, GPTNeoX, Llama, forward_loss
 from handgrad.ops import add
-from handgrad.tokenizers.chat import TEMPLATES
+from handgrad.tokenizers import TEMPLATES
 from handgrad.train.config import from_names
 from handgrad.train.run import train
 

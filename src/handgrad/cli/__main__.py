@@ -11,6 +11,7 @@ from collections.abc import Callable
 VERBS = {
     "train": "train a model; without flags, a small GPT-2 on Shakespeare",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk to a model that was trained on chats",
     "embed": "an embedding of every line of a file, by a BERT",
     "classify": "the class of every line of a file, by a BERT that was trained on labels",
     "eval": "validation loss and benchmark tasks of a trained model",

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
 KINDS = {  # verb: the module and the name of the dataclass of its flags
     "train": ("train.config", "Config"),
     "generate": ("cli.generate", "Generate"),
+    "chat": ("cli.chat", "Chats"),
     "embed": ("cli.embed", "Embed"),
     "classify": ("cli.classify", "Classify"),
     "eval": ("cli.eval", "Eval"),

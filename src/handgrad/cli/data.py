@@ -277,11 +277,10 @@ def make_chat(argv: list[str]) -> None:
     if not a.files or not a.model:
         rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
         raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
-    tokenizer, folder = model_of(a.model)
-    encoder = tokenizers.ChatEncoder(tokenizer, folder, a.template)
+    encoder = tokenizers.ChatEncoder(*model_of(a.model), a.template)
     kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
     with bar(f"{a.out} is as it was") as progress:
-        meta = data.prepare_chat(a.files, a.out, tokenizer, encoder, progress=progress, **kind)
+        meta = data.prepare_chat(a.files, a.out, encoder.tokenizer, encoder, progress=progress, **kind)
     for split in ("train", "val"):
         m = meta[split]
         print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
@@ -290,12 +289,13 @@ def make_chat(argv: list[str]) -> None:
     print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
 
 
-def model_of(word: str) -> tuple[tokenizers.Tokenizer, Path]:
-    """Returns the tokenizer of the model that `word` names, and the folder that may hold its template."""
+def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate]:
+    """Returns the tokenizer of the model that `word` names, and the model's template."""
     if is_tokenizer(word):
-        return tokenizer_of(word), Path(word).parent if word.endswith(".json") else Path(word)
+        folder = Path(word).parent if word.endswith(".json") else Path(word)
+        return tokenizer_of(word), tokenizers.template_in_folder(folder)
     source = open_source(word)
-    return source.tokenizer(), source.path
+    return source.tokenizer(), source.template()
 
 
 def is_tokenizer(word: str) -> bool:

@@ -12,6 +12,10 @@ handgrad train --config runs/shakespeare-001/config.json --lr 1e-3""",
 handgrad generate runs/shakespeare-001 --prompt "ROMEO:" --top-k 40
 handgrad generate hf:gpt2 --prompt "The meaning of life is" --temperature 0 --max-tokens 20
 echo "To be" | handgrad generate model.bin --prompt -""",
+    "chat": """
+handgrad chat hf:HuggingFaceTB/SmolLM2-135M-Instruct
+handgrad chat runs/mychats-001 --system "Be brief." --temperature 0
+printf 'Hello\\nAnd then?\\n' | handgrad chat model.gguf --template chatml""",
     "embed": """
 handgrad embed hf:sentence-transformers/all-MiniLM-L6-v2 sentences.txt --out sentences.npy
 echo "A man is eating." | handgrad embed minilm - --pooling cls""",

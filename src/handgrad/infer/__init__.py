@@ -1,4 +1,4 @@
-"""Text generation, embeddings and classes of texts."""
+"""Text generation, chats, embeddings and classes of texts."""
 
 from handgrad.infer.engine import Engine
 from handgrad.infer.load import Loaded, load

@@ -39,7 +39,7 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
         drawable[: known.size] = known
         # cutting these rows off instead would change the probabilities of the others
         suppressed = np.flatnonzero(~drawable).tolist()
-        tokenizers.to_folder(tokenizer, folder)
+        tokenizers.to_folder(tokenizer, folder, source.template())
         begins = tokenizer.begins
     hf.write(folder, form, source.weights, dtype, ends, suppressed, begins)
 
@@ -76,7 +76,7 @@ def to_gguf(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokeni
         raise HandgradError("convert", f"llama.cpp has no model of the family '{source.model.family}'")
     if tokenizer is None:
         raise HandgradError("convert", "a .gguf holds a tokenizer", "a model without one", hint="--to hf needs none")
-    about = tokenizers.to_gguf(tokenizer, source.model.vocab_size)
+    about = tokenizers.to_gguf(tokenizer, source.model.vocab_size, source.template())
     gguf.write(file, Format(**source.model.hugging_face), source.weights, dtype, about)
 
 
@@ -123,6 +123,7 @@ def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Token
     checkpoint.save(folder, step, params, flats, meta)
     if tokenizer is not None:
         write_text(folder / TOKENIZER, json.dumps(tokenizer.save(folder)) + "\n")
+        source.template().save(folder)
     if state is not None:  # settings that the flags of the resumed run override
         settings: dict[str, Any] = {"model": asdict(source.model), "data": {}, "optim": {"beta2": 0.95}}
         settings["run"] = {"dtype": dtype, "master_weights": has_master or dtype == "f32"}

@@ -62,6 +62,7 @@ class Engine:
         self._arena = arena
         self._run = tuple(backend.bind(p, arena) for p in programs)
         self.position = 0  # tokens in the cache
+        self._held: list[int] = []  # which tokens these are, and those that still lie behind them
 
     def __repr__(self) -> str:
         return f"Engine({self.model}, {self.position} tokens in the cache)"
@@ -76,6 +77,7 @@ class Engine:
         self._arena.write(encode.program.inputs["source"], [*source, *padding])
         encode.run()
         self.position = 0
+        self._held.clear()
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Appends tokens to the cache; returns the logits (V,) f32 after the last one."""
@@ -98,9 +100,11 @@ class Engine:
     def _step(self, which: int, ids: list[int], count: int) -> None:
         """Runs prefill (0) or decode (1) and keeps the first `count` of its tokens in the cache."""
         run = self._run[which]
+        del self._held[self.position :]  # before the rows change: Ctrl-C may come in between
         self._arena.write(run.program.inputs["ids"], ids)
         self._arena.write_scalars(run.program, position=self.position)
         run.run()
+        self._held += ids[:count]
         self.position += count
 
     def generate(
@@ -110,11 +114,14 @@ class Engine:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         drawable: np.ndarray | None = None,
+        reuse: bool = False,
     ) -> Iterator[int]:
         """Yields up to `max_tokens` token ids after `prompt` (of an encoder-decoder: about it, its source); ends before
         any of `stop_ids`. Raises at once.
 
         drawable: which ids may follow, (n,) bool; None: those of the engine
+        reuse: keep the rows of the cache that hold the beginning of this prompt. Another rounding wrote them, perhaps,
+            so the same prompt may get another text where two tokens are about as likely
 
         The model sees at most `context` tokens. When the window is full, the engine reads its newer half again from
         position 0, so generation has no end of its own. Of a longer prompt it reads the last `context` tokens; a source
@@ -130,11 +137,16 @@ class Engine:
             raise HandgradError("generate", f"prompt ids lie below the vocabulary of {self.model.vocab_size}", bad[0])
         sampler = Sampler(sampling, self.model.vocab_size, self.drawable if drawable is None else drawable)
         if not isinstance(self.model, EncoderDecoder):
-            return self._tokens(None, ids[-self.context :], max_tokens, sampler, stop_ids)
+            return self._tokens(None, ids[-self.context :], max_tokens, sampler, stop_ids, reuse)
         if not 0 < len(ids) <= self.model.max_seq_len:
             rule = f"a source has 1 to {self.model.max_seq_len} tokens, its end included"
             raise HandgradError("generate", rule, len(ids))
-        return self._tokens(ids, [self.model.start_id], max_tokens, sampler, stop_ids)
+        return self._tokens(ids, [self.model.start_id], max_tokens, sampler, stop_ids, False)
+
+    def _num_shared(self, ids: list[int]) -> int:
+        """How many of these tokens the cache holds, without the last one, whose logits are wanted."""
+        pairs = zip(ids[:-1], self._held)
+        return next((n for n, (wanted, held) in enumerate(pairs) if wanted != held), min(len(ids) - 1, len(self._held)))
 
     def _tokens(
         self,
@@ -143,11 +155,12 @@ class Engine:
         max_tokens: int,
         sampler: Sampler,
         stop_ids: Collection[int],
+        reuse: bool,
     ) -> Iterator[int]:
         if source is not None:
             self.read(source)
-        self.position = 0
-        logits = self.logits(window)
+        self.position = self._num_shared(window) if reuse else 0
+        logits = self.logits(window[self.position :])
         for i in range(max_tokens):
             token = sampler.pick(logits)
             if token in stop_ids:

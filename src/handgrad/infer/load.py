@@ -48,6 +48,7 @@ class Source:
     kind: "handgrad", "llmc", "gguf" or "hf";  path: the checkpoint, file or folder;  model: its family and sizes
     weights: its tensors;  tokenizer: a function that reads its tokenizer; HandgradError if there is none
     ends: ids that end a text, for a model whose tokenizer is missing
+    template: a function that reads what the model brings for chats
     lora: adapters that a run has trained, which are merged into `weights`;  tensors: reads those of the adapters
     """
 
@@ -59,6 +60,7 @@ class Source:
     ends: tuple[int, ...] = ()
     lora: Lora | None = None
     tensors: Callable[[str], np.ndarray] | None = None
+    template: Callable[[], tokenizers.OwnTemplate] = tokenizers.OwnTemplate
 
 
 def open_source(source: str | Path, ema: bool = False) -> Source:
@@ -104,7 +106,13 @@ def load_run(
 
     Raises HandgradError if something is missing, or the model reads fewer tokens.
     """
-    source = open_source(path, ema)
+    return engine_of(open_source(path, ema), dtype, backend, threads, context)
+
+
+def engine_of(
+    source: Source, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0
+) -> tuple[Engine, tokenizers.Tokenizer]:
+    """As `load_run`, of a model that is open."""
     if not isinstance(source.model, EncoderDecoder):
         check_continues(source, "generate")
     if not 0 <= context <= source.model.max_seq_len:
@@ -255,7 +263,8 @@ def _run(folder: Path, ema: bool) -> Source:
     if lora is not None:
         weights = merged(weights, lora, model, read)
     tokenizer = partial(_tokenizer_of_run, folder.resolve().parent)
-    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, read)
+    template = partial(tokenizers.template_in_folder, folder.resolve().parent)
+    return Source("handgrad", folder, model, weights, tokenizer, ends, lora, read, template)
 
 
 def _average(folder: Path, program: Program, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
@@ -284,7 +293,8 @@ def _llmc(path: Path) -> Source:
     weights = llmc.read_model(path)
     model = build_from_file(GPT2, weights.fields, "llmc", path)
     weights = replace(weights, shapes=shapes(declare(model)))  # tensors in the order of use, as from any other source
-    return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model))
+    template = partial(tokenizers.OwnTemplate, str(path))
+    return Source("llmc", path, model, weights, lambda: _tokenizer_of_file(path, model), template=template)
 
 
 def _gguf(path: Path) -> Source:
@@ -294,7 +304,9 @@ def _gguf(path: Path) -> Source:
     model = build_from_file(family, gguf.read_fields(file, form), "gguf", path)
     weights = gguf.read(file, form, asdict(model), shapes(declare(model)))
     ends = tokenizers.ends_in_gguf(file.metadata, model.vocab_size, path)
-    return Source("gguf", path, model, weights, lambda: tokenizers.from_gguf(file.metadata, path), ends)
+    tokenizer = partial(tokenizers.from_gguf, file.metadata, path)
+    template = partial(tokenizers.template_in_gguf, file.metadata, path)
+    return Source("gguf", path, model, weights, tokenizer, ends, template=template)
 
 
 def _hugging_face(path: Path) -> Source:
@@ -303,7 +315,8 @@ def _hugging_face(path: Path) -> Source:
     model = build_from_file(family, hf.read_fields(path, form), "hf", path / hf.CONFIG)
     weights = hf.read(path, form, asdict(model), shapes(declare(model)))
     ends = tokenizers.model_ends(path, range(model.vocab_size)) or ()
-    return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model), ends)
+    template = partial(tokenizers.template_in_folder, path)
+    return Source("hf", path, model, weights, lambda: _tokenizer_of_folder(path, model), ends, template=template)
 
 
 def with_pooler(source: Source) -> Source:

@@ -35,6 +35,7 @@ TOKENIZER = (
     "vocab.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 POOLING = "1_Pooling/config.json"  # of sentence-transformers
 FILES = (CONFIG, POOLING, GENERATION, ADAPTER, "model*.safetensors", INDEX, *TOKENIZER)  # what a download needs

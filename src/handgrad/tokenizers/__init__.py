@@ -7,7 +7,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer, check_special, neutral_prompt, prompt_ids
 from handgrad.tokenizers.chars import CharTokenizer, chars
-from handgrad.tokenizers.chat import TEMPLATES, ChatEncoder
+from handgrad.tokenizers.chat import ChatEncoder
 from handgrad.tokenizers.ends import id_list, model_ends
 from handgrad.tokenizers.file import (
     FileTokenizer,
@@ -21,6 +21,7 @@ from handgrad.tokenizers.file import (
 from handgrad.tokenizers.folder import from_folder, from_tokens, to_folder
 from handgrad.tokenizers.gguf import ends_in_gguf, from_gguf, to_gguf
 from handgrad.tokenizers.gpt2 import gpt2
+from handgrad.tokenizers.template import TEMPLATES, OwnTemplate, template_in_folder, template_in_gguf
 from handgrad.tokenizers.training import RULE, extend, measure, train
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RULE",
     "TEMPLATES",
     "ChatEncoder",
+    "OwnTemplate",
     "Tokenizer",
     "added_ids",
     "chars",
@@ -41,6 +43,8 @@ __all__ = [
     "from_tokens",
     "gpt2",
     "id_list",
+    "template_in_folder",
+    "template_in_gguf",
     "load",
     "measure",
     "model_ends",

@@ -11,25 +11,19 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from handgrad.core.disk import require_file
-from handgrad.core.errors import HandgradError, did_you_mean, one_line
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.install import install_command
-from handgrad.core.json_file import shown
 from handgrad.tokenizers.base import Tokenizer
 from handgrad.tokenizers.chars import CharTokenizer
-from handgrad.tokenizers.ends import CONFIG, SPECIAL, content, read_if_there
 from handgrad.tokenizers.file import library_must
 from handgrad.tokenizers.folder import library_of
+from handgrad.tokenizers.template import OwnTemplate, find_template, variables
 
-OWN = "chat_template.jinja"  # a model's own, if tokenizer_config.json does not hold it
-TEMPLATES = {path.stem: path for path in sorted(Path(__file__).with_name("templates").glob("*.jinja"))}
-MOST_BYTES = 1 << 20  # of a template
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>|</?s>|<[be]os>")  # what can only be meant as one token
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -42,44 +36,45 @@ class ChatEncoder:
     """Makes ids and masks of chats, with one tokenizer and one template.
 
     tokenizer: any but one of characters
-    folder: the model's, whose files give its template and the special tokens that templates name
+    own: what the model brings (`template_in_folder`, `template_in_gguf`)
     template: one of TEMPLATES, or a file; empty: the model's own
 
-    name, source: of the template
+    name, source: of the template;  tokens: the special tokens that it is given
+    ends: the special token that ends a turn of the assistant, (id,), or () if no such token does
 
     Raises HandgradError if there is no such template, it is damaged, or it writes special tokens that the tokenizer
     lacks.
 
-    >>> import tempfile
     >>> from handgrad.tokenizers import gpt2
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = Path(folder, OWN).write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
-    ...     encoder = ChatEncoder(gpt2(), Path(folder))
+    >>> own = OwnTemplate(source="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    >>> encoder = ChatEncoder(gpt2(), own)
     >>> [(ids, mask)] = encoder.encode([("a chat", PROBE, None)])
-    >>> ids.tolist(), mask.tolist()
-    ([64, 50256, 65, 50256], [0, 0, 1, 1])
+    >>> ids.tolist(), mask.tolist(), encoder.ends
+    ([64, 50256, 65, 50256], [0, 0, 1, 1], (50256,))
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path, template: str = ""):
+    def __init__(self, tokenizer: Tokenizer, own: OwnTemplate, template: str = ""):
         if isinstance(tokenizer, CharTokenizer):
             hint = "a model of words or bytes"
             raise HandgradError("chat", "chats need a tokenizer.json, or gpt2", "one of characters", hint=hint)
-        self.name, self.source = find_template(template, folder)
-        own = library_of(tokenizer)
-        self._library = tokenizers.Tokenizer.from_str(own.to_str())  # the tokenizer's takes special tokens as text
-        special = [token.content for token in own.get_added_tokens_decoder().values() if token.special]
-        endings = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        self._ending = re.compile(f" ?(?:{endings})" if special else "(?!)")
+        self.tokenizer = tokenizer
+        self.name, self.source = find_template(template, own)
+        library = library_of(tokenizer)
+        self._library = tokenizers.Tokenizer.from_str(library.to_str())  # the tokenizer's takes special tokens as text
+        added = {token.content: id for id, token in library.get_added_tokens_decoder().items() if token.special}
+        self._special = added
+        self._spelled = "|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)"
+        self._ending = re.compile(f" ?(?:{self._spelled})")
         self._has_blocks = GENERATION.search(self.source) is not None
         self._environment = _environment()
-        self._variables = {} if tokenizer.eot is None else {"eos_token": own.id_to_token(tokenizer.eot)}
-        self._variables |= special_tokens(folder)
+        self.tokens = variables(tokenizer, own)
         try:
             self._template = self._environment.from_string(self.source)
         except Exception as error:  # a TemplateSyntaxError, most often
             rule, line = f"the template {self.name} must be Jinja", getattr(error, "lineno", None)
             raise HandgradError("chat", rule, one_line(error) + (f" in line {line}" if line else "")) from None
         self._check_tokens(tokenizer.name)
+        self.ends = self._find_ends()
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's) of each chat.
@@ -91,6 +86,56 @@ class ChatEncoder:
         with library_must("the tokenizer must be able to encode the chats"):
             encoded = self._library.encode_batch([text for text, _ in written], add_special_tokens=False)
         return [(np.array(e.ids, np.int32), mask_of(e.offsets, spans)) for e, (_, spans) in zip(encoded, written)]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids that ask for a reply to these messages.
+
+        A special token that a message spells is plain text: no message can end its turn. Raises HandgradError if the
+        template does not take the messages.
+        """
+        marks = _marks(messages)
+        before, after = marks[0], marks[1]
+        guarded = [
+            {**m, "content": re.sub(self._spelled, rf"{before}\g<0>{after}", m["content"], flags=re.DOTALL)}
+            for m in messages
+        ]
+        text = self._render("the chat", guarded, None, asks=True)
+        with library_must("the tokenizer must be able to encode the chat"):
+            if before not in text:
+                return self._library.encode(text, add_special_tokens=False).ids
+            ids, at, plain = list[int](), 0, ""
+            for found in re.finditer(f"{before}(.*?){after}|(?:{self._spelled})", text, re.DOTALL):
+                plain, at = plain + text[at : found.start()] + (found[1] or ""), found.end()
+                if found[1] is None:
+                    ids, plain = [*ids, *self._as_text(plain), self._special[found[0]]], ""
+            return [*ids, *self._as_text(plain + text[at:])]
+
+    def check_system(self, system: str) -> None:
+        """Raises HandgradError unless the template writes this system message."""
+        rule = f"the template {self.name} takes a system message"
+        messages = [{"role": "system", "content": system}, PROBE[0]]
+        try:
+            text = self._render("a chat", messages, None, asks=True)
+        except HandgradError as error:
+            raise HandgradError("chat", rule, error.got, hint="leave out --system") from None
+        if system.strip() not in text:
+            raise HandgradError("chat", rule, "one that it leaves out", hint="leave out --system")
+
+    def _as_text(self, text: str) -> list[int]:
+        """Returns the ids of a text in which special tokens are plain text."""
+        self._library.encode_special_tokens = True
+        try:
+            return self._library.encode(text, add_special_tokens=False).ids
+        finally:
+            self._library.encode_special_tokens = False
+
+    def _find_ends(self) -> tuple[int, ...]:
+        try:
+            [(ids, mask)] = self.encode([("a chat", PROBE, None)])
+        except HandgradError:  # it takes no such chat, or does not say what is the assistant's
+            return ()
+        last = ids[mask > 0][-1:].tolist()
+        return tuple(id for id in last if id in self._special.values())
 
     def _check_tokens(self, name: str) -> None:
         try:
@@ -107,8 +152,7 @@ class ChatEncoder:
         """Returns the text of a chat, and which of it is the assistant's."""
         if tools and "tools" not in self.source:
             raise HandgradError("chat", f"{where}: the template {self.name} has no place for tools", "a row with tools")
-        spelled = json.dumps([messages, tools], ensure_ascii=False)
-        marks = "".join(islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in spelled), 2))
+        marks = _marks([messages, tools])
         if not self._has_blocks:
             text = self._render(where, messages, tools)
             turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -153,41 +197,15 @@ class ChatEncoder:
         self._environment.marks = marks
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": asks}
         try:
-            return self._template.render(**self._variables | given)
+            return self._template.render(**self.tokens | given)
         except Exception as error:  # whatever a program of somebody else's raises
             raise HandgradError("chat", f"{where}: the template {self.name} must write it", one_line(error)) from None
 
 
-def find_template(word: str, folder: Path) -> tuple[str, str]:
-    """Returns (name, source) of the template that `word` names; of an empty one, the model's own, in its folder."""
-    path = TEMPLATES.get(word, Path(word))
-    names = ", ".join(TEMPLATES)
-    if not word:
-        path, found = folder / OWN, read_if_there(folder / CONFIG).get("chat_template")
-        if isinstance(found, list):  # several by name
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
-        if not path.is_file() and isinstance(found, str):
-            return f"in {folder / CONFIG}", found
-        if not path.is_file():
-            rule = f"{folder} holds a chat template, in {CONFIG} or {OWN}"
-            raise HandgradError("chat", rule, "none", hint=f"--template is one of {names}, or a file")
-    elif word not in TEMPLATES and not path.is_file():
-        hint = did_you_mean(word, list(TEMPLATES))
-        raise HandgradError("chat", f"--template is one of {names}, or a file", shown(word), hint=hint)
-    if (size := require_file(path, "a chat template", "chat")) > MOST_BYTES:
-        raise HandgradError("chat", f"{path} must have at most {MOST_BYTES:,} bytes", f"{size:,}")
-    try:
-        return word or str(path), path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise HandgradError("chat", f"{path} must be readable UTF-8", one_line(error)) from None
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """Returns the special tokens that a model's folder names: bos_token and its like."""
-    named = read_if_there(folder / SPECIAL) | read_if_there(folder / CONFIG)
-    found = {key: token for key, token in named.items() if key.endswith("_token") and isinstance(token, str | dict)}
-    return {key: content(token, f"{folder} gives {key}") or "" for key, token in found.items()}
+def _marks(*values: Any) -> str:
+    """Returns two characters that none of these values holds."""
+    spelled = json.dumps(values, ensure_ascii=False)
+    return "".join(islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in spelled), 2))
 
 
 def mask_of(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:

@@ -26,6 +26,7 @@ from handgrad.tokenizers.file import (
     vocabulary,
 )
 from handgrad.tokenizers.gpt2 import MERGES, GPT2Tokenizer, gpt2, spelled_bytes
+from handgrad.tokenizers.template import OWN, ROLES, OwnTemplate, variables
 
 VOCAB, MERGED = "vocab.json", "merges.txt"
 
@@ -66,8 +67,10 @@ def recognised(library: tokenizers.Tokenizer, name: str, ends: tuple[int, ...]) 
     return found
 
 
-def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
+def to_folder(tokenizer: Tokenizer, folder: str | Path, template: OwnTemplate = OwnTemplate()) -> None:
     """Writes `tokenizer` into a Hugging Face folder, for transformers' AutoTokenizer.
+
+    template: for its apply_chat_template, with the special tokens that `ChatEncoder` gives it, and no others
 
     Raises HandgradError if the folder is not writable.
     """
@@ -86,6 +89,12 @@ def to_folder(tokenizer: Tokenizer, folder: str | Path) -> None:
     if end not in config.values():
         begin = library.id_to_token(tokenizer.begins[0]) if tokenizer.begins else end
         config |= {"bos_token": begin, "eos_token": end}
+    if template.source:
+        given, known = variables(tokenizer, template), library.get_vocab(with_added_tokens=True)
+        config |= {"bos_token": None} | {
+            name: token for name, token in given.items() if name in ROLES and token in known
+        }
+        (folder / OWN).write_text(template.source, encoding="utf-8")
     with library_must(f"{folder} must be writable"):
         library.save(str(folder / FILE))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

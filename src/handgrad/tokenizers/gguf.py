@@ -16,6 +16,7 @@ from handgrad.tokenizers.base import Tokenizer
 from handgrad.tokenizers.ends import id_list
 from handgrad.tokenizers.file import library_must, put_before
 from handgrad.tokenizers.folder import library_of, recognised
+from handgrad.tokenizers.template import IN_GGUF, OwnTemplate
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # what a token is; of llama.cpp
 MOST_ADDED = 1 << 16  # tokens that are found before the text is cut; the library takes a second for them
@@ -84,8 +85,9 @@ def ends_in_gguf(metadata: Mapping[str, Any], count: int, source: object) -> tup
     return tuple(id for id in id_list(ids, f"{source} gives ends") if 0 <= id < count)
 
 
-def to_gguf(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
-    """Returns the metadata that describe a tokenizer to llama.cpp, for a model of `count` ids.
+def to_gguf(tokenizer: Tokenizer, count: int, template: OwnTemplate = OwnTemplate()) -> dict[str, Any]:
+    """Returns the metadata that describe a tokenizer, and its template of chats, to llama.cpp, for a model of `count`
+    ids.
 
     Raises HandgradError for a tokenizer that is not byte-level BPE or cuts text as none of RULES does.
     """
@@ -105,11 +107,14 @@ def to_gguf(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
         types[id] = CONTROL if added.special else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in about["model"]["merges"]]
     found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
-    found |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), tokenizer.ends))
-    if tokenizer.begins or tokenizer.ends:
-        found["bos_token_id"] = (tokenizer.begins or tokenizer.ends)[0]
+    begin, end = (library.token_to_id(template.tokens.get(name, "")) for name in ("bos_token", "eos_token"))
+    ends = sorted(tokenizer.ends, key=lambda id: id != end)  # the one that the template calls eos_token goes first
+    found |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends))
+    if begin is not None or tokenizer.begins or tokenizer.ends:
+        found["bos_token_id"] = begin if begin is not None else (tokenizer.begins or tokenizer.ends)[0]
     found["add_bos_token"] = bool(tokenizer.begins)
-    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    named = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    return named | ({IN_GGUF: template.source} if template.source else {})
 
 
 def _texts(metadata: Mapping[str, Any], key: str, source: object) -> list[str]:

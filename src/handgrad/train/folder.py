@@ -18,7 +18,7 @@ from handgrad.infer.load import TOKENIZER
 from handgrad.io import newest
 from handgrad.io.checkpoint import DONE
 from handgrad.models import preset
-from handgrad.tokenizers import Tokenizer
+from handgrad.tokenizers import OwnTemplate, Tokenizer
 from handgrad.train.config import DERIVED_SIZES, SIZES, Config, ModelConfig, from_names
 
 SETTINGS = "config.json"
@@ -129,15 +129,21 @@ class Lock:
         new.close()
 
 
-def describe(out: Path, settings: Mapping[str, Any], memory: str, tokenizer: Tokenizer | None) -> None:
+def describe(
+    out: Path, settings: Mapping[str, Any], memory: str, tokenizer: Tokenizer | None, template: OwnTemplate
+) -> None:
     """Writes what a reader, `handgrad generate` and a resumption need to know into a run folder.
 
     settings: by group;  memory: the memory map;  tokenizer: None if it is not known
+    template: of chats; what ends their turns ends a text of the run
     """
     write_text(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
     write_text(out / "memory.txt", memory + "\n")
     if tokenizer is not None:
-        write_text(out / TOKENIZER, json.dumps(tokenizer.save(out)) + "\n")
+        spec, ends = tokenizer.save(out), dict.fromkeys([*tokenizer.ends, *template.ends])
+        spec |= {"eot": list(ends)} if len(ends) > len(tokenizer.ends) else {}
+        write_text(out / TOKENIZER, json.dumps(spec) + "\n")
+    template.save(out)
 
 
 def holds_run(out: Path) -> bool:

@@ -1,7 +1,7 @@
 """Journal: the log and the settings that a Trainer keeps in its run folder, as `handgrad train` does."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
 from handgrad.data import Data, common_meta
 from handgrad.models import Model
 from handgrad.optim import Optimizer
@@ -50,7 +51,8 @@ class Journal:
             tokenizer = tokenizer_of([shard.path for shard in data.shards])
             is_known = data.meta is not None or (data.vocab_size or 0) >= tokenizer.vocab_size
             merged = {group: known.get(group, {}) | values for group, values in settings.items()}
-            describe(out, merged, memory, tokenizer if is_known else None)
+            template = template_of([shard.path for shard in data.shards])
+            describe(out, merged, memory, tokenizer if is_known else None, template)
             self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
         except BaseException:
             self._lock.close()
@@ -130,3 +132,22 @@ def tokenizer_of(shards: Sequence[Path]) -> tokenizers.Tokenizer:
         rule = f"{folder}/meta.json gives the {tokenizer.vocab_size} tokens of its tokenizer as 'vocab_size'"
         raise HandgradError("data", rule, meta["vocab_size"])
     return tokenizer
+
+
+def template_of(
+    shards: Sequence[Path], otherwise: tokenizers.OwnTemplate = tokenizers.OwnTemplate()
+) -> tokenizers.OwnTemplate:
+    """The template that made the chats among these shards, the first of several; `otherwise` without chats."""
+    for path in {path.parent: path for path in reversed(shards)}.values():
+        found = common_meta([path])
+        if found and "chat" in found[1]:
+            folder, about = found[0], found[1]["chat"]
+            about = about if isinstance(about, dict) else {}
+            ends = tokenizers.id_list(about.get("ends"), f"{folder}/meta.json gives ends")
+            tokens = about.get("tokens", {})
+            if not isinstance(tokens, dict) or not all(isinstance(token, str) for token in tokens.values()):
+                raise HandgradError(
+                    "data", f"{folder}/meta.json gives the tokens of the template by name", shown(tokens)
+                )
+            return replace(tokenizers.template_in_folder(folder), ends=ends, tokens=tokens)
+    return otherwise

@@ -14,7 +14,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
 from handgrad.infer.adapters import read_peft
-from handgrad.infer.load import check_same_tokens, open_source
+from handgrad.infer.load import Source, check_same_tokens, open_source
 from handgrad.io import newest
 from handgrad.models import Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
@@ -38,7 +38,7 @@ from handgrad.train.extend import branch_step
 from handgrad.train.folder import saved_settings
 from handgrad.train.growth import described, with_new_rows
 from handgrad.train.heads import as_classifier, for_labels
-from handgrad.train.journal import tokenizer_of
+from handgrad.train.journal import template_of, tokenizer_of
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
@@ -54,6 +54,7 @@ class Run:
     """A run's resolved settings and the objects built from them.
 
     config           the settings, with every 0, "auto", None and empty text replaced by what it stands for
+    template         of the chats among the data, else the one that the model brings
     lr               learning rate of a step
     momentum         momentum of a step, None where it is the optimizer's own
     branch           the step before the cooldown of wsd, whose checkpoint is kept for --extend; else 0
@@ -70,6 +71,7 @@ class Run:
     config: Config
     out: Path
     tokenizer: tokenizers.Tokenizer
+    template: tokenizers.OwnTemplate
     trainer: Trainer
     lr: Callable[[int], float]
     momentum: Callable[[int], float] | None
@@ -95,7 +97,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, found = settle_data(c, out, comm)
     tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
-    c, start, source, new_rows = find_start(c, out, tokenizer, labels)
+    c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels)
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, found, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
@@ -134,6 +136,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         config=c,
         out=out,
         tokenizer=tokenizer,
+        template=template_of(paths_of(found), brought),
         trainer=trainer,
         lr=lr,
         momentum=momentum,
@@ -177,8 +180,9 @@ def check_evals(c: Config, model: Model, has_val: bool) -> None:
 
 def find_start(
     c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
-) -> tuple[Config, Start, Model | None, str]:
-    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any).
+) -> tuple[Config, Start, Model | None, str, tokenizers.OwnTemplate]:
+    """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any,
+    what it brings for chats).
 
     A model on disk sets the sizes; a checkpoint sets everything. With labels, a model on disk gets a head for them.
     Tokens that the data's tokenizer adds get new rows.
@@ -191,7 +195,7 @@ def find_start(
             rule = f"a resumed run has its weights, from --init {saved.model.init}"
             raise HandgradError("resume", rule, m.init, hint="a new run: --init without --resume")
     if drawn and last is None:
-        return c, Start(c.run.seed, m.init), None, ""
+        return c, Start(c.run.seed, m.init), None, "", tokenizers.OwnTemplate()
     source = open_source(m.init if last is None else str(last))
     added = check_same_tokens(source, tokenizer)
     if labels and last is None:
@@ -200,8 +204,9 @@ def find_start(
         known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
         rule = f"the texts have the labels of {source.path}, {known}"
         raise HandgradError("model", rule, ", ".join(labels) or "none")
+    template = template_with_ends(source)
     if drawn:
-        return c, Start(c.run.seed), None, ""
+        return c, Start(c.run.seed), None, "", template
     model, weights = with_new_rows(source, added) if added else (source.model, source.weights)
     if isinstance(model, Bert):
         check_special(model, tokenizer)
@@ -212,7 +217,13 @@ def find_start(
             rule = f"--{name.replace('_', '-')} is left to the model that --init names"
             raise HandgradError("model", rule, getattr(m, name))
     start = Start(c.run.seed, weights) if last is None else Start(c.run.seed)
-    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added)
+    return replace(c, model=replace(m, **brought)), start, model, described(tokenizer, added), template
+
+
+def template_with_ends(source: Source) -> tokenizers.OwnTemplate:
+    """What a model on disk brings for chats; what ends its texts ends its turns."""
+    template = source.template()
+    return replace(template, ends=source.tokenizer().ends) if template.source else template
 
 
 def check_special(model: Bert, tokenizer: tokenizers.Tokenizer) -> None:

@@ -50,7 +50,7 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
         processes = comm.all_gather_object(os.getpid())
         log = open_log(run, c, quiet) if leads else NullLog()
         if leads and run.done < run.steps:
-            describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
+            write_folder(run)
         if leads and not quiet:
             show(run, c, processes)
     last = partial(comm.fail, "stopped at once, without saving", EXIT_CODE)
@@ -66,6 +66,11 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
     if leads:
         farewell(run, log, is_finished, text)
     return is_finished
+
+
+def write_folder(run: Run) -> None:
+    """Writes what describes the run into its folder."""
+    describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer, run.template)
 
 
 def check_converged(run: Run) -> None:
@@ -123,7 +128,7 @@ def keep_folder(run: Run, log: Log, lock: Lock) -> bool:
         lock.renew()
     elif not log.is_deleted:
         return False
-    describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer)
+    write_folder(run)
     log.restore()
     log.event(run.trainer.last_step, f"{run.out} or its log was deleted or moved; both are here again")
     return True
@@ -205,7 +210,9 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
     if is_finished:
         log.say(f"\n{text}\n" if text else "")
         log.say(f"in {out}: report.html, log.jsonl, step_{last:06d}")
-        if run.trainer.model.continues_text:
+        if run.template.source:
+            log.say(f"chat: handgrad chat {out}")
+        elif run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
         elif getattr(run.trainer.model, "labels", ()):
             log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE")

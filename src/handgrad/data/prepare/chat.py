@@ -5,7 +5,7 @@ messages. Rows are tokenized in order, in one pass: unlike `build`, a killed run
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -33,6 +33,10 @@ class ChatEncoder(Protocol):
 
     name: str
     source: str
+    ends: tuple[int, ...]  # the token that ends a turn of the assistant, if there is one
+
+    @property
+    def tokens(self) -> Mapping[str, str]: ...  # the special tokens that the template is given, by name
 
     def encode(self, chats: Sequence[_Row]) -> list[tuple[np.ndarray, np.ndarray]]: ...
 
@@ -122,7 +126,8 @@ def prepare_chat(
             write_text(building / TEMPLATE, encoder.source)
             sums = train.sums | val.sums | {TEMPLATE: sha256_of(building / TEMPLATE)}
             meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name}
-            meta |= {"chat": {"template": encoder.name, "longest": longest}}
+            about = {"tokens": dict(encoder.tokens), "ends": list(encoder.ends)}
+            meta |= {"chat": {"template": encoder.name, "longest": longest} | about}
             meta |= {split.name: split.about() for split in splits}
             install(building, out_dir, meta, sums)
     except OSError as error:
