@@ -139,7 +139,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_train_mixes_folders_and_says_so(folders, capsys):
-    assert main(["train", *FLAGS.split(), "--train", "one,two", "--weights", "3,1", "--out", "run"]) == 0
+    assert main(["train", *FLAGS.split(), "--train", "one,two", "--mix", "3,1", "--out", "run"]) == 0
     out = capsys.readouterr().out
     assert "75.0 % of" in out and "25.0 % of" in out
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
@@ -153,14 +153,14 @@ def test_a_mixed_run_resumes_to_the_same_bits(folders):
     for out, last in (("whole", (4,)), ("part", (2, 4))):
         for steps in last:
             flags = [*FLAGS.split(), "--schedule", "constant", "--steps", str(steps), "--out", out, "--resume", "auto"]
-            assert main(["train", *flags, "--train", "one,two", "--weights", "3,1"]) == 0
+            assert main(["train", *flags, "--train", "one,two", "--mix", "3,1"]) == 0
     for name in ("model.safetensors", "state.rank00.safetensors"):
         assert Path("whole/step_000004", name).read_bytes() == Path("part/step_000004", name).read_bytes()
 
 
-@pytest.mark.parametrize("weights", ["3", "1,2,3", "1,x", "0,1"])
-def test_weights_on_the_command_line(folders, weights, capsys):
-    assert main(["train", *FLAGS.split(), "--train", "one,two", "--weights", weights, "--out", "run"]) == 2
+@pytest.mark.parametrize("mix", ["3", "1,2,3", "1,x", "0,1"])
+def test_bad_mix_on_the_command_line(folders, mix, capsys):
+    assert main(["train", *FLAGS.split(), "--train", "one,two", "--mix", mix, "--out", "run"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("[data] ") and "weights" in err and err.count("\n") == 1
-    assert main(["train", *FLAGS.split(), "--train", "one", "--weights", "1", "--out", "run"]) == 2
+    assert err.startswith("[data] ") and ("--mix" in err or "weights" in err) and err.count("\n") == 1
+    assert main(["train", *FLAGS.split(), "--train", "one", "--mix", "1", "--out", "run"]) == 2

@@ -72,10 +72,10 @@ def pieces(per_head):
             row += rows
 
 
-def theirs(polynomial="polar_express", matrix_scale="adamw", per_head=False, matrix_rate=1.0, **switches):
+def theirs(orthogonalize="polar_express", matrix_scale="adamw", per_head=False, matrix_rate=1.0, **switches):
     """The same in float64 by singular values, which the steps map one by one: no matrix product of ours."""
     weights = {name: w.astype(np.float64) for name, w in STARTS.items()}
-    which = ["polar_express", "newton_schulz"].index(polynomial)
+    which = ["polar_express", "newton_schulz"].index(orthogonalize)
     margin, eps = ((1.02, 1e-6), (1.0, 1e-7))[which]
     for name, rows in pieces(per_head):
         w, buf, second = weights[name][rows], 0.0, 0.0
@@ -104,7 +104,7 @@ def theirs(polynomial="polar_express", matrix_scale="adamw", per_head=False, mat
 
 SWITCHES = [
     {},
-    dict(polynomial="newton_schulz", matrix_scale="aspect", matrix_rate=3.0),
+    dict(orthogonalize="newton_schulz", matrix_scale="aspect", matrix_rate=3.0),
     *({name: value} for name, value in EVERY.items()),
     dict(per_head=True, **EVERY),
 ]
@@ -145,7 +145,7 @@ def test_fifty_steps_equal_pytorch(scale, monkeypatch):
             for group in judge.param_groups:
                 group["lr"] = rate(t)
             judge.step()
-    found = ours(RefBackend(), polynomial="newton_schulz", matrix_scale=scale, table_decay=0.3)
+    found = ours(RefBackend(), orthogonalize="newton_schulz", matrix_scale=scale, embedding_decay=0.3)
     for name, rows in pieces(False):  # 1e-7, which torch does not add to the norm, changes it by 1e-7 of itself
         np.testing.assert_allclose(
             found[name][rows], params[name, rows.start].numpy(), rtol=0, atol=STEPS * 3 * LR * 1e-7
@@ -310,8 +310,8 @@ def test_gradients_that_are_not_finite_change_no_bit(shards):
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(momentum=1.0), dict(second_beta=1.0), dict(matrix_rate=-1.0), dict(table_decay=float("nan"))]
-    + [dict(polynomial="svd"), dict(matrix_scale="none"), dict(eps=0.0), dict(betas=(0.9, 1.0))],
+    [dict(momentum=1.0), dict(second_beta=1.0), dict(matrix_rate=-1.0), dict(embedding_decay=float("nan"))]
+    + [dict(orthogonalize="svd"), dict(matrix_scale="none"), dict(eps=0.0), dict(betas=(0.9, 1.0))],
 )
 def test_settings_out_of_range_are_rejected(bad):
     with pytest.raises(HandgradError, match=r"\[optim\]"):
@@ -326,8 +326,8 @@ def test_matrices_of_an_odd_size_are_rejected():
 
 
 def test_settings_name_muon_and_stand_for_it():
-    optim = optimizer_of(OptimConfig(optimizer="muon", momentum=0.9, second_beta=0.95, table_decay=0.0))
-    assert optim == Muon(0.9, second_beta=0.95, table_decay=0.0, betas=(0.9, 0.99))
+    optim = optimizer_of(OptimConfig(optimizer="muon", momentum=0.9, second_beta=0.95, embedding_decay=0.0))
+    assert optim == Muon(0.9, second_beta=0.95, embedding_decay=0.0, betas=(0.9, 0.99))
     assert optimizer_of(OptimConfig(**optimizer_settings(optim))) == optim
     with pytest.raises(HandgradError, match=r"--per-head is a setting of muon, but got --optimizer adamw"):
         optimizer_of(OptimConfig(per_head=True))
@@ -336,7 +336,7 @@ def test_settings_name_muon_and_stand_for_it():
 
 def test_a_run_prints_its_groups(shards):
     """Of a Llama of 2 layers: 4 packed matrices a block, the table, 2 norms a block and the last one."""
-    run = trainer(shards, backend=RefBackend(), matrix_rate=2.0, table_decay=0.0)
+    run = trainer(shards, backend=RefBackend(), matrix_rate=2.0, embedding_decay=0.0)
     table = run.program.params["wte.weight"].tensor.size
     matrices = run.program.num_params - table - 5 * 24
     assert groups(SimpleNamespace(trainer=run)) == [

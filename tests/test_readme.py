@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -53,7 +54,7 @@ def test_shell_commands(folder, command):
 
 
 def test_readme_flags_exist(folder):
-    """Every flag that the README mentions appears in the --help of a command."""
+    """Every flag that the README and these pages mention appears in the --help of a command."""
     helps = "".join(
         run(f"handgrad {verb} --help", folder)
         for verb in (
@@ -73,7 +74,8 @@ def test_readme_flags_exist(folder):
         )
     )
     helps += " --model --tasks"  # of the lm-evaluation-harness
-    for flag in set(re.findall(r"--[a-z][a-z.\-]+", README)):
+    pages = [README, *((ROOT / "docs" / name).read_text() for name in ("data.md", "optimizers.md", "chat.md"))]
+    for flag in set(re.findall(r"--[a-z][a-z.\-]+", "".join(pages))):
         assert flag in helps, flag
 
 

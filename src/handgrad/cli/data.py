@@ -26,11 +26,9 @@ class Shards:
     """Where to write, with which tokenizer, in how many processes."""
 
     out: str = ""
-    """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: plays for shakespeare, data for your own
-    files, otherwise named after the data set"""
+    """output folder; empty: plays for shakespeare, data for your own files, else the name of the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (one id per character; for text and shakespeare), a tokenizer.json, BERT's vocab.txt, or a folder
-    that holds one"""
+    """gpt2, chars (an id per character), a tokenizer.json, BERT's vocab.txt, or a folder with one"""
     special_tokens: bool = False
     """a special token spelled out in the text, such as <|endoftext|>, is that token; else it is plain text"""
     shard_tokens: int = 100_000_000
@@ -117,7 +115,7 @@ class Labelled(Shards):
     """Files with one labelled text per row."""
 
     files: Files = ()
-    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz or .bz2"""
+    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz, .bz2 or .zst"""
     val: str = ""
     """file of the same kind for validation; empty: --val-fraction of the texts"""
     val_fraction: float = 0.1
@@ -135,7 +133,7 @@ class Chats:
     """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
 
     files: Files = ()
-    """the files; JSON lines may be .gz, .xz or .bz2"""
+    """the files; JSON lines may be .gz, .xz, .bz2 or .zst"""
     model: str = ""
     """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
     template: str = ""

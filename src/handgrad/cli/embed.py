@@ -43,8 +43,7 @@ class Embed(Reading):
     out: str = ""
     """FILE.npy: an array (texts, hidden size) of float32; empty: JSON lines on standard output"""
     pooling: Literal["auto", "mean", "cls"] = "auto"
-    """mean of the last layer over a text's tokens, or its row of [CLS]; auto: what sentence-transformers' files beside
-    the model say, else the mean"""
+    """mean of the tokens' rows, or the row of [CLS]; auto: as sentence-transformers' files say, else mean"""
     normalize: bool = True
     """give embeddings length 1, so that a dot product is a cosine"""
 

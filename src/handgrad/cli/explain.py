@@ -37,8 +37,7 @@ class Explain:
     gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
-    the model's own"""
+    """architecture: bert, gemma, gpt2, llama, gpt_neox, t5; empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     batch_tokens: int = 0

@@ -43,8 +43,7 @@ class Profiling:
     trace: str = ""
     """also write the calls to this file, for https://ui.perfetto.dev or chrome://tracing"""
     family: str = ModelConfig.family
-    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
-    the model's own"""
+    """architecture: bert, gemma, gpt2, llama, gpt_neox, t5; empty: the model's own"""
     seq_len: int = 0
     """tokens in a sequence; 0: the model's longest, 2048 at most for a Llama, a T5's targets"""
     vocab_size: int = 0

@@ -35,12 +35,12 @@ class Muon:
     matrix_rate   the learning rate of matrices, as a multiple of AdamW's
     matrix_scale  of a step of an m x n matrix: "adamw", 0.2 sqrt(max(m, n)), has the size of AdamW's steps, so its rate
                   and decay carry over; "aspect", sqrt(max(1, m/n)), is that of Muon's authors
-    polynomial    what orthogonalises: "polar_express" or "newton_schulz"
+    orthogonalize the polynomials that do it: "polar_express" or "newton_schulz"
     row_scale     rows get the same norm before it (MuonEq);  rescale: the result gets its exact norm (Muon+)
     second_beta   decay of the mean square of each row or column of the result, which evens them out (NorMuon); 0: none
     cautious      matrices decay only where the step shrinks the weight
     per_head      q, k and v are a matrix for each head
-    weight_decay  of matrices;  table_decay: of tables and heads, None: the same
+    weight_decay  of matrices;  embedding_decay: of embeddings and heads, None: the same
     clip          the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
 
     Raises HandgradError for a number that is not finite or out of range.
@@ -52,7 +52,7 @@ class Muon:
     momentum: float = 0.95
     matrix_rate: float = 1.0
     matrix_scale: str = "adamw"
-    polynomial: str = "polar_express"
+    orthogonalize: str = "polar_express"
     row_scale: bool = False
     rescale: bool = False
     second_beta: float = 0.0
@@ -61,18 +61,18 @@ class Muon:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    table_decay: float | None = None
+    embedding_decay: float | None = None
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("momentum", "matrix_rate", "second_beta", "weight_decay"):
             object.__setattr__(self, name, real("optim", name, getattr(self, name), 0.0))
-        if self.table_decay is not None:
-            object.__setattr__(self, "table_decay", real("optim", "table_decay", self.table_decay, 0.0))
+        if self.embedding_decay is not None:
+            object.__setattr__(self, "embedding_decay", real("optim", "embedding_decay", self.embedding_decay, 0.0))
         for name in ("momentum", "second_beta"):
             if getattr(self, name) >= 1.0:
                 raise HandgradError("optim", f"{name} lies in [0, 1)", getattr(self, name))
-        for name, words in (("matrix_scale", SCALES), ("polynomial", POLYNOMIALS)):
+        for name, words in (("matrix_scale", SCALES), ("orthogonalize", POLYNOMIALS)):
             if getattr(self, name) not in words:
                 raise HandgradError("optim", f"{name} is one of {', '.join(words)}", repr(getattr(self, name)))
         rest = self._rest
@@ -88,7 +88,7 @@ class Muon:
     @property
     def _rest(self) -> AdamW:
         """What updates everything but hidden matrices."""
-        decay = self.weight_decay if self.table_decay is None else self.table_decay
+        decay = self.weight_decay if self.embedding_decay is None else self.embedding_decay
         return AdamW(self.betas, self.eps, decay, self.clip)
 
     @property
@@ -168,7 +168,7 @@ class Muon:
             first=mine[0] - start if touches else 0,
             count=span[1] if touches else 0,
             start=bucket.start + mine[0] if touches else 0,
-            polynomial=POLYNOMIALS[self.polynomial],
+            polynomial=POLYNOMIALS[self.orthogonalize],
             row_scale=self.row_scale,
             rescale=self.rescale,
             beta2=self.second_beta,

@@ -31,8 +31,7 @@ class ModelConfig:
     """Which model."""
 
     family: str = ""
-    """architecture, by the name that handgrad.models registers (bert, gemma, gpt2, llama, gpt_neox, t5); empty:
-    the preset's"""
+    """architecture: bert, gemma, gpt2, llama, gpt_neox, t5; empty: the preset's"""
     preset: str = "tiny"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
     llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
@@ -71,10 +70,9 @@ class DataConfig:
     """Training data."""
 
     train: str = PACKAGED
-    """a folder made by `handgrad data`, a glob of .bin token shards, or 'shakespeare': without such a folder, the text
-    in the package. Several, with commas between them, are mixed"""
-    weights: str = ""
-    """shares of the sequences that the sets of --train have, such as 3,1; empty: alike"""
+    """a folder of `handgrad data`, a glob of .bin shards, or 'shakespeare', in the package; A,B: a mixture"""
+    mix: str = ""
+    """ratio of the sequences from the sets of --train, such as 3,1; empty: equal shares"""
     val: str = ""
     """glob of validation shards; empty: the folder's own"""
     seq_len: int = 0
@@ -84,12 +82,11 @@ class DataConfig:
     shuffle: bool = True
     """visit the sequences in random order"""
     documents: bool = False
-    """a token sees only its own document, which the end-of-text id begins; of chat data it always sees only its row"""
+    """attention stays within documents, which begin with the end-of-text id; in chat data always within rows"""
     overfit: bool = False
-    """every step takes the batch of the first: can the model memorise it?"""
-
+    """train on the first batch in every step, to see whether the model can memorise it"""
     whole_word: bool = False
-    """a BERT's masks cover whole words, whose pieces begin with ## after the first"""
+    """of a BERT: mask whole words, whose later pieces begin with ##"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "seq_len batch_tokens")
@@ -100,7 +97,7 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     optimizer: OptimizerName = "adamw"
-    """the rule of the update"""
+    """update rule; docs/optimizers.md compares them"""
     lr: float = 2e-3
     """peak learning rate"""
     beta1: float = 0.9
@@ -110,63 +107,61 @@ class OptimConfig:
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float | None = None
-    """of matrices and embeddings; biases and norms do not decay. None: the optimizer's (adamw and muon 0.1, lion 1,
-    others 0)"""
-    table_decay: float | None = None
-    """of embeddings and heads, with muon; None: --weight-decay"""
+    """of matrices and embeddings, not of biases and norms; None: adamw and muon 0.1, lion 1, others 0"""
+    embedding_decay: float | None = None
+    """of muon: weight decay of embeddings and heads; None: --weight-decay"""
     moments: Literal["f32", "bf16", "int8"] = "f32"
-    """of adamw: the type of both moments, rounded stochastically: 8, 4 or 2.06 bytes a parameter"""
+    """of adamw: type of both moments; they take 8, 4 or 2.06 bytes a parameter"""
     momentum: float | None = None
-    """of muon's matrices and of sgd: decay of the mean, or factor of the sum, of earlier gradients; sgd needs no
-    memory for 0. None: the optimizer's own"""
+    """of muon's matrices and of sgd, which keeps no state for 0; None: the optimizer's own"""
     nesterov: bool = False
-    """of sgd: Nesterov's step"""
+    """of sgd: Nesterov momentum"""
     scale_parameter: bool | None = None
-    """of adafactor and adamw: multiply a parameter's step by its RMS; None: the optimizer's own (adafactor: True)"""
+    """of adafactor and adamw: scale a parameter's step by its RMS; None: only adafactor does"""
     relative_step: bool = False
     """of adafactor: the learning rate of step t is at most 1 / sqrt(t)"""
     matrix_rate: float = 1.0
     """of muon: the learning rate of hidden matrices, as a multiple of --lr"""
     matrix_scale: Literal["adamw", "aspect"] = "adamw"
-    """of muon's steps: adamw: 0.2 sqrt(max(m, n)), so that AdamW's rate carries over; aspect: sqrt(max(1, m/n))"""
-    polynomial: Literal["polar_express", "newton_schulz"] = "polar_express"
-    """of muon: what orthogonalises"""
+    """of muon: size of a step; adamw: 0.2 sqrt(max(m, n)), which keeps AdamW's rate; aspect: sqrt(max(1, m/n))"""
+    orthogonalize: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """of muon: the polynomials that orthogonalise the momentum"""
     row_scale: bool = False
-    """of muon: rows get the same norm before it (MuonEq)"""
+    """of muon: normalise the rows before orthogonalising (MuonEq)"""
     rescale: bool = False
-    """of muon: the result gets the norm of an orthogonal matrix (Muon+)"""
+    """of muon: scale the orthogonalised step to the norm of an orthogonal matrix (Muon+)"""
     second_beta: float = 0.0
-    """of muon: decay of the mean square of each row or column of the result, which evens them out (NorMuon); 0: none"""
+    """of muon: decay of a second moment of each row or column, which evens out the step (NorMuon); 0: none"""
     cautious: bool = False
-    """of muon: matrices decay only where the step shrinks the weight"""
+    """of muon: decay matrices only where the step shrinks the weight"""
     per_head: bool = False
-    """of muon: q, k and v are a matrix for each head"""
+    """of muon: orthogonalise q, k and v head by head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
     schedule: ScheduleName = "cosine"
     """shape of the learning rate after warm-up"""
     warmup: int | float | None = None
-    """steps from 0 to the peak, or a fraction of all below 1; None: 100, or a tenth of the steps if that is less"""
+    """warm-up steps or, below 1, a fraction of all steps; None: 100, or a tenth of a run shorter than 1000"""
     final: float | None = None
-    """last learning rate as a fraction of the peak; None: 0.1 of a cosine, 1 of constant, else 0"""
+    """last learning rate as a fraction of the peak; None: 0.1 for the cosines, 1 for constant, else 0"""
     cooldown: int | float | None = None
-    """of wsd: the last steps, in which the rate falls, or a fraction of all below 1; None: 0.2"""
+    """of wsd: steps of the cooldown or, below 1, a fraction of all steps; None: 0.2"""
     cooldown_shape: Literal["", "sqrt", "linear", "cosine"] = ""
-    """of wsd: how it falls there; sqrt is 1 - sqrt; empty: sqrt"""
+    """of wsd: shape of the cooldown; sqrt is 1 - sqrt(r); empty: sqrt"""
     power: float | None = None
-    """of polynomial: its exponent; None: 2"""
+    """of polynomial: exponent; None: 2"""
     cycles: int | None = None
-    """of cosine_with_restarts: how many cosines; None: 4"""
+    """of cosine_with_restarts: number of cosines; None: 4"""
     decay_every: int | float | None = None
-    """of step: steps between two falls of the rate, or a fraction of all below 1; None: 0.25"""
+    """of step: steps between drops of the rate or, below 1, a fraction of all steps; None: 0.25"""
     decay_factor: float | None = None
-    """of step: what the rate is multiplied by; None: 0.1"""
+    """of step: factor of each drop; None: 0.1"""
     momentum_warmup: int | float = 0
-    """steps, or a fraction of all, over which momentum rises from 0.85 to the optimizer's own; 0: it is constant"""
+    """steps, or a fraction of all, over which momentum rises from 0.85 to the optimizer's own; 0: none"""
     momentum_cooldown: int | float = 0
-    """last steps, or a fraction of all, over which momentum falls back to 0.85"""
+    """last steps, or a fraction of all, over which momentum falls back to 0.85; 0: none"""
     ema: float = 0.0
-    """decay of an average of the weights, such as 0.999, for --ema of eval, generate and convert; 0: none"""
+    """decay of a moving average of the weights, such as 0.999, for --ema of eval, generate, convert; 0: none"""
     max_skipped: int = 10
     """updates in a row that may be skipped; one more ends the run"""
     skip_loss_z: float = 0.0
@@ -184,15 +179,15 @@ class TuneConfig:
     """Which parameters learn; the others are frozen, without gradients and optimizer state."""
 
     train_only: str = ""
-    """patterns of parameters that learn, such as 'h.11.*,ln_f.*'; empty: all"""
+    """name patterns of the parameters to train, such as 'h.11.*,ln_f.*'; empty: all"""
     lora_rank: int = 0
     """train low-rank adapters of this rank beside the frozen model; 0: none"""
     lora_alpha: float = 16.0
-    """alpha / rank is the factor of what adapters add"""
+    """an adapter's output is scaled by alpha / rank"""
     lora_targets: str = "all-linear"
-    """linears with adapters, by the names of transformers, such as q,k,v,o,gate,up,down or c_attn"""
+    """linears with adapters, by transformers' names, such as q,k,v,o,gate,up,down or c_attn"""
     lora_dropout: float = 0.0
-    """probability of dropping inputs of adapters"""
+    """dropout of the inputs of adapters"""
     lora_init: str = ""
     """folder of an adapter saved by peft, to start from; it sets rank, alpha, targets and dropout"""
 
@@ -214,17 +209,17 @@ class RunConfig:
     steps: int | None = None
     """optimizer steps; 0: one epoch; None: 2000, unless --tokens or --epochs gives the length"""
     tokens: str = ""
-    """length in tokens of the data instead, such as 1B, 300M or 250000: the whole steps in them"""
+    """length in tokens instead, such as 1B, 300M or 250000, rounded down to whole steps"""
     epochs: float = 0.0
-    """length in passes over the data instead"""
+    """length in epochs instead"""
     out: str = ""
     """run folder; empty: runs/<data>-NNN, the next free number"""
     resume: str = ""
     """run folder whose newest complete checkpoint to resume; auto: the one in --out, or a new run"""
     extend: bool = False
-    """with --resume and a larger --steps: go on from before the cooldown of wsd, which is kept aside"""
+    """with --resume and more --steps: continue from before the wsd cooldown; cooled checkpoints are set aside"""
     fresh_optimizer: bool = False
-    """with --resume: take the weights, and start the state of the optimizer anew, also of another --optimizer"""
+    """with --resume: keep the weights and reset the optimizer's state; --optimizer may differ"""
     seed: int = 1337
     """seed of initial weights, data order, dropout and sampling"""
     check: Literal["off", "nan"] = "off"
@@ -269,8 +264,7 @@ class ComputeConfig:
     recompute: Literal["none", "act", "act_norm", "block"] = "act"
     """outputs that backward recomputes: act: activation functions; act_norm: norms too; block: all but block inputs"""
     zero: Literal[0, 1, 2, 3] = 1
-    """of several ranks, each holds only its share of: 1 the optimizer state, 2 the gradients too, 3 the parameters
-    too; 0: of nothing"""
+    """what ranks shard: 1 the optimizer state, 2 gradients too, 3 parameters too; 0: nothing"""
     head_mib: int = 0
     """MiB of logits in one chunk of the head; 0: the backend's default"""
     deterministic: bool = False
@@ -286,11 +280,9 @@ class RanksConfig:
     """Several ranks: processes that train together, one a GPU. It belongs to a command, not to the run."""
 
     ranks: int = 0
-    """how many ranks (--gpus: the same, and only on GPUs); this command starts them on this machine. 0: those that a
-    launcher has started, or one"""
+    """ranks that this command starts on this machine (--gpus: on its GPUs); 0: the launcher's, or one"""
     rank: int | None = None
-    """this process's rank, from 0: each rank is then started by its own command. None: this command starts all of
-    them on this machine"""
+    """this process's rank, from 0, where each rank has its own command; None: one command starts them all"""
     ranks_per_machine: int = 0
     """with --rank: ranks on each machine; 0: all ranks are on one"""
     rendezvous: str = ""
@@ -332,9 +324,9 @@ class CheckpointConfig:
     save_every: int = 1000
     """steps between checkpoints; 0: only after the last step"""
     keep_last: int = 2
-    """newest checkpoints that are kept; 0: all. The one before a wsd cooldown stays, too"""
+    """newest checkpoints to keep; 0: all. The one before a wsd cooldown is kept, too"""
     keep_best: bool = False
-    """save after a validation with the lowest loss so far, and keep that checkpoint: RUN/best leads to it"""
+    """keep the checkpoint with the lowest validation loss, as RUN/best"""
     keep_every: int = 0
     """checkpoints at multiples of this step, itself one of --save-every, are never deleted; 0: none"""
 

@@ -99,17 +99,17 @@ def training_data(
     for one, shards in zip(found, paths):
         objective = _objective(shards, model, tokenizer, c.data.whole_word, documents)
         sets.append(_training_set(c, one, shards, model, world, objective))
-    weights = weights_of(c.data.weights, len(sets))
+    weights = weights_of(c.data.mix, len(sets))
     return sets[0] if len(sets) == 1 else hg_data.Mixture(sets, weights)
 
 
 def weights_of(text: str, count: int) -> list[float]:
-    """The weights of so many sets, from a list with commas; empty: alike.
+    """The weights of so many sets, from a list separated by commas; empty: equal.
 
     Raises HandgradError unless there is one for each.
     """
     words = text.split(",") if text else ["1"] * count
-    rule = "--weights are positive numbers with commas between them, one for each set of --train"
+    rule = "--mix takes a positive number for each set of --train, separated by commas"
     if len(words) != count or (text and count == 1):
         raise HandgradError("data", rule, f"'{text}' for {count} set{'s' * (count > 1)}")
     try:

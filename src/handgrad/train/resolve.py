@@ -104,7 +104,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     check_evals(c, model, any(one.val for one in found))
     prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
-    val = validation_data(found, c.data.weights, data, model, tokenizer)
+    val = validation_data(found, c.data.mix, data, model, tokenizer)
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)

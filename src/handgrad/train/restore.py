@@ -54,7 +54,8 @@ def state_names(path: Path, mine: list[str], saved: dict[str, Any], optim: Optim
     hint = "--fresh-optimizer takes the weights alone and starts the state anew"
     if theirs not in (None, own):
         raise HandgradError("resume", f"the checkpoint's optimizer is {theirs}", own, context=str(path), hint=hint)
-    vectors, found = (sorted({vector(name) for name in names} - {EMA}) for names in (mine, held))
+    # a state that is missing is named where it is read
+    vectors, found = (sorted({vector(name) for name in names} - {EMA, STATE}) for names in (mine, held))
     if vectors != found:
         rule = f"the state of {own} with these settings is {', '.join(vectors)}"
         raise HandgradError("resume", rule, ", ".join(found) or "none", context=str(path), hint=hint)
