@@ -257,3 +257,26 @@ def test_documents_flag(tmp_path, folder):
         go(family="bert", preset="bert-base", documents=True)
     with pytest.raises(HandgradError, match="chat data is for models that continue texts, but got a bert"):
         go(family="bert", preset="bert-base", train=str(folder))
+
+
+def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
+    """--val may name texts beside chats, and chats beside texts; eval finds the loss that training found."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    text = np.random.default_rng(0).integers(1, 50, 2000)
+    text[::37] = next(t for t in [hg.data.read_meta(folder)] if t)["tokenizer"].get("eot", [0])[0]
+    for split in ("train", "val"):
+        hg.data.write_shard(texts / f"{split}_0.bin", [text], hg.data.id_dtype(50))
+    meta = {name: value for name, value in hg.data.read_meta(folder).items() if name != "chat"}
+    (texts / "meta.json").write_text(json.dumps(meta))
+    for file in folder.glob("tokenizer*.json"):
+        (texts / file.name).write_bytes(file.read_bytes())
+    kinds = {"chats": (folder, texts, False), "texts": (texts, folder, True)}
+    for name, (own, other, documents) in kinds.items():
+        val = f"{other}/val_*.bin"
+        assert train(config(own, tmp_path / name, val=val, steps=2, documents=documents), quiet=True) == 0
+        assert main(["eval", str(tmp_path / name), "--threads", "1", "--backend", "cpu"]) == 0
+        found = json.loads((tmp_path / name / "eval.json").read_text())["step_000002"]["val"]["loss"]
+        assert found == pytest.approx(log(tmp_path / name)[-1]["val_loss"], abs=1e-5)
+    with pytest.raises(HandgradError, match="chats validate a run that keeps them apart"):
+        train(config(texts, tmp_path / "none", val=f"{folder}/val_*.bin", steps=2), quiet=True)

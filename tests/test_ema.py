@@ -144,3 +144,19 @@ def test_explain_shows_the_average(capsys):
     assert main(["explain", "tiny", "--backend", "ref", "--calls"]) == 0
     without = capsys.readouterr().out
     assert " ema " in with_it and " ema " not in without
+
+
+def test_frozen_parameters_have_no_average(shards, tmp_path):
+    """A run that trains a part starts and resumes; the average is of that part, the rest is read as it is."""
+    model, data = hg.models.GPT2(97, 8, 1, 2, 16), hg.data.tokens(shards, 8, 32)
+    execution = hg.Execution(2, backend="cpu", train_only=("h.0.*",))
+    kinds = {"execution": execution, "precision": hg.Precision("f32"), "out": tmp_path / "run"}
+    run = hg.Trainer(model, Ema(AdamW(), DECAY), data, **kinds)
+    assert averages(run).keys() == {name for name in run.params() if name.startswith("h.0.")}
+    run.step(1, LR)
+    run.save(1)
+    found = {name: np.array(a) for name, a in averages(run).items()}
+    run.close()
+    again = hg.Trainer(model, Ema(AdamW(), DECAY), data, **kinds)
+    assert again.resume() == 1 and all(np.array_equal(a, found[name]) for name, a in averages(again).items())
+    again.close()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import pytest
 import handgrad as hg
 from handgrad.cli.__main__ import main
 from handgrad.cli.train import settings
+from handgrad.core.disk import write_text
 from handgrad.data import id_dtype, write_shard
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint
@@ -368,3 +369,13 @@ def test_momentum_is_a_scalar_of_the_step(words, tmp_path, monkeypatch):
     found.clear()
     assert train(config(words, tmp_path / "constant", steps=1, cooldown=0, warmup=0), quiet=True) == 0
     assert found == [0.95]
+
+
+def test_another_optimizer_leaves_the_schedule_of_momentum(tmp_path):
+    """As the settings of the former optimizer, it is left unless the command gives it."""
+    saved = from_names({"optimizer": "muon", "momentum": 0.9, "momentum_warmup": 0.5, "steps": 4})
+    write_text(tmp_path / "config.json", json.dumps(asdict(saved)))
+    flags = ["--resume", "auto", "--out", str(tmp_path), "--fresh-optimizer", "--optimizer"]
+    assert settings([*flags, "adamw"]).optim.momentum_warmup == 0
+    assert settings([*flags, "muon"]).optim.momentum_warmup == 0.5
+    assert settings([*flags, "adamw", "--momentum-warmup", "0.25"]).optim.momentum_warmup == 0.25  # refused later

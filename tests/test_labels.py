@@ -17,6 +17,7 @@ from handgrad.core.backward import POLICIES
 from handgrad.core.errors import HandgradError
 from handgrad.data.prepare.labels import Records
 from handgrad.infer.load import open_source
+from handgrad.io import checkpoint
 from handgrad.models import Bert, from_dict, to_dict
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.datasets import objective_of
@@ -317,3 +318,19 @@ def test_checkpoints_of_earlier_versions_have_no_labels():
             Bert(mlm=False, pooler=True, labels=labels)
     with pytest.raises(HandgradError, match="a BERT with labels has a pooler and no other head"):
         Bert(labels=("a", "b"))
+
+
+def test_adapters_leave_the_new_head_to_learn(here, capsys):
+    """A drawn head that nothing changes would be noise: it learns whole, and evaluations and exports have it."""
+    assert prepare() == 0
+    sizes = "--family bert --num-layers 1 --num-heads 2 --hidden-size 8 --max-seq-len 16 --steps 2 --warmup 0"
+    assert main(["train", *FLAGS.split(), *sizes.split(), "--lora-rank", "2", "--ema", "0.5", "--out", "run"]) == 0
+    run = open_source("run")
+    found = checkpoint.state_names(run.path)
+    assert {"m.classifier.weight", "ema.classifier.bias"} <= found and "m.pooler.weight" not in found
+    assert not any(name.startswith("m.classifier.lora") for name in found)
+    assert run.weights.read("classifier.bias").any()  # drawn as zeros
+    assert main(["eval", "run", "--ema", "--threads", "1", "--backend", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["convert", "run", "adapter", "--adapter"]) == 2
+    assert "an adapter alone holds no classifier" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from handgrad.core.program import Program
 from handgrad.infer import Engine, Sampling
 from handgrad.infer.engine import PREFILL, record
 from handgrad.infer.load import open_source
-from handgrad.models import T5, declare, forward_logits, forward_loss, preset
+from handgrad.models import T5, Lora, declare, forward_logits, forward_loss, preset
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.datasets import objective_of
 from handgrad.train.start import Start, draw, initialize
@@ -206,7 +206,17 @@ def test_buckets_of_distances(side, T, at):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["1.0", "1.1"])
 def test_gradients_equal_finite_differences(name, dropout, policy, text):
+    assert gradient_error(name, dropout, policy, text) < 1e-6
+
+
+def test_gradients_with_adapters_equal_finite_differences(text):
+    """Behind an adapter the activation between the linears of an MLP is a call of its own."""
+    assert gradient_error("1.0", 0.0, "act", text, Lora(2, alpha=1.0), num_layers=1) < 1e-6
+
+
+def gradient_error(name, dropout, policy, text, lora=None, **changes):
     model = replace(KINDS[name], max_seq_len=23, hidden_size=24, head_size=6, mlp_size=20, dropout=dropout)
+    model = replace(model, **changes)
     data = batches_of(model, text, 2)
     batch = data.batch(0, names=("source", "ids", "targets"))
 
@@ -220,7 +230,11 @@ def test_gradients_equal_finite_differences(name, dropout, policy, text):
             arena.view(t)[...] = batch[name].reshape(-1)
         set_scalars(p, arena)
 
-    assert gradcheck(lambda p: forward_loss(p, model, 2, data.seq_len, 2), fill, POLICIES[policy]) < 1e-6
+    def record(p):
+        p.adapters = lora.adapters(model) if lora else {}
+        forward_loss(p, model, 2, data.seq_len, 2)
+
+    return gradcheck(record, fill, POLICIES[policy])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -64,7 +64,7 @@ def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
     if o.schedule != base.schedule:
         names |= {"final", *SCHEDULE_SETTINGS}
     if o.optimizer != base.optimizer:
-        names |= own_settings()
+        names |= {"momentum_warmup", "momentum_cooldown", *own_settings()}
     left = {name: getattr(OptimConfig, name) for name in names if getattr(o, name) == getattr(base, name)}
     return replace(o, **left)
 

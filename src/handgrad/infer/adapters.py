@@ -11,7 +11,7 @@ from handgrad.io import peft
 from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, Weights
 from handgrad.models import Model, declare
-from handgrad.models.lora import A, Adapter, B, Lora, tensors
+from handgrad.models.lora import CLASSIFIER, A, Adapter, B, Lora, tensors
 
 Read = Callable[[str], np.ndarray]  # a tensor of ours by name
 
@@ -38,6 +38,9 @@ def write_peft(folder: Path, lora: Lora, model: Model, read: Read, dtype: str, b
 
     dtype: of the tensors, "f32" or "bf16";  base: the model that they belong to, as transformers loads it
     """
+    if any(name.startswith(CLASSIFIER) for name in declare(model).params):
+        rule = "an adapter alone holds no classifier, which has learned beside it"
+        raise HandgradError("lora", rule, f"a {model.family} with labels", hint="convert without --adapter: merged")
     places = _places(lora, model)
     shapes = {theirs: shape for theirs, shape, *_ in places}
     values = (read(ours)[rows].astype(NUMPY[dtype], copy=False) for _, _, ours, rows in places)

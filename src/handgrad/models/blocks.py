@@ -232,9 +232,14 @@ def mlp(
     """down act(up x): two linears with biases, of these names, `size` wide between them."""
     with g.scope(name):
         h = dense(g, x, up, size, act=act)
-        made = g.producer[h]  # its pre: None unless training
-        pre = made.pre if made.op is linear else None
-        return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre)
+        return project(g, h, down, x.shape[-1], std=std, p=p, pre_x=pre_of(g, h))
+
+
+def pre_of(g: Program, y: Tensor) -> Tensor | None:
+    """What the linear that makes y has kept before its activation; None unless training, and behind an adapter, whose
+    activation is a call of its own."""
+    made = g.producer[y]
+    return made.pre if made.op is linear else None
 
 
 def gated_mlp(g: Program, x: Tensor, name: str, *, size: int, act: Act, p: float, std: float) -> Branch:

@@ -15,6 +15,7 @@ from handgrad.models.model import Model, declare
 from handgrad.ops import linear
 
 ALL = "all-linear"  # the target that is every linear of the body
+CLASSIFIER = "classifier."  # begins the names of a head of labels, which learns whole beside adapters
 A, B = "lora_A.weight", "lora_B.weight"  # of an adapter, beside the "weight" that it belongs to
 
 
@@ -123,8 +124,12 @@ def linears(model: Model) -> dict[str, list[tuple[str, int, int]]]:
     """The weights of the linears of a model's body: (module, first row, rows) of the matrices that each is made of."""
     names, rows = (model.hugging_face.get(key) for key in ("names", "rows"))
     found, g = {}, declare(model)
-    for w in (call.w for call in g.calls if call.op is linear):
-        if w.name not in g.params or g.params[w.name].init.rows is not None:  # a table of tokens, at the head
+    weights = {call.w.name: call.w for call in g.calls if call.op is linear}
+    beside = declare(
+        model, adapters={name: Adapter(1, 1.0, 0.0, (), ((0, w.shape[0]),)) for name, w in weights.items()}
+    )
+    for w in weights.values():
+        if tensors(w.name)[0] not in beside.params:  # a head: a table of tokens, or a classifier
             continue
         theirs = names(w.name) if names else (w.name,)
         counts = rows(w.name, asdict(model)) if len(theirs) > 1 and rows else w.shape[:1]

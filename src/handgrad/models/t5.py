@@ -13,7 +13,18 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import Branch, attend, dense, drop, lm_head_logits, lm_head_loss, packed, project, rms_norm
+from handgrad.models.blocks import (
+    Branch,
+    attend,
+    dense,
+    drop,
+    lm_head_logits,
+    lm_head_loss,
+    packed,
+    pre_of,
+    project,
+    rms_norm,
+)
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
@@ -220,7 +231,7 @@ class T5:
                 h = g.emit(gated, up, act=Act.GELU_TANH)
             else:
                 h = dense(g, x, "up", F, act=Act.RELU, bias=False, init=init)
-                pre = g.producer[h].pre if p == 0.0 else None  # dropout lies between
+                pre = pre_of(g, h) if p == 0.0 else None  # dropout lies between
             h = drop(g, h, p)
             return project(g, h, "down", self.hidden_size, std=F**-0.5, p=p, pre_x=pre, bias=False)
 

@@ -93,14 +93,11 @@ def training_data(
 ) -> hg_data.Data:
     """The batches that the settings ask for, of so many ranks."""
     paths = [hg_data.find_shards(one.train) for one in found]
-    metas = [hg_data.common_meta(shards) for shards in paths]
     # beside chats, which bound their rows, texts bound their documents
-    documents = c.data.documents or len(found) > 1 and any("chat" in meta[1] for meta in metas if meta)
+    documents = c.data.documents or len(found) > 1 and any(map(_is_chat, paths))
     sets = []
-    for one, shards, meta in zip(found, paths, metas):
-        about = meta[1] if meta else None
-        bounds = documents and "chat" not in (about or {})
-        objective = objective_of(model, tokenizer.eot, tokenizer, c.data.whole_word, about, bounds)
+    for one, shards in zip(found, paths):
+        objective = _objective(shards, model, tokenizer, c.data.whole_word, documents)
         sets.append(_training_set(c, one, shards, model, world, objective))
     weights = weights_of(c.data.mix, len(sets))
     return sets[0] if len(sets) == 1 else hg_data.Mixture(sets, weights)
@@ -142,6 +139,21 @@ def _training_set(
         vocab_size=model.vocab_size,
         objective=objective,
     )
+
+
+def _is_chat(paths: list[Path]) -> bool:
+    """Whether these shards are chat data."""
+    meta = hg_data.common_meta(paths)
+    return meta is not None and "chat" in meta[1]
+
+
+def _objective(
+    paths: list[Path], model: Model, tokenizer: tokenizers.Tokenizer, whole_word: bool, documents: bool
+) -> hg_data.Objective:
+    """What a model learns from these shards. documents: those of texts are kept apart, as rows of chats always are"""
+    meta, is_chat = hg_data.common_meta(paths), _is_chat(paths)
+    about = meta[1] if meta else None
+    return objective_of(model, tokenizer.eot, tokenizer, whole_word, about, documents and not is_chat)
 
 
 def objective_of(
@@ -204,16 +216,23 @@ def validation_data(
 ) -> hg_data.Data | None:
     """The validation sets, in sequences as long as the training data's; None if there are none.
 
-    Each set has its weight's share of the tokens. Raises HandgradError if one is of another tokenizer.
+    What counts is what the sets' own shards say: of chats the assistant's tokens, of texts all. Each set has its
+    weight's share of the tokens. Raises HandgradError if one is of another tokenizer, or holds chats that the run does
+    not keep apart.
     """
     T, V = data.seq_len, model.vocab_size
     sets = data.sets if isinstance(data, hg_data.Mixture) else [data]
-    vals, shares = [], []
+    vals, shares, is_bounded = [], [], "positions" in data.objective.inputs
     for one, train, weight in zip(found, sets, weights_of(weights, len(found))):
         if one.val:
-            vals.append(
-                hg_data.tokens(one.val, T, T, shuffle=False, vocab_size=V, split="val", objective=train.objective)
-            )
+            objective = train.objective
+            if model.continues_text:  # --val may name chats beside texts, and texts beside chats
+                objective = _objective(hg_data.find_shards(one.val, "val"), model, tokenizer, False, is_bounded)
+            if isinstance(objective, hg_data.Chat) and not is_bounded:
+                hint = "--documents, which bounds the texts, too"
+                raise HandgradError("data", "chats validate a run that keeps them apart", one.val, hint=hint)
+            kind: dict[str, Any] = {"split": "val", "objective": objective}
+            vals.append(hg_data.tokens(one.val, T, T, shuffle=False, vocab_size=V, **kind))
             evals.check_tokenizer(vals[-1], tokenizer, f"the training data in {data.folder}")
             shares.append(weight)
     return vals[0] if len(vals) == 1 else hg_data.Mixture(vals, shares) if vals else None

@@ -9,9 +9,8 @@ from handgrad.core.errors import HandgradError
 from handgrad.infer.load import HEADLESS, Source, with_pooler
 from handgrad.io.weights import Weights
 from handgrad.models import Bert, Model, create, declare, shapes, to_dict
+from handgrad.models.lora import CLASSIFIER
 from handgrad.train.start import draw
-
-NEW = "classifier."
 
 
 def for_labels(source: Source, labels: Sequence[str], seed: int) -> Source:
@@ -29,7 +28,7 @@ def for_labels(source: Source, labels: Sequence[str], seed: int) -> Source:
     program, held = declare(model), source.weights
 
     def read(name: str) -> np.ndarray:
-        if name in held.shapes and not name.startswith(NEW):
+        if name in held.shapes and not name.startswith(CLASSIFIER):
             return held.read(name)
         return draw(program.params[name], seed, list(program.params).index(name))
 

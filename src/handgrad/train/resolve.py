@@ -275,10 +275,11 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
+    bounds = "positions" in data.objective.inputs  # of chats always, so that eval bounds texts beside them, too
     return replace(
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
-        data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens),
+        data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens, documents=bounds),
         optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
         run=run,
         compute=replace(c.compute, **found),

@@ -131,8 +131,8 @@ def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
 
 def write_parts(arena: Arena, param: Tensor, parts: Parts) -> None:
     """Writes a parameter's slices of flat vectors. Low halves are dropped where the optimizer keeps none: the high half
-    is the nearest bf16. An average of the weights starts as the weights."""
-    if EMA in arena.plan.vectors:
+    is the nearest bf16. An average of the weights starts as the weights; a frozen parameter has none."""
+    if EMA in arena.plan.vectors and arena.plan.vectors[EMA].covers(param):
         write_average(arena, param, parts["param"], parts.get("low"))
     for vector, values in parts.items():
         if vector != "low" or has_low(arena, param):

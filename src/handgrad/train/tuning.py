@@ -11,7 +11,7 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.program import Program
 from handgrad.infer.adapters import lora_of
 from handgrad.models import Lora, Model, declare
-from handgrad.models.lora import tensors
+from handgrad.models.lora import CLASSIFIER, tensors
 from handgrad.train.config import TuneConfig
 from handgrad.train.execution import Execution
 
@@ -61,13 +61,14 @@ def declared(model: Model, execution: Execution, dtype: DType) -> Program:
 
 
 def learns(model: Model, execution: Execution) -> Callable[[str], bool]:
-    """Whether a parameter learns, by its name: adapters alone if there are any, else what `train_only` matches.
+    """Whether a parameter learns, by its name: if there are adapters, these and a classifier's head, which no adapter
+    changes and a new run draws; else what `train_only` matches.
 
     Raises HandgradError for a pattern that matches no parameter.
     """
     if execution.lora:
         own = {name for weight in adapters_of(model, execution) for name in tensors(weight)}
-        return lambda name: name in own
+        return lambda name: name in own or name.startswith(CLASSIFIER)
     patterns = execution.train_only
     names = list(declare(model).params) if patterns else []
     for pattern in patterns:
