@@ -14,9 +14,9 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1700,
     "backends": 4600,
-    "train": 4000,
+    "train": 4050,
     "optim": 600,
-    "data tokenizers": 3850,
+    "data tokenizers": 3900,
     "io": 1420,
     "evals": 550,
     "infer": 950,
