@@ -344,3 +344,13 @@ def test_a_run_prints_its_groups(shards):
         ("", f"decay: {table:,} parameters in 1 tensors; AdamW, decay 0"),
         ("", "plain: 120 parameters in 5 tensors; AdamW, no decay"),
     ]
+
+
+def test_a_run_without_a_hidden_matrix_that_learns_is_refused():
+    """All of Muon's settings would be ignored."""
+    model, muon = hg.models.GPT2(97, 8, 1, 2, 16), hg.optim.Muon()
+    for tuning in ({"lora": hg.models.Lora(2)}, {"train_only": ("wte.*", "*.bias")}):
+        with pytest.raises(hg.HandgradError, match="a hidden matrix learns.*--optimizer adamw"):
+            hg.explain(model, 8, execution=hg.Execution(2, **tuning), optim=muon, remedies=False)
+    part = hg.Execution(2, train_only=("h.0.*",))
+    assert hg.explain(model, 8, execution=part, optim=muon, remedies=False).program.num_trainable > 0

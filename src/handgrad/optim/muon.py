@@ -104,6 +104,9 @@ class Muon:
     def declare(self, g: Program) -> None:
         """Declares m in float32 for all, v for AdamW's parameters alone and, for bf16 weights with master weights, the
         low halves."""
+        if not any(b.group == MATRIX for b in g.trained):
+            rule = "muon is for runs in which a hidden matrix learns; adapters, tables and norms are AdamW's"
+            raise HandgradError("optim", rule, "none", hint="--optimizer adamw")
         g.flat("m", F32)
         g.flat("v", F32, [b for b in g.trained if b.group != MATRIX])
         declare_low(g)
