@@ -66,11 +66,14 @@ def check_bf16(found):
     A gradient passes about 24 rounded tensors a layer: forward and backward n, qkv, its rotation, y and the projection
     of the attention, n, gate_up, the gated columns and the projection of the MLP, and the stream twice. Independent
     errors add in squares: sqrt(2 x 24) x 1.6e-3 = 1.1e-2 for the median tensor. A score of 2, rounded, moves its
-    probability by twice as much, so single tensors of q and k may have 2.2e-2. Losses are means, in which most of it
-    averages out.
+    probability by twice as much, so single tensors of q and k may have 2.2e-2. The root mean square of n independent
+    errors has itself a relative deviation of 1 / sqrt(2 n): three of them for the n of a tensor, which counts for the
+    norms of q and k, of 10 to 24 elements. Losses are means, in which most of it averages out.
     """
-    errors = list(found.errors.values())
-    assert np.median(errors) <= 1.1e-2 and max(errors) <= 2.2e-2, found.worst_gradient
+    sizes = {name: info.tensor.size for name, info in declare(found.model).params.items()}
+    for name, error in found.errors.items():
+        assert error <= 2.2e-2 * (1 + 3 / np.sqrt(2 * sizes.get(name, np.inf))), (name, error)
+    assert np.median(list(found.errors.values())) <= 1.1e-2
     assert found.loss <= 1.1e-2 and found.ours[-1] < found.ours[0] - 0.02
 
 

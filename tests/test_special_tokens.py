@@ -125,7 +125,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_prompts_of_special_tokens(run, capsys):
+def test_prompts_of_special_tokens(run, capsys, monkeypatch):
     loaded = load(run / "r", backend="cpu", threads=1)
     seen, generate = [], loaded.engine.generate
 
@@ -133,7 +133,7 @@ def test_prompts_of_special_tokens(run, capsys):
         seen.append(list(ids))
         return generate(ids, *rest)
 
-    object.__setattr__(loaded, "engine", type("Spy", (), {"generate": staticmethod(spy)})())
+    monkeypatch.setattr(loaded.engine, "generate", spy)
     begin, end = loaded.tokenizer.begins[0], loaded.tokenizer.eot
     text = loaded.tokenizer.encode("to be").tolist()
     for prompt, special, ids in [
