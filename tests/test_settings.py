@@ -75,7 +75,8 @@ def test_what_auto_stands_for_is_known_before_a_backend_is_opened():
     assert best_dtype("cpu") == ("bf16" if open_backend("cpu").isa == "avx512bf16" else "f32")
 
 
-def test_the_family_is_that_of_the_preset(tmp_path, capsys):
+def test_the_family_is_that_of_the_preset(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # --help in one column
     flags = "--backend cpu --threads 1 --sample-tokens 0 --micro-batch 1 --num-layers 1".split()
     run = resolve(parse(Config, flags, "train"), tmp_path)
     assert type(run.trainer.model) is GPT2 and run.config.model.family == "gpt2"
