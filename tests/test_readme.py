@@ -75,7 +75,10 @@ def test_readme_flags_exist(folder):
         )
     )
     helps += " --model --tasks"  # of the lm-evaluation-harness
-    pages = [README, *((ROOT / "docs" / name).read_text() for name in ("data.md", "optimizers.md", "chat.md", "finetune.md"))]
+    pages = [
+        README,
+        *((ROOT / "docs" / name).read_text() for name in ("data.md", "optimizers.md", "chat.md", "finetune.md")),
+    ]
     for flag in set(re.findall(r"--[a-z][a-z.\-]+", "".join(pages))):
         assert flag in helps, flag
 
