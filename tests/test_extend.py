@@ -328,6 +328,30 @@ def test_another_optimizer_is_refused_or_starts_afresh(words, tmp_path):
             run.resume()
 
 
+def test_a_fresh_state_corrects_its_bias_from_its_own_first_update(words, tmp_path):
+    """The first update of a state moves a weight by the learning rate, whatever the betas: m and v, corrected, are the
+    gradient and its square. Counted from the run's start it would move it by 0.62 of that."""
+    optim = AdamW(weight_decay=0.0, clip=0.0)
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        for step in (1, 2):
+            run.step(step, 1e-2)
+        run.save(2)
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        assert run.resume(fresh=True) == 2
+        before = {name: np.array(a, np.float32) for name, a in run.params().items()}
+        run.step(3, 0.25)
+        moved = np.abs(np.concatenate([(a - before[name]).ravel() for name, a in run.params().items()]).astype(float))
+        assert np.quantile(moved[moved > 0.01], [0.1, 0.9]) == pytest.approx([0.25, 0.25], rel=2**-7)  # bf16 weights
+        run.save(3)
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        assert run.resume() == 3 and run.state_since == 2
+    meta = tmp_path / "step_000003" / "run.json"
+    meta.write_text(meta.read_text().replace('"state_since": 2', '"state_since": 9'))
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        with pytest.raises(hg.HandgradError, match="state_since as a step from 0 to 3, but got 9"):
+            run.resume()
+
+
 class trainer_closed:
     """Closes a trainer at the end of a block, so that the next one may write into its folder."""
 

@@ -182,7 +182,7 @@ def run_case(
 
 def set_scalars(p: Program, arena: Arena) -> None:
     """Writes the step scalars of every check: step 3, learning rate 1e-3, and so on."""
-    inputs = {"seed": 7, "step": 3, "micro_step": 0, "position": 0, "momentum": 0.9}
+    inputs = {"seed": 7, "step": 3, "state_since": 1, "micro_step": 0, "position": 0, "momentum": 0.9}
     arena.write_scalars(p, **inputs, lr=1e-3, loss_sum=0.25, loss_scale=0.125, grad_norm=0.0, grad_scale=0.5)
 
 

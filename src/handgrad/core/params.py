@@ -61,6 +61,12 @@ class Param:
     trainable: bool = True
     parts: tuple[Part, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """Its elements, without those of padded rows."""
+        rows = self.tensor.shape[0]
+        return self.tensor.size if self.init.rows is None else self.tensor.size // rows * self.init.rows
+
 
 @dataclass(frozen=True)
 class Groups:

@@ -417,14 +417,12 @@ class Program:
     @property
     def num_trainable(self) -> int:
         """Number of parameters that learn, without padded rows."""
-        trained = [p for p in self.params.values() if p.trainable]
-        return sum(p.tensor.size // p.tensor.shape[0] * (p.init.rows or p.tensor.shape[0]) for p in trained)
+        return sum(p.size for p in self.params.values() if p.trainable)
 
     @property
     def num_padding(self) -> int:
         """Number of parameters in padded rows: they stay 0."""
-        padded = [(p.tensor, p.init.rows) for p in self.params.values() if p.init.rows is not None]
-        return sum(t.size // t.shape[0] * (t.shape[0] - rows) for t, rows in padded)
+        return self.num_params - sum(p.size for p in self.params.values())
 
 
 _INSIDE = (

@@ -8,6 +8,7 @@ backends/cpu/include/scalars.h is the same struct in C; tests/test_backends.py c
 INPUTS = (  # written by the host
     ("seed", "u64", "seed of dropout and of stochastic rounding"),
     ("step", "i64", "optimizer step, counted from 1"),
+    ("state_since", "i64", "steps before the optimizer's state began anew; 0: none"),
     ("micro_step", "i64", "index of the micro-batch in its step: a counter of dropout"),
     ("position", "i64", "decode: tokens already in the cache"),
     ("lr", "f32", "learning rate of this step"),

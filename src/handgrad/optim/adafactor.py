@@ -8,7 +8,7 @@ from handgrad.core.program import Program
 from handgrad.ops import adafactor
 from handgrad.optim.adamw import DECAY, PLAIN, decays
 from handgrad.optim.checks import check_reals
-from handgrad.optim.slices import declare_low, num_weights, size_of, whole_parameters
+from handgrad.optim.slices import declare_low, size_of, whole_parameters
 
 BETA_DECAY = 0.8  # the second moment decays by 1 - step^-0.8
 EPS = 1e-30  # added to squared gradients
@@ -61,7 +61,7 @@ class Adafactor:
                 start=start,
                 M=rows,
                 K=columns,
-                count=num_weights(param),
+                count=param.size,
                 relative_step=self.relative_step,
                 decay=BETA_DECAY,
                 eps=EPS,

@@ -7,7 +7,6 @@ from math import sqrt
 
 from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.number import real
 from handgrad.core.op import Phase
 from handgrad.core.params import Bucket, Groups, Param
 from handgrad.core.program import Program
@@ -16,6 +15,7 @@ from handgrad.ops import muon, muon_momentum
 from handgrad.ops.collectives import all_gather_f32
 from handgrad.ops.muon.reference import Polynomial
 from handgrad.optim.adamw import DECAY, PLAIN, AdamW, decays
+from handgrad.optim.checks import check_reals
 from handgrad.optim.slices import declare_low
 
 MATRIX = "matrix"
@@ -65,10 +65,9 @@ class Muon:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("momentum", "matrix_rate", "second_beta", "weight_decay"):
-            object.__setattr__(self, name, real("optim", name, getattr(self, name), 0.0))
+        check_reals(self, "momentum", "matrix_rate", "second_beta", "weight_decay")
         if self.embedding_decay is not None:
-            object.__setattr__(self, "embedding_decay", real("optim", "embedding_decay", self.embedding_decay, 0.0))
+            check_reals(self, "embedding_decay")
         for name in ("momentum", "second_beta"):
             if getattr(self, name) >= 1.0:
                 raise HandgradError("optim", f"{name} lies in [0, 1)", getattr(self, name))

@@ -41,13 +41,7 @@ def whole_parameters(g: Program, bucket: Bucket, what: str) -> Iterator[tuple[Pa
         yield param, bucket.start + place, g.within(grad, place, tensor.size), own
 
 
-def num_weights(param: Param) -> int:
-    """The elements of a parameter without those of padded rows."""
-    tensor, rows = param.tensor, param.init.rows
-    return tensor.size if rows is None else tensor.size // tensor.shape[0] * rows
-
-
 def size_of(g: Program, param: Param, own: Slices) -> Tensor:
     """Appends the call that measures a parameter's RMS, at least LEAST_RMS; returns its result."""
-    result: Tensor = g.emit(rms, own["p"], own.get("low"), count=num_weights(param), least=LEAST_RMS)
+    result: Tensor = g.emit(rms, own["p"], own.get("low"), count=param.size, least=LEAST_RMS)
     return result

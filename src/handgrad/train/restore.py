@@ -41,6 +41,20 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
     return {"family": d["family"], **d["model"]}
 
 
+def state_since(saved: dict[str, Any], path: Path, fresh: bool) -> int:
+    """Steps before the optimizer's state began anew, which bias corrections do not count.
+
+    Raises HandgradError if run.json gives none that can be.
+    """
+    since, step = saved.get("state_since", 0), saved["step"]
+    if fresh:
+        return int(step)
+    if type(since) is not int or not 0 <= since <= step:
+        rule = f"{path}/{checkpoint.META} gives state_since as a step from 0 to {step}"
+        raise HandgradError("resume", rule, repr(since), hint=checkpoint.OLDER)
+    return since
+
+
 def state_names(path: Path, mine: list[str], saved: dict[str, Any], optim: Optimizer, fresh: bool) -> list[str]:
     """Which of the tensors of my state a checkpoint gives: all, or those of the weights if the optimizer starts anew.
 

@@ -34,7 +34,7 @@ from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.optimizers import optimizer_name
 from handgrad.train.outliers import Outliers
 from handgrad.train.record import record
-from handgrad.train.restore import check_model, restore
+from handgrad.train.restore import check_model, restore, state_since
 from handgrad.train.shards import GRAD, PARAM, state, whole
 from handgrad.train.start import Start, drawing, initialize, write_weight
 from handgrad.train.step import Step
@@ -110,6 +110,7 @@ class Trainer:
         self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
         self._momentum = getattr(optim, "scheduled_momentum", None) or 0.0
+        self.state_since = 0  # steps before the optimizer's state began anew
         self.saved: dict[str, Any] = {}  # the run.json of the checkpoint that it was resumed from
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
@@ -393,6 +394,7 @@ class Trainer:
             "outliers": {name: list(o.window) for name, o in self._outliers.items()},
             "skips": self.skips,
             "optimizer": optimizer_name(self.optim),
+            "state_since": self.state_since,
             "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
         }
 
@@ -441,7 +443,8 @@ class Trainer:
         saved = checkpoint.load_meta(path, kinds)
         check_model(saved, path, self.model, self.execution.tuning, self.program.dtype.name)
         restore(self.arena, self.program, path, saved, self.optim, fresh)
-        self.saved = saved
+        self.saved, self.state_since = saved, state_since(saved, path, fresh)
+        self.arena.write_scalars(self.program, state_since=self.state_since)
         for name, outliers in self._outliers.items():
             outliers.window.clear()
             outliers.window.extend(saved["outliers"].get(name, ()))

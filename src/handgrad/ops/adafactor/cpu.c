@@ -50,7 +50,7 @@ ENTRY(adafactor) {
   const StepScalars *scalars = a->scalars;
   const float scale = scalars->grad_scale;
   if (scale == 0.0f) return;  // the gradients are not finite
-  double lr = scalars->lr, step = (double)scalars->step, beta = 1.0 - pow(step, -a->decay);
+  double lr = scalars->lr, step = (double)(scalars->step - scalars->state_since), beta = 1.0 - pow(step, -a->decay);
   double mean = update_means(row, col, grad, M, K, scale, beta, a->eps);
   for (int64_t j = 0; j < K; j++) inverse[j] = 1.0f / sqrtf(col[j]);
 #pragma omp parallel for schedule(static)

@@ -12,9 +12,14 @@
 #include "weights.cuh"
 #include "squares.cuh"
 
+// Updates of the state so far, this one included.
+__device__ __forceinline__ double age(const StepScalars *scalars) {
+  return (double)(scalars->step - scalars->state_since);
+}
+
 // old, moved towards the mean of squares
 __device__ __forceinline__ float moved(float old, float mean, float eps, const StepScalars *scalars) {
-  const float take = (float)pow((double)scalars->step, -DECAY);  // 1 - beta
+  const float take = (float)pow(age(scalars), -DECAY);  // 1 - beta
   return (1.0f - take) * old + take * (mean + eps);
 }
 
@@ -97,7 +102,7 @@ adafactor_kernel(real *__restrict__ p, short *__restrict__ low,                 
   sum = block_sum<THREADS>(sum);
   const double lr = scalars->lr;
   if (threadIdx.x == 0) {
-    const double size = sqrt(sum / (double)count) / (double)clip, most = 1.0 / sqrt((double)scalars->step);
+    const double size = sqrt(sum / (double)count) / (double)clip, most = 1.0 / sqrt(age(scalars));
     const double step_lr = relative_step && most < lr ? most : lr;
     shared_rate = (float)(step_lr * (factor ? factor[0] : 1.0f) / (size > 1.0 ? size : 1.0));
   }

@@ -72,6 +72,7 @@ class Adafactor(Op):
 
     def ref(self, v: Any) -> tuple:
         k, lr = v.scalars, float(v.scalars.lr)
+        age = int(k.step - k.state_since)
         if k.grad_scale == 0:
             return v.p, v.row, v.col, v.low
         weight, row, col = reference.adafactor(
@@ -86,8 +87,8 @@ class Adafactor(Op):
             v.clip,
             v.weight_decay,
             lr,
-            min(lr, int(k.step) ** -0.5) if v.relative_step else lr,
-            int(k.step),
+            min(lr, age**-0.5) if v.relative_step else lr,
+            age,
             float(k.grad_scale),
         )
         p, low = halves(v, weight)

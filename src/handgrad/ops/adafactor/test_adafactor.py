@@ -55,7 +55,7 @@ def test_rows_without_gradients_do_not_move():
 def test_a_vector_is_a_matrix_of_one_row():
     """Its column means are its whole second moment: each element is divided by the root of its own."""
     grad, col = np.random.default_rng(0).standard_normal(50), np.random.default_rng(1).random(50)
-    beta = 1 - 3**-0.8
+    beta = 1 - 2**-0.8  # the second update of the state
     moment = beta * col + (1 - beta) * (grad / 2) ** 2
     u = grad / 2 / np.sqrt(moment)
     wanted = -1e-3 * u / max(1.0, np.sqrt((u**2).mean()))

@@ -14,7 +14,7 @@ typedef struct { float scale, beta1, rest1, beta2, rest2, rate, root, eps, decay
 
 static inline Rule make_rule(const StepScalars *scalars, double beta1, double beta2, double eps, double weight_decay,
                              double factor) {
-  double lr = scalars->lr, step = (double)scalars->step;
+  double lr = scalars->lr, step = (double)(scalars->step - scalars->state_since);
   return (Rule){.scale = scalars->grad_scale, .beta1 = (float)beta1, .rest1 = (float)(1.0 - beta1),
                 .beta2 = (float)beta2, .rest2 = (float)(1.0 - beta2),
                 .rate = (float)(lr * factor / (1.0 - pow(beta1, step))),

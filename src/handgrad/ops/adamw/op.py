@@ -17,7 +17,8 @@ BETAS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}  # of cases
 def updated(v: Any, m: Any, s: Any, factor: float = 1.0) -> tuple:
     """The weights and the moments after the step of a call with the arguments `v`, before they are rounded."""
     k = v.scalars
-    hyper = (v.beta1, v.beta2, v.eps, v.weight_decay, float(k.lr), int(k.step), float(k.grad_scale), factor)
+    age = int(k.step - k.state_since)
+    hyper = (v.beta1, v.beta2, v.eps, v.weight_decay, float(k.lr), age, float(k.grad_scale), factor)
     return reference.adamw(reference.whole_weight(v), m, s, v.grad, *hyper)
 
 

@@ -14,8 +14,9 @@ struct Rule {
   __device__ __forceinline__ Rule(const StepScalars *scalars, float eps, float weight_decay, double factor = 1.0)
       : scale(scalars->grad_scale), shrink((float)(1.0 - (double)scalars->lr * (double)weight_decay)), eps(eps) {
     __shared__ float rates[2];
-    if (threadIdx.x == 0) rates[0] = (float)(scalars->lr * factor / (1.0 - pow(BETA1, (double)scalars->step)));
-    if (threadIdx.x == 32) rates[1] = (float)(1.0 / sqrt(1.0 - pow(BETA2, (double)scalars->step)));
+    const double age = (double)(scalars->step - scalars->state_since);
+    if (threadIdx.x == 0) rates[0] = (float)(scalars->lr * factor / (1.0 - pow(BETA1, age)));
+    if (threadIdx.x == 32) rates[1] = (float)(1.0 / sqrt(1.0 - pow(BETA2, age)));
     __syncthreads();
     rate = rates[0];
     root = rates[1];

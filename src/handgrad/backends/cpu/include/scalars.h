@@ -5,7 +5,8 @@
 
 typedef struct {
   uint64_t seed;       // of dropout and of stochastic rounding
-  int64_t step;        // optimizer step, counted from 1 (AdamW's bias correction)
+  int64_t step;        // optimizer step, counted from 1
+  int64_t state_since;  // steps before the optimizer's state began anew; 0: none
   int64_t micro_step;  // index of the micro-batch in its step: a counter of dropout
   int64_t position;    // decode: tokens already in the cache
   float lr;            // learning rate of this step

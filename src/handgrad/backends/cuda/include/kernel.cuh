@@ -99,6 +99,7 @@ __device__ __forceinline__ float block_reduce(float x, Op op, float identity, fl
 struct StepScalars {
   u64 seed;            // of dropout and of stochastic rounding
   i64 step;            // optimizer step, counted from 1
+  i64 state_since;     // steps before the optimizer's state began anew; 0: none
   i64 micro_step;      // index of the micro-batch in its step: a counter of dropout
   i64 position;        // decode: tokens already in the cache
   float lr;            // learning rate of this step
