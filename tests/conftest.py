@@ -32,6 +32,14 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A shard of ids below 97 with frequencies as uneven as in text, so that ten steps change the loss."""
+    folder = tmp_path_factory.mktemp("text")
+    write_shard(folder / "a.bin", [np.random.default_rng(0).zipf(1.3, 20_000) % 97], id_dtype(97))
+    return str(folder / "a.bin")
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """A GPT-2 of two layers with sizes that divide nothing evenly; changes as keywords."""
 

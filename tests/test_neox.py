@@ -39,15 +39,6 @@ KINDS = {
 # PyTorch --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Ids with frequencies as uneven as in text, so that ten steps change the loss."""
-    folder = tmp_path_factory.mktemp("text")
-    ids = np.random.default_rng(0).zipf(1.3, 20_000) % parity.VOCAB
-    hg.data.write_shard(folder / "a.bin", [ids], hg.data.id_dtype(parity.VOCAB))
-    return str(folder / "a.bin")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_gradients_and_steps_equal_transformers(name, text):
     found = parity.compare(parity.CASES[name], text)

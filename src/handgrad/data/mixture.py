@@ -23,8 +23,8 @@ WINDOW = 1000  # sequences: shares are exact to a thousandth
 class Mixture:
     """Tokens of several sets, in every part that trains the same as `Tokens` of one.
 
-    sets: made by `tokens`, with the same seq_len and batch_tokens, and with tokenizers alike, which nobody checks here
-    weights: of the sequences, positive; their sum is irrelevant
+    sets: made by `tokens`, with one seq_len, batch_tokens and tokenizer; the caller compares the tokenizers
+    weights: relative numbers of sequences, positive
 
     Raises HandgradError for weights that are not one positive number a set or leave a set out, and sets that differ.
 

@@ -1,20 +1,17 @@
 """Gemma 3 in Hugging Face's library. A norm there multiplies by 1 + weight, here by the weight."""
 
-import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
+from handgrad.models.llama_format import names, rows
 
 Fields = Mapping[str, Any]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EVERY = 6  # layers of which the last sees the whole text, where config.json does not say
-PARTS = {  # tensors of ours that are several of theirs
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-}
 IN_BLOCK = {
     "ln_1": "input_layernorm",
     "attn.q_norm": "self_attn.q_norm",
@@ -25,24 +22,6 @@ IN_BLOCK = {
     "mlp.down": "mlp.down_proj",
     "ln_mlp": "post_feedforward_layernorm",
 }
-OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
-
-
-def _names(name: str) -> tuple[str, ...]:
-    """Their tensors that are the rows of one of ours."""
-    module, kind = name.rsplit(".", 1)
-    block = re.fullmatch(r"h\.(\d+)\.(.+)", module)
-    if block is None:
-        return (f"{OUTSIDE[module]}.{kind}",)
-    parts = PARTS.get(block[2]) or (IN_BLOCK[block[2]],)
-    return tuple(f"model.layers.{block[1]}.{part}.{kind}" for part in parts)
-
-
-def _rows(name: str, fields: Fields) -> tuple[int, ...]:
-    if ".gate_up." in name:
-        return fields["mlp_size"], fields["mlp_size"]
-    q, kv = (fields[heads] * fields["head_size"] for heads in ("num_heads", "num_kv_heads"))
-    return q, kv, kv
 
 
 def _only(_: Fields) -> dict[str, tuple]:
@@ -127,8 +106,8 @@ HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
     "decode": _decode,
     "encode": _encode,
     "computes": frozenset({"layer_types", "sliding_window"}),
-    "names": _names,
-    "rows": _rows,
+    "names": partial(names, in_block=IN_BLOCK),
+    "rows": rows,
     "prefix": "model.",
     "transposed": "(?!)",  # none
     "shifted": r".*(ln_\w+|_norm)\.weight",

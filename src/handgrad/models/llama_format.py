@@ -81,17 +81,17 @@ GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
 }
 
 
-def _names(name: str) -> tuple[str, ...]:
-    """Their tensors that are the rows of one of ours."""
+def names(name: str, in_block: Mapping[str, str] = IN_BLOCK) -> tuple[str, ...]:
+    """Their tensors that are the rows of one of ours. in_block: what they call those of a block"""
     module, kind = name.rsplit(".", 1)
     block = re.fullmatch(r"h\.(\d+)\.(.+)", module)
     if block is None:
         return (f"{OUTSIDE[module]}.{kind}",)
-    parts = PARTS.get(block[2]) or (IN_BLOCK[block[2]],)
+    parts = PARTS.get(block[2]) or (in_block[block[2]],)
     return tuple(f"model.layers.{block[1]}.{part}.{kind}" for part in parts)
 
 
-def _rows(name: str, fields: Fields) -> tuple[int, ...]:
+def rows(name: str, fields: Fields) -> tuple[int, ...]:
     if ".gate_up." in name:
         return fields["mlp_size"], fields["mlp_size"]
     q, kv = (fields[heads] * fields["head_size"] for heads in ("num_heads", "num_kv_heads"))
@@ -222,8 +222,8 @@ HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
     "decode": _decode,
     "encode": _encode,
     "computes": frozenset({"layer_types", "sliding_window"}),
-    "names": _names,
-    "rows": _rows,
+    "names": names,
+    "rows": rows,
     "prefix": "model.",
     "transposed": "(?!)",  # none
     "ignored": r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight",  # of old versions; a tied head
