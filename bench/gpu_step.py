@@ -88,7 +88,7 @@ class Handgrad:
 
         self.model, dtype = hg.models.preset(task.preset), "bf16" if device == "cuda" else "f32"
         objective: hg.data.Objective = hg.data.Causal()
-        optim = hg.optim.OPTIMIZERS[options.pop("optimizer")]()
+        optim = hg.optim.OPTIMIZERS[options.pop("optimizer", "adamw")]()
         if task.preset == "bert-base":  # masked tokens alone
             self.model = hg.models.preset(task.preset, vocab_size=30592, pooler=False, nsp=False)
             ids = dict(mask_id=103, cls_id=101, sep_id=102, pad_id=0)
