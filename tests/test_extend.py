@@ -22,8 +22,8 @@ from handgrad.optim import AdamW
 from handgrad.train.best import Best
 from handgrad.train.config import from_names, num_tokens
 from handgrad.train.report.read import read_run
-from handgrad.train.resolve import num_steps
 from handgrad.train.run import train
+from handgrad.train.schedule import num_steps
 from handgrad.train.trainer import Trainer
 
 BEGIN = 4  # the step before the cooldown of a run of 8 steps

@@ -72,9 +72,8 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
         is_over = is_exhausted(run)
         if is_over:
             log.event(f.number, f"stopped early: {exhausted(run)}")
-        if (
-            f.due.save or is_best or is_over or (is_renewed and f.number == trainer.last_step)
-        ):  # the log has every step of a checkpoint
+        is_whole = f.number == trainer.last_step  # the log has every step of a checkpoint
+        if f.due.save or is_best or is_over or (is_renewed and is_whole):
             is_renewed = False
             with log.activity("saving"):
                 save(run, log, wait=f.due.stop or is_over or f.number == last)
@@ -123,7 +122,7 @@ def steps(
     begin = trainer.backend.mark()
     for number in range(first, last + 1):
         try:
-            result = trainer.step(number, lr(number), *([momentum(number)] if momentum else []))
+            result = trainer.step(number, lr(number), momentum(number) if momentum else None)
         finally:  # also if it raises: the step before it is done
             yield from waiting
         waiting = [Finished(number, result, begin, due(number))]

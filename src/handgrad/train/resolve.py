@@ -21,15 +21,11 @@ from handgrad.optim import Optimizer, schedules
 from handgrad.train.best import Best
 from handgrad.train.checks import micro_batches
 from handgrad.train.config import (
-    SCHEDULE_SETTINGS,
     SIZES,
-    STEPS,
     ComputeConfig,
     Config,
     ModelConfig,
-    OptimConfig,
     RanksConfig,
-    num_tokens,
 )
 from handgrad.train.datasets import labels_of, paths_of, settle_data, training_data, validation_data
 from handgrad.train.execution import Execution, for_data
@@ -43,6 +39,7 @@ from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
 from handgrad.train.record import flops_per_token
+from handgrad.train.schedule import momentum_of, num_steps, schedule_of, steps_of
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -285,46 +282,6 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
         compute=replace(c.compute, **found),
         world=RanksConfig(),
     )
-
-
-def num_steps(c: Config, data: hg_data.Data) -> int:
-    """The length of the run in steps, from --steps, --tokens or --epochs: the whole steps in it, at least one."""
-    r, epoch = c.run, data.windows / data.sequences
-    if r.tokens:
-        return max(num_tokens(r.tokens) // data.batch_tokens, 1)
-    if r.epochs or r.steps == 0:
-        return max(int((r.epochs or 1.0) * epoch + 1e-9), 1)  # 0.1 * 70 is 7
-    return STEPS if r.steps is None else r.steps
-
-
-def steps_of(c: Config) -> int:
-    """The length of the run of complete settings."""
-    assert c.run.steps is not None  # `complete` has set it
-    return c.run.steps
-
-
-def schedule_of(c: Config) -> schedules.Schedule:
-    """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
-    o, steps = c.optim, steps_of(c)
-    assert o.warmup is not None  # `complete` has set it
-    warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
-    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final, **schedule_settings(o))
-
-
-def schedule_settings(o: OptimConfig) -> dict[str, Any]:
-    """The settings of single schedules, None where they are not given."""
-    return {name: getattr(o, name) or None for name in SCHEDULE_SETTINGS}
-
-
-def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:
-    """The momentum of every step, None if it is not scheduled. HandgradError if the optimizer does not read it."""
-    o, peak = c.optim, getattr(optim, "scheduled_momentum", None)
-    if not o.momentum_warmup and not o.momentum_cooldown:
-        return None
-    if peak is None:
-        rule = "--momentum-warmup and --momentum-cooldown are settings of optimizers whose momentum is scheduled"
-        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}")
-    return schedules.momentum(o.momentum_warmup, steps_of(c), o.momentum_cooldown, peak=peak)
 
 
 def precision_of(h: ComputeConfig) -> Precision:

@@ -23,7 +23,8 @@ from handgrad.train.log import RunLog
 from handgrad.train.loop import Log, loop, sample, save
 from handgrad.train.ranks import NullLog, check_same, exit_code, on_rank_0, together
 from handgrad.train.report import write_report
-from handgrad.train.resolve import Run, resolve, schedule_of
+from handgrad.train.resolve import Run, resolve
+from handgrad.train.schedule import schedule_of
 from handgrad.train.show import show
 
 
