@@ -414,11 +414,11 @@ def at_step(monkeypatch, number, do):
     """Calls `do` when a step begins and no checkpoint is being written."""
     step = Trainer.step
 
-    def then(self, at, lr):
+    def then(self, at, *rates):
         if at == number:
             self.wait_saved()
             do()
-        return step(self, at, lr)
+        return step(self, at, *rates)
 
     monkeypatch.setattr(Trainer, "step", then)
 
