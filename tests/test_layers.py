@@ -112,3 +112,35 @@ def test_imports_only_go_down():
 )
 def test_a_forbidden_import_is_named(path, line):
     assert list(violations(PACKAGE / path, f"import os\n\n\ndef f():\n    {line}\n")) == [f"{path}:5: {line}"]
+
+
+REFERENCES = "torch transformers peft pytorch_optimizer lm_eval gguf pyarrow tensorboard mpi4py matplotlib PIL cuda pynvml"
+
+
+def unguarded(source):
+    """Imports of what the extra `test` has and `dev` has not, without an importorskip or a suppressed ImportError."""
+    tree = ast.parse(source)
+    guarded = {
+        node.args[0].value.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip")
+        if isinstance(node.args[0], ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and "suppress(ImportError)" in ast.unparse(node.items[0]):
+            guarded |= {module.split(".")[0] for _, module in imports(node)}
+    names = {module.split(".")[0] for _, module in imports(tree)}
+    return sorted(names & set(REFERENCES.split()) - guarded)
+
+
+def test_the_light_extra_skips_what_it_lacks():
+    """pip install '.[dev]' && pytest: a test that needs a large reference is skipped, not failed."""
+    files = [*PACKAGE.rglob("test_*.py"), *Path(__file__).parent.rglob("*.py")]
+    found = {str(path): names for path in files if (names := unguarded(path.read_text(encoding="utf-8")))}
+    assert not found
+
+
+def test_an_import_that_fails_in_the_light_extra_is_named():
+    assert unguarded("def f():\n    import torch") == ["torch"]
+    assert unguarded("import pytest\ntorch = pytest.importorskip('torch')\nimport transformers") == ["transformers"]
+    assert not unguarded("with contextlib.suppress(ImportError):\n    import gguf")
