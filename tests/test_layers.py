@@ -114,7 +114,9 @@ def test_a_forbidden_import_is_named(path, line):
     assert list(violations(PACKAGE / path, f"import os\n\n\ndef f():\n    {line}\n")) == [f"{path}:5: {line}"]
 
 
-REFERENCES = "torch transformers peft pytorch_optimizer lm_eval gguf pyarrow tensorboard mpi4py matplotlib PIL cuda pynvml"
+REFERENCES = (
+    "torch transformers peft pytorch_optimizer lm_eval gguf pyarrow tensorboard mpi4py matplotlib PIL cuda pynvml"
+)
 
 
 def unguarded(source):
