@@ -83,6 +83,8 @@ class DataConfig:
     """visit the sequences in random order"""
     documents: bool = False
     """attention stays within documents, which begin with the end-of-text id; in chat data always within rows"""
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """of chat data: best_fit: as many whole rows in a training sequence as fit; none: one, and padding"""
     overfit: bool = False
     """train on the first batch in every step, to see whether the model can memorise it"""
     whole_word: bool = False
