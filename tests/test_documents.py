@@ -350,6 +350,28 @@ def test_documents_flag(tmp_path, folder):
         go(family="bert", preset="bert-base", train=str(folder))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_explain_plans_what_a_run_of_documents_takes(folder, tmp_path, capsys, family):
+    """To the byte, tensor by tensor."""
+    same = f"--family {family} --seq-len 32 --micro-batch 2 --backend cpu --threads 1 --dtype f32".split()
+    run = f"--preset tiny --steps 1 --val-tokens 32 --sample-tokens 1 --train {folder} --out {tmp_path / 'run'}"
+    assert main(["train", *run.split(), *same]) == 0
+    vocab = ["--vocab-size", str(hg.data.read_meta(folder)["vocab_size"])]
+    capsys.readouterr()
+    assert main(["explain", "tiny", *vocab, *same, "--documents"]) == 0
+    assert (tmp_path / "run" / "memory.txt").read_text() in capsys.readouterr().out
+    assert main(["explain", "tiny", *vocab, *same]) == 0
+    assert (tmp_path / "run" / "memory.txt").read_text() not in capsys.readouterr().out
+
+
+def test_explain_of_documents_names_the_kernels_and_refuses_a_bert(capsys):
+    assert main(["explain", "tiny", "--gpu", "h100", "--documents", "--calls"]) == 0
+    kernels = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if " attention" in line[:40]]
+    assert len(kernels) == 8 and set(kernels) == {"own"}
+    assert main(["explain", "bert-base", "--documents"]) == 2
+    assert "documents are kept apart by models that continue texts, but got a bert" in capsys.readouterr().err
+
+
 def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
     """--val may name texts beside chats, and chats beside texts; eval finds the loss that training found."""
     texts = tmp_path / "texts"

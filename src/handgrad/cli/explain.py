@@ -62,6 +62,8 @@ class Explain:
     """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
+    documents: bool = False
+    """plan for attention within documents, as a run with --documents or on chats does"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
-    execution = tuned(execution, settled(a.tune, is_resumed=False))
+    execution = tuned(replace(execution, documents=a.documents), settled(a.tune, is_resumed=False))
     if on_gpus(a) and (name != "cuda" or a.ranks == 1):
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")

@@ -145,8 +145,11 @@ def forward_loss(
 ) -> Tensor:
     """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
 
-    documents: sequences hold several, which the input "first" keeps apart, for a model that continues texts
+    documents: sequences hold several, which the input "first" keeps apart. Raises HandgradError for a model that does
+        not continue texts
     """
+    if documents and not model.continues_text:
+        raise HandgradError("model", "documents are kept apart by models that continue texts", f"a {model.family}")
     data = model.inputs(g, batch_size, seq_len)
     if documents:
         data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
