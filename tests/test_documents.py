@@ -206,6 +206,23 @@ def config(folder, out, **changes):
     return from_names(settings | changes)
 
 
+def test_an_adapter_has_the_tokenizer_and_the_template_of_a_whole_model(folder, tmp_path):
+    """The files that convert writes into a Hugging Face folder, from which transformers makes the same ids."""
+    transformers = pytest.importorskip("transformers")
+    run, adapter, whole = (tmp_path / name for name in ("run", "adapter", "whole"))
+    assert train(config(folder, run, steps=1, val_every=0, lora_rank=2), quiet=True) == 0
+    assert main(["convert", str(run), str(adapter), "--adapter"]) == main(["convert", str(run), str(whole)]) == 0
+    own = {"adapter_config.json", "adapter_model.safetensors"}
+    files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.name not in own}
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files == {name: (whole / name).read_bytes() for name in files}
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "us"}]
+    found = transformers.AutoTokenizer.from_pretrained(adapter).apply_chat_template(chat)["input_ids"]
+    ids = hg.data.open_shard(folder / "train_000000.bin").read()
+    assert len(found) > 9 and found[0] == ids[0]
+    assert main(["convert", str(run), str(adapter), "--adapter", "--force"]) == 0
+
+
 def log(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
