@@ -24,7 +24,7 @@ from handgrad.models.blocks import (
     packed,
     project,
 )
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, names, number, padded, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, names, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.ops import embed, pick
 from handgrad.ops.act import Act
@@ -65,10 +65,7 @@ class Bert:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.hidden_size % self.num_heads:
-            raise HandgradError(
-                "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
-            )
+        head_columns(self)  # raises unless the heads divide the width
         if (self.mlm, self.pooler, self.nsp) not in (BODY, *HEADS.values()):
             got = f"mlm {self.mlm}, pooler {self.pooler}, nsp {self.nsp}"
             raise HandgradError("model", "the heads of a BERT are none, mlm, pooler, or all three", got)

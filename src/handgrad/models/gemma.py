@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
-from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -28,7 +27,7 @@ from handgrad.models.blocks import (
     rotary,
 )
 from handgrad.models.gemma_format import HUGGING_FACE
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, check_heads, flag, head_columns, number, padded, size
 from handgrad.models.registry import register
 from handgrad.ops.act import Act
 
@@ -72,22 +71,16 @@ class Gemma:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if not self.head_size and C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
         found: dict[str, float] = {
-            "num_kv_heads": self.num_kv_heads or heads,
-            "head_size": self.head_size or C // heads,
-            "mlp_size": self.mlp_size or 4 * C,
-            "query_size": self.query_size or self.head_size or C // heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_size": head_columns(self),
+            "mlp_size": self.mlp_size or 4 * self.hidden_size,
+            "query_size": self.query_size or head_columns(self),
         }
         found |= {name: float(getattr(self, name)) for name in ("rope_theta", "local_theta", "norm_eps")}
         for name, value in found.items():
             object.__setattr__(self, name, value)
-        if heads % self.num_kv_heads:
-            raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
-        if self.head_size % 2:
-            raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
+        check_heads(self)
 
     @property
     def vocab_padded(self) -> int:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
-from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.blocks import drop, embedding, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, padded, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, padded, rate, size
 from handgrad.models.registry import register
 
 GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
@@ -101,10 +100,7 @@ class GPT2:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.hidden_size % self.num_heads:
-            raise HandgradError(
-                "model", "hidden_size is a multiple of num_heads", f"{self.hidden_size} and {self.num_heads} heads"
-            )
+        head_columns(self)  # raises unless the heads divide the width
 
     @property
     def vocab_padded(self) -> int:

@@ -27,7 +27,18 @@ from handgrad.models.blocks import (
     rotary,
 )
 from handgrad.models.llama_format import HUGGING_FACE
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, numbers, padded, size
+from handgrad.models.model import (
+    MAX_LAYERS,
+    Batch,
+    check_fields,
+    check_heads,
+    flag,
+    head_columns,
+    number,
+    numbers,
+    padded,
+    size,
+)
 from handgrad.models.registry import register
 from handgrad.ops.act import Act
 
@@ -71,26 +82,20 @@ class Llama:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if not self.head_size and C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
         found = {
-            "num_kv_heads": self.num_kv_heads or heads,
-            "head_size": self.head_size or C // heads,
-            "mlp_size": self.mlp_size or -(-8 * C // (3 * MLP_ALIGN)) * MLP_ALIGN,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_size": head_columns(self),
+            "mlp_size": self.mlp_size or -(-8 * self.hidden_size // (3 * MLP_ALIGN)) * MLP_ALIGN,
             "rope_theta": float(self.rope_theta),
             "rope_scaling": tuple(self.rope_scaling) if self.rope_scaling else None,
             "norm_eps": float(self.norm_eps),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
-        if heads % self.num_kv_heads:
-            raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
+        check_heads(self)
         if self.rope_scaling and self.rope_scaling[1] >= self.rope_scaling[2]:
             rule = "rope_scaling has a low_freq_factor below its high_freq_factor"
             raise HandgradError("model", rule, self.rope_scaling)
-        if self.head_size % 2:
-            raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
 
     @property
     def vocab_padded(self) -> int:

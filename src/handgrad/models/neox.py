@@ -26,7 +26,7 @@ from handgrad.models.blocks import (
     packed,
     rotary,
 )
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, choice, flag, number, padded, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, choice, flag, head_columns, number, padded, size
 from handgrad.models.registry import register
 from handgrad.ops import add
 from handgrad.ops.act import Act
@@ -163,18 +163,16 @@ class GPTNeoX:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
-        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * C)
+        columns = head_columns(self)
+        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
         if self.rotary_pct > 1 or self.rotary_dims < 2 or self.rotary_dims % 2:
-            rule = f"rotary_pct is a part of a head's {C // heads} columns, which are rotated in pairs"
+            rule = f"rotary_pct is a part of a head's {columns} columns, which are rotated in pairs"
             raise HandgradError("model", rule, f"{self.rotary_pct}, {self.rotary_dims} columns")
 
     @property
     def rotary_dims(self) -> int:
         """Columns of a head that rotate: the first ones."""
-        return int(self.hidden_size // self.num_heads * self.rotary_pct)
+        return int(head_columns(self) * self.rotary_pct)
 
     @property
     def vocab_padded(self) -> int:

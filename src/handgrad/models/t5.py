@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
-from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -25,7 +24,7 @@ from handgrad.models.blocks import (
     project,
     rms_norm,
 )
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
 from handgrad.ops import embed, gated
@@ -78,11 +77,8 @@ class T5:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if not self.head_size and C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
-        object.__setattr__(self, "head_size", self.head_size or C // heads)
-        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * C)
+        object.__setattr__(self, "head_size", head_columns(self))
+        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
 
     @property
     def vocab_padded(self) -> int:
