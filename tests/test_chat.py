@@ -390,16 +390,18 @@ def test_windows_hold_whole_rows(tmp_path, seq_len):
     assert tokens.packing.dropped == 55 - len(texts)
 
 
-def test_batches_depend_on_step_and_seed_alone(tmp_path):
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_batches_depend_on_step_and_seed_alone(tmp_path, packing):
     write_chats(tmp_path, np.random.default_rng(0).integers(2, 9, 200).tolist())
-    tokens, again = opened(tmp_path, 16, 128, seed=3), opened(tmp_path, 16, 128, seed=3)
+    tokens, again = (opened(tmp_path, 16, 128, seed=3, packing=packing) for _ in range(2))
+    assert (tokens.windows == 200) == (packing == "none")
     for step in (0, 40):
         whole = tokens.batch(step)
         parts = [again.batch(step, rank, 2, micro_batch=2, micro_step=k) for k in range(2) for rank in range(2)]
         for name, array in whole.items():
             assert (array == np.concatenate([part[name] for part in parts])).all() and array.dtype == np.int32
-    assert not (opened(tmp_path, 16, 128, seed=4).batch(0)["ids"] == tokens.batch(0)["ids"]).all()
-    epoch = opened(tmp_path, 16, 16 * tokens.windows, seed=3).batch(1)["ids"]
+    assert not (opened(tmp_path, 16, 128, seed=4, packing=packing).batch(0)["ids"] == tokens.batch(0)["ids"]).all()
+    epoch = opened(tmp_path, 16, 16 * tokens.windows, seed=3, packing=packing).batch(1)["ids"]
     assert sorted(map(tuple, epoch)) == sorted(tuple(b["ids"][0]) for b in tokens.sweep(1))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data.draws import Draws
 from handgrad.data.shards import BEGINS, LEARNED, MARK
-from handgrad.models import GPT2, GPTNeoX, Llama, forward_loss
+from handgrad.models import GPT2, GPTNeoX, Llama, declare, forward_loss
 from handgrad.ops import add
 from handgrad.tokenizers import TEMPLATES
 from handgrad.train.config import from_names
+from handgrad.train.journal import recorded_settings
 from handgrad.train.run import train
 
 V, T = 61, 24
@@ -44,17 +46,22 @@ def angles(positions, columns, theta, scaling):
     return np.concatenate([np.cos(found), np.sin(found)], axis=1)
 
 
+def weights(model):
+    """Random weights by name, with rows of padding."""
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.3, info.tensor.shape) for name, info in declare(model).params.items()}
+
+
 def run(model, batch, documents):
-    """(losses, gradients by name) of a batch in float64, with random weights that are the same for every shape."""
+    """(losses, gradients by name) of a batch in float64, with the same weights for every shape."""
     B, length = batch["ids"].shape
     p = Program(F32, trains=True)
     forward_loss(p, model, B, length, documents=documents)
     backward(p, add)
     backend = RefBackend()
     arena = backend.alloc(backend.plan(p))
-    rng = np.random.default_rng(0)
-    for info in p.params.values():
-        arena.part("param", info.tensor)[...] = rng.normal(0, 0.3, info.tensor.shape)
+    for name, value in weights(model).items():
+        arena.part("param", p.params[name].tensor)[...] = value
     for name, tensor in p.inputs.items():
         arena.write(tensor, np.ascontiguousarray(batch[name]).reshape(-1))
     for tensor, table in p.constants.values():
@@ -107,6 +114,66 @@ def test_packed_rows_equal_the_rows_apart(name):
         assert error(run(MODELS[name], batch, True), separate, counts) > 1e-3
 
 
+def padded(folder):
+    """(the batch of a shard's five rows, each padded to T, the rows apart)."""
+    ids, marks, documents = chats()
+    sizes = [len(row) + 1 for row, _ in documents]
+    held = [np.concatenate([a[0, :20], a[1]]) for a in (ids, marks)]
+    hg.data.write_shard(folder / "train_0.bin", held[:1], hg.data.id_dtype(V))
+    hg.data.write_shard(folder / "train_0.mask", held[1:], MARK)
+    data = hg.data.tokens(folder, T, 5 * T, shuffle=False, objective=hg.data.Chat(), packing="none")
+    assert data.windows == 5 and str(data.packing) == "5 rows in 5 windows, 36.0 % full"
+    batch = data.batch(0)
+    held = np.arange(T) < np.array(sizes)[:, None] - 1
+    assert not (batch["targets"] != IGNORE_INDEX)[~held].any()
+    held = np.arange(T) < np.array(sizes)[:, None]  # a row's last token is a target alone, and of none
+    assert (batch["first"] == np.where(held, 0, np.arange(T))).all()
+    return batch, documents
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_rows_equal_the_rows_apart(name, tmp_path):
+    """So they equal packed rows, which do."""
+    batch, documents = padded(tmp_path)
+    found = run(MODELS[name], batch, True)
+    assert error(found, apart(MODELS[name], documents), batch["targets"] != IGNORE_INDEX) < EXACT
+    batch["ids"] = np.where(batch["ids"] == 0, 7, batch["ids"])  # whatever the padding is
+    again = run(MODELS[name], batch, True)
+    assert error(again, (found[0].ravel(), found[1]), batch["targets"] != IGNORE_INDEX) < EXACT
+
+
+def test_padded_rows_equal_those_of_transformers(tmp_path):
+    """In float64: a right-padded batch with attention_mask, and labels of -100 for what does not count."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    batch, documents = padded(tmp_path)
+    ids, mask, labels = (np.full((5, T + 1), fill, np.int64) for fill in (0, 0, -100))
+    for n, (row, targets) in enumerate(documents):
+        ids[n, : row.size], mask[n, : row.size + 1] = row, 1
+        labels[n, 1 : row.size + 1] = np.where(targets == IGNORE_INDEX, -100, targets)
+        ids[n, row.size] = max(targets[-1], 0)
+    model = replace(MODELS["gpt2"], num_heads=4)  # float32 holds the scale of its attention, 1/2
+    sizes = dict(vocab_size=V, n_positions=T + 1, n_layer=2, n_head=4, n_embd=16)
+    off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(**sizes, **off)
+    judge = transformers.GPT2LMHeadModel(config).double()
+    names = {name.removeprefix("transformer."): p for name, p in judge.named_parameters()}
+    losses, gradients = run(model, batch, True)
+    with torch.no_grad():
+        for name, value in weights(model).items():
+            value = value.T if ".c_" in name and value.ndim == 2 else value
+            names[name][: len(value)] = torch.from_numpy(value[: len(names[name])])
+    logits = judge(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits
+    own = logits[:, :-1].reshape(-1, V), torch.from_numpy(labels[:, 1:]).reshape(-1)
+    loss = torch.nn.functional.cross_entropy(*own, reduction="sum")  # their own casts the logits to float32
+    loss.backward()
+    assert abs(losses.sum() - loss.item()) < EXACT * loss.item()
+    for name, ours in gradients.items():
+        theirs = names[name].grad.numpy()
+        theirs = theirs.T if ".c_" in name and theirs.ndim == 2 else theirs
+        rows = min(len(ours), len(theirs))
+        assert np.abs(ours[:rows] - theirs[:rows]).max() < EXACT * np.abs(theirs).max(), name
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_documents_of_a_text_equal_the_documents_apart(name):
     """The last token of each predicts the end-of-text id that begins the next."""
@@ -137,6 +204,23 @@ def config(folder, out, **changes):
     settings |= dict(train=str(folder), seq_len=96, micro_batch=2, batch_tokens=384, steps=6, threads=1, warmup=0)
     settings |= dict(out=str(out), sample_tokens=0, val_every=3, val_tokens=0, save_every=3, dtype="f32", backend="cpu")
     return from_names(settings | changes)
+
+
+def test_an_adapter_has_the_tokenizer_and_the_template_of_a_whole_model(folder, tmp_path):
+    """The files that convert writes into a Hugging Face folder, from which transformers makes the same ids."""
+    transformers = pytest.importorskip("transformers")
+    run, adapter, whole = (tmp_path / name for name in ("run", "adapter", "whole"))
+    assert train(config(folder, run, steps=1, val_every=0, lora_rank=2), quiet=True) == 0
+    assert main(["convert", str(run), str(adapter), "--adapter"]) == main(["convert", str(run), str(whole)]) == 0
+    own = {"adapter_config.json", "adapter_model.safetensors"}
+    files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.name not in own}
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files == {name: (whole / name).read_bytes() for name in files}
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "us"}]
+    found = transformers.AutoTokenizer.from_pretrained(adapter).apply_chat_template(chat)["input_ids"]
+    ids = hg.data.open_shard(folder / "train_000000.bin").read()
+    assert len(found) > 9 and found[0] == ids[0]
+    assert main(["convert", str(run), str(adapter), "--adapter", "--force"]) == 0
 
 
 def log(out):
@@ -186,15 +270,39 @@ def test_a_model_folder_is_tuned_with_its_own_template(folder, tmp_path, capsys)
     assert abs(found - log(tuned)[-1]["val_loss"]) < 1e-5 * found  # both in float32, packed and row by row
 
 
-def test_resume_is_bit_for_bit(folder, tmp_path):
-    assert train(config(folder, tmp_path / "whole"), quiet=True) == 0
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_resume_is_bit_for_bit(folder, tmp_path, packing):
+    assert train(config(folder, tmp_path / "whole", packing=packing), quiet=True) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step_000006")
-    assert train(config(folder, tmp_path / "run", resume="auto"), quiet=True) == 0
+    assert train(config(folder, tmp_path / "run", resume="auto", packing=packing), quiet=True) == 0
     assert log(tmp_path / "run") == log(tmp_path / "whole")
     for name in ("model.safetensors", "state.rank00.safetensors"):
         ours, theirs = (tmp_path / out / "step_000006" / name for out in ("run", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_rows_of_chats_padded(folder, tmp_path, capsys):
+    """The start says how full the windows are and how to fill them; validation has the same loss; and a text has no
+    rows to pad."""
+    said, val = {}, {}
+    for packing in ("none", "best_fit"):
+        out = tmp_path / packing
+        assert train(config(folder, out, packing=packing, steps=1, seq_len=128, batch_tokens=512)) == 0
+        said[packing], val[packing] = " ".join(capsys.readouterr().out.split()), log(out)[-1]["val_loss"]
+        assert json.loads((out / "config.json").read_text())["data"]["packing"] == packing
+    assert "48 rows in 48 windows, 4" in said["none"] and "48 rows in 48" not in said["best_fit"]
+    assert ("--packing best_fit puts several" in said["none"], "--packing" in said["best_fit"]) == (True, False)
+    assert abs(val["none"] - val["best_fit"]) < 0.1  # of weights one step apart, on other rows
+    with pytest.raises(HandgradError, match="--packing none is for chat data, whose rows it pads, but got shakespeare"):
+        train(config("shakespeare", tmp_path / "text", packing="none"), quiet=True)
+    with pytest.raises(HandgradError, match="packing none is for chat data, by Chat, but got Causal"):
+        hg.data.tokens(folder, 96, 96, packing="none")
+    data = hg.data.tokens(folder, 96, 96, objective=hg.data.Chat(), packing="none")
+    recorded = recorded_settings(GPT2(**SIZES), hg.optim.AdamW(), data, hg.Execution(1), "f32")
+    assert recorded["data"]["packing"] == "none"  # of a run from Python
+    with pytest.raises(HandgradError, match="packing is one of best_fit, none, but got 'bfd'"):
+        hg.data.tokens(folder, 96, 96, objective=hg.data.Chat(), packing="bfd")
 
 
 def test_losses_are_of_the_assistants_tokens_on_any_number_of_ranks(folder):
@@ -259,6 +367,28 @@ def test_documents_flag(tmp_path, folder):
         go(family="bert", preset="bert-base", train=str(folder))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_explain_plans_what_a_run_of_documents_takes(folder, tmp_path, capsys, family):
+    """To the byte, tensor by tensor."""
+    same = f"--family {family} --seq-len 32 --micro-batch 2 --backend cpu --threads 1 --dtype f32".split()
+    run = f"--preset tiny --steps 1 --val-tokens 32 --sample-tokens 1 --train {folder} --out {tmp_path / 'run'}"
+    assert main(["train", *run.split(), *same]) == 0
+    vocab = ["--vocab-size", str(hg.data.read_meta(folder)["vocab_size"])]
+    capsys.readouterr()
+    assert main(["explain", "tiny", *vocab, *same, "--documents"]) == 0
+    assert (tmp_path / "run" / "memory.txt").read_text() in capsys.readouterr().out
+    assert main(["explain", "tiny", *vocab, *same]) == 0
+    assert (tmp_path / "run" / "memory.txt").read_text() not in capsys.readouterr().out
+
+
+def test_explain_of_documents_names_the_kernels_and_refuses_a_bert(capsys):
+    assert main(["explain", "tiny", "--gpu", "h100", "--documents", "--calls"]) == 0
+    kernels = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if " attention" in line[:40]]
+    assert len(kernels) == 8 and set(kernels) == {"own"}
+    assert main(["explain", "bert-base", "--documents"]) == 2
+    assert "documents are kept apart by models that continue texts, but got a bert" in capsys.readouterr().err
+
+
 def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
     """--val may name texts beside chats, and chats beside texts; eval finds the loss that training found."""
     texts = tmp_path / "texts"
@@ -278,5 +408,7 @@ def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
         assert main(["eval", str(tmp_path / name), "--threads", "1", "--backend", "cpu"]) == 0
         found = json.loads((tmp_path / name / "eval.json").read_text())["step_000002"]["val"]["loss"]
         assert found == pytest.approx(log(tmp_path / name)[-1]["val_loss"], abs=1e-5)
+    mixed = config(f"{texts},{folder}", tmp_path / "mixed", packing="none", steps=2, val_every=0, save_every=0)
+    assert train(mixed, quiet=True) == 0  # beside texts, too, rows of chats are padded
     with pytest.raises(HandgradError, match="chats validate a run that keeps them apart"):
         train(config(texts, tmp_path / "none", val=f"{folder}/val_*.bin", steps=2), quiet=True)

@@ -152,7 +152,7 @@ def write_folder(source: Source, dst: Path, to: str, dtype: str, tokenizer: Toke
     with staged(dst) as new:
         new.mkdir()
         if to == "adapter":
-            to_adapter(source, new, dtype)
+            to_adapter(source, new, dtype, tokenizer)
         elif to == "hf":
             to_hf(source, new, dtype, tokenizer)
         else:

@@ -34,7 +34,7 @@ class Explain:
     bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
-    gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
+    gpu: Annotated[Literal["a100", "4090", "h100", "h200", "b200"] | None, tyro.conf.arg(metavar="GPU")] = None
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
     """architecture: bert, gemma, gpt2, llama, gpt_neox, t5; empty: the model's own"""
@@ -46,7 +46,7 @@ class Explain:
     """processes that train together, on CPUs or one on each GPU; the page is that of one of them"""
     nodes: int = 1
     """machines that ranks on GPUs are divided among"""
-    link: Annotated[Literal["", "nvlink", "pcie", "ib"], tyro.conf.arg(metavar="LINK")] = ""
+    link: Annotated[Literal["nvlink", "pcie", "ib"] | None, tyro.conf.arg(metavar="LINK")] = None
     """between the GPUs of a machine: nvlink or pcie. Machines are joined by ib: InfiniBand, 400 Gbit/s for each GPU"""
     mfu: float = 0.0
     """MFU that one GPU reaches, for the time of a step of several, such as 0.5; 0: as measured for the nearest model"""
@@ -62,6 +62,8 @@ class Explain:
     """decay of an average of the weights, such as 0.999; 0: none"""
     dropout: float = ModelConfig.dropout
     """probability of dropping embeddings, attention weights and branches, of a GPT-2, BERT or T5"""
+    documents: bool = False
+    """plan for attention within documents, as a run with --documents or on chats does"""
     val: bool = True
     """plan for validation too, as a run with a validation set does"""
     sample: bool = True
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
     h = replace(a.compute, backend=name)
     precision = precision_of(h)
     execution = execution_of(h, tuple(name for name in ("val", "sample") if getattr(a, name)))
-    execution = tuned(execution, settled(a.tune, is_resumed=False))
+    execution = tuned(replace(execution, documents=a.documents), settled(a.tune, is_resumed=False))
     if on_gpus(a) and (name != "cuda" or a.ranks == 1):
         rule, found = "--nodes, --link and --mfu are of several ranks on GPUs", f"--backend {name} --ranks {a.ranks}"
         raise HandgradError("explain", rule, found, hint="--gpu h200 --ranks 8")

@@ -48,6 +48,7 @@ def tokens(
     overfit: bool = False,
     split: str = "train",
     objective: Objective = Causal(),
+    packing: str = "best_fit",
 ) -> "Tokens":
     """Returns the `Tokens` of all shards that match the glob `pattern`, in the order of their names.
 
@@ -60,10 +61,11 @@ def tokens(
     overfit: every step reads the batch of the first
     split: "train" or "val", of a folder
     objective: what a window becomes: Causal, Masked, Spans, Labels or, of chat data, Chat
+    packing: of chat data, the rows of a window: "best_fit": as many as fit; "none": one, and padding
 
     Raises HandgradError if no file matches, a shard or its marks are damaged (`open_shard`, `open_marks`), no shard
-    holds a window, batch_tokens is not a multiple of seq_len, the objective has no sequences of this length, or the
-    shards' folders are of different tokenizers (`common_meta`).
+    holds a window, batch_tokens is not a multiple of seq_len, the objective has no sequences of this length, `packing`
+    is "none" without Chat, or the shards' folders are of different tokenizers (`common_meta`).
 
     >>> import tempfile
     >>> from handgrad.data.shards import write_shard, id_dtype
@@ -75,7 +77,7 @@ def tokens(
            [5, 6, 7, 8]], dtype=int32)
     """
     paths = find_shards(pattern, split)
-    return Tokens(pattern, paths, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit, objective)
+    return Tokens(pattern, paths, seq_len, batch_tokens, seed, shuffle, vocab_size, overfit, objective, packing)
 
 
 def find_shards(pattern: str | Path, split: str = "train") -> list[Path]:
@@ -139,6 +141,7 @@ class Tokens:
         vocab_size: int | None,
         overfit: bool,
         objective: Objective,
+        packing: str,
     ):
         if seq_len < 1:
             raise HandgradError("data", "seq_len must be at least 1 token", seq_len)
@@ -169,7 +172,9 @@ class Tokens:
             if shard.dtype == MARK:
                 raise HandgradError("data", f"{pattern} names token shards", f"{shard.path}, which holds marks")
         self._length, self._apart = objective.window(seq_len)
-        self.packing = Packing(self.shards, self._length) if objective.packs else None
+        if packing != "best_fit" and not objective.packs:
+            raise HandgradError("data", f"packing {packing} is for chat data, by Chat", type(objective).__name__)
+        self.packing = Packing(self.shards, self._length, packing) if objective.packs else None
         grid = [self._grid(shard.count) for shard in self.shards]
         self._num_shifts = [shifts for _, shifts in grid]
         self._ends = self.packing.ends if self.packing else list(accumulate(windows for windows, _ in grid))

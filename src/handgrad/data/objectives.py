@@ -122,7 +122,7 @@ class Causal:
 class Chat:
     """Every position predicts the next token of its row if that is the assistant's, and nothing else.
 
-    The windows are whole rows of chat data, one after another; the rest of a window is padding, of id 0.
+    The windows are whole rows of chat data, one after another; the rest of a window is padding, of id 0 and no target.
 
     ids, targets: (B, seq_len), the same ids shifted by one; IGNORE_INDEX for what the assistant did not write
     first, positions: (B, seq_len), as `Causal(eot)` fills them, with rows as documents. Padding sees itself alone

@@ -1,7 +1,8 @@
 """Packing: windows that hold whole rows of chat data, found from the marks beside the shards.
 
-A row goes, in file order, into the open window that it fills best; where it fits into none, the fullest is closed. So
-the windows are a function of the shards and the sequence length alone, and a window's rows lie near each other.
+best_fit: a row goes, in file order, into the open window that it fills best; where it fits into none, the fullest is
+closed. So the windows are a function of the shards and the sequence length alone, and a window's rows lie near each
+other. none: a row has a window of its own.
 """
 
 from bisect import bisect_right
@@ -14,23 +15,26 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 from handgrad.data.shards import BEGINS, LEARNED, OpenShard, Shard, open_marks
 
+METHODS = ("best_fit", "none")
 _OPEN_SHARDS = 128  # at a time, each with its marks: 1024 file descriptors are a common limit
 _OPEN_WINDOWS = 64  # 1 to 2 % of the windows stay empty where rows take a third, and a million rows are packed in 5 s
 
 
 class Packing:
-    """The windows of `length` ids that hold the rows of these shards.
+    """The windows of `length` ids that hold the rows of these shards, by a method of METHODS.
 
     ends: windows in the shards up to each
     rows, cut, dropped: rows in all; those longer than a window, which keep its length from their beginning; of these,
         the ones whose beginning holds nothing of the assistant's, which no window has
     filled: fraction of the windows that holds rows
 
-    Raises HandgradError if a shard's marks are missing or damaged, or no row can be learned from.
+    Raises HandgradError for another method, if a shard's marks are missing or damaged, or no row can be learned from.
     """
 
-    def __init__(self, shards: Sequence[Shard], length: int):
-        self.length, self.rows, self.cut, self.dropped = length, 0, 0, 0
+    def __init__(self, shards: Sequence[Shard], length: int, method: str = "best_fit"):
+        if method not in METHODS:
+            raise HandgradError("data", f"packing is one of {', '.join(METHODS)}", f"'{method}'")
+        self.method, self.length, self.rows, self.cut, self.dropped = method, length, 0, 0, 0
         self._marks = [open_marks(shard) for shard in shards]
         self._packed = [self._pack(marks) for marks in self._marks]
         self.ends = list(accumulate(len(bounds) - 1 for _, _, bounds in self._packed))
@@ -76,13 +80,13 @@ class Packing:
         empty = [row for row in long.tolist() if not (marks[starts[row] :][: self.length] == LEARNED).any()]
         self.rows, self.cut, self.dropped = self.rows + starts.size, self.cut + long.size, self.dropped + len(empty)
         starts, sizes = np.delete(starts, empty), np.delete(sizes, empty)
-        of = _windows(sizes.tolist(), self.length)
+        of = np.arange(sizes.size) if self.method == "none" else _best_fit(sizes.tolist(), self.length)
         order = np.argsort(of, kind="stable")
         bounds = np.searchsorted(of[order], np.arange(of.max(initial=-1) + 2))
         return starts[order], sizes[order], bounds
 
 
-def _windows(sizes: Sequence[int], length: int) -> np.ndarray:
+def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
     """Returns the window of each row, (rows,) int64: 0, 1, ... in the order in which windows are opened."""
     of, count = np.empty(len(sizes), np.int64), 0
     free, number = np.zeros(_OPEN_WINDOWS, np.int64), np.zeros(_OPEN_WINDOWS, np.int64)

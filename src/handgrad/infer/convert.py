@@ -44,12 +44,15 @@ def to_hf(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokeni
     hf.write(folder, form, source.weights, dtype, ends, suppressed, begins)
 
 
-def to_adapter(source: Source, folder: Path, dtype: str) -> None:
-    """Fills an empty folder with the adapter of a run, so that peft loads it onto the model that the run began with."""
+def to_adapter(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
+    """Fills an empty folder with the adapter of a run, so that peft loads it onto the model that the run began with;
+    beside it are the run's tokenizer and chat template."""
     assert source.lora is not None and source.tensors is not None
     settings = source.path.resolve().parent / SETTINGS
     init = read_object(settings, "convert").get("model", {}).get("init", "") if settings.exists() else ""
     base = "" if init in ("random", "llmc") else str(init).removeprefix("hf:")
+    if tokenizer is not None:
+        tokenizers.to_folder(tokenizer, folder, source.template())
     write_peft(folder, source.lora, source.model, source.tensors, dtype, base)
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
-from handgrad.core.errors import HandgradError
-from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.blocks import (
@@ -20,15 +18,17 @@ from handgrad.models.blocks import (
     dense,
     embedding,
     gated_mlp,
+    head_table,
     lm_head_logits,
     lm_head_loss,
     packed,
     project,
     rms_norm,
     rotary,
+    token_table,
 )
 from handgrad.models.gemma_format import HUGGING_FACE
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, check_heads, flag, head_columns, number, padded, size
 from handgrad.models.registry import register
 from handgrad.ops.act import Act
 
@@ -72,22 +72,16 @@ class Gemma:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if not self.head_size and C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
         found: dict[str, float] = {
-            "num_kv_heads": self.num_kv_heads or heads,
-            "head_size": self.head_size or C // heads,
-            "mlp_size": self.mlp_size or 4 * C,
-            "query_size": self.query_size or self.head_size or C // heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_size": head_columns(self),
+            "mlp_size": self.mlp_size or 4 * self.hidden_size,
+            "query_size": self.query_size or head_columns(self),
         }
         found |= {name: float(getattr(self, name)) for name in ("rope_theta", "local_theta", "norm_eps")}
         for name, value in found.items():
             object.__setattr__(self, name, value)
-        if heads % self.num_kv_heads:
-            raise HandgradError("model", f"num_kv_heads divides the {heads} heads", self.num_kv_heads)
-        if self.head_size % 2:
-            raise HandgradError("model", "head_size is even: its columns are rotated in pairs", self.head_size)
+        check_heads(self)
 
     @property
     def vocab_padded(self) -> int:
@@ -112,7 +106,7 @@ class Gemma:
         eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
         h: Branch | None = None
         with g.block("embed", prefix=False):
-            x = embedding(g, data, self._table(g, "wte.weight"), scale=self.hidden_size**0.5)
+            x = embedding(g, data, token_table(g, self), scale=self.hidden_size**0.5)
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = rms_norm(g, x, h, "ln_1", eps)
@@ -153,12 +147,12 @@ class Gemma:
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+            return lm_head_loss(g, x, head_table(g, self), targets, vocab_size=self.vocab_size, chunks=chunks)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g))
+            return lm_head_logits(g, x, head_table(g, self))
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """6 a parameter that is multiplied, and attention over the keys that a token sees in each layer.
@@ -174,10 +168,3 @@ class Gemma:
         keys = in_all * seq_len / 2  # the first `window` tokens see fewer
         keys += (self.num_layers - in_all) * (window - window**2 / (2 * seq_len))
         return 6 * (num_params - lookup) + int(12 * self.num_heads * self.head_size * keys)
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

@@ -145,8 +145,11 @@ def forward_loss(
 ) -> Tensor:
     """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
 
-    documents: sequences hold several, which the input "first" keeps apart, for a model that continues texts
+    documents: sequences hold several, which the input "first" keeps apart. Raises HandgradError for a model that does
+        not continue texts
     """
+    if documents and not model.continues_text:
+        raise HandgradError("model", "documents are kept apart by models that continue texts", f"a {model.family}")
     data = model.inputs(g, batch_size, seq_len)
     if documents:
         data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
@@ -259,3 +262,23 @@ def check_fields(model: Any) -> None:
         for rule, holds in f.metadata["rules"]:
             if not holds(value):
                 raise HandgradError("model", f"{f.name} {rule}", repr(value))
+
+
+def head_columns(model: Any) -> int:
+    """Columns of a head: the field head_size, or hidden_size / num_heads where there is none or it is 0.
+
+    Raises HandgradError if the heads do not divide the width.
+    """
+    heads, width = model.num_heads, model.hidden_size
+    own: int = getattr(model, "head_size", 0)
+    if not own and width % heads:
+        raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{width} and {heads} heads")
+    return own or width // heads
+
+
+def check_heads(model: Any) -> None:
+    """Raises HandgradError unless groups of query heads share a key head, and rotary positions turn all columns."""
+    if model.num_heads % model.num_kv_heads:
+        raise HandgradError("model", f"num_kv_heads divides the {model.num_heads} heads", model.num_kv_heads)
+    if model.head_size % 2:
+        raise HandgradError("model", "head_size is even: its columns are rotated in pairs", model.head_size)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
-from handgrad.core.errors import HandgradError
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
@@ -18,14 +17,16 @@ from handgrad.models.blocks import (
     attend,
     dense,
     drop,
+    head_table,
     lm_head_logits,
     lm_head_loss,
     packed,
     pre_of,
     project,
     rms_norm,
+    token_table,
 )
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, number, padded, rate, size
+from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, number, padded, rate, size
 from handgrad.models.registry import register
 from handgrad.models.t5_format import HUGGING_FACE
 from handgrad.ops import embed, gated
@@ -78,11 +79,8 @@ class T5:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        heads, C = self.num_heads, self.hidden_size
-        if not self.head_size and C % heads:
-            raise HandgradError("model", "hidden_size is a multiple of num_heads", f"{C} and {heads} heads")
-        object.__setattr__(self, "head_size", self.head_size or C // heads)
-        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * C)
+        object.__setattr__(self, "head_size", head_columns(self))
+        object.__setattr__(self, "mlp_size", self.mlp_size or 4 * self.hidden_size)
 
     @property
     def vocab_padded(self) -> int:
@@ -157,7 +155,7 @@ class T5:
 
     def _enter(self, g: Program, data: Batch, side: str) -> tuple[Tensor, Batch, Tensor]:
         """What a stack reads: embeddings, their batch, and the biases of its attention by distance."""
-        x = g.emit(embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0)
+        x = g.emit(embed, data.ids, token_table(g, self, std=1.0), None, None, T=data.seq_len, decode=False, scale=1.0)
         rel = g.param(f"{side}.rel.weight", (self.num_buckets, self.num_heads), normal(self.hidden_size**-0.5))
         return drop(g, x, self.dropout), data, rel
 
@@ -239,12 +237,12 @@ class T5:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
             V, scale = self.vocab_size, self._scale
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=V, chunks=chunks, scale=scale)
+            return lm_head_loss(g, x, head_table(g, self, std=1.0), targets, vocab_size=V, chunks=chunks, scale=scale)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g), scale=self._scale)
+            return lm_head_logits(g, x, head_table(g, self, std=1.0), scale=self._scale)
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """The FLOP of a source and its targets over the targets: 6 a parameter and token, and attention, of which the
@@ -263,10 +261,3 @@ class T5:
     @property
     def _scale(self) -> float:
         return self.hidden_size**-0.5 if self.scaled else 1.0
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(1.0, rows=self.vocab_size))

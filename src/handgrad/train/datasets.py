@@ -93,8 +93,11 @@ def training_data(
 ) -> hg_data.Data:
     """The batches that the settings ask for, of so many ranks."""
     paths = [hg_data.find_shards(one.train) for one in found]
+    has_chats = any(map(_is_chat, paths))
+    if c.data.packing == "none" and not has_chats:
+        raise HandgradError("data", "--packing none is for chat data, whose rows it pads", c.data.train)
     # beside chats, which bound their rows, texts bound their documents
-    documents = c.data.documents or len(found) > 1 and any(map(_is_chat, paths))
+    documents = c.data.documents or len(found) > 1 and has_chats
     sets = []
     for one, shards in zip(found, paths):
         objective = _objective(shards, model, tokenizer, c.data.whole_word, documents)
@@ -138,6 +141,7 @@ def _training_set(
         overfit=d.overfit,
         vocab_size=model.vocab_size,
         objective=objective,
+        packing=d.packing if objective.packs else "best_fit",
     )
 
 
@@ -216,9 +220,9 @@ def validation_data(
 ) -> hg_data.Data | None:
     """The validation sets, in sequences as long as the training data's; None if there are none.
 
-    What counts is what the sets' own shards say: of chats the assistant's tokens, of texts all. Each set has its
-    weight's share of the tokens. Raises HandgradError if one is of another tokenizer, or holds chats that the run does
-    not keep apart.
+    What counts is what the sets' own shards say: of chats the assistant's tokens, of texts all. Chats are packed: the
+    loss is the same whatever --packing says. Each set has its weight's share of the tokens. Raises HandgradError if one
+    is of another tokenizer, or holds chats that the run does not keep apart.
     """
     T, V = data.seq_len, model.vocab_size
     sets = data.sets if isinstance(data, hg_data.Mixture) else [data]

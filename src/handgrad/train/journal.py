@@ -114,6 +114,7 @@ def recorded_settings(model: Model, optim: Optimizer, data: Data, execution: Exe
     }
     values |= {"shuffle": data.shuffle, "overfit": data.overfit, "seed": data.seed, "dtype": dtype}
     values["documents"] = execution.documents and data.packing is None  # of chat data it is no choice
+    values |= {"packing": data.packing.method} if data.packing else {}
     values |= {name: getattr(execution, name) for name in ("micro_batch", "recompute", "threads", "check")}
     return by_group(values | optimizer_settings(optim) | tune_settings(execution))
 

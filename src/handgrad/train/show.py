@@ -39,7 +39,10 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
         rest = "all others are the defaults" if changed else "the defaults"
         table.add_row(" settings", "; ".join(filter(None, [as_flags(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
-    steps = run.steps
+    steps, packing = run.steps, run.trainer.data.packing
+    if packing and packing.method == "none" and packing.filled < 0.5:
+        hint = "--packing best_fit puts several rows into one"
+        console.print(f" padding takes more of the chats' windows than their rows do: {hint}", soft_wrap=True)
     if run.config.data.train == f"./{PACKAGED}":
         console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
     if run.done == steps:
