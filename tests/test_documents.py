@@ -1,6 +1,7 @@
 """Documents in one sequence: packed rows of chats, and texts with --documents, train as the documents apart."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -278,5 +279,14 @@ def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
         assert main(["eval", str(tmp_path / name), "--threads", "1", "--backend", "cpu"]) == 0
         found = json.loads((tmp_path / name / "eval.json").read_text())["step_000002"]["val"]["loss"]
         assert found == pytest.approx(log(tmp_path / name)[-1]["val_loss"], abs=1e-5)
+    capsys.readouterr()
+    assert train(config(f"{folder},{texts}", tmp_path / "both", steps=1)) == 0
+    assert "losses are of the assistant's tokens, and of all tokens of texts" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    titles = {
+        name: re.search("Loss, [^<]*", (tmp_path / name / "report.html").read_text())[0] for name in ("chats", "both")
+    }
+    assert titles == {"chats": "Loss, nats per token of the assistant", "both": "Loss, nats per token"}
     with pytest.raises(HandgradError, match="chats validate a run that keeps them apart"):
         train(config(texts, tmp_path / "none", val=f"{folder}/val_*.bin", steps=2), quiet=True)
