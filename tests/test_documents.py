@@ -23,6 +23,8 @@ from handgrad.models import GPT2, GPTNeoX, Llama, forward_loss
 from handgrad.ops import add
 from handgrad.tokenizers import TEMPLATES
 from handgrad.train.config import from_names
+from handgrad.train.log import RunLog
+from handgrad.train.report import write_report
 from handgrad.train.run import train
 
 V, T = 61, 24
@@ -185,6 +187,18 @@ def test_a_model_folder_is_tuned_with_its_own_template(folder, tmp_path, capsys)
     assert main(["eval", str(tuned), "--backend", "cpu", "--threads", "1"]) == 0
     found = json.loads((tuned / "eval.json").read_text())["step_000012"]["val"]["loss"]
     assert abs(found - log(tuned)[-1]["val_loss"]) < 1e-5 * found  # both in float32, packed and row by row
+
+
+def test_report_of_a_running_run_says_what_its_losses_are_of(folder, tmp_path, monkeypatch):
+    titles, step = [], RunLog.step
+
+    def reported(log, *args, **figures):
+        step(log, *args, **figures)
+        titles.append(re.search("Loss, [^<]*", write_report(log.path.parent).read_text())[0])
+
+    monkeypatch.setattr(RunLog, "step", reported)
+    assert train(config(folder, tmp_path / "run", steps=1), quiet=True) == 0
+    assert titles == ["Loss, nats per token of the assistant"]
 
 
 def test_resume_is_bit_for_bit(folder, tmp_path):
