@@ -183,6 +183,8 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
         }
         assert f"{len(numbers)} rows, {ids.size:,} tokens, {learned:,} of them the assistant's" in said
     longest, about = max(ids.size for ids, _ in want), {"ends": [266], "tokens": {"eos_token": "<|endoftext|>"}}
+    size = int(re.search(r"train on it: .* --seq-len (\d+) --lr 2e-5 --epochs 3\n", said)[1])
+    assert size == 128 or size / 2 < longest - 1 <= size
     assert meta["chat"] == {"template": "chatml", "longest": longest} | about
     assert (out / "chat_template.jinja").read_text() == TEMPLATES["chatml"].read_text()
     assert (

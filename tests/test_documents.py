@@ -1,6 +1,7 @@
 """Documents in one sequence: packed rows of chats, and texts with --documents, train as the documents apart."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ from handgrad.ops import add
 from handgrad.tokenizers import TEMPLATES
 from handgrad.train.config import from_names
 from handgrad.train.journal import recorded_settings
+from handgrad.train.log import RunLog
+from handgrad.train.report import write_report
 from handgrad.train.run import train
 
 V, T = 61, 24
@@ -270,6 +273,18 @@ def test_a_model_folder_is_tuned_with_its_own_template(folder, tmp_path, capsys)
     assert abs(found - log(tuned)[-1]["val_loss"]) < 1e-5 * found  # both in float32, packed and row by row
 
 
+def test_report_of_a_running_run_says_what_its_losses_are_of(folder, tmp_path, monkeypatch):
+    titles, step = [], RunLog.step
+
+    def reported(log, *args, **figures):
+        step(log, *args, **figures)
+        titles.append(re.search("Loss, [^<]*", write_report(log.path.parent).read_text())[0])
+
+    monkeypatch.setattr(RunLog, "step", reported)
+    assert train(config(folder, tmp_path / "run", steps=1), quiet=True) == 0
+    assert titles == ["Loss, nats per token of the assistant"]
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_resume_is_bit_for_bit(folder, tmp_path, packing):
     assert train(config(folder, tmp_path / "whole", packing=packing), quiet=True) == 0
@@ -410,5 +425,14 @@ def test_validation_counts_what_its_own_shards_say(folder, tmp_path, capsys):
         assert found == pytest.approx(log(tmp_path / name)[-1]["val_loss"], abs=1e-5)
     mixed = config(f"{texts},{folder}", tmp_path / "mixed", packing="none", steps=2, val_every=0, save_every=0)
     assert train(mixed, quiet=True) == 0  # beside texts, too, rows of chats are padded
+    capsys.readouterr()
+    assert train(config(f"{folder},{texts}", tmp_path / "both", steps=1)) == 0
+    assert "losses are of the assistant's tokens, and of all tokens of texts" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    titles = {
+        name: re.search("Loss, [^<]*", (tmp_path / name / "report.html").read_text())[0] for name in ("chats", "both")
+    }
+    assert titles == {"chats": "Loss, nats per token of the assistant", "both": "Loss, nats per token"}
     with pytest.raises(HandgradError, match="chats validate a run that keeps them apart"):
         train(config(texts, tmp_path / "none", val=f"{folder}/val_*.bin", steps=2), quiet=True)

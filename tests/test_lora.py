@@ -3,12 +3,15 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from rank_threads import on_ranks
 
 import handgrad as hg
 from handgrad.backends import open_backend
+from handgrad.backends.cpu import CpuBackend
 from handgrad.backends.ref import RefBackend
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
@@ -73,8 +76,8 @@ def folders(tmp_path_factory):
 
 def trainer(name, folders, text, backend=None, **changes):
     _, base, adapter = folders[name]
-    source, lora = open_source(base), packed.lora_of(adapter)
-    start = hg.Start(3, source.weights, packed.read_peft(adapter, lora, source.model))
+    source, lora = open_source(base), changes.get("lora", packed.lora_of(adapter))
+    start = hg.Start(3, source.weights, packed.read_peft(adapter, lora, source.model) if lora else {})
     data = hg.data.tokens(text, T, BATCH * T)
     execution = hg.Execution(**{"micro_batch": BATCH, "lora": lora, "extra_programs": ()} | changes)
     optim = hg.optim.AdamW(betas=(0.9, 0.99), weight_decay=0.1, clip=0.0)
@@ -261,6 +264,31 @@ def test_dropout_and_recompute_policies_keep_the_gradients(folders, text):
     run, *_ = trainer("gpt2", folders, text, open_backend("cpu"))
     run.step(1, 0.0)
     assert any(not np.array_equal(g, found[0][name]) for name, g in run.grads().items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["adapters", "whole"])
+def test_resume_of_a_llama_is_bit_exact_on_any_number_of_ranks(kind, world, folders, text, tmp_path):
+    """Four steps at once, and two steps twice: the files of the last checkpoint, which hold the state of all ranks."""
+    changes = {"micro_batch": BATCH // world, "zero": 2 * (world > 1), "recompute": "block"}
+    changes |= {"lora": None} if kind == "whole" else {}
+
+    def span(comm, out, first, last):
+        run, *_ = trainer("llama", folders, text, CpuBackend(1, comm), **changes)
+        run.out = tmp_path / out
+        assert run.resume() == first - 1
+        for step in range(first, last + 1):
+            run.step(step, LR)
+        run.save(last)
+
+    for words in (("straight", 1, 4), ("resumed", 1, 2), ("resumed", 3, 4)):
+        on_ranks(world, partial(lambda words, comm: span(comm, *words), words))
+    for file in ("model.safetensors", "state.rank00.safetensors"):
+        straight, resumed, half = (
+            (tmp_path / place / file).read_bytes()
+            for place in ("straight/step_000004", "resumed/step_000004", "resumed/step_000002")
+        )
+        assert straight == resumed != half
 
 
 def test_a_checkpoint_with_another_lora_does_not_resume(folders, text, tmp_path):

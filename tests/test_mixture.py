@@ -1,6 +1,7 @@
 """Mixtures: exact shares in every window, the same batches for any ranks, and settings that make none."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.data import Masked, Mixture, id_dtype, tokens, write_shard
 from handgrad.data.mixture import WINDOW
+from handgrad.train.report.read import read_run
 
 SEQ_LEN, VOCAB = 2, 3000
 FIRST = (0, 1000, 2000)  # the ids of each set begin here, so an id says its set
@@ -140,10 +142,10 @@ def folders(tmp_path, monkeypatch):
 
 def test_train_mixes_folders_and_says_so(folders, capsys):
     assert main(["train", *FLAGS.split(), "--train", "one,two", "--mix", "3,1", "--out", "run"]) == 0
-    out = capsys.readouterr().out
-    assert "75.0 % of" in out and "25.0 % of" in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "75.0 % one (336 sequences), 25.0 % two (336 sequences)" in out
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert any("epochs of each set in 4 steps: " in line.get("event", "") for line in log), log
+    assert any("epochs of each set in 4 steps: one 0.04, two 0.01" in line.get("event", "") for line in log), log
     assert [line["val_loss"] for line in log if line.get("val_loss")]  # of both sets
     assert main(["eval", "run", "--threads", "1"]) == 2
     assert "val of 'run' is one set, but got a mixture of 2. hint: one of them: --tasks val=" in capsys.readouterr().err
@@ -156,6 +158,39 @@ def test_a_mixed_run_resumes_to_the_same_bits(folders):
             assert main(["train", *flags, "--train", "one,two", "--mix", "3,1"]) == 0
     for name in ("model.safetensors", "state.rank00.safetensors"):
         assert Path("whole/step_000004", name).read_bytes() == Path("part/step_000004", name).read_bytes()
+
+
+def table(run):
+    """The rows of a report's table of sets."""
+    found = re.search(r"<h2>Mixture</h2>.*?</table>", Path(run, "report.html").read_text())
+    rows = re.findall(r"<tr>(<th.*?)</tr>", found[0])
+    return [re.findall(r">([^<]+)<", row) for row in rows]
+
+
+def test_the_report_says_how_often_each_set_was_read(folders):
+    """Of 12 steps of 4 sequences; a resumed run that doubles its batch goes on from there, and so does the count."""
+    flags = f"train {FLAGS.replace('--steps 4', '')} --schedule constant --train one,two --mix 3,1 --out run".split()
+    assert main([*flags, "--steps", "12"]) == 0
+    one, two = (sum(shard.count for shard in tokens(name, 8, 8).shards) for name in ("one", "two"))
+    windows = tokens("one", 8, 8).windows
+    want = [[name, share, f"{ids:,}"] for name, share, ids in (("one", "75.0 %", one), ("two", "25.0 %", two))]
+    assert [row[:3] for row in table("run")] == want
+    assert [row[3] for row in table("run")] == [f"{36 / windows:.2f}", f"{12 / windows:.2f}"]
+    assert main([*flags, "--steps", "20", "--batch-tokens", "64", "--resume", "auto"]) == 0
+    assert [row[3] for row in table("run")] == [f"{(36 + 48) / windows:.2f}", f"{(12 + 16) / windows:.2f}"]
+
+
+def test_a_trainer_in_python_logs_its_sets_too(sets, tmp_path):
+    model = hg.models.GPT2(vocab_size=VOCAB, max_seq_len=SEQ_LEN, num_layers=1, num_heads=1, hidden_size=8)
+    execution = hg.Execution(5, backend="cpu", threads=1)
+    run = hg.Trainer(model, hg.optim.AdamW(), Mixture(sets, [1, 2, 1]), execution=execution, out=tmp_path / "run")
+    for step in (1, 2):
+        run.step(step, 1e-3)
+    run.save(2)
+    run.close()
+    found = read_run(tmp_path / "run").sets()
+    assert [one[1] for one in found] == [0.25, 0.5, 0.25]
+    assert [one[3] for one in found] == pytest.approx([12.5 / 300, 25 / 40, 12.5 / 110])
 
 
 @pytest.mark.parametrize("mix", ["3", "1,2,3", "1,x", "0,1"])

@@ -19,6 +19,8 @@ from handgrad.infer.load import open_source
 from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
+USUAL = 2048  # tokens of a sequence of most models
+WINDOW = 128  # tokens of the shortest window that is suggested for chats: several short rows fill it well
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,8 @@ def make_chat(argv: list[str]) -> None:
     if not a.files or not a.model:
         rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
         raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
-    encoder = tokenizers.ChatEncoder(*model_of(a.model), a.template)
+    tokenizer, own, most = model_of(a.model)
+    encoder = tokenizers.ChatEncoder(tokenizer, own, a.template)
     kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
     with bar(f"{a.out} is as it was") as progress:
         meta = data.prepare_chat(a.files, a.out, encoder.tokenizer, encoder, progress=progress, **kind)
@@ -286,16 +289,18 @@ def make_chat(argv: list[str]) -> None:
         print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
     print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
     init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
-    print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
+    size = max(1 << (meta["chat"]["longest"] - 2).bit_length(), WINDOW)  # the last token is a target alone
+    shorter = f" --seq-len {size}" * (size < most)
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} --lr 2e-5 --epochs 3")
 
 
-def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate]:
-    """Returns the tokenizer of the model that `word` names, and the model's template."""
+def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate, int]:
+    """Returns the tokenizer of the model that `word` names, its template, and the usual length of its sequences."""
     if is_tokenizer(word):
         folder = Path(word).parent if word.endswith(".json") else Path(word)
-        return tokenizer_of(word), tokenizers.template_in_folder(folder)
+        return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL
     source = open_source(word)
-    return source.tokenizer(), source.template()
+    return source.tokenizer(), source.template(), source.model.usual_seq_len
 
 
 def is_tokenizer(word: str) -> bool:

@@ -8,6 +8,7 @@ sequence, in that set's own order.
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -100,13 +101,27 @@ class Mixture:
     def about(self) -> str:
         """The shares, and how long a set is, in words."""
         sets = zip(self.weights, self.sets)
-        return ", ".join(f"{100 * share:.1f} % of {data.windows:,} in {data.pattern}" for share, data in sets)
+        return ", ".join(f"{100 * share:.1f} % {_name(data)} ({data.windows:,} sequences)" for share, data in sets)
 
     def epochs(self, sequences: int) -> list[float]:
         """How often each set has been seen after so many sequences."""
         window, rest = divmod(sequences, WINDOW)
         seen = window * self._before[-1] + self._before[rest]
         return [float(count) / data.windows for count, data in zip(seen, self.sets)]
+
+    def progress(self, step: int) -> list[dict[str, Any]]:
+        """What a log keeps of each set after so many steps: name, share, tokens in it, epochs, and epochs of a step."""
+        sets = zip(self.sets, self.weights, self.epochs(self.ahead + step * self.sequences))
+        return [
+            {
+                "name": _name(data),
+                "share": share,
+                "tokens": sum(shard.count for shard in data.shards),
+                "epochs": epochs,
+                "epochs_per_step": share * self.sequences / data.windows,
+            }
+            for data, share, epochs in sets
+        ]
 
     def batch(
         self,
@@ -146,6 +161,11 @@ class Mixture:
             data.sweep(micro_batch, limit and int(limit * share), rank, world, names=names)
             for data, share in zip(self.sets, self.weights)
         )
+
+
+def _name(data: Tokens) -> str:
+    """The folder of a set that `handgrad data` made, else its pattern."""
+    return data.pattern.removesuffix("/train_*.bin")
 
 
 def _counts(shares: np.ndarray) -> np.ndarray:

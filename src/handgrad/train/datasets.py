@@ -145,6 +145,11 @@ def _training_set(
     )
 
 
+def is_all_chat(data: hg_data.Data) -> bool:
+    """Whether every sequence is of chats, so that a loss is the mean over the assistant's tokens alone."""
+    return all(one.packing for one in (data.sets if isinstance(data, hg_data.Mixture) else [data]))
+
+
 def _is_chat(paths: list[Path]) -> bool:
     """Whether these shards are chat data."""
     meta = hg_data.common_meta(paths)

@@ -10,7 +10,7 @@ from handgrad import tokenizers
 from handgrad.core.disk import make_folder
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import shown
-from handgrad.data import Data, common_meta
+from handgrad.data import Data, Mixture, common_meta
 from handgrad.models import Model
 from handgrad.optim import Optimizer
 from handgrad.train.config import PACKAGED, by_group
@@ -54,6 +54,8 @@ class Journal:
             template = template_of([shard.path for shard in data.shards])
             describe(out, merged, memory, tokenizer if is_known else None, template)
             self._log = RunLog(out, 0, resumed_at=resumed_at or 0, quiet=True)
+            if isinstance(data, Mixture):
+                self._log.event(resumed_at or 0, f"a mixture: {data.about()}", sets=data.progress(resumed_at or 0))
         except BaseException:
             self._lock.close()
             raise

@@ -161,10 +161,10 @@ class RunLog:
         self._val_loss = float(val_loss)
         self._write({"step": step, "val_loss": self._val_loss})
 
-    def event(self, step: int, text: str, **figures: float) -> None:
+    def event(self, step: int, text: str, **figures: Any) -> None:
         """Records that something happened at a step, such as a skipped update, and shows it.
 
-        figures: what it set, such as the learning rate from here on
+        figures: what it set, such as the learning rate from here on, or the sets of a mixture (`Mixture.progress`)
         """
         self._write({"step": step, "event": text, **figures})
         self.say(f"step {step}/{self.total_steps} | {text}")

@@ -57,7 +57,8 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
     """
     trainer, last, is_renewed = run.trainer, run.steps, False
     if isinstance(trainer.data, Mixture):
-        log.event(run.done, f"epochs of each set in {last:,} steps: {epochs(trainer.data, last)}")
+        text = f"epochs of each set in {last:,} steps: {epochs(trainer.data, last)}"
+        log.event(run.done, text, sets=trainer.data.progress(run.done))
     if is_exhausted(run):
         log.say(f"nothing left to do: {exhausted(run)}; a larger --patience goes on")
         return True
@@ -90,8 +91,7 @@ def loop(run: Run, log: Log, interrupt: Interrupt, keep: Callable[[], bool]) -> 
 
 def epochs(data: Mixture, steps: int) -> str:
     """How often each set of a mixture has been read after so many steps, in words."""
-    found = zip(data.sets, data.epochs(data.ahead + steps * data.sequences))
-    return ", ".join(f"{one.pattern} {count:.2f}" for one, count in found)
+    return ", ".join(f"{one['name']} {one['epochs']:.2f}" for one in data.progress(steps))
 
 
 def is_exhausted(run: Run) -> bool:

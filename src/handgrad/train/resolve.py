@@ -27,7 +27,7 @@ from handgrad.train.config import (
     ModelConfig,
     RanksConfig,
 )
-from handgrad.train.datasets import labels_of, paths_of, settle_data, training_data, validation_data
+from handgrad.train.datasets import is_all_chat, labels_of, paths_of, settle_data, training_data, validation_data
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.extend import branch_step
@@ -155,7 +155,8 @@ def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
     p, world = trainer.program, trainer.ranks.world
     facts: dict[str, Any] = {"params": p.num_params - p.num_padding, "trainable": p.num_trainable}
     facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
-    facts |= {"chat": str(trainer.data.packing)} if trainer.data.packing else {}
+    name = "chat" if is_all_chat(trainer.data) else "chat beside texts"
+    facts |= {name: str(trainer.data.packing)} if trainer.data.packing else {}
     facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}
     return facts | ({"new_rows": new_rows} if new_rows else {})
 

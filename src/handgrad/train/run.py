@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from handgrad.backends.ranks.comm import Comm, RankError
 from handgrad.backends.ranks.startup import open_comm
@@ -70,8 +71,14 @@ def train_in(out: Path, c: Config, comm: Comm, quiet: bool) -> bool:
 
 
 def write_folder(run: Run) -> None:
-    """Writes what describes the run into its folder."""
+    """Writes what describes the run into its folder, so that a report of a running one knows it."""
     describe(run.out, asdict(run.config), run.trainer.plan.memory_map(), run.tokenizer, run.template)
+    write_summary(run, run.facts)
+
+
+def write_summary(run: Run, facts: dict[str, Any]) -> None:
+    """Writes run.json of the run folder."""
+    write_text(run.out / "run.json", json.dumps({"summary": facts}, indent=2) + "\n")
 
 
 def check_converged(run: Run) -> None:
@@ -244,7 +251,6 @@ def finish(run: Run, is_finished: bool) -> str:
         return ""
     if text:
         write_text(run.out / "sample.txt", text + "\n")
-    summary = run.facts | {"tokens": run.trainer.tokens(run.trainer.last_step)}
-    write_text(run.out / "run.json", json.dumps({"summary": summary}, indent=2) + "\n")
+    write_summary(run, run.facts | {"tokens": run.trainer.tokens(run.trainer.last_step)})
     write_report(run.out)
     return text

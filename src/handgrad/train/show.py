@@ -8,6 +8,7 @@ from rich.table import Table
 
 from handgrad.data import Mixture
 from handgrad.train.config import PACKAGED, Config, RanksConfig
+from handgrad.train.datasets import is_all_chat
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
@@ -66,7 +67,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
     mixed = [("mixture", d.about())] if isinstance(d, Mixture) else []
-    chat = [("chat", f"{d.packing}; losses are of the assistant's tokens")] if d.packing else []
+    texts = "" if is_all_chat(d) else ", and of all tokens of texts"
+    chat = [("chat", f"{d.packing}; losses are of the assistant's tokens{texts}")] if d.packing else []
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
         *new_rows,

@@ -33,6 +33,7 @@ def single(run: Run) -> str:
         f"<header><h1>{escape(title)}</h1><p>{escape(' · '.join(_about(run)))}</p></header>",
         _tiles(run),
         _plots([run]),
+        _sets(run),
         _damage([run]),
         _evals([run]),
         _events([run]),
@@ -200,6 +201,14 @@ def _button(kind: str, value: Any, name: str, is_pressed: bool) -> str:
 
 def _swatch(run: int) -> str:
     return f'<i style="--c:var(--c{run % 8})"></i>'
+
+
+def _sets(run: Run) -> str:
+    """The sets of a mixture."""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("share", "tokens", "epochs so far"))
+    sets = run.sets()
+    rows = ((name, [f"{100 * share:.1f} %", f"{tokens:,.0f}", f"{epochs:.2f}"]) for name, share, tokens, epochs in sets)
+    return _table("Mixture", heads, rows)
 
 
 def _damage(runs: Sequence[Run]) -> str:

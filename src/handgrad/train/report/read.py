@@ -78,6 +78,22 @@ class Run:
         """A figure wherever it was logged and is finite; "gpu.power" looks inside "gpu"."""
         return self.log.figures.get(key, Points())
 
+    def sets(self) -> list[tuple[str, float, float, float]]:
+        """The sets of a mixture: (name, share, tokens in it, epochs at the last logged step); none without a mixture.
+
+        The newest attempt's event counts; the epochs since then are its share of the sequences, exact to one sequence.
+        """
+        told = next((event for event in reversed(self.log.events) if isinstance(event.get("sets"), list)), None)
+        steps, found = self.points("seconds").steps, []
+        for one in told["sets"] if told else ():
+            keys = ("share", "tokens", "epochs", "epochs_per_step")
+            figures = [number(one.get(key)) for key in keys] if isinstance(one, Mapping) else [None]
+            if told and None not in figures:
+                share, tokens, epochs, each = (value or 0.0 for value in figures)
+                since = max(int(steps[-1]) - told["step"], 0) if len(steps) else 0
+                found.append((str(one.get("name")), share, tokens, epochs + since * each))
+        return found
+
     def hellaswag(self) -> Points:
         """Accuracy by llm.c's rule, as logged while training and as `handgrad eval` measured later."""
         logged = self.points("hellaswag")
