@@ -154,6 +154,57 @@ def test_fifty_steps_equal_pytorch(scale, monkeypatch):
         np.testing.assert_allclose(found[name], w.numpy(), rtol=1e-12, atol=1e-12)
 
 
+def test_fifty_steps_of_normuon_equal_another_implementation(shards, monkeypatch):
+    """pytorch_optimizer's NorMuon on the gradients of a GPT-2, q, k and v apart. It evens out rows always, as the paper
+    does, where we take columns of wide matrices: it gets those transposed, and the scale 0.2 sqrt(max(m, n)) that does
+    not change with that. It works in bf16 inside, here in float64, and does not add 1e-7 to the norm: its safety factor
+    does.
+
+    Rounding, 2^-53, is enlarged 1000 times at most, as above, in steps of less than 8 lr: 0.2 sqrt(96) times an
+    orthogonal row, times at most 1 / sqrt(1 - 0.9) where a row grows suddenly."""
+    torch, package = pytest.importorskip("torch"), pytest.importorskip("pytorch_optimizer.optimizer.muon.normuon")
+    polar = package.zero_power_via_newton_schulz_5
+
+    def exact(u, **kind):
+        return polar(u, dtype=torch.float64, safety_factor=1 + 1e-7 / float(u.norm()), **kind)
+
+    monkeypatch.setattr(package, "zero_power_via_newton_schulz_5", exact)
+    muon = Muon(second_beta=0.9, orthogonalize="newton_schulz", clip=0.0)
+    run = hg.Trainer(
+        hg.models.GPT2(97, 8, 1, 2, 24),
+        muon,
+        hg.data.tokens(shards, 8, 32),
+        execution=hg.Execution(4, extra_programs=()),
+        precision=hg.Precision("f32"),
+        backend=RefBackend(),
+        start=hg.Start(3),
+    )
+    matrices = {name: info.parts for name, info in run.program.params.items() if info.parts}
+    spans = [(name, slice(k * rows, (k + 1) * rows)) for name, p in matrices.items() for k, (rows, _) in enumerate(p)]
+
+    def upright(arrays, name, rows):
+        part = torch.tensor(np.array(arrays[name][rows], np.float64))
+        return part if part.shape[0] >= part.shape[1] else part.T.contiguous()
+
+    theirs = [torch.nn.Parameter(upright(run.params(), *span)) for span in spans]
+    starts = [w.detach().clone() for w in theirs]
+    group = dict(
+        params=theirs, use_muon=True, momentum=0.95, beta2=0.9, weight_decay=0.1, use_adjusted_lr=True, eps=0.0
+    )
+    judge = package.NorMuon([group], foreach=False)
+    for step in range(1, STEPS + 1):
+        run.step(step, rate(step))
+        for w, span in zip(theirs, spans):
+            w.grad = upright(run.grads(), *span)
+        judge.param_groups[0]["lr"] = rate(step)
+        judge.step()
+    assert len(theirs) == 6 and {tuple(w.shape) for w in theirs} == {(24, 24), (96, 24)}
+    for w, start, span in zip(theirs, starts, spans):
+        assert (w - start).abs().max() > LR
+        found = upright(run.params(), *span).numpy()
+        np.testing.assert_allclose(found, w.detach().numpy(), rtol=0, atol=STEPS * 8 * LR * 1000 * 2.0**-53)
+
+
 SIZES = dict(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=4, hidden_size=24)
 FAMILIES = {  # the matrices of a block, with how many each stacks; all others are AdamW's
     "gpt2": (

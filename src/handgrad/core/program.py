@@ -367,8 +367,11 @@ class Program:
         return self._part(f"{bucket.name}.{vector}", v, start, size)
 
     def within(self, part: Tensor, first: int, size: int) -> Tensor:
-        """A handle on elements [first, first + size) of a slice of a flat vector."""
-        return self._part(f"{part.name}@{first}", self.vectors[part.flat], self.starts[part] + first, size)
+        """A handle on elements [first, first + size) of a slice of a flat vector, or of an activation."""
+        name = f"{part.name}@{first}"
+        if not part.flat:
+            return self.part_of(part, first, name, (size,), part.role)
+        return self._part(name, self.vectors[part.flat], self.starts[part] + first, size)
 
     def share_start(self, bucket: Bucket) -> int:
         """The element of the flat order of all parameters at which that part starts."""

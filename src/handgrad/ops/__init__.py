@@ -20,7 +20,7 @@ from handgrad.ops.lora.op import lora, lora_backward
 from handgrad.ops.loss_sum.op import loss_sum
 from handgrad.ops.muon.op import muon, muon_momentum
 from handgrad.ops.pick.op import pick, pick_backward
-from handgrad.ops.rms.op import rms
+from handgrad.ops.rms.op import rms, rms_of_ranks
 from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.sgd.op import sgd
 from handgrad.ops.share_norm.op import share_norm
@@ -60,6 +60,7 @@ _ALL = (
     global_norm,
     share_norm,
     rms,
+    rms_of_ranks,
     adamw,
     adamw_bf16,
     adamw_int8,

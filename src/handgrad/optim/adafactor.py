@@ -8,7 +8,7 @@ from handgrad.core.program import Program
 from handgrad.ops import adafactor
 from handgrad.optim.adamw import DECAY, PLAIN, decays
 from handgrad.optim.checks import check_reals
-from handgrad.optim.slices import declare_low, size_of, whole_parameters
+from handgrad.optim.slices import declare_low, gather, pieces, sizes_of
 
 BETA_DECAY = 0.8  # the second moment decays by 1 - step^-0.8
 EPS = 1e-30  # added to squared gradients
@@ -24,8 +24,8 @@ class Adafactor:
     weight_decay     decoupled, of matrices and embeddings alone; T5 has none
     clip             the largest global L2 norm of the gradients that is not scaled down; T5 has 0: no clipping
 
-    A matrix of M rows and K columns has M + K numbers of state; several ranks need zero 0. Raises HandgradError for a
-    number that is not finite or out of range.
+    A matrix of M rows and K columns has M + K numbers of state, on every rank. Raises HandgradError for a number that
+    is not finite or out of range.
     """
 
     scale_parameter: bool = True
@@ -46,22 +46,26 @@ class Adafactor:
         declare_low(g)
 
     def update(self, g: Program, bucket: Bucket) -> None:
-        """Appends the updates of one bucket, a call for each parameter."""
-        for param, start, grad, own in whole_parameters(g, bucket, "Adafactor"):
-            name, shape = param.tensor.name, param.tensor.shape
+        """Appends the updates of one bucket, a call for each parameter. Ranks that hold shares of it send each other
+        the gradients; each finds the means of all rows and columns, and updates its pieces."""
+        found, grads = pieces(g, bucket), gather(g, bucket, g.slice("grad", bucket))
+        factors = sizes_of(g, bucket, found) if self.scale_parameter else [None] * len(found)
+        for piece, factor in zip(found, factors):
+            tensor = piece.param.tensor
+            name, shape = tensor.name, tensor.shape
             rows = 1 if len(shape) == 1 else shape[0]  # a vector is a matrix of one row
-            columns = param.tensor.size // rows
-            factor = size_of(g, param, own) if self.scale_parameter else None
+            columns = tensor.size // rows
             g.emit(
                 adafactor,
-                grad,
+                g.within(grads, piece.place, tensor.size),
                 factor,
-                into=own
+                into=piece.into
                 | {"row": g.state(f"row.{name}", (rows,), F32), "col": g.state(f"col.{name}", (columns,), F32)},
-                start=start,
+                first=piece.first,
+                start=piece.start,
                 M=rows,
                 K=columns,
-                count=param.size,
+                count=piece.param.size,
                 relative_step=self.relative_step,
                 decay=BETA_DECAY,
                 eps=EPS,

@@ -11,7 +11,7 @@ from handgrad.core.program import Program
 from handgrad.ops import adamw, adamw_bf16, adamw_int8
 from handgrad.ops.adamw.op import BLOCK
 from handgrad.optim.checks import check_betas, check_reals
-from handgrad.optim.slices import declare_low, size_of, slices, whole_parameters
+from handgrad.optim.slices import declare_low, pieces, sizes_of, slices
 
 DECAY, PLAIN = "decay", "plain"
 MOMENTS = {"f32": (F32, adamw), "bf16": (BF16, adamw_bf16), "int8": (BYTE, adamw_int8)}
@@ -31,7 +31,7 @@ class AdamW:
     clip             the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     moments          "f32", "bf16" or "int8": 8, 4 or 2.06 bytes a parameter (ops/adamw/README.md)
     scale_parameter  a parameter's step is multiplied by its RMS, at least 1e-3, as Adafactor's is: for a T5 from
-                     scratch. Ranks then need zero 0
+                     scratch
 
     Raises HandgradError for a number that is not finite or out of range: with it an update would make NaN.
     """
@@ -77,8 +77,10 @@ class AdamW:
             "weight_decay": self.weight_decay if bucket.group == DECAY else 0.0,
         }
         if self.scale_parameter:
-            for param, start, grad, own in whole_parameters(g, bucket, "AdamW that scales by the parameter"):
-                g.emit(adamw, grad, size_of(g, param, own), into=own, start=start, **rule)
+            found = pieces(g, bucket)
+            for piece, factor in zip(found, sizes_of(g, bucket, found)):
+                if piece.grad.size:
+                    g.emit(adamw, piece.grad, factor, into=piece.into, start=piece.start, **rule)
             return
         _, op = MOMENTS[self.moments]
         ins = (g.slice("grad", bucket), *[None] * (len(op.in_args) - 1))

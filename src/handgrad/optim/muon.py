@@ -7,16 +7,14 @@ from math import sqrt
 
 from handgrad.core.dtypes import F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.op import Phase
 from handgrad.core.params import Bucket, Groups, Param
 from handgrad.core.program import Program
 from handgrad.core.tensor import Role, Tensor
 from handgrad.ops import muon, muon_momentum
-from handgrad.ops.collectives import all_gather_f32
 from handgrad.ops.muon.reference import Polynomial
 from handgrad.optim.adamw import DECAY, PLAIN, AdamW, decays
 from handgrad.optim.checks import check_reals
-from handgrad.optim.slices import declare_low
+from handgrad.optim.slices import declare_low, gather
 
 MATRIX = "matrix"
 SCALES = {"adamw": "0.2 sqrt(max(m, n))", "aspect": "sqrt(max(1, m/n))"}
@@ -119,11 +117,7 @@ class Muon:
             return
         into: dict[str, Tensor | None] = {"m": g.slice("m", bucket)}
         u: Tensor = g.emit(muon_momentum, g.slice("grad", bucket), into=into)
-        if u.size < bucket.size:
-            whole = Tensor(f"{bucket.name}.momentum", (bucket.size,), F32, Role.ACT)
-            g.phase = Phase.COMMUNICATE
-            g.emit(all_gather_f32, u, into={"full": whole})
-            g.phase, u = Phase.UPDATE, whole
+        u = gather(g, bucket, u)
         for param, (tensor, place) in zip(bucket.members, bucket.places()):
             for stack in self._stacks(param):
                 self._step(g, bucket, tensor, place, stack, u)

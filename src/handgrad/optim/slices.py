@@ -1,16 +1,37 @@
-"""The slices that an update writes, by the names that update ops have for them; sizes of whole parameters."""
+"""What one rank updates of a bucket: slices, by the names that update ops have for them, and a piece of each parameter.
+And what ranks send each other where an update needs whole parameters: values of a bucket, sizes."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from handgrad.core.dtypes import F32, I16
-from handgrad.core.errors import HandgradError
+from handgrad.core.op import Phase
 from handgrad.core.params import Bucket, Param
 from handgrad.core.program import Program
-from handgrad.core.tensor import Tensor
-from handgrad.ops import rms
+from handgrad.core.tensor import Role, Tensor
+from handgrad.ops import rms, rms_of_ranks
+from handgrad.ops.collectives import all_gather, all_gather_f32
 
 LEAST_RMS = 1e-3  # of a parameter that scales its own step: one that starts at zero would never move
 Slices = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of a parameter that this rank updates: all of them, or those in its share, maybe none.
+
+    place  where the parameter starts in its bucket
+    first  its first element here
+    start  the place of that element in the flat order of all parameters
+    into   `slices` of these elements
+    grad   their gradients
+    """
+
+    param: Param
+    place: int
+    first: int
+    start: int
+    into: Slices
+    grad: Tensor
 
 
 def declare_low(g: Program) -> None:
@@ -26,22 +47,47 @@ def slices(g: Program, bucket: Bucket) -> Slices:
     return {"p": g.slice("param", bucket)} | found
 
 
-def whole_parameters(g: Program, bucket: Bucket, what: str) -> Iterator[tuple[Param, int, Tensor, Slices]]:
-    """Of every parameter of a bucket: it, its first element in the flat order, its gradient (n) and its `slices` (n).
-
-    Raises HandgradError where ranks hold shares of parameters.
-    """
-    if g.ranks.shares(1) > 1:
-        raise HandgradError(
-            "optim", f"{what} needs whole parameters on each rank", f"zero {g.ranks.zero}", hint="--zero 0"
-        )
-    grad, held = g.slice("grad", bucket), slices(g, bucket)
+def pieces(g: Program, bucket: Bucket) -> list[Piece]:
+    """The piece of every parameter of a bucket."""
+    grad, held, share = g.slice("grad", bucket), slices(g, bucket), g.share_start(bucket)
+    found = []
     for param, (tensor, place) in zip(bucket.members, bucket.places()):
-        own = {name: t and g.within(t, place, tensor.size) for name, t in held.items()}
-        yield param, bucket.start + place, g.within(grad, place, tensor.size), own
+        _, low, high = g.vectors["param"].piece(tensor, g.ranks.shares(1))
+        start = bucket.start + place + low if low < high else share
+        span = start - share, high - low
+        into = {name: t and g.within(t, *span) for name, t in held.items()}
+        found.append(Piece(param, place, low, start, into, g.within(grad, *span)))
+    return found
 
 
-def size_of(g: Program, param: Param, own: Slices) -> Tensor:
-    """Appends the call that measures a parameter's RMS, at least LEAST_RMS; returns its result."""
-    result: Tensor = g.emit(rms, own["p"], own.get("low"), count=param.size, least=LEAST_RMS)
-    return result
+def gather(g: Program, bucket: Bucket, share: Tensor) -> Tensor:
+    """A whole bucket of values of which every rank has its share: an activation that ranks send each other, or, of one
+    rank, the share itself."""
+    if share.size == bucket.size:
+        return share
+    whole = Tensor(f"{share.name}.gathered", (bucket.size,), share.dtype, Role.ACT)
+    _exchange(g, share, whole)
+    return whole
+
+
+def sizes_of(g: Program, bucket: Bucket, found: list[Piece]) -> list[Tensor]:
+    """Appends the calls that measure the RMS of every parameter, at least LEAST_RMS; returns their results. Ranks that
+    hold pieces send each other a number for each."""
+    world, count = g.ranks.shares(1), len(found)
+    sizes = Tensor(f"{bucket.name}.rms", (world * count,), F32, Role.ACT)
+    begin = g.ranks.rank * count if world > 1 else 0
+    for k, piece in enumerate(found):
+        y, least = g.within(sizes, begin + k, 1), LEAST_RMS if world == 1 else 0.0
+        g.emit(rms, piece.into["p"], piece.into.get("low"), into={"y": y}, count=piece.param.size, least=least)
+    if world > 1:
+        _exchange(g, g.within(sizes, begin, count), sizes)
+        each = g.part_of(sizes, 0, f"{sizes.name} of ranks", (world, count), Role.ACT)
+        sizes = g.emit(rms_of_ranks, each, least=LEAST_RMS)
+    return [g.within(sizes, k, 1) for k in range(count)]
+
+
+def _exchange(g: Program, share: Tensor, whole: Tensor) -> None:
+    """Appends the call that gathers shares."""
+    outer, g.phase = g.phase, Phase.COMMUNICATE
+    g.emit(all_gather_f32 if share.dtype is F32 else all_gather, share, into={"full": whole})
+    g.phase = outer

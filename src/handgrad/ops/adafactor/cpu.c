@@ -1,5 +1,5 @@
 // adafactor: the means of squared gradients over rows and columns, and p                           math: README.md §2
-// writes =  p: (M, K) dtype;  row: (M) f32;  col: (K) f32;  in bf16 low: (M, K) i16, the low half of the float32 weight
+// writes =  p: (k) dtype;  row: (M) f32;  col: (K) f32;  in bf16 low: (k) i16, the low half of the float32 weight
 // numerics  f32, sums of squares in double;  in bf16 without low: stochastic rounding, ops/adamw/README.md §5
 // layout    a pass over rows, one over columns, one over rows for the size of the step, one that makes it
 // determinism  no sum is divided among threads but by rows, whose sums are added in order
@@ -39,13 +39,13 @@ static double update_means(float *row, float *col, const float *grad, int64_t M,
 }
 
 ENTRY(adafactor) {
-  real *restrict p = a->p;                          // (n) = (M, K)
+  real *restrict p = a->p;                          // (k): elements of the matrix from `first` on
   float *restrict row = a->row, *restrict col = a->col;  // (M), (K)
-  int16_t *restrict low = a->low;                   // (n) or NULL
-  const float *restrict grad = a->grad;             // (n)
+  int16_t *restrict low = a->low;                   // (k) or NULL
+  const float *restrict grad = a->grad;             // (n) = (M, K)
   const float *factor = a->factor;                  // (1) or NULL
   double *partial = a->scratch;                     // (M)
-  int64_t n = a->n, start = a->start, M = a->M, K = a->K;  // start: the first element in the flat order of all parameters
+  int64_t n = a->k, first = a->first, M = a->M, K = a->K;
   float *inverse = (float *)(partial + M);          // (K): 1 / sqrt(col)
   const StepScalars *scalars = a->scalars;
   const float scale = scalars->grad_scale;
@@ -71,15 +71,15 @@ ENTRY(adafactor) {
   const float decay = (float)(1.0 - lr * a->weight_decay);
 #pragma omp parallel for schedule(static)
   for (int64_t from = 0; from < n; from += WEIGHTS) {
-    int64_t count = from + WEIGHTS < n ? WEIGHTS : n - from, i = from / K, j = from % K;
+    int64_t count = from + WEIGHTS < n ? WEIGHTS : n - from, i = (first + from) / K, j = (first + from) % K;
     float buffer[WEIGHTS], *restrict w = load_weights(buffer, p + from, low ? low + from : NULL, count);
     for (int64_t k = 0; k < count; i++, j = 0) {  // the block's part of each row
       int64_t stop = k + K - j < count ? k + K - j : count;
       const float of_row = (float)(rate * scale * sqrt(mean / row[i]));
 #pragma omp simd
-      for (int64_t t = k; t < stop; t++) w[t] = decay * w[t] - of_row * (grad[from + t] * inverse[j + t - k]);
+      for (int64_t t = k; t < stop; t++) w[t] = decay * w[t] - of_row * (grad[first + from + t] * inverse[j + t - k]);
       k = stop;
     }
-    store_weights(p + from, low ? low + from : NULL, w, start + from, count, scalars);
+    store_weights(p + from, low ? low + from : NULL, w, a->start + from, count, scalars);
   }
 }

@@ -1,5 +1,5 @@
 // adafactor: the means of squared gradients over rows and columns, and p                           math: README.md §2
-// writes =  p: (M, K) dtype;  row: (M) f32;  col: (K) f32;  in bf16 low: (M, K) i16, the half of the weight that p lacks
+// writes =  p: (k) dtype;  row: (M) f32;  col: (K) f32;  in bf16 low: (k) i16, the half of the weight that p lacks
 // numerics  f32, the step's size in double;  bf16 without low: stochastic rounding, ops/adamw/README.md §5
 // layout    a block per row; a block per 32 columns; a mean of the rows; two passes by a grid that fills the GPU
 // determinism  every sum in a fixed order, which depends on the number of SMs
@@ -89,11 +89,11 @@ adafactor_sum_kernel(double *__restrict__ scratch,                              
 }
 
 KERNEL __launch_bounds__(THREADS)
-adafactor_kernel(real *__restrict__ p, short *__restrict__ low,                  // (n); low or NULL
+adafactor_kernel(real *__restrict__ p, short *__restrict__ low,                  // (n), from `first` on; low or NULL
                  const double *__restrict__ scratch,                             // the mean, (BLOCKS)
                  const float *__restrict__ row, const float *__restrict__ col,   // (M), (K)
                  const grad_t *__restrict__ grad, const float *factor, const StepScalars *scalars,  // factor: (1) or NULL
-                 i64 n, i64 start, i64 count, float clip, float weight_decay, i64 relative_step) {
+                 i64 n, i64 first, i64 start, i64 count, float clip, float weight_decay, i64 relative_step) {
   __shared__ float shared_rate;
   const float scale = scalars->grad_scale, mean = (float)scratch[0];
   if (scale == 0.0f) return;
@@ -110,10 +110,10 @@ adafactor_kernel(real *__restrict__ p, short *__restrict__ low,                 
   const float rate = shared_rate, shrink = (float)(1.0 - lr * (double)weight_decay);
   const Draws draws(scalars, WEIGHT_STREAM);
   for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * 4; i < n; i += (i64)BLOCKS * THREADS * 4) {
-    const Pack<grad_t, 4> g = read(grad, i, n);
+    const Pack<grad_t, 4> g = read(grad + first, i, n);
     Weights weight(p, low, i, n, start, draws);
     for (int k = 0; k < 4 && i + k < n; k++)
-      weight.set(k, shrink * weight.at(k) - rate * direction(g.at(k) * scale, i + k, mean, row, col));
+      weight.set(k, shrink * weight.at(k) - rate * direction(g.at(k) * scale, first + i + k, mean, row, col));
     weight.write_to(p, low, i, n);
   }
 }

@@ -11,16 +11,20 @@ from handgrad.ops.adafactor import reference
 from handgrad.ops.adamw.reference import halves, whole_weight
 
 SUM_THREADS = 1024  # of the CUDA block that adds all rows
-T5: dict[str, Any] = {"decay": 0.8, "eps": 1e-30, "clip": 1.0}  # of cases
+T5: dict[str, Any] = {"first": 0, "decay": 0.8, "eps": 1e-30, "clip": 1.0}  # of cases
+SHARE = T5 | {"first": 128}
 
 
 class Adafactor(Op):
-    """Updates p, a matrix of M rows and K columns, the means `row` and `col` of its squared gradients, and low as adamw
-    does. A vector is a matrix of one row: `col` is then its whole second moment.
+    """Updates the means `row` and `col` of the squared gradients of a matrix of M rows and K columns, and of the matrix
+    p, its elements from `first` on, and low as adamw does. A vector is a matrix of one row: `col` is then its whole
+    second moment.
 
     factor         multiplies the step, but not the decay (the size of the weights, op rms)
-    start          the first element of the slice in the flat vectors, a multiple of 4
-    count          of the n elements, how many are no padding
+    first, start   the first element of p in the matrix, and in the flat vectors; multiples of 4
+    count          of the n elements of the matrix, how many are no padding
+
+    p are all n elements, or those of a rank's share, maybe none.
     relative_step  the step's learning rate is at most 1 / sqrt(step)
 
     Reads lr, step, seed and grad_scale from the step scalars. Changes nothing if grad_scale is 0.
@@ -28,8 +32,9 @@ class Adafactor(Op):
 
     name = "adafactor"
     ins = "grad:n:grad factor:1:f32?"
-    outs = "+p:n +row:M:f32 +col:K:f32 +low:n:i16?"
+    outs = "+p:k +row:M:f32 +col:K:f32 +low:k:i16?"
     attrs = {
+        "first": int,
         "start": int,
         "M": int,
         "K": int,
@@ -42,15 +47,19 @@ class Adafactor(Op):
     }
     cpu = CpuKernel(
         "adafactor",
-        "p row col low grad factor scalars scratch | n start M K count relative_step decay eps clip weight_decay",
+        "p row col low grad factor scalars scratch | n k first start M K count relative_step decay eps clip"
+        " weight_decay",
         "adafactor_scratch M K",
     )
     cases = (
-        case(n=999, M=27, K=37, count=962, start=128, relative_step=False, weight_decay=0.1, **T5),
-        case(n=33, M=1, K=33, count=33, start=0, relative_step=True, weight_decay=0.0, **T5, without="factor"),
-        case(n=2560, M=40, K=64, count=2560, start=0, relative_step=True, weight_decay=0.0, low=False, **T5),
+        case(n=999, k=999, M=27, K=37, count=962, start=128, relative_step=False, weight_decay=0.1, **T5),
+        case(n=33, k=33, M=1, K=33, count=33, start=0, relative_step=True, weight_decay=0.0, **T5, without="factor"),
+        case(n=2560, k=2560, M=40, K=64, count=2560, start=0, relative_step=True, weight_decay=0.0, low=False, **T5),
+        case(n=999, k=256, M=27, K=37, count=962, start=0, relative_step=False, weight_decay=0.1, **SHARE),
+        case(n=2560, k=0, M=40, K=64, count=2560, start=0, relative_step=False, weight_decay=0.0, **T5),
         case(
             n=1_769_472,
+            k=1_769_472,
             M=2304,
             K=768,
             count=1_769_472,
@@ -65,7 +74,9 @@ class Adafactor(Op):
     def derive(self, d: dict[str, int]) -> None:
         updates.check_start("adafactor", d)
         if d["M"] * d["K"] != d["n"]:
-            raise HandgradError("adafactor", f"a slice of {d['n']} elements is M x K", f"{d['M']} x {d['K']}")
+            raise HandgradError("adafactor", f"a gradient of {d['n']} elements is M x K", f"{d['M']} x {d['K']}")
+        if d["first"] % 4:
+            raise HandgradError("adafactor", "first is a multiple of 4 elements", d["first"])
 
     def makes(self, out: str, attrs: dict[str, Any], dtype: DType) -> bool:
         return updates.keeps_low(attrs, dtype)
@@ -80,6 +91,7 @@ class Adafactor(Op):
             v.row,
             v.col,
             v.grad,
+            v.first,
             1.0 if v.factor is None else float(v.factor[0]),
             v.count,
             v.decay,
@@ -95,18 +107,19 @@ class Adafactor(Op):
         return p, row, col, low
 
     def cuda(self, c: Call, gpu: Gpu) -> Launches:
-        n, M, K, threads = c.sizes["n"], c.sizes["M"], c.sizes["K"], updates.THREADS
+        n, k, M, K, threads = (*(c.sizes[d] for d in "nkMK"), updates.THREADS)
         blocks = min(-(-n // (4 * threads)), 4 * gpu.sms)
         defines = updates.slice_defines(c) | {"ROWS": M, "COLUMNS": K, "BLOCKS": blocks, "THREADS": threads}
-        defines |= {"SUM_THREADS": SUM_THREADS, "DECAY": c.attrs["decay"]}
-        step = "p low scratch row col grad factor scalars | n start count clip weight_decay relative_step"
+        defines |= {"SUM_THREADS": SUM_THREADS, "DECAY": c.attrs["decay"], "VEC": 1 if n % 4 or k % 4 else 4}
+        step = "p low scratch row col grad factor scalars | k first start count clip weight_decay relative_step"
+        update = Kernel("adafactor_kernel", step, blocks, threads, 0, defines)
         return Launches(
             (
                 Kernel("adafactor_rows_kernel", "row grad scalars | eps", M, threads, 0, defines),
                 Kernel("adafactor_columns_kernel", "col grad scalars | eps", -(-K // 32), 1024, 0, defines),
                 Kernel("adafactor_mean_kernel", "scratch row |", 1, SUM_THREADS, 0, defines),
                 Kernel("adafactor_sum_kernel", "scratch row col grad scalars | n", blocks, threads, 0, defines),
-                Kernel("adafactor_kernel", step, blocks, threads, 0, defines),
+                *([update] if k else []),
             ),
             scratch=8 * (1 + blocks),
         )

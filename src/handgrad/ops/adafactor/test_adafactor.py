@@ -6,7 +6,7 @@ from handgrad.core.dtypes import BF16, F32
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import case
 from handgrad.ops import adafactor
-from handgrad.testing import case_program, check_case, run_case
+from handgrad.testing import case_arrays, case_program, check_case, run_case
 
 CPU = open_backend("cpu", 2)
 
@@ -17,11 +17,12 @@ def test_adafactor(dtype):
         assert e.ratio <= 1, e
 
 
-SIZES = dict(start=0, relative_step=False, decay=0.8, eps=1e-30, clip=1.0, weight_decay=0.0)
+SIZES = dict(start=0, first=0, relative_step=False, decay=0.8, eps=1e-30, clip=1.0, weight_decay=0.0)
 
 
 def step(M, K, grad, row, col, **changes):
-    p, c = case_program(adafactor, case(n=M * K, M=M, K=K, count=M * K, without="factor", **SIZES | changes), F32)
+    sizes = SIZES | dict(n=M * K, k=M * K, M=M, K=K, count=M * K) | changes
+    p, c = case_program(adafactor, case(**sizes, without="factor"), F32)
     return run_case(p, c, {"p": np.zeros(M * K), "grad": grad.reshape(-1), "row": row, "col": col}, CPU)
 
 
@@ -63,5 +64,19 @@ def test_a_vector_is_a_matrix_of_one_row():
 
 
 def test_sizes_that_are_no_matrix_are_rejected():
-    with pytest.raises(HandgradError, match="a slice of 30 elements is M x K, but got 4 x 7"):
-        case_program(adafactor, case(n=30, M=4, K=7, count=30, without="factor", **SIZES), F32)
+    with pytest.raises(HandgradError, match="a gradient of 30 elements is M x K, but got 4 x 7"):
+        case_program(adafactor, case(n=30, k=30, M=4, K=7, count=30, without="factor", **SIZES), F32)
+
+
+def test_a_share_is_the_same_bits_as_the_whole():
+    """Elements 128 to 383 of a matrix alone, in bf16 with stochastic rounding, and none of them: what ranks do."""
+    sizes = SIZES | dict(M=24, K=24, n=576, count=576, weight_decay=0.1, low=False)
+    inputs = case_arrays(adafactor, case_program(adafactor, case(k=576, **sizes), BF16)[1])
+    found = {}
+    for first, k in ((0, 576), (128, 256), (256, 0)):
+        p, c = case_program(adafactor, case(k=k, **sizes | dict(first=first, start=first)), BF16)
+        found[k] = run_case(p, c, inputs | {"p": inputs["p"][first : first + k]}, CPU)
+    assert np.array_equal(found[256]["p"], found[576]["p"][128:384]) and found[0]["p"].size == 0
+    assert not np.array_equal(found[256]["p"], inputs["p"][128:384])
+    for name in ("row", "col"):
+        assert all(np.array_equal(found[k][name], found[576][name]) for k in (256, 0))

@@ -1,5 +1,5 @@
-// rms: the root mean square of a parameter's weights                                               math: README.md §2
-// writes =  y: (1) f32
+// rms: the root mean square of a parameter's weights, of all or of ranks' pieces                   math: README.md §2
+// writes =  y: (1) f32, (k)
 // numerics  squares and sums in double
 // layout    threads divide blocks of elements; one partial sum a block
 // determinism  blocks are fixed and added in order, for any number of threads
@@ -26,4 +26,14 @@ ENTRY(rms) {
   double sum = 0.0;
   for (int64_t k = 0; k < blocks; k++) sum += partial[k];
   y[0] = (float)fmax(sqrt(sum / (double)a->count), a->least);
+}
+
+ENTRY(rms_of_ranks) {
+  float *y = a->y;        // (k)
+  const float *x = a->x;  // (W, k)
+  for (int64_t j = 0; j < a->k; j++) {
+    double sum = 0.0;
+    for (int64_t r = 0; r < a->W; r++) sum += (double)x[r * a->k + j] * (double)x[r * a->k + j];
+    y[j] = (float)fmax(sqrt(sum), a->least);
+  }
 }
