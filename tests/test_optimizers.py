@@ -16,7 +16,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, Llama
 from handgrad.ops.adamw.reference import join_weight
-from handgrad.optim import OPTIMIZERS, SGD, Adafactor, AdamW, Lion
+from handgrad.optim import OPTIMIZERS, SGD, Adafactor, AdamW, Lion, ScheduleFree
 from handgrad.train.config import OptimConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
@@ -163,7 +163,9 @@ def test_lion_matches_another_implementation(folder):
 
 
 @pytest.mark.parametrize(
-    "optim, lr", [(SGD(clip=0.0), 0.1), (Lion(), 1e-2), (Adafactor(), 0.02)], ids=lambda o: str(o)[:9]
+    "optim, lr",
+    [(SGD(clip=0.0), 0.1), (Lion(), 1e-2), (Adafactor(), 0.02), (ScheduleFree(), 1e-2)],
+    ids=lambda o: str(o)[:9],
 )
 def test_weights_without_low_halves_keep_small_steps(folder, optim, lr):
     """Every rounding moves a weight by less than a bf16 ulp, 2^-7 of it, up or down with mean 0: after 50 steps the mean
@@ -202,13 +204,15 @@ def state_bytes(run, optim, dtype):
     elif isinstance(optim, AdamW):
         each = {"f32": [4 * n], "bf16": [2 * n], "int8": [n, 4 * n // 128]}[optim.moments]
         vectors = 2 * each + low
+    elif isinstance(optim, ScheduleFree):
+        vectors = [*low, 4 * n, 4 * n, 8]  # z, v, and the count of steps
     else:
         vectors = low + [4 * n] * (getattr(optim, "momentum", 1) > 0)
     return sum(map(aligned, vectors))
 
 
 ALL = [AdamW(moments=m) for m in ("f32", "bf16", "int8")]
-ALL += [AdamW(scale_parameter=True), SGD(), SGD(0.0), Lion(), Adafactor()]
+ALL += [AdamW(scale_parameter=True), SGD(), SGD(0.0), Lion(), Adafactor(), ScheduleFree()]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -224,7 +228,7 @@ def test_memory_is_what_explain_says(folder, optim, dtype, tmp_path):
     assert page.checkpoint_bytes == sum(a.nbytes for a in held.values())
 
 
-@pytest.mark.parametrize("optimizer", [["adamw", "--moments", "int8"], ["adafactor"]], ids=" ".join)
+@pytest.mark.parametrize("optimizer", [["adamw", "--moments", "int8"], ["adafactor"], ["schedule_free"]], ids=" ".join)
 def test_resume_is_bit_exact(folder, optimizer, tmp_path):
     """A run of six steps, and one of three that goes on: the same bytes of weights and state."""
     command = ["train", "--train", folder, "--preset", "tiny", "--num-layers", "1", "--hidden-size", str(WIDTH)]
@@ -401,7 +405,7 @@ def test_settings_that_do_not_fit_are_rejected(make, text):
 
 
 def test_every_name_makes_its_optimizer_with_its_own_decay():
-    decay = {"adamw": 0.1, "sgd": 0.0, "lion": 1.0, "adafactor": 0.0}
+    decay = {"adamw": 0.1, "sgd": 0.0, "lion": 1.0, "adafactor": 0.0, "schedule_free": 0.1}
     made = {name: optimizer_of(OptimConfig(name)) for name in decay}
     assert {name: (type(o), o.weight_decay) for name, o in made.items()} == {
         name: (OPTIMIZERS[name], decay[name]) for name in decay

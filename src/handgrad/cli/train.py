@@ -16,7 +16,7 @@ from handgrad.cli.names import ALIASES, hint_for
 from handgrad.cli.ranks import requested_ranks
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError, one_line
-from handgrad.train.config import SCHEDULE_SETTINGS, Config, OptimConfig, from_names
+from handgrad.train.config import SCHEDULE_FREE, SCHEDULE_SETTINGS, Config, OptimConfig, from_names
 from handgrad.train.folder import SETTINGS, current, flat, leave_sizes, saved_settings
 from handgrad.train.optimizers import own_settings
 from handgrad.train.ranks import together
@@ -65,6 +65,8 @@ def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
         names |= {"final", *SCHEDULE_SETTINGS}
     if o.optimizer != base.optimizer:
         names |= {"momentum_warmup", "momentum_cooldown", *own_settings()}
+    if (o.optimizer == SCHEDULE_FREE) != (base.optimizer == SCHEDULE_FREE):
+        names |= {"schedule", "final", *SCHEDULE_SETTINGS}
     left = {name: getattr(OptimConfig, name) for name in names if getattr(o, name) == getattr(base, name)}
     return replace(o, **left)
 

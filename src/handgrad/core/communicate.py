@@ -84,12 +84,15 @@ def gather_parameters(p: Program, primary: Program, all_gather: Op) -> None:
     _insert(p, edits)
 
 
-def publish(p: Program, bucket: Bucket, all_gather: Op) -> None:
-    """Records that ranks send each other the shares of a bucket's parameters that they have updated, where every rank
-    holds all of them."""
+def publish(p: Program, primary: Program, bucket: Bucket, all_gather: Op) -> None:
+    """Records that ranks send each other the shares of a bucket's parameters that they have written, where every rank
+    holds all of them.
+
+    primary: the program that lays out the parameters
+    """
     if p.ranks.shares(1) > p.ranks.shares(3):
         outer, p.phase = p.phase, Phase.COMMUNICATE
-        p.emit(all_gather, p.slice("param", bucket), into={"full": p.bucket("param", bucket)})
+        p.emit(all_gather, primary.slice("param", bucket), into={"full": primary.bucket("param", bucket)})
         p.phase = outer
 
 

@@ -33,6 +33,8 @@ from handgrad.models import (
 )
 from handgrad.models.lora import Lora, from_saved
 from handgrad.models.presets import HUGGING_FACE
+from handgrad.ops.adamw.reference import join_weight
+from handgrad.ops.schedule_free import reference
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
@@ -258,6 +260,8 @@ def _run(folder: Path, ema: bool) -> Source:
     read: Callable[[str], np.ndarray] = checkpoint.load(folder, expected).__getitem__
     if ema:
         read = _average(folder, program, read)
+    elif saved.get("interpolation") is not None:
+        read = averaged(folder, program, read, saved)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
     weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), read)
     if lora is not None:
@@ -276,6 +280,38 @@ def _average(folder: Path, program: Program, read: Callable[[str], np.ndarray]) 
     expected = {f"{checkpoint.EMA}.{name}": (shape, "float32") for name, shape in names.items()}
     tensors = checkpoint.load_state(folder, expected, others=True)
     return lambda name: tensors[f"{checkpoint.EMA}.{name}"] if name in names else read(name)
+
+
+def averaged(
+    folder: Path, program: Program, read: Callable[[str], np.ndarray], saved: dict
+) -> Callable[[str], np.ndarray]:
+    """What reads a parameter of the average in a checkpoint of ScheduleFree, float32; `read` reads the weights, between
+    which and z it lies. A frozen parameter is itself.
+
+    saved: its run.json. Raises HandgradError if that is damaged.
+    """
+    beta1, held = saved["interpolation"], checkpoint.state_names(folder)
+    if not isinstance(beta1, float) or not 0.0 < beta1 < 1.0:
+        rule = f"{folder}/run.json gives interpolation as a number between 0 and 1"
+        raise HandgradError("checkpoint", rule, repr(beta1), hint=checkpoint.OLDER)
+    kinds = {"z": saved.get("stored", "float32"), "low": "int16"}
+    kinds["z"] = "float64" if kinds["z"] == "float64" else "float32"
+    expected = {
+        f"{vector}.{name}": (info.tensor.shape, kind)
+        for name, info in program.params.items()
+        for vector, kind in kinds.items()
+        if f"{vector}.{name}" in held
+    }
+    tensors = checkpoint.load_state(folder, expected, others=True)
+
+    def average(name: str) -> np.ndarray:
+        z, low, y = f"z.{name}", f"low.{name}", read(name)
+        if z not in expected:
+            return y
+        y = y if y.dtype == np.float64 else y.astype(np.float32)
+        return reference.average(join_weight(y, tensors[low]) if low in expected else y, tensors[z], beta1)
+
+    return average
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:

@@ -22,6 +22,7 @@ from handgrad.ops.muon.op import muon, muon_momentum
 from handgrad.ops.pick.op import pick, pick_backward
 from handgrad.ops.rms.op import rms, rms_of_ranks
 from handgrad.ops.rope.op import rope, rope_backward
+from handgrad.ops.schedule_free.op import schedule_free, schedule_free_average, schedule_free_count
 from handgrad.ops.sgd.op import sgd
 from handgrad.ops.share_norm.op import share_norm
 
@@ -66,6 +67,9 @@ _ALL = (
     adamw_int8,
     sgd,
     lion,
+    schedule_free_count,
+    schedule_free,
+    schedule_free_average,
     adafactor,
     ema,
     muon_momentum,

@@ -7,6 +7,7 @@ from handgrad.optim.ema import Ema
 from handgrad.optim.lion import Lion
 from handgrad.optim.muon import Muon
 from handgrad.optim.record import Optimizer, record_step
+from handgrad.optim.schedule_free import ScheduleFree
 from handgrad.optim.sgd import SGD
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {  # by the name that settings give them: dataclasses
@@ -15,6 +16,19 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {  # by the name that settings give the
     "sgd": SGD,
     "lion": Lion,
     "adafactor": Adafactor,
+    "schedule_free": ScheduleFree,
 }
 
-__all__ = ["OPTIMIZERS", "SGD", "Adafactor", "AdamW", "Ema", "Lion", "Muon", "Optimizer", "record_step", "schedules"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Ema",
+    "Lion",
+    "Muon",
+    "Optimizer",
+    "ScheduleFree",
+    "record_step",
+    "schedules",
+]

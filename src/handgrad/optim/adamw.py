@@ -5,12 +5,11 @@ from typing import Any
 
 from handgrad.core.dtypes import BF16, BYTE, F32
 from handgrad.core.errors import HandgradError
-from handgrad.core.number import F32_TINY
 from handgrad.core.params import Bucket, Groups, Param
 from handgrad.core.program import Program
 from handgrad.ops import adamw, adamw_bf16, adamw_int8
 from handgrad.ops.adamw.op import BLOCK
-from handgrad.optim.checks import check_betas, check_reals
+from handgrad.optim.checks import check_betas, check_eps, check_reals
 from handgrad.optim.slices import declare_low, pieces, sizes_of, slices
 
 DECAY, PLAIN = "decay", "plain"
@@ -45,13 +44,12 @@ class AdamW:
 
     def __post_init__(self) -> None:
         check_betas(self)
-        check_reals(self, "eps", "weight_decay", "clip")
+        check_eps(self)
+        check_reals(self, "weight_decay", "clip")
         if self.moments not in MOMENTS:
             raise HandgradError("optim", f"moments are one of {', '.join(MOMENTS)}", repr(self.moments))
         if self.scale_parameter and self.moments != "f32":
             raise HandgradError("optim", "AdamW that scales by the parameter has moments f32", self.moments)
-        if self.eps < F32_TINY:  # a parameter that never had a gradient would become 0 / 0
-            raise HandgradError("optim", f"eps is at least {F32_TINY:.2g}, the smallest normal float32", self.eps)
 
     @property
     def groups(self) -> Groups:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from handgrad.core.errors import HandgradError
-from handgrad.core.number import real
+from handgrad.core.number import F32_TINY, real
 
 
 def check_reals(optim: Any, *names: str) -> None:
@@ -20,3 +20,10 @@ def check_betas(optim: Any) -> None:
     if not all(0.0 <= b < 1.0 for b in betas):
         raise HandgradError("optim", "both betas lie in [0, 1)", betas)
     object.__setattr__(optim, "betas", betas)
+
+
+def check_eps(optim: Any) -> None:
+    """Makes `eps` a normal float32 above 0: a parameter that never had a gradient would become 0 / 0."""
+    check_reals(optim, "eps")
+    if optim.eps < F32_TINY:
+        raise HandgradError("optim", f"eps is at least {F32_TINY:.2g}, the smallest normal float32", optim.eps)

@@ -33,6 +33,9 @@ class Ema:
         object.__setattr__(self, "decay", real("optim", "the decay of ema", self.decay))
         if not 0.0 < self.decay <= MOST:
             raise HandgradError("optim", f"the decay of ema is above 0 and at most {MOST}", self.decay)
+        if hasattr(self.optim, "average"):
+            rule = "--ema is for optimizers that do not average the weights themselves"
+            raise HandgradError("optim", rule, type(self.optim).__name__, hint="leave --ema out")
 
     @property
     def clip(self) -> float:

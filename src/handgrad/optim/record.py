@@ -18,6 +18,9 @@ class Optimizer(Protocol):
     An optimizer whose momentum may be scheduled reads the step scalar `momentum` and has an attribute
     `scheduled_momentum`: its value where there is no schedule.
 
+    An optimizer that trains at other points than it averages (schedule_free.py) has a method `average`, which appends
+    the call that puts the average of a bucket in the place of its weights, and an attribute `interpolation`.
+
     clip    the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     groups  which parameters share their settings
     """
@@ -29,7 +32,7 @@ class Optimizer(Protocol):
     def groups(self) -> Groups: ...
 
     def declare(self, g: Program) -> None:
-        """Declares the flat vectors and states that the update needs."""
+        """Declares the flat vectors and states that the update needs; appends what comes before the first bucket."""
 
     def update(self, g: Program, bucket: Bucket) -> None:
         """Appends the update of one bucket."""
@@ -57,5 +60,5 @@ def record_step(g: Program, optim: Optimizer) -> None:
     for bucket in g.trained:
         with g.block(bucket.block, prefix=False):
             optim.update(g, bucket)
-            publish(g, bucket, all_gather)
+            publish(g, g, bucket, all_gather)
     g.phase = Phase.FORWARD

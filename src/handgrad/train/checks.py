@@ -1,11 +1,14 @@
-"""Checks of what a Trainer is given, before anything is recorded."""
+"""Checks of what a Trainer is given, before anything is recorded, and of what its calls compute."""
 
 from typing import Any
 
-from handgrad.backends.base import Backend
+import numpy as np
+
+from handgrad.backends.base import Arena, Backend
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Call
 from handgrad.core.precision import Precision
-from handgrad.core.tensor import Tensor
+from handgrad.core.tensor import Role, Tensor
 from handgrad.data import Data
 from handgrad.models import Model
 
@@ -71,3 +74,20 @@ def check_precision(precision: Precision, backend: Backend) -> None:
         opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
         hint = "open_backend(name, precision=...) with the trainer's precision"
         raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)
+
+
+def check_outputs(arena: Arena, c: Call) -> None:
+    """Raises HandgradError unless every output of a call that has just run is finite."""
+    for name, t in c.named_outs():
+        if (
+            name not in c.op.undefined.split()
+            and t.role is not Role.SCALARS
+            and t.dtype.unit
+            and not np.isfinite(arena.read(t).astype(np.float32)).all()
+        ):
+            raise HandgradError(
+                "check",
+                "every output is finite",
+                f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
+                context=f"block {c.block}, {c.where}",
+            )

@@ -19,11 +19,12 @@ SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", 
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
 ScheduleName = Literal[
-    "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "step", "cosine_with_restarts"
+    "", "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "step", "cosine_with_restarts"
 ]  # handgrad.optim.schedules.SCHEDULES
 STEPS = 2000  # of a run whose length is not given
 SCHEDULE_SETTINGS = ("cooldown", "cooldown_shape", "power", "cycles", "decay_every", "decay_factor")
-OptimizerName = Literal["adamw", "muon", "sgd", "lion", "adafactor"]  # handgrad.optim.OPTIMIZERS
+OptimizerName = Literal["adamw", "muon", "sgd", "lion", "adafactor", "schedule_free"]  # handgrad.optim.OPTIMIZERS
+SCHEDULE_FREE = "schedule_free"  # the one that needs no decay of the learning rate
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ class OptimConfig:
     lr: float = 2e-3
     """peak learning rate"""
     beta1: float = 0.9
-    """decay of the first moment"""
+    """decay of the first moment; of schedule_free: share of the average in the weights that train"""
     beta2: float = 0.99
     """decay of the second moment"""
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float | None = None
-    """of matrices and embeddings, not of biases and norms; None: adamw and muon 0.1, lion 1, others 0"""
+    """of matrices and embeddings, not of biases and norms; None: lion 1, sgd and adafactor 0, others 0.1"""
     embedding_decay: float | None = None
     """of muon: weight decay of embeddings and heads; None: --weight-decay"""
     moments: Literal["f32", "bf16", "int8"] = "f32"
@@ -140,8 +141,8 @@ class OptimConfig:
     """of muon: orthogonalise q, k and v head by head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
-    schedule: ScheduleName = "cosine"
-    """shape of the learning rate after warm-up"""
+    schedule: ScheduleName = ""
+    """shape of the learning rate after warm-up; empty: cosine, and constant for schedule_free"""
     warmup: int | float | None = None
     """warm-up steps or, below 1, a fraction of all steps; None: 100, or a tenth of a run shorter than 1000"""
     final: float | None = None

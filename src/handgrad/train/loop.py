@@ -192,6 +192,8 @@ def log_step(run: Run, log: Log, f: Finished) -> bool:
 def measure(run: Run, log: Log, f: Finished) -> dict[str, Any]:
     """What is due to be measured after a step: val_loss, and HellaSwag's accuracy."""
     found: dict[str, Any] = {}
+    if f.due.hellaswag:
+        run.trainer.use_average()  # all ranks, also where one of them runs the model
     if f.due.val and run.val is not None:
         with log.activity("validating"):
             found["val_loss"] = run.trainer.evaluate(run.val, run.config.eval.val_tokens or None)
@@ -225,6 +227,7 @@ def takes_part(run: Run) -> bool:
 
 def sample(run: Run) -> str:
     """The prompt and its continuation, the same for the same weights; or why there is none, which stops no run."""
+    run.trainer.use_average()  # all ranks
     if not takes_part(run):
         return ""
     c, drawable = run.config, run.tokenizer.drawable()  # the model may have more rows

@@ -16,6 +16,7 @@ from handgrad.infer.engine import record as record_engine
 from handgrad.models import Model, forward_loss
 from handgrad.ops import add, collectives
 from handgrad.optim import Optimizer, record_step
+from handgrad.train.average import record_average
 from handgrad.train.execution import Execution
 from handgrad.train.tuning import adapters_of, learns
 
@@ -28,6 +29,7 @@ class Programs:
     loss: Program | None
     engine: tuple[Program, ...] | None
     scorer: tuple[Program, ...]
+    average: Program | None
 
     def __iter__(self) -> Iterator[Program]:
         yield self.train
@@ -35,6 +37,8 @@ class Programs:
             yield self.loss
         yield from self.engine or ()
         yield from self.scorer
+        if self.average is not None:
+            yield self.average
 
 
 def record(
@@ -59,6 +63,7 @@ def record(
         record_loss(model, seq_len, precision, execution, chunks=chunks) if "val" in extra else None,
         record_engine(model, dtype, 0, adapters) if "sample" in extra and model.continues_text else None,
         record_scorer(model, dtype, tokens, adapters) if "score" in extra else (),
+        record_average(train, optim),
     )
     for p in programs if ranks.shares(3) > 1 else ():
         if p is not train:

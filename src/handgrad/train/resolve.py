@@ -39,7 +39,7 @@ from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
 from handgrad.train.record import flops_per_token
-from handgrad.train.schedule import momentum_of, num_steps, schedule_of, steps_of
+from handgrad.train.schedule import momentum_of, num_steps, schedule_name, schedule_of, steps_of
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -267,7 +267,7 @@ def settings_of(model: Model) -> dict[str, Any]:
 
 def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    steps, o = num_steps(c, data), c.optim
+    steps, o = num_steps(c, data), replace(c.optim, schedule=schedule_name(c.optim))
     own = {name: v for name, v in schedules.own_settings(o.schedule).items() if getattr(o, name) is None}
     warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
     run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)

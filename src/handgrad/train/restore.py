@@ -9,13 +9,14 @@ import numpy as np
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import STATE, Program
+from handgrad.infer.load import averaged
 from handgrad.io import checkpoint
 from handgrad.models import Model, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.optim.ema import EMA
 from handgrad.train.optimizers import optimizer_name
 from handgrad.train.shards import PARAM, expected, expected_state
-from handgrad.train.start import write_average
+from handgrad.train.start import AVERAGES, write_average, write_weight
 
 WEIGHTS = ("low", EMA)  # vectors that belong to the weights, whatever the optimizer
 
@@ -68,6 +69,9 @@ def state_names(path: Path, mine: list[str], saved: dict[str, Any], optim: Optim
     hint = "--fresh-optimizer takes the weights alone and starts the state anew"
     if theirs not in (None, own):
         raise HandgradError("resume", f"the checkpoint's optimizer is {theirs}", own, context=str(path), hint=hint)
+    share, other = getattr(optim, "interpolation", None), saved.get("interpolation")
+    if share != other:  # of the average it would make another one
+        raise HandgradError("resume", f"the checkpoint's beta1 is {other}", share, context=str(path), hint=hint)
     # a state that is missing is named where it is read
     vectors, found = (sorted({vector(name) for name in names} - {EMA, STATE}) for names in (mine, held))
     if vectors != found:
@@ -82,7 +86,8 @@ def vector(name: str) -> str:
 
 
 def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: Optimizer, fresh: bool) -> None:
-    """Writes weights and state; what starts anew is zero, and an average of the weights starts as the weights.
+    """Writes weights and state; what starts anew is zero, and an average of the weights starts as the weights. Of
+    a run that trains at other points than it averages (ScheduleFree), the average is what is left without its state.
 
     Raises HandgradError, before anything is written, for tensors that are missing, too many, or of another shape.
     """
@@ -99,8 +104,12 @@ def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: 
             arena.write(p.states[name], values)
         else:
             arena.write_part(kind, p.params[name].tensor, values)
-    for name, info in p.params.items():
-        average = f"{EMA}.{name}"
-        if average in mine and average not in held:
-            low = f"low.{name}"
-            write_average(arena, info.tensor, weights[name], held[low] if low in held else None)
+    if fresh and saved.get("interpolation"):
+        average_of = averaged(path, p, weights.__getitem__, saved)
+        for name, info in p.params.items():
+            write_weight(arena, info.tensor, average_of(name))
+        return
+    for name, average in ((name, average) for name in p.params for average in AVERAGES):
+        if f"{average}.{name}" in mine and f"{average}.{name}" not in held:
+            low = held[f"low.{name}"] if f"low.{name}" in held else None
+            write_average(arena, average, p.params[name].tensor, weights[name], low)

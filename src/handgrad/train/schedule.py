@@ -5,7 +5,7 @@ from typing import Any
 import handgrad.data as hg_data
 from handgrad.core.errors import HandgradError
 from handgrad.optim import Optimizer, schedules
-from handgrad.train.config import SCHEDULE_SETTINGS, STEPS, Config, OptimConfig, num_tokens
+from handgrad.train.config import SCHEDULE_FREE, SCHEDULE_SETTINGS, STEPS, Config, OptimConfig, ScheduleName, num_tokens
 
 
 def num_steps(c: Config, data: hg_data.Data) -> int:
@@ -28,8 +28,14 @@ def schedule_of(c: Config) -> schedules.Schedule:
     """The learning rate of every step of complete settings. A warm-up longer than the run has its peak at the end."""
     o, steps = c.optim, steps_of(c)
     assert o.warmup is not None  # `complete` has set it
-    warmup = o.warmup if o.schedule == "wsd" else min(o.warmup, steps)
-    return schedules.schedule(o.schedule, o.lr, warmup, steps, o.final, **schedule_settings(o))
+    kind = schedule_name(o)
+    warmup = o.warmup if kind == "wsd" else min(o.warmup, steps)
+    return schedules.schedule(kind, o.lr, warmup, steps, o.final, **schedule_settings(o))
+
+
+def schedule_name(o: OptimConfig) -> ScheduleName:
+    """The schedule of these settings: what schedule_free averages needs no decay."""
+    return o.schedule or ("constant" if o.optimizer == SCHEDULE_FREE else "cosine")
 
 
 def schedule_settings(o: OptimConfig) -> dict[str, Any]:

@@ -21,14 +21,15 @@ from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Segment
-from handgrad.core.tensor import IGNORE_INDEX, Role
+from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data import Data
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
 from handgrad.models import Model, to_dict
 from handgrad.optim import Optimizer
-from handgrad.train.checks import check_fills, check_kinds, check_precision, limit_ids, micro_batches
+from handgrad.train import checks
+from handgrad.train.average import Average
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.optimizers import optimizer_name
@@ -76,18 +77,18 @@ class Trainer:
         start: Start = Start(),
         out: str | Path | None = None,
     ):
-        check_kinds(optim, data, execution)
+        checks.check_kinds(optim, data, execution)
         self.model, self.optim, self.data, self.out = model, optim, data, None if out is None else Path(out)
         precision = precision or Precision(best_dtype(execution.backend if backend is None else backend.name))
         self.execution, self.precision = for_data(execution, data), precision
         self.comm = open_comm() if backend is None else backend.comm
-        self.accumulation = micro_batches(data, execution.micro_batch, self.comm.world)
-        limit_ids(model, data)
+        self.accumulation = checks.micro_batches(data, execution.micro_batch, self.comm.world)
+        checks.limit_ids(model, data)
         drawn = None
         if start.init == "random":  # drawn while the backend is opened and bound
             drawn = drawing(declared(model, execution, precision.working), start.seed, precision.splits_weights)
         self.backend = backend or open_backend(execution.backend, execution.threads, precision, self.comm)
-        check_precision(precision, self.backend)
+        checks.check_precision(precision, self.backend)
         accumulates = self.accumulation > 1
         programs = record(model, optim, data.seq_len, precision, self.execution, self.backend, accumulates=accumulates)
         self.program = train = programs.train
@@ -98,6 +99,7 @@ class Trainer:
         self._loss = None if programs.loss is None else self.backend.bind(programs.loss, self.arena)
         self._engine = Engine(model, programs.engine, self.arena, self.backend) if programs.engine else None
         self.scorer = Scorer(model, programs.scorer, self.arena, self.backend) if programs.scorer else None
+        self._average = Average(programs.average, self.backend, self.arena)
         self._outliers = {"loss": Outliers(execution.guard.loss_z), "grad_norm": Outliers(execution.guard.grad_z)}
         self._pending: Step | None = None  # the last step, whose values may still be on their way
         self._writer = checkpoint.Writer()
@@ -130,6 +132,7 @@ class Trainer:
         step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
         momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
         journal = self._open_journal()
+        self._average.hide()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         batches = [
             self.data.batch(
@@ -224,8 +227,16 @@ class Trainer:
         The weights are updated as in any step.
         """
         self._writer.wait_until_read()
+        self._average.hide()
         self.arena.write_scalars(self.program, micro_step=0)
         self._train.run_each(after)
+
+    def use_average(self) -> None:
+        """Puts the average that an optimizer such as ScheduleFree trains in the place of the weights, until the next
+        step. `evaluate` and `generate` call it, and whoever uses `scorer` does. All ranks call it, unless they hold
+        whole optimizer states (zero 0)."""
+        self._writer.wait_until_read()
+        self._average.show()
 
     def evaluate(self, data: Data, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
@@ -236,7 +247,8 @@ class Trainer:
             raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
         if data.seq_len != self.data.seq_len:
             raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
-        limit_ids(self.model, data)
+        checks.limit_ids(self.model, data)
+        self.use_average()
         total, counts = 0.0, 0
         names, mine = self._loss.program.inputs, (self.ranks.rank, self.ranks.world)
         for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
@@ -258,11 +270,12 @@ class Trainer:
     ) -> Iterator[int]:
         """Yields token ids after `prompt` with the current weights, as `Engine.generate`; they are below the model's
         vocabulary, or among `drawable`. It uses the arena: finish before the next step. With zero 3 all ranks take
-        part; otherwise one rank can do it alone."""
+        part; otherwise one rank can do it alone, after a `use_average` of all."""
         if not self.model.continues_text:
             raise HandgradError("train", f"a {self.model.family} continues no texts")
         if self._engine is None:
             raise HandgradError("train", "this trainer is not planned for samples", hint="extra_programs=('sample',)")
+        self.use_average()
         return self._engine.generate(prompt, max_tokens, sampling, stop_ids, drawable)
 
     def _start(
@@ -274,30 +287,15 @@ class Trainer:
     ) -> None:
         """Starts one micro-batch."""
         for name, tensor in run.program.inputs.items():
-            check_fills(batch[name].size, tensor)
+            checks.check_fills(batch[name].size, tensor)
             self.arena.write(tensor, batch[name].reshape(-1))
         self._run(run, segment, micro_batch)
 
     def _run(self, run: Executable, segment: Segment | None, micro_batch: MicroBatch = ONLY) -> None:
         if self.execution.check == "nan":
-            run.run_each(self._check_finite, segment, micro_batch)
+            run.run_each(lambda c, seconds: checks.check_outputs(self.arena, c), segment, micro_batch)
         else:
             run.run(segment, micro_batch)
-
-    def _check_finite(self, c: Call, seconds: float) -> None:
-        for name, t in c.named_outs():
-            if (
-                name not in c.op.undefined.split()
-                and t.role is not Role.SCALARS
-                and t.dtype.unit
-                and not np.isfinite(self.arena.read(t).astype(np.float32)).all()
-            ):
-                raise HandgradError(
-                    "check",
-                    "every output is finite",
-                    f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
-                    context=f"block {c.block}, {c.where}",
-                )
 
     # checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -311,7 +309,8 @@ class Trainer:
 
     def params(self) -> dict[str, np.ndarray]:
         """The weights by name, in the working dtype; on the host, views of them. With zero 3 all ranks call this, and
-        rank 0 alone gets them, as copies."""
+        rank 0 alone gets them, as copies. They are those that learn, not their average."""
+        self._average.hide()
         return dict(whole(self.arena, self.comm, self.program, PARAM))
 
     def grads(self) -> dict[str, np.ndarray]:
@@ -322,6 +321,7 @@ class Trainer:
     def load_params(self, params: dict[str, np.ndarray]) -> None:
         """Replaces the weights, in float32 precision, by arrays of the same names and shapes."""
         self._writer.wait_until_read()
+        self._average.hide()
         mine = {name: info.tensor for name, info in self.program.params.items()}
         if set(params) != set(mine):
             raise HandgradError("train", f"weights are {len(mine)} named arrays", sorted(set(params) ^ set(mine))[:3])
@@ -395,6 +395,7 @@ class Trainer:
             "skips": self.skips,
             "optimizer": optimizer_name(self.optim),
             "state_since": self.state_since,
+            "interpolation": getattr(self.optim, "interpolation", None),
             "versions": {"handgrad": own_version()} | {name: version(name) for name in ("numpy", "safetensors")},
         }
 
@@ -442,6 +443,7 @@ class Trainer:
         kinds = {"model": dict, "dtype": str, "tokens": int, "outliers": dict, "skips": int}
         saved = checkpoint.load_meta(path, kinds)
         check_model(saved, path, self.model, self.execution.tuning, self.program.dtype.name)
+        self._average.hide()
         restore(self.arena, self.program, path, saved, self.optim, fresh)
         self.saved, self.state_since = saved, state_since(saved, path, fresh)
         self.arena.write_scalars(self.program, state_since=self.state_since)
