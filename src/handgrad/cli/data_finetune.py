@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 from handgrad import data, tokenizers
 from handgrad.cli.data_shards import Shards, bar
-from handgrad.cli.data_tokenizer import Files, tokenizer_of
+from handgrad.cli.data_tokenizer import Files, MoreFiles, tokenizer_of
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Labelled(Shards):
     """Files with one labelled text per row."""
 
     files: Files = ()
-    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz, .bz2 or .zst"""
-    val: str = ""
-    """file of the same kind for validation; empty: --val-fraction of the texts"""
-    val_fraction: float = 0.1
-    """share of the texts that becomes the validation set, without --val"""
+    """.parquet, .json or JSON lines, with rows such as {"text": "Too long.", "label": "bad"}"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_fraction: float | None = None
+    """share of the texts that becomes the validation set; None: 0.1, without --val"""
+    on_error: OnError = "stop"
+    """a row without text or label stops it, or is skipped and counted"""
     column: str = "text"
     """the column that holds the text"""
     label: str = "label"
@@ -32,18 +36,22 @@ class Labelled(Shards):
 
 @dataclass(frozen=True)
 class Chats:
-    """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
+    """Chats to fine-tune a model on: rows with messages, or with a prompt and a completion."""
 
     files: Files = ()
-    """the files; JSON lines may be .gz, .xz, .bz2 or .zst"""
+    """.parquet, .json or JSON lines; JSON may be .gz, .xz, .bz2 or .zst"""
     model: str = ""
     """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
     template: str = ""
     """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
     out: str = "chat"
     """folder for train_*.bin and .mask, val_*.bin and .mask, meta.json and SHA256SUMS"""
-    val_fraction: float = 0.05
-    """share of the rows, evenly spread, that becomes the validation set; 0: none"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_fraction: float | None = None
+    """share of the rows, evenly spread, that becomes the validation set; 0: none; None: 0.05, without --val"""
+    on_error: OnError = "stop"
+    """a row that is no chat to learn stops it, or is skipped and counted"""
     shard_tokens: int = 10_000_000
     """tokens in a full shard"""
     replace: bool = False
@@ -59,14 +67,16 @@ def make_labels(a: Labelled, folder: str) -> None:
     if pad is None:
         hint = "--tokenizer FOLDER, that of the BERT to start from"
         raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
-    names = ("val_fraction", "seq_len", "shard_tokens", "workers", "replace", "special_tokens")
+    names = ("val_fraction", "seq_len", "on_error", "shard_tokens", "workers", "replace", "special_tokens")
     given = {name: getattr(a, name) for name in names}
-    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(a.val)] if a.val else []}
+    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(file) for file in a.val]}
     with bar() as progress:
         paths = [Path(file) for file in a.files]
         meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
     for split in ("train", "val"):
         print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
+    if "skipped" in meta:
+        print(f"rows without text or label, left out: {meta['skipped']:,}")
     print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
     print(f"train on them: handgrad train --init BERT --train {quote(out)}")
 
@@ -77,12 +87,15 @@ def make_chat(a: Chats) -> None:
         rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
         raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
     encoder = tokenizers.ChatEncoder(*model_of(a.model), a.template)
-    kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
+    names = ("val", "val_fraction", "on_error", "shard_tokens", "replace")
+    kind: dict[str, Any] = {name: getattr(a, name) for name in names}
     with bar(f"{a.out} is as it was") as progress:
         meta = data.prepare_chat(a.files, a.out, encoder.tokenizer, encoder, progress=progress, **kind)
     for split in ("train", "val"):
         m = meta[split]
         print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
+    if "skipped" in meta:
+        print(f"rows that are no chat to learn, left out: {meta['skipped']:,}")
     print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
     init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
     print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
