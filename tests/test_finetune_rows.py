@@ -16,7 +16,7 @@ from handgrad.cli.__main__ import main
 from handgrad.data.prepare import bounds
 from handgrad.data.prepare.messages import chat_in, chats
 from handgrad.data.prepare.readers import rows_of
-from handgrad.tokenizers.template import TEMPLATES
+from handgrad.tokenizers.template import OWN, TEMPLATES
 
 pytest.importorskip("jinja2")
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -52,7 +52,7 @@ def write(name, rows):
 
 
 def chat(*words, out="out"):
-    return main(["data", "chat", *words, "--model", "tokens/tokenizer.json", "--out", out])
+    return main(["data", "chat", *words, "--model", "tokens", "--out", out])
 
 
 def labels(*words, out="out"):
@@ -294,3 +294,15 @@ def test_bad_files_are_one_line_and_change_nothing(here, capsys, name):
 
 
 # what is learned ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_tokenizer_alone(here, capsys):
+    """As `handgrad data tokenizer` writes it; its template and its special tokens count."""
+    write("a.jsonl", ROWS["messages"])
+    assert chat("a.jsonl") == 0
+    assert main("data chat a.jsonl --model tokens/tokenizer.json --out file".split()) == 0
+    assert shards("out") == shards("file") and "train --init MODEL --train file" in capsys.readouterr().out
+    assert data.read_meta("out")["chat"]["tokens"]["eos_token"] == "<|im_end|>"
+    assert (here / "out" / OWN).read_text() == TEMPLATES["chatml"].read_text()
+    Path("tokens/config.json").write_text("{}")  # a model's
+    assert chat("a.jsonl", "--replace") == 2 and "but got 'tokens', which holds no complete checkpoint" in error(capsys)

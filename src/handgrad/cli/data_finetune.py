@@ -1,5 +1,6 @@
 """handgrad data chat and data labels: shards to fine-tune on, from chats and from texts with labels."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -41,7 +42,7 @@ class Chats:
     files: Files = ()
     """.parquet, .json or JSON lines; JSON may be .gz, .xz, .bz2 or .zst"""
     model: str = ""
-    """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
+    """the model that will learn them, a folder or hf:NAME; or a tokenizer: a folder, a tokenizer.json, gpt2"""
     template: str = ""
     """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
     out: str = "chat"
@@ -112,4 +113,11 @@ def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate]:
 
 def is_tokenizer(word: str) -> bool:
     """Whether a word names a tokenizer, without a model."""
-    return word == "gpt2" or word.endswith(".json")
+    if word == "gpt2" or word.endswith(".json"):
+        return True
+    folder = Path(word)
+    return (
+        os.path.isdir(folder)
+        and not (folder / "config.json").exists()
+        and any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt"))
+    )
