@@ -296,6 +296,20 @@ def test_bad_files_are_one_line_and_change_nothing(here, capsys, name):
 # what is learned ------------------------------------------------------------------------------------------------------
 
 
+def test_show_prints_what_is_learned(here, capsys):
+    assert chat(write("a.jsonl", ["{", *ROWS["messages"]]), "--show", "2", "--on-error", "skip") == 0
+    out = capsys.readouterr().out
+    text = "<|im_start|>user\nHello {}<|im_end|>\n<|im_start|>assistant\n⟦us {}<|im_end|>⟧\n"
+    pieces = out.split("a.jsonl, line ")[1:]
+    assert [piece.split("\n", 1)[1] for piece in pieces] == [text.format(n, n) for n in (0, 1)]
+    assert [piece[:1] for piece in pieces] == ["2", "3"] and not Path("out").exists()
+    learned = int(pieces[0].split("\n")[0].rsplit(" ", 1)[1])
+    assert chat("a.jsonl", "--on-error", "skip", "--val-fraction", "0") == 0
+    assert data.read_meta("out")["train"]["assistant"] == 10 * learned
+    capsys.readouterr()
+    assert chat("a.jsonl", "--show", "-1") == 2 and "--show is at least 0, but got -1" in error(capsys)
+
+
 def test_a_folder_with_a_tokenizer_alone(here, capsys):
     """As `handgrad data tokenizer` writes it; its template and its special tokens count."""
     write("a.jsonl", ROWS["messages"])

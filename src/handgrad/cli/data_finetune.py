@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
 
 OnError = Literal["stop", "skip"]
+LEARNED = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Chats:
     """share of the rows, evenly spread, that becomes the validation set; 0: none; None: 0.05, without --val"""
     on_error: OnError = "stop"
     """a row that is no chat to learn stops it, or is skipped and counted"""
+    show: int = 0
+    """print so many rows as a model learns them, and write nothing"""
     shard_tokens: int = 10_000_000
     """tokens in a full shard"""
     replace: bool = False
@@ -88,6 +92,9 @@ def make_chat(a: Chats) -> None:
         rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
         raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
     encoder = tokenizers.ChatEncoder(*model_of(a.model), a.template)
+    if a.show:
+        show(a, encoder)
+        return
     names = ("val", "val_fraction", "on_error", "shard_tokens", "replace")
     kind: dict[str, Any] = {name: getattr(a, name) for name in names}
     with bar(f"{a.out} is as it was") as progress:
@@ -100,6 +107,20 @@ def make_chat(a: Chats) -> None:
     print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
     init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
     print(f"train on it: handgrad train --init {init} --train {quote(a.out)} --lr 2e-5 --steps 0")
+
+
+def show(a: Chats, encoder: tokenizers.ChatEncoder) -> None:
+    """Prints the first rows, what is learned of them between marks."""
+    if a.show < 0:
+        raise HandgradError("data", "--show is at least 0", a.show)
+    rows = (row for row in data.read_chats(a.files, encoder, a.on_error) if isinstance(row, data.EncodedRow))
+    for row in islice(rows, a.show):
+        print(f"{row.where}: {row.ids.size:,} tokens; learned, between {' and '.join(LEARNED)}: {row.mask.sum():,}")
+        text = ""
+        for learned, ids in row.runs():
+            begin, end = LEARNED if learned else ("", "")
+            text += begin + encoder.tokenizer.decode(ids) + end
+        print(text, end="" if text.endswith("\n") else "\n")
 
 
 def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate]:

@@ -98,6 +98,16 @@ class EncodedRow:
     ids: np.ndarray
     mask: np.ndarray
 
+    def runs(self) -> list[tuple[bool, np.ndarray]]:
+        """Returns (whether they are learned, ids) of the pieces of the row, in order.
+
+        >>> EncodedRow("", np.array([5, 6, 7]), np.array([0, 0, 1])).runs()
+        [(False, array([5, 6])), (True, array([7]))]
+        """
+        bounds = np.flatnonzero(np.diff(self.mask)) + 1
+        begins = [0, *bounds.tolist()]
+        return [(bool(self.mask[at]), ids) for at, ids in zip(begins, np.split(self.ids, bounds), strict=True)]
+
 
 def read_chats(
     files: str | Path | Sequence[str | Path],
