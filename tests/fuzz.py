@@ -72,6 +72,7 @@ TASKS = {
     "arc_easy": "arc.jsonl",
     "winogrande": "winogrande.jsonl",
 }
+CHATS = "--model tok.json --template chats.jinja --out out"
 READERS = [
     Reader("train shard", f"{TRAIN} --train data", "data/train_000000.bin", "words"),
     Reader("train val shard", f"{TRAIN} --train data", "data/val_000000.bin", "words"),
@@ -179,6 +180,16 @@ READERS = [
         "data parquet rows.parquet --workers 1 --tokenizer tok.json --val-tokens 2 --out out",
         "rows.parquet",
     ),
+    *(
+        Reader(f"data chat {e}", f"data chat chats.{e} {CHATS}", f"chats.{e}", kind)
+        for e, kind in (("jsonl", "jsonl"), ("json", "json"), ("parquet", "bytes"))
+    ),
+    Reader("data chat skip", f"data chat chats.jsonl {CHATS} --on-error skip", "chats.jsonl", "jsonl"),
+    Reader(
+        "data labels parquet",
+        "data labels labels.parquet --tokenizer vocab.txt --workers 1 --on-error skip --out out",
+        "labels.parquet",
+    ),
     Reader(
         "data fineweb",
         "data fineweb --source rows.parquet --workers 1 --tokenizer tok.json --shard-tokens 300 --out out",
@@ -281,6 +292,11 @@ def texts() -> None:
     Path("rows.jsonl").write_bytes(rows)
     for ending, module in (("gz", gzip), ("xz", lzma), ("bz2", bz2)):
         Path(f"rows.jsonl.{ending}").write_bytes(module.compress(rows))
+    chats = [{"messages": [{"role": role, "content": "to be"} for role in ("user", "assistant")], "tools": None}] * 9
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    Path("chats.json").write_text(json.dumps(chats))
+    Path("chats.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    Path("vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nto\nbe\n")
     Path("stories").mkdir()
     for i in range(2):
         Path(f"stories/data0{i}.json").write_text(json.dumps([{"story": f"once upon {j}", "n": j} for j in range(4)]))
@@ -318,7 +334,9 @@ def questions() -> None:
 
         pq.write_table(pa.table({"text": [f"to be {i}" for i in range(99)]}), "rows.parquet", row_group_size=40)
         pq.write_table(pa.table({"ctx": ["a man"], "endings": [["sits", "runs"]], "label": ["1"]}), "questions.parquet")
-    for name in ("rows.parquet", "questions.parquet"):
+        pq.write_table(pa.Table.from_pylist(json.loads(Path("chats.json").read_bytes())), "chats.parquet")
+        pq.write_table(pa.table({"text": ["to be"] * 9, "label": [1, 2, 1] * 3}), "labels.parquet", row_group_size=4)
+    for name in ("rows.parquet", "questions.parquet", "chats.parquet", "labels.parquet"):
         Path(name).touch()
 
 
@@ -548,6 +566,7 @@ BASES = {
     "profile": "profile tiny --threads 1 --micro-batch 1 --seq-len 8 --steps 1 --backend cpu",
     "data text": "data text text.txt --tokenizer tok.json --workers 1 --out out",
     "data jsonl": "data jsonl rows.jsonl --tokenizer tok.json --workers 1 --val-tokens 2 --out out",
+    "data chat": f"data chat chats.jsonl {CHATS}",
     "data hellaswag": "data hellaswag --source hellaswag.jsonl --tokenizer tok.json --out out",
     "data check": "data check data",
     "ops": "ops support",

@@ -12,7 +12,7 @@ from handgrad import data, tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.data.packing import Packing
-from handgrad.data.prepare.chat import messages_of
+from handgrad.data.prepare.messages import chat_in
 from handgrad.data.shards import BEGINS, LEARNED, MARK
 from handgrad.tokenizers.template import OWN, TEMPLATES
 
@@ -160,7 +160,7 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
     assert chat(made["chatml"], source, "--shard-tokens", "700", "--val-fraction", "0.1", out=out) == 0
     said, meta = capsys.readouterr().out, json.loads((out / "meta.json").read_text())
     want = encoder(made["chatml"], "chatml").encode(
-        [(str(n), messages_of(row, "")[0], None) for n, row in enumerate(rows())]
+        [(str(n), chat_in(row, "")[1], None) for n, row in enumerate(rows())]
     )
     held = {"train": [n for n in range(40) if n % 10], "val": [n for n in range(40) if n % 10 == 0]}
     for split, numbers in held.items():

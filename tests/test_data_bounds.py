@@ -99,6 +99,11 @@ def bomb_table(path, mib=48, rows=256):
     return path
 
 
+def documents(path, column):
+    """Those of a Parquet file."""
+    return [text for _, job in readers.table(path, readers.texts(column)) for text in job.read(*job.arguments)]
+
+
 BOMBS = {
     "jsonl.xz": lambda p: packed_zeros(lzma.open, p, 64),
     "jsonl.gz": lambda p: packed_zeros(gzip.open, p, 64),
@@ -153,8 +158,8 @@ def test_large_parquet_is_read_in_small_batches(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": rows, "n": range(3000)}), tmp_path / "a.parquet", row_group_size=1500)
     for size, most in ((2**30, 256), (2**10, 1)):
         monkeypatch.setattr(readers, "BATCH_BYTES", size)
-        assert max(len(batch) for batch in readers.batches(tmp_path / "a.parquet", 0, "text")) == most
-        assert [text for g in (0, 1) for text in readers._rows(tmp_path / "a.parquet", g, "text")] == rows
+        assert max(len(batch) for batch in readers.batches(tmp_path / "a.parquet", 0, ["text"])) == most
+        assert documents(tmp_path / "a.parquet", "text") == rows
 
 
 def test_column_with_a_dot_in_its_name(tmp_path):
@@ -162,8 +167,8 @@ def test_column_with_a_dot_in_its_name(tmp_path):
     rows = [f"{i} " + os.urandom(500).hex() for i in range(1200)]
     zeros = pa.DictionaryArray.from_arrays(pa.array([0] * 1200, pa.int32()), pa.array(["ab" * 2**20]))
     pq.write_table(pa.table({"my.text": rows, "my.text2": zeros}), tmp_path / "a.parquet", compression="zstd")
-    assert [batch.num_columns for batch in readers.batches(tmp_path / "a.parquet", 0, "my.text")][0] == 1
-    assert list(readers._rows(tmp_path / "a.parquet", 0, "my.text")) == rows
+    assert [batch.num_columns for batch in readers.batches(tmp_path / "a.parquet", 0, ["my.text"])][0] == 1
+    assert documents(tmp_path / "a.parquet", "my.text") == rows
 
 
 def test_archives_that_unfold(tmp_path):
@@ -231,7 +236,7 @@ def test_plain_line_has_a_bound(tmp_path, monkeypatch):
             prepare("jsonl", tmp_path / "out", tokenizers.gpt2(), files=path, val_tokens=0, replace=True)
         with pytest.raises(HandgradError, match="line at byte 4095: a line must have at most"):
             path.write_text(json.dumps({"text": "a" * 2**18}) + "\n")
-            list(readers._lines_between(path, 4096, 8192, "text"))
+            list(readers._lines_between(path, 4096, 8192, readers.texts("text")))
 
 
 def test_real_sources_are_far_below_the_bounds(tmp_path):
@@ -359,7 +364,7 @@ def test_parquet_whose_text_is_no_unicode(tmp_path):
     column = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(HandgradError, match=r"a.parquet must be readable and whole, but got .*utf-8"):
-        list(readers._rows(tmp_path / "a.parquet", 0, "text"))
+        documents(tmp_path / "a.parquet", "text")
 
 
 def test_an_empty_archive_has_an_allowance():

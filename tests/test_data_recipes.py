@@ -345,8 +345,8 @@ def test_p12_resume_after_kill_is_bit_exact(tmp_path, monkeypatch, workers):
     read = []
     table = recipes.table
 
-    def noting(path, column):
-        for end, job in table(path, column):
+    def noting(path, wanted):
+        for end, job in table(path, wanted):
             yield end, Job(partial(noted, job), ())
 
     def noted(job):
@@ -590,7 +590,7 @@ def test_damaged_sources(tmp_path, capsys):
         ("jsonl", "cut.jsonl.xz", "cut.jsonl.xz must be readable and whole"),
         ("jsonl", "none.jsonl", "which is missing"),
         ("parquet", "a.parquet", "a.parquet must be readable and whole"),
-        ("parquet", "null.parquet", "must hold text, but got a NoneType"),
+        ("parquet", "null.parquet", "row 1: an object must hold text under 'text', but got null"),
     ]:
         with pytest.raises(HandgradError, match=message):
             run(tmp_path / "out", recipe, files=[tmp_path / name], val_tokens=1)

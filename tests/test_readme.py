@@ -63,6 +63,7 @@ def test_readme_flags_exist(folder):
             "explain",
             "data text",
             "data chat",
+            "data labels",
             "data fineweb",
             "data tokens",
             "data tokenizer",

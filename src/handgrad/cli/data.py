@@ -1,44 +1,19 @@
 """handgrad data RECIPE: writes token shards from text and evaluation files from questions; verifies checksums."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from handgrad import data, tokenizers
+from handgrad import data
+from handgrad.cli.data_finetune import Chats, Labelled, make_chat, make_labels
+from handgrad.cli.data_shards import Shards, bar
 from handgrad.cli.data_tokenizer import Files, MoreFiles, Training, tokenizer_of, train_tokenizer
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError, did_you_mean
-from handgrad.infer.load import open_source
 from handgrad.models import preset
 
 USAGE = "handgrad data RECIPE [FILE...] [flags]"
-USUAL = 2048  # tokens of a sequence of most models
-WINDOW = 128  # tokens of the shortest window that is suggested for chats: several short rows fill it well
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Where to write, with which tokenizer, in how many processes."""
-
-    out: str = ""
-    """output folder; empty: plays for shakespeare, data for your own files, else the name of the data set"""
-    tokenizer: str = "gpt2"
-    """gpt2, chars (an id per character), a tokenizer.json, BERT's vocab.txt, or a folder with one"""
-    special_tokens: bool = False
-    """a special token spelled out in the text, such as <|endoftext|>, is that token; else it is plain text"""
-    shard_tokens: int = 100_000_000
-    """tokens in a full shard"""
-    workers: int = 0
-    """processes that tokenize; 0: one per core, fewer for a small source"""
-    replace: bool = False
-    """replace shards of another source or tokenizer in the folder"""
 
 
 @dataclass(frozen=True)
@@ -113,44 +88,6 @@ class Ids:
 
 
 @dataclass(frozen=True)
-class Labelled(Shards):
-    """Files with one labelled text per row."""
-
-    files: Files = ()
-    """JSON lines such as {"text": "Too long.", "label": "bad"}; may be .gz, .xz, .bz2 or .zst"""
-    val: str = ""
-    """file of the same kind for validation; empty: --val-fraction of the texts"""
-    val_fraction: float = 0.1
-    """share of the texts that becomes the validation set, without --val"""
-    column: str = "text"
-    """the column that holds the text"""
-    label: str = "label"
-    """the column that holds the label, text or a whole number"""
-    seq_len: int = 128
-    """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
-
-
-@dataclass(frozen=True)
-class Chats:
-    """Chats to fine-tune a model on: JSON lines with messages, or with a prompt and a completion."""
-
-    files: Files = ()
-    """the files; JSON lines may be .gz, .xz, .bz2 or .zst"""
-    model: str = ""
-    """the model that will learn them, a folder or hf:NAME, or its tokenizer.json; gpt2: that tokenizer"""
-    template: str = ""
-    """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
-    out: str = "chat"
-    """folder for train_*.bin and .mask, val_*.bin and .mask, meta.json and SHA256SUMS"""
-    val_fraction: float = 0.05
-    """share of the rows, evenly spread, that becomes the validation set; 0: none"""
-    shard_tokens: int = 10_000_000
-    """tokens in a full shard"""
-    replace: bool = False
-    """replace shards of another source, template or tokenizer in the folder"""
-
-
-@dataclass(frozen=True)
 class Questions:
     """A multiple-choice benchmark."""
 
@@ -172,8 +109,8 @@ RECIPES: dict[str, tuple[type, str, str]] = {  # word: (dataclass of its flags, 
     "json": (Rows, "data", "JSON lists of texts or objects"),
     "parquet": (Rows, "data", "Parquet tables"),
     "text": (Text, "data", "text files"),
-    "labels": (Labelled, "data", "JSON lines of texts and their labels, for a BERT that classifies"),
-    "chat": (Chats, "chat", "chats, for fine-tuning: JSON lines"),
+    "labels": (Labelled, "data", "texts and their labels, for a BERT that classifies"),
+    "chat": (Chats, "chat", "chats, for fine-tuning"),
     "tokens": (Ids, "data", "files of token ids: .npy, or nanoGPT's train.bin"),
     "tokenizer": (
         Training,
@@ -210,8 +147,8 @@ def main(argv: list[str]) -> int:
         print(f"{path}: {count:,} questions; evaluate on them: handgrad eval RUN --tasks {quote(f'{word}={path}')}")
     elif RECIPES[word][0] is Labelled:
         make_labels(parse(Labelled, rest, f"data {word}"), RECIPES[word][1])
-    elif word == "chat":
-        make_chat(rest)
+    elif RECIPES[word][0] is Chats:
+        make_chat(parse(Chats, rest, "data chat"))
     elif RECIPES[word][0] is Training:
         train_tokenizer(parse(Training, rest, "data tokenizer"), RECIPES[word][1])
     else:
@@ -250,87 +187,6 @@ def make(recipe: str, argv: list[str]) -> None:
     if least > 1:
         shorter = f" --seq-len {least - 1}" * (least < wanted)
         print(f"vocabulary {meta['vocab_size']:,}; train on it: handgrad train --train {quote(out)}{shorter}")
-
-
-def make_labels(a: Labelled, folder: str) -> None:
-    """Builds a data set of labelled texts, with a progress bar on a terminal, and prints its size."""
-    if not a.files:
-        raise HandgradError("data", "labels come from at least one file", "none", hint="handgrad data labels FILE...")
-    tokenizer, out = tokenizer_of(a.tokenizer), a.out or folder
-    pad = tokenizers.special_ids(tokenizer, ["[PAD]"])
-    if pad is None:
-        hint = "--tokenizer FOLDER, that of the BERT to start from"
-        raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
-    names = ("val_fraction", "seq_len", "shard_tokens", "workers", "replace", "special_tokens")
-    given = {name: getattr(a, name) for name in names}
-    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(a.val)] if a.val else []}
-    with bar() as progress:
-        paths = [Path(file) for file in a.files]
-        meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
-    for split in ("train", "val"):
-        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
-    print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
-    print(f"train on them: handgrad train --init BERT --train {quote(out)}")
-
-
-def make_chat(argv: list[str]) -> None:
-    """Builds a data set of chats, with a progress bar on a terminal, and prints its size."""
-    a = parse(Chats, argv, "data chat")
-    if not a.files or not a.model:
-        rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
-        raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
-    tokenizer, own, most = model_of(a.model)
-    encoder = tokenizers.ChatEncoder(tokenizer, own, a.template)
-    kind: dict[str, Any] = {"val_fraction": a.val_fraction, "shard_tokens": a.shard_tokens, "replace": a.replace}
-    with bar(f"{a.out} is as it was") as progress:
-        meta = data.prepare_chat(a.files, a.out, encoder.tokenizer, encoder, progress=progress, **kind)
-    for split in ("train", "val"):
-        m = meta[split]
-        print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
-    print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
-    init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
-    size = max(1 << (meta["chat"]["longest"] - 2).bit_length(), WINDOW)  # the last token is a target alone
-    shorter = f" --seq-len {size}" * (size < most)
-    print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} --lr 2e-5 --epochs 3")
-
-
-def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate, int]:
-    """Returns the tokenizer of the model that `word` names, its template, and the usual length of its sequences."""
-    if is_tokenizer(word):
-        folder = Path(word).parent if word.endswith(".json") else Path(word)
-        return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL
-    source = open_source(word)
-    return source.tokenizer(), source.template(), source.model.usual_seq_len
-
-
-def is_tokenizer(word: str) -> bool:
-    """Whether a word names a tokenizer, without a model."""
-    return word == "gpt2" or word.endswith(".json")
-
-
-class bar:
-    """A progress bar on standard error while the block runs, if standard error is a terminal.
-
-    kept: what is said of the folder when the user stops it
-    """
-
-    def __init__(self, kept: str = "finished shards are kept; the same command continues after them"):
-        self.kept = kept
-
-    def __enter__(self) -> Callable[[int, int, int], None]:
-        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]:,} tokens")
-        console = Console(stderr=True)
-        self.live = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self.live.start()
-        task = self.live.add_task("", tokens=0)
-        return lambda read, size, tokens: self.live.update(task, completed=read, total=size, tokens=tokens)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.live.stop()
-        if kind is KeyboardInterrupt:
-            print(self.kept, file=sys.stderr)
 
 
 def check(argv: list[str]) -> None:

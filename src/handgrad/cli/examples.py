@@ -49,7 +49,8 @@ handgrad profile tiny --by call""",
     "data labels": "\nhandgrad data labels reviews.jsonl --tokenizer bert-base-uncased --out reviews",
     "data chat": """
 handgrad data chat chats.jsonl --model hf:HuggingFaceTB/SmolLM2-135M-Instruct --out mychats
-handgrad data chat chats.jsonl --model model/tokenizer.json --template llama3""",
+handgrad data chat train.parquet --val test.parquet --model model --on-error skip
+handgrad data chat chats.jsonl --model mytokens --template llama3 --show 1""",
     "data text": "\nhandgrad data text book.txt --tokenizer chars --out mydata",
     "data json": "\nhandgrad data json stories.json --column story --out mydata",
     "data tokens": "\nhandgrad data tokens train.bin --val val.bin --raw uint16 --out mydata",

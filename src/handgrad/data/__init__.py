@@ -8,7 +8,7 @@ from handgrad.data.meta import common_meta, labelled, read_meta
 from handgrad.data.mixture import Data, Mixture
 from handgrad.data.objectives import Causal, Chat, Objective
 from handgrad.data.prepare.build import check
-from handgrad.data.prepare.chat import prepare_chat
+from handgrad.data.prepare.chat import EncodedRow, prepare_chat, read_chats
 from handgrad.data.prepare.labels import Columns, prepare_labels
 from handgrad.data.prepare.questions import prepare_questions
 from handgrad.data.prepare.recipes import prepare, prepare_text
@@ -22,6 +22,7 @@ __all__ = [
     "Choices",
     "Columns",
     "Data",
+    "EncodedRow",
     "Labels",
     "Masked",
     "Mixture",
@@ -41,6 +42,7 @@ __all__ = [
     "prepare_labels",
     "prepare_questions",
     "prepare_text",
+    "read_chats",
     "read_choices",
     "read_meta",
     "read_text",

@@ -15,28 +15,12 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yields (location for error messages, object) of each line of JSON that is not blank. See `blocks`, `json_row`."""
-    for _, rows in json_blocks(path):
-        yield from rows
-
-
-def json_blocks(path: Path) -> Iterator[tuple[int, Iterator[tuple[str, dict]]]]:
-    """Yields (bytes of the file read so far, its next rows, as `json_rows` yields them), a block at a time."""
-    number = 0
-    for read, _, lines in blocks(path):
-        yield read, _rows(path, lines, number)
-        number += len(lines)
-
-
-def _rows(path: Path, lines: list[bytes], before: int) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(lines, before + 1):
+    every = (line for _, _, lines in blocks(path) for line in lines)
+    for number, line in enumerate(every, 1):
         if line.strip():
             where = f"{path}, line {number}"
-            row = json_row(line, where)
-            if not isinstance(row, dict):
-                raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
-            if _HALF.search(line):
-                row = json.loads(repaired(json.dumps(row, ensure_ascii=False))[0])
-            yield where, row
+            row = json_object(json_row(line, where), where)
+            yield where, whole_row(row) if _HALF.search(line) else row
 
 
 def json_row(line: bytes, where: str) -> object:
@@ -49,10 +33,27 @@ def json_row(line: bytes, where: str) -> object:
         raise HandgradError("data", f"{where}: must be JSON", error) from None
 
 
+def json_object(row: object, where: str) -> dict:
+    """Returns `row`. Raises HandgradError if it is no object."""
+    if not isinstance(row, dict):
+        raise HandgradError("data", f"{where}: must be a JSON object", json_kind(row))
+    return row
+
+
 def json_kind(value: object) -> str:
     """Returns what JSON calls a value."""
     kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number")
+
+
+def whole_row(row: dict) -> dict:
+    """Returns `row` with U+FFFD for every lone half of a character in its texts.
+
+    >>> whole_row({"text": ["a \\ud800"]})
+    {'text': ['a \ufffd']}
+    """
+    said = json.dumps(row, ensure_ascii=False, default=str)
+    return json.loads(repaired(said)[0]) if _HALVES.search(said) else row
 
 
 def replaced(raw: bytes) -> tuple[str, int]:

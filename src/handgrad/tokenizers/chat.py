@@ -204,7 +204,7 @@ class ChatEncoder:
 
 def _marks(*values: Any) -> str:
     """Returns two characters that none of these values holds."""
-    spelled = json.dumps(values, ensure_ascii=False)
+    spelled = json.dumps(values, ensure_ascii=False, default=str)  # a Parquet table may hold dates
     return "".join(islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in spelled), 2))
 
 

@@ -1,12 +1,14 @@
-"""Chats from JSON lines: shards of whole rows, and beside each the marks of the assistant's tokens.
+"""Chats as shards of whole rows, and beside each shard the marks of the assistant's tokens.
 
-A row is {"messages": [{"role": ..., "content": ...}, ...]}, or {"prompt": ..., "completion": ...} for a chat of two
-messages. Rows are tokenized in order, in one pass: unlike `build`, a killed run begins again.
+Rows are tokenized in order, in one pass: unlike `build`, a killed run begins again. Which layouts a row may have:
+messages.py.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,18 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from handgrad.core.disk import require_file, write_text
-from handgrad.core.errors import HandgradError, did_you_mean
-from handgrad.core.json_file import shown
-from handgrad.data.json_lines import json_blocks, json_kind
+from handgrad.core.errors import HandgradError
 from handgrad.data.meta import sha256_of
 from handgrad.data.prepare.build import Progress, check_replaces, claimed, install
+from handgrad.data.prepare.messages import Chat, chats
+from handgrad.data.prepare.readers import rows_of, taken
+from handgrad.data.prepare.recipes import check_on_error, share_of_val
 from handgrad.data.prepare.text import paths_of
-from handgrad.data.prepare.workers import Encoder
+from handgrad.data.prepare.workers import Damage, Encoder
 from handgrad.data.shards import BEGINS, MARK, id_dtype, write_shard
 
-ROLES = ("system", "user", "assistant", "tool")
 TEMPLATE = "chat_template.jinja"  # in the folder: what made the shards, for who reads them
-_Row = tuple[str, list[dict[str, Any]], list[Any] | None]  # its place for errors, messages, tools
+TOGETHER = 256  # rows that are encoded at a time
 
 
 class ChatEncoder(Protocol):
@@ -38,19 +40,21 @@ class ChatEncoder(Protocol):
     @property
     def tokens(self) -> Mapping[str, str]: ...  # the special tokens that the template is given, by name
 
-    def encode(self, chats: Sequence[_Row]) -> list[tuple[np.ndarray, np.ndarray]]: ...
+    def encode(self, chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]: ...
 
 
 @dataclass
 class _Split:
     """A split in the making: its shards so far, with the checksums of their files, and the rows of the next one.
 
+    full: about the tokens of a shard
     learned: tokens of the assistant's;  held: tokens of the next shard
     """
 
     name: str
     folder: Path
     dtype: np.dtype
+    full: int
     shards: list[str] = field(default_factory=list)
     sums: dict[str, str] = field(default_factory=dict)
     rows: int = 0
@@ -67,6 +71,8 @@ class _Split:
         self.marks.append(marks)
         self.held += ids.size
         self.rows, self.tokens, self.learned = self.rows + 1, self.tokens + ids.size, self.learned + int(mask.sum())
+        if self.held >= self.full:
+            self.write()
 
     def write(self) -> None:
         """Writes the rows as the next shard, if there are any."""
@@ -84,22 +90,84 @@ class _Split:
         return {"tokens": self.tokens, "assistant": self.learned, "rows": self.rows, "shards": self.shards}
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """A chat as it is learned. where: its place;  ids: (n,) int32;  mask: (n,) uint8, 1 for the assistant's"""
+
+    where: str
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def runs(self) -> list[tuple[bool, np.ndarray]]:
+        """Returns (whether they are learned, ids) of the pieces of the row, in order.
+
+        >>> EncodedRow("", np.array([5, 6, 7]), np.array([0, 0, 1])).runs()
+        [(False, array([5, 6])), (True, array([7]))]
+        """
+        bounds = np.flatnonzero(np.diff(self.mask)) + 1
+        begins = [0, *bounds.tolist()]
+        return [(bool(self.mask[at]), ids) for at, ids in zip(begins, np.split(self.ids, bounds), strict=True)]
+
+
+def read_chats(
+    files: str | Path | Sequence[str | Path],
+    encoder: ChatEncoder,
+    on_error: str = "stop",
+    read: Callable[[int], None] = lambda size: None,
+) -> Iterator[EncodedRow | Damage]:
+    """Yields the chats in files, and a `Damage` for a row that is skipped. See `prepare_chat`.
+
+    read: called with the bytes of the files that were read so far
+    """
+    before = 0
+    for path in paths_of(files):
+        for size, job in rows_of(path, chats(on_error)):
+            found = iter(job.read(*job.arguments))
+            while some := list(islice(found, TOGETHER)):
+                yield from (row for row in some if isinstance(row, Damage))
+                yield from _encoded(encoder, [row for row in some if not isinstance(row, Damage)], on_error)
+                read(before + size)
+        before += path.stat().st_size
+
+
+def _encoded(encoder: ChatEncoder, found: Sequence[Chat], on_error: str) -> list[EncodedRow | Damage]:
+    """Encodes chats together; one by one if there is an error among them."""
+
+    def one(chat: Chat, where: str) -> EncodedRow:
+        [pair] = encoder.encode([chat])
+        return _learnable(where, *pair)
+
+    with suppress(HandgradError):
+        return [_learnable(chat[0], *pair) for chat, pair in zip(found, encoder.encode(found), strict=True)]
+    return [row for chat in found for row in taken(one, chat, chat[0], on_error)]
+
+
+def _learnable(where: str, ids: np.ndarray, mask: np.ndarray) -> EncodedRow:
+    if not mask[1:].any():
+        rule = f"{where}: a row must have a token of the assistant's"
+        raise HandgradError("data", rule, f"none of {ids.size}", hint="an empty reply? leave the row out")
+    return EncodedRow(where, ids, mask)
+
+
 def prepare_chat(
     files: str | Path | Sequence[str | Path],
     out_dir: str | Path,
     tokenizer: Encoder,
     encoder: ChatEncoder,
     *,
-    val_fraction: float = 0.05,
+    val: str | Path | Sequence[str | Path] = (),
+    val_fraction: float | None = None,
+    on_error: str = "stop",
     shard_tokens: int = 10_000_000,
     replace: bool = False,
     progress: Progress = lambda read, size, tokens: None,
 ) -> dict:
     """Writes shards, marks, the template, meta.json and SHA256SUMS of chats into `out_dir`; returns the meta.json.
 
-    files: JSON lines, plain or .gz, .xz or .bz2: one path or several
+    files, val: JSON lines, JSON lists or Parquet tables, one path or several; val are the validation set
     tokenizer, encoder: a `handgrad.tokenizers.Tokenizer`, and a `handgrad.tokenizers.ChatEncoder` made with it
-    val_fraction: share of the rows that becomes val, evenly spread; at least one unless 0
+    val_fraction: without `val`, share of the rows that becomes val, evenly spread; at least one unless 0; None: 0.05
+    on_error: "stop" at a row that is no chat to learn, or "skip" and count such rows
     shard_tokens: about the tokens of a full shard, which holds whole rows
     replace: the folder's shards of another source, template or tokenizer are replaced
     progress: called with (bytes of the source read, bytes of the source, tokens written)
@@ -108,26 +176,24 @@ def prepare_chat(
     chat, has an unknown role or nothing of the assistant's to learn, or that the template does not take; for a split
     without rows; and as `build` does.
     """
-    if not 0 <= val_fraction < 1:
-        raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
+    fraction = share_of_val(val, val_fraction, 0.05)
+    check_on_error(on_error, ("stop", "skip"))
     if shard_tokens < 1:
         raise HandgradError("data", "shard_tokens must be at least 1", shard_tokens)
-    paths, out_dir, dtype = paths_of(files), Path(out_dir), id_dtype(tokenizer.vocab_size)
+    paths, held, out_dir, dtype = paths_of(files), paths_of(val), Path(out_dir), id_dtype(tokenizer.vocab_size)
     try:
         with claimed(out_dir) as building:
             for left in building.iterdir():  # of a run that was killed
                 if left.is_file() and left.name != "lock":
                     left.unlink()
-            meta: dict[str, Any] = {"tokenizer": tokenizer.save(building), "source": _source(paths, encoder)}
+            meta: dict[str, Any] = {"tokenizer": tokenizer.save(building), "source": _source(paths, held, encoder)}
             if not replace:
                 check_replaces(out_dir, meta)
-            splits = train, val = _Split("train", building, dtype), _Split("val", building, dtype)
-            longest = _write(paths, encoder, train, val, val_fraction, shard_tokens, progress)
+            splits = [_Split(name, building, dtype, shard_tokens) for name in ("train", "val")]
+            about = _write(paths, held, encoder, splits, fraction, on_error, progress)
             write_text(building / TEMPLATE, encoder.source)
-            sums = train.sums | val.sums | {TEMPLATE: sha256_of(building / TEMPLATE)}
-            meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name}
-            about = {"tokens": dict(encoder.tokens), "ends": list(encoder.ends)}
-            meta |= {"chat": {"template": encoder.name, "longest": longest} | about}
+            sums = splits[0].sums | splits[1].sums | {TEMPLATE: sha256_of(building / TEMPLATE)}
+            meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype.name} | about
             meta |= {split.name: split.about() for split in splits}
             install(building, out_dir, meta, sums)
     except OSError as error:
@@ -135,72 +201,56 @@ def prepare_chat(
     return meta
 
 
-def messages_of(row: dict, where: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """Returns (messages, tools) of a row. Raises HandgradError if it is no chat.
-
-    >>> messages_of({"prompt": "1 + 1?", "completion": "2"}, "line 1")[0][1]
-    {'role': 'assistant', 'content': '2'}
-    """
-    messages, tools = row.get("messages"), row.get("tools")
-    if messages is None and {"prompt", "completion"} <= row.keys():
-        pairs = (("user", "prompt"), ("assistant", "completion"))
-        messages = [{"role": role, "content": row[key]} for role, key in pairs]
-    if not isinstance(messages, list) or not messages:
-        got = f"an object with {', '.join(map(shown, row))}" if messages is None else "an empty list"
-        got = json_kind(messages) if messages and not isinstance(messages, list) else got
-        raise HandgradError("data", f"{where}: a row has a list of messages, or prompt and completion", got)
-    if tools is not None and not isinstance(tools, list):
-        raise HandgradError("data", f"{where}: tools are a list", json_kind(tools))
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise HandgradError("data", f"{where}: message {number} has a role and a content", json_kind(message))
-        if message["role"] not in ROLES:
-            rule, word = f"{where}: the role of message {number} is one of {', '.join(ROLES)}", str(message["role"])
-            others = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-            raise HandgradError("data", rule, shown(word), hint=did_you_mean(word, ROLES, others))
-        if not isinstance(message["content"], str):
-            rule = f"{where}: the content of message {number} is a text"
-            raise HandgradError("data", rule, json_kind(message["content"]))
-    return [{key: value for key, value in message.items() if value is not None} for message in messages], tools
-
-
 def _write(
     paths: Sequence[Path],
+    held: Sequence[Path],
     encoder: ChatEncoder,
-    train: _Split,
-    val: _Split,
-    val_fraction: float,
-    shard_tokens: int,
+    splits: Sequence[_Split],
+    fraction: float,
+    on_error: str,
     progress: Progress,
-) -> int:
-    """Writes all rows; returns the tokens of the longest. Raises HandgradError if a split has none."""
-    size, before, total, longest = sum(require_file(path, "a source", "data") for path in paths), 0, 0, 0
-    for path in paths:
-        for read, rows in json_blocks(path):
-            chats = [(where, *messages_of(row, where)) for where, row in rows]
-            for (where, *_), (ids, mask) in zip(chats, encoder.encode(chats)):
-                if not mask[1:].any():
-                    rule = f"{where}: a row must have a token of the assistant's"
-                    raise HandgradError("data", rule, f"none of {ids.size}", hint="an empty reply? leave the row out")
-                split = val if ceil((total + 1) * val_fraction) > ceil(total * val_fraction) else train
-                split.add(ids, mask)
-                total, longest = total + 1, max(longest, ids.size)
-                if split.held >= shard_tokens:
-                    split.write()
-            progress(before + read, size, train.tokens + val.tokens)
-        before += path.stat().st_size
-    for split in (train, val):
+) -> dict[str, Any]:
+    """Writes all rows; returns what meta.json says of them. Raises HandgradError if a split has none."""
+    size = sum(path.stat().st_size for path in [*paths, *held])
+    (train, val), before, longest, skipped = splits, 0, 0, 0
+
+    def read(done: int) -> None:
+        progress(before + done, size, train.tokens + val.tokens)
+
+    for files, share in ((paths, fraction), (held, 1.0)):
+        total, left = 0, skipped
+        for row in read_chats(files, encoder, on_error, read):
+            if isinstance(row, Damage):
+                skipped += row.skipped
+                continue
+            split = val if ceil((total + 1) * share) > ceil(total * share) else train
+            split.add(row.ids, row.mask)
+            total, longest = total + 1, max(longest, row.ids.size)
+        if files and not total:
+            raise _without_rows(files, skipped - left)
+        if files and share < 1 and not train.rows:
+            rule = f"val_fraction {fraction} must leave rows for train"
+            raise HandgradError("data", rule, f"{total} in all", hint="--val-fraction 0 makes no val")
+        before = sum(path.stat().st_size for path in files)
+    for split in splits:
         split.write()
-    if not total:
-        raise HandgradError("data", f"{paths[0]} must hold rows", f"0 in {len(paths)} file{'s' * (len(paths) != 1)}")
-    if not train.rows:
-        rule = f"val_fraction {val_fraction} must leave rows for train"
-        raise HandgradError("data", rule, f"{total} in all", hint="--val-fraction 0 makes no val")
-    return longest
+    about = {"template": encoder.name, "longest": longest, "tokens": dict(encoder.tokens), "ends": list(encoder.ends)}
+    return {"chat": about} | ({"skipped": skipped} if skipped else {})
 
 
-def _source(paths: Sequence[Path], encoder: ChatEncoder) -> dict[str, Any]:
+def _without_rows(files: Sequence[Path], skipped: int) -> HandgradError:
+    got = f"0 in {len(files)} file{'s' * (len(files) != 1)}"
+    if not skipped:
+        return HandgradError("data", f"{files[0]} must hold rows", got)
+    hint = "without --on-error skip the first of them says why"
+    return HandgradError("data", f"{files[0]} must hold rows", f"{got}: {skipped:,} left out", hint=hint)
+
+
+def _source(paths: Sequence[Path], held: Sequence[Path], encoder: ChatEncoder) -> dict[str, Any]:
     """Returns what meta.json says of the source; it depends on the files' contents, not on their folder."""
-    parts = [*map(sha256_of, paths), hashlib.sha256(encoder.source.encode()).hexdigest()]
+    for path in [*paths, *held]:
+        require_file(path, "a source", "data")
+    parts = [*map(sha256_of, paths), hashlib.sha256(encoder.source.encode()).hexdigest(), *map(sha256_of, held)]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return {"recipe": "chat", "files": len(paths), "first": paths[0].name, "sha256": digest}
+    about = {"recipe": "chat", "files": len(paths), "first": paths[0].name, "sha256": digest}
+    return about | ({"val_files": len(held)} if held else {})

@@ -5,7 +5,7 @@ A record is the index of the label, the ids of the text, and padding; `data.Labe
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,12 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
-from handgrad.data.json_lines import json_kind, json_row, json_rows
-from handgrad.data.prepare.bounds import blocks
+from handgrad.data.json_lines import json_kind, json_object, repaired
 from handgrad.data.prepare.build import Part, Progress, Settings, build
 from handgrad.data.prepare.hub import local_part
-from handgrad.data.prepare.readers import text_in
-from handgrad.data.prepare.recipes import WORKER_BYTES
-from handgrad.data.prepare.workers import Encoder, Job
+from handgrad.data.prepare.readers import Take, Wanted, rows_of, text_in
+from handgrad.data.prepare.recipes import WORKER_BYTES, check_on_error, share_of_val
+from handgrad.data.prepare.workers import Damage, Encoder
 
 MOST_LABELS = 2**16
 LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]
@@ -33,6 +32,11 @@ class Columns:
     text: str = "text"
     label: str = "label"
 
+    def wanted(self, take: Take, on_error: str) -> Wanted:
+        """Both of every row, for the reader of a file."""
+        hint = "--column and --label name other columns"
+        return Wanted(take, ((self.text, self.label),), hint, on_error=on_error)
+
 
 def prepare_labels(
     files: Sequence[Path],
@@ -41,9 +45,10 @@ def prepare_labels(
     pad_id: int,
     *,
     val: Sequence[Path] = (),
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     columns: Columns = Columns(),
     seq_len: int = 128,
+    on_error: str = "stop",
     shard_tokens: int = 100_000_000,
     workers: int = 0,
     replace: bool = False,
@@ -52,38 +57,42 @@ def prepare_labels(
 ) -> dict:
     """Writes shards of labelled texts (see `build`); returns the content of meta.json, which names the labels.
 
-    files: JSON lines, also .gz, .xz, .bz2;  val: the same, for validation
+    files: JSON lines, JSON lists or Parquet tables;  val: the same, for validation
     pad_id: the tokenizer's [PAD]
-    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part
+    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part;
+        None: 0.1
     seq_len: tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut
+    on_error: "stop" at a row without text or label, or "skip" and count such rows
     special_tokens: a special token spelled out in a text is that token; else it is plain text
 
     Raises HandgradError for a row without text or label, fewer than two labels, and as `build` does.
     """
     if seq_len < LEAST:
         raise HandgradError("data", f"seq_len must be at least {LEAST} tokens", seq_len)
-    if not 0 <= val_fraction < 1:
-        raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
-    labels = _labels([*files, *val], columns.label)
+    share = share_of_val(val, val_fraction, 0.1)
+    check_on_error(on_error, ("stop", "skip"))
+    labels, skipped = _labels([*files, *val], columns, on_error)
     if len(labels) > min(tokenizer.vocab_size, MOST_LABELS):
         rule = f"there must be at most {min(tokenizer.vocab_size, MOST_LABELS):,} labels"
         raise HandgradError("data", rule, f"{len(labels):,}")
-    record = seq_len - 1
+    record, index = seq_len - 1, {label: number for number, label in enumerate(labels)}
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
-        jobs = partial(_jobs, columns=columns, labels=labels, share=(low, high))
+        document = partial(_document, columns=columns, index=index, share=(low, high))
+        jobs = partial(rows_of, wanted=columns.wanted(document, on_error))
         return [local_part(path, jobs, split) for path in paths]
 
-    cut = 0.0 if val else val_fraction
-    found = parts(files, "train", cut, 1.0) + parts(val or files, "val", 0.0, 1.0 if val else cut)
+    found = parts(files, "train", share, 1.0) + parts(val or files, "val", 0.0, 1.0 if val else share)
     size = sum(part.size for part in found)
     settings = Settings(
         shard_tokens=max(shard_tokens // record, 1) * record,
-        wants_val=bool(val) or val_fraction > 0,
+        wants_val=bool(val) or share > 0,
         workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
         replace=replace,
-        about={"labels": labels, "record": record},
+        # both parts of a file without `val` pass its bad rows, which are counted once
+        about={"labels": labels, "record": record} | ({"skipped": skipped} if skipped else {}),
         special=special_tokens,
+        on_error=on_error,
     )
     return build("labels", found, out_dir, Records(tokenizer, pad_id, record), settings, progress)
 
@@ -128,41 +137,39 @@ class Records:
         return found
 
 
-def _labels(paths: Sequence[Path], column: str) -> list[str]:
-    """Returns all labels, numbers by size, texts by the alphabet."""
-    found = {_label(row, column, where) for path in paths for where, row in json_rows(path)}
-    if len(found) < 2:
-        raise HandgradError("data", f"the texts must have two labels or more under {column!r}", f"{len(found)}")
-    if all(label.isdecimal() for label in found):
-        return sorted(found, key=int)
-    return sorted(found)
+def _labels(paths: Sequence[Path], columns: Columns, on_error: str) -> tuple[list[str], int]:
+    """Returns (all labels, numbers by size, texts by the alphabet; rows that are skipped)."""
+    wanted, labels, skipped = columns.wanted(partial(_pair, columns=columns), on_error), set(), 0
+    for path in paths:
+        for _, job in rows_of(path, wanted):
+            for found in job.read(*job.arguments):
+                if isinstance(found, Damage):
+                    skipped += found.skipped
+                else:
+                    labels.add(found[0])
+    if len(labels) < 2:
+        left = f": {skipped:,} rows are left out" if skipped else ""
+        rule = f"the texts must have two labels or more under {columns.label!r}"
+        raise HandgradError("data", rule, f"{len(labels)}{left}")
+    return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None), skipped
 
 
-def _label(row: dict, column: str, where: str) -> str:
-    value = row.get(column)
+def _pair(row: object, where: str, columns: Columns) -> tuple[str, str]:
+    """Returns (label, text) of a row. Raises HandgradError if it lacks one."""
+    text = text_in(json_object(row, where), where, columns.text)
+    assert isinstance(row, dict)
+    value = row.get(columns.label)
     if type(value) is bool or not isinstance(value, str | int):
-        rule = f"{where}: an object must hold a label, text or a whole number, under {column!r}"
-        hint = "" if column in row else "--label names another column"
-        raise HandgradError("data", rule, json_kind(value) if column in row else "none", hint=hint)
-    return str(value)
+        rule = f"{where}: an object must hold a label, text or a whole number, under {columns.label!r}"
+        hint = "" if columns.label in row else "--label names another column"
+        raise HandgradError("data", rule, json_kind(value) if columns.label in row else "none", hint=hint)
+    return repaired(str(value))[0], text
 
 
-def _jobs(path: Path, columns: Columns, labels: Sequence[str], share: tuple[float, float]) -> Iterator[tuple[int, Job]]:
-    for read, at, lines in blocks(path):
-        yield read, Job(_documents, (path, lines, at, columns, labels, share))
-
-
-def _documents(
-    path: Path, lines: Sequence[bytes], at: int, columns: Columns, labels: Sequence[str], share: tuple[float, float]
-) -> Iterator[str]:
-    """Yields "INDEX TEXT" of the rows whose text has a hash in this share."""
-    index, (low, high) = {label: i for i, label in enumerate(labels)}, share
-    for line in lines:
-        if line.strip():
-            where = f"{path}, line at byte {at}"
-            row = json_row(line, where)
-            text = text_in(row, columns.text, where)
-            assert isinstance(row, dict)
-            if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
-                yield f"{index[_label(row, columns.label, where)]} {text}"
-        at += len(line)
+def _document(
+    row: object, where: str, columns: Columns, index: Mapping[str, int], share: tuple[float, float]
+) -> str | None:
+    """Returns "INDEX TEXT" of a row, if its text has a hash in this share."""
+    label, text = _pair(row, where, columns)
+    low, high = share
+    return f"{index[label]} {text}" if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high else None

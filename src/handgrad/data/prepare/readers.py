@@ -2,6 +2,9 @@
 
 The first takes the path of a file and yields (bytes of the file covered so far, Job). It runs in the process that
 writes the shards and reads as little as possible. The second runs in a worker process and yields documents.
+
+Files of rows are read in three formats, JSON lines, JSON lists and Parquet tables, by one rule: what a document is, and
+what becomes of a row that has none, is `Wanted`.
 """
 
 import io
@@ -9,13 +12,15 @@ import json
 import random
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from handgrad.core.disk import require_file
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.install import install_command
 from handgrad.data.json_lines import json_kind, json_row, replaced
 from handgrad.data.prepare.bounds import (
@@ -35,6 +40,7 @@ BATCH_ROWS, BATCH_BYTES = 256, 2**24  # of a Parquet table, decoded at a time
 LONGEST_ARCHIVE = 2**28  # bytes of an .xz that is read whole
 LONGEST_LIST = 2**30  # bytes of a JSON list, which is read whole
 BLANK_LINES = "\n\n"
+COLUMN = "--column names another column"
 
 
 def statements(path: Path) -> Iterator[tuple[int, Job]]:
@@ -60,27 +66,107 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
         if not isinstance(rows, list):
             raise HandgradError("data", f"{path} must hold a JSON list of stories", f"a {type(rows).__name__}")
         random.Random(seed).shuffle(rows)
-        texts = [text_in(row, "story", f"{path}, story {number}").strip() for number, row in enumerate(rows)]
+        texts = [text_in(row, f"{path}, story {number}", "story").strip() for number, row in enumerate(rows)]
     yield from texts
 
 
-def json_lines(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
-    """JSON lines, plain or compressed. Compressed files are not seekable, so they are decompressed here.
+Take = Callable[[Any, str], Any]
 
-    on_error: "stop" at the first line without text under `column`, "skip" and count such lines, or "replace" bytes that
-        are no UTF-8 by U+FFFD and skip what then still has no text
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe makes of the rows of a file, whichever its format. It is sent to worker processes.
+
+    take: (row, its place for errors) -> a document, None for a row that belongs to another part; raises HandgradError
+        for a row that is none
+    layouts: columns, all of one of which a Parquet table must have;  hint: if it has not
+    also: columns that are read if it has them
+    on_error: "stop" at the first row that `take` refuses, "skip" and count such rows, or "replace" bytes that are no
+        UTF-8 by U+FFFD and skip what `take` still refuses
+    """
+
+    take: Take
+    layouts: tuple[tuple[str, ...], ...]
+    hint: str = ""
+    also: tuple[str, ...] = ()
+    on_error: str = "stop"
+
+    def columns(self, path: Path, names: Sequence[str]) -> list[str]:
+        """Returns those to read of a table with these names. Raises HandgradError if it lacks some."""
+        if not any(set(layout) <= set(names) for layout in self.layouts):
+            wanted = ", or ".join(" and ".join(map(repr, layout)) for layout in self.layouts)
+            raise HandgradError("data", f"{path} must have a column {wanted}", ", ".join(names), hint=self.hint)
+        return [name for name in dict.fromkeys((*chain(*self.layouts), *self.also)) if name in names]
+
+
+def texts(column: str, on_error: str = "stop", bare: bool = False) -> Wanted:
+    """The text under `column`; bare: a row may be the text itself."""
+    return Wanted(partial(text_in, column=column, bare=bare), ((column,),), COLUMN, on_error=on_error)
+
+
+def text_in(row: object, where: str, column: str, bare: bool = False) -> str:
+    """Returns the text of a row. Raises HandgradError if it has none."""
+    if bare and isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row))
+    if column not in row:
+        found = f"one with {', '.join(map(repr, row))}" if row else "an empty one"
+        hint = COLUMN if column == "text" else ""
+        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", found, hint=hint)
+    if not isinstance(row[column], str):
+        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row[column]))
+    return row[column]
+
+
+def taken(take: Take, row: Any, where: str, on_error: str) -> list[Any]:
+    """Returns what `take` makes of a row, and the damage if that is an error. Raises it to "stop", with a hint."""
+    try:
+        found = take(row, where)
+    except HandgradError as error:
+        if on_error == "stop":
+            raise _with_hint(error) from None
+        found = Damage(skipped=1)
+    return [] if found is None else [found]
+
+
+def _with_hint(error: HandgradError) -> HandgradError:
+    hint = error.hint or "--on-error skip leaves such rows out, and counts them"
+    return HandgradError(error.where, error.rule, error.got, hint=hint)
+
+
+def rows_of(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+    """The rows of a file in the format that its name ends in: .parquet; .json, where [ begins a list; else JSON lines.
+
+    JSON may be compressed. Raises HandgradError if the file is missing.
+    """
+    size = require_file(path, "a source", "data")
+    if path.suffix == ".parquet":
+        return table(path, wanted)
+    plain = path.with_suffix("") if path.suffix in OPEN else path
+    if plain.suffix == ".json":
+        with readable(path), path.open("rb") as raw:
+            begin = Unfolding(path, raw, size, path.suffix).read(BLOCK_BYTES)
+        if begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return json_list(path, wanted)
+    return numbered_lines(path, wanted)
+
+
+def json_lines(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+    """JSON lines, plain or compressed. A job is a range of a plain file, so an error names the byte of its line.
+
+    Compressed files are not seekable, so they are decompressed here.
     """
     if path.suffix in OPEN:
-        for read, at, lines in blocks(path):
-            yield read, Job(_lines, (path, lines, at, column, on_error))
+        yield from numbered_lines(path, wanted)
         return
     size = path.stat().st_size
     for start in range(0, size, BLOCK_BYTES):
         stop = min(start + BLOCK_BYTES, size)
-        yield stop, Job(_lines_between, (path, start, stop, column, on_error))
+        yield stop, Job(_lines_between, (path, start, stop, wanted))
 
 
-def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
+def _lines_between(path: Path, start: int, stop: int, wanted: Wanted) -> Iterator[Any]:
     """Yields the documents of the lines that begin in bytes start..stop."""
     with readable(path), path.open("rb") as file:
         if start:
@@ -89,141 +175,152 @@ def _lines_between(path: Path, start: int, stop: int, column: str, on_error: str
         at = file.tell()
         while at < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
             checked_line(line, path, at)
-            yield from _lines(path, [line], at, column, on_error)
+            if line.strip():
+                yield from _line(line, f"{path}, line at byte {at}", wanted)
             at += len(line)
 
 
-def _lines(path: Path, lines: Iterable[bytes], at: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
-    for line in lines:
+def numbered_lines(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+    """JSON lines, plain or compressed. They are read here, so an error names the number of its line."""
+    number = 1
+    for read, _, lines in blocks(path):
+        yield read, Job(_lines, (path, lines, number, wanted))
+        number += len(lines)
+
+
+def _lines(path: Path, lines: Iterable[bytes], first: int, wanted: Wanted) -> Iterator[Any]:
+    for number, line in enumerate(lines, first):
         if line.strip():
-            yield from _line(line, f"{path}, line at byte {at}", column, on_error)
-        at += len(line)
+            yield from _line(line, f"{path}, line {number}", wanted)
 
 
-def _line(line: bytes, where: str, column: str, on_error: str) -> list[str | Damage]:
-    """Returns the text of a line of JSON, and its damage."""
-    try:
-        return [text_in(json_row(line, where), column, where)]
-    except HandgradError as error:
-        if on_error == "stop":
-            raise _with_hint(error) from None
-    whole, count = replaced(line)
-    if on_error == "replace" and count:
-        with suppress(HandgradError):
-            return [text_in(json_row(whole.encode(), where), column, where), Damage(replaced=count)]
-    return [Damage(skipped=1)]
+def _line(line: bytes, where: str, wanted: Wanted) -> list[Any]:
+    """Returns the document of a line of JSON, and its damage."""
+
+    def take(raw: bytes, where: str) -> Any:
+        return wanted.take(json_row(raw, where), where)
+
+    found = taken(take, line, where, wanted.on_error)
+    whole, count = replaced(line) if wanted.on_error == "replace" and _is_skipped(found) else ("", 0)
+    if not count:
+        return found
+    again = taken(take, whole.encode(), where, wanted.on_error)
+    return again if _is_skipped(again) else [*again, Damage(replaced=count)]
 
 
-def _with_hint(error: HandgradError) -> HandgradError:
-    hint = error.hint or "--on-error skip leaves such rows out, and counts them"
-    return HandgradError(error.where, error.rule, error.got, hint=hint)
+def _is_skipped(found: list[Any]) -> bool:
+    return bool(found) and isinstance(found[0], Damage)
 
 
-def json_list(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
-    """A JSON list of texts, or of objects with text under `column`, plain or compressed, as one job.
+def json_list(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+    """A JSON list, plain or compressed, as one job: a list that is no JSON is an error, as where a row ends is unknown.
 
-    on_error: as in `json_lines`. A list that is no JSON is an error in any case: where its rows end is unknown.
+    Rows count from 0.
     """
-    yield path.stat().st_size, Job(_listed, (path, column, on_error))
+    yield path.stat().st_size, Job(_listed, (path, wanted))
 
 
-def _listed(path: Path, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
-    hint = "one object a line may be of any size: jq -c '.[]' FILE | handgrad data jsonl"
+def _listed(path: Path, wanted: Wanted) -> Iterator[Any]:
+    hint = "one object a line may be of any size: jq -c '.[]' FILE > FILE.jsonl"
     with readable(path), path.open("rb") as raw:
         size = path.stat().st_size
         content = Unfolding(path, raw, size, path.suffix).read(LONGEST_LIST + 1)
         if len(content) > LONGEST_LIST:
             rule = f"{path}: a JSON list must have at most {LONGEST_LIST:,} bytes"
             raise HandgradError("data", rule, f"{max(size, len(content)):,}", hint=hint)
-        whole, count = replaced(content) if on_error == "replace" else (content, 0)
+        whole, count = replaced(content) if wanted.on_error == "replace" else (content, 0)
         rows = json.loads(whole)
     if not isinstance(rows, list):
         raise HandgradError("data", f"{path} must hold a JSON list", json_kind(rows), hint="handgrad data jsonl FILE")
     if count:
         yield Damage(replaced=count)
     for number, row in enumerate(rows):
-        try:
-            yield row if isinstance(row, str) else text_in(row, column, f"{path}, row {number}")
-        except HandgradError as error:
-            if on_error == "stop":
-                raise _with_hint(error) from None
-            yield Damage(skipped=1)
+        yield from taken(wanted.take, row, f"{path}, row {number}", wanted.on_error)
 
 
-def text_in(row: object, column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row))
-    if column not in row:
-        found = f"one with {', '.join(map(repr, row))}" if row else "an empty one"
-        hint = "--column names another column" if column == "text" else ""
-        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", found, hint=hint)
-    if not isinstance(row[column], str):
-        raise HandgradError("data", f"{where}: an object must hold text under {column!r}", json_kind(row[column]))
-    return row[column]
-
-
-def table(path: Path, column: str, on_error: str = "stop") -> Iterator[tuple[int, Job]]:
-    """A Parquet file, one job per row group. on_error: as in `json_lines`."""
+def table(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+    """A Parquet file, one job per row group. Rows count from 0."""
     with readable(path), parquet().ParquetFile(path) as file:
-        names, groups = file.schema_arrow.names, file.num_row_groups
-    if column not in names:
-        raise HandgradError("data", f"{path} must have a column {column!r}", ", ".join(names))
-    size = path.stat().st_size
-    for group in range(groups):
-        yield size * (group + 1) // groups, Job(_rows, (path, group, column, on_error))
+        names, about = file.schema_arrow.names, file.metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    columns, size, first = wanted.columns(path, names), path.stat().st_size, 0
+    for group, count in enumerate(sizes):
+        yield size * (group + 1) // len(sizes), Job(_rows, (path, group, first, columns, wanted))
+        first += count
 
 
-def _rows(path: Path, group: int, column: str, on_error: str = "stop") -> Iterator[str | Damage]:
-    for _ in batches(path, group, column):
+def _rows(path: Path, group: int, first: int, columns: Sequence[str], wanted: Wanted) -> Iterator[Any]:
+    for _ in batches(path, group, columns):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
-    for batch in batches(path, group, column):
-        for text in _values(path, batch.column(0), on_error):
-            rule = f"{path}, row group {group}: the column {column!r} must hold text"
-            if isinstance(text, Damage):
-                yield text
-            elif not isinstance(text, str):
-                if on_error == "stop":
-                    raise _with_hint(HandgradError("data", rule, f"a {type(text).__name__}"))
-                yield Damage(skipped=1)
-            elif len(text) > LONGEST_DOCUMENT:
-                raise HandgradError("data", f"{rule} of at most {LONGEST_DOCUMENT:,} characters", f"{len(text):,}")
-            else:
-                yield text
+    number = first
+    for batch in batches(path, group, columns):
+        for index, (row, damage) in enumerate(_objects(path, batch, wanted.on_error)):
+            where = f"{path}, row {number + index}"
+            longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
+            if longest > LONGEST_DOCUMENT:
+                rule = f"{where}: a text must have at most {LONGEST_DOCUMENT:,} characters"
+                raise HandgradError("data", rule, f"{longest:,}")
+            yield from [damage] if damage.skipped else taken(wanted.take, row, where, wanted.on_error)
+            if damage.replaced:
+                yield damage
+        number += batch.num_rows
 
 
-def _values(path: Path, column: Any, on_error: str) -> Iterator[Any]:
-    """Yields the values of a column, and the damage of texts that are no UTF-8: a column of text need not be."""
-    if on_error == "stop":
-        with readable(path):
-            values = column.to_pylist()
-        yield from values
+def _objects(path: Path, batch: Any, on_error: str) -> Iterator[tuple[dict, Damage]]:
+    """Yields the rows of a record batch, and the damage of texts that are no UTF-8: a column of text need not be.
+
+    Objects in them lack the keys that are null: a table has every key of a column in every row.
+    """
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if on_error == "stop":
+            raise HandgradError("data", f"{path} must be readable and whole", one_line(error)) from None
+        for values in zip(*batch.columns, strict=True):
+            yield _decoded(dict(zip(batch.schema.names, values, strict=True)), on_error)
         return
-    for value in column:
+    for row in rows:
+        yield {name: _without_nulls(value) for name, value in row.items()}, Damage()
+
+
+def _decoded(values: dict[str, Any], on_error: str) -> tuple[dict, Damage]:
+    """Returns a row of values of pyarrow's, which may hold bytes that are no UTF-8, or dates that Python has not."""
+    row, damage = {}, Damage()
+    for name, value in values.items():
         try:
-            yield value.as_py()
-        except UnicodeDecodeError:
-            text, count = replaced(value.as_buffer().to_pybytes())
-            yield from (text, Damage(replaced=count)) if on_error == "replace" else [Damage(skipped=1)]
+            row[name] = _without_nulls(value.as_py())
+        except (ValueError, OverflowError):
+            if on_error != "replace" or not hasattr(value, "as_buffer"):
+                return {}, Damage(skipped=1)
+            row[name], count = replaced(value.as_buffer().to_pybytes())
+            damage += Damage(replaced=count)
+    return row, damage
 
 
-def batches(path: Path, group: int, column: str | None = None) -> Iterator[Any]:
-    """Yields a row group of a Parquet file, all of it or a column, as record batches of at most BATCH_ROWS rows.
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
-    A value is at most as long as its column before it is decompressed, which the file's metadata give: batches of a
-    column of long values have few rows. A value that the file stores once may stand in every row, so what the rows
+
+def batches(path: Path, group: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Yields a row group of a Parquet file, all of it or some columns, as record batches of at most BATCH_ROWS rows.
+
+    A value is at most as long as its column before it is decompressed, which the file's metadata give: batches of
+    columns of long values have few rows. A value that the file stores once may stand in every row, so what the rows
     hold is counted, too. Raises HandgradError for a damaged file, and for one that unfolds to too much.
     """
     with readable(path), parquet().ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
         about = file.metadata.row_group(group)
         chunks = [about.column(index) for index in range(about.num_columns)]
-        wanted = [chunk for chunk in chunks if column is None or f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+        begins = ("",) if columns is None else tuple(f"{column}." for column in columns)
+        wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(begins)]
         decoded = sum(chunk.total_uncompressed_size for chunk in wanted)
         most = most_unfolded(sum(chunk.total_compressed_size for chunk in wanted), file.num_row_groups)
         error = too_large(path, most)
         if decoded > most:
             raise error
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(decoded, 1)))
-        columns = None if column is None else [column]
         for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             most -= batch.nbytes
             if most < 0:

@@ -21,7 +21,7 @@ from handgrad.data.prepare.bounds import Unfolding, most_unfolded, readable, too
 from handgrad.data.prepare.build import Jobs, Part, Progress, Settings, build
 from handgrad.data.prepare.hub import hub_files, hub_parts, local, local_part
 from handgrad.data.prepare.ids import token_ids
-from handgrad.data.prepare.readers import archive, json_lines, json_list, statements, stories, table
+from handgrad.data.prepare.readers import archive, json_lines, json_list, statements, stories, table, texts
 from handgrad.data.prepare.text import paths_of, shakespeare, text_parts, unfolded
 from handgrad.data.prepare.workers import Encoder, Job
 
@@ -71,8 +71,8 @@ def prepare(
 
     Raises HandgradError for a source that is missing or damaged, and as `build` does.
     """
-    _check(recipe, tokenizer, val, val_tokens, val_fraction, on_error, special_tokens)
-    fraction = 0.0 if val else 0.1 if val_fraction is None else val_fraction
+    _check(recipe, tokenizer, val, val_tokens, on_error, special_tokens)
+    fraction = share_of_val(val, val_fraction, 0.1)
     own = Own(column, raw, tokenizer.vocab_size, on_error, Path(out_dir) / ".preparing")
     parts = _parts(recipe, source, own, paths_of(files), sample, fraction)
     if val:
@@ -87,31 +87,41 @@ def prepare(
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
 
-def _check(
-    recipe: str,
-    tokenizer: Encoder,
-    val: object,
-    val_tokens: int | None,
-    val_fraction: float | None,
-    on_error: str,
-    special_tokens: bool,
-) -> None:
-    """Raises HandgradError for options out of range, or that the recipe does not have."""
+def share_of_val(val: object, val_fraction: float | None, usual: float) -> float:
+    """Returns the share of a source that becomes val: `usual` for None, 0 if files do.
+
+    Raises HandgradError for a share out of range, and for one beside files.
+    """
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
+    if val and val_fraction:
+        raise _is_val_twice("--val-fraction")
+    return 0.0 if val else usual if val_fraction is None else val_fraction
+
+
+def _is_val_twice(flag: str) -> HandgradError:
+    return HandgradError("data", "with --val the validation set is its files", flag, hint="leave one of them out")
+
+
+def check_on_error(on_error: str, words: Sequence[str] = ON_ERROR) -> None:
+    """Raises HandgradError unless it is one of the words."""
+    if on_error not in words:
+        raise HandgradError("data", f"on_error is one of {', '.join(words)}", repr(on_error))
+
+
+def _check(
+    recipe: str, tokenizer: Encoder, val: object, val_tokens: int | None, on_error: str, special_tokens: bool
+) -> None:
+    """Raises HandgradError for options out of range, or that the recipe does not have."""
     if val_tokens is not None and val_tokens < 0:
         raise HandgradError("data", "val_tokens must be at least 0", val_tokens)
-    if on_error not in ON_ERROR:
-        raise HandgradError("data", f"on_error is one of {', '.join(ON_ERROR)}", repr(on_error))
+    check_on_error(on_error)
     if recipe not in OWN and (val or on_error != "stop"):
         raise HandgradError("data", f"val and on_error are for {', '.join(OWN)}", f"'{recipe}'")
     if recipe == "tokens" and (on_error != "stop" or special_tokens):
         raise HandgradError("data", "on_error and special_tokens are for text", "'tokens', whose files hold ids")
-    if val and (val_tokens or val_fraction):
-        rule = "with --val the validation set is its files"
-        raise HandgradError(
-            "data", rule, "--val-tokens" if val_tokens else "--val-fraction", hint="leave one of them out"
-        )
+    if val and val_tokens:
+        raise _is_val_twice("--val-tokens")
     if special_tokens and not tokenizer.specials:
         rule = "--special-tokens is for a tokenizer with special tokens"
         raise HandgradError("data", rule, tokenizer.name)
@@ -206,13 +216,13 @@ def _parts(
     if recipe == "tinystories":
         return _tinystories(source, own.building)
     if recipe in FINEWEB:
-        jobs = partial(table, column="text")
+        jobs = partial(table, wanted=texts("text"))
         return _published(source, FINEWEB[recipe], (f"sample/{sample}T/*.parquet",), ("*.parquet",), jobs)
     if recipe == "openwebtext":
         patterns, also = ("plain_text/*.parquet", "subsets/*.tar"), ("*.parquet", "*.tar", "*.xz")
         return _published(source, "Skylion007/openwebtext", patterns, also, _openwebtext)
     if recipe in _ROWS:
-        rows = partial(_ROWS[recipe], column=own.column, on_error=own.on_error)
+        rows = partial(_ROWS[recipe], wanted=texts(own.column, own.on_error, bare=recipe == "json"))
         return [local_part(file, rows) for file in files]
     if recipe == "tokens":
         ids = partial(token_ids, raw=own.raw, vocab_size=own.vocab_size)
@@ -232,7 +242,7 @@ def _published(
 
 
 def _openwebtext(path: Path) -> Iterator[tuple[int, Job]]:
-    return table(path, "text") if path.suffix == ".parquet" else archive(path)
+    return table(path, texts("text")) if path.suffix == ".parquet" else archive(path)
 
 
 def _tinystories(source: str | Path | None, building: Path) -> list[Part]:

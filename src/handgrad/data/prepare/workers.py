@@ -70,12 +70,14 @@ class Damage:
 class Job:
     """A call that yields documents, ids that are tokens already, and the damage of either: `read(*arguments)`.
 
+    A document is text, or for `read_chats` a chat.
+
     Both are pickled and sent to a worker process: keep them small.
 
     continues: the first text continues the last document of the previous job, so no end-of-text id precedes it
     """
 
-    read: Callable[..., Iterable[str | np.ndarray | Damage]]
+    read: Callable[..., Iterable[Any]]
     arguments: tuple
     continues: bool = False
 

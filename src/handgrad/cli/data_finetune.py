@@ -1,0 +1,151 @@
+"""handgrad data chat and data labels: shards to fine-tune on, from chats and from texts with labels."""
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
+
+from handgrad import data, tokenizers
+from handgrad.cli.data_shards import Shards, bar
+from handgrad.cli.data_tokenizer import Files, MoreFiles, tokenizer_of
+from handgrad.core.errors import HandgradError
+from handgrad.infer.load import open_source
+
+OnError = Literal["stop", "skip"]
+LEARNED = "⟦", "⟧"
+USUAL = 2048  # tokens of a sequence of most models
+WINDOW = 128  # tokens of the shortest window that is suggested for chats: several short rows fill it well
+
+
+@dataclass(frozen=True)
+class Labelled(Shards):
+    """Files with one labelled text per row."""
+
+    files: Files = ()
+    """.parquet, .json or JSON lines, with rows such as {"text": "Too long.", "label": "bad"}"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_fraction: float | None = None
+    """share of the texts that becomes the validation set; None: 0.1, without --val"""
+    on_error: OnError = "stop"
+    """a row without text or label stops it, or is skipped and counted"""
+    column: str = "text"
+    """the column that holds the text"""
+    label: str = "label"
+    """the column that holds the label, text or a whole number"""
+    seq_len: int = 128
+    """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Chats to fine-tune a model on: rows with messages, or with a prompt and a completion."""
+
+    files: Files = ()
+    """.parquet, .json or JSON lines; JSON may be .gz, .xz, .bz2 or .zst"""
+    model: str = ""
+    """the model that will learn them, a folder or hf:NAME; or a tokenizer: a folder, a tokenizer.json, gpt2"""
+    template: str = ""
+    """chatml, gemma, llama3, mistral, qwen2.5, or a Jinja file; empty: the model's own"""
+    out: str = "chat"
+    """folder for train_*.bin and .mask, val_*.bin and .mask, meta.json and SHA256SUMS"""
+    val: MoreFiles = ()
+    """files that become the validation set, whole"""
+    val_fraction: float | None = None
+    """share of the rows, evenly spread, that becomes the validation set; 0: none; None: 0.05, without --val"""
+    on_error: OnError = "stop"
+    """a row that is no chat to learn stops it, or is skipped and counted"""
+    show: int = 0
+    """print so many rows as a model learns them, and write nothing"""
+    shard_tokens: int = 10_000_000
+    """tokens in a full shard"""
+    replace: bool = False
+    """replace shards of another source, template or tokenizer in the folder"""
+
+
+def make_labels(a: Labelled, folder: str) -> None:
+    """Builds a data set of labelled texts, with a progress bar on a terminal, and prints its size."""
+    if not a.files:
+        raise HandgradError("data", "labels come from at least one file", "none", hint="handgrad data labels FILE...")
+    tokenizer, out = tokenizer_of(a.tokenizer), a.out or folder
+    pad = tokenizers.special_ids(tokenizer, ["[PAD]"])
+    if pad is None:
+        hint = "--tokenizer FOLDER, that of the BERT to start from"
+        raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
+    names = ("val_fraction", "seq_len", "on_error", "shard_tokens", "workers", "replace", "special_tokens")
+    given = {name: getattr(a, name) for name in names}
+    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(file) for file in a.val]}
+    with bar() as progress:
+        paths = [Path(file) for file in a.files]
+        meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
+    for split in ("train", "val"):
+        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
+    if "skipped" in meta:
+        print(f"rows without text or label, left out: {meta['skipped']:,}")
+    print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
+    print(f"train on them: handgrad train --init BERT --train {quote(out)}")
+
+
+def make_chat(a: Chats) -> None:
+    """Builds a data set of chats, with a progress bar on a terminal, and prints its size."""
+    if not a.files or not a.model:
+        rule, got = "chat comes from at least one file, for a model", "none" if a.model else "no --model"
+        raise HandgradError("data", rule, got, hint="handgrad data chat FILE... --model MODEL")
+    tokenizer, own, most = model_of(a.model)
+    encoder = tokenizers.ChatEncoder(tokenizer, own, a.template)
+    if a.show:
+        show(a, encoder)
+        return
+    names = ("val", "val_fraction", "on_error", "shard_tokens", "replace")
+    kind: dict[str, Any] = {name: getattr(a, name) for name in names}
+    with bar(f"{a.out} is as it was") as progress:
+        meta = data.prepare_chat(a.files, a.out, encoder.tokenizer, encoder, progress=progress, **kind)
+    for split in ("train", "val"):
+        m = meta[split]
+        print(f"{split:6} {m['rows']:>11,} rows, {m['tokens']:,} tokens, {m['assistant']:,} of them the assistant's")
+    if "skipped" in meta:
+        print(f"rows that are no chat to learn, left out: {meta['skipped']:,}")
+    print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
+    init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
+    size = max(1 << (meta["chat"]["longest"] - 2).bit_length(), WINDOW)  # the last token is a target alone
+    shorter = f" --seq-len {size}" * (size < most)
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} --lr 2e-5 --epochs 3")
+
+
+def show(a: Chats, encoder: tokenizers.ChatEncoder) -> None:
+    """Prints the first rows, what is learned of them between marks."""
+    if a.show < 0:
+        raise HandgradError("data", "--show is at least 0", a.show)
+    rows = (row for row in data.read_chats(a.files, encoder, a.on_error) if isinstance(row, data.EncodedRow))
+    for row in islice(rows, a.show):
+        print(f"{row.where}: {row.ids.size:,} tokens; learned, between {' and '.join(LEARNED)}: {row.mask.sum():,}")
+        text = ""
+        for learned, ids in row.runs():
+            begin, end = LEARNED if learned else ("", "")
+            text += begin + encoder.tokenizer.decode(ids) + end
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate, int]:
+    """Returns the tokenizer of the model that `word` names, its template, and the usual length of its sequences."""
+    if word == "gpt2":
+        return tokenizer_of(word), tokenizers.OwnTemplate(word), USUAL
+    if is_tokenizer(word):
+        folder = Path(word).parent if word.endswith(".json") else Path(word)
+        return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL
+    source = open_source(word)
+    return source.tokenizer(), source.template(), source.model.usual_seq_len
+
+
+def is_tokenizer(word: str) -> bool:
+    """Whether a word names a tokenizer, without a model."""
+    if word == "gpt2" or word.endswith(".json"):
+        return True
+    folder = Path(word)
+    return (
+        os.path.isdir(folder)
+        and not (folder / "config.json").exists()
+        and any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt"))
+    )
