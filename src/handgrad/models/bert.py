@@ -23,6 +23,7 @@ from handgrad.models.blocks import (
     mlp,
     packed,
     project,
+    token_table,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, names, number, padded, rate, size
 from handgrad.models.registry import register
@@ -130,7 +131,7 @@ class Bert:
             wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
             sizes: dict[str, Any] = {"T": data.seq_len, "decode": False, "scale": 1.0}
             types = g.emit(embed, data.types, table, None, None, **sizes)
-            tokens = embedding(g, data, self._table(g), wpe)
+            tokens = embedding(g, data, token_table(g, self), wpe)
             x = drop(g, layer_norm(g, tokens, (types, None), "ln", eps)[1], p)
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
@@ -186,12 +187,12 @@ class Bert:
             with g.scope("classifier"):
                 return x, *self._classes(g, len(self.labels))
         if not self.mlm:
-            return x, self._table(g), None
+            return x, token_table(g, self), None
         with g.scope("mlm"):
             h = dense(g, x, "dense", self.hidden_size, act=Act.GELU_ERF, parts=())
             n = layer_norm(g, h, None, "ln", self.norm_eps)[1]
             b = g.param("bias", (self.vocab_padded,), Init("zeros", rows=self.vocab_size))
-        return n, self._table(g), b
+        return n, token_table(g, self), b
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """6 a parameter of the blocks, attention over all of T, and the head for the rows that are predicted.
@@ -202,6 +203,3 @@ class Bert:
         C, L = self.hidden_size, self.num_layers
         head = (C * C + self.vocab_padded * C) * self.predictions(seq_len) / seq_len * self.mlm
         return int(6 * (L * (4 * C * C + 2 * C * self.mlp_size) + head) + 12 * L * C * seq_len)
-
-    def _table(self, g: Program) -> Tensor:
-        return g.param("wte.weight", (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

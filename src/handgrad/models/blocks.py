@@ -34,6 +34,16 @@ from handgrad.ops.rope.reference import Llama3Scaling, rotary_table
 Branch = tuple[Tensor, Tensor | None]
 
 
+def token_table(g: Program, model: Any, name: str = "wte.weight", std: float = 0.02) -> Tensor:
+    """A table with a row of hidden_size columns per token, and rows of padding."""
+    return g.param(name, (model.vocab_padded, model.hidden_size), normal(std, rows=model.vocab_size))
+
+
+def head_table(g: Program, model: Any, std: float = 0.02) -> Tensor:
+    """The table whose rows the head multiplies: the embedding's, unless the model's head is untied."""
+    return token_table(g, model, "wte.weight" if model.tie_embeddings else "lm_head.weight", std)
+
+
 def embedding(g: Program, data: Batch, wte: Tensor, wpe: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """(N, C): `scale` times the rows of wte that the ids name and, if there is wpe, its rows by position; with a cache,
     positions continue after its tokens."""

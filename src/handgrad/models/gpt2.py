@@ -8,7 +8,17 @@ from handgrad.core.dtypes import I32
 from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
-from handgrad.models.blocks import drop, embedding, layer_norm, lm_head_logits, lm_head_loss, mlp, self_attention
+from handgrad.models.blocks import (
+    drop,
+    embedding,
+    head_table,
+    layer_norm,
+    lm_head_logits,
+    lm_head_loss,
+    mlp,
+    self_attention,
+    token_table,
+)
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, padded, rate, size
 from handgrad.models.registry import register
 
@@ -138,19 +148,19 @@ class GPT2:
 
     def embedding(self, g: Program, data: Batch) -> Tensor:
         """Token plus position embeddings (N, C); with a cache, positions continue after its tokens."""
-        wte = self._table(g, "wte.weight")
+        wte = token_table(g, self)
         wpe = g.param("wpe.weight", (self.max_seq_len, self.hidden_size), normal(0.02))
         return embedding(g, data, wte, wpe)
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+            return lm_head_loss(g, x, head_table(g, self), targets, vocab_size=self.vocab_size, chunks=chunks)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g))
+            return lm_head_logits(g, x, head_table(g, self))
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """llm.c's formula: 6 a parameter, and attention over half of T x T.
@@ -161,10 +171,3 @@ class GPT2:
         803478528
         """
         return 6 * num_params + 6 * self.num_layers * self.hidden_size * seq_len
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from handgrad.core.dtypes import I32
 from handgrad.core.errors import HandgradError
-from handgrad.core.params import normal
 from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 from handgrad.models.blocks import (
@@ -19,12 +18,14 @@ from handgrad.models.blocks import (
     dense,
     embedding,
     gated_mlp,
+    head_table,
     lm_head_logits,
     lm_head_loss,
     packed,
     project,
     rms_norm,
     rotary,
+    token_table,
 )
 from handgrad.models.llama_format import HUGGING_FACE
 from handgrad.models.model import (
@@ -120,7 +121,7 @@ class Llama:
         eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
         h: Branch | None = None
         with g.block("embed", prefix=False):
-            x = embedding(g, data, self._table(g, "wte.weight"))
+            x = embedding(g, data, token_table(g, self))
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = rms_norm(g, x, h, "ln_1", eps)
@@ -152,12 +153,12 @@ class Llama:
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+            return lm_head_loss(g, x, head_table(g, self), targets, vocab_size=self.vocab_size, chunks=chunks)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g))
+            return lm_head_logits(g, x, head_table(g, self))
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """6 a parameter that is multiplied, and attention over the keys that a token sees, half of T without a window.
@@ -172,10 +173,3 @@ class Llama:
         if 0 < self.window < seq_len:  # the first `window` tokens see fewer
             keys = self.window - self.window**2 / (2 * seq_len)
         return 6 * (num_params - lookup) + int(12 * self.num_layers * self.num_heads * self.head_size * keys)
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

@@ -19,12 +19,14 @@ from handgrad.models.blocks import (
     attend,
     dense,
     embedding,
+    head_table,
     layer_norm,
     lm_head_logits,
     lm_head_loss,
     mlp,
     packed,
     rotary,
+    token_table,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, choice, flag, head_columns, number, padded, size
 from handgrad.models.registry import register
@@ -197,7 +199,7 @@ class GPTNeoX:
         eps, std = self.norm_eps, 0.02 / (2 * self.num_layers) ** 0.5
         h: Branch | None = None
         with g.block("embed", prefix=False):
-            x = embedding(g, data, self._table(g, "wte.weight"))
+            x = embedding(g, data, token_table(g, self))
         for i in range(self.num_layers):
             with g.block(f"h.{i}"):
                 x, n = layer_norm(g, x, h, "ln_1", eps)
@@ -220,12 +222,12 @@ class GPTNeoX:
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=self.vocab_size, chunks=chunks)
+            return lm_head_loss(g, x, head_table(g, self), targets, vocab_size=self.vocab_size, chunks=chunks)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g))
+            return lm_head_logits(g, x, head_table(g, self))
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """6 a parameter that is multiplied, and attention over half of the keys.
@@ -237,10 +239,3 @@ class GPTNeoX:
         """
         lookup = 0 if self.tie_embeddings else self.vocab_padded * self.hidden_size
         return 6 * (num_params - lookup) + 6 * self.num_layers * self.hidden_size * seq_len
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(0.02, rows=self.vocab_size))

@@ -17,12 +17,14 @@ from handgrad.models.blocks import (
     attend,
     dense,
     drop,
+    head_table,
     lm_head_logits,
     lm_head_loss,
     packed,
     pre_of,
     project,
     rms_norm,
+    token_table,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, number, padded, rate, size
 from handgrad.models.registry import register
@@ -153,7 +155,7 @@ class T5:
 
     def _enter(self, g: Program, data: Batch, side: str) -> tuple[Tensor, Batch, Tensor]:
         """What a stack reads: embeddings, their batch, and the biases of its attention by distance."""
-        x = g.emit(embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0)
+        x = g.emit(embed, data.ids, token_table(g, self, std=1.0), None, None, T=data.seq_len, decode=False, scale=1.0)
         rel = g.param(f"{side}.rel.weight", (self.num_buckets, self.num_heads), normal(self.hidden_size**-0.5))
         return drop(g, x, self.dropout), data, rel
 
@@ -235,12 +237,12 @@ class T5:
         """See `Model.loss`."""
         with g.block("head", prefix=False):
             V, scale = self.vocab_size, self._scale
-            return lm_head_loss(g, x, self._head(g), targets, vocab_size=V, chunks=chunks, scale=scale)
+            return lm_head_loss(g, x, head_table(g, self, std=1.0), targets, vocab_size=V, chunks=chunks, scale=scale)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:
         """See `Model.logits`."""
         with g.block("head", prefix=False):
-            return lm_head_logits(g, x, self._head(g), scale=self._scale)
+            return lm_head_logits(g, x, head_table(g, self, std=1.0), scale=self._scale)
 
     def flops_per_token(self, num_params: int, seq_len: int) -> int:
         """The FLOP of a source and its targets over the targets: 6 a parameter and token, and attention, of which the
@@ -259,10 +261,3 @@ class T5:
     @property
     def _scale(self) -> float:
         return self.hidden_size**-0.5 if self.scaled else 1.0
-
-    def _head(self, g: Program) -> Tensor:
-        return self._table(g, "wte.weight" if self.tie_embeddings else "lm_head.weight")
-
-    def _table(self, g: Program, name: str) -> Tensor:
-        """A table with a row per token, and rows of padding."""
-        return g.param(name, (self.vocab_padded, self.hidden_size), normal(1.0, rows=self.vocab_size))
