@@ -665,6 +665,7 @@ def test_settings_of_earlier_versions_do_not_stop_a_resume(words, whole, tmp_pat
     saved = json.loads((out / "config.json").read_text())
     for group in ("compute", "eval", "checkpoint", "log"):  # all of them stood under `run`
         saved["run"] |= saved.pop(group)
+    saved["world"] = saved.pop("ranks")  # a group of another name
     del saved["model"]["family"], saved["run"]["head_mib"]
     saved["run"]["head_chunks"] = chunks
     (out / "config.json").write_text(json.dumps(saved))

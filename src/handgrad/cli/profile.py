@@ -49,7 +49,7 @@ class Profiling:
     vocab_size: int = 0
     """tokens in the vocabulary; 0: the model's"""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    world: RanksConfig = field(default_factory=RanksConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
 
 
 def main(argv: list[str]) -> int:

@@ -366,7 +366,7 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    world: RanksConfig = field(default_factory=RanksConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -55,7 +55,7 @@ def on_rank_0(comm: Comm, work: Callable[[], T]) -> T:
 
 def check_same(comm: Comm, c: Config) -> None:
     """Raises HandgradError on all ranks if one was started with other settings than rank 0."""
-    own = flat(asdict(replace(c, world=RanksConfig())))
+    own = flat(asdict(replace(c, ranks=RanksConfig())))
     settings = comm.all_gather_object(list(own.items()))
     for rank, others in enumerate(settings):
         for (name, value), (_, other) in zip(settings[0], others):

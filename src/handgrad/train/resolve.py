@@ -280,7 +280,7 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
         optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
         run=run,
         compute=replace(c.compute, **found),
-        world=RanksConfig(),
+        ranks=RanksConfig(),
     )
 
 
