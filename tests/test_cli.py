@@ -244,7 +244,7 @@ def test_completion_in_other_shells(name, capsys):
         ),
         (
             "explain --gpu h1000",
-            "[explain] --gpu takes one of a100, 4090, h100, h200, b200, but got 'h1000'. hint: did you mean h100?",
+            "[explain] --gpu takes one of a100, 4090, h100, h200, b200 or None, but got 'h1000'. hint: did you mean h100?",
         ),
         ("explain --micro-batch 0", "[compute] --micro-batch is a number from 1 on, but got 0."),
         (

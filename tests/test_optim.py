@@ -21,6 +21,7 @@ from handgrad.train.config import Config, OptimConfig, OptimizerName, from_names
 from handgrad.train.execution import Execution
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
+from handgrad.train.schedule import schedule_of
 from handgrad.train.start import Start
 from handgrad.train.trainer import Trainer
 
@@ -113,6 +114,14 @@ def test_schedules_equal_transformers_and_torchs_at_every_step(kind, settings, s
             expected = [2.0 * others_form(kind, t, warmup, steps, final, settings) for t in range(steps)]
             assert rates == pytest.approx(expected, rel=1e-12)
             assert min(rates) > 0 and max(rates) == 2.0
+
+
+def test_a_setting_of_zero_is_not_one_that_is_left_out():
+    given = {"schedule": "wsd", "warmup": 0, "steps": 10, "lr": 1.0}
+    rates = [schedule_of(from_names(given | {"cooldown": cooldown}))(10) for cooldown in (0, None)]
+    assert rates[0] == 1.0 > rates[1]
+    with pytest.raises(HandgradError, match=r"cycles is a number from 1 on, but got 0"):
+        schedule_of(from_names(given | {"schedule": "cosine_with_restarts", "cycles": 0}))
 
 
 def test_lengths_are_steps_or_fractions():

@@ -265,7 +265,7 @@ def test_ranks_on_cpus_have_no_times(capsys):
         ("--gpus 2 --mfu 52", "mfu is a fraction of the peak, at most 1, but got 52.0. hint: --mfu 0.5 is 50 %"),
         ("--gpus 2 --mfu -1", "mfu is a number from 0 on, but got -1.0."),
         ("--gpus 2 --nodes 0", "nodes is a number from 1 on, but got 0."),
-        ("--gpus 2 --link eth", "--link takes one of nvlink, pcie, ib, but got 'eth'."),
+        ("--gpus 2 --link eth", "--link takes one of nvlink, pcie, ib or None, but got 'eth'."),
         (
             "--gpus 2 --backend cpu --link nvlink",
             "--nodes, --link and --mfu are of several ranks on GPUs, but got --backend cpu --ranks 2."

@@ -94,8 +94,8 @@ class Ids:
 
     files: Files = ()
     """the files"""
-    raw: Literal["", "uint16", "uint32"] = ""
-    """dtype of the ids in files without a header, little-endian"""
+    raw: Literal["uint16", "uint32"] | None = None
+    """dtype of the ids in files without a header, little-endian; None: the files have one"""
     out: str = ""
     """folder for train_*.bin, val_*.bin, meta.json and SHA256SUMS; empty: data"""
     tokenizer: str = "gpt2"

@@ -34,7 +34,7 @@ class Explain:
     bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
-    gpu: Annotated[Literal["", "a100", "4090", "h100", "h200", "b200"], tyro.conf.arg(metavar="GPU")] = ""
+    gpu: Annotated[Literal["a100", "4090", "h100", "h200", "b200"] | None, tyro.conf.arg(metavar="GPU")] = None
     """a100, 4090, h100, h200 or b200, which need not be here, and the cuda backend; --backend cuda alone: an h100"""
     family: str = ModelConfig.family
     """architecture: bert, gemma, gpt2, llama, gpt_neox, t5; empty: the model's own"""
@@ -46,7 +46,7 @@ class Explain:
     """processes that train together, on CPUs or one on each GPU; the page is that of one of them"""
     nodes: int = 1
     """machines that ranks on GPUs are divided among"""
-    link: Annotated[Literal["", "nvlink", "pcie", "ib"], tyro.conf.arg(metavar="LINK")] = ""
+    link: Annotated[Literal["nvlink", "pcie", "ib"] | None, tyro.conf.arg(metavar="LINK")] = None
     """between the GPUs of a machine: nvlink or pcie. Machines are joined by ib: InfiniBand, 400 Gbit/s for each GPU"""
     mfu: float = 0.0
     """MFU that one GPU reaches, for the time of a step of several, such as 0.5; 0: as measured for the nearest model"""

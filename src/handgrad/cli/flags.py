@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from handgrad.cli.examples import EXAMPLES, NOTES
 from handgrad.cli.names import ALIASES, hint_for, place_of
 from handgrad.core.errors import HandgradError, did_you_mean
-from handgrad.train.config import OTHER_WORDS
+from handgrad.train.config import OTHER_WORDS, words_of
 
 Settings = TypeVar("Settings")
 # type of a field: what its flag takes, and what reads it
@@ -115,15 +115,15 @@ def _misplaced(kind: type, argv: list[str], others: list[str], verb: str) -> Han
 
 def _takes(kind: Any) -> tuple[str, Callable[[str], Any]]:
     """What a flag of this type takes, in words, and a function that raises ValueError for anything else."""
-    if get_origin(kind) is Literal:
-        words = choices(kind)
-        return "one of " + ", ".join(words), words.index
+    words, optional = choices(kind), type(None) in get_args(kind)
+    if words:
+        return "one of " + ", ".join(words) + " or None" * optional, [*words, *["None"] * optional].index
     return TAKES[kind]
 
 
 def choices(kind: Any) -> tuple[str, ...]:
     """The words that a flag of this type takes, none where they are not known."""
-    return tuple(str(word) for word in get_args(kind) if word != "") if get_origin(kind) is Literal else ()
+    return tuple(str(word) for word in words_of(kind))
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any]]:

@@ -148,8 +148,8 @@ class OptimConfig:
     """last learning rate as a fraction of the peak; None: 0.1 for the cosines, 1 for constant, else 0"""
     cooldown: int | float | None = None
     """of wsd: steps of the cooldown or, below 1, a fraction of all steps; None: 0.2"""
-    cooldown_shape: Literal["", "sqrt", "linear", "cosine"] = ""
-    """of wsd: shape of the cooldown; sqrt is 1 - sqrt(r); empty: sqrt"""
+    cooldown_shape: Literal["sqrt", "linear", "cosine"] | None = None
+    """of wsd: shape of the cooldown; sqrt is 1 - sqrt(r); None: sqrt"""
     power: float | None = None
     """of polynomial: exponent; None: 2"""
     cycles: int | None = None
@@ -392,6 +392,11 @@ def by_group(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {group: {name: values[name] for name in names if name in values} for group, names in groups.items()}
 
 
+def words_of(kind: Any) -> tuple[Any, ...]:
+    """The words of a Literal, which may be None besides; none of another type."""
+    return next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), ())
+
+
 def num_tokens(text: str) -> int:
     """The number in `--tokens`: digits, with k, M, B or T for a thousand to a million million.
 
@@ -420,14 +425,15 @@ def _check(settings: Any, least: int, names: str) -> None:
     bounds = dict.fromkeys(names.split(), least)
     for name, kind in get_type_hints(type(settings)).items():
         value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
+        words = words_of(kind)
         kinds = get_args(kind) or (kind,)
-        if get_origin(kind) is Literal:
-            if value not in kinds:
-                words = [str(kind) for kind in kinds]
-                hint = did_you_mean(str(value), words, OTHER_WORDS)
-                raise HandgradError(group, f"{flag} is one of {', '.join(words)}", repr(value), hint=hint)
-        elif value is None and type(None) in kinds:
+        if value is None and type(None) in kinds:
             continue
+        elif words:
+            if value not in words:
+                named = [str(word) for word in words]
+                hint = did_you_mean(str(value), named, OTHER_WORDS)
+                raise HandgradError(group, f"{flag} is one of {', '.join(named)}", repr(value), hint=hint)
         elif {int, float} <= set(kinds):  # a number of steps, or a fraction of them
             number = real(group, flag, value, bounds.get(name))
             is_fraction = 0 < number < 1

@@ -234,8 +234,9 @@ def leave_sizes(saved: Config, c: Config) -> Config:
 
 
 def current(groups: Any) -> dict[str, Any]:
-    """Saved settings by name, without those that only earlier versions had."""
-    return {name: value for name, value in flat(groups).items() if name not in RETIRED}
+    """Saved settings by name, without those that only earlier versions had, and with None where they wrote ""."""
+    values = {name: value for name, value in flat(groups).items() if name not in RETIRED}
+    return values | {name: None for name in ("cooldown_shape",) if values.get(name) == ""}
 
 
 def flat(groups: Any) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def recorded(out: Path) -> dict[str, dict[str, Any]]:
 
 def changes(out: Path, c: Config) -> str:
     """Which settings differ from those saved in a run folder, as a sentence; empty if none does."""
-    before = flat(recorded(out))
+    before = flat(recorded(out)) | current(recorded(out))
     if not before:  # a converted model has none
         return ""
     found = []

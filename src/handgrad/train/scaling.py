@@ -65,7 +65,7 @@ class Cluster:
     gpu    a key of RATES
     ranks  how many there are
     nodes  machines that the ranks are divided among
-    link   between the GPUs of a machine: nvlink or pcie; empty: nvlink where the GPU has it. Machines are joined by ib,
+    link   between the GPUs of a machine: nvlink or pcie; None: nvlink where the GPU has it. Machines are joined by ib,
            which may be named instead
     mfu    of one GPU in forward and backward; 0: the measured one of the nearest model
     """
@@ -73,7 +73,7 @@ class Cluster:
     gpu: str
     ranks: int
     nodes: int = 1
-    link: str = ""
+    link: str | None = None
     mfu: float = 0.0
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Cluster:
             raise HandgradError("explain", f"ranks are a multiple of nodes {self.nodes}", self.ranks, hint=hint)
         if self.gpu not in RATES:
             raise HandgradError("explain", f"a GPU is one of {', '.join(RATES)}", f"'{self.gpu}'")
-        if self.link not in ("", *LINKS):
+        if self.link not in (None, *LINKS):
             raise HandgradError("explain", f"a link is one of {', '.join(LINKS)}", f"'{self.link}'")
         if self.link == "nvlink" and not RATES[self.gpu]["nvlink"]:
             raise HandgradError("explain", f"{PRODUCT_NAMES[self.gpu]} has no NVLink", hint="--link pcie")

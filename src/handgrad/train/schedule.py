@@ -34,7 +34,7 @@ def schedule_of(c: Config) -> schedules.Schedule:
 
 def schedule_settings(o: OptimConfig) -> dict[str, Any]:
     """The settings of single schedules, None where they are not given."""
-    return {name: getattr(o, name) or None for name in SCHEDULE_SETTINGS}
+    return {name: getattr(o, name) for name in SCHEDULE_SETTINGS}
 
 
 def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:

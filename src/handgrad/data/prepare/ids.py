@@ -15,7 +15,7 @@ BLOCK_IDS = 2**20
 RAW = ("uint16", "uint32")
 
 
-def token_ids(path: Path, raw: str, vocab_size: int) -> Iterator[tuple[int, Job]]:
+def token_ids(path: Path, raw: str | None, vocab_size: int) -> Iterator[tuple[int, Job]]:
     """A file of ids: a .npy with one dimension, or ids alone of the dtype `raw`, little-endian.
 
     Each id must be below vocab_size: of a file without a header, another dtype shows in most cases by its ids.
@@ -26,7 +26,7 @@ def token_ids(path: Path, raw: str, vocab_size: int) -> Iterator[tuple[int, Job]
         yield at + stop * dtype.itemsize, Job(_ids_between, (path, dtype, at, start, stop, vocab_size))
 
 
-def _layout(path: Path, raw: str) -> tuple[np.dtype, int, int]:
+def _layout(path: Path, raw: str | None) -> tuple[np.dtype, int, int]:
     """Returns (dtype, place of the first id in the file, number of ids)."""
     size = require_file(path, "a file of ids", "data")
     if path.suffix == ".npy":

@@ -46,7 +46,7 @@ def prepare(
     val: str | Path | Sequence[str | Path] = (),
     sample: str = "10B",
     column: str = "text",
-    raw: str = "",
+    raw: str | None = None,
     val_tokens: int | None = None,
     val_fraction: float | None = None,
     on_error: str = "stop",
@@ -185,7 +185,7 @@ class Own:
     """How files of one's own are read. building: the folder that compressed texts are unfolded in"""
 
     column: str
-    raw: str
+    raw: str | None
     vocab_size: int
     on_error: str
     building: Path
