@@ -34,6 +34,7 @@ from handgrad.models import (
     shapes,
     to_dict,
 )
+from handgrad.models.blocks import token_table
 from handgrad.ops import attention_decode, embed
 from handgrad.testing import gradcheck, set_scalars
 from handgrad.train.llmc_init import draws
@@ -45,9 +46,7 @@ class NoPositions(GPT2):
     hugging_face: ClassVar = GPT2.hugging_face | {"model_types": {"gpt2_without_positions": "GPT2LMHeadModel"}}
 
     def embedding(self, g, data):
-        return g.emit(
-            embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
-        )
+        return g.emit(embed, data.ids, token_table(g, self), None, None, T=data.seq_len, decode=False, scale=1.0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from handgrad.infer import Sampling
 from handgrad.infer.engine import Engine
 from handgrad.infer.engine import record as record_engine
 from handgrad.models import GPT2, declare, forward_logits, forward_loss, register, registry
-from handgrad.models.blocks import attend, dense, layer_norm, project, rotary
+from handgrad.models.blocks import attend, dense, layer_norm, project, rotary, token_table
 from handgrad.ops import add, embed
 from handgrad.optim import AdamW
 from handgrad.testing import gradcheck, set_scalars
@@ -59,9 +59,7 @@ class Rotary(GPT2):
 
     def _embed(self, g, data):
         with g.block("embed", prefix=False):
-            return g.emit(
-                embed, data.ids, self._table(g, "wte.weight"), None, None, T=data.seq_len, decode=False, scale=1.0
-            )
+            return g.emit(embed, data.ids, token_table(g, self), None, None, T=data.seq_len, decode=False, scale=1.0)
 
 
 @pytest.fixture(autouse=True)

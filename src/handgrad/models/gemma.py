@@ -28,11 +28,21 @@ from handgrad.models.blocks import (
     token_table,
 )
 from handgrad.models.gemma_format import HUGGING_FACE
-from handgrad.models.model import MAX_LAYERS, Batch, check_fields, check_heads, flag, head_columns, number, padded, size
+from handgrad.models.model import (
+    MAX_LAYERS,
+    USUAL_SEQ_LEN,
+    Batch,
+    check_fields,
+    check_heads,
+    flag,
+    head_columns,
+    keys_seen,
+    number,
+    padded,
+    size,
+)
 from handgrad.models.registry import register
 from handgrad.ops.act import Act
-
-USUAL_SEQ_LEN = 2048  # released models read far longer texts than most people train on
 
 
 @register
@@ -164,7 +174,5 @@ class Gemma:
         """
         lookup = 0 if self.tie_embeddings else self.vocab_padded * self.hidden_size
         in_all = sum(map(self.sees_all, range(self.num_layers)))
-        window = min(self.window, seq_len)
-        keys = in_all * seq_len / 2  # the first `window` tokens see fewer
-        keys += (self.num_layers - in_all) * (window - window**2 / (2 * seq_len))
+        keys = in_all * keys_seen(seq_len) + (self.num_layers - in_all) * keys_seen(seq_len, self.window)
         return 6 * (num_params - lookup) + int(12 * self.num_heads * self.head_size * keys)

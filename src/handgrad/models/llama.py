@@ -30,11 +30,13 @@ from handgrad.models.blocks import (
 from handgrad.models.llama_format import HUGGING_FACE
 from handgrad.models.model import (
     MAX_LAYERS,
+    USUAL_SEQ_LEN,
     Batch,
     check_fields,
     check_heads,
     flag,
     head_columns,
+    keys_seen,
     number,
     numbers,
     padded,
@@ -44,7 +46,6 @@ from handgrad.models.registry import register
 from handgrad.ops.act import Act
 
 MLP_ALIGN = 64  # the MLP's default width is a multiple of it
-USUAL_SEQ_LEN = 2048  # released models read far longer texts than most people train on
 
 
 @register
@@ -169,7 +170,5 @@ class Llama:
         366144
         """
         lookup = 0 if self.tie_embeddings else self.vocab_padded * self.hidden_size
-        keys = seq_len / 2
-        if 0 < self.window < seq_len:  # the first `window` tokens see fewer
-            keys = self.window - self.window**2 / (2 * seq_len)
-        return 6 * (num_params - lookup) + int(12 * self.num_layers * self.num_heads * self.head_size * keys)
+        keys = self.num_layers * keys_seen(seq_len, self.window)
+        return 6 * (num_params - lookup) + int(12 * self.num_heads * self.head_size * keys)

@@ -11,6 +11,7 @@ from handgrad.core.program import Program
 from handgrad.core.tensor import Tensor
 
 NONE: Mapping[str, Any] = {}  # no adapters
+USUAL_SEQ_LEN = 2048  # where a model reads far longer texts than most people train on
 MAX_LAYERS = 1024  # bounds the time to record a model whose size comes from a damaged file
 
 
@@ -180,6 +181,16 @@ def shapes(g: Program) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, without rows of padding."""
     tensors = {name: (info.tensor.shape, info.init.rows) for name, info in g.params.items()}
     return {name: (rows or shape[0], *shape[1:]) for name, (shape, rows) in tensors.items()}
+
+
+def keys_seen(seq_len: int, window: int = 0) -> float:
+    """Keys that a token of a sequence sees in causal attention, on average: half of them, or fewer within a window.
+
+    >>> keys_seen(16), keys_seen(16, window=4)
+    (8.0, 3.5)
+    """
+    window = min(window or seq_len, seq_len)
+    return window - window**2 / (2 * seq_len)  # the first `window` tokens see fewer
 
 
 # fields ---------------------------------------------------------------------------------------------------------------
