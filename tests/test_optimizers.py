@@ -17,9 +17,10 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, Llama
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.optim import OPTIMIZERS, SGD, Adafactor, AdamW, Lion
-from handgrad.train.config import OptimConfig
+from handgrad.train.config import Config, OptimConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
+from handgrad.train.schedule import momentum_of
 
 WIDTH, VOCAB, STEPS = 24, 97, 50
 
@@ -57,8 +58,8 @@ def weights(run):
     return {name: real(name, w) for name, w in joined.items()}
 
 
-def both(folder, optim, make_judge, lr, dtype="f32", master=True):
-    """(ours, the judge's, the start) after 50 steps. The judge has weights of its own, in float64, and the gradients
+def both(folder, optim, make_judge, lr, dtype="f32", master=True, momentum=None):
+    """(ours, the judge's, the start) after 50 steps; momentum: of a step, if it is scheduled. The judge has weights of its own, in float64, and the gradients
     of our steps: of a whole GPT-2, with tied weights and padding."""
     torch = pytest.importorskip("torch")
     run = trainer(folder, optim, dtype, master)
@@ -66,7 +67,7 @@ def both(folder, optim, make_judge, lr, dtype="f32", master=True):
     theirs = {name: torch.nn.Parameter(torch.tensor(w, dtype=torch.float64)) for name, w in start.items()}
     judge = make_judge(torch, [{"params": [w], "weight_decay": 0.1 if w.ndim > 1 else 0.0} for w in theirs.values()])
     for step in range(1, STEPS + 1):
-        result = run.step(step, lr)
+        result = run.step(step, lr, momentum(step) if momentum else None)
         assert math.isfinite(result.loss)
         grads = run.grads()
         for name, w in theirs.items():
@@ -74,7 +75,7 @@ def both(folder, optim, make_judge, lr, dtype="f32", master=True):
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(theirs.values(), optim.clip)
         for group in judge.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr} | ({"momentum": momentum(step)} if momentum else {})
         judge.step()
     return weights(run), {name: w.detach().numpy() for name, w in theirs.items()}, start
 
@@ -117,6 +118,12 @@ CASES = {
         lambda t, g: sgd(t, g, momentum=0.9, nesterov=True),
         0.1,
     ),
+    "sgd scheduled": (
+        SGD(0.9, weight_decay=0.1),
+        lambda t, g: sgd(t, g, momentum=0.9),
+        0.1,
+        hg.optim.schedules.momentum(20, STEPS, 10, peak=0.9),
+    ),
     "adamw scaled": (AdamW(scale_parameter=True), scaled_adamw, 0.1),
     "adafactor": (
         Adafactor(weight_decay=0.1),
@@ -138,8 +145,8 @@ def test_fifty_steps_match_another_implementation(folder, name, dtype):
     """Tolerance: a step rounds the weight, to 2^-24 of it, and its own size by 2^-22 of it: a quotient of roots and
     means. The 50 steps together are as large as the change if they go one way, and as the largest weight if they scale
     with it. Errors add up to 50 (2^-24 |w| + 2^-22 (change + |w|)) at most."""
-    optim, make_judge, lr = CASES[name]
-    got, wanted, start = both(folder, optim, make_judge, lr, dtype)
+    optim, make_judge, lr, *momentum = CASES[name]
+    got, wanted, start = both(folder, optim, make_judge, lr, dtype, True, *momentum)
     for key, w in wanted.items():
         change = np.abs(w - start[key]).max()
         assert change > 1e-5, key  # it learned
@@ -394,6 +401,7 @@ def test_gradients_that_are_not_finite_change_no_bit(folder, optim):
         (lambda: optimizer_of(OptimConfig("lion", moments="int8")), "--moments is a setting of adamw"),
         (lambda: optimizer_of(OptimConfig("adafactor", eps=1e-6)), "--eps is a setting of adamw"),
         (lambda: optimizer_of(OptimConfig(nesterov=True)), "--nesterov is a setting of sgd"),
+        (lambda: momentum_of(Config(optim=OptimConfig("sgd", momentum_warmup=2)), SGD(0.0)), "or sgd with a momentum"),
     ],
 )
 def test_settings_that_do_not_fit_are_rejected(make, text):
