@@ -17,7 +17,7 @@ from handgrad.core.op import Case, Op
 from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2, Lora
 from handgrad.ops import OPS
-from handgrad.optim import AdamW, Muon
+from handgrad.optim import Adafactor, AdamW, Muon
 from handgrad.optim.record import COLLECTIVES as USED
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
@@ -147,14 +147,17 @@ def test_training(shards, name):
     np.testing.assert_allclose(val, exact[2], rtol=rtol)
 
 
-def test_muon_on_two_ranks(shards):
-    """Every call of Muon as the cuda backend binds it, in bf16, batched GEMMs among them; each rank holds half of the
-    momentum, and v is kept for all rows."""
+WHOLE = [Muon(second_beta=0.9, row_scale=True, rescale=True, cautious=True), Adafactor()]
+
+
+@pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
+def test_two_ranks_that_need_whole_matrices(shards, optim):
+    """Every call of the optimizer as the cuda backend binds it, in bf16, batched GEMMs among them; each rank holds half
+    of the parameters, and the means of rows and columns of all."""
 
     def work(comm):
         tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
         model = GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=24)
-        optim = Muon(second_beta=0.9, row_scale=True, rescale=True, cautious=True)
         backend = EmulatedBackend(comm=comm) if comm.world > 1 else RefBackend()
         run = Trainer(
             model, optim, tokens, execution=Execution(4 // comm.world), precision=Precision("bf16"), backend=backend

@@ -454,6 +454,23 @@ def test_processes_train_as_one_and_repeat_bit_for_bit(text):
 
 
 @processes
+@pytest.mark.parametrize(("optimizer", "zero", "enlarged"), [("muon", 1, 1000), ("adafactor", 3, 1)])
+def test_four_processes_that_need_whole_matrices_train_as_one(text, optimizer, zero, enlarged):
+    """Bound, as above: gradients differ by 2^-21 of themselves, and a step by as much of itself, in Muon's by 1000
+    times that, the product of its polynomials' slopes. A step of adafactor has an RMS of lr times that of the weights,
+    which is below 1, and so have Muon's and AdamW's, below lr. Of a Llama, which has no key bias."""
+    flags = f"--family llama --optimizer {optimizer} --lr 3e-3 --steps 4 --warmup 0 --batch-tokens {TOKENS}"
+    ranks = start(4, f"{flags} --micro-batch 2 --zero {zero}", "four")
+    assert main(["train", *FLAGS.split(), *flags.split(), "--micro-batch", "8", "--out", "one"]) == 0
+    finish(ranks)
+    params, moved = json.loads(Path("one/run.json").read_text())["summary"]["params"], 0.0
+    for row, other in zip(log("one"), log("four"), strict=True):
+        bound = row["grad_norm"] * params**0.5 * moved + 2.0**-23 * row["loss"]
+        assert abs(row["loss"] - other["loss"]) <= bound
+        moved += row["lr"] * enlarged * 2.0**-21
+
+
+@processes
 def test_resume_on_another_number_of_processes(text):
     finish(start(2, f"--steps 4 --micro-batch 2 --batch-tokens {TOKENS} --zero 3", "run"))
     finish(start(1, f"--steps 8 --micro-batch 2 --batch-tokens {TOKENS} --resume run", "run"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from handgrad.core.errors import HandgradError
 from handgrad.data import id_dtype, write_shard
 from handgrad.models import GPT2, Llama
 from handgrad.ops.adamw.reference import join_weight
-from handgrad.optim import OPTIMIZERS, SGD, Adafactor, AdamW, Lion, ScheduleFree
-from handgrad.train.config import OptimConfig
+from handgrad.optim import OPTIMIZERS, SGD, Adafactor, AdamW, Lion, Muon, ScheduleFree
+from handgrad.train.config import Config, OptimConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
+from handgrad.train.schedule import momentum_of
 
 WIDTH, VOCAB, STEPS = 24, 97, 50
 
@@ -57,8 +59,8 @@ def weights(run):
     return {name: real(name, w) for name, w in joined.items()}
 
 
-def both(folder, optim, make_judge, lr, dtype="f32", master=True):
-    """(ours, the judge's, the start) after 50 steps. The judge has weights of its own, in float64, and the gradients
+def both(folder, optim, make_judge, lr, dtype="f32", master=True, momentum=None):
+    """(ours, the judge's, the start) after 50 steps; momentum: of a step, if it is scheduled. The judge has weights of its own, in float64, and the gradients
     of our steps: of a whole GPT-2, with tied weights and padding."""
     torch = pytest.importorskip("torch")
     run = trainer(folder, optim, dtype, master)
@@ -66,7 +68,7 @@ def both(folder, optim, make_judge, lr, dtype="f32", master=True):
     theirs = {name: torch.nn.Parameter(torch.tensor(w, dtype=torch.float64)) for name, w in start.items()}
     judge = make_judge(torch, [{"params": [w], "weight_decay": 0.1 if w.ndim > 1 else 0.0} for w in theirs.values()])
     for step in range(1, STEPS + 1):
-        result = run.step(step, lr)
+        result = run.step(step, lr, momentum(step) if momentum else None)
         assert math.isfinite(result.loss)
         grads = run.grads()
         for name, w in theirs.items():
@@ -74,7 +76,7 @@ def both(folder, optim, make_judge, lr, dtype="f32", master=True):
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(theirs.values(), optim.clip)
         for group in judge.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr} | ({"momentum": momentum(step)} if momentum else {})
         judge.step()
     return weights(run), {name: w.detach().numpy() for name, w in theirs.items()}, start
 
@@ -116,6 +118,12 @@ CASES = {
         lambda t, g: sgd(t, g, momentum=0.9, nesterov=True),
         0.1,
     ),
+    "sgd scheduled": (
+        SGD(0.9, weight_decay=0.1),
+        lambda t, g: sgd(t, g, momentum=0.9),
+        0.1,
+        hg.optim.schedules.momentum(20, STEPS, 10, peak=0.9),
+    ),
     "adamw scaled": (AdamW(scale_parameter=True), scaled_adamw, 0.1),
     "adafactor": (
         Adafactor(weight_decay=0.1),
@@ -137,8 +145,8 @@ def test_fifty_steps_match_another_implementation(folder, name, dtype):
     """Tolerance: a step rounds the weight, to 2^-24 of it, and its own size by 2^-22 of it: a quotient of roots and
     means. The 50 steps together are as large as the change if they go one way, and as the largest weight if they scale
     with it. Errors add up to 50 (2^-24 |w| + 2^-22 (change + |w|)) at most."""
-    optim, make_judge, lr = CASES[name]
-    got, wanted, start = both(folder, optim, make_judge, lr, dtype)
+    optim, make_judge, lr, *momentum = CASES[name]
+    got, wanted, start = both(folder, optim, make_judge, lr, dtype, True, *momentum)
     for key, w in wanted.items():
         change = np.abs(w - start[key]).max()
         assert change > 1e-5, key  # it learned
@@ -244,49 +252,22 @@ def test_resume_is_bit_exact(folder, optimizer, tmp_path):
     assert (tmp_path / "parts" / "step_000003" / name).read_bytes() != whole  # three steps changed it
 
 
-def without_key_bias(found):
-    """Copies; the key bias has no effect and a gradient of rounding alone (test_distributed.py)."""
-    return {k: np.delete(a, np.s_[WIDTH : 2 * WIDTH]) if k.endswith("c_attn.bias") else np.array(a) for k, a in found}
-
-
-@pytest.mark.parametrize(
-    "optim, zero, world",
-    [(Lion(), 2, 1), (AdamW(moments="int8"), 3, 2), (SGD(), 3, 1)],
-    ids=lambda x: str(x)[:9],
-)
-def test_ranks_with_shares_train_as_those_without(folder, optim, zero, world):
-    """Two ranks against one, in float64; weights and state, whole, on rank 0. Random bits belong to places in the flat
-    order, which is padded for the number of ranks: codes of 8 bits are those of two ranks with zero 0."""
-
-    def work(comm, zero=zero):
-        run = trainer(folder, optim, backend=RefBackend(comm=comm), zero=zero)
-        found = [run.step(step, 1e-2).loss for step in range(1, 4)]
-        return found, without_key_bias(run.params().items()), without_key_bias(run._state().items())
-
-    (loss, params, state), _ = on_ranks(2, work)
-    alone, its_params, its_state = on_ranks(world, lambda comm: work(comm, 0))[0]
-    np.testing.assert_allclose(loss, alone, rtol=1e-9)
-    assert params.keys() == its_params.keys() and state.keys() == its_state.keys()
-    for name, w in its_params.items():
-        np.testing.assert_allclose(params[name], w, rtol=1e-7, atol=1e-9, err_msg=name)
-    for name in (name for name in its_state if "c_attn.bias" not in name):
-        np.testing.assert_allclose(state[name], its_state[name], rtol=1e-6, atol=1e-9, err_msg=name)
-
-
 WHOLE = [Adafactor(weight_decay=0.1), AdamW(scale_parameter=True)]  # their steps need whole parameters
-SEQUENCES, WHOLE_STEPS = 12, 4
+SEQUENCES, FEW = 12, 3
+# no key bias: the rounding in its gradient would reach all of a packed bias by the size of the step; and every bucket
+# but the last one has a multiple of 4 x 128 elements: the flat order of 2 and 4 ranks, and its random bits, are those of 1
+LLAMA = Llama(VOCAB, 8, 2, 4, 2, WIDTH, mlp_size=32, qk_norm=True)
 
 
-def whole_run(folder, optim, zero, world, backend, dtype="f32", out=None):
-    """A Llama, which has no key bias: its rounding would reach all of a packed bias by the size of the step."""
-    execution = hg.Execution(SEQUENCES // world, extra_programs=(), zero=zero, backend="cpu", threads=1)
-    model, data = Llama(VOCAB, 8, 2, 4, 2, WIDTH, mlp_size=32), hg.data.tokens(folder, 8, 8 * SEQUENCES)
+def on_rank(folder, optim, zero, backend, dtype="f32", out=None):
+    """The trainer of a rank."""
+    execution = hg.Execution(SEQUENCES // backend.comm.world, extra_programs=(), zero=zero, backend="cpu", threads=1)
     kind = dict(execution=execution, precision=hg.Precision(dtype), backend=backend, start=hg.Start(3), out=out)
-    return hg.Trainer(model, optim, data, **kind)
+    return hg.Trainer(LLAMA, optim, hg.data.tokens(folder, 8, 8 * SEQUENCES), **kind)
 
 
-def whole_steps(run, first=1, last=WHOLE_STEPS):
-    """(losses; weights and state, whole, on rank 0) after steps."""
+def losses_and_arrays(run, first=1, last=FEW):
+    """(losses; weights and state, whole, on rank 0) of steps."""
     losses = [run.step(step, 1e-2).loss for step in range(first, last + 1)]
     params, state = run.params(), run._state()
     return losses, {name: np.array(a) for name, a in (params | state).items()}
@@ -300,16 +281,28 @@ def assert_as_one(found, alone, atol):
         np.testing.assert_allclose(found[0][1][name], value, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize(("world", "zero"), [(2, 0), (2, 1), (3, 2), (4, 3)])
-@pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
-def test_whole_parameters_on_ranks(folder, optim, world, zero):
-    """float64: gradients differ by rounding, 2^-53 of sums of a few hundred products."""
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    """`losses_and_arrays` of one rank in float64, by optimizer."""
 
-    def work(comm):
-        world = comm.world
-        return whole_steps(whole_run(folder, optim, zero if world > 1 else 0, world, RefBackend(comm=comm)))
+    @lru_cache
+    def train(optim):
+        return on_ranks(1, lambda comm: losses_and_arrays(on_rank(folder, optim, 0, RefBackend(comm=comm))))[0]
 
-    assert_as_one(on_ranks(world, work), on_ranks(1, work)[0], 1e-12)
+    return train
+
+
+SHARED = [AdamW(moments="bf16"), AdamW(moments="int8"), SGD(nesterov=True), Lion(), Muon(second_beta=0.9)]
+ON_RANKS = [(optim, *kind) for optim in SHARED for kind in ((2, 2), (4, 3))]
+ON_RANKS += [(optim, *kind) for optim in WHOLE for kind in ((2, 0), (2, 1), (3, 2), (4, 3))]
+
+
+@pytest.mark.parametrize(("optim", "world", "zero"), ON_RANKS, ids=lambda x: str(x)[:9])
+def test_ranks_train_as_one(folder, one_rank, optim, world, zero):
+    """float64: gradients differ by rounding, 2^-53 of sums of a few hundred products, which Muon's polynomials enlarge
+    at most a thousandfold in a step. test_distributed.py has AdamW."""
+    found = on_ranks(world, lambda comm: losses_and_arrays(on_rank(folder, optim, zero, RefBackend(comm=comm))))
+    assert_as_one(found, one_rank(optim), 1e-10 if isinstance(optim, Muon) else 1e-12)
 
 
 @pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
@@ -319,9 +312,9 @@ def test_whole_parameters_on_ranks_in_float32(folder, optim):
     the element's part of it, below 5 = sqrt(25), as 24 elements or more have an RMS of 1."""
 
     def work(comm):
-        return whole_steps(whole_run(folder, optim, 3 if comm.world > 1 else 0, comm.world, CpuBackend(1, comm)))
+        return losses_and_arrays(on_rank(folder, optim, 3 if comm.world > 1 else 0, CpuBackend(1, comm)))
 
-    assert_as_one(on_ranks(2, work), on_ranks(1, work)[0], WHOLE_STEPS * (2 * 2.0**-24 + 1e-2 * 5 * 2.0**-21))
+    assert_as_one(on_ranks(2, work), on_ranks(1, work)[0], FEW * (2 * 2.0**-24 + 1e-2 * 5 * 2.0**-21))
 
 
 @pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
@@ -332,15 +325,15 @@ def test_whole_parameters_of_a_checkpoint_know_nothing_of_ranks(folder, optim, t
     for k, (world, zero) in enumerate(((3, 3), (1, 0), (2, 2))):
 
         def work(comm, first=2 * k + 1, zero=zero):
-            run = whole_run(folder, optim, zero, comm.world, RefBackend(comm=comm), out=tmp_path / "run")
+            run = on_rank(folder, optim, zero, RefBackend(comm=comm), out=tmp_path / "run")
             assert run.resume() == first - 1
-            result = whole_steps(run, first, first + 1)
+            result = losses_and_arrays(run, first, first + 1)
             run.save(first + 1)
             run.close()
             return result
 
         found = on_ranks(world, work)[0]
-    whole = on_ranks(1, lambda comm: whole_steps(whole_run(folder, optim, 0, 1, RefBackend(comm=comm)), 1, 6))[0]
+    whole = on_ranks(1, lambda comm: losses_and_arrays(on_rank(folder, optim, 0, RefBackend(comm=comm)), 1, 6))[0]
     for name, value in whole[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=0, atol=1e-12, err_msg=name)
 
@@ -353,9 +346,9 @@ def test_resumed_ranks_give_the_same_bits(folder, optim, tmp_path):
 
     def work(comm, out, spans):
         for first, last in spans:
-            run = whole_run(folder, optim, 3, 2, CpuBackend(1, comm), "bf16", out)
+            run = on_rank(folder, optim, 3, CpuBackend(1, comm), "bf16", out)
             assert run.resume() == first - 1
-            found = whole_steps(run, first, last)
+            found = losses_and_arrays(run, first, last)
             run.save(last)
             run.close()
         plan = explain(
@@ -397,6 +390,7 @@ def test_gradients_that_are_not_finite_change_no_bit(folder, optim):
         (lambda: optimizer_of(OptimConfig("lion", moments="int8")), "--moments is a setting of adamw"),
         (lambda: optimizer_of(OptimConfig("adafactor", eps=1e-6)), "--eps is a setting of adamw"),
         (lambda: optimizer_of(OptimConfig(nesterov=True)), "--nesterov is a setting of sgd"),
+        (lambda: momentum_of(Config(optim=OptimConfig("sgd", momentum_warmup=2)), SGD(0.0)), "or sgd with a momentum"),
     ],
 )
 def test_settings_that_do_not_fit_are_rejected(make, text):

@@ -116,8 +116,7 @@ class Muon:
             self._rest.update(g, bucket)
             return
         into: dict[str, Tensor | None] = {"m": g.slice("m", bucket)}
-        u: Tensor = g.emit(muon_momentum, g.slice("grad", bucket), into=into)
-        u = gather(g, bucket, u)
+        u = gather(g, bucket, g.emit(muon_momentum, g.slice("grad", bucket), into=into))
         for param, (tensor, place) in zip(bucket.members, bucket.places()):
             for stack in self._stacks(param):
                 self._step(g, bucket, tensor, place, stack, u)

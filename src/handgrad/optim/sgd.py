@@ -37,6 +37,11 @@ class SGD:
             raise HandgradError("optim", "Nesterov's step has a momentum above 0", self.momentum)
 
     @property
+    def scheduled_momentum(self) -> float | None:
+        """The momentum where no schedule changes it, None where there is none."""
+        return self.momentum or None
+
+    @property
     def groups(self) -> Groups:
         """The groups of parameters that decay and that do not, in this order in every block."""
         return Groups((DECAY, PLAIN), decays)
@@ -54,7 +59,6 @@ class SGD:
             g.slice("grad", bucket),
             into=slices(g, bucket),
             start=g.share_start(bucket),
-            momentum=self.momentum,
             nesterov=self.nesterov,
             weight_decay=self.weight_decay if bucket.group == DECAY else 0.0,
         )

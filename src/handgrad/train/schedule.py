@@ -50,5 +50,6 @@ def momentum_of(c: Config, optim: Optimizer) -> schedules.Schedule | None:
         return None
     if peak is None:
         rule = "--momentum-warmup and --momentum-cooldown are settings of optimizers whose momentum is scheduled"
-        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}")
+        hint = "--optimizer muon, or sgd with a momentum"
+        raise HandgradError("optim", rule, f"--optimizer {o.optimizer}", hint=hint)
     return schedules.momentum(o.momentum_warmup, steps_of(c), o.momentum_cooldown, peak=peak)

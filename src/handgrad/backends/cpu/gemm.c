@@ -146,7 +146,8 @@ static void tile_at(const Round *r, const int32_t *a, const int32_t *b, int64_t 
   for (int64_t q = 0; q < rows; q++) memcpy(sum + q * r->ld_sum, c + q * NR, sizeof(float) * (size_t)cols);
 }
 
-// Computes all tiles of streamed panels [first, end), packed in `chunk`, with all shared panels.
+// Computes all tiles of streamed panels [first, end), packed in `chunk`, with all shared panels; of a symmetric result
+// none that lies above the diagonal.
 static void multiply_chunk(const Round *r, const int32_t *chunk, int64_t first, int64_t end, Prefetch *prefetch) {
   const Operand *shared = r->shared, *streamed = r->streamed;
   for (int64_t p = 0; p < ceil_div(r->s_size, shared->panel); p++) {
@@ -155,6 +156,8 @@ static void multiply_chunk(const Round *r, const int32_t *chunk, int64_t first, 
     for (int64_t q = first; q < end; q++) {
       int64_t t = panel_begin(streamed, r->t_size, q), t_count = panel_begin(streamed, r->t_size, q + 1) - t;
       const int32_t *tp = chunk + (q - first) * streamed->stride * r->n_units;
+      int64_t last_row = (streamed->panel == NR ? r->s0 + s + s_count : r->t0 + t + t_count) - 1;
+      if (r->g->symmetric && (streamed->panel == NR ? r->t0 + t : r->s0 + s) > last_row) continue;
       if (streamed->panel == NR) tile_at(r, sp, tp, r->s0, r->t0, s, t, s_count, t_count, prefetch);
       else tile_at(r, tp, sp, r->t0, r->s0, t, s, t_count, s_count, prefetch);
     }
@@ -287,6 +290,20 @@ static void multiply(const Gemm *g, int64_t threads) {
   }
 }
 
+// Copies what is below the diagonal of y (n, n) to its other side. Both sums add the same products in the same order.
+static void mirror(const Gemm *g, int64_t threads) {
+  enum { BLOCK = 32 };  // rows and columns: both sides fit into L1
+  (void)threads;
+#pragma omp parallel for schedule(dynamic) num_threads((int)threads) if (threads > 1)
+  for (int64_t i0 = 0; i0 < g->n; i0 += BLOCK) {
+    for (int64_t j0 = 0; j0 <= i0; j0 += BLOCK) {
+      for (int64_t i = i0; i < least(i0 + BLOCK, g->n); i++) {
+        for (int64_t j = j0; j < least(j0 + BLOCK, i); j++) g->y[j * g->ldc + i] = g->y[i * g->ldc + j];
+      }
+    }
+  }
+}
+
 // ---- up to DOT_ROWS rows of A: dot products without packing --------------------------------------------------------
 
 // c[i * NR + j] = row i of A dot row j of B (stored (n, k)), for 4 rows of B at a time; `rows` is a constant.
@@ -341,4 +358,5 @@ void gemm(const Gemm *g) {
   int64_t threads = (double)g->m * (double)g->n * (double)g->k < SMALL ? 1 : least(g->threads, hg_max_threads());
   if (g->m <= DOT_ROWS && g->y && !g->a_trans && g->b_trans) multiply_dots(g, threads);
   else multiply(g, threads);
+  if (g->symmetric) mirror(g, threads);
 }

@@ -54,11 +54,11 @@ SCRATCH(muon)(int64_t N, int64_t rows, int64_t threads) {
   return bytes + larger(larger(gram, square), wide);
 }
 
-// y (m, n) = a b, or with a transposed or b transposed
+// y (m, n) = a b, or with a transposed or b transposed; of a matrix with itself it is symmetric
 static void multiply(real *y, const real *a, const real *b, int64_t m, int64_t n, int64_t k, int at, int bt,
                      const Room *room, int64_t threads) {
   gemm(&(Gemm){.m = m, .n = n, .k = k, .a = a, .lda = at ? m : k, .a_trans = at, .b = b, .ldb = bt ? k : n, .b_trans = bt,
-               .y = y, .ldc = n, .threads = threads, .scratch = room->gemm});
+               .y = y, .ldc = n, .threads = threads, .scratch = room->gemm, .symmetric = a == b});
 }
 
 // room.x = u (rows, N), divided by its norm and a margin; row_scale: rows get the same norm first.

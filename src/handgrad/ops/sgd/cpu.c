@@ -14,7 +14,7 @@ ENTRY(sgd) {
   int64_t nesterov = a->nesterov;
   const StepScalars *scalars = a->scalars;
   const float scale = scalars->grad_scale, lr = scalars->lr;
-  const float momentum = (float)a->momentum, weight_decay = (float)a->weight_decay;
+  const float momentum = (float)scalars->momentum, weight_decay = (float)a->weight_decay;
   if (scale == 0.0f) return;  // the gradients are not finite
 #pragma omp parallel for schedule(static)
   for (int64_t from = 0; from < n; from += WEIGHTS) {

@@ -16,8 +16,8 @@ sgd_kernel(real *__restrict__ p,                                         // (n)
            float *__restrict__ m,                                        // (n) or NULL
            short *__restrict__ low,                                      // (n) or NULL
            const grad_t *__restrict__ grad, const StepScalars *scalars,  // (n)
-           i64 n, i64 start, float momentum, float weight_decay) {  // start: of the slice in the flat vector, elements
-  const float scale = scalars->grad_scale, lr = scalars->lr;
+           i64 n, i64 start, float weight_decay) {  // start: of the slice in the flat vector, elements
+  const float scale = scalars->grad_scale, lr = scalars->lr, momentum = (float)scalars->momentum;
   if (scale == 0.0f) return;  // the gradients are not finite
   const Draws draws(scalars, WEIGHT_STREAM);
   for (i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) * 4; i < n; i += (i64)gridDim.x * THREADS * 4) {

@@ -20,6 +20,7 @@ typedef struct {
   const real *bias;  // (n) or NULL
   const real *addend;  // (m, n) like y, or NULL
   int act;           // of vmath.h
+  int symmetric;     // y is symmetric, bit for bit (m = n, no epilogue): half of it is computed, and mirrored
   void *scratch;     // gemm_scratch bytes for at least this many threads, 64-byte aligned
   int64_t threads;   // at most this many threads run; scratch was sized for them
 } Gemm;
