@@ -422,7 +422,7 @@ def _check(settings: Any, least: int, names: str) -> None:
         kinds = get_args(kind) or (kind,)
         if get_origin(kind) is Literal:
             if value not in kinds:
-                words = [str(kind) for kind in kinds]
+                words = [str(kind) for kind in kinds if kind != ""]
                 hint = did_you_mean(str(value), words, OTHER_WORDS)
                 raise HandgradError(group, f"{flag} is one of {', '.join(words)}", repr(value), hint=hint)
         elif value is None and type(None) in kinds:
