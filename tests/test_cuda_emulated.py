@@ -17,7 +17,8 @@ from handgrad.core.op import Case, Op
 from handgrad.launch import Kernel, Launches
 from handgrad.models import GPT2, Lora
 from handgrad.ops import OPS
-from handgrad.optim import Adafactor, AdamW, Muon
+from handgrad.ops.adamw.reference import join_weight
+from handgrad.optim import Adafactor, AdamW, Muon, ScheduleFree
 from handgrad.optim.record import COLLECTIVES as USED
 from handgrad.testing import case_arrays, case_program, check_case, run_case
 from tests.emulator import (
@@ -167,6 +168,32 @@ def test_two_ranks_that_need_whole_matrices(shards, optim):
     [exact], (mine, other) = on_ranks(1, work), on_ranks(2, work)
     assert mine == other
     np.testing.assert_allclose(mine, exact, rtol=5e-3)  # as above
+
+
+def test_schedule_free_on_two_ranks(shards):
+    """As the cuda backend binds it, in bf16, each rank with its share of z and v; the average, rounded to bf16, is that
+    of the whole state, and the weights come back."""
+    name = "wpe.weight"
+
+    def work(comm):
+        tokens = data.tokens(shards, seq_len=16, batch_tokens=64)
+        model = GPT2(vocab_size=97, max_seq_len=16, num_layers=1, num_heads=2, hidden_size=24)
+        backend = EmulatedBackend(comm=comm) if comm.world > 1 else RefBackend()
+        execution = Execution(4 // comm.world)
+        run = Trainer(model, ScheduleFree(), tokens, execution=execution, precision=Precision("bf16"), backend=backend)
+        losses = [run.step(step, lr=2e-2).loss for step in (1, 2)]
+        y, state = run.params()[name].astype(np.float32), run._state()
+        run.use_average()
+        x = run.arena.read_part("param", run.program.params[name].tensor).astype(np.float32)
+        return [*losses, run.step(3, lr=2e-2).loss], x, y, state
+
+    [exact], (mine, other) = on_ranks(1, work), on_ranks(2, work)
+    assert mine[0] == other[0] and np.array_equal(mine[1], other[1])
+    np.testing.assert_allclose(mine[0], exact[0], rtol=5e-3)  # as above
+    _, x, y, state = mine
+    whole, z = join_weight(y, state[f"low.{name}"]), state[f"z.{name}"]
+    np.testing.assert_allclose(x, whole + (1 - 1 / 0.9) * (z - whole), rtol=2**-8, atol=2**-24)
+    assert np.abs(x - y).max() > 1e-3
 
 
 @pytest.mark.parametrize("zero, micro_batch, dtype", [(0, 2, "f32"), (1, 1, "bf16"), (2, 1, "f32"), (3, 1, "f32")])

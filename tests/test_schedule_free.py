@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from handgrad.models import GPT2, Lora
 from handgrad.ops.adamw.reference import join_weight
 from handgrad.optim import AdamW, Ema, ScheduleFree
 from handgrad.train.config import OptimConfig
+from handgrad.train.loop import sample
 from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.schedule import schedule_name
 from handgrad.train.shards import whole
@@ -33,6 +35,15 @@ def trainer(shards, optim=ScheduleFree(), dtype="f32", out=None, backend=None, z
     model, data = GPT2(VOCAB, 8, 1, 2, WIDTH), hg.data.tokens(shards, 8, 32)
     kinds = dict(execution=execution, precision=precision, backend=backend, start=hg.Start(3), out=out)
     return hg.Trainer(model, optim, data, **kinds)
+
+
+CONFIG = SimpleNamespace(run=SimpleNamespace(seed=1), eval=SimpleNamespace(sample_tokens=2))
+
+
+class Words:
+    """What a sample needs of a tokenizer."""
+
+    drawable, decode = staticmethod(lambda: None), staticmethod(str)
 
 
 def rate(step):
@@ -145,6 +156,8 @@ def test_ranks_train_and_evaluate_as_one(shards, zero):
         val, found = hg.data.tokens(shards, 8, 32), []
         for step in (1, 2, 3):
             found.append(run.step(step, rate(step)).loss)
+            text = sample(SimpleNamespace(trainer=run, tokenizer=Words, prompt=[1], config=CONFIG))
+            assert bool(text) == (comm.rank == 0 or zero == 3)
             found.append(run.evaluate(val, 128))
         sizes = [run.plan.vectors[name].size for name in ("z", "v")]
         return found, sizes, averages(run), copies(run._state())
@@ -200,10 +213,13 @@ def test_the_state_starts_anew_from_the_average(shards, tmp_path):
     run = trainer(shards, dtype="bf16", out=tmp_path)
     for step in range(1, 9):
         run.step(step, LR)
-    x, y = averages(run), weights(run)
+    x, y, state = averages(run), weights(run), run._state()
+    exact = {name: w / 0.9 - state[f"z.{name}"] / 9.0 for name, w in y.items()}
     run.save(8)
     run.close()
     source = open_source(tmp_path).weights
+    for name, w in exact.items():  # with the low halves: a bf16 y would be off by 2^-9
+        np.testing.assert_allclose(source.tensor(name, rows=len(w)), w, rtol=0, atol=2**-22 * max(np.abs(w).max(), 0.1))
     for optim in (AdamW(), ScheduleFree((0.95, 0.99))):
         again = trainer(shards, optim, "bf16", tmp_path)
         with pytest.raises(HandgradError, match=r"checkpoint's (optimizer is schedule_free|beta1 is 0.9), but got"):
