@@ -183,14 +183,21 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
         }
         assert f"{len(numbers)} rows, {ids.size:,} tokens, {learned:,} of them the assistant's" in said
     longest, about = max(ids.size for ids, _ in want), {"ends": [266], "tokens": {"eos_token": "<|endoftext|>"}}
-    size = int(re.search(r"train on it: .* --seq-len (\d+) --lr 2e-5 --epochs 3\n", said)[1])
-    assert size == 128 or size / 2 < longest - 1 <= size
     assert meta["chat"] == {"template": "chatml", "longest": longest} | about
     assert (out / "chat_template.jinja").read_text() == TEMPLATES["chatml"].read_text()
     assert (
         main(["data", "check", str(out)]) == 0
         and len(list(out.iterdir())) == int(re.search(r"(\d+) files", capsys.readouterr().out)[1]) + 1
     )
+
+
+@pytest.mark.parametrize(("letters", "window"), [(10, 128), (200, 256), (300, 512)])
+def test_the_window_that_is_suggested_holds_the_longest_row(made, tmp_path, capsys, letters, window):
+    source = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "z" * letters}]
+    )
+    assert chat(made["chatml"], source, out=tmp_path / "out") == 0
+    assert f" --seq-len {window} --lr 2e-5 --epochs 3\n" in capsys.readouterr().out
 
 
 def test_a_folder_holds_one_data_set(made, tmp_path, capsys):

@@ -12,6 +12,7 @@ from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
 from handgrad.data import Masked, Mixture, id_dtype, tokens, write_shard
 from handgrad.data.mixture import WINDOW
+from handgrad.tokenizers import chars
 from handgrad.train.report.read import read_run
 
 SEQ_LEN, VOCAB = 2, 3000
@@ -133,7 +134,7 @@ FLAGS = (
 def folders(tmp_path, monkeypatch):
     """Two folders of texts with one tokenizer and their own validation split, of other letters."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = hg.tokenizers.chars("abcdefgh\n")
+    tokenizer = chars("abcdefgh\n")
     for name, letters in (("one", "abcd\n"), ("two", "efgh\n")):
         text = "".join(np.random.default_rng(2).choice(list(letters), 3_000).tolist())
         (tmp_path / f"{name}.txt").write_text(text)
