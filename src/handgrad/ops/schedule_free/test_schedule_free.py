@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from handgrad.backends import open_backend
+from handgrad.backends.ref import RefBackend
 from handgrad.core.dtypes import BF16, F32
 from handgrad.core.op import case
 from handgrad.ops import schedule_free, schedule_free_average, schedule_free_count
@@ -19,11 +20,11 @@ def test_op(op, dtype):
         assert e.ratio <= 1, e
 
 
-def counts(rates, start=(0.0, 0.0), grad_scale=1.0):
+def counts(rates, start=(0.0, 0.0), grad_scale=1.0, backend=CPU):
     """count after each of these learning rates."""
     p, c = case_program(schedule_free_count, case(), F32)
-    arena, found = CPU.alloc(CPU.plan(p)), []
-    run = CPU.bind(p, arena)
+    arena, found = backend.alloc(backend.plan(p)), []
+    run = backend.bind(p, arena)
     arena.write(c.count, start)
     set_scalars(p, arena)
     for lr in rates:
@@ -46,7 +47,8 @@ def test_count_is_the_sum_of_weights_over_the_last_one():
 
 def test_a_step_without_a_rate_or_an_update_is_not_counted():
     assert not counts([0.0, 0.0]).any() and counts([0.0, 1e-3])[-1, 0] == 1
-    assert np.array_equal(counts([1.0], (7.0, 0.5), grad_scale=0.0), [(7.0, 0.5)])
+    for backend in (CPU, RefBackend()):
+        assert np.array_equal(counts([1.0], (7.0, 0.5), 0.0, backend), [(7.0, 0.5)])
 
 
 def run(arrays, dtype=F32, **changes):
