@@ -376,21 +376,6 @@ def test_error_of_a_rank_reaches_those_that_wait():
         on_ranks(3, work)
 
 
-def test_state_that_cannot_be_sharded_is_refused():
-    class Whole(hg.optim.AdamW):
-        def declare(self, g):
-            super().declare(g)
-            g.flat("whole", g.grad_dtype, sharded=False)
-
-    planner = RefBackend()
-    planner.comm = Planned(2)
-    for zero in (1, 2, 3):
-        with pytest.raises(HandgradError, match="every vector of the optimizer can be sharded, but got 'whole'"):
-            execution = hg.Execution(micro_batch=2, zero=zero)
-            hg.explain(model(), SEQ_LEN, execution=execution, backend=planner, optim=Whole())
-    hg.explain(model(), SEQ_LEN, execution=hg.Execution(2, zero=0), backend=planner, optim=Whole(), remedies=False)
-
-
 # processes -------------------------------------------------------------------------------------------------------------
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"

@@ -37,7 +37,7 @@ def test_vector_has_memory_for_its_own_buckets_only():
     p = two_groups()
     wide = [b for b in p.buckets if b.group == "wide"]
     momentum = p.flat("momentum", F32, wide)
-    codes = p.flat("codes", I16, sharded=False)
+    codes = p.flat("codes", I16)
     assert (momentum.size, codes.size, p.flat_size) == (512, 768, 768)
     layout = plan(p)
     assert layout.region["state"][1] == 4 * 512 + 2 * 768

@@ -330,17 +330,13 @@ class Program:
         dtype: DType,
         buckets: Sequence[Bucket] | None = None,
         *,
-        sharded: bool = True,
         block: int = 1,
     ) -> Vector:
         """Declares optimizer state: a flat vector over these buckets, by default all that learn. It starts as zeros;
         checkpoints save it. block: elements of a parameter that share one of it, a divisor of FLAT_ALIGN."""
         if name in self.vectors or name == STATE:
             raise HandgradError("program", "names of flat vectors are unique", f"'{name}' twice")
-        if not sharded and self.ranks.shares(1) > 1:
-            rule = f"with zero {self.ranks.zero} every vector of the optimizer can be sharded"
-            raise HandgradError("optim", rule, f"'{name}', which cannot", hint="zero 0")
-        vector = self._vector(name, dtype, Role.STATE, 1 if sharded else None, buckets, block)
+        vector = self._vector(name, dtype, Role.STATE, 1, buckets, block)
         self._vectors[name] = vector
         return vector
 
@@ -349,15 +345,14 @@ class Program:
         name: str,
         dtype: DType,
         role: Role,
-        stage: int | None,
+        stage: int,
         buckets: Sequence[Bucket] | None = None,
         block: int = 1,
     ) -> Vector:
-        """A vector that is sharded from this ZeRO stage on (None: never)."""
-        is_sharded = stage is not None and self.ranks.zero >= stage
+        """A vector that is sharded from this ZeRO stage on."""
         if buckets is None:
             buckets = self.buckets if role is Role.PARAM else self.trained
-        return Vector(name, dtype, role, buckets, is_sharded, self.ranks, block)
+        return Vector(name, dtype, role, buckets, self.ranks.zero >= stage, self.ranks, block)
 
     def slice(self, vector: str, bucket: Bucket) -> Tensor:
         """A handle on the part of a bucket that this rank updates, in a flat vector: its share, or all of it."""
