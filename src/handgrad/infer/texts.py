@@ -17,9 +17,9 @@ from handgrad.core.json_file import read_object, shown
 from handgrad.core.program import Program
 from handgrad.core.replace import replace, staged
 from handgrad.infer.lengths import lengths
-from handgrad.infer.load import Source, open_source
+from handgrad.infer.load import Source, in_arena, open_source
 from handgrad.io.hf import POOLING as POOLING_FILE
-from handgrad.models import Bert, declare
+from handgrad.models import Bert
 
 BATCH_TOKENS = 512  # at least: enough rows for a GEMM to run near its peak
 POOLING = ("auto", "mean", "cls")
@@ -53,11 +53,7 @@ def load_encoder(
     opened = open_backend(backend, threads)
     steps, most = lengths(context or model.max_seq_len), max(BATCH_TOKENS, opened.head_rows)
     programs = [record(model, Program(DTYPES[kind]), max(most // T, 1), T) for T in steps]
-    declared = declare(model, DTYPES[kind])
-    arena = opened.alloc(opened.plan(declared, *programs))
-    for name, info in declared.params.items():
-        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return TextEncoder(source, model, kind, steps, programs, arena, opened)
+    return TextEncoder(source, model, kind, steps, programs, in_arena(source, kind, opened, programs), opened)
 
 
 def record(model: Bert, p: Program, batch_size: int, seq_len: int) -> Program:
