@@ -141,16 +141,25 @@ class EncoderDecoder(Model, Protocol):
 
 
 def forward_loss(
-    g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1, documents: bool = False
+    g: Program,
+    model: Model,
+    batch_size: int,
+    seq_len: int,
+    chunks: int = 1,
+    documents: bool = False,
+    logits: bool = False,
 ) -> Tensor:
     """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
 
     documents: sequences hold several, which the input "first" keeps apart, for a model that continues texts
+    logits: also record these, for a head that is small
     """
     data = model.inputs(g, batch_size, seq_len)
     if documents:
         data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
     x = model.body(g, data)
+    if logits:
+        model.logits(g, x)
     return model.loss(g, x, g.input("targets", x.shape[:1], I32), chunks)
 
 

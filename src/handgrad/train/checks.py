@@ -1,11 +1,14 @@
-"""Checks of what a Trainer is given, before anything is recorded."""
+"""Checks of what a Trainer is given and of what it computes."""
 
 from typing import Any
 
-from handgrad.backends.base import Backend
+import numpy as np
+
+from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.errors import HandgradError
+from handgrad.core.op import Call
 from handgrad.core.precision import Precision
-from handgrad.core.tensor import Tensor
+from handgrad.core.tensor import IGNORE_INDEX, Role, Tensor
 from handgrad.data import Data
 from handgrad.models import Model
 
@@ -53,11 +56,44 @@ def limit_ids(model: Model, data: Data) -> None:
     data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
 
+def check_validation(run: Executable | None, data: Any, seq_len: int) -> Executable:
+    """Returns the executable of a validation. Raises HandgradError if there is none, or it does not read these data."""
+    if run is None:
+        raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
+    if not hasattr(data, "sweep"):
+        raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
+    if data.seq_len != seq_len:
+        raise HandgradError("train", f"validation data has the run's seq_len {seq_len}", data.seq_len)
+    return run
+
+
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """How many targets of a micro-batch count."""
+    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))
+
+
 def check_fills(count: int, tensor: Tensor) -> None:
     """Raises HandgradError unless so many values fill an input of the model."""
     if count != tensor.size:
         rule = f"the data's objective fills the {tensor.size} of the model's input '{tensor.name}'"
         raise HandgradError("data", rule, count)
+
+
+def check_finite(arena: Arena, c: Call, seconds: float) -> None:
+    """Raises HandgradError if a call has written a value that is not finite."""
+    for name, t in c.named_outs():
+        if (
+            name not in c.op.undefined.split()
+            and t.role is not Role.SCALARS
+            and t.dtype.unit
+            and not np.isfinite(arena.read(t).astype(np.float32)).all()
+        ):
+            raise HandgradError(
+                "check",
+                "every output is finite",
+                f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
+                context=f"block {c.block}, {c.where}",
+            )
 
 
 def check_precision(precision: Precision, backend: Backend) -> None:

@@ -54,10 +54,12 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
             _panel(f"Validation loss, {of}", val, loss_lines, [], wide=True, tail=True),
         ]
     measured = [s for i, run in enumerate(runs) for s in _series(run.hellaswag() * 100, i, "", "dots")]
+    right = [s for i, run in enumerate(runs) for s in _series(run.points("val_acc") * 100, i, "", "dots")]
     norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]
     norms = [y for one in norm for y in one["y"]]
     is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
     rest = [
+        _panel("Validation accuracy, %", right),
         _panel("HellaSwag accuracy, %", measured, [{"label": name, "y": 100 * share} for name, _, share in openai]),
         _panel("Gradient norm, before clipping", norm, log=is_wide),
         _panel("Learning rate", _each(runs, "lr"), zero=True),
