@@ -187,11 +187,11 @@ def labelled_texts(name: str, where: str | Path, a: Eval, m: TextEncoder) -> hg_
         raise HandgradError("eval", "a classifier is evaluated on val, labelled texts", f"'{name}'")
     found = hg_data.common_meta(hg_data.find_shards(where, "val"))
     known = hg_data.labelled(found[1], found[0]) if found else None
-    if known is None or known[0] != m.labels:
-        got = f"the labels {', '.join(known[0])}" if known else "texts without labels"
+    if known is None or known.labels != m.labels:
+        got = f"the labels {', '.join(known.labels)}" if known else "texts without labels"
         raise HandgradError("eval", f"{where} holds texts with the labels {', '.join(m.labels)}", got)
     objective = objective_of(m.model, None, m.tokenizer, meta=found[1] if found else None)
-    T, V = a.seq_len or known[1] + 1, m.model.vocab_size
+    T, V = a.seq_len or known.record + 1, m.model.vocab_size
     if T > m.context:
         raise HandgradError("eval", f"the model reads at most {m.context} tokens", T)
     shards = hg_data.tokens(where, T, T, shuffle=False, vocab_size=V, split="val", objective=objective)

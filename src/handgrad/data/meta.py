@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
@@ -37,8 +38,16 @@ def read_meta(folder: str | Path) -> dict | None:
     return meta
 
 
-def labelled(meta: dict | None, source: object) -> tuple[tuple[str, ...], int] | None:
-    """Returns (the labels, the ids of a record) of labelled texts by their meta.json; None for other shards.
+class Labelled(NamedTuple):
+    """What a meta.json says of labelled texts: the labels, the ids of a record, whether it holds a pair of texts."""
+
+    labels: tuple[str, ...]
+    record: int
+    pairs: bool
+
+
+def labelled(meta: dict | None, source: object) -> Labelled | None:
+    """Returns what a meta.json says of labelled texts; None for other shards.
 
     Raises HandgradError that names the source if they are damaged.
     """
@@ -49,7 +58,7 @@ def labelled(meta: dict | None, source: object) -> tuple[tuple[str, ...], int] |
     if not is_list or len(set(labels)) < max(len(labels), 2) or type(record) is not int or record < 2:
         rule = f"{source}/{META} must hold two labels or more, each once, and the ids of a 'record'"
         raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
-    return tuple(labels), record
+    return Labelled(tuple(labels), record, (meta or {}).get("pairs") is True)
 
 
 def read_json(path: Path, hint: str) -> dict | None:

@@ -25,7 +25,7 @@ def class_metrics(
     right: list[int] = []
     losses: list[float] = []
     for part in _parts(data, limit):
-        for (_, label), found in zip(part, encoder.classify_ids([ids for ids, _ in part])):
+        for (_, label), found in zip(part, encoder.classify_ids([read for read, _ in part])):
             z = found.logits.astype(np.float64)
             losses.append(float(np.logaddexp.reduce(z) - z[label]))
             given.append(int(z.argmax()))
@@ -47,10 +47,11 @@ def macro_f1(given: Sequence[int], right: Sequence[int]) -> float:
 
 
 def _parts(data: Tokens, limit: int | None) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """Yields (ids of a text without padding, its label), some thousand at a time."""
+    """Yields (ids and types of a text without padding, its label), some thousand at a time."""
     part: list[tuple[np.ndarray, int]] = []
-    for b in data.sweep(1, limit and limit * data.seq_len, names=("ids", "last", "targets")):
-        part.append((b["ids"][0, : b["last"][0, 0] + 1], int(b["targets"][0])))
+    for b in data.sweep(1, limit and limit * data.seq_len, names=("ids", "types", "last", "targets")):
+        read = np.concatenate([b["ids"], b["types"]])[:, : b["last"][0, 0] + 1]
+        part.append((read, int(b["targets"][0])))
         if len(part) == AT_ONCE:
             yield part
             part = []

@@ -85,7 +85,7 @@ def labels_of(found: list[Shards]) -> tuple[str, ...]:
     """The labels of the texts in these shards; none if they have none."""
     meta = hg_data.common_meta(paths_of(found))
     known = hg_data.labelled(meta[1], meta[0]) if meta else None
-    return known[0] if known else ()
+    return known.labels if known else ()
 
 
 def training_data(
@@ -192,7 +192,9 @@ def objective_of(
     known = hg_data.labelled(meta, "the data")
     if model.labels and known:
         ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
-        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
+        if known.pairs and model.num_types < 2:
+            raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
+        return hg_data.Labels(**ids, count=len(model.labels), record=known.record, pairs=known.pairs)
     if whole_word and tokenizer is not None:
         continues = np.zeros(model.vocab_size, bool)
         found = tokenizers.continuations(tokenizer)

@@ -1,6 +1,7 @@
 """Labelled texts as shards: a record of one length for every text, so that any loader of windows finds them.
 
-A record is the index of the label, the ids of the text, and padding; `data.Labels` reads it.
+A record is the index of the label, the ids of the text or of two with an id of padding between them, and padding;
+`data.Labels` reads it.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
 from handgrad.data.json_lines import json_kind, json_row, json_rows
+from handgrad.data.labels import cut_longest
 from handgrad.data.prepare.bounds import blocks
 from handgrad.data.prepare.build import Part, Progress, Settings, build
 from handgrad.data.prepare.hub import local_part
@@ -23,15 +25,16 @@ from handgrad.data.prepare.recipes import WORKER_BYTES
 from handgrad.data.prepare.workers import Encoder, Job
 
 MOST_LABELS = 2**16
-LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]
+LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]; 2 more for another text
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has its text and its label."""
+    """Where a row has its text and its label; pair: a second text, empty if there is none."""
 
     text: str = "text"
     label: str = "label"
+    pair: str = ""
 
 
 def prepare_labels(
@@ -54,14 +57,16 @@ def prepare_labels(
 
     files: JSON lines, also .gz, .xz, .bz2;  val: the same, for validation
     pad_id: the tokenizer's [PAD]
-    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part
+    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part.
+        So are pairs with the same first text
     seq_len: tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut
     special_tokens: a special token spelled out in a text is that token; else it is plain text
 
     Raises HandgradError for a row without text or label, fewer than two labels, and as `build` does.
     """
-    if seq_len < LEAST:
-        raise HandgradError("data", f"seq_len must be at least {LEAST} tokens", seq_len)
+    least = LEAST + 2 * bool(columns.pair)
+    if seq_len < least:
+        raise HandgradError("data", f"seq_len must be at least {least} tokens", seq_len)
     if not 0 <= val_fraction < 1:
         raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
     labels = _labels([*files, *val], columns.label)
@@ -82,19 +87,24 @@ def prepare_labels(
         wants_val=bool(val) or val_fraction > 0,
         workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
         replace=replace,
-        about={"labels": labels, "record": record},
+        about={"labels": labels, "record": record} | ({"pairs": True} if columns.pair else {}),
         special=special_tokens,
     )
-    return build("labels", found, out_dir, Records(tokenizer, pad_id, record), settings, progress)
+    records = Records(tokenizer, pad_id, record, bool(columns.pair))
+    return build("labels", found, out_dir, records, settings, progress)
 
 
 @dataclass(frozen=True)
 class Records:
-    """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record."""
+    """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record.
+
+    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts
+    """
 
     inner: Encoder
     pad_id: int
     record: int
+    pairs: bool = False
     eot: None = None
 
     @property
@@ -121,11 +131,21 @@ class Records:
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         label, _, said = text.partition(" ")
-        ids = self.inner.encode(said, special)
-        ids = ids[ids != self.pad_id][: self.record - 1]
         found = np.full(self.record, self.pad_id, np.int32)
-        found[0], found[1 : 1 + len(ids)] = int(label), ids
+        found[0] = int(label)
+        if self.pairs:
+            length, _, said = said.partition(" ")
+            first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) :]))
+            a, b = cut_longest(len(first), len(second), self.record - 2)
+            found[1 : 1 + a], found[2 + a : 2 + a + b] = first[:a], second[:b]
+        else:
+            ids = self._ids(said, special)[: self.record - 1]
+            found[1 : 1 + len(ids)] = ids
         return found
+
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        ids = self.inner.encode(text, special)
+        return ids[ids != self.pad_id]
 
 
 def _labels(paths: Sequence[Path], column: str) -> list[str]:
@@ -164,5 +184,7 @@ def _documents(
             text = text_in(row, columns.text, where)
             assert isinstance(row, dict)
             if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
+                if columns.pair:
+                    text = f"{len(text)} {text}{text_in(row, columns.pair, where)}"
                 yield f"{index[_label(row, columns.label, where)]} {text}"
         at += len(line)
