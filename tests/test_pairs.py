@@ -12,7 +12,7 @@ import handgrad as hg
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.data.labels import cut_longest
+from handgrad.core.truncate import cut_longest
 from handgrad.infer.load import open_source
 from handgrad.train.datasets import objective_of
 

@@ -1,4 +1,4 @@
-"""handgrad classify MODEL FILE: the class of every line of a file, as JSON lines."""
+"""handgrad classify MODEL FILE: the class of every line of a file, or a regression's number, as JSON lines."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from handgrad.cli.embed import Reading, open_encoder, parts, read_lines, report_cut
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
-from handgrad.infer.texts import Text
+from handgrad.infer.texts import Text, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,20 @@ def main(argv: list[str]) -> int:
     texts: list[Text] = [*split_pairs(lines)] if a.pair else [*lines]
     encoder = open_encoder(a, "classify")
     for part in parts(texts):
-        for text, found in zip(part, encoder.classify(part)):
+        for text, found in zip(part, results(encoder, part)):
             said: dict[str, Any] = {"text": text} if isinstance(text, str) else dict(zip(("text", "pair"), text))
-            said |= {"label": found.label, "probability": round(found.probability, 6)}
-            print(json.dumps(said, ensure_ascii=False))
+            print(json.dumps(said | found, ensure_ascii=False))
     report_cut(encoder, texts)
     return 0
+
+
+def results(encoder: TextEncoder, texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
+    """What is said of each text: its class with the probability, or the number that a regression predicts."""
+    if len(encoder.labels) == 1:
+        yield from ({encoder.labels[0]: value} for value in encoder.logits(texts)[:, 0].tolist())
+    else:
+        for found in encoder.classify(texts):
+            yield {"label": found.label, "probability": round(found.probability, 6)}
 
 
 def split_pairs(lines: Sequence[str]) -> Iterator[tuple[str, str]]:

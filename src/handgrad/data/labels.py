@@ -18,10 +18,12 @@ class Labels:
     ids: (B, seq_len);  types: (B, seq_len), 1 for b and its [SEP], else 0
     first, last: (B, seq_len), as of Masked: a token sees its text, padding sees nothing
     targets: (B,), the index of the text's label
+    values: (B,) float32, of a regression, the number that this index stands for
 
-    cls_id, sep_id, pad_id: ids of [CLS], [SEP] and [PAD];  count: labels
+    cls_id, sep_id, pad_id: ids of [CLS], [SEP] and [PAD];  count: labels, or numbers
     record: ids of a text in the shards: the index of its label, its ids, pad_id up to here. A longer text was cut
     pairs: a record holds two texts, with one pad_id between them
+    numbers: of a regression, by their index
 
     Raises HandgradError where a shard holds no such record.
 
@@ -37,11 +39,16 @@ class Labels:
     count: int
     record: int
     pairs: bool = False
+    numbers: tuple[float, ...] = ()
     static: ClassVar[bool] = True  # a window is a text
     partners: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     vocab_size: ClassVar[int | None] = None
-    inputs: ClassVar[tuple[str, ...]] = ("ids", "types", "first", "last", "targets")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        names = ("ids", "types", "first", "last", "targets")
+        return (*names, "values") if self.numbers else names
 
     @property
     def largest_id(self) -> int:
@@ -78,17 +85,6 @@ class Labels:
         np.put_along_axis(ids, np.concatenate([first, end], axis=1) + 1, np.int32(self.sep_id), axis=1)
         types = ((here > first + 1) & (here < end + 2)).astype(np.int32)
         arrays = {"ids": ids, "types": types, "targets": labels.astype(np.int32)}
+        if self.numbers:
+            arrays["values"] = np.array(self.numbers, np.float32)[labels]
         return arrays | bounds(end + np.int32(2), self.seq_len)
-
-
-def cut_longest(first: int, second: int, most: int) -> tuple[int, int]:
-    """Returns how many tokens of two texts stay if both have at most `most`: the longer one loses its end. This is the
-    truncation "longest_first" of Hugging Face's tokenizers.
-
-    >>> cut_longest(3, 9, 8), cut_longest(9, 3, 8), cut_longest(9, 9, 7), cut_longest(9, 8, 7), cut_longest(2, 3, 8)
-    ((3, 5), (5, 3), (3, 4), (4, 3), (2, 3))
-    """
-    if first + second <= most:
-        return first, second
-    less = min(first, second, most // 2)
-    return (most - less, less) if first > second else (less, most - less)

@@ -1,4 +1,4 @@
-"""class_metrics: how well a classifier tells labelled texts."""
+"""class_metrics: how well a classifier tells labelled texts, or a regression predicts numbers."""
 
 import math
 from collections import Counter
@@ -19,20 +19,42 @@ def class_metrics(
     """acc: the share of texts whose likeliest label is right;  loss: nats of the right label, a mean; both with their
     standard error over texts.  macro_f1: the mean F1 of the labels that occur or were given, without one.
 
+    Of a regression, see `value_metrics`.
+
     limit: the first `limit` texts, None for all;  done: called now and then with the number of texts so far
     """
-    given: list[int] = []
-    right: list[int] = []
-    losses: list[float] = []
+    logits: list[np.ndarray] = []
+    right: list[float] = []
     for part in _parts(data, limit):
-        for (_, label), found in zip(part, encoder.classify_ids([read for read, _ in part])):
-            z = found.logits.astype(np.float64)
-            losses.append(float(np.logaddexp.reduce(z) - z[label]))
-            given.append(int(z.argmax()))
-            right.append(label)
+        logits.extend(encoder.logits_of([read for read, _ in part]).astype(np.float64))
+        right.extend(label for _, label in part)
         done(len(right))
-    hits = [a == b for a, b in zip(given, right)]
-    return {"acc": mean(hits), "loss": mean(losses), "macro_f1": (macro_f1(given, right), math.nan)}
+    if len(encoder.labels) == 1:
+        return value_metrics(np.array(logits)[:, 0], np.array(right))
+    given, wanted = [int(z.argmax()) for z in logits], [int(label) for label in right]
+    losses = [float(np.logaddexp.reduce(z) - z[label]) for z, label in zip(logits, wanted)]
+    hits = [a == b for a, b in zip(given, wanted)]
+    return {"acc": mean(hits), "loss": mean(losses), "macro_f1": (macro_f1(given, wanted), math.nan)}
+
+
+def value_metrics(given: np.ndarray, right: np.ndarray) -> dict[str, Metric]:
+    """Of a regression, loss: the mean squared error;  pearson, spearman: correlations of numbers and of their ranks,
+    NaN where all are equal."""
+    found = {"loss": mean(((given - right) ** 2).tolist())}
+    for name, (a, b) in {"pearson": (given, right), "spearman": (ranks(given), ranks(right))}.items():
+        spread = float(a.std() * b.std())
+        found[name] = (float(((a - a.mean()) * (b - b.mean())).mean()) / spread if spread else math.nan), math.nan
+    return found
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The place of each value in ascending order, from 0; equal ones share the mean of theirs.
+
+    >>> ranks(np.array([3.0, 1.0, 3.0])).tolist()
+    [1.5, 0.0, 1.5]
+    """
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[which]
 
 
 def macro_f1(given: Sequence[int], right: Sequence[int]) -> float:
@@ -46,12 +68,12 @@ def macro_f1(given: Sequence[int], right: Sequence[int]) -> float:
     return sum(2 * hits[label] / count for label, count in occur.items()) / len(occur)
 
 
-def _parts(data: Tokens, limit: int | None) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """Yields (ids and types of a text without padding, its label), some thousand at a time."""
-    part: list[tuple[np.ndarray, int]] = []
-    for b in data.sweep(1, limit and limit * data.seq_len, names=("ids", "types", "last", "targets")):
+def _parts(data: Tokens, limit: int | None) -> Iterator[list[tuple[np.ndarray, float]]]:
+    """Yields (ids and types of a text without padding, its label, or number), some thousand at a time."""
+    part: list[tuple[np.ndarray, float]] = []
+    for b in data.sweep(1, limit and limit * data.seq_len, names=data.objective.inputs):
         read = np.concatenate([b["ids"], b["types"]])[:, : b["last"][0, 0] + 1]
-        part.append((read, int(b["targets"][0])))
+        part.append((read, float(b["values" if "values" in b else "targets"][0])))
         if len(part) == AT_ONCE:
             yield part
             part = []

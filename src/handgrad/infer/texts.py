@@ -16,7 +16,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object, shown
 from handgrad.core.program import Program
 from handgrad.core.replace import replace, staged
-from handgrad.data.labels import cut_longest
+from handgrad.core.truncate import cut_longest
 from handgrad.infer.lengths import lengths
 from handgrad.infer.load import Source, in_arena, open_source
 from handgrad.io.hf import POOLING as POOLING_FILE
@@ -135,23 +135,35 @@ class TextEncoder:
         return found
 
     def classify(self, texts: Sequence[Text]) -> list[Class]:
-        """Returns the class of each text, or pair of texts. Raises HandgradError for a model without labels, and for
-        pairs if it has one type of tokens alone."""
+        """Returns the class of each text, or pair of texts. Raises HandgradError as `logits`, and for a regression."""
+        if len(self.labels) == 1:
+            raise HandgradError("classify", "a classifier has two labels or more", "a regression", hint="logits(texts)")
+        found = []
+        for logits in self.logits(texts):
+            best = int(logits.argmax())
+            share = 1.0 / np.exp(logits.astype(np.float64) - float(logits[best])).sum()
+            found.append(Class(self.labels[best], float(share), logits))
+        return found
+
+    def logits(self, texts: Sequence[Text]) -> np.ndarray:
+        """Returns the logits of each text, or pair of texts, (texts, labels) float32; of a regression the number that
+        it predicts, (texts, 1).
+
+        Raises HandgradError for a model without labels, and for pairs if it has one type of tokens alone.
+        """
         if self.model.num_types < 2 and not all(isinstance(text, str) for text in texts):
             raise HandgradError("classify", "pairs of texts take a bert with two types of tokens", self.model.num_types)
-        return self.classify_ids([self.read(text) for text in texts])
+        return self.logits_of([self.read(text) for text in texts])
 
-    def classify_ids(self, texts: Sequence[np.ndarray]) -> list[Class]:
-        """As `classify`, for ids and types as `read` returns them."""
+    def logits_of(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        """As `logits`, for ids and types as `read` returns them."""
         if not self.labels:
             hint = "handgrad data labels FILE, then handgrad train --init MODEL --train FOLDER"
             raise HandgradError("classify", "a classifier has labels", "a bert without", hint=hint)
-        found: dict[int, Class] = {}
+        found = np.zeros((len(texts), len(self.labels)), np.float32)
         for i, logits in self._outputs("logits", texts):
-            best = int(logits.argmax())
-            share = 1.0 / np.exp(logits.astype(np.float64) - float(logits[best])).sum()
-            found[i] = Class(self.labels[best], float(share), logits)
-        return [found[i] for i in range(len(texts))]
+            found[i] = logits
+        return found
 
     def _outputs(self, output: str, texts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of the text (2, n), its rows of "hidden" or its row of "logits", float32), longest first.

@@ -24,6 +24,7 @@ from handgrad.ops.rms.op import rms
 from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.sgd.op import sgd
 from handgrad.ops.share_norm.op import share_norm
+from handgrad.ops.squared_error.op import squared_error, squared_error_forward_backward
 
 _ALL = (
     embed,
@@ -51,6 +52,8 @@ _ALL = (
     dropout,
     lm_loss,
     lm_loss_forward_backward,
+    squared_error,
+    squared_error_forward_backward,
     pick,
     pick_backward,
     loss_sum,

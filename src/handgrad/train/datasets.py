@@ -194,7 +194,8 @@ def objective_of(
         ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
         if known.pairs and model.num_types < 2:
             raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
-        return hg_data.Labels(**ids, count=len(model.labels), record=known.record, pairs=known.pairs)
+        count = len(known.values or model.labels)
+        return hg_data.Labels(**ids, count=count, record=known.record, pairs=known.pairs, numbers=known.values)
     if whole_word and tokenizer is not None:
         continues = np.zeros(model.vocab_size, bool)
         found = tokenizers.continuations(tokenizer)

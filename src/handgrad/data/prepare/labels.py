@@ -15,8 +15,9 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
+from handgrad.core.truncate import cut_longest
 from handgrad.data.json_lines import json_kind, json_row, json_rows
-from handgrad.data.labels import cut_longest
+from handgrad.data.meta import VALUE
 from handgrad.data.prepare.bounds import blocks
 from handgrad.data.prepare.build import Part, Progress, Settings, build
 from handgrad.data.prepare.hub import local_part
@@ -25,16 +26,21 @@ from handgrad.data.prepare.recipes import WORKER_BYTES
 from handgrad.data.prepare.workers import Encoder, Job
 
 MOST_LABELS = 2**16
+MOST_NUMBER = 1e9  # whose square is far from float32's end
 LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]; 2 more for another text
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has its text and its label; pair: a second text, empty if there is none."""
+    """Where a row has its text and its label; pair: a second text, empty if there is none.
+
+    are_numbers: labels are numbers, which a model learns to predict
+    """
 
     text: str = "text"
     label: str = "label"
     pair: str = ""
+    are_numbers: bool = False
 
 
 def prepare_labels(
@@ -69,10 +75,11 @@ def prepare_labels(
         raise HandgradError("data", f"seq_len must be at least {least} tokens", seq_len)
     if not 0 <= val_fraction < 1:
         raise HandgradError("data", "val_fraction must lie in 0..1, 1 excluded", val_fraction)
-    labels = _labels([*files, *val], columns.label)
+    labels = _labels([*files, *val], columns)
     if len(labels) > min(tokenizer.vocab_size, MOST_LABELS):
         rule = f"there must be at most {min(tokenizer.vocab_size, MOST_LABELS):,} labels"
-        raise HandgradError("data", rule, f"{len(labels):,}")
+        hint = "numbers with fewer digits" if columns.are_numbers else ""
+        raise HandgradError("data", rule, f"{len(labels):,}", hint=hint)
     record = seq_len - 1
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
@@ -87,7 +94,7 @@ def prepare_labels(
         wants_val=bool(val) or val_fraction > 0,
         workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
         replace=replace,
-        about={"labels": labels, "record": record} | ({"pairs": True} if columns.pair else {}),
+        about=_about(labels, record, columns),
         special=special_tokens,
     )
     records = Records(tokenizer, pad_id, record, bool(columns.pair))
@@ -148,21 +155,38 @@ class Records:
         return ids[ids != self.pad_id]
 
 
-def _labels(paths: Sequence[Path], column: str) -> list[str]:
+def _about(labels: Sequence[str], record: int, columns: Columns) -> dict:
+    """Returns what meta.json says of the texts, which `data.labelled` reads."""
+    values = {"values": [float(label) for label in labels]} if columns.are_numbers else {}
+    pairs = {"pairs": True} if columns.pair else {}
+    return {"labels": [VALUE] if columns.are_numbers else list(labels), "record": record} | pairs | values
+
+
+def _labels(paths: Sequence[Path], columns: Columns) -> list[str]:
     """Returns all labels, numbers by size, texts by the alphabet."""
-    found = {_label(row, column, where) for path in paths for where, row in json_rows(path)}
+    column = columns.label
+    found = {_label(row, columns, where) for path in paths for where, row in json_rows(path)}
     if len(found) < 2:
         raise HandgradError("data", f"the texts must have two labels or more under {column!r}", f"{len(found)}")
+    if columns.are_numbers:
+        return sorted(found, key=float)
     if all(label.isdecimal() for label in found):
         return sorted(found, key=int)
     return sorted(found)
 
 
-def _label(row: dict, column: str, where: str) -> str:
+def _label(row: dict, columns: Columns, where: str) -> str:
+    column = columns.label
     value = row.get(column)
+    if columns.are_numbers:
+        if type(value) is bool or not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
+            rule = f"{where}: an object must hold a number of at most {MOST_NUMBER:.0e} under {column!r}"
+            raise HandgradError("data", rule, repr(value) if column in row else "none")
+        return repr(float(value))
     if type(value) is bool or not isinstance(value, str | int):
         rule = f"{where}: an object must hold a label, text or a whole number, under {column!r}"
         hint = "" if column in row else "--label names another column"
+        hint = "--regression learns numbers" if type(value) is float else hint
         raise HandgradError("data", rule, json_kind(value) if column in row else "none", hint=hint)
     return str(value)
 
@@ -186,5 +210,5 @@ def _documents(
             if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
                 if columns.pair:
                     text = f"{len(text)} {text}{text_in(row, columns.pair, where)}"
-                yield f"{index[_label(row, columns.label, where)]} {text}"
+                yield f"{index[_label(row, columns, where)]} {text}"
         at += len(line)
