@@ -220,7 +220,11 @@ def test_a_bert_learns_to_classify(here, capsys):
     assert last["val_acc"] == result["acc"] and abs(result["macro_f1"] - result["acc"]) < 0.05
     assert f"val {last['val_loss']:.4f} | acc {100 * last['val_acc']:.1f} % |" in out
     page = Path("run/report.html").read_text()
-    assert "Validation accuracy, %" in page and f"<dd>{100 * last['val_acc']:.1f} %</dd><dd>step 60</dd>" in page
+    assert (
+        "Validation accuracy, %" in page
+        and "Loss, nats per text" in page
+        and f"<dd>{100 * last['val_acc']:.1f} %</dd><dd>step 60</dd>" in page
+    )
     Path("lines.txt").write_text("the cat .\na b c go")
     capsys.readouterr()
     assert main(["classify", "run", "lines.txt", "--threads", "1", "--backend", "cpu"]) == 0

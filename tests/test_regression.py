@@ -131,6 +131,32 @@ def test_train_eval_classify_and_convert(rows, capsys):
     assert open_source("hf").model == open_source("run").model
 
 
+def test_validation_texts_have_numbers_of_their_own(rows, capsys):
+    """Their records are indices into another list. Other texts than the model's are refused."""
+    regression()
+    Path("val.jsonl").write_text(
+        "".join(json.dumps(row | {"label": 4.25}) + "\n" for row in rows[:9]) + json.dumps(rows[9])
+    )
+    flags = f"--pair text2 --regression --tokenizer vocab.txt --seq-len {T} --val-fraction 0.5 --out other"
+    assert main(["data", "labels", "val.jsonl", *flags.split()]) == 0
+    assert hg.data.read_meta("other")["values"][-1] == 4.25 != hg.data.read_meta("data")["values"][-1]
+    train = f"train --init bert --train data --steps 1 --lr 0 --dtype f32 {ON_ONE} --val"
+    assert main([*train.split(), "other", "--out", "run"]) == 0
+    assert main(["eval", "run", *ON_ONE.split(), "--tasks", "val=other"]) == 0
+    found = json.loads(Path("run/eval.json").read_text())["step_000001"]["val"]
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-5) and found["loss"] > 9
+    assert "Loss, squared error" in Path("run/report.html").read_text()
+    Path("texts.jsonl").write_text(
+        "".join(json.dumps(row | {"label": i % 2}) + "\n" for i, row in enumerate(rows[:40]))
+    )
+    flags = f"--tokenizer vocab.txt --seq-len {T} --out classes"
+    assert main(["data", "labels", "texts.jsonl", *flags.split()]) == 0
+    capsys.readouterr()
+    assert main([*train.split(), "classes", "--out", "no"]) == 2
+    assert "the texts have the labels of the model, value, but got 0, 1" in capsys.readouterr().err
+
+
 def test_correlations_equal_pytorch():
     rng = np.random.default_rng(0)
     right = rng.integers(0, 5, 50).astype(float)

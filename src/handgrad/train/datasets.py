@@ -190,7 +190,10 @@ def objective_of(
         return hg_data.Causal(eot if documents else None)
     id_of, continues = special_ids(model, tokenizer), None
     known = hg_data.labelled(meta, "the data")
-    if model.labels and known:
+    if model.labels:
+        if known is None or known.labels != model.labels:
+            rule, got = f"the texts have the labels of the model, {', '.join(model.labels)}", "none"
+            raise HandgradError("data", rule, ", ".join(known.labels) if known else got)
         ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
         if known.pairs and model.num_types < 2:
             raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
@@ -229,7 +232,8 @@ def validation_data(
     for one, train, weight in zip(found, sets, weights_of(weights, len(found))):
         if one.val:
             objective = train.objective
-            if model.continues_text:  # --val may name chats beside texts, and texts beside chats
+            # --val may name chats beside texts, and texts beside chats; labelled texts have numbers of their own
+            if model.continues_text or isinstance(objective, hg_data.Labels):
                 objective = _objective(hg_data.find_shards(one.val, "val"), model, tokenizer, False, is_bounded)
             if isinstance(objective, hg_data.Chat) and not is_bounded:
                 hint = "--documents, which bounds the texts, too"

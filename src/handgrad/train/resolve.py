@@ -156,6 +156,8 @@ def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"params": p.num_params - p.num_padding, "trainable": p.num_trainable}
     facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
     facts |= {"chat": str(trainer.data.packing)} if trainer.data.packing else {}
+    labels = getattr(trainer.model, "labels", ())
+    facts |= {"labels": len(labels)} if labels else {}
     facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}
     return facts | ({"new_rows": new_rows} if new_rows else {})
 

@@ -44,7 +44,8 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     loss = [s for i, run in enumerate(runs) for s in _noisy(run.points("loss"), i, "train")]
     val = [s for i, run in enumerate(runs) for s in _series(run.points("val_loss"), i, "validation", "dots")]
-    of = "nats per token of the assistant" if all("chat" in run.summary for run in runs) else "nats per token"
+    units = {_unit(run) for run in runs}
+    of = units.pop() if len(units) == 1 else "nats per token"
     if len(runs) == 1:
         val = [one | {"colour": 1} for one in val]
         first = [_panel(f"Loss, {of}", loss + val, loss_lines if val else [], marks, wide=True, tail=True)]
@@ -67,6 +68,13 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     gpu = [_panel(title, _each(runs, f"gpu.{key}", factor), zero=True) for key, (title, factor) in GPU.items()]
     return first + rest + gpu
+
+
+def _unit(run: Run) -> str:
+    """What the losses of a run are."""
+    if "labels" in run.summary:
+        return "squared error" if run.summary["labels"] == 1 else "nats per text"
+    return "nats per token of the assistant" if "chat" in run.summary else "nats per token"
 
 
 def _panel(title: str, series: list, lines: Sequence = (), marks: Sequence = (), **how: bool) -> dict[str, Any]:
