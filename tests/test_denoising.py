@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 ON_ONE = "--threads 1 --backend cpu"
 SIZES = "--num-layers 1 --num-heads 2 --hidden-size 16 --max-seq-len 24"
 SHORT = f"{ON_ONE} --dtype f32 --train data --micro-batch 5 --lr 1e-2 --warmup 0 --steps 5 --val-every 2 --val-tokens 0"
-WORDS = "the cat hello un aff able go a b c naive cafe straße".split()
+WORDS = "the cats hello unaffable going a b c naive cafe straße".split()
 T = 20
 
 
