@@ -332,14 +332,14 @@ ERRORS = [RuntimeError("boom"), OSError(5, "Input/output error"), HandgradError(
 
 
 def fails_in_validation(monkeypatch, error, at=4):
-    evaluate = Trainer.evaluate
+    validate = Trainer.validate
 
     def fail(self, *args):
         if self.last_step == at:
             raise error
-        return evaluate(self, *args)
+        return validate(self, *args)
 
-    monkeypatch.setattr(Trainer, "evaluate", fail)
+    monkeypatch.setattr(Trainer, "validate", fail)
 
 
 @pytest.mark.parametrize("error", [*ERRORS, SystemExit(3), MemoryError()], ids=lambda error: type(error).__name__)

@@ -35,6 +35,10 @@ class Labelled(Shards):
     """the column that holds the text"""
     label: str = "label"
     """the column that holds the label, text or a whole number"""
+    pair: str = ""
+    """the column that holds a second text, for labels of pairs; empty: there is none"""
+    regression: bool = False
+    """labels are numbers, which the model learns to predict, by their squared error"""
     seq_len: int = 128
     """tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut"""
 
@@ -76,15 +80,19 @@ def make_labels(a: Labelled, folder: str) -> None:
         raise HandgradError("data", "labelled texts take a tokenizer with [PAD]", tokenizer.name, hint=hint)
     names = ("val_fraction", "seq_len", "on_error", "shard_tokens", "workers", "replace", "special_tokens")
     given = {name: getattr(a, name) for name in names}
-    given |= {"columns": data.Columns(a.column, a.label), "val": [Path(file) for file in a.val]}
+    given |= {"columns": data.Columns(a.column, a.label, a.pair, a.regression), "val": [Path(f) for f in a.val]}
     with bar() as progress:
         paths = [Path(file) for file in a.files]
         meta = data.prepare_labels(paths, out, tokenizer, pad["[PAD]"], progress=progress, **given)
     for split in ("train", "val"):
-        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} texts of at most {a.seq_len} tokens")
+        texts = "pairs" if a.pair else "texts"
+        print(f"{split:6} {meta[split]['tokens'] // meta['record']:>13,} {texts} of at most {a.seq_len} tokens")
     if "skipped" in meta:
         print(f"rows without text or label, left out: {meta['skipped']:,}")
-    print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
+    if a.regression:
+        print(f"labels are {len(meta['values']):,} different numbers, {meta['values'][0]:g} to {meta['values'][-1]:g}")
+    else:
+        print(f"labels {', '.join(meta['labels'][:20])}{', ...' if len(meta['labels']) > 20 else ''}")
     print(f"train on them: handgrad train --init BERT --train {quote(out)}")
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -15,6 +15,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.infer.texts import TextEncoder, load_encoder, write_array
 
+T = TypeVar("T")
 AT_ONCE = 4096  # texts that are sorted by length together; results follow after each of these
 
 
@@ -91,12 +92,12 @@ def read_lines(file: str, verb: str) -> list[str]:
     return texts
 
 
-def parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def parts(texts: Sequence[T]) -> Iterator[Sequence[T]]:
     """The texts in order, some thousand at a time."""
     return (texts[at : at + AT_ONCE] for at in range(0, len(texts), AT_ONCE))
 
 
-def report_cut(encoder: TextEncoder, texts: Sequence[str]) -> None:
+def report_cut(encoder: TextEncoder, texts: Sequence[object]) -> None:
     """Says how many texts were cut, if any was."""
     if encoder.num_cut:
         what = f"{encoder.num_cut:,} of {len(texts):,} texts have more than {encoder.context} tokens"

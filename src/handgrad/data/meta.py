@@ -1,15 +1,18 @@
 """meta.json: what `handgrad data` records beside shards, and which tokenizer made the shards of several folders."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 
 META = "meta.json"
+VALUE = "value"  # the only label of a regression
 MOST_TOKENS = 2**31 - 1  # in a vocabulary: ids are int32 in a batch
 
 
@@ -37,19 +40,40 @@ def read_meta(folder: str | Path) -> dict | None:
     return meta
 
 
-def labelled(meta: dict | None, source: object) -> tuple[tuple[str, ...], int] | None:
-    """Returns (the labels, the ids of a record) of labelled texts by their meta.json; None for other shards.
+class Labelled(NamedTuple):
+    """What a meta.json says of labelled texts: the labels, the ids of a record, whether it holds a pair of texts, and
+    for a regression, whose only label is VALUE, the numbers that records give by their index."""
+
+    labels: tuple[str, ...]
+    record: int
+    pairs: bool
+    values: tuple[float, ...]
+
+
+def labelled(meta: dict | None, source: object) -> Labelled | None:
+    """Returns what a meta.json says of labelled texts; None for other shards.
 
     Raises HandgradError that names the source if they are damaged.
     """
-    labels, record = ((meta or {}).get(key) for key in ("labels", "record"))
+    labels, record, values = ((meta or {}).get(key) for key in ("labels", "record", "values"))
     if labels is None:
         return None
+    if values is not None:
+        return _of_values(values, record, (meta or {}).get("pairs") is True, source)
     is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not is_list or len(set(labels)) < max(len(labels), 2) or type(record) is not int or record < 2:
         rule = f"{source}/{META} must hold two labels or more, each once, and the ids of a 'record'"
         raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
-    return tuple(labels), record
+    return Labelled(tuple(labels), record, (meta or {}).get("pairs") is True, ())
+
+
+def _of_values(values: object, record: object, pairs: bool, source: object) -> Labelled:
+    """As `labelled`, of texts with numbers."""
+    are_numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    if not (isinstance(values, list) and values and are_numbers) or type(record) is not int or record < 2:
+        rule = f"{source}/{META} must hold numbers as 'values', and the ids of a 'record'"
+        raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
+    return Labelled((VALUE,), record, pairs, tuple(map(float, values)))
 
 
 def read_json(path: Path, hint: str) -> dict | None:

@@ -9,8 +9,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.data import Data, tokens_digest
 from handgrad.evals.scoring import Scorer, record
-from handgrad.infer.load import Source, check_continues, open_source
-from handgrad.models import declare
+from handgrad.infer.load import Source, check_continues, in_arena, open_source
 from handgrad.tokenizers import Tokenizer, load
 
 BATCH_TOKENS = 2048  # at least: enough rows for a GEMM to run near its peak
@@ -43,10 +42,7 @@ def load_scorer(
     kind = source.weights.dtype if dtype == "saved" else dtype
     opened = open_backend(backend, threads)
     programs = record(source.model, DTYPES[kind], max(BATCH_TOKENS, opened.head_rows))
-    declared = declare(source.model, DTYPES[kind])
-    arena = opened.alloc(opened.plan(declared, *programs))
-    for name, info in declared.params.items():
-        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
+    arena = in_arena(source, kind, opened, programs)
     return Loaded(source, tokenizer, Scorer(source.model, programs, arena, opened), opened, kind)
 
 

@@ -70,8 +70,7 @@ def val_metrics(
     scores = scorer.score([pair for pair, _ in parts], done=done)
     counts = np.array([own.sum() for _, own in parts])
     sums = np.array([score.losses[own].sum(dtype=np.float64) for score, (_, own) in zip(scores, parts)])
-    loss = float(sums.sum() / counts.sum())
-    error = mean((sums - loss * counts) / counts.mean())[1]  # of a ratio, to first order
+    loss, error = ratio(sums, counts)
     said = (id for (_, targets), own in parts for id in targets[own].tolist() if id != tokenizer.eot)
     nbytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.stream(said))
     bits = int(counts.sum()) / max(nbytes, 1) / math.log(2)
@@ -98,6 +97,12 @@ def mean(values: Sequence[float]) -> Metric:
     sample = np.asarray(values, np.float64)
     spread = sample.std(ddof=1) / math.sqrt(len(sample)) if len(sample) > 1 else math.nan
     return float(sample.mean()), float(spread)
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Metric:
+    """(all sums over all counts, its standard error to first order), of parts that have a sum and a count each."""
+    value = float(sums.sum() / counts.sum())
+    return value, mean((sums - value * counts) / counts.mean())[1]
 
 
 def _perplexity(loss: float, error: float) -> Metric:

@@ -9,6 +9,7 @@ import numpy as np
 
 from handgrad import tokenizers
 from handgrad.backends import open_backend
+from handgrad.backends.base import Arena, Backend
 from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
@@ -125,11 +126,18 @@ def engine_of(
         tokenizer = Marked(tokenizer, source.model.marks, source.model.end_id)
     kind = source.weights.dtype if dtype == "saved" else dtype
     engine_backend = open_backend(backend, threads)
-    whole, programs = declare(source.model, DTYPES[kind]), record(source.model, DTYPES[kind], context)
-    arena = engine_backend.alloc(engine_backend.plan(whole, *programs))
+    programs = record(source.model, DTYPES[kind], context)
+    arena = in_arena(source, kind, engine_backend, programs)
+    return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable(), context), tokenizer
+
+
+def in_arena(source: Source, dtype: str, backend: Backend, programs: Sequence[Program]) -> Arena:
+    """An arena for these programs of a model, with its weights in this dtype. The programs need not use all of them."""
+    whole = declare(source.model, DTYPES[dtype])
+    arena = backend.alloc(backend.plan(whole, *programs))
     for name, info in whole.params.items():
         arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return Engine(source.model, programs, arena, engine_backend, tokenizer.drawable(), context), tokenizer
+    return arena
 
 
 @dataclass(frozen=True, repr=False)

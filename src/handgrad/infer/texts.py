@@ -16,13 +16,15 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object, shown
 from handgrad.core.program import Program
 from handgrad.core.replace import replace, staged
+from handgrad.core.truncate import cut_longest
 from handgrad.infer.lengths import lengths
-from handgrad.infer.load import Source, open_source
+from handgrad.infer.load import Source, in_arena, open_source
 from handgrad.io.hf import POOLING as POOLING_FILE
-from handgrad.models import Bert, declare
+from handgrad.models import Bert
 
 BATCH_TOKENS = 512  # at least: enough rows for a GEMM to run near its peak
 POOLING = ("auto", "mean", "cls")
+Text = str | tuple[str, str]  # one, or a pair
 MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # of sentence-transformers
 
 
@@ -53,11 +55,7 @@ def load_encoder(
     opened = open_backend(backend, threads)
     steps, most = lengths(context or model.max_seq_len), max(BATCH_TOKENS, opened.head_rows)
     programs = [record(model, Program(DTYPES[kind]), max(most // T, 1), T) for T in steps]
-    declared = declare(model, DTYPES[kind])
-    arena = opened.alloc(opened.plan(declared, *programs))
-    for name, info in declared.params.items():
-        arena.write_part("param", info.tensor, source.weights.tensor(name, rows=info.tensor.shape[0]))
-    return TextEncoder(source, model, kind, steps, programs, arena, opened)
+    return TextEncoder(source, model, kind, steps, programs, in_arena(source, kind, opened, programs), opened)
 
 
 def record(model: Bert, p: Program, batch_size: int, seq_len: int) -> Program:
@@ -102,12 +100,20 @@ class TextEncoder:
     def __repr__(self) -> str:
         return f"TextEncoder({self.model}, {self.context} tokens of a text)"
 
-    def ids(self, text: str) -> np.ndarray:
-        """Returns [CLS] text [SEP] as ids, (n,) int32; the end of a text that is too long is cut off."""
-        inside = self.tokenizer.encode(text)
-        self.num_cut += len(inside) > self.context - 2
-        inside = inside[: self.context - 2]
-        return np.concatenate([[self._special["[CLS]"]], inside, [self._special["[SEP]"]]]).astype(np.int32)
+    def read(self, text: Text) -> np.ndarray:
+        """Returns ids and types of [CLS] text [SEP], or of [CLS] a [SEP] b [SEP] for a pair, (2, n) int32.
+
+        The end of a text that is too long is cut off; of a pair that of the longer text.
+        """
+        cls, sep = self._special["[CLS]"], self._special["[SEP]"]
+        parts = [self.tokenizer.encode(part) for part in ((text,) if isinstance(text, str) else text)]
+        sizes, most = [len(part) for part in parts], self.context - 1 - len(parts)
+        kept = [min(sizes[0], most)] if len(parts) == 1 else cut_longest(sizes[0], sizes[1], most)
+        self.num_cut += sum(sizes) > most
+        found = [np.array([[cls], [0]])]
+        for kind, (part, size) in enumerate(zip(parts, kept)):
+            found.append(np.stack([np.append(part[:size], sep), np.full(size + 1, kind)]))
+        return np.concatenate(found, axis=1).astype(np.int32)
 
     def embed(self, texts: Sequence[str], pooling: str = "auto", normalize: bool = True) -> np.ndarray:
         """Returns an embedding of each text, (texts, hidden size) float32.
@@ -122,37 +128,53 @@ class TextEncoder:
             raise HandgradError("embed", f"pooling is {' or '.join(POOLING)}", repr(pooling))
         pooling = own_pooling(self.source.path) if pooling == "auto" else pooling
         found = np.zeros((len(texts), self.model.hidden_size), np.float32)
-        for i, hidden in self._outputs("hidden", [self.ids(text) for text in texts]):
+        for i, hidden in self._outputs("hidden", [self.read(text) for text in texts]):
             found[i] = hidden.mean(axis=0, dtype=np.float32) if pooling == "mean" else hidden[0]
         if normalize:
             found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return found
 
-    def classify(self, texts: Sequence[str]) -> list[Class]:
-        """Returns the class of each text. Raises HandgradError for a model without labels."""
-        return self.classify_ids([self.ids(text) for text in texts])
+    def classify(self, texts: Sequence[Text]) -> list[Class]:
+        """Returns the class of each text, or pair of texts. Raises HandgradError as `logits`, and for a regression."""
+        if len(self.labels) == 1:
+            raise HandgradError("classify", "a classifier has two labels or more", "a regression", hint="logits(texts)")
+        found = []
+        for logits in self.logits(texts):
+            best = int(logits.argmax())
+            share = 1.0 / np.exp(logits.astype(np.float64) - float(logits[best])).sum()
+            found.append(Class(self.labels[best], float(share), logits))
+        return found
 
-    def classify_ids(self, texts: Sequence[np.ndarray]) -> list[Class]:
-        """As `classify`, for ids of [CLS] text [SEP]."""
+    def logits(self, texts: Sequence[Text]) -> np.ndarray:
+        """Returns the logits of each text, or pair of texts, (texts, labels) float32; of a regression the number that
+        it predicts, (texts, 1).
+
+        Raises HandgradError for a model without labels, and for pairs if it has one type of tokens alone.
+        """
+        if self.model.num_types < 2 and not all(isinstance(text, str) for text in texts):
+            raise HandgradError("classify", "pairs of texts take a bert with two types of tokens", self.model.num_types)
+        return self.logits_of([self.read(text) for text in texts])
+
+    def logits_of(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        """As `logits`, for ids and types as `read` returns them."""
         if not self.labels:
             hint = "handgrad data labels FILE, then handgrad train --init MODEL --train FOLDER"
             raise HandgradError("classify", "a classifier has labels", "a bert without", hint=hint)
-        found: dict[int, Class] = {}
+        found = np.zeros((len(texts), len(self.labels)), np.float32)
         for i, logits in self._outputs("logits", texts):
-            best = int(logits.argmax())
-            share = 1.0 / np.exp(logits.astype(np.float64) - float(logits[best])).sum()
-            found[i] = Class(self.labels[best], float(share), logits)
-        return [found[i] for i in range(len(texts))]
+            found[i] = logits
+        return found
 
     def _outputs(self, output: str, texts: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (number of the text, its rows of "hidden" or its row of "logits", float32), longest first.
+        """Yields (number of the text (2, n), its rows of "hidden" or its row of "logits", float32), longest first.
 
         The next batch starts before the host waits for the previous one.
         """
-        order, waiting, at = sorted(range(len(texts)), key=lambda i: -len(texts[i])), list[tuple[Any, ...]](), 0
+        sizes, waiting, at = [text.shape[1] for text in texts], list[tuple[Any, ...]](), 0
+        order = sorted(range(len(texts)), key=lambda i: -sizes[i])
         while at < len(order) or waiting:
             if at < len(order):
-                which = bisect_left(self._lengths, len(texts[order[at]]))
+                which = bisect_left(self._lengths, sizes[order[at]])
                 group = order[at : at + self._programs[which].inputs["ids"].size // self._lengths[which]]
                 at += len(group)
                 waiting.append((group, self._start(which, output, [texts[i] for i in group])))
@@ -160,7 +182,7 @@ class TextEncoder:
                 group, read = waiting.pop(0)
                 values = read()
                 for row, i in enumerate(group):
-                    yield i, values[row][: len(texts[i])] if output == "hidden" else values[row]
+                    yield i, values[row][: sizes[i]] if output == "hidden" else values[row]
 
     def _start(self, which: int, output: str, texts: Sequence[np.ndarray]) -> Any:
         """Starts a batch; calling the result waits for the output, float32, by texts."""
@@ -169,12 +191,14 @@ class TextEncoder:
             self._bound[which] = self.backend.bind(program, self._arena)
         B = program.inputs["ids"].size // T
         ids, count = np.full((B, T), self._special["[PAD]"], np.int32), np.zeros((B, 1), np.int32)
+        types = np.zeros_like(ids)
         for row, text in enumerate(texts):
-            ids[row, : len(text)], count[row] = text, len(text)
+            count[row] = text.shape[1]
+            ids[row, : text.shape[1]], types[row, : text.shape[1]] = text
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:  # a kernel would read past the embedding
             rule = f"{self.source.path} has a tokenizer of its own {self.model.vocab_size} tokens"
             raise HandgradError("embed", rule, f"the id {ids.max()}")
-        inputs = bounds(ids, count) | {"ids": ids, "types": np.zeros_like(ids)}
+        inputs = bounds(ids, count) | {"ids": ids, "types": types}
         for name, values in inputs.items():
             self._arena.write(program.inputs[name], values.reshape(-1))
         self._bound[which].run()

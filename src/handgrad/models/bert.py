@@ -23,6 +23,7 @@ from handgrad.models.blocks import (
     mlp,
     packed,
     project,
+    regression_loss,
     token_table,
 )
 from handgrad.models.model import MAX_LAYERS, Batch, check_fields, flag, head_columns, names, number, padded, rate, size
@@ -40,7 +41,7 @@ class Bert:
 
     mlm        the masked-language-model head; training on masked tokens needs it
     pooler     a dense layer with tanh on [CLS];  nsp: the next-sentence head on it
-    labels     names of classes, which a head on the pooler tells apart; none: no such head
+    labels     names of classes, which a head on the pooler tells apart; one: it predicts a number; none: no such head
     mask_rate  fraction of the tokens that are predicted
     """
 
@@ -57,7 +58,7 @@ class Bert:
     mlm: bool = flag(True)
     pooler: bool = flag(False)
     nsp: bool = flag(False)
-    labels: tuple[str, ...] = names(2, MOST)
+    labels: tuple[str, ...] = names(1, MOST)
 
     family: ClassVar[str] = "bert"
     special_tokens: ClassVar[tuple[str, ...]] = ("[MASK]", "[CLS]", "[SEP]", "[PAD]")
@@ -170,9 +171,11 @@ class Bert:
         return g.param("weight", (count, self.hidden_size), normal(0.02)), g.param("bias", (count,), Init("zeros"))
 
     def loss(self, g: Program, x: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
-        """See `Model.loss`. With labels, targets are their indices."""
+        """See `Model.loss`. With labels, targets are their indices; a regression's losses are squared errors."""
         with g.block("head", prefix=False):
             x, w, b = self._head(g, x)
+            if len(self.labels) == 1 and b is not None:
+                return regression_loss(g, x, w, b, targets)
             return lm_head_loss(g, x, w, targets, vocab_size=len(self.labels) or self.vocab_size, chunks=chunks, b=b)
 
     def logits(self, g: Program, x: Tensor) -> Tensor:

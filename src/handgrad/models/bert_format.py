@@ -34,6 +34,7 @@ HEADS = {  # transformers' class: whether it has the masked-language-model head,
     "BertModel": (False, True, False),
 }
 CLASSIFIER = "BertForSequenceClassification"  # the heads of a BertModel, and one on the pooler for the classes
+VALUE = ("value",)  # the labels of a regression, whatever its file calls its number
 BODY = (False, False, False)  # no head: a BertModel without its pooler
 OLDER = {"gamma": "weight", "beta": "bias"}  # of a LayerNorm, in files that come from TensorFlow
 
@@ -69,7 +70,7 @@ def _decode(config: Mapping[str, Any]) -> dict[str, Any]:
         names = config.get("id2label") or usual
         if not isinstance(names, dict) or names.keys() != {str(id) for id in range(len(names))}:
             raise HandgradError("hf", "an id2label that names the classes 0, 1, ...", shown(names))
-        labels = tuple(names[str(id)] for id in range(len(names)))
+        labels = tuple(names[str(id)] for id in range(len(names))) if len(names) != 1 else VALUE
     return dict(zip(("mlm", "pooler", "nsp"), HEADS.get(found, HEADS["BertModel"]))) | {"labels": labels}
 
 
@@ -84,8 +85,9 @@ def _encode(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _only(fields: Mapping[str, Any]) -> dict[str, tuple]:
     """Keys of config.json that change the computation: the values that we compute, their default first."""
+    kind = "regression" if len(fields["labels"]) == 1 else "single_label_classification"
     of_classes = {
-        "problem_type": (None, "single_label_classification"),
+        "problem_type": (None, kind),
         "classifier_dropout": (None, fields["dropout"]),
     }
     return {

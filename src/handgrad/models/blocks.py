@@ -25,6 +25,8 @@ from handgrad.ops import (
     loss_sum,
     norm,
     rope,
+    squared_error,
+    squared_error_forward_backward,
 )
 from handgrad.ops import rms_norm as rms_norm_alone
 from handgrad.ops.act import Act
@@ -286,6 +288,19 @@ def lm_head_loss(
         losses, _ = g.emit(lm_loss, x, w, targets, b, weights, **attrs)
     g.emit(loss_sum, losses, into={"scalars": g.scalars})
     return g.output(name, losses)
+
+
+def regression_loss(g: Program, x: Tensor, w: Tensor, b: Tensor, targets: Tensor) -> Tensor:
+    """The losses (N,) f32 of predictions x w^T + b, w (1, C), against the input "values" (N,) f32: squared errors, as
+    `Model.loss` describes losses."""
+    z = g.emit(linear, x, w, b, None, act=Act.NONE, keep_pre=False)[0]
+    values = g.input("values", targets.shape, F32)
+    if g.trains and g.wants(z):
+        losses, _ = g.emit(squared_error_forward_backward, z, targets, values)
+    else:
+        losses = g.emit(squared_error, z, targets, values)
+    g.emit(loss_sum, losses, into={"scalars": g.scalars})
+    return g.output("losses", losses)
 
 
 def lm_head_logits(

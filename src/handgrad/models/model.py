@@ -142,12 +142,19 @@ class EncoderDecoder(Model, Protocol):
 
 
 def forward_loss(
-    g: Program, model: Model, batch_size: int, seq_len: int, chunks: int = 1, documents: bool = False
+    g: Program,
+    model: Model,
+    batch_size: int,
+    seq_len: int,
+    chunks: int = 1,
+    documents: bool = False,
+    logits: bool = False,
 ) -> Tensor:
     """Records inputs, body and losses; the input "targets" has as many rows as the body returns.
 
     documents: sequences hold several, which the input "first" keeps apart. Raises HandgradError for a model that does
         not continue texts
+    logits: also record these, for a head that is small
     """
     if documents and not model.continues_text:
         raise HandgradError("model", "documents are kept apart by models that continue texts", f"a {model.family}")
@@ -155,6 +162,8 @@ def forward_loss(
     if documents:
         data = replace(data, first=g.input("first", data.ids.shape, I32), documents=True)
     x = model.body(g, data)
+    if logits:
+        model.logits(g, x)
     return model.loss(g, x, g.input("targets", x.shape[:1], I32), chunks)
 
 

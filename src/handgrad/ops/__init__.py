@@ -25,6 +25,7 @@ from handgrad.ops.rope.op import rope, rope_backward
 from handgrad.ops.schedule_free.op import schedule_free, schedule_free_average, schedule_free_count
 from handgrad.ops.sgd.op import sgd
 from handgrad.ops.share_norm.op import share_norm
+from handgrad.ops.squared_error.op import squared_error, squared_error_forward_backward
 
 _ALL = (
     embed,
@@ -52,6 +53,8 @@ _ALL = (
     dropout,
     lm_loss,
     lm_loss_forward_backward,
+    squared_error,
+    squared_error_forward_backward,
     pick,
     pick_backward,
     loss_sum,

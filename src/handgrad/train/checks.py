@@ -1,14 +1,14 @@
-"""Checks of what a Trainer is given, before anything is recorded, and of what its calls compute."""
+"""Checks of what a Trainer is given and of what it computes."""
 
 from typing import Any
 
 import numpy as np
 
-from handgrad.backends.base import Arena, Backend
+from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.errors import HandgradError
 from handgrad.core.op import Call
 from handgrad.core.precision import Precision
-from handgrad.core.tensor import Role, Tensor
+from handgrad.core.tensor import IGNORE_INDEX, Role, Tensor
 from handgrad.data import Data
 from handgrad.models import Model
 
@@ -56,6 +56,22 @@ def limit_ids(model: Model, data: Data) -> None:
     data.vocab_size = min(model.vocab_size, data.vocab_size or model.vocab_size)
 
 
+def check_validation(run: Executable | None, data: Any, seq_len: int) -> Executable:
+    """Returns the executable of a validation. Raises HandgradError if there is none, or it does not read these data."""
+    if run is None:
+        raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
+    if not hasattr(data, "sweep"):
+        raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
+    if data.seq_len != seq_len:
+        raise HandgradError("train", f"validation data has the run's seq_len {seq_len}", data.seq_len)
+    return run
+
+
+def num_targets(batch: dict[str, np.ndarray]) -> int:
+    """How many targets of a micro-batch count."""
+    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))
+
+
 def check_fills(count: int, tensor: Tensor) -> None:
     """Raises HandgradError unless so many values fill an input of the model."""
     if count != tensor.size:
@@ -63,21 +79,8 @@ def check_fills(count: int, tensor: Tensor) -> None:
         raise HandgradError("data", rule, count)
 
 
-def check_precision(precision: Precision, backend: Backend) -> None:
-    """Raises HandgradError unless the backend computes in these element types."""
-    for name, known in (("dtype", backend.dtypes), ("grad_dtype", backend.grad_dtypes)):
-        value = getattr(precision, name)
-        if value not in known:
-            rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
-            raise HandgradError("train", rule, f"'{value}'")
-    if precision.tf32 != backend.tf32 or precision.deterministic > backend.deterministic:
-        opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
-        hint = "open_backend(name, precision=...) with the trainer's precision"
-        raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)
-
-
-def check_outputs(arena: Arena, c: Call) -> None:
-    """Raises HandgradError unless every output of a call that has just run is finite."""
+def check_finite(arena: Arena, c: Call, seconds: float) -> None:
+    """Raises HandgradError if a call has written a value that is not finite."""
     for name, t in c.named_outs():
         if (
             name not in c.op.undefined.split()
@@ -91,3 +94,16 @@ def check_outputs(arena: Arena, c: Call) -> None:
                 f"a non-finite value in '{name}' of {c.phase} {c.op.name}",
                 context=f"block {c.block}, {c.where}",
             )
+
+
+def check_precision(precision: Precision, backend: Backend) -> None:
+    """Raises HandgradError unless the backend computes in these element types."""
+    for name, known in (("dtype", backend.dtypes), ("grad_dtype", backend.grad_dtypes)):
+        value = getattr(precision, name)
+        if value not in known:
+            rule = f"{name} is {' or '.join(known)} on the {backend.name} backend"
+            raise HandgradError("train", rule, f"'{value}'")
+    if precision.tf32 != backend.tf32 or precision.deterministic > backend.deterministic:
+        opened = f"one opened with tf32={backend.tf32}, deterministic={backend.deterministic}"
+        hint = "open_backend(name, precision=...) with the trainer's precision"
+        raise HandgradError("train", f"the backend is opened for {precision}", opened, hint=hint)

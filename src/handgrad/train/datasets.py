@@ -85,7 +85,7 @@ def labels_of(found: list[Shards]) -> tuple[str, ...]:
     """The labels of the texts in these shards; none if they have none."""
     meta = hg_data.common_meta(paths_of(found))
     known = hg_data.labelled(meta[1], meta[0]) if meta else None
-    return known[0] if known else ()
+    return known.labels if known else ()
 
 
 def training_data(
@@ -199,9 +199,15 @@ def objective_of(
         return hg_data.Causal(eot if documents else None)
     id_of, continues = special_ids(model, tokenizer), None
     known = hg_data.labelled(meta, "the data")
-    if model.labels and known:
+    if model.labels:
+        if known is None or known.labels != model.labels:
+            rule, got = f"the texts have the labels of the model, {', '.join(model.labels)}", "none"
+            raise HandgradError("data", rule, ", ".join(known.labels) if known else got)
         ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
-        return hg_data.Labels(**ids, count=len(model.labels), record=known[1])
+        if known.pairs and model.num_types < 2:
+            raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
+        count = len(known.values or model.labels)
+        return hg_data.Labels(**ids, count=count, record=known.record, pairs=known.pairs, numbers=known.values)
     if whole_word and tokenizer is not None:
         continues = np.zeros(model.vocab_size, bool)
         found = tokenizers.continuations(tokenizer)
@@ -235,7 +241,8 @@ def validation_data(
     for one, train, weight in zip(found, sets, weights_of(weights, len(found))):
         if one.val:
             objective = train.objective
-            if model.continues_text:  # --val may name chats beside texts, and texts beside chats
+            # --val may name chats beside texts, and texts beside chats; labelled texts have numbers of their own
+            if model.continues_text or isinstance(objective, hg_data.Labels):
                 objective = _objective(hg_data.find_shards(one.val, "val"), model, tokenizer, False, is_bounded)
             if isinstance(objective, hg_data.Chat) and not is_bounded:
                 hint = "--documents, which bounds the texts, too"

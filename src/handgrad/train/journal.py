@@ -84,10 +84,10 @@ class Journal:
         if r.skipped:
             self._log.event(number, f"update skipped: {r.skipped}")
 
-    def validation(self, number: int, loss: float) -> None:
-        """Writes the loss that was measured on other data after a step."""
+    def validation(self, number: int, **found: float) -> None:
+        """Writes what was measured on other data after a step."""
         self.write()
-        self._log.validation(number, loss)
+        self._log.validation(number, **found)
 
     def flush(self) -> None:
         """Returns once every line is on disk."""

@@ -26,6 +26,7 @@ from handgrad.train.trackers import TensorBoard, Wandb
 PLAIN_SECONDS = 5.0  # between lines where nobody watches live
 LIVE_WIDTH = 92  # columns that the live line takes in a long run, without its bar
 LIVE_SECONDS = 0.1  # between redraws of the live line: one takes 0.4 ms from the kernels
+VAL = "val_loss", "val_acc"  # what a validation measures
 RATE_DECAY = 0.95  # of the running mean of tokens per second, per step
 
 
@@ -81,8 +82,8 @@ class RunLog:
         earlier, bad = drop_after(self.path, resumed_at) if resumed_at else ([], [])
         seconds = (line["seconds"] for line in earlier if line.get("seconds"))
         self._before = max(filter(math.isfinite, seconds), default=0.0)
-        vals = [line["val_loss"] for line in earlier if line.get("val_loss")]
-        self._val_loss = vals[-1] if vals else None
+        vals = [line for line in earlier if line.get("val_loss")]
+        self._val = {key: vals[-1][key] for key in VAL if vals and vals[-1].get(key) is not None}
         try:
             if resumed_at:
                 write_whole(self.path.with_name("main.log"), [main_log(line).encode() for line in earlier])
@@ -120,6 +121,7 @@ class RunLog:
         tokens: int,
         step_seconds: float,
         val_loss: float | None = None,
+        val_acc: float | None = None,
         mfu: float | None = None,
         hellaswag: float | None = None,
         exposed: float | None = None,
@@ -129,6 +131,7 @@ class RunLog:
 
         step: counted from 1
         loss, val_loss: nats a token; val_loss only where it was measured
+        val_acc: accuracy of a classifier, 0 to 1, where it was measured
         lr, grad_norm: learning rate; global gradient norm before clipping
         hellaswag: accuracy, 0 to 1, where it was measured
         exposed: seconds that computation waited for other ranks, where there are several
@@ -143,7 +146,8 @@ class RunLog:
         self._first = self._first or (step, now)
         line: dict[str, Any] = {"step": step, "loss": float(loss)}
         if val_loss is not None:
-            self._val_loss = line["val_loss"] = float(val_loss)
+            self._val = _validated(val_loss, val_acc)
+            line |= self._val
         line |= {} if hellaswag is None else {"hellaswag": float(hellaswag)}
         line |= {"lr": float(lr), "grad_norm": float(grad_norm)}
         line |= {"tokens_per_second": round(self.tokens_per_second, 1)}
@@ -156,10 +160,10 @@ class RunLog:
         if not self._console.quiet:
             self._show(line, step_seconds, now)
 
-    def validation(self, step: int, val_loss: float) -> None:
-        """Records a validation loss, in nats a token, that was measured after the line of a step was written."""
-        self._val_loss = float(val_loss)
-        self._write({"step": step, "val_loss": self._val_loss})
+    def validation(self, step: int, val_loss: float, val_acc: float | None = None) -> None:
+        """Records a validation, as `step` does, that was measured after the line of a step was written."""
+        self._val = _validated(val_loss, val_acc)
+        self._write({"step": step, **self._val})
 
     def event(self, step: int, text: str, **figures: Any) -> None:
         """Records that something happened at a step, such as a skipped update, and shows it.
@@ -277,7 +281,7 @@ class RunLog:
     def _live_line(self, line: dict, now: float, activity: str = "", is_over: bool = False) -> Table:
         assert self._first is not None  # `step` sets it before it shows a line
         step, (first, began) = line["step"], self._first
-        shown = parts(line if self._val_loss is None else line | {"val_loss": self._val_loss}, self.total_steps)
+        shown = parts(line | self._val, self.total_steps)
         if is_over or step >= self.total_steps:
             shown["time"] = clock(now) + " in all"
         elif step > first:
@@ -291,6 +295,11 @@ class RunLog:
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_row(*bar, Text("  ".join(shown.values()), no_wrap=True, overflow="ellipsis"))
         return table
+
+
+def _validated(*found: float | None) -> dict[str, float]:
+    """What a validation measured, by name."""
+    return {key: float(value) for key, value in zip(VAL, found, strict=True) if value is not None}
 
 
 def lacks(earlier: list[dict], bad: list[int], resumed_at: int) -> Iterator[str]:

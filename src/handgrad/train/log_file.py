@@ -11,7 +11,7 @@ from typing import NamedTuple
 from handgrad.core.disk import require_file, write_whole
 from handgrad.core.errors import HandgradError
 
-KEYS = ("loss", "val_loss", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+KEYS = ("loss", "val_loss", "val_acc", "hellaswag", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
 
 
 class Row(NamedTuple):

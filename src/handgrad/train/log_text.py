@@ -53,6 +53,8 @@ def parts(line: dict, total_steps: int) -> dict[str, str]:
     shown = {"step": f"step {line['step']}/{total_steps}", "loss": f"loss {line['loss']:.4f}"}
     if "val_loss" in line:
         shown["val_loss"] = f"val {line['val_loss']:.4f}"
+    if "val_acc" in line:
+        shown["val_acc"] = f"acc {100 * line['val_acc']:.1f} %"
     if "hellaswag" in line:
         shown["hellaswag"] = f"hellaswag {100 * line['hellaswag']:.1f} %"
     shown["grad_norm"] = f"grad {grad_norm:.2f}" if 0.1 <= grad_norm < 1000 else f"grad {grad_norm:.2g}"

@@ -190,13 +190,13 @@ def log_step(run: Run, log: Log, f: Finished) -> bool:
 
 
 def measure(run: Run, log: Log, f: Finished) -> dict[str, Any]:
-    """What is due to be measured after a step: val_loss, and HellaSwag's accuracy."""
+    """What is due to be measured after a step: val_loss, a classifier's val_acc, and HellaSwag's accuracy."""
     found: dict[str, Any] = {}
     if f.due.hellaswag:
         run.trainer.use_average()  # all ranks, also where one of them runs the model
     if f.due.val and run.val is not None:
         with log.activity("validating"):
-            found["val_loss"] = run.trainer.evaluate(run.val, run.config.eval.val_tokens or None)
+            found |= run.trainer.validate(run.val, run.config.eval.val_tokens or None)
     if f.due.hellaswag:
         with log.activity("HellaSwag"):
             found["hellaswag"] = hellaswag(run) if takes_part(run) else None

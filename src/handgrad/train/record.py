@@ -13,7 +13,7 @@ from handgrad.core.program import Program
 from handgrad.core.ranks import ALONE, Ranks
 from handgrad.evals import record as record_scorer
 from handgrad.infer.engine import record as record_engine
-from handgrad.models import Model, forward_loss
+from handgrad.models import Bert, Model, forward_loss
 from handgrad.ops import add, collectives
 from handgrad.optim import Optimizer, record_step
 from handgrad.train.average import record_average
@@ -109,9 +109,10 @@ def record_train(
 
 
 def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
-    """The list of one evaluation batch."""
+    """The list of one evaluation batch; a classifier's also has the logits, of which accuracy is counted."""
     p = Program(precision.working, adapters=adapters_of(model, execution))
-    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents)
+    classifies = isinstance(model, Bert) and len(model.labels) > 1
+    forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents, classifies)
     return p
 
 

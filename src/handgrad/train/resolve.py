@@ -157,6 +157,8 @@ def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
     facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
     name = "chat" if is_all_chat(trainer.data) else "chat beside texts"
     facts |= {name: str(trainer.data.packing)} if trainer.data.packing else {}
+    labels = getattr(trainer.model, "labels", ())
+    facts |= {"labels": len(labels)} if labels else {}
     facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}
     return facts | ({"new_rows": new_rows} if new_rows else {})
 

@@ -223,7 +223,10 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
         elif run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
         elif getattr(run.trainer.model, "labels", ()):
-            log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE")
+            pair = " --pair" * getattr(run.trainer.data.objective, "pairs", False)
+            log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE{pair}")
+        elif run.val is not None:
+            log.say(f"evaluate: handgrad eval {out}")
     else:
         log.say(f"stopped after step {last}, saved in {out}")
         log.say(f"resume: handgrad train --resume {out}")

@@ -9,7 +9,7 @@ from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError
 from handgrad.core.install import install_command
 
-NAMES = {"loss": "loss/train", "val_loss": "loss/val"}
+NAMES = {"loss": "loss/train", "val_loss": "loss/val", "val_acc": "acc/val"}
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from handgrad.core.op import ONLY, Call, MicroBatch
 from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Segment
-from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data import Data
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
@@ -140,7 +140,7 @@ class Trainer:
             )
             for k in range(self.accumulation)
         ]
-        counts = max(int(self.comm.total(sum(num_targets(b) for b in batches))), 1)  # of all ranks
+        counts = max(int(self.comm.total(sum(checks.num_targets(b) for b in batches))), 1)  # of all ranks
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts, momentum=momentum)
         segments = self.program.segments
         for k, b in enumerate(batches):
@@ -241,24 +241,28 @@ class Trainer:
     def evaluate(self, data: Data, max_tokens: int | None = None) -> float:
         """Mean loss in nats per token over the first `max_tokens` of `data` (all if None), whatever the batch size and
         the number of ranks."""
-        if self._loss is None:
-            raise HandgradError("train", "this trainer is not planned for evaluation", hint="extra_programs=('val',)")
-        if not hasattr(data, "sweep"):
-            raise HandgradError("train", "data is, for example, hg.data.tokens(folder, ..., split='val')", repr(data))
-        if data.seq_len != self.data.seq_len:
-            raise HandgradError("train", f"validation data has the run's seq_len {self.data.seq_len}", data.seq_len)
+        return self.validate(data, max_tokens)["val_loss"]
+
+    def validate(self, data: Data, max_tokens: int | None = None) -> dict[str, float]:
+        """As `evaluate`, by the names of the log: val_loss, and val_acc, a classifier's share of right labels."""
+        run = checks.check_validation(self._loss, data, self.data.seq_len)
         checks.limit_ids(self.model, data)
         self.use_average()
-        total, counts = 0.0, 0
-        names, mine = self._loss.program.inputs, (self.ranks.rank, self.ranks.world)
+        total, counts, hits = 0.0, 0, 0
+        names, mine = run.program.inputs, (self.ranks.rank, self.ranks.world)
         for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
-            self._start(self._loss, b)
-            total += float(self.arena.fetch_scalars(self._loss.program)().loss_sum)  # of all ranks
-            counts += num_targets(b)
-        loss = total / max(self.comm.total(counts), 1)
+            self._start(run, b)
+            total += float(self.arena.fetch_scalars(run.program)().loss_sum)  # of all ranks
+            counts += checks.num_targets(b)
+            if "logits" in run.program.outputs:
+                hits += int((self.arena.fetch(run.program.outputs["logits"])().argmax(axis=1) == b["targets"]).sum())
+        of = max(self.comm.total(counts), 1)
+        found = {"val_loss": total / of}
+        if "logits" in run.program.outputs:
+            found["val_acc"] = self.comm.total(hits) / of
         if self._journal is not None:  # reading a run leaves it as it is
-            self._journal.validation(self.last_step, loss)
-        return loss
+            self._journal.validation(self.last_step, **found)
+        return found
 
     def generate(
         self,
@@ -293,7 +297,7 @@ class Trainer:
 
     def _run(self, run: Executable, segment: Segment | None, micro_batch: MicroBatch = ONLY) -> None:
         if self.execution.check == "nan":
-            run.run_each(lambda c, seconds: checks.check_outputs(self.arena, c), segment, micro_batch)
+            run.run_each(partial(checks.check_finite, self.arena), segment, micro_batch)
         else:
             run.run(segment, micro_batch)
 
@@ -460,8 +464,3 @@ class Trainer:
         if self.out is None:
             raise HandgradError("train", "this trainer has no run folder", hint="Trainer(..., out='runs/name')")
         return self.out
-
-
-def num_targets(batch: dict[str, np.ndarray]) -> int:
-    """How many targets of a micro-batch count."""
-    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))

@@ -1,6 +1,7 @@
 """Labelled texts as shards: a record of one length for every text, so that any loader of windows finds them.
 
-A record is the index of the label, the ids of the text, and padding; `data.Labels` reads it.
+A record is the index of the label, the ids of the text or of two with an id of padding between them, and padding;
+`data.Labels` reads it.
 """
 
 import json
@@ -14,7 +15,9 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
+from handgrad.core.truncate import cut_longest
 from handgrad.data.json_lines import json_kind, json_object, repaired
+from handgrad.data.meta import VALUE
 from handgrad.data.prepare.build import Part, Progress, Settings, build
 from handgrad.data.prepare.hub import local_part
 from handgrad.data.prepare.readers import Take, Wanted, rows_of, text_in
@@ -22,20 +25,26 @@ from handgrad.data.prepare.recipes import WORKER_BYTES, check_on_error, share_of
 from handgrad.data.prepare.workers import Damage, Encoder
 
 MOST_LABELS = 2**16
-LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]
+MOST_NUMBER = 1e9  # whose square is far from float32's end
+LEAST = 3  # tokens of a sequence: [CLS], one of the text, [SEP]; 2 more for another text
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has its text and its label."""
+    """Where a row has its text and its label; pair: a second text, empty if there is none.
+
+    are_numbers: labels are numbers, which a model learns to predict
+    """
 
     text: str = "text"
     label: str = "label"
+    pair: str = ""
+    are_numbers: bool = False
 
     def wanted(self, take: Take, on_error: str) -> Wanted:
-        """Both of every row, for the reader of a file."""
-        hint = "--column and --label name other columns"
-        return Wanted(take, ((self.text, self.label),), hint, on_error=on_error)
+        """All of every row, for the reader of a file."""
+        names = (self.text, self.label, self.pair) if self.pair else (self.text, self.label)
+        return Wanted(take, (names,), "--column, --label and --pair name other columns", on_error=on_error)
 
 
 def prepare_labels(
@@ -59,22 +68,24 @@ def prepare_labels(
 
     files: JSON lines, JSON lists or Parquet tables;  val: the same, for validation
     pad_id: the tokenizer's [PAD]
-    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part;
-        None: 0.1
+    val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part,
+        and so are pairs with the same first text; None: 0.1
     seq_len: tokens of a sequence, [CLS] and [SEP] counted; longer texts are cut
     on_error: "stop" at a row without text or label, or "skip" and count such rows
     special_tokens: a special token spelled out in a text is that token; else it is plain text
 
     Raises HandgradError for a row without text or label, fewer than two labels, and as `build` does.
     """
-    if seq_len < LEAST:
-        raise HandgradError("data", f"seq_len must be at least {LEAST} tokens", seq_len)
+    least = LEAST + 2 * bool(columns.pair)
+    if seq_len < least:
+        raise HandgradError("data", f"seq_len must be at least {least} tokens", seq_len)
     share = share_of_val(val, val_fraction, 0.1)
     check_on_error(on_error, ("stop", "skip"))
     labels, skipped = _labels([*files, *val], columns, on_error)
     if len(labels) > min(tokenizer.vocab_size, MOST_LABELS):
         rule = f"there must be at most {min(tokenizer.vocab_size, MOST_LABELS):,} labels"
-        raise HandgradError("data", rule, f"{len(labels):,}")
+        hint = "numbers with fewer digits" if columns.are_numbers else ""
+        raise HandgradError("data", rule, f"{len(labels):,}", hint=hint)
     record, index = seq_len - 1, {label: number for number, label in enumerate(labels)}
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
@@ -90,20 +101,25 @@ def prepare_labels(
         workers=workers or min(cpus(), 1 + size // WORKER_BYTES),
         replace=replace,
         # both parts of a file without `val` pass its bad rows, which are counted once
-        about={"labels": labels, "record": record} | ({"skipped": skipped} if skipped else {}),
+        about=_about(labels, record, columns) | ({"skipped": skipped} if skipped else {}),
         special=special_tokens,
         on_error=on_error,
     )
-    return build("labels", found, out_dir, Records(tokenizer, pad_id, record), settings, progress)
+    records = Records(tokenizer, pad_id, record, bool(columns.pair))
+    return build("labels", found, out_dir, records, settings, progress)
 
 
 @dataclass(frozen=True)
 class Records:
-    """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record."""
+    """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record.
+
+    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts
+    """
 
     inner: Encoder
     pad_id: int
     record: int
+    pairs: bool = False
     eot: None = None
 
     @property
@@ -130,16 +146,33 @@ class Records:
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         label, _, said = text.partition(" ")
-        ids = self.inner.encode(said, special)
-        ids = ids[ids != self.pad_id][: self.record - 1]
         found = np.full(self.record, self.pad_id, np.int32)
-        found[0], found[1 : 1 + len(ids)] = int(label), ids
+        found[0] = int(label)
+        if self.pairs:
+            length, _, said = said.partition(" ")
+            first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) :]))
+            a, b = cut_longest(len(first), len(second), self.record - 2)
+            found[1 : 1 + a], found[2 + a : 2 + a + b] = first[:a], second[:b]
+        else:
+            ids = self._ids(said, special)[: self.record - 1]
+            found[1 : 1 + len(ids)] = ids
         return found
+
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        ids = self.inner.encode(text, special)
+        return ids[ids != self.pad_id]
+
+
+def _about(labels: Sequence[str], record: int, columns: Columns) -> dict:
+    """Returns what meta.json says of the texts, which `data.labelled` reads."""
+    values = {"values": [float(label) for label in labels]} if columns.are_numbers else {}
+    pairs = {"pairs": True} if columns.pair else {}
+    return {"labels": [VALUE] if columns.are_numbers else list(labels), "record": record} | pairs | values
 
 
 def _labels(paths: Sequence[Path], columns: Columns, on_error: str) -> tuple[list[str], int]:
     """Returns (all labels, numbers by size, texts by the alphabet; rows that are skipped)."""
-    wanted, labels, skipped = columns.wanted(partial(_pair, columns=columns), on_error), set(), 0
+    wanted, labels, skipped = columns.wanted(partial(_row, columns=columns), on_error), set(), 0
     for path in paths:
         for _, job in rows_of(path, wanted):
             for found in job.read(*job.arguments):
@@ -151,25 +184,41 @@ def _labels(paths: Sequence[Path], columns: Columns, on_error: str) -> tuple[lis
         left = f": {skipped:,} rows are left out" if skipped else ""
         rule = f"the texts must have two labels or more under {columns.label!r}"
         raise HandgradError("data", rule, f"{len(labels)}{left}")
+    if columns.are_numbers:
+        return sorted(labels, key=float), skipped
     return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None), skipped
 
 
-def _pair(row: object, where: str, columns: Columns) -> tuple[str, str]:
-    """Returns (label, text) of a row. Raises HandgradError if it lacks one."""
+def _row(row: object, where: str, columns: Columns) -> tuple[str, str, str]:
+    """Returns (label, text, second text of a pair) of a row. Raises HandgradError if it lacks one."""
     text = text_in(json_object(row, where), where, columns.text)
+    second = text_in(row, where, columns.pair) if columns.pair else ""
     assert isinstance(row, dict)
-    value = row.get(columns.label)
+    return _label(row, columns, where), text, second
+
+
+def _label(row: dict, columns: Columns, where: str) -> str:
+    column = columns.label
+    value = row.get(column)
+    if columns.are_numbers:
+        if type(value) is bool or not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
+            rule = f"{where}: an object must hold a number of at most {MOST_NUMBER:.0e} under {column!r}"
+            raise HandgradError("data", rule, repr(value) if column in row else "none")
+        return repr(float(value))
     if type(value) is bool or not isinstance(value, str | int):
-        rule = f"{where}: an object must hold a label, text or a whole number, under {columns.label!r}"
-        hint = "" if columns.label in row else "--label names another column"
-        raise HandgradError("data", rule, json_kind(value) if columns.label in row else "none", hint=hint)
-    return repaired(str(value))[0], text
+        rule = f"{where}: an object must hold a label, text or a whole number, under {column!r}"
+        hint = "" if column in row else "--label names another column"
+        hint = "--regression learns numbers" if type(value) is float else hint
+        raise HandgradError("data", rule, json_kind(value) if column in row else "none", hint=hint)
+    return repaired(str(value))[0]
 
 
 def _document(
     row: object, where: str, columns: Columns, index: Mapping[str, int], share: tuple[float, float]
 ) -> str | None:
-    """Returns "INDEX TEXT" of a row, if its text has a hash in this share."""
-    label, text = _pair(row, where, columns)
+    """Returns "INDEX TEXT", or "INDEX LENGTH TEXT SECOND", of a row, if its text has a hash in this share."""
+    label, text, second = _row(row, where, columns)
     low, high = share
-    return f"{index[label]} {text}" if low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high else None
+    if not low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
+        return None
+    return f"{index[label]} {len(text)} {text}{second}" if columns.pair else f"{index[label]} {text}"

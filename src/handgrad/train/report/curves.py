@@ -44,7 +44,8 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     loss = [s for i, run in enumerate(runs) for s in _noisy(run.points("loss"), i, "train")]
     val = [s for i, run in enumerate(runs) for s in _series(run.points("val_loss"), i, "validation", "dots")]
-    of = "nats per token of the assistant" if all("chat" in run.summary for run in runs) else "nats per token"
+    units = {_unit(run) for run in runs}
+    of = units.pop() if len(units) == 1 else "nats per token"
     if len(runs) == 1:
         val = [one | {"colour": 1} for one in val]
         first = [_panel(f"Loss, {of}", loss + val, loss_lines if val else [], marks, wide=True, tail=True)]
@@ -54,10 +55,12 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
             _panel(f"Validation loss, {of}", val, loss_lines, [], wide=True, tail=True),
         ]
     measured = [s for i, run in enumerate(runs) for s in _series(run.hellaswag() * 100, i, "", "dots")]
+    right = [s for i, run in enumerate(runs) for s in _series(run.points("val_acc") * 100, i, "", "dots")]
     norm = [s for i, run in enumerate(runs) for s in _noisy(run.points("grad_norm"), i)]
     norms = [y for one in norm for y in one["y"]]
     is_wide = bool(norms) and min(norms) > 0 and max(norms) > 10 * min(norms)
     rest = [
+        _panel("Validation accuracy, %", right),
         _panel("HellaSwag accuracy, %", measured, [{"label": name, "y": 100 * share} for name, _, share in openai]),
         _panel("Gradient norm, before clipping", norm, log=is_wide),
         _panel("Learning rate", _each(runs, "lr"), zero=True),
@@ -65,6 +68,13 @@ def _panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     gpu = [_panel(title, _each(runs, f"gpu.{key}", factor), zero=True) for key, (title, factor) in GPU.items()]
     return first + rest + gpu
+
+
+def _unit(run: Run) -> str:
+    """What the losses of a run are."""
+    if "labels" in run.summary:
+        return "squared error" if run.summary["labels"] == 1 else "nats per text"
+    return "nats per token of the assistant" if "chat" in run.summary else "nats per token"
 
 
 def _panel(title: str, series: list, lines: Sequence = (), marks: Sequence = (), **how: bool) -> dict[str, Any]:

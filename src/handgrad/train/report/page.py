@@ -106,6 +106,9 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
     if vals := run.points("val_loss"):
         best = vals.values.argmin()
         found["best val loss"] = f"{vals.values[best]:.4f}", f"step {vals.steps[best]:,}"
+    if accs := run.points("val_acc"):
+        best = accs.values.argmax()
+        found["best val accuracy"] = f"{100 * accs.values[best]:.1f} %", f"step {accs.steps[best]:,}"
     if scores := run.hellaswag():
         found["HellaSwag"] = f"{100 * scores.values[-1]:.1f} %", f"step {scores.steps[-1]:,}"
     for key, name in {"params": "parameters", "tokens": "tokens seen"}.items():
