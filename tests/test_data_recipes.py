@@ -1,5 +1,6 @@
 """Data recipes (P12) on small copies of each source in its published layout."""
 
+import contextlib
 import csv
 import gzip
 import importlib
@@ -387,6 +388,20 @@ def test_resume_restarts_when_settings_changed(tmp_path, monkeypatch):
     (source / "001_00000.parquet").unlink()
     run(out, "fineweb", source=source, shard_tokens=1500, replace=True)
     assert data.read_meta(out)["source"]["files"] == 2
+
+
+def test_resume_restarts_under_another_column(tmp_path, monkeypatch):
+    rows = [json.dumps({"text": text, "other": text.upper()}) for text in documents(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    for name, columns in (("out", ("text", "other")), ("whole", ("other",))):
+        for column in columns:
+            given = dict(files=tmp_path / "rows.jsonl", column=column, val_tokens=500, shard_tokens=1000)
+            with monkeypatch.context() as patch:
+                if column == "text":
+                    patch.setattr(build, "install", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+                with contextlib.suppress(KeyboardInterrupt):
+                    run(tmp_path / name, "jsonl", **given)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_resume_compares_source_content(tmp_path, monkeypatch):

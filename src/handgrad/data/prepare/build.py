@@ -70,7 +70,8 @@ class Settings:
     val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
     about: what else meta.json says
     special: special tokens spelled out in the text are tokens
-    on_error: what the parts' jobs do with damaged rows; a build that was stopped does not continue under another word
+    on_error: what the parts' jobs do with damaged rows;  source: what else they depend on, such as columns. A build that
+        was stopped does not continue under others
     """
 
     shard_tokens: int = 100_000_000
@@ -82,6 +83,7 @@ class Settings:
     about: dict = field(default_factory=dict)
     special: bool = False
     on_error: str = "stop"
+    source: tuple = ()
 
 
 @dataclass
@@ -130,7 +132,8 @@ def build(
     try:
         with claimed(out_dir) as building:
             spec = tokenizer.save(building)
-            chosen = [settings.shard_tokens, settings.val_tokens, settings.about, settings.special, settings.on_error]
+            chosen = [settings.shard_tokens, settings.val_tokens, settings.about, settings.special]
+            chosen += [settings.on_error, settings.source]
             plan = _fingerprint([recipe, spec, *chosen], parts, building)
             if not settings.replace:
                 check_replaces(out_dir, _origin(recipe, parts, spec))

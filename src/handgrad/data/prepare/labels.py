@@ -43,8 +43,9 @@ class Columns:
 
     def wanted(self, take: Take, on_error: str) -> Wanted:
         """All of every row, for the reader of a file."""
-        names = (self.text, self.label, self.pair) if self.pair else (self.text, self.label)
-        return Wanted(take, (names,), "--column, --label and --pair name other columns", on_error=on_error)
+        names = tuple(name for name in (self.text, self.label, self.pair) if name)
+        flags = "--column, --label and --pair" if self.pair else "--column and --label"
+        return Wanted(take, (names,), f"{flags} name other columns", on_error=on_error)
 
 
 def prepare_labels(
@@ -104,6 +105,7 @@ def prepare_labels(
         about=_about(labels, record, columns) | ({"skipped": skipped} if skipped else {}),
         special=special_tokens,
         on_error=on_error,
+        source=(columns.text, columns.label, columns.pair, share),
     )
     records = Records(tokenizer, pad_id, record, bool(columns.pair))
     return build("labels", found, out_dir, records, settings, progress)

@@ -82,7 +82,15 @@ def prepare(
     size = sum(part.size for part in parts)
     workers = workers or min(cpus(), 1 + size // WORKER_BYTES)
     settings = Settings(
-        shard_tokens, first, wants_val, workers, replace, flag, special=special_tokens, on_error=on_error
+        shard_tokens,
+        first,
+        wants_val,
+        workers,
+        replace,
+        flag,
+        special=special_tokens,
+        on_error=on_error,
+        source=(column, raw),
     )
     return build(recipe, parts, out_dir, tokenizer, settings, progress)
 
