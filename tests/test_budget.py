@@ -14,13 +14,13 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1700,
     "backends": 4600,
-    "train": 4050,
-    "optim": 600,
-    "data tokenizers": 3900,
+    "train": 4200,
+    "optim": 680,
+    "data tokenizers": 4150,
     "io": 1420,
-    "evals": 550,
-    "infer": 950,
-    "cli": 2000,
+    "evals": 670,
+    "infer": 960,
+    "cli": 2060,
 }
 OP, ATTENTION, MODEL = 725, 2800, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel
