@@ -70,8 +70,8 @@ class Settings:
     val_flag: the flag that sets val_tokens, for the error's hint; "" if there is none
     about: what else meta.json says
     special: special tokens spelled out in the text are tokens
-    on_error: what the parts' jobs do with damaged rows;  source: what else they depend on, such as columns. A build that
-        was stopped does not continue under others
+    on_error: what the parts' jobs do with damaged rows
+    source: what else their documents depend on, such as columns. A build that was stopped starts over under another
     """
 
     shard_tokens: int = 100_000_000

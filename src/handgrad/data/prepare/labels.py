@@ -82,11 +82,7 @@ def prepare_labels(
         raise HandgradError("data", f"seq_len must be at least {least} tokens", seq_len)
     share = share_of_val(val, val_fraction, 0.1)
     check_on_error(on_error, ("stop", "skip"))
-    labels, skipped = _labels([*files, *val], columns, on_error)
-    if len(labels) > min(tokenizer.vocab_size, MOST_LABELS):
-        rule = f"there must be at most {min(tokenizer.vocab_size, MOST_LABELS):,} labels"
-        hint = "numbers with fewer digits" if columns.are_numbers else ""
-        raise HandgradError("data", rule, f"{len(labels):,}", hint=hint)
+    labels, skipped = _labels([*files, *val], columns, on_error, most=min(tokenizer.vocab_size, MOST_LABELS))
     record, index = seq_len - 1, {label: number for number, label in enumerate(labels)}
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
@@ -172,8 +168,11 @@ def _about(labels: Sequence[str], record: int, columns: Columns) -> dict:
     return {"labels": [VALUE] if columns.are_numbers else list(labels), "record": record} | pairs | values
 
 
-def _labels(paths: Sequence[Path], columns: Columns, on_error: str) -> tuple[list[str], int]:
-    """Returns (all labels, numbers by size, texts by the alphabet; rows that are skipped)."""
+def _labels(paths: Sequence[Path], columns: Columns, on_error: str, most: int) -> tuple[list[str], int]:
+    """Returns (all labels, numbers by size, texts by the alphabet; rows that are skipped).
+
+    Raises HandgradError for fewer than two labels, or more than `most`.
+    """
     wanted, labels, skipped = columns.wanted(partial(_row, columns=columns), on_error), set(), 0
     for path in paths:
         for _, job in rows_of(path, wanted):
@@ -186,6 +185,9 @@ def _labels(paths: Sequence[Path], columns: Columns, on_error: str) -> tuple[lis
         left = f": {skipped:,} rows are left out" if skipped else ""
         rule = f"the texts must have two labels or more under {columns.label!r}"
         raise HandgradError("data", rule, f"{len(labels)}{left}")
+    if len(labels) > most:
+        hint = "numbers with fewer digits" if columns.are_numbers else ""
+        raise HandgradError("data", f"there must be at most {most:,} labels", f"{len(labels):,}", hint=hint)
     if columns.are_numbers:
         return sorted(labels, key=float), skipped
     return sorted(labels, key=int if all(label.isdecimal() for label in labels) else None), skipped
