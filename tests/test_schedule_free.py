@@ -306,7 +306,7 @@ def test_a_change_of_the_optimizer_changes_the_schedule(tmp_path):
     for saved, other in (("adamw", "schedule_free"), ("schedule_free", "adamw")):
         held = {"optimizer": saved, "schedule": "wsd", "cooldown": 0.5, "final": 0.1, "steps": 4}
         write_text(tmp_path / "config.json", json.dumps({"model": {}, "data": {}, "run": {}, "optim": held}))
-        for name, wanted in ((saved, ("wsd", 0.1)), (other, ("", None))):
+        for name, wanted in ((saved, ("wsd", 0.1)), (other, (None, None))):
             found = settings([*flags, name]).optim
             assert (found.schedule, found.final) == wanted
         assert settings([*flags, other, "--schedule", "linear"]).optim.schedule == "linear"
