@@ -179,3 +179,13 @@ def test_what_does_not_fit_is_said(rows, capsys):
             objective.fill(np.array([record], np.int32), None, None, objective.inputs)
     found = objective.fill(np.array([[1, 0, 9, 9, 0, 0]], np.int32), None, None, objective.inputs)
     assert found["ids"].tolist() == [[6, 7, 9, 9, 7, 0, 0]] and found["types"].tolist() == [[0, 0, 1, 1, 1, 0, 0]]
+
+
+def test_padding_may_have_any_id(tmp_path):
+    """A batch that the last pairs do not fill has rows of zeros, which hold no padding where its id is another."""
+    objective = hg.data.Labels(cls_id=6, sep_id=7, pad_id=3, count=2, record=6, pairs=True)
+    hg.data.write_shard(tmp_path / "val_0.bin", [np.array([0, 0, 3, 9, 3, 3, 1, 3, 9, 3, 3, 3])], hg.data.id_dtype(10))
+    data = hg.data.tokens(tmp_path / "val_*.bin", 7, 7, shuffle=False, objective=objective)
+    (batch,) = data.sweep(4)
+    assert batch["ids"][:2].tolist() == [[6, 0, 7, 9, 7, 3, 3], [6, 7, 9, 7, 3, 3, 3]]
+    assert batch["targets"].tolist() == [0, 1, -1, -1] and (batch["last"][2:] == -1).all()

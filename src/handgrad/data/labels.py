@@ -72,6 +72,8 @@ class Labels:
         self, raw: np.ndarray, beside: np.ndarray | None, draw: Draws, names: Collection[str]
     ) -> dict[str, np.ndarray]:
         labels, text = raw[:, 0], raw[:, 1:]
+        if self.pairs:  # rows without a sequence are zeros; a record has an id of padding between its texts
+            text = np.where(raw.any(axis=1, keepdims=True), text, np.int32(self.pad_id))
         inside, here = text != self.pad_id, np.arange(self.seq_len, dtype=np.int32)
         end = inside.sum(axis=1, keepdims=True, dtype=np.int32) + np.int32(self.pairs)  # of all ids in the record
         first = np.argmin(inside, axis=1, keepdims=True) if self.pairs else end  # of the only or first text
