@@ -157,6 +157,19 @@ def test_validation_texts_have_numbers_of_their_own(rows, capsys):
     assert "the texts have the labels of the model, value, but got 0, 1" in capsys.readouterr().err
 
 
+def test_one_set_has_one_list_of_numbers(rows, capsys):
+    """A record gives its number by an index, which means another number in another folder. A mixture knows both."""
+    regression()
+    Path("more.jsonl").write_text("".join(json.dumps(row | {"label": row["label"] + 9}) + "\n" for row in rows))
+    flags = f"--pair text2 --regression --tokenizer vocab.txt --seq-len {T} --val-fraction 0.3 --out data2"
+    assert main(["data", "labels", "more.jsonl", *flags.split()]) == 0
+    capsys.readouterr()
+    train = f"train --init bert --steps 2 --micro-batch 2 --dtype f32 {ON_ONE} --out run --train"
+    assert main([*train.split(), "data*/train_*.bin"]) == 2
+    assert "one set has the labels of data/meta.json, but got others in data2/meta.json" in capsys.readouterr().err
+    assert main([*train.split(), "data,data2"]) == 0
+
+
 def test_correlations_equal_pytorch():
     rng = np.random.default_rng(0)
     right = rng.integers(0, 5, 50).astype(float)

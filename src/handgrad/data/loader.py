@@ -27,7 +27,7 @@ import numpy as np
 from handgrad.core.errors import HandgradError
 from handgrad.data.draws import Draws, below, hashed
 from handgrad.data.labels import Labels
-from handgrad.data.meta import common_meta
+from handgrad.data.meta import check_labels, common_meta
 from handgrad.data.objectives import EMPTY, Causal, Objective, check_names
 from handgrad.data.packing import Packing
 from handgrad.data.shards import MARK, open_shard
@@ -160,6 +160,7 @@ class Tokens:
         self.overfit = overfit
         self.shards = [open_shard(path) for path in paths]
         described = common_meta(paths)
+        check_labels(paths)
         self.folder = described[0] if described else paths[0].parent
         self.meta = described[1] if described else None
         if (self.meta or {}).get("labels") and not isinstance(objective, Labels):

@@ -76,6 +76,15 @@ def _of_values(values: object, record: object, pairs: bool, source: object) -> L
     return Labelled((VALUE,), record, pairs, tuple(map(float, values)))
 
 
+def check_labels(paths: Iterable[Path]) -> None:
+    """Raises HandgradError if two folders of these shards have other labels: a record gives its label by an index."""
+    (first, known), *others = ((f, labelled(read_meta(f), f)) for f in dict.fromkeys(path.parent for path in paths))
+    for folder, other in others:
+        if other != known:
+            rule = f"one set has the labels of {first / META}"
+            raise HandgradError("data", rule, f"others in {folder / META}", hint="a mixture: --train A,B")
+
+
 def read_json(path: Path, hint: str) -> dict | None:
     """Returns the object in a small JSON file, or None if there is no file. Raises HandgradError for anything else."""
     return read_object(path, "data", MOST_OF_TOKENIZER, hint) if os.path.exists(path) else None
