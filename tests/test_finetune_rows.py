@@ -320,3 +320,17 @@ def test_a_folder_with_a_tokenizer_alone(here, capsys):
     assert (here / "out" / OWN).read_text() == TEMPLATES["chatml"].read_text()
     Path("tokens/config.json").write_text("{}")  # a model's
     assert chat("a.jsonl", "--replace") == 2 and "but got 'tokens', which holds no complete checkpoint" in error(capsys)
+
+
+def test_a_run_folder_without_settings_is_a_model(here, capsys):
+    """As `handgrad convert` writes it: a checkpoint, beside a tokenizer.json."""
+    assert chat(write("a.jsonl", ROWS["messages"])) == 0
+    sizes = (
+        "--preset smollm2-135m --num-layers 1 --num-heads 2 --num-kv-heads 1 --hidden-size 8 --head-size 4 --mlp-size 8"
+    )
+    train = f"train --train out {sizes} --max-seq-len 64 --micro-batch 1 --steps 1 --sample-tokens 0 --out run --backend cpu"
+    for command in (train, "convert run hf", "convert hf again", "data chat a.jsonl --model again --out two"):
+        capsys.readouterr()
+        assert main(command.split()) == 0
+    assert "train --init again --train two --lr" in capsys.readouterr().out  # no sequence of the model is longer
+    assert not (here / "again" / "config.json").exists() and shards("two") == shards("out")

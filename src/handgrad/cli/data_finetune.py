@@ -12,6 +12,7 @@ from handgrad.cli.data_shards import Shards, bar
 from handgrad.cli.data_tokenizer import Files, MoreFiles, tokenizer_of
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
+from handgrad.io import newest
 
 OnError = Literal["stop", "skip"]
 LEARNED = "⟦", "⟧"
@@ -155,5 +156,6 @@ def is_tokenizer(word: str) -> bool:
     return (
         os.path.isdir(folder)
         and not (folder / "config.json").exists()
+        and newest(folder) is None
         and any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt"))
     )
