@@ -283,6 +283,17 @@ def test_every_reader_gets_the_average(tmp_path, capsys):
     assert "gives interpolation as a number between 0 and 1, but got 1.5" in capsys.readouterr().err
 
 
+def test_who_moves_no_weights_waits_for_no_checkpoint(shards, monkeypatch):
+    """A writer may read weights in place. An evaluation or a sample that puts nothing there does not wait for it."""
+    for optim, waits in ((AdamW(), 0), (ScheduleFree(), 2)):
+        run, waited = trainer(shards, optim), []
+        run.step(1, LR)
+        monkeypatch.setattr(run._writer, "wait_until_read", lambda waited=waited: waited.append(1))
+        run.evaluate(hg.data.tokens(shards, 8, 32), 64)
+        run.generate([1], 2)
+        assert len(waited) == waits
+
+
 def test_settings():
     chosen = OptimConfig("schedule_free", beta1=0.95)
     assert optimizer_of(chosen) == ScheduleFree((0.95, 0.99))

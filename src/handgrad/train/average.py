@@ -41,6 +41,11 @@ class Average:
         self._arena = arena
         self._weights: dict[Tensor, np.ndarray] = {}  # while the average is in their place
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is an average, so that `show` writes."""
+        return self._run is not None
+
     def show(self) -> None:
         """Puts the average in the place of the weights. All ranks call this."""
         if self._run is not None and not self._weights:

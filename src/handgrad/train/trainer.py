@@ -235,7 +235,8 @@ class Trainer:
         """Puts the average that an optimizer such as ScheduleFree trains in the place of the weights, until the next
         step. `evaluate` and `generate` call it, and whoever uses `scorer` does. All ranks call it, unless they hold
         whole optimizer states (zero 0)."""
-        self._writer.wait_until_read()
+        if self._average.is_kept and not self.backend.is_asynchronous:  # a checkpoint reads the weights in place
+            self._writer.wait_until_read()
         self._average.show()
 
     def evaluate(self, data: Data, max_tokens: int | None = None) -> float:
