@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,6 +293,18 @@ def test_who_moves_no_weights_waits_for_no_checkpoint(shards, monkeypatch):
         run.evaluate(hg.data.tokens(shards, 8, 32), 64)
         run.generate([1], 2)
         assert len(waited) == waits
+
+
+def test_a_step_is_not_charged_for_the_evaluation_before_it(shards):
+    """The weights that go back to their place are part of the evaluation, as validations are no part of a step."""
+    run, val = trainer(shards), hg.data.tokens(shards, 8, 32)
+    run.step(1, LR)
+    arena = run.arena
+    slow = SimpleNamespace(read=arena.read, write=lambda t, values: time.sleep(0.05) or arena.write(t, values))
+    run._average._arena = slow
+    assert run.step(2, LR).waited < 0.05
+    run.evaluate(val, 64)
+    assert run.step(3, LR).waited > 0.05 * len(run.program.trained)
 
 
 def test_settings():

@@ -38,7 +38,7 @@ class Average:
 
     def __init__(self, program: Program | None, backend: Backend, arena: Arena):
         self._run = None if program is None else backend.bind(program, arena)
-        self._arena = arena
+        self._backend, self._arena = backend, arena
         self._weights: dict[Tensor, np.ndarray] = {}  # while the average is in their place
 
     @property
@@ -53,8 +53,12 @@ class Average:
             self._weights = {t: np.array(self._arena.read(t)) for t in held}
             self._run.run()
 
-    def hide(self) -> None:
-        """Puts the weights back, if they are not there."""
+    def hide(self) -> float:
+        """Puts the weights back, if they are not there; returns the seconds that takes."""
+        if not self._weights:
+            return 0.0
+        begin = self._backend.mark()
         for t, values in self._weights.items():
             self._arena.write(t, values)
         self._weights = {}
+        return self._backend.seconds(begin, self._backend.mark())

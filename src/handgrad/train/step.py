@@ -10,7 +10,8 @@ class Step:
     loss: mean, in nats per token;  grad_norm: global L2 norm before clipping;  skipped: why there was no update, or ""
     skips: how many updates in a row have been skipped, this one included
     end: the backend's mark after the last launch of the step
-    waited: seconds in it that the host waited for a checkpoint to have read the weights
+    waited: seconds in it that belong to what was before: until a checkpoint had read the weights, and until these were
+        back in the place of their average
     exposed: seconds in it that computation waited for other ranks
     """
 

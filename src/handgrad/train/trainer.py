@@ -132,8 +132,8 @@ class Trainer:
         step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
         momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
         journal = self._open_journal()
-        self._average.hide()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
+        waited = self._average.hide()
         batches = [
             self.data.batch(
                 step - 1, self.ranks.rank, self.ranks.world, micro_batch=sequences, micro_step=k, names=names
@@ -153,11 +153,10 @@ class Trainer:
                 journal.write()
         if self.backend.is_asynchronous:
             self._writer.check()
-            waited = 0.0
         else:  # a checkpoint reads the weights in place
             before = self.backend.mark()
             self._writer.wait_until_read()
-            waited = self.backend.seconds(before, self.backend.mark())
+            waited += self.backend.seconds(before, self.backend.mark())
         guarded, self.is_torn = self.execution.guard.is_on, True
         # a guard: the host decides on the update; else the norm's kernel does, which knows what is not finite
         self._run(self._train, segments.norm if guarded else segments.norm_update)
