@@ -26,6 +26,19 @@ TOOLS = [
 ]
 
 
+def call(name, arguments):
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALLS = [
+    MESSAGES[1],
+    {"role": "assistant", "content": "", "tool_calls": [call("sky", {"of": "Köln", "days": [1, 2]}), call("now", {})]},
+    *TOOLS[-3:],
+    {"role": "user", "content": SECOND},
+    {"role": "assistant", "content": ONE, "tool_calls": [{"name": "sum", "arguments": '{"x": 2}'}]},
+]
+
+
 def expected(name):
     """What each family's own template writes of MESSAGES, by hand; the assistant's text between « and »."""
     one, two, first = ONE.strip(), TWO.strip(), FIRST.strip()
@@ -76,6 +89,7 @@ def test_ids_and_masks_are_those_of_transformers(made, name, tmp_path):
     (tmp_path / "plain.jinja").write_text(unmarked(name))
     ours, plain = encoder(made[name], name), encoder(made[name], str(tmp_path / "plain.jinja"))
     chats = [MESSAGES, MESSAGES[1:], MESSAGES[1:3]] + ([TOOLS] if name in ("llama3", "qwen2.5", "chatml") else [])
+    chats += [CALLS] if name == "qwen2.5" else []
     rows = [(f"row {n}", chat, None) for n, chat in enumerate(chats)]
     for chat, (ids, mask), (same, derived) in zip(chats, ours.encode(rows), plain.encode(rows), strict=True):
         want = fast.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
@@ -89,6 +103,29 @@ def test_ids_and_masks_are_those_of_transformers(made, name, tmp_path):
     ids, mask = ours.encode(rows)[0]
     assert ids.tolist() == encoded.ids
     assert mask.tolist() == [bool(own & set(range(*offsets))) for offsets in encoded.offsets]
+
+
+def test_tool_calls_are_learned(made, tmp_path):
+    """As Qwen2.5 writes them. Its own template has no blocks, and no line for a content that is empty."""
+    source = """{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content if m.content }}
+    {%- for call in m.tool_calls %}{% set call = call.function or call %}
+{{ '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+    {{- call.arguments if call.arguments is string else call.arguments | tojson }}{{ '}\n</tool_call>' }}
+    {%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    (tmp_path / "own.jinja").write_text(source)
+    sky = '<tool_call>\n{"name": "sky", "arguments": {"of": "Köln", "days": [1, 2]}}\n</tool_call>\n'
+    now = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>'
+    added = f'{ONE}\n<tool_call>\n{{"name": "sum", "arguments": {{"x": 2}}}}\n</tool_call><|im_end|>'
+    for template in ("qwen2.5", str(tmp_path / "own.jinja")):
+        ours = encoder(made["qwen2.5"], template)
+        [(ids, mask)] = ours.encode([("a row", CALLS, None)])
+        runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)[1::2]
+        assert [ours.tokenizer.decode(run) for run in runs] == [sky + now, "Go out<|im_end|>", added]
+    bare = [USER, REPLY | {"content": "", "tool_calls": [{"name": "now"}, call("now", "")]}]
+    ours = encoder(made["qwen2.5"], "qwen2.5")
+    [(ids, mask)] = ours.encode([("a row", bare, None)])
+    assert ours.tokenizer.decode(ids[mask > 0]) == now.replace("<|im_end|>", "\n") + now  # arguments are an object
 
 
 def test_a_models_own_template_and_its_special_tokens(made, tmp_path):

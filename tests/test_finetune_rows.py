@@ -121,6 +121,18 @@ def test_keys_that_a_table_adds_are_not_there(here):
     assert chat(write("dated.parquet", dated)) == 0
 
 
+def test_tool_calls_without_content(here):
+    """OpenAI's form: the content is null, or not there; what templates get is an empty text."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    said = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "assistant", "tool_calls": calls}]
+    rows = [{"messages": [USUAL[0][0], message, {"role": "tool", "content": "2"}]} for message in said]
+    for ending in ("jsonl", "parquet"):
+        for messages, _ in chats_in(write(f"a.{ending}", rows)):
+            assert messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
+    [(messages, _)] = chats_in(write("b.jsonl", [{"messages": [*USUAL[0], USUAL[0][1] | {"tool_calls": None}]}]))
+    assert messages[2] == USUAL[0][1]
+
+
 TEXTS = [{"text": f"the cat {n}", "label": n % 2, "other": None} for n in range(40)]
 
 
@@ -170,10 +182,14 @@ def test_files_of_validation(here, capsys):
 # bad rows -------------------------------------------------------------------------------------------------------------
 
 USER, SYSTEM = {"role": "user", "content": "a"}, {"role": "system", "content": "a"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": "{}"}]}
 BAD_CHATS = {
     "role": ({"messages": [USER, {"role": "alien", "content": "b"}]}, "the role of message 2 is one of"),
     "system alone": ({"messages": [SYSTEM]}, "a row must have a token of the assistant's, but got none of"),
     "no content": ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2"),
+    "no calls": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "message 2"),
+    "calls": ({"messages": [USER, CALLING]}, "the template .* must write tool calls, but got those of message 2 left"),
+    "calls and text": ({"messages": [USER, CALLING | {"content": "a"}]}, "the template .* must write tool calls"),
     "tools": ({"messages": USUAL[0], "tools": [{"f": 1}]}, "the template .* has no place for tools"),
     "from": ({"conversations": [{"from": "alien", "value": "b"}]}, "the role of message 1 is one of"),
     "input": ({"instruction": "a", "input": 3, "output": "b"}, "the content of message 1 is a text, but got a list"),

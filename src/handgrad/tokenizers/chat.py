@@ -3,7 +3,7 @@ the assistant's: its contents, and the tokens that end its turns.
 
 A template is a Jinja program, run in a sandbox with what transformers gives it. {% generation %} blocks say which text
 is the assistant's. Without them, each turn is found in the text: it begins where the prompt of a reply would end, and
-its content ends where the text stops to depend on it.
+its content, tool calls included, ends where the text stops to depend on it.
 """
 
 import json
@@ -153,6 +153,7 @@ class ChatEncoder:
         if tools and "tools" not in self.source:
             raise HandgradError("chat", f"{where}: the template {self.name} has no place for tools", "a row with tools")
         marks = _marks([messages, tools])
+        self._check_calls(where, messages, tools)
         if not self._has_blocks:
             text = self._render(where, messages, tools)
             turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -163,12 +164,24 @@ class ChatEncoder:
             text += piece
         return text, spans
 
+    def _check_calls(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """Raises HandgradError for tool calls that the template leaves out: what is left of such a turn is empty."""
+        calling = [place for place, message in enumerate(messages) if message.get("tool_calls")]
+        text = self._render(where, messages, tools) if calling else ""
+        for place in calling:
+            try:
+                without = self._render(where, _replaced(messages, place, messages[place]["content"]), tools)
+            except HandgradError:  # it takes no such chat without them
+                continue
+            if text == without:
+                rule = f"{where}: the template {self.name} must write tool calls"
+                raise HandgradError("chat", rule, f"those of message {place + 1} left out", hint="another --template")
+
     def _turn(
         self, where: str, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, place: int, mark: str
     ) -> Span:
         """Returns where a turn of the assistant lies in the text of a chat: what follows its header, to its end."""
-        changed = [*messages[:place], {**messages[place], "content": mark}, *messages[place + 1 :]]
-        before, found, after = self._render(where, changed, tools).partition(mark)
+        before, found, after = self._render(where, _replaced(messages, place, mark), tools).partition(mark)
         content = len(before) if text.startswith(before) else -1
         begin, end = self._reply(messages[:place], tools, text, content), len(text) - len(after)
         if not found or not text.endswith(after) or not 0 <= begin <= end:
@@ -200,6 +213,12 @@ class ChatEncoder:
             return self._template.render(**self.tokens | given)
         except Exception as error:  # whatever a program of somebody else's raises
             raise HandgradError("chat", f"{where}: the template {self.name} must write it", one_line(error)) from None
+
+
+def _replaced(messages: Sequence[Message], place: int, content: str) -> list[Message]:
+    """Returns the messages, the one at `place` with another content, and without tool calls."""
+    rest = {key: value for key, value in messages[place].items() if key != "tool_calls"}
+    return [*messages[:place], rest | {"content": content}, *messages[place + 1 :]]
 
 
 def _marks(*values: Any) -> str:

@@ -76,6 +76,9 @@ def _message(message: Any, number: int, where: str) -> dict[str, Any]:
         said = message["from"]
         role = SHAREGPT.get(said, said) if isinstance(said, str) else said
         message = {"role": role, "content": message["value"], **rest}
+    if isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls"):
+        said = message.get("content")  # null or absent in OpenAI's form
+        message = message | {"content": "" if said is None else said}
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise HandgradError("data", f"{where}: message {number} has a role and a content", json_kind(message))
     if message["role"] not in ROLES:
