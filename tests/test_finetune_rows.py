@@ -61,7 +61,7 @@ def labels(*words, out="out"):
 
 def chats_in(name):
     """(messages, tools) of every row of a file."""
-    return [row[1:] for _, job in rows_of(Path(name), chats("stop")) for row in job.read(*job.arguments)]
+    return [row[1:3] for _, job in rows_of(Path(name), chats("stop")) for row in job.read(*job.arguments)]
 
 
 def shards(folder, split="*"):
@@ -99,6 +99,20 @@ def test_formats_of_chats_give_the_same_shards(here, layout):
     for ending in ENDINGS:
         assert chat(write(f"a.{ending}", ROWS[layout]), out=ending) == 0
         assert shards(ending) == shards("want") and len(shards(ending)) == 4
+
+
+def test_prompts_and_completions_of_messages(here):
+    """TRL's: the ids are those of the whole chat, and of its replies the completion's alone are learned."""
+    talks = [[*USUAL[n], *USUAL[n + 1], *USUAL[n + 2]] for n in range(4)]
+    rows = [{"prompt": messages[:3], "completion": messages[3:]} for messages in talks]
+    assert chat(write("whole.jsonl", [{"messages": messages} for messages in talks]), out="whole") == 0
+    whole = data.read_meta("whole")["train"]
+    for ending in ("jsonl", "parquet"):
+        assert chat(write(f"a.{ending}", rows), out=ending) == 0
+        ids = {name: raw for name, raw in shards(ending).items() if name.endswith("bin")}
+        assert ids.items() <= shards("whole").items() and ids
+        assert data.read_meta(ending)["train"] == whole | {"assistant": whole["assistant"] * 2 // 3}
+        assert [messages for messages, _ in chats_in(f"a.{ending}")] == talks
 
 
 def test_roles_of_sharegpt():
@@ -192,6 +206,11 @@ BAD_CHATS = {
     "calls and text": ({"messages": [USER, CALLING | {"content": "a"}]}, "the template .* must write tool calls"),
     "tools": ({"messages": USUAL[0], "tools": [{"f": 1}]}, "the template .* has no place for tools"),
     "from": ({"conversations": [{"from": "alien", "value": "b"}]}, "the role of message 1 is one of"),
+    "completion": (
+        {"prompt": USUAL[0], "completion": [USER]},
+        "a row must have a token of the assistant's, but got none",
+    ),
+    "half a chat": ({"prompt": [USER], "completion": "b"}, "the content of message 1 is a text, but got a list"),
     "input": ({"instruction": "a", "input": 3, "output": "b"}, "the content of message 1 is a text, but got a list"),
     "no column": ({"text": "a"}, "a row has a list of messages, or prompt and completion, but got an object with"),
 }

@@ -28,7 +28,8 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>|</?s>|<[be]os>")  # what can only be meant as one token
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 Message = Mapping[str, Any]
-Chat = tuple[str, Sequence[Message], Sequence[Any] | None]  # its place for errors, its messages, the tools it may use
+Chat = tuple[str, Sequence[Message], Sequence[Any] | None, int]
+"""Its place for errors, its messages, the tools it may use, and how many of the first messages are a prompt's."""
 Span = tuple[int, int]  # of characters
 
 
@@ -48,7 +49,7 @@ class ChatEncoder:
     >>> from handgrad.tokenizers import gpt2
     >>> own = OwnTemplate(source="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     >>> encoder = ChatEncoder(gpt2(), own)
-    >>> [(ids, mask)] = encoder.encode([("a chat", PROBE, None)])
+    >>> [(ids, mask)] = encoder.encode([("a chat", PROBE, None, 0)])
     >>> ids.tolist(), mask.tolist(), encoder.ends
     ([64, 50256, 65, 50256], [0, 0, 1, 1], (50256,))
     """
@@ -77,7 +78,7 @@ class ChatEncoder:
         self.ends = self._find_ends()
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's) of each chat.
+        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's, 0 for those of a prompt) of each chat.
 
         A special token that a message spells becomes that token, as in transformers. Raises HandgradError, with the
         chat's place, if the template cannot write it or its turns cannot be told apart.
@@ -131,7 +132,7 @@ class ChatEncoder:
 
     def _find_ends(self) -> tuple[int, ...]:
         try:
-            [(ids, mask)] = self.encode([("a chat", PROBE, None)])
+            [(ids, mask)] = self.encode([("a chat", PROBE, None, 0)])
         except HandgradError:  # it takes no such chat, or does not say what is the assistant's
             return ()
         last = ids[mask > 0][-1:].tolist()
@@ -148,21 +149,29 @@ class ChatEncoder:
             rule = f"the template {self.name} writes special tokens that {name} has"
             raise HandgradError("chat", rule, f"no {', '.join(missing)}", hint="another --template, or another model")
 
-    def _write(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
-        """Returns the text of a chat, and which of it is the assistant's."""
+    def _write(
+        self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, num_prompt: int
+    ) -> tuple[str, list[Span]]:
+        """Returns the text of a chat, and which of it is the assistant's, but for its first `num_prompt` messages."""
         if tools and "tools" not in self.source:
             raise HandgradError("chat", f"{where}: the template {self.name} has no place for tools", "a row with tools")
         marks = _marks([messages, tools])
         self._check_calls(where, messages, tools)
         if not self._has_blocks:
             text = self._render(where, messages, tools)
-            turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [n for n, message in enumerate(messages) if n >= num_prompt and message["role"] == "assistant"]
             return text, [self._turn(where, text, messages, tools, place, marks[0]) for place in turns]
         text, spans = "", []
         for place, piece in enumerate(re.split(f"[{marks}]", self._render(where, messages, tools, marks))):
             spans += [(len(text), len(text) + len(piece))] if place % 2 else []
             text += piece
-        return text, spans
+        return text, spans[self._blocks(where, messages[:num_prompt], tools, marks) :]
+
+    def _blocks(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, marks: str) -> int:
+        """Returns how many blocks the template writes of a prompt."""
+        if all(message["role"] != "assistant" for message in messages):  # a template may take no such messages alone
+            return 0
+        return self._render(where, messages, tools, marks).count(marks[0])
 
     def _check_calls(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
         """Raises HandgradError for tool calls that the template leaves out: what is left of such a turn is empty."""
