@@ -355,3 +355,15 @@ def test_a_folder_with_a_tokenizer_alone(here, capsys):
     assert (here / "out" / OWN).read_text() == TEMPLATES["chatml"].read_text()
     Path("tokens/config.json").write_text("{}")  # a model's
     assert chat("a.jsonl", "--replace") == 2 and "but got 'tokens', which holds no complete checkpoint" in error(capsys)
+
+
+def test_gpt2_is_no_folder(here, capsys):
+    """A folder of that name has no say: not its template, not its special tokens."""
+    write("a.jsonl", ROWS["messages"])
+    shutil.copytree("tokens", "gpt2")
+    words = "data chat a.jsonl --model gpt2 --out out".split()
+    assert main(words) == 2 and "gpt2 holds a chat template, in " in error(capsys)
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert main([*words, "--template", "t.jinja"]) == 0
+    meta = data.read_meta("out")
+    assert (meta["vocab_size"], meta["chat"]["tokens"]) == (50257, {"eos_token": "<|endoftext|>"})
