@@ -89,7 +89,7 @@ def test_ids_and_masks_are_those_of_transformers(made, name, tmp_path):
     (tmp_path / "plain.jinja").write_text(unmarked(name))
     ours, plain = encoder(made[name], name), encoder(made[name], str(tmp_path / "plain.jinja"))
     chats = [MESSAGES, MESSAGES[1:], MESSAGES[1:3]] + ([TOOLS] if name in ("llama3", "qwen2.5", "chatml") else [])
-    chats += [CALLS] if name == "qwen2.5" else []
+    chats += [[*MESSAGES[1:2], REPLY | {"content": ""}]] + ([CALLS] if name == "qwen2.5" else [])
     rows = [(f"row {n}", chat, None, 0) for n, chat in enumerate(chats)]
     for chat, (ids, mask), (same, derived) in zip(chats, ours.encode(rows), plain.encode(rows), strict=True):
         want = fast.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)

@@ -273,6 +273,26 @@ def test_bad_labels_are_counted_once(here, capsys, ending):
     assert meta["skipped"] == 3 and meta["labels"] == ["0", "1"]
 
 
+def changed(raw, at):
+    """Bytes of which four are others."""
+    return raw[:at] + bytes(byte ^ 0x5A for byte in raw[at:][:4]) + raw[at:][4:]
+
+
+def zipped(rows):
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_a_text_that_is_no_utf8(here, capsys):
+    """A column of a table may hold any bytes; with --on-error skip the row is left out, and counted."""
+    said = pa.array([b"Hello 1", b"\xff\xfe", b"Hello 2"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, said.buffers())
+    pq.write_table(pa.table({"prompt": column, "completion": ["us"] * 3}), "a.parquet")
+    assert chat("a.parquet") == 2 and "a.parquet must be readable and whole, but got 'utf-8' codec" in error(capsys)
+    good = write("good.jsonl", [{"prompt": f"Hello {n}", "completion": "us"} for n in (1, 2)])
+    assert chat("a.parquet", "--on-error", "skip") == chat(good, out="good") == 0
+    assert shards("out") == shards("good") and data.read_meta("out")["skipped"] == 1
+
+
 COLUMNS = (
     "must have a column 'messages', or 'conversations', or 'prompt' and 'completion', or 'instruction' and 'output'"
 )
@@ -286,6 +306,21 @@ BAD_FILES = {  # name: (how it is made, what is said for chats, for labels)
         lambda name: write(name, [{"body": "a"}]),
         f"other.parquet {COLUMNS}, but got body.",
         "other.parquet must have a column 'text' and 'label', but got body. hint: --column and --label name other columns",
+    ),
+    "changed.parquet": (
+        lambda name: Path(name).write_bytes(changed(Path(write(name, ROWS["prompt"])).read_bytes(), at=4)),
+        "changed.parquet must be readable and whole, but got ",
+        "changed.parquet must have a column 'text' and 'label'",
+    ),
+    "cut.jsonl.gz": (
+        lambda name: Path(name).write_bytes(zipped(TEXTS + ROWS["prompt"])[:-9]),
+        "cut.jsonl.gz must be readable and whole, but got Compressed file ended",
+        "cut.jsonl.gz must be readable and whole, but got Compressed file ended",
+    ),
+    "changed.jsonl.gz": (
+        lambda name: Path(name).write_bytes(changed(zipped(TEXTS + ROWS["prompt"]), at=-8)),  # the checksum
+        "changed.jsonl.gz must be readable and whole, but got CRC check failed",
+        "changed.jsonl.gz must be readable and whole, but got CRC check failed",
     ),
     "empty.parquet": (
         lambda name: Path(name).write_bytes(b""),
