@@ -2,7 +2,7 @@
 
 backends/cpu/library.py picks the variant when it opens the library, so one build serves every x86-64 machine. For other
 processors this script builds only the portable variant. CC is the compiler, with its flags if need be: what it compiles
-for decides, not the machine that builds, so a cross compiler works.
+for decides, not the machine that builds, so a cross compiler works. CFLAGS come after our own flags.
 """
 
 import os
@@ -50,6 +50,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-I" + str(CPU / "include"),
+    *shlex.split(os.environ.get("CFLAGS", "")),
 ]
 MANYLINUX = (2, 28)  # the glibc of the wheel's tag, and the libraries that every such system has
 EVERYWHERE = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"}

@@ -26,6 +26,19 @@ TOOLS = [
 ]
 
 
+def call(name, arguments):
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALLS = [
+    MESSAGES[1],
+    {"role": "assistant", "content": "", "tool_calls": [call("sky", {"of": "Köln", "days": [1, 2]}), call("now", {})]},
+    *TOOLS[-3:],
+    {"role": "user", "content": SECOND},
+    {"role": "assistant", "content": ONE, "tool_calls": [{"name": "sum", "arguments": '{"x": 2}'}]},
+]
+
+
 def expected(name):
     """What each family's own template writes of MESSAGES, by hand; the assistant's text between « and »."""
     one, two, first = ONE.strip(), TWO.strip(), FIRST.strip()
@@ -76,7 +89,8 @@ def test_ids_and_masks_are_those_of_transformers(made, name, tmp_path):
     (tmp_path / "plain.jinja").write_text(unmarked(name))
     ours, plain = encoder(made[name], name), encoder(made[name], str(tmp_path / "plain.jinja"))
     chats = [MESSAGES, MESSAGES[1:], MESSAGES[1:3]] + ([TOOLS] if name in ("llama3", "qwen2.5", "chatml") else [])
-    rows = [(f"row {n}", chat, None) for n, chat in enumerate(chats)]
+    chats += [[*MESSAGES[1:2], REPLY | {"content": ""}]] + ([CALLS] if name == "qwen2.5" else [])
+    rows = [(f"row {n}", chat, None, 0) for n, chat in enumerate(chats)]
     for chat, (ids, mask), (same, derived) in zip(chats, ours.encode(rows), plain.encode(rows), strict=True):
         want = fast.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
         assert ids.tolist() == want["input_ids"] == same.tolist()
@@ -91,6 +105,45 @@ def test_ids_and_masks_are_those_of_transformers(made, name, tmp_path):
     assert mask.tolist() == [bool(own & set(range(*offsets))) for offsets in encoded.offsets]
 
 
+@pytest.mark.parametrize("name", SPECIAL)
+def test_replies_of_a_prompt_are_not_learned(made, name, tmp_path):
+    """The mask is that of transformers, but for what its prompt of the first messages holds, as in TRL."""
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(made[name] / "tokenizer.json"))
+    fast.chat_template = TEMPLATES[name].read_text()
+    (tmp_path / "plain.jinja").write_text(unmarked(name))
+    want = fast.apply_chat_template(MESSAGES, return_assistant_tokens_mask=True, return_dict=True)
+    for template in (name, str(tmp_path / "plain.jinja")):
+        for count in (1, 2, 3, 4):
+            [(ids, mask)] = encoder(made[name], template).encode([("a row", MESSAGES, None, count)])
+            prompt = fast.apply_chat_template(MESSAGES[:count], add_generation_prompt=count % 2 == 0)["input_ids"]
+            learned = [0] * len(prompt) + want["assistant_masks"][len(prompt) :]
+            assert ids.tolist() == want["input_ids"] and mask.tolist() == learned and 0 < sum(learned)
+
+
+def test_tool_calls_are_learned(made, tmp_path):
+    """As Qwen2.5 writes them. Its own template has no blocks, and no line for a content that is empty."""
+    source = """{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content if m.content }}
+    {%- for call in m.tool_calls %}{% set call = call.function or call %}
+{{ '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+    {{- call.arguments if call.arguments is string else call.arguments | tojson }}{{ '}\n</tool_call>' }}
+    {%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    (tmp_path / "own.jinja").write_text(source)
+    sky = '<tool_call>\n{"name": "sky", "arguments": {"of": "Köln", "days": [1, 2]}}\n</tool_call>\n'
+    now = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>'
+    added = f'{ONE}\n<tool_call>\n{{"name": "sum", "arguments": {{"x": 2}}}}\n</tool_call><|im_end|>'
+    for template in ("qwen2.5", str(tmp_path / "own.jinja")):
+        ours = encoder(made["qwen2.5"], template)
+        [(ids, mask)] = ours.encode([("a row", CALLS, None, 0)])
+        runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)[1::2]
+        assert [ours.tokenizer.decode(run) for run in runs] == [sky + now, "Go out<|im_end|>", added]
+    bare = [USER, REPLY | {"content": "", "tool_calls": [{"name": "now"}, call("now", "")]}]
+    ours = encoder(made["qwen2.5"], "qwen2.5")
+    [(ids, mask)] = ours.encode([("a row", bare, None, 0)])
+    assert ours.tokenizer.decode(ids[mask > 0]) == now.replace("<|im_end|>", "\n") + now  # arguments are an object
+
+
 def test_a_models_own_template_and_its_special_tokens(made, tmp_path):
     """tokenizer_config.json, a list of templates in it, and chat_template.jinja, which goes before."""
     folder = tmp_path
@@ -100,13 +153,13 @@ def test_a_models_own_template_and_its_special_tokens(made, tmp_path):
     start, end = (encoder(made["chatml"], "chatml")._library.token_to_id(t) for t in about_texts(about))
     for template in (source, [{"name": "tools", "template": "x"}, {"name": "default", "template": source}]):
         (folder / "tokenizer_config.json").write_text(json.dumps(about | {"chat_template": template}))
-        [(ids, mask)] = encoder(folder).encode([("a row", [dict(m, content="us") for m in MESSAGES[1:3]], None)])
+        [(ids, mask)] = encoder(folder).encode([("a row", [dict(m, content="us") for m in MESSAGES[1:3]], None, 0)])
         us = ids[1]
         assert ids.tolist() == [start, us, end, us, end] and mask.tolist() == [0, 0, 0, 1, 1]
     (folder / OWN).write_text(
         "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}A: {{ m.content }}{% endfor %}"
     )
-    [(ids, mask)] = encoder(folder).encode([("a row", MESSAGES[1:3], None)])
+    [(ids, mask)] = encoder(folder).encode([("a row", MESSAGES[1:3], None, 0)])
     assert tokenizers.from_file(folder / "tokenizer.json").decode(ids[mask > 0]) == ONE  # the header is not its own
 
 
@@ -122,7 +175,7 @@ def test_a_template_that_changes_earlier_turns(made, tmp_path):
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     (tmp_path / "t.jinja").write_text(source)
-    [(ids, mask)] = encoder(made["chatml"], str(tmp_path / "t.jinja")).encode([("a row", MESSAGES, None)])
+    [(ids, mask)] = encoder(made["chatml"], str(tmp_path / "t.jinja")).encode([("a row", MESSAGES, None, 0)])
     text = tokenizers.from_file(made["chatml"] / "tokenizer.json")
     runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)[1::2]
     assert [text.decode(run) for run in runs] == [f"{ONE}<|im_end|>", f"(thinks) {TWO}<|im_end|>"]
@@ -131,7 +184,7 @@ def test_a_template_that_changes_earlier_turns(made, tmp_path):
 def test_marks_in_a_message_are_text(made):
     """The characters that stand for the ends of blocks are others where a message has them."""
     chat = [{"role": "user", "content": "\ue000\ue001"}, {"role": "assistant", "content": "\ue002 a"}]
-    [(ids, mask)] = encoder(made["chatml"], "chatml").encode([("a row", chat, None)])
+    [(ids, mask)] = encoder(made["chatml"], "chatml").encode([("a row", chat, None, 0)])
     assert tokenizers.from_file(made["chatml"] / "tokenizer.json").decode(ids[mask > 0]) == "\ue002 a<|im_end|>"
 
 
@@ -160,7 +213,7 @@ def test_shards_and_marks_hold_every_row_once(made, tmp_path, capsys):
     assert chat(made["chatml"], source, "--shard-tokens", "700", "--val-fraction", "0.1", out=out) == 0
     said, meta = capsys.readouterr().out, json.loads((out / "meta.json").read_text())
     want = encoder(made["chatml"], "chatml").encode(
-        [(str(n), chat_in(row, "")[1], None) for n, row in enumerate(rows())]
+        [(str(n), chat_in(row, "")[1], None, 0) for n, row in enumerate(rows())]
     )
     held = {"train": [n for n in range(40) if n % 10], "val": [n for n in range(40) if n % 10 == 0]}
     for split, numbers in held.items():

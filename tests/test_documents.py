@@ -297,6 +297,24 @@ def test_resume_is_bit_for_bit(folder, tmp_path, packing):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_start_counts_rows_that_are_cut(folder, tmp_path, capsys):
+    """Those longer than a sequence, and those of which nothing of the assistant's is left."""
+    marks = hg.data.open_shard(folder / "train_000000.mask").read()
+    row_marks = np.split(marks, np.flatnonzero(marks & BEGINS)[1:])
+    length = sorted(map(len, row_marks))[4]  # of a row that just fits
+    cut = [row for row in row_marks if len(row) > length]
+    lost = [row for row in cut if not (row[:length] == LEARNED).any()]
+    assert len(row_marks) > len(cut) > len(lost) > 0
+    assert train(config(folder, tmp_path / "run", seq_len=length - 1, batch_tokens=2 * length - 2, steps=1)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    left = f"{len(lost)} of them left out: no token of the assistant's remains"
+    assert re.search(
+        rf"48 rows in \d+ windows, [\d.]+ % full; {len(cut)} longer than {length} tokens and cut, {left}", said
+    )
+    with pytest.raises(HandgradError, match="one of 48 rows must have .* among its first 9, but got none. hint: use a"):
+        train(config(folder, tmp_path / "short", seq_len=8, batch_tokens=16), quiet=True)
+
+
 def test_rows_of_chats_padded(folder, tmp_path, capsys):
     """The start says how full the windows are and how to fill them; validation has the same loss; and a text has no
     rows to pad."""

@@ -61,7 +61,7 @@ def labels(*words, out="out"):
 
 def chats_in(name):
     """(messages, tools) of every row of a file."""
-    return [row[1:] for _, job in rows_of(Path(name), chats("stop")) for row in job.read(*job.arguments)]
+    return [row[1:3] for _, job in rows_of(Path(name), chats("stop")) for row in job.read(*job.arguments)]
 
 
 def shards(folder, split="*"):
@@ -101,6 +101,20 @@ def test_formats_of_chats_give_the_same_shards(here, layout):
         assert shards(ending) == shards("want") and len(shards(ending)) == 4
 
 
+def test_prompts_and_completions_of_messages(here):
+    """TRL's: the ids are those of the whole chat, and of its replies the completion's alone are learned."""
+    talks = [[*USUAL[n], *USUAL[n + 1], *USUAL[n + 2]] for n in range(4)]
+    rows = [{"prompt": messages[:3], "completion": messages[3:]} for messages in talks]
+    assert chat(write("whole.jsonl", [{"messages": messages} for messages in talks]), out="whole") == 0
+    whole = data.read_meta("whole")["train"]
+    for ending in ("jsonl", "parquet"):
+        assert chat(write(f"a.{ending}", rows), out=ending) == 0
+        ids = {name: raw for name, raw in shards(ending).items() if name.endswith("bin")}
+        assert ids.items() <= shards("whole").items() and ids
+        assert data.read_meta(ending)["train"] == whole | {"assistant": whole["assistant"] * 2 // 3}
+        assert [messages for messages, _ in chats_in(f"a.{ending}")] == talks
+
+
 def test_roles_of_sharegpt():
     names = ["system", "human", "gpt", "observation", "tool", "user", "assistant"]
     row = {"conversations": [{"from": name, "value": "a", "weight": 1} for name in names]}
@@ -119,6 +133,18 @@ def test_keys_that_a_table_adds_are_not_there(here):
     assert found[0][0][-1]["tool_calls"] == calls[:1] and "tool_calls" not in found[2][0][-1]
     dated = [{"messages": [{**m, "when": datetime(2024, 1, 1)} for m in chat]} for chat in USUAL]
     assert chat(write("dated.parquet", dated)) == 0
+
+
+def test_tool_calls_without_content(here):
+    """OpenAI's form: the content is null, or not there; what templates get is an empty text."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    said = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "assistant", "tool_calls": calls}]
+    rows = [{"messages": [USUAL[0][0], message, {"role": "tool", "content": "2"}]} for message in said]
+    for ending in ("jsonl", "parquet"):
+        for messages, _ in chats_in(write(f"a.{ending}", rows)):
+            assert messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
+    [(messages, _)] = chats_in(write("b.jsonl", [{"messages": [*USUAL[0], USUAL[0][1] | {"tool_calls": None}]}]))
+    assert messages[2] == USUAL[0][1]
 
 
 TEXTS = [{"text": f"the cat {n}", "label": n % 2, "other": None} for n in range(40)]
@@ -170,12 +196,21 @@ def test_files_of_validation(here, capsys):
 # bad rows -------------------------------------------------------------------------------------------------------------
 
 USER, SYSTEM = {"role": "user", "content": "a"}, {"role": "system", "content": "a"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": "{}"}]}
 BAD_CHATS = {
     "role": ({"messages": [USER, {"role": "alien", "content": "b"}]}, "the role of message 2 is one of"),
     "system alone": ({"messages": [SYSTEM]}, "a row must have a token of the assistant's, but got none of"),
     "no content": ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2"),
+    "no calls": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "message 2"),
+    "calls": ({"messages": [USER, CALLING]}, "the template .* must write tool calls, but got those of message 2 left"),
+    "calls and text": ({"messages": [USER, CALLING | {"content": "a"}]}, "the template .* must write tool calls"),
     "tools": ({"messages": USUAL[0], "tools": [{"f": 1}]}, "the template .* has no place for tools"),
     "from": ({"conversations": [{"from": "alien", "value": "b"}]}, "the role of message 1 is one of"),
+    "completion": (
+        {"prompt": USUAL[0], "completion": [USER]},
+        "a row must have a token of the assistant's, but got none",
+    ),
+    "half a chat": ({"prompt": [USER], "completion": "b"}, "the content of message 1 is a text, but got a list"),
     "input": ({"instruction": "a", "input": 3, "output": "b"}, "the content of message 1 is a text, but got a list"),
     "no column": ({"text": "a"}, "a row has a list of messages, or prompt and completion, but got an object with"),
 }
@@ -238,6 +273,26 @@ def test_bad_labels_are_counted_once(here, capsys, ending):
     assert meta["skipped"] == 3 and meta["labels"] == ["0", "1"]
 
 
+def changed(raw, at):
+    """Bytes of which four are others."""
+    return raw[:at] + bytes(byte ^ 0x5A for byte in raw[at:][:4]) + raw[at:][4:]
+
+
+def zipped(rows):
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_a_text_that_is_no_utf8(here, capsys):
+    """A column of a table may hold any bytes; with --on-error skip the row is left out, and counted."""
+    said = pa.array([b"Hello 1", b"\xff\xfe", b"Hello 2"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, said.buffers())
+    pq.write_table(pa.table({"prompt": column, "completion": ["us"] * 3}), "a.parquet")
+    assert chat("a.parquet") == 2 and "a.parquet must be readable and whole, but got 'utf-8' codec" in error(capsys)
+    good = write("good.jsonl", [{"prompt": f"Hello {n}", "completion": "us"} for n in (1, 2)])
+    assert chat("a.parquet", "--on-error", "skip") == chat(good, out="good") == 0
+    assert shards("out") == shards("good") and data.read_meta("out")["skipped"] == 1
+
+
 COLUMNS = (
     "must have a column 'messages', or 'conversations', or 'prompt' and 'completion', or 'instruction' and 'output'"
 )
@@ -251,6 +306,21 @@ BAD_FILES = {  # name: (how it is made, what is said for chats, for labels)
         lambda name: write(name, [{"body": "a"}]),
         f"other.parquet {COLUMNS}, but got body.",
         "other.parquet must have a column 'text' and 'label', but got body. hint: --column and --label name other columns",
+    ),
+    "changed.parquet": (
+        lambda name: Path(name).write_bytes(changed(Path(write(name, ROWS["prompt"])).read_bytes(), at=4)),
+        "changed.parquet must be readable and whole, but got ",
+        "changed.parquet must have a column 'text' and 'label'",
+    ),
+    "cut.jsonl.gz": (
+        lambda name: Path(name).write_bytes(zipped(TEXTS + ROWS["prompt"])[:-9]),
+        "cut.jsonl.gz must be readable and whole, but got Compressed file ended",
+        "cut.jsonl.gz must be readable and whole, but got Compressed file ended",
+    ),
+    "changed.jsonl.gz": (
+        lambda name: Path(name).write_bytes(changed(zipped(TEXTS + ROWS["prompt"]), at=-8)),  # the checksum
+        "changed.jsonl.gz must be readable and whole, but got CRC check failed",
+        "changed.jsonl.gz must be readable and whole, but got CRC check failed",
     ),
     "empty.parquet": (
         lambda name: Path(name).write_bytes(b""),
@@ -334,3 +404,15 @@ def test_a_run_folder_without_settings_is_a_model(here, capsys):
         assert main(command.split()) == 0
     assert "train --init again --train two --lr" in capsys.readouterr().out  # no sequence of the model is longer
     assert not (here / "again" / "config.json").exists() and shards("two") == shards("out")
+
+
+def test_gpt2_is_no_folder(here, capsys):
+    """A folder of that name has no say: not its template, not its special tokens."""
+    write("a.jsonl", ROWS["messages"])
+    shutil.copytree("tokens", "gpt2")
+    words = "data chat a.jsonl --model gpt2 --out out".split()
+    assert main(words) == 2 and "gpt2 holds a chat template, in " in error(capsys)
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    assert main([*words, "--template", "t.jinja"]) == 0
+    meta = data.read_meta("out")
+    assert (meta["vocab_size"], meta["chat"]["tokens"]) == (50257, {"eos_token": "<|endoftext|>"})

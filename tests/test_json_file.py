@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from handgrad.cli.eval import results_in, run_data
+from handgrad.cli.eval import results_in, run_settings
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.data.meta import read_meta
@@ -65,7 +65,7 @@ def test_a_file_over_its_bound_is_not_read(path):
 # every file in which a reader expects an object, if it exists: the reader of a folder, the file's name
 READERS = {
     "config.json of a run": (lambda folder: saved_settings(from_names({"out": str(folder)})), "config.json"),
-    "config.json in eval": (run_data, "config.json"),
+    "config.json in eval": (lambda folder: run_settings(folder, "data"), "config.json"),
     "eval.json": (lambda folder: results_in(folder / "eval.json"), "eval.json"),
     "run.json": (load_meta, "run.json"),
     "a report's objects": (lambda folder: object_in(folder / "config.json"), "config.json"),

@@ -3,7 +3,7 @@ the assistant's: its contents, and the tokens that end its turns.
 
 A template is a Jinja program, run in a sandbox with what transformers gives it. {% generation %} blocks say which text
 is the assistant's. Without them, each turn is found in the text: it begins where the prompt of a reply would end, and
-its content ends where the text stops to depend on it.
+its content, tool calls included, ends where the text stops to depend on it.
 """
 
 import json
@@ -28,7 +28,8 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>|</?s>|<[be]os>")  # what can only be meant as one token
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 Message = Mapping[str, Any]
-Chat = tuple[str, Sequence[Message], Sequence[Any] | None]  # its place for errors, its messages, the tools it may use
+Chat = tuple[str, Sequence[Message], Sequence[Any] | None, int]
+"""Its place for errors, its messages, the tools it may use, and how many of the first messages are a prompt's."""
 Span = tuple[int, int]  # of characters
 
 
@@ -48,7 +49,7 @@ class ChatEncoder:
     >>> from handgrad.tokenizers import gpt2
     >>> own = OwnTemplate(source="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     >>> encoder = ChatEncoder(gpt2(), own)
-    >>> [(ids, mask)] = encoder.encode([("a chat", PROBE, None)])
+    >>> [(ids, mask)] = encoder.encode([("a chat", PROBE, None, 0)])
     >>> ids.tolist(), mask.tolist(), encoder.ends
     ([64, 50256, 65, 50256], [0, 0, 1, 1], (50256,))
     """
@@ -77,7 +78,7 @@ class ChatEncoder:
         self.ends = self._find_ends()
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's) of each chat.
+        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's, 0 for those of a prompt) of each chat.
 
         A special token that a message spells becomes that token, as in transformers. Raises HandgradError, with the
         chat's place, if the template cannot write it or its turns cannot be told apart.
@@ -131,7 +132,7 @@ class ChatEncoder:
 
     def _find_ends(self) -> tuple[int, ...]:
         try:
-            [(ids, mask)] = self.encode([("a chat", PROBE, None)])
+            [(ids, mask)] = self.encode([("a chat", PROBE, None, 0)])
         except HandgradError:  # it takes no such chat, or does not say what is the assistant's
             return ()
         last = ids[mask > 0][-1:].tolist()
@@ -148,27 +149,48 @@ class ChatEncoder:
             rule = f"the template {self.name} writes special tokens that {name} has"
             raise HandgradError("chat", rule, f"no {', '.join(missing)}", hint="another --template, or another model")
 
-    def _write(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
-        """Returns the text of a chat, and which of it is the assistant's."""
+    def _write(
+        self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, num_prompt: int
+    ) -> tuple[str, list[Span]]:
+        """Returns the text of a chat, and which of it is the assistant's, but for its first `num_prompt` messages."""
         if tools and "tools" not in self.source:
             raise HandgradError("chat", f"{where}: the template {self.name} has no place for tools", "a row with tools")
         marks = _marks([messages, tools])
+        self._check_calls(where, messages, tools)
         if not self._has_blocks:
             text = self._render(where, messages, tools)
-            turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [n for n, message in enumerate(messages) if n >= num_prompt and message["role"] == "assistant"]
             return text, [self._turn(where, text, messages, tools, place, marks[0]) for place in turns]
         text, spans = "", []
         for place, piece in enumerate(re.split(f"[{marks}]", self._render(where, messages, tools, marks))):
             spans += [(len(text), len(text) + len(piece))] if place % 2 else []
             text += piece
-        return text, spans
+        return text, spans[self._blocks(where, messages[:num_prompt], tools, marks) :]
+
+    def _blocks(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, marks: str) -> int:
+        """Returns how many blocks the template writes of a prompt."""
+        if all(message["role"] != "assistant" for message in messages):  # a template may take no such messages alone
+            return 0
+        return self._render(where, messages, tools, marks).count(marks[0])
+
+    def _check_calls(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """Raises HandgradError for tool calls that the template leaves out: what is left of such a turn is empty."""
+        calling = [place for place, message in enumerate(messages) if message.get("tool_calls")]
+        text = self._render(where, messages, tools) if calling else ""
+        for place in calling:
+            try:
+                without = self._render(where, _replaced(messages, place, messages[place]["content"]), tools)
+            except HandgradError:  # it takes no such chat without them
+                continue
+            if text == without:
+                rule = f"{where}: the template {self.name} must write tool calls"
+                raise HandgradError("chat", rule, f"those of message {place + 1} left out", hint="another --template")
 
     def _turn(
         self, where: str, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, place: int, mark: str
     ) -> Span:
         """Returns where a turn of the assistant lies in the text of a chat: what follows its header, to its end."""
-        changed = [*messages[:place], {**messages[place], "content": mark}, *messages[place + 1 :]]
-        before, found, after = self._render(where, changed, tools).partition(mark)
+        before, found, after = self._render(where, _replaced(messages, place, mark), tools).partition(mark)
         content = len(before) if text.startswith(before) else -1
         begin, end = self._reply(messages[:place], tools, text, content), len(text) - len(after)
         if not found or not text.endswith(after) or not 0 <= begin <= end:
@@ -200,6 +222,12 @@ class ChatEncoder:
             return self._template.render(**self.tokens | given)
         except Exception as error:  # whatever a program of somebody else's raises
             raise HandgradError("chat", f"{where}: the template {self.name} must write it", one_line(error)) from None
+
+
+def _replaced(messages: Sequence[Message], place: int, content: str) -> list[Message]:
+    """Returns the messages, the one at `place` with another content, and without tool calls."""
+    rest = {key: value for key, value in messages[place].items() if key != "tool_calls"}
+    return [*messages[:place], rest | {"content": content}, *messages[place + 1 :]]
 
 
 def _marks(*values: Any) -> str:

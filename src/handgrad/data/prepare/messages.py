@@ -1,7 +1,7 @@
 """The layouts of a chat in a row, and the messages that each means.
 
 {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
-{"prompt": "1 + 1?", "completion": "2"}
+{"prompt": "1 + 1?", "completion": "2"}      TRL's; or each a list of messages
 {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}      ShareGPT's
 {"instruction": "Add.", "input": "1 + 1", "output": "2"}      Alpaca's
 """
@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant", "tool")
 LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 OTHERS = "or conversations, or instruction and output"
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # others are roles as they are
-Chat = tuple[str, list[dict[str, Any]], list[Any] | None]  # its place for errors, messages, tools
+Chat = tuple[str, list[dict[str, Any]], list[Any] | None, int]  # place for errors, messages, tools, those of a prompt
 
 
 def chats(on_error: str) -> Wanted:
@@ -27,13 +27,13 @@ def chats(on_error: str) -> Wanted:
 
 
 def chat_in(row: object, where: str) -> Chat:
-    """Returns the chat in a row. Raises HandgradError if there is none.
+    """Returns (where, messages, tools, how many of the first are a prompt's) of a row. HandgradError if it has none.
 
     >>> chat_in({"prompt": "1 + 1?", "completion": "2"}, "line 1")[1][1]
     {'role': 'assistant', 'content': '2'}
     """
     row = json_object(row, where)
-    found, tools = _listed(row), row.get("tools")
+    (found, num_prompt), tools = _listed(row), row.get("tools")
     if not isinstance(found, list) or not found:
         names = [name for name, value in row.items() if value is not None]
         got = f"an object with {', '.join(map(shown, names)) or 'neither'}" if found is None else "an empty list"
@@ -50,23 +50,25 @@ def chat_in(row: object, where: str) -> Chat:
         whole = whole_row({"messages": messages, "tools": tools})
     except RecursionError:
         raise HandgradError("data", f"{where}: must be JSON", "lists or objects nested too deeply") from None
-    return where, whole["messages"], whole["tools"]
+    return where, whole["messages"], whole["tools"], num_prompt
 
 
-def _listed(row: dict) -> Any:
-    """The messages of a row in any layout, as they stand there; None if it is in none."""
+def _listed(row: dict) -> tuple[Any, int]:
+    """Returns (messages of a row in any layout, as they stand there, None if it is in none; those of a prompt)."""
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
-            return row[name]
+            return row[name], 0
     asked, answer = "prompt", "completion"
     if not {asked, answer} <= row.keys():
         asked, answer = "instruction", "output"
     if not {asked, answer} <= row.keys():
-        return None
+        return None, 0
+    if asked == "prompt" and isinstance(row[asked], list) and isinstance(row[answer], list):
+        return row[asked] + row[answer], len(row[asked])
     said, more = row[asked], row.get("input") if asked == "instruction" else ""
     if more is not None and more != "":
         said = f"{said}\n{more}" if isinstance(said, str) and isinstance(more, str) else [said, more]
-    return [{"role": "user", "content": said}, {"role": "assistant", "content": row[answer]}]
+    return [{"role": "user", "content": said}, {"role": "assistant", "content": row[answer]}], 1
 
 
 def _message(message: Any, number: int, where: str) -> dict[str, Any]:
@@ -76,6 +78,9 @@ def _message(message: Any, number: int, where: str) -> dict[str, Any]:
         said = message["from"]
         role = SHAREGPT.get(said, said) if isinstance(said, str) else said
         message = {"role": role, "content": message["value"], **rest}
+    if isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls"):
+        said = message.get("content")  # null or absent in OpenAI's form
+        message = message | {"content": "" if said is None else said}
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise HandgradError("data", f"{where}: message {number} has a role and a content", json_kind(message))
     if message["role"] not in ROLES:
