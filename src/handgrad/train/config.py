@@ -19,7 +19,7 @@ SIZES = ("num_layers", "num_heads", "num_kv_heads", "hidden_size", "head_size", 
 DERIVED_SIZES = ("num_kv_heads", "head_size", "mlp_size")  # where they are 0, the others give them
 
 ScheduleName = Literal[
-    "", "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "step", "cosine_with_restarts"
+    "cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial", "step", "cosine_with_restarts"
 ]  # handgrad.optim.schedules.SCHEDULES
 STEPS = 2000  # of a run whose length is not given
 SCHEDULE_SETTINGS = ("cooldown", "cooldown_shape", "power", "cycles", "decay_every", "decay_factor")
@@ -141,8 +141,8 @@ class OptimConfig:
     """of muon: orthogonalise q, k and v head by head"""
     clip: float = 1.0
     """largest global gradient norm; 0: no clipping"""
-    schedule: ScheduleName = ""
-    """shape of the learning rate after warm-up; empty: cosine, and constant for schedule_free"""
+    schedule: ScheduleName | None = None
+    """shape of the learning rate after warm-up; None: cosine, and constant for schedule_free"""
     warmup: int | float | None = None
     """warm-up steps or, below 1, a fraction of all steps; None: 100, or a tenth of a run shorter than 1000"""
     final: float | None = None
