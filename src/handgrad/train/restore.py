@@ -9,7 +9,7 @@ import numpy as np
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import STATE, Program
-from handgrad.infer.load import averaged
+from handgrad.infer import averages
 from handgrad.io import checkpoint
 from handgrad.models import Model, from_dict, to_dict
 from handgrad.optim import Optimizer
@@ -105,9 +105,9 @@ def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: 
         else:
             arena.write_part(kind, p.params[name].tensor, values)
     if fresh and saved.get("interpolation"):
-        average_of = averaged(path, p, weights.__getitem__, saved)
+        read_average = averages.schedule_free(path, p, weights.__getitem__, saved)
         for name, info in p.params.items():
-            write_weight(arena, info.tensor, average_of(name))
+            write_weight(arena, info.tensor, read_average(name))
         return
     for name, average in ((name, average) for name in p.params for average in AVERAGES):
         if f"{average}.{name}" in mine and f"{average}.{name}" not in held:
