@@ -29,7 +29,7 @@ def class_metrics(
         logits.extend(encoder.logits_of([read for read, _ in part]).astype(np.float64))
         right.extend(label for _, label in part)
         done(len(right))
-    if len(encoder.labels) == 1:
+    if encoder.model.is_regression:
         return value_metrics(np.array(logits)[:, 0], np.array(right))
     given, wanted = [int(z.argmax()) for z in logits], [int(label) for label in right]
     losses = [float(np.logaddexp.reduce(z) - z[label]) for z, label in zip(logits, wanted)]

@@ -1,6 +1,6 @@
 """What reads an average of the weights from a checkpoint: that of --ema, or that of ScheduleFree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,10 @@ def ema(folder: Path, program: Program, read: Read) -> Read:
 
     Raises HandgradError if the checkpoint holds no average.
     """
-    held, params = checkpoint.state_names(folder), program.params.items()
-    names = {name: info.tensor.shape for name, info in params if f"{checkpoint.EMA}.{name}" in held}
-    if not names:
+    held = _state(folder, program, {checkpoint.EMA: "float32"})
+    if not held:
         raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
-    expected = {f"{checkpoint.EMA}.{name}": (shape, "float32") for name, shape in names.items()}
-    tensors = checkpoint.load_state(folder, expected, others=True)
-    return lambda name: tensors[f"{checkpoint.EMA}.{name}"] if name in names else read(name)
+    return lambda name: held[key] if (key := f"{checkpoint.EMA}.{name}") in held else read(name)
 
 
 def schedule_free(folder: Path, program: Program, read: Read, saved: dict) -> Read:
@@ -34,24 +31,24 @@ def schedule_free(folder: Path, program: Program, read: Read, saved: dict) -> Re
 
     saved: the checkpoint's run.json. Raises HandgradError if that is damaged.
     """
-    beta1, held = saved["interpolation"], checkpoint.state_names(folder)
+    beta1 = saved["interpolation"]
     if not isinstance(beta1, float) or not 0.0 < beta1 < 1.0:
         rule = f"{folder}/run.json gives interpolation as a number between 0 and 1"
         raise HandgradError("checkpoint", rule, repr(beta1), hint=checkpoint.OLDER)
-    kinds = {"z": "float64" if saved.get("stored") == "float64" else "float32", "low": "int16"}
-    expected = {
-        f"{vector}.{name}": (info.tensor.shape, kind)
-        for name, info in program.params.items()
-        for vector, kind in kinds.items()
-        if f"{vector}.{name}" in held
-    }
-    tensors = checkpoint.load_state(folder, expected, others=True)
+    held = _state(folder, program, {"z": "float64" if saved.get("stored") == "float64" else "float32", "low": "int16"})
 
     def read_x(name: str) -> np.ndarray:
         z, low, y = f"z.{name}", f"low.{name}", read(name)
-        if z not in expected:
+        if z not in held:
             return y
         y = y if y.dtype == np.float64 else y.astype(np.float32)
-        return average(join_weight(y, tensors[low]) if low in expected else y, tensors[z], beta1)
+        return average(join_weight(y, held[low]) if low in held else y, held[z], beta1)
 
     return read_x
+
+
+def _state(folder: Path, program: Program, kinds: dict[str, str]) -> Mapping[str, np.ndarray]:
+    """What a checkpoint holds of these flat vectors, whose dtypes are given, by the names of vector and parameter."""
+    names, params = checkpoint.state_names(folder), program.params.items()
+    wanted = {f"{v}.{name}": (info.tensor.shape, kind) for name, info in params for v, kind in kinds.items()}
+    return checkpoint.load_state(folder, {name: wanted[name] for name in wanted if name in names}, others=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
-from handgrad.core.truncate import cut_longest
+from handgrad.core.truncate import longest_first
 from handgrad.data.json_lines import json_kind, json_object, repaired
 from handgrad.data.meta import VALUE
 from handgrad.data.prepare.build import Part, Progress, Settings, build
@@ -149,7 +149,7 @@ class Records:
         if self.pairs:
             length, _, said = said.partition(" ")
             first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) :]))
-            a, b = cut_longest(len(first), len(second), self.record - 2)
+            a, b = longest_first(len(first), len(second), self.record - 2)
             found[1 : 1 + a], found[2 + a : 2 + a + b] = first[:a], second[:b]
         else:
             ids = self._ids(said, special)[: self.record - 1]
