@@ -195,10 +195,10 @@ def _labels(paths: Sequence[Path], columns: Columns, on_error: str, most: int) -
 
 def _row(row: object, where: str, columns: Columns) -> tuple[str, str, str]:
     """Returns (label, text, second text of a pair) of a row. Raises HandgradError if it lacks one."""
-    text = text_in(json_object(row, where), where, columns.text)
-    second = text_in(row, where, columns.pair) if columns.pair else ""
-    assert isinstance(row, dict)
-    return _label(row, columns, where), text, second
+    found = json_object(row, where)
+    text = text_in(found, where, columns.text)
+    second = text_in(found, where, columns.pair) if columns.pair else ""
+    return _label(found, columns, where), text, second
 
 
 def _label(row: dict, columns: Columns, where: str) -> str:
