@@ -158,7 +158,7 @@ def test_rows_that_are_no_pairs(rows, capsys, change, said):
     assert said in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_said(rows, capsys):
+def test_pairs_that_do_not_fit_are_refused(rows, capsys):
     assert prepare("--seq-len", "4") == 2
     assert "seq_len must be at least 5 tokens, but got 4" in capsys.readouterr().err
     release(transformers.BertForSequenceClassification, "one", type_vocab_size=1)
