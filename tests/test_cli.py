@@ -198,7 +198,7 @@ def test_completion_in_other_shells(name, capsys):
         (
             "train --schedule cosinus",
             "[train] --schedule takes one of cosine, linear, constant, wsd, inverse_sqrt, polynomial, step, "
-            "cosine_with_restarts, but got 'cosinus'. hint: did you mean cosine?",
+            "cosine_with_restarts or None, but got 'cosinus'. hint: did you mean cosine?",
         ),
         (
             "train fast",

@@ -24,15 +24,14 @@ def branch_step(saved: Config | None, c: Config, out: Path) -> int:
     o, before, steps = saved.optim, saved.run.steps, c.run.steps or 0
     if steps <= before:
         raise HandgradError("resume", f"--extend makes a run longer: --steps is above its {before}", steps)
-    kind = schedule_name(o)
-    begin = schedules.settled_until(kind, before, o.cooldown, o.decay_every)
+    begin = schedules.settled_until(schedule_name(o), before, o.cooldown, o.decay_every)
     if not begin:
         rule = "--extend needs a schedule whose rate does not depend on the length: wsd, constant or inverse_sqrt"
         rule += ", or step with --decay-every in steps"
         hint = f"--resume {out} --steps {steps} without it: the rate jumps, and the log says how"
-        raise HandgradError("resume", rule, kind, hint=hint)
-    if schedule_name(c.optim) != kind:
-        raise HandgradError("resume", f"--extend keeps the schedule of the run, {kind}", schedule_name(c.optim))
+        raise HandgradError("resume", rule, o.schedule, hint=hint)
+    if c.optim.schedule != o.schedule:
+        raise HandgradError("resume", f"--extend keeps the schedule of the run, {o.schedule}", c.optim.schedule)
     return begin
 
 

@@ -269,7 +269,8 @@ def settings_of(model: Model) -> dict[str, Any]:
 
 def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     """The settings with every 0, "auto", None and empty text replaced by what it stands for."""
-    steps, o, kind = num_steps(c, data), c.optim, schedule_name(c.optim)
+    steps, kind = num_steps(c, data), schedule_name(c.optim)
+    o = replace(c.optim, schedule=kind)
     own = {name: v for name, v in schedules.own_settings(kind).items() if getattr(o, name) is None}
     warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
     run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
@@ -280,7 +281,7 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens, documents=bounds),
-        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"schedule": kind, "warmup": warmup} | own),
+        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
         run=run,
         compute=replace(c.compute, **found),
         ranks=RanksConfig(),
