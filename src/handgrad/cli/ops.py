@@ -71,7 +71,7 @@ def support(ops: list[Op]) -> Table:
     backends = open_backend("cpu"), GpuPlanner("h100")
     table = Table("op", "oracle", *[b.name for b in backends], "gradient", "cases", box=None)
     for op in ops:
-        rule = "makes its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
+        rule = "its own" if op.starts_gradient else "rule" if type(op).backward is not Op.backward else "-"
         has = ["f32 bf16" if b.has(op) else "-" for b in backends]
         table.add_row(op.name, "yes", *has, rule, str(len(op.cases)))
     return table
