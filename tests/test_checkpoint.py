@@ -62,6 +62,13 @@ def test_round_trip_is_exact(tmp_path):
     assert io.load_meta(path, {"config": dict, "lr": float}) == {**meta, "step": 500}
 
 
+def test_membership_reads_no_tensor(tmp_path, monkeypatch):
+    tensors = {"a": np.zeros(3, np.float32)}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, tensors, {}, {}), expected(tensors))
+    monkeypatch.setattr(checkpoint.Tensors, "__getitem__", None)
+    assert "a" in loaded and "b" not in loaded
+
+
 def test_strided_and_large_steps(tmp_path):
     w = np.arange(6, dtype=np.float32).reshape(2, 3)
     path = io.save(tmp_path, 12_345_678, {"t": w.T, "s": w[:, ::2]}, {}, {})

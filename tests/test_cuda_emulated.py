@@ -152,7 +152,7 @@ WHOLE = [Muon(second_beta=0.9, row_scale=True, rescale=True, cautious=True), Ada
 
 
 @pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
-def test_two_ranks_that_need_whole_matrices(shards, optim):
+def test_muon_and_adafactor_on_two_ranks(shards, optim):
     """Every call of the optimizer as the cuda backend binds it, in bf16, batched GEMMs among them; each rank holds half
     of the parameters, and the means of rows and columns of all."""
 

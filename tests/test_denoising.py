@@ -47,7 +47,7 @@ def logged(run):
 
 
 @pytest.mark.parametrize("start", [f"--family bert {SIZES} --whole-word", f"--family t5 {SIZES}", "--init bert"])
-def test_it_is_the_last_validation_loss_of_the_run_to_the_last_bit(here, start, capsys):
+def test_eval_equals_the_last_validation_loss_bit_for_bit(here, start, capsys):
     assert main(["train", *SHORT.split(), *start.split(), "--out", "run"]) == 0
     found = evaluated("run")
     assert found["loss"] == logged("run") and 0 < found["loss_stderr"] < 0.1
@@ -61,7 +61,7 @@ def test_it_is_the_last_validation_loss_of_the_run_to_the_last_bit(here, start, 
     assert evaluated("run", "--limit", "3")["count"] == 3
 
 
-def test_other_masks_are_caught(here, monkeypatch):
+def test_eval_with_other_masks_differs(here, monkeypatch):
     assert main(["train", *SHORT.split(), "--family", "bert", *SIZES.split(), "--out", "run"]) == 0
     tokens = hg.data.tokens
     monkeypatch.setattr(hg.data, "tokens", lambda *a, **k: tokens(*a, **k, seed=1))
@@ -113,7 +113,7 @@ def test_every_figure_equals_transformers(here, monkeypatch):
         ("body --tasks val=data", "a bert has the head of masked tokens, or labels, but got body without"),
     ],
 )
-def test_what_does_not_fit_is_said(here, capsys, flags, said):
+def test_eval_refuses_other_tasks_lengths_and_heads(here, capsys, flags, said):
     release(transformers.BertModel, "body", max_position_embeddings=T)
     capsys.readouterr()
     assert main(["eval", *flags.split()]) == 2

@@ -440,7 +440,7 @@ def test_processes_train_as_one_and_repeat_bit_for_bit(text):
 
 @processes
 @pytest.mark.parametrize(("optimizer", "zero", "enlarged"), [("muon", 1, 1000), ("adafactor", 3, 1)])
-def test_four_processes_that_need_whole_matrices_train_as_one(text, optimizer, zero, enlarged):
+def test_muon_and_adafactor_on_four_processes_equal_one(text, optimizer, zero, enlarged):
     """Bound, as above: gradients differ by 2^-21 of themselves, and a step by as much of itself, in Muon's by 1000
     times that, the product of its polynomials' slopes. A step of adafactor has an RMS of lr times that of the weights,
     which is below 1, and so have Muon's and AdamW's, below lr. Of a Llama, which has no key bias."""

@@ -116,7 +116,7 @@ def test_schedules_equal_transformers_and_torchs_at_every_step(kind, settings, s
             assert min(rates) > 0 and max(rates) == 2.0
 
 
-def test_a_setting_of_zero_is_not_one_that_is_left_out():
+def test_a_setting_of_0_is_not_replaced_by_the_default():
     given = {"schedule": "wsd", "warmup": 0, "steps": 10, "lr": 1.0}
     rates = [schedule_of(from_names(given | {"cooldown": cooldown}))(10) for cooldown in (0, None)]
     assert rates[0] == 1.0 > rates[1]

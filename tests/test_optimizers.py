@@ -306,7 +306,7 @@ def test_ranks_train_as_one(folder, one_rank, optim, world, zero):
 
 
 @pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
-def test_whole_parameters_on_ranks_in_float32(folder, optim):
+def test_optimizers_of_whole_parameters_on_two_ranks_in_float32(folder, optim):
     """A step rounds a weight below 2 by 2^-24, on two ranks and on one. Gradients, sums in another order, are off by
     2^-21 of themselves, and so is a step: the learning rate, times the parameter's size, here about 1 at most, times
     the element's part of it, below 5 = sqrt(25), as 24 elements or more have an RMS of 1."""
@@ -318,7 +318,7 @@ def test_whole_parameters_on_ranks_in_float32(folder, optim):
 
 
 @pytest.mark.parametrize("optim", WHOLE, ids=lambda o: type(o).__name__)
-def test_whole_parameters_of_a_checkpoint_know_nothing_of_ranks(folder, optim, tmp_path):
+def test_resume_on_another_number_of_ranks(folder, optim, tmp_path):
     """3 ranks with zero 3, then 1, then 2 with zero 2, two steps each, are one run of 6 steps, in float64, which checkpoints of
     it keep."""
     found = None

@@ -12,7 +12,7 @@ import handgrad as hg
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.core.truncate import cut_longest
+from handgrad.core.truncate import longest_first
 from handgrad.infer.load import open_source
 from handgrad.train.datasets import objective_of
 
@@ -88,7 +88,7 @@ def test_the_longer_text_is_cut_as_by_transformers(rows):
     texts = [" a" * first for first, _ in counts], [" b" * second for _, second in counts]
     for most in (1, 2, 5, 8):
         found = tokenizer(*texts, truncation=True, max_length=most + 3)["token_type_ids"]
-        kept = [cut_longest(*pair, most) for pair in counts]
+        kept = [longest_first(*pair, most) for pair in counts]
         assert found == [[0] * (a + 2) + [1] * (b + 1) for a, b in kept]
 
 
@@ -158,7 +158,7 @@ def test_rows_that_are_no_pairs(rows, capsys, change, said):
     assert said in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_said(rows, capsys):
+def test_pairs_that_do_not_fit_are_refused(rows, capsys):
     assert prepare("--seq-len", "4") == 2
     assert "seq_len must be at least 5 tokens, but got 4" in capsys.readouterr().err
     release(transformers.BertForSequenceClassification, "one", type_vocab_size=1)

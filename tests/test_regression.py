@@ -56,7 +56,7 @@ def batches(model, sequences, **kwargs):
     return hg.data.tokens("data", T, sequences * T, objective=objective, **kwargs)
 
 
-def test_numbers_are_kept(rows):
+def test_shards_of_a_regression_hold_the_numbers_exactly(rows):
     model = Bert(60, T, 1, 2, 8, 12, mlm=False, pooler=True, labels=("value",))
     found = []
     for split in ("train", "val"):

@@ -307,7 +307,7 @@ def test_a_step_is_not_charged_for_the_evaluation_before_it(shards):
     assert run.step(3, LR).waited > 0.05 * len(run.program.trained)
 
 
-def test_settings():
+def test_settings_of_schedule_free():
     chosen = OptimConfig("schedule_free", beta1=0.95)
     assert optimizer_of(chosen) == ScheduleFree((0.95, 0.99))
     assert optimizer_of(OptimConfig(**optimizer_settings(optimizer_of(chosen)))) == optimizer_of(chosen)

@@ -144,7 +144,7 @@ def test_saved_settings_are_the_resolved_ones(words, capsys):
 def test_defaults_are_the_recipe():
     c = Config()
     assert models.preset(c.model.preset) == models.GPT2(num_layers=4, num_heads=4, hidden_size=128, max_seq_len=64)
-    assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, None, "", None)
+    assert (c.compute.micro_batch, c.run.steps, c.optim.schedule, c.optim.warmup) == (12, None, None, None)
     assert c.data.train == "shakespeare"
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def results(encoder: TextEncoder, texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
     """What is said of each text: its class with the probability, or the number that a regression predicts."""
-    if len(encoder.labels) == 1:
+    if encoder.model.is_regression:
         yield from ({encoder.labels[0]: round(value, 6)} for value in encoder.logits(texts)[:, 0].tolist())
     else:
         for found in encoder.classify(texts):

@@ -13,11 +13,11 @@ from handgrad.cli.data_tokenizer import Files, MoreFiles, tokenizer_of
 from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
 from handgrad.io import newest
+from handgrad.models.model import USUAL_SEQ_LEN
 
 OnError = Literal["stop", "skip"]
-LEARNED = "⟦", "⟧"
-USUAL = 2048  # tokens of a sequence of most models
-WINDOW = 128  # tokens of the shortest window that is suggested for chats: several short rows fill it well
+LEARNED = "⟦", "⟧"  # of --show: around what is learned
+SHORTEST = 128  # tokens of the --seq-len that is suggested for short rows: several of them fill it well
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,18 @@ def make_chat(a: Chats) -> None:
         print(f"rows that are no chat to learn, left out: {meta['skipped']:,}")
     print(f"longest row {meta['chat']['longest']:,} tokens; template {encoder.name}; vocabulary {meta['vocab_size']:,}")
     init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
-    size = max(1 << (meta["chat"]["longest"] - 2).bit_length(), WINDOW)  # the last token is a target alone
+    size = seq_len_for(meta["chat"]["longest"])
     shorter = f" --seq-len {size}" * (size < most)
     print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} --lr 2e-5 --epochs 3")
+
+
+def seq_len_for(longest: int) -> int:
+    """The power of two, SHORTEST at least, that holds the longest row, whose last token is a target alone.
+
+    >>> seq_len_for(3), seq_len_for(257), seq_len_for(258)
+    (128, 256, 512)
+    """
+    return max(1 << (longest - 2).bit_length(), SHORTEST)
 
 
 def show(a: Chats, encoder: tokenizers.ChatEncoder) -> None:
@@ -140,10 +149,10 @@ def show(a: Chats, encoder: tokenizers.ChatEncoder) -> None:
 def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate, int]:
     """Returns the tokenizer of the model that `word` names, its template, and the usual length of its sequences."""
     if word == "gpt2":
-        return tokenizer_of(word), tokenizers.OwnTemplate(word), USUAL
+        return tokenizer_of(word), tokenizers.OwnTemplate(word), USUAL_SEQ_LEN
     if is_tokenizer(word):
         folder = Path(word).parent if word.endswith(".json") else Path(word)
-        return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL
+        return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL_SEQ_LEN
     source = open_source(word)
     return source.tokenizer(), source.template(), source.model.usual_seq_len
 

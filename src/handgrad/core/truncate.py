@@ -1,12 +1,12 @@
-"""What stays of two texts that are too long for a model together. Training data and what reads texts agree on it."""
+"""longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read."""
 
 
-def cut_longest(first: int, second: int, most: int) -> tuple[int, int]:
-    """Returns how many tokens of two texts stay if both have at most `most`: the longer one loses its end. This is the
+def longest_first(first: int, second: int, most: int) -> tuple[int, int]:
+    """Returns how many tokens of each text are kept, together at most `most`: the longer one loses its end, as by the
     truncation "longest_first" of Hugging Face's tokenizers.
 
-    >>> cut_longest(3, 9, 8), cut_longest(9, 3, 8), cut_longest(9, 9, 7), cut_longest(9, 8, 7), cut_longest(2, 3, 8)
-    ((3, 5), (5, 3), (3, 4), (4, 3), (2, 3))
+    >>> longest_first(3, 9, 8), longest_first(9, 3, 8), longest_first(9, 9, 7), longest_first(2, 3, 8)
+    ((3, 5), (5, 3), (3, 4), (2, 3))
     """
     if first + second <= most:
         return first, second

@@ -55,25 +55,24 @@ def labelled(meta: dict | None, source: object) -> Labelled | None:
 
     Raises HandgradError that names the source if they are damaged.
     """
-    labels, record, values = ((meta or {}).get(key) for key in ("labels", "record", "values"))
+    labels, record, pairs, values = ((meta or {}).get(key) for key in ("labels", "record", "pairs", "values"))
     if labels is None:
         return None
-    if values is not None:
-        return _of_values(values, record, (meta or {}).get("pairs") is True, source)
-    is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not is_list or len(set(labels)) < max(len(labels), 2) or type(record) is not int or record < 2:
-        rule = f"{source}/{META} must hold two labels or more, each once, and the ids of a 'record'"
+    if values is None:
+        what, found = "two labels or more, each once", labels
+        is_whole = _is_list_of((str,), found) and len(set(found)) == len(found) > 1
+    else:
+        what, found = "numbers as 'values'", values
+        is_whole = _is_list_of((int, float), found) and len(found) > 0 and all(map(math.isfinite, found))
+    if not is_whole or type(record) is not int or record < 2:
+        rule = f"{source}/{META} must hold {what}, and the ids of a 'record'"
         raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
-    return Labelled(tuple(labels), record, (meta or {}).get("pairs") is True, ())
+    names = (VALUE,) if values else tuple(labels)
+    return Labelled(names, record, pairs is True, tuple(map(float, values or ())))
 
 
-def _of_values(values: object, record: object, pairs: bool, source: object) -> Labelled:
-    """As `labelled`, of texts with numbers."""
-    are_numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    if not (isinstance(values, list) and values and are_numbers) or type(record) is not int or record < 2:
-        rule = f"{source}/{META} must hold numbers as 'values', and the ids of a 'record'"
-        raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")
-    return Labelled((VALUE,), record, pairs, tuple(map(float, values)))
+def _is_list_of(kinds: tuple[type, ...], found: object) -> bool:
+    return isinstance(found, list) and all(type(one) in kinds for one in found)
 
 
 def check_labels(paths: Iterable[Path]) -> None:

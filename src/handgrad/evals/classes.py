@@ -17,31 +17,32 @@ def class_metrics(
     data: Tokens, encoder: TextEncoder, limit: int | None = None, done: Callable[[int], None] = lambda texts: None
 ) -> dict[str, Metric]:
     """acc: the share of texts whose likeliest label is right;  loss: nats of the right label, a mean; both with their
-    standard error over texts.  macro_f1: the mean F1 of the labels that occur or were given, without one.
+    standard error over texts.  macro_f1: the mean F1 of the labels that occur or are predicted, without one.
 
     Of a regression, see `value_metrics`.
 
     limit: the first `limit` texts, None for all;  done: called now and then with the number of texts so far
     """
     logits: list[np.ndarray] = []
-    right: list[float] = []
+    targets: list[float] = []
     for part in _parts(data, limit):
         logits.extend(encoder.logits_of([read for read, _ in part]).astype(np.float64))
-        right.extend(label for _, label in part)
-        done(len(right))
-    if len(encoder.labels) == 1:
-        return value_metrics(np.array(logits)[:, 0], np.array(right))
-    given, wanted = [int(z.argmax()) for z in logits], [int(label) for label in right]
-    losses = [float(np.logaddexp.reduce(z) - z[label]) for z, label in zip(logits, wanted)]
-    hits = [a == b for a, b in zip(given, wanted)]
-    return {"acc": mean(hits), "loss": mean(losses), "macro_f1": (macro_f1(given, wanted), math.nan)}
+        targets.extend(target for _, target in part)
+        done(len(targets))
+    if encoder.model.is_regression:
+        return value_metrics(np.array(logits)[:, 0], np.array(targets))
+    predicted, labels = [int(z.argmax()) for z in logits], [int(target) for target in targets]
+    losses = [float(np.logaddexp.reduce(z) - z[label]) for z, label in zip(logits, labels)]
+    hits = [a == b for a, b in zip(predicted, labels)]
+    return {"acc": mean(hits), "loss": mean(losses), "macro_f1": (macro_f1(predicted, labels), math.nan)}
 
 
-def value_metrics(given: np.ndarray, right: np.ndarray) -> dict[str, Metric]:
+def value_metrics(predicted: np.ndarray, values: np.ndarray) -> dict[str, Metric]:
     """Of a regression, loss: the mean squared error;  pearson, spearman: correlations of numbers and of their ranks,
     NaN where all are equal."""
-    found = {"loss": mean(((given - right) ** 2).tolist())}
-    for name, (a, b) in {"pearson": (given, right), "spearman": (ranks(given), ranks(right))}.items():
+    found = {"loss": mean(((predicted - values) ** 2).tolist())}
+    pairs = {"pearson": (predicted, values), "spearman": (ranks(predicted), ranks(values))}
+    for name, (a, b) in pairs.items():
         spread = float(a.std() * b.std())
         found[name] = (float(((a - a.mean()) * (b - b.mean())).mean()) / spread if spread else math.nan), math.nan
     return found
@@ -57,14 +58,14 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts + 1) / 2)[which]
 
 
-def macro_f1(given: Sequence[int], right: Sequence[int]) -> float:
+def macro_f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
     """The mean over labels of F1, the harmonic mean of precision and recall.
 
     >>> macro_f1([0, 0, 1], [0, 1, 1])  # both labels have 2/3
     0.6666666666666666
     """
-    hits = Counter(a for a, b in zip(given, right) if a == b)
-    occur = Counter(given) + Counter(right)
+    hits = Counter(a for a, b in zip(predicted, labels) if a == b)
+    occur = Counter(predicted) + Counter(labels)
     return sum(2 * hits[label] / count for label, count in occur.items()) / len(occur)
 
 

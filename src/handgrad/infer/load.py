@@ -14,6 +14,7 @@ from handgrad.core.dtypes import DTYPES
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
 from handgrad.core.program import Program
+from handgrad.infer import averages
 from handgrad.infer.adapters import merged
 from handgrad.infer.engine import Engine, record
 from handgrad.infer.marks import Marked
@@ -34,8 +35,6 @@ from handgrad.models import (
 )
 from handgrad.models.lora import Lora, from_saved
 from handgrad.models.presets import HUGGING_FACE
-from handgrad.ops.adamw.reference import join_weight
-from handgrad.ops.schedule_free import reference
 
 TOKENIZER = "tokenizer-spec.json"  # in the run folder, for tokenizers.load
 ON_DISK = {"bf16": "bfloat16", "f32": "float32"}
@@ -265,11 +264,11 @@ def _run(folder: Path, ema: bool) -> Source:
     lora = from_saved(saved.get("lora"), f"{folder}/run.json")
     program = declare(model, adapters=lora.adapters(model) if lora else {})
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
-    read: Callable[[str], np.ndarray] = checkpoint.load(folder, expected).__getitem__
+    read: averages.Read = checkpoint.load(folder, expected).__getitem__
     if ema:
-        read = _average(folder, program, read)
+        read = averages.ema(folder, program, read)
     elif saved.get("interpolation") is not None:
-        read = averaged(folder, program, read, saved)
+        read = averages.schedule_free(folder, program, read, saved)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")
     weights = Weights(asdict(model), saved["dtype"], shapes(declare(model)), read)
     if lora is not None:
@@ -277,49 +276,6 @@ def _run(folder: Path, ema: bool) -> Source:
     tokenizer = partial(_tokenizer_of_run, folder.resolve().parent)
     template = partial(tokenizers.template_in_folder, folder.resolve().parent)
     return Source("handgrad", folder, model, weights, tokenizer, ends, lora, read, template)
-
-
-def _average(folder: Path, program: Program, read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """What reads a parameter of the average in a checkpoint, float32; a frozen parameter has none and is itself."""
-    held, params = checkpoint.state_names(folder), program.params.items()
-    names = {name: info.tensor.shape for name, info in params if f"{checkpoint.EMA}.{name}" in held}
-    if not names:
-        raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
-    expected = {f"{checkpoint.EMA}.{name}": (shape, "float32") for name, shape in names.items()}
-    tensors = checkpoint.load_state(folder, expected, others=True)
-    return lambda name: tensors[f"{checkpoint.EMA}.{name}"] if name in names else read(name)
-
-
-def averaged(
-    folder: Path, program: Program, read: Callable[[str], np.ndarray], saved: dict
-) -> Callable[[str], np.ndarray]:
-    """What reads a parameter of the average in a checkpoint of ScheduleFree, float32; `read` reads the weights, between
-    which and z it lies. A frozen parameter is itself.
-
-    saved: its run.json. Raises HandgradError if that is damaged.
-    """
-    beta1, held = saved["interpolation"], checkpoint.state_names(folder)
-    if not isinstance(beta1, float) or not 0.0 < beta1 < 1.0:
-        rule = f"{folder}/run.json gives interpolation as a number between 0 and 1"
-        raise HandgradError("checkpoint", rule, repr(beta1), hint=checkpoint.OLDER)
-    kinds = {"z": saved.get("stored", "float32"), "low": "int16"}
-    kinds["z"] = "float64" if kinds["z"] == "float64" else "float32"
-    expected = {
-        f"{vector}.{name}": (info.tensor.shape, kind)
-        for name, info in program.params.items()
-        for vector, kind in kinds.items()
-        if f"{vector}.{name}" in held
-    }
-    tensors = checkpoint.load_state(folder, expected, others=True)
-
-    def average(name: str) -> np.ndarray:
-        z, low, y = f"z.{name}", f"low.{name}", read(name)
-        if z not in expected:
-            return y
-        y = y if y.dtype == np.float64 else y.astype(np.float32)
-        return reference.average(join_weight(y, tensors[low]) if low in expected else y, tensors[z], beta1)
-
-    return average
 
 
 def _tokenizer_of_run(run: Path) -> tokenizers.Tokenizer:

@@ -16,7 +16,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object, shown
 from handgrad.core.program import Program
 from handgrad.core.replace import replace, staged
-from handgrad.core.truncate import cut_longest
+from handgrad.core.truncate import longest_first
 from handgrad.infer.lengths import lengths
 from handgrad.infer.load import Source, in_arena, open_source
 from handgrad.io.hf import POOLING as POOLING_FILE
@@ -108,7 +108,7 @@ class TextEncoder:
         cls, sep = self._special["[CLS]"], self._special["[SEP]"]
         parts = [self.tokenizer.encode(part) for part in ((text,) if isinstance(text, str) else text)]
         sizes, most = [len(part) for part in parts], self.context - 1 - len(parts)
-        kept = [min(sizes[0], most)] if len(parts) == 1 else cut_longest(sizes[0], sizes[1], most)
+        kept = [min(sizes[0], most)] if len(parts) == 1 else longest_first(sizes[0], sizes[1], most)
         self.num_cut += sum(sizes) > most
         found = [np.array([[cls], [0]])]
         for kind, (part, size) in enumerate(zip(parts, kept)):
@@ -136,7 +136,7 @@ class TextEncoder:
 
     def classify(self, texts: Sequence[Text]) -> list[Class]:
         """Returns the class of each text, or pair of texts. Raises HandgradError as `logits`, and for a regression."""
-        if len(self.labels) == 1:
+        if self.model.is_regression:
             raise HandgradError("classify", "a classifier has two labels or more", "a regression", hint="logits(texts)")
         found = []
         for logits in self.logits(texts):

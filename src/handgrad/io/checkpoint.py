@@ -342,12 +342,15 @@ class Tensors(Mapping):
             if found != _spec(shape, np.dtype(dtype).name):
                 rule = f"tensor {name!r} in {path} must be {_spec(shape, np.dtype(dtype).name)}"
                 raise HandgradError("checkpoint", rule, found, hint="is it another model's?")
-        self._names = list(expected)
+        self._names = dict.fromkeys(expected)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
         return _readable(self._path, self._file.get_tensor, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -88,6 +88,11 @@ class Bert:
         """All positions, so that training reaches each."""
         return self.max_seq_len
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the head predicts a number, which the only label names."""
+        return len(self.labels) == 1
+
     def predictions(self, seq_len: int) -> int:
         """See `Model.predictions`."""
         return 1 if self.labels else max(round(seq_len * self.mask_rate), 1)
@@ -174,7 +179,7 @@ class Bert:
         """See `Model.loss`. With labels, targets are their indices; a regression's losses are squared errors."""
         with g.block("head", prefix=False):
             x, w, b = self._head(g, x)
-            if len(self.labels) == 1 and b is not None:
+            if self.is_regression and b is not None:
                 return regression_loss(g, x, w, b, targets)
             return lm_head_loss(g, x, w, targets, vocab_size=len(self.labels) or self.vocab_size, chunks=chunks, b=b)
 

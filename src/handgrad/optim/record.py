@@ -18,8 +18,8 @@ class Optimizer(Protocol):
     An optimizer whose momentum may be scheduled reads the step scalar `momentum` and has an attribute
     `scheduled_momentum`: its value where there is no schedule.
 
-    An optimizer that trains at other points than it averages (schedule_free.py) has a method `average`, which appends
-    the call that puts the average of a bucket in the place of its weights, and an attribute `interpolation`.
+    An optimizer whose model is an average, not the weights that learn (schedule_free.py), has a method `average`, which
+    appends the call that puts the average of a bucket in the place of its weights, and an attribute `interpolation`.
 
     clip    the largest global L2 norm of the gradients that is not scaled down, 0 for no clipping
     groups  which parameters share their settings

@@ -1,4 +1,4 @@
-"""Average: what is evaluated in the place of the weights, where an optimizer averages other points than it trains."""
+"""Average: evaluates an optimizer's average of the weights, such as ScheduleFree's, in the place of the weights."""
 
 import numpy as np
 

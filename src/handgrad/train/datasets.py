@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import handgrad.data as hg_data
 from handgrad import evals, tokenizers
 from handgrad.backends.ranks.comm import Comm
 from handgrad.core.errors import HandgradError
+from handgrad.data.meta import Labelled
 from handgrad.infer.texts import special_ids
 from handgrad.models import T5, Bert, Model
 from handgrad.train.config import PACKAGED, Config
@@ -198,16 +200,8 @@ def objective_of(
     if not isinstance(model, Bert):
         return hg_data.Causal(eot if documents else None)
     id_of, continues = special_ids(model, tokenizer), None
-    known = hg_data.labelled(meta, "the data")
     if model.labels:
-        if known is None or known.labels != model.labels:
-            rule, got = f"the texts have the labels of the model, {', '.join(model.labels)}", "none"
-            raise HandgradError("data", rule, ", ".join(known.labels) if known else got)
-        ids = {"cls_id": id_of["[CLS]"], "sep_id": id_of["[SEP]"], "pad_id": id_of["[PAD]"]}
-        if known.pairs and model.num_types < 2:
-            raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
-        count = len(known.values or model.labels)
-        return hg_data.Labels(**ids, count=count, record=known.record, pairs=known.pairs, numbers=known.values)
+        return _labels(model, id_of, hg_data.labelled(meta, "the data"))
     if whole_word and tokenizer is not None:
         continues = np.zeros(model.vocab_size, bool)
         found = tokenizers.continuations(tokenizer)
@@ -223,6 +217,25 @@ def objective_of(
         whole_word=continues,
         next_sentence=model.nsp,
         eot=eot,
+    )
+
+
+def _labels(model: Bert, id_of: Mapping[str, int], known: Labelled | None) -> hg_data.Labels:
+    """What a classifier learns. Raises HandgradError unless the texts have its labels, and it can tell two texts apart
+    where they are pairs."""
+    if known is None or known.labels != model.labels:
+        rule = f"the texts have the labels of the model, {', '.join(model.labels)}"
+        raise HandgradError("data", rule, ", ".join(known.labels) if known else "none")
+    if known.pairs and model.num_types < 2:
+        raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
+    return hg_data.Labels(
+        cls_id=id_of["[CLS]"],
+        sep_id=id_of["[SEP]"],
+        pad_id=id_of["[PAD]"],
+        count=len(known.values or known.labels),
+        record=known.record,
+        pairs=known.pairs,
+        numbers=known.values,
     )
 
 

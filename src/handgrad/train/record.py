@@ -111,7 +111,7 @@ def record_train(
 def record_loss(model: Model, seq_len: int, precision: Precision, execution: Execution, *, chunks: int) -> Program:
     """The list of one evaluation batch; a classifier's also has the logits, of which accuracy is counted."""
     p = Program(precision.working, adapters=adapters_of(model, execution))
-    classifies = isinstance(model, Bert) and len(model.labels) > 1
+    classifies = isinstance(model, Bert) and bool(model.labels) and not model.is_regression
     forward_loss(p, model, execution.micro_batch, seq_len, chunks, execution.documents, classifies)
     return p
 

@@ -1,6 +1,6 @@
 """Restoring: weights and the state of the optimizer from a checkpoint into an arena, if they are this trainer's."""
 
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,14 @@ import numpy as np
 from handgrad.backends.base import Arena
 from handgrad.core.errors import HandgradError
 from handgrad.core.program import STATE, Program
-from handgrad.infer.load import averaged
+from handgrad.infer import averages
 from handgrad.io import checkpoint
 from handgrad.models import Model, from_dict, to_dict
 from handgrad.optim import Optimizer
 from handgrad.optim.ema import EMA
 from handgrad.train.optimizers import optimizer_name
 from handgrad.train.shards import PARAM, expected, expected_state
-from handgrad.train.start import AVERAGES, write_average, write_weight
+from handgrad.train.start import COPIES, write_copy, write_weight
 
 WEIGHTS = ("low", EMA)  # vectors that belong to the weights, whatever the optimizer
 
@@ -86,8 +86,8 @@ def vector(name: str) -> str:
 
 
 def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: Optimizer, fresh: bool) -> None:
-    """Writes weights and state; what starts anew is zero, and an average of the weights starts as the weights. Of
-    a run that trains at other points than it averages (ScheduleFree), the average is what is left without its state.
+    """Writes weights and state; what starts anew is zero, and COPIES of the weights start as the weights. Without its
+    state, a run of ScheduleFree goes on from its average.
 
     Raises HandgradError, before anything is written, for tensors that are missing, too many, or of another shape.
     """
@@ -105,11 +105,11 @@ def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: 
         else:
             arena.write_part(kind, p.params[name].tensor, values)
     if fresh and saved.get("interpolation"):
-        average_of = averaged(path, p, weights.__getitem__, saved)
+        read_average = averages.schedule_free(path, p, weights.__getitem__, saved)
         for name, info in p.params.items():
-            write_weight(arena, info.tensor, average_of(name))
+            write_weight(arena, info.tensor, read_average(name))
         return
-    for name, average in ((name, average) for name in p.params for average in AVERAGES):
-        if f"{average}.{name}" in mine and f"{average}.{name}" not in held:
+    for name, copy in product(p.params, COPIES):
+        if f"{copy}.{name}" in mine and f"{copy}.{name}" not in held:
             low = held[f"low.{name}"] if f"low.{name}" in held else None
-            write_average(arena, average, p.params[name].tensor, weights[name], low)
+            write_copy(arena, copy, p.params[name].tensor, weights[name], low)

@@ -34,7 +34,7 @@ def schedule_of(c: Config) -> schedules.Schedule:
 
 
 def schedule_name(o: OptimConfig) -> ScheduleName:
-    """The schedule of these settings: what schedule_free averages needs no decay."""
+    """The schedule of these settings. Where it is left out: schedule_free averages, so it needs no decay."""
     return o.schedule or ("constant" if o.optimizer == SCHEDULE_FREE else "cosine")
 
 

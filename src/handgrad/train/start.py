@@ -25,7 +25,7 @@ from handgrad.train.llmc_init import draws
 
 PREFETCH = 4  # parameters drawn ahead, per thread: most are vectors
 MAX_THREADS = 16
-AVERAGES = (EMA, ITERATE)  # flat vectors that start as the weights
+COPIES = (EMA, ITERATE)  # flat vectors that start as the weights
 Parts = dict[str, np.ndarray]  # a parameter's values by flat vector
 
 
@@ -133,19 +133,19 @@ def write_weight(arena: Arena, param: Tensor, values: np.ndarray) -> None:
 
 def write_parts(arena: Arena, param: Tensor, parts: Parts) -> None:
     """Writes a parameter's slices of flat vectors. Low halves are dropped where the optimizer keeps none: the high half
-    is the nearest bf16. An average of the weights starts as the weights that it is of; a frozen parameter has none."""
-    for average in AVERAGES:
-        if average in arena.plan.vectors and arena.plan.vectors[average].covers(param):
-            write_average(arena, average, param, parts["param"], parts.get("low"))
+    is the nearest bf16. COPIES start as the weights; a frozen parameter has none."""
+    for vector in COPIES:
+        if vector in arena.plan.vectors and arena.plan.vectors[vector].covers(param):
+            write_copy(arena, vector, param, parts["param"], parts.get("low"))
     for vector, values in parts.items():
         if vector != "low" or has_low(arena, param):
             arena.write_part(vector, param, values)
 
 
-def write_average(arena: Arena, average: str, param: Tensor, values: np.ndarray, low: np.ndarray | None) -> None:
-    """Sets the average of a parameter, in this flat vector, to its weights, or what they and their low halves form."""
+def write_copy(arena: Arena, vector: str, param: Tensor, values: np.ndarray, low: np.ndarray | None) -> None:
+    """Writes a parameter's slice of a float32 flat vector: its weights, joined with their low halves if there are."""
     whole = values.astype(np.float32)  # before they are joined: the result has the type of the upper half
-    arena.write_part(average, param, whole if low is None else join_weight(whole, low))
+    arena.write_part(vector, param, whole if low is None else join_weight(whole, low))
 
 
 def has_low(arena: Arena, param: Tensor) -> bool:

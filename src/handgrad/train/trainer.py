@@ -231,8 +231,8 @@ class Trainer:
         self._train.run_each(after)
 
     def use_average(self) -> None:
-        """Puts the average that an optimizer such as ScheduleFree trains in the place of the weights, until the next
-        step. `evaluate` and `generate` call it, and whoever uses `scorer` does. All ranks call it, unless they hold
+        """Puts the average that an optimizer such as ScheduleFree keeps in the place of the weights, until the next
+        step. `evaluate` and `generate` call it; call it before you use `scorer`. All ranks call it, unless they hold
         whole optimizer states (zero 0)."""
         if self._average.is_kept and not self.backend.is_asynchronous:  # a checkpoint reads the weights in place
             self._writer.wait_until_read()

@@ -15,7 +15,7 @@ import numpy as np
 
 from handgrad.core.errors import HandgradError
 from handgrad.core.limits import cpus
-from handgrad.core.truncate import cut_longest
+from handgrad.core.truncate import longest_first
 from handgrad.data.json_lines import json_kind, json_object, repaired
 from handgrad.data.meta import VALUE
 from handgrad.data.prepare.build import Part, Progress, Settings, build
@@ -149,7 +149,7 @@ class Records:
         if self.pairs:
             length, _, said = said.partition(" ")
             first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) :]))
-            a, b = cut_longest(len(first), len(second), self.record - 2)
+            a, b = longest_first(len(first), len(second), self.record - 2)
             found[1 : 1 + a], found[2 + a : 2 + a + b] = first[:a], second[:b]
         else:
             ids = self._ids(said, special)[: self.record - 1]
@@ -195,10 +195,10 @@ def _labels(paths: Sequence[Path], columns: Columns, on_error: str, most: int) -
 
 def _row(row: object, where: str, columns: Columns) -> tuple[str, str, str]:
     """Returns (label, text, second text of a pair) of a row. Raises HandgradError if it lacks one."""
-    text = text_in(json_object(row, where), where, columns.text)
-    second = text_in(row, where, columns.pair) if columns.pair else ""
-    assert isinstance(row, dict)
-    return _label(row, columns, where), text, second
+    found = json_object(row, where)
+    text = text_in(found, where, columns.text)
+    second = text_in(found, where, columns.pair) if columns.pair else ""
+    return _label(found, columns, where), text, second
 
 
 def _label(row: dict, columns: Columns, where: str) -> str:

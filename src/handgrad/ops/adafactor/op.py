@@ -16,15 +16,13 @@ SHARE = T5 | {"first": 128}
 
 
 class Adafactor(Op):
-    """Updates the means `row` and `col` of the squared gradients of a matrix of M rows and K columns, and of the matrix
-    p, its elements from `first` on, and low as adamw does. A vector is a matrix of one row: `col` is then its whole
-    second moment.
+    """Updates the means `row` and `col` of the squared gradients of a matrix of M rows and K columns; p, the k elements
+    of the matrix from `first` on, all or those of a rank's share, maybe none; and low as adamw does. A vector is a
+    matrix of one row: `col` is then its whole second moment.
 
     factor         multiplies the step, but not the decay (the size of the weights, op rms)
     first, start   the first element of p in the matrix, and in the flat vectors; multiples of 4
     count          of the n elements of the matrix, how many are no padding
-
-    p are all n elements, or those of a rank's share, maybe none.
     relative_step  the step's learning rate is at most 1 / sqrt(step)
 
     Reads lr, step, seed and grad_scale from the step scalars. Changes nothing if grad_scale is 0.

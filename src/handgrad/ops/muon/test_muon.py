@@ -32,7 +32,7 @@ def test_muon(op):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("rows", "N"), [(65, 132), (132, 65)])
-def test_half_of_a_symmetric_product_is_enough(rows, N, dtype):
+def test_symmetric_gemms_are_computed_by_half(rows, N, dtype):
     """Sides of several panels of the CPU's GEMM, and of one row more: the last tile is an element of the diagonal."""
     sizes = case(R=rows, N=N, rows=rows, k=rows * N, count=rows * N, without="v", **PLAIN)
     for e in check_case(muon, sizes, open_backend("cpu", 2), dtype):
