@@ -335,7 +335,11 @@ def questions() -> None:
         pq.write_table(pa.table({"text": [f"to be {i}" for i in range(99)]}), "rows.parquet", row_group_size=40)
         pq.write_table(pa.table({"ctx": ["a man"], "endings": [["sits", "runs"]], "label": ["1"]}), "questions.parquet")
         pq.write_table(pa.Table.from_pylist(json.loads(Path("chats.json").read_bytes())), "chats.parquet")
-        pq.write_table(pa.table({"text": ["to be"] * 9, "label": [1, 2, 1] * 3}), "labels.parquet", row_group_size=4)
+        pq.write_table(
+            pa.table({"text": [f"to be {i}" for i in range(99)], "label": [1, 2, 1] * 33}),
+            "labels.parquet",
+            row_group_size=4,
+        )
     for name in ("rows.parquet", "questions.parquet", "chats.parquet", "labels.parquet"):
         Path(name).touch()
 

@@ -14,7 +14,7 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1700,
     "backends": 4600,
-    "train": 4200,
+    "train": 4220,
     "optim": 680,
     "data tokenizers": 4150,
     "io": 1420,
