@@ -250,7 +250,7 @@ def test_the_window_that_is_suggested_holds_the_longest_row(made, tmp_path, caps
         tmp_path / "a.jsonl", [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "z" * letters}]
     )
     assert chat(made["chatml"], source, out=tmp_path / "out") == 0
-    assert f" --seq-len {window} --lr 2e-5 --epochs 3\n" in capsys.readouterr().out
+    assert f" --seq-len {window} --micro-batch 4 --batch-tokens {4 * window} --lr 1e-4" in capsys.readouterr().out
 
 
 def test_a_folder_holds_one_data_set(made, tmp_path, capsys):

@@ -315,6 +315,17 @@ def test_start_counts_rows_that_are_cut(folder, tmp_path, capsys):
         train(config(folder, tmp_path / "short", seq_len=8, batch_tokens=16), quiet=True)
 
 
+def test_start_counts_the_rows_of_every_set_of_chats(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "other")
+    both = f"{folder},{tmp_path / 'other'}"
+    assert train(config(both, tmp_path / "run", seq_len=40, batch_tokens=80, steps=1)) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"48 rows in \d+ windows, .*? longer than 41", " ".join(said.split()))) == 2
+    assert "epochs" not in re.search(r" length .*", said)[0], (
+        "of a mixture, the line of the mixture has those of each set"
+    )
+
+
 def test_rows_of_chats_padded(folder, tmp_path, capsys):
     """The start says how full the windows are and how to fill them; validation has the same loss; and a text has no
     rows to pad."""

@@ -196,6 +196,8 @@ def test_a_run_of_the_command_line_trains_resumes_generates_and_converts(tmp_pat
     assert texts[0] == texts[1] and len(texts[0]) > 8
     # from the adapter that it gives: the same adapter again
     assert main("convert whole adapter --adapter --dtype f32".split()) == 0
+    assert main("generate adapter --prompt a".split()) == 2
+    assert "hint: it is an adapter, for handgrad train --init MODEL --lora-init FOLDER" in capsys.readouterr().err
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["c_attn", "c_fc"] and config["base_model_name_or_path"] == "base"
     more = "train --micro-batch 2 --backend cpu --val-every 0 --val-tokens 64 --sample-tokens 0 --dtype f32 --steps 1"

@@ -14,9 +14,11 @@ from handgrad.core.errors import HandgradError
 from handgrad.infer.load import open_source
 from handgrad.io import newest
 from handgrad.models.model import USUAL_SEQ_LEN
+from handgrad.train.config import ComputeConfig
 
 OnError = Literal["stop", "skip"]
 LEARNED = "⟦", "⟧"  # of --show: around what is learned
+FEW = 20  # steps that teach a small set
 SHORTEST = 128  # tokens of the --seq-len that is suggested for short rows: several of them fill it well
 
 
@@ -120,7 +122,8 @@ def make_chat(a: Chats) -> None:
     init = "MODEL" if is_tokenizer(a.model) else quote(a.model)
     size = seq_len_for(meta["chat"]["longest"])
     shorter = f" --seq-len {size}" * (size < most)
-    print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} --lr 2e-5 --epochs 3")
+    length = flags_for(meta["train"]["tokens"], min(size, most))
+    print(f"train on it: handgrad train --init {init} --train {quote(a.out)}{shorter} {length}")
 
 
 def seq_len_for(longest: int) -> int:
@@ -130,6 +133,20 @@ def seq_len_for(longest: int) -> int:
     (128, 256, 512)
     """
     return max(1 << (longest - 2).bit_length(), SHORTEST)
+
+
+def flags_for(tokens: int, seq_len: int) -> str:
+    """The rate and the length that are suggested: three epochs, or FEW small steps at a higher rate for a small set.
+
+    >>> flags_for(10**6, 512)
+    '--lr 2e-5 --epochs 3'
+    >>> flags_for(2_000, 128)
+    '--micro-batch 4 --batch-tokens 512 --lr 1e-4 --epochs 6'
+    """
+    if 3 * tokens >= FEW * ComputeConfig.micro_batch * seq_len:
+        return "--lr 2e-5 --epochs 3"
+    batch = 4 * seq_len
+    return f"--micro-batch 4 --batch-tokens {batch} --lr 1e-4 --epochs {max(3, -(-FEW * batch // tokens))}"
 
 
 def show(a: Chats, encoder: tokenizers.ChatEncoder) -> None:

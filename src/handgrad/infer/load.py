@@ -94,7 +94,9 @@ def open_source(source: str | Path, ema: bool = False) -> Source:
     done = sorted(int(p.name[5:]) for p in path.glob("DONE_*") if p.name[5:].isdigit())
     if done:
         return _llmc(path / f"model_{done[-1]:08d}.bin")
-    raise HandgradError("model", f"a model is {KINDS}", f"'{path}', which holds no complete checkpoint")
+    is_adapter = (path / "adapter_config.json").is_file()
+    hint = "it is an adapter, for handgrad train --init MODEL --lora-init FOLDER" if is_adapter else ""
+    raise HandgradError("model", f"a model is {KINDS}", f"'{path}', which holds no complete checkpoint", hint=hint)
 
 
 def load_run(

@@ -147,9 +147,14 @@ def _training_set(
     )
 
 
+def chats_in(data: hg_data.Data) -> list[hg_data.Tokens]:
+    """The sets of chats among the run's data."""
+    return [one for one in (data.sets if isinstance(data, hg_data.Mixture) else [data]) if one.packing]
+
+
 def is_all_chat(data: hg_data.Data) -> bool:
     """Whether every sequence is of chats, so that a loss is the mean over the assistant's tokens alone."""
-    return all(one.packing for one in (data.sets if isinstance(data, hg_data.Mixture) else [data]))
+    return len(chats_in(data)) == (len(data.sets) if isinstance(data, hg_data.Mixture) else 1)
 
 
 def _is_chat(paths: list[Path]) -> bool:

@@ -27,7 +27,15 @@ from handgrad.train.config import (
     ModelConfig,
     RanksConfig,
 )
-from handgrad.train.datasets import is_all_chat, labels_of, paths_of, settle_data, training_data, validation_data
+from handgrad.train.datasets import (
+    chats_in,
+    is_all_chat,
+    labels_of,
+    paths_of,
+    settle_data,
+    training_data,
+    validation_data,
+)
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.explain import explain
 from handgrad.train.extend import branch_step
@@ -156,7 +164,7 @@ def facts_of(trainer: Trainer, new_rows: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"params": p.num_params - p.num_padding, "trainable": p.num_trainable}
     facts |= {"arena": f"{trainer.plan.nbytes / MIB:.1f} MiB", "dtype": trainer.precision.dtype}
     name = "chat" if is_all_chat(trainer.data) else "chat beside texts"
-    facts |= {name: str(trainer.data.packing)} if trainer.data.packing else {}
+    facts |= {name: "; ".join(str(one.packing) for one in chats_in(trainer.data))} if trainer.data.packing else {}
     labels = getattr(trainer.model, "labels", ())
     facts |= {"labels": len(labels)} if labels else {}
     facts |= {"hardware": (f"{world} ranks, each on " if world > 1 else "") + trainer.backend.hardware}

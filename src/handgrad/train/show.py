@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from handgrad.data import Mixture
+from handgrad.data import Data, Mixture
 from handgrad.train.config import PACKAGED, Config, RanksConfig
-from handgrad.train.datasets import is_all_chat
+from handgrad.train.datasets import chats_in, is_all_chat
 from handgrad.train.folder import flat
 from handgrad.train.resolve import Run
 
@@ -40,8 +40,8 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
         rest = "all others are the defaults" if changed else "the defaults"
         table.add_row(" settings", "; ".join(filter(None, [as_flags(changed), f"{rest}, which --verbose lists"])))
     console.print(table)
-    steps, packing = run.steps, run.trainer.data.packing
-    if packing and packing.method == "none" and packing.filled < 0.5:
+    steps, packings = run.steps, [one.packing for one in chats_in(run.trainer.data) if one.packing]
+    if any(packing.method == "none" and packing.filled < 0.5 for packing in packings):
         hint = "--packing best_fit puts several rows into one"
         console.print(f" padding takes more of the chats' windows than their rows do: {hint}", soft_wrap=True)
     if run.config.data.train == f"./{PACKAGED}":
@@ -66,20 +66,28 @@ def facts(run: Run) -> list[tuple[str, str]]:
     new_rows = [("new rows", run.facts["new_rows"])] if "new_rows" in run.facts else []
     accumulated = f"{run.trainer.accumulation} x " if run.trainer.accumulation > 1 else ""
     length = f"{steps:,} steps of {d.batch_tokens:,} tokens ({accumulated}{c.compute.micro_batch} x {d.seq_len})"
-    mixed = [("mixture", d.about())] if isinstance(d, Mixture) else []
-    texts = "" if is_all_chat(d) else ", and of all tokens of texts"
-    chat = [("chat", f"{d.packing}; losses are of the assistant's tokens{texts}")] if d.packing else []
+    mixed = [("mixture", d.about())] if isinstance(d, Mixture) else []  # with the epochs of each set
+    length += "" if mixed else f": {tokens / (d.windows * d.seq_len):.2f} epochs"
     return [
         ("model", f"{m.family}, {sizes}: {run.facts['params']:,} parameters{padded}{trainable}"),
         *new_rows,
         *groups(run),
         ("data", f"{c.data.train}: {sum(s.count for s in d.shards):,} tokens, vocab-size {run.tokenizer.vocab_size:,}"),
         *mixed,
-        *chat,
-        ("length", f"{length}: {tokens / (d.windows * d.seq_len):.2f} epochs"),
+        *chats(d),
+        ("length", length),
         ("hardware", f"{run.facts['hardware']}; {run.facts['dtype']}, {run.facts['arena']} of memory"),
         ("folder", f"{run.out}, resumed at step {run.done}" if run.done else f"{run.out}"),
     ]
+
+
+def chats(d: Data) -> list[tuple[str, str]]:
+    """A line for each set of chats: how its rows fill the windows, what is cut, and what losses are of."""
+    found, texts = chats_in(d), "" if is_all_chat(d) else ", and of all tokens of texts"
+    lines = [f"{one.packing}{f', of {one.pattern}' * (len(found) > 1)}" for one in found]
+    if lines:
+        lines[-1] += f"; losses are of the assistant's tokens{texts}"
+    return [("" if number else "chat", line) for number, line in enumerate(lines)]
 
 
 def groups(run: Run) -> list[tuple[str, str]]:
