@@ -416,3 +416,8 @@ def test_gpt2_is_no_folder(here, capsys):
     assert main([*words, "--template", "t.jinja"]) == 0
     meta = data.read_meta("out")
     assert (meta["vocab_size"], meta["chat"]["tokens"]) == (50257, {"eos_token": "<|endoftext|>"})
+
+
+def test_a_table_of_two_layouts_has_nulls_in_one():
+    row = {"prompt": None, "completion": None, "instruction": "Add.", "input": "", "output": "2"}
+    assert [message["content"] for message in chat_in(row, "row 0")[1]] == ["Add.", "2"]

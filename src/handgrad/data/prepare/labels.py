@@ -111,7 +111,8 @@ def prepare_labels(
 class Records:
     """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record.
 
-    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts
+    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts, and a line break divides
+        them: halves of a character at their ends would join
     """
 
     inner: Encoder
@@ -148,7 +149,7 @@ class Records:
         found[0] = int(label)
         if self.pairs:
             length, _, said = said.partition(" ")
-            first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) :]))
+            first, second = (self._ids(part, special) for part in (said[: int(length)], said[int(length) + 1 :]))
             a, b = longest_first(len(first), len(second), self.record - 2)
             found[1 : 1 + a], found[2 + a : 2 + a + b] = first[:a], second[:b]
         else:
@@ -225,4 +226,4 @@ def _document(
     low, high = share
     if not low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
         return None
-    return f"{index[label]} {len(text)} {text}{second}" if columns.pair else f"{index[label]} {text}"
+    return f"{index[label]} {len(text)} {text}\n{second}" if columns.pair else f"{index[label]} {text}"

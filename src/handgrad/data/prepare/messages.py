@@ -58,10 +58,11 @@ def _listed(row: dict) -> tuple[Any, int]:
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
             return row[name], 0
+    held = {name for name, value in row.items() if value is not None}  # a table of two layouts has nulls in one
     asked, answer = "prompt", "completion"
-    if not {asked, answer} <= row.keys():
+    if not {asked, answer} <= held:
         asked, answer = "instruction", "output"
-    if not {asked, answer} <= row.keys():
+    if not {asked, answer} <= held:
         return None, 0
     if asked == "prompt" and isinstance(row[asked], list) and isinstance(row[answer], list):
         return row[asked] + row[answer], len(row[asked])
