@@ -402,7 +402,9 @@ def test_a_run_folder_without_settings_is_a_model(here, capsys):
     for command in (train, "convert run hf", "convert hf again", "data chat a.jsonl --model again --out two"):
         capsys.readouterr()
         assert main(command.split()) == 0
-    assert "train --init again --train two --micro-batch 4 --batch-tokens 256 " in capsys.readouterr().out  # no sequence of the model is longer
+    assert (
+        "train --init again --train two --micro-batch 4 --batch-tokens 256 " in capsys.readouterr().out
+    )  # no sequence of the model is longer
     assert not (here / "again" / "config.json").exists() and shards("two") == shards("out")
 
 
