@@ -69,8 +69,8 @@ def together(comm: Comm) -> Iterator[None]:
     """An error that ends the block on one rank ends it on all, with one exit code. Rank 0 prints it; if it is rank 0
     that is gone, rank 1 does.
 
-    Raises SystemExit with the code where there are several ranks. Any other exception than HandgradError is a bug: it
-    is raised again on the rank where it occurred.
+    Raises SystemExit with the code where there are several ranks. Any other exception than HandgradError is a bug: the
+    rank where it occurred prints its traceback.
     """
     try:
         yield
@@ -78,23 +78,23 @@ def together(comm: Comm) -> Iterator[None]:
         if comm.world == 1 or isinstance(error, SystemExit):  # --help
             raise
         code = exit_code(error)
-        comm.fail(str(error) or type(error).__name__, code)
-        if comm.rank == printing_rank(error) and isinstance(error, HandgradError):
-            print(error, *getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
+        comm.fail(str(error) if isinstance(error, HandgradError) else repr(error), code)
+        if not isinstance(error, HandgradError | KeyboardInterrupt):
+            traceback.print_exception(error)
+        elif comm.rank == printing_rank(error) and isinstance(error, HandgradError):
+            print(error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        sys.stderr.flush()
         if not (isinstance(error, RankError) and error.is_gone):
             with suppress(HandgradError):  # a rank that does not answer
-                comm.after_failure().all_gather_bytes()  # mpiexec ends all once one has: not before one has printed
+                comm.after_failure().all_gather_bytes()  # mpiexec ends all once one has: not before all have printed
         if comm.is_stuck():  # Python's cleanup would wait for the device
-            if not isinstance(error, HandgradError | KeyboardInterrupt):
-                traceback.print_exception(error)
             sys.stdout.flush()
-            sys.stderr.flush()
             comm.is_stuck = lambda: False  # type: ignore[method-assign]  # handled here: atexit must not exit again
             atexit._run_exitfuncs()  # which end the ranks that this one has started
             os._exit(code)
-        if isinstance(error, HandgradError) or (isinstance(error, KeyboardInterrupt) and comm.rank > 0):
-            raise SystemExit(code) from None
-        raise
+        if isinstance(error, KeyboardInterrupt) and comm.rank == 0:
+            raise
+        raise SystemExit(code) from None
 
 
 def printing_rank(error: BaseException) -> int:
