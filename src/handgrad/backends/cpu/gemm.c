@@ -28,6 +28,7 @@ enum {
   DOT_ROWS = 4,
 };
 static const double SMALL = 5e5;             // multiply-adds; below this, waking threads costs more than it saves
+static const double SMALL_READ = 5e4;        // the same for dot products, in numbers of B: reading them is what takes time
 static const int64_t STREAM_BYTES = 1 << 20; // a larger result is evicted from the caches before it is read
 
 // ---- epilogue: bias, activation, rounding to real ------------------------------------------------------------------
@@ -355,8 +356,10 @@ static void multiply_dots(const Gemm *g, int64_t threads) {
 }
 
 void gemm(const Gemm *g) {
-  int64_t threads = (double)g->m * (double)g->n * (double)g->k < SMALL ? 1 : least(g->threads, hg_max_threads());
-  if (g->m <= DOT_ROWS && g->y && !g->a_trans && g->b_trans) multiply_dots(g, threads);
+  int dots = g->m <= DOT_ROWS && g->y && !g->a_trans && g->b_trans;
+  double work = dots ? (double)g->n * (double)g->k : (double)g->m * (double)g->n * (double)g->k;
+  int64_t threads = work < (dots ? SMALL_READ : SMALL) ? 1 : least(g->threads, hg_max_threads());
+  if (dots) multiply_dots(g, threads);
   else multiply(g, threads);
   if (g->symmetric) mirror(g, threads);
 }
