@@ -172,6 +172,102 @@ def test_what_belongs_to_a_checkpoint_is_flushed_before_it_counts(tmp_path):
     assert folders(tmp_path) == ["step_000001"]
 
 
+# frozen parameters ----------------------------------------------------------------------------------------------------
+
+FROZEN = {"base": np.arange(70_001, dtype=np.float32), "base.b": np.array([1.5, -2.0], BF16), "none": np.zeros((0, 4))}
+
+
+def save_beside_frozen(out, step, frozen=FROZEN, **kept):
+    learns = {"w": np.full(3, step, np.float32)}
+    return io.save(out, step, learns | frozen, {}, {}, frozen=set(frozen), **{"keep_last": 9} | kept)
+
+
+def check_beside_frozen(path, step, frozen=FROZEN):
+    found = io.load(path, expected(frozen) | {"w": ((3,), "float32")})
+    assert (found["w"] == step).all()
+    for name, array in frozen.items():
+        assert found[name].tobytes() == array.tobytes() and found[name].dtype == array.dtype
+
+
+def shares(path, other):
+    return os.path.samefile(path / "frozen.safetensors", other / "frozen.safetensors")
+
+
+def test_frozen_parameters_are_on_disk_once_and_every_checkpoint_is_whole(tmp_path):
+    one = save_beside_frozen(tmp_path, 1)
+    two = save_beside_frozen(tmp_path, 2)
+    assert folders(two) == ["DONE", "frozen.safetensors", "model.safetensors", "run.json", "state.rank00.safetensors"]
+    assert shares(one, two) and (two / "model.safetensors").stat().st_size < 200
+    assert shares(two, save_beside_frozen(tmp_path, 2))  # in its own place
+    three = save_beside_frozen(tmp_path, 3, keep_last=1)
+    assert folders(tmp_path) == ["step_000003"] and (three / "frozen.safetensors").stat().st_nlink == 1
+    check_beside_frozen(three, 3)
+    shutil.copytree(three, tmp_path / "step_000004")
+    check_beside_frozen(tmp_path / "step_000004", 3)
+
+
+DAMAGES = {
+    "a bit": lambda raw: raw[:-9000] + bytes([raw[-9000] ^ 1]) + raw[-8999:],
+    "cut": lambda raw: raw[:-1],
+    "empty": lambda raw: b"",
+    "header": lambda raw: b"\xff" * 8 + raw[8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_frozen_parameters_does_not_spread(tmp_path, damage, monkeypatch):
+    one = save_beside_frozen(tmp_path, 1)
+    file = one / "frozen.safetensors"
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    two = save_beside_frozen(tmp_path, 2)
+    assert not shares(one, two)
+    check_beside_frozen(two, 2)
+    monkeypatch.setattr(checkpoint, "_holds", lambda path, tensors: path.exists())  # what a writer that trusts does
+    shutil.rmtree(two)
+    with pytest.raises((AssertionError, HandgradError)):
+        check_beside_frozen(save_beside_frozen(tmp_path, 2), 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{**FROZEN, "base": FROZEN["base"] + 1}, {"base": FROZEN["base"]}, {**FROZEN, "base": FROZEN["base"][None]}],
+)
+def test_other_frozen_parameters_are_written_anew(tmp_path, other):
+    one, two = save_beside_frozen(tmp_path, 1), save_beside_frozen(tmp_path, 2, other)
+    assert not shares(one, two)
+    check_beside_frozen(one, 1)
+    check_beside_frozen(two, 2, other)
+
+
+def test_a_disk_without_links_gets_a_copy(tmp_path, monkeypatch):
+    one = save_beside_frozen(tmp_path, 1)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    two = save_beside_frozen(tmp_path, 2)
+    assert not shares(one, two)
+    check_beside_frozen(two, 2)
+
+
+def test_a_checkpoint_of_an_earlier_version_holds_all_parameters_in_one_file(tmp_path):
+    old = io.save(tmp_path, 1, {"w": np.full(3, 1, np.float32)} | FROZEN, {}, {})
+    assert not (old / "frozen.safetensors").exists()
+    check_beside_frozen(old, 1)
+    check_beside_frozen(save_beside_frozen(tmp_path, 2), 2)
+    check_beside_frozen(old, 1)
+
+
+def test_frozen_parameters_that_are_gone_are_named(tmp_path):
+    path = save_beside_frozen(tmp_path, 1)
+    (path / "frozen.safetensors").unlink()
+    with pytest.raises(
+        HandgradError, match="model.safetensors must hold the tensor 'base', but got no such and 2 more"
+    ):
+        check_beside_frozen(path, 1)
+
+
 # kills ----------------------------------------------------------------------------------------------------------------
 
 KILLED_AT_EVERY_CALL = """
@@ -184,7 +280,7 @@ count = 0
 
 def die(event, args):
     global count
-    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"):
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.link"):
         count += 1
         if count == at:
             os._exit(9)
@@ -193,7 +289,8 @@ for at in range(1, 200):
     child = os.fork()
     if child == 0:
         sys.addaudithook(die)  # for good: hence the fork
-        io.save(out, step, {"w": np.full(1000, 2, np.float32)}, {"m": np.full(10, 2)}, {"value": 2})
+        w, base = np.full(1000, 2, np.float32), np.full(1000, 7, np.float32)
+        io.save(out, step, {"w": w, "base": base}, {"m": np.full(10, 2)}, {"value": 2}, frozen={"base"})
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(code, flush=True)
@@ -201,11 +298,16 @@ for at in range(1, 200):
 """
 
 
-def check_whole(out_dir, allowed):
-    """Returns the value that the newest checkpoint holds, after checking that all its files agree on it."""
+def check_whole(out_dir, allowed, frozen=None):
+    """Returns the value that the newest checkpoint holds, after checking that all its files agree on it.
+
+    frozen: the value of the tensor "base", None if there is none
+    """
     path = io.newest(out_dir)
     value = io.load_meta(path, {"value": int})["value"]
-    assert (io.load(path, {"w": ((1000,), "float32")})["w"] == value).all()
+    names = ["w", "base"][: 1 if frozen is None else 2]
+    for wanted, array in zip((value, frozen), io.load(path, dict.fromkeys(names, ((1000,), "float32"))).values()):
+        assert (array == wanted).all()
     assert (io.load_state(path, {"m": ((10,), "int64")})["m"] == value).all()
     assert value in allowed
     return value
@@ -218,23 +320,27 @@ def test_killed_between_any_two_file_operations(tmp_path, step):
     command = [sys.executable, "-c", KILLED_AT_EVERY_CALL, str(out), str(step)]
     values, codes = [], []
 
+    def save(step, value, **kept):
+        tensors = {"w": np.full(1000, value, np.float32), "base": np.full(1000, 7, np.float32)}
+        io.save(out, step, tensors, {"m": np.full(10, value)}, {"value": value}, frozen={"base"}, **kept)
+
     def fresh():
         shutil.rmtree(out, ignore_errors=True)
-        io.save(out, 1, {"w": np.full(1000, 1, np.float32)}, {"m": np.full(10, 1)}, {"value": 1})
+        save(1, 1)
 
     fresh()
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, env=environment, **pipes) as process:
         for line in process.stdout:
             codes.append(int(line))
-            values.append(check_whole(out, {1, 2}))
+            values.append(check_whole(out, {1, 2}, 7))
             if codes[-1] == 0:
                 break
             # whoever comes next finds order again, and what was there
-            io.save(out, 3, {"w": np.full(1000, 3, np.float32)}, {"m": np.full(10, 3)}, {"value": 3}, keep_last=9)
+            save(3, 3, keep_last=9)
             assert set(folders(out)) <= {"step_000001", "step_000002", "step_000003"}
             assert (out / f"step_{1 if values[-1] == 1 else step:06d}" / "DONE").exists()
-            assert check_whole(out, {3}) == 3
+            assert check_whole(out, {3}, 7) == 3
             fresh()
             process.stdin.write("\n")
             process.stdin.flush()

@@ -8,6 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 from rank_threads import on_ranks
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import handgrad as hg
 from handgrad.backends import open_backend
@@ -291,6 +293,31 @@ def test_resume_of_a_llama_is_bit_exact_on_any_number_of_ranks(kind, world, fold
             for place in ("straight/step_000004", "resumed/step_000004", "resumed/step_000002")
         )
         assert straight == resumed != half
+    if kind == "adapters":
+        files = [tmp_path / out / step / "frozen.safetensors" for out, step in (
+            ("straight", "step_000004"), ("resumed", "step_000004"), ("resumed", "step_000002"))]  # fmt: skip
+        assert files[0].read_bytes() == files[1].read_bytes() and files[1].samefile(files[2])
+
+
+def test_a_checkpoint_with_the_base_among_its_weights_resumes(folders, text, tmp_path):
+    """As earlier versions wrote them: one file of weights, frozen or not."""
+    run, *_ = trainer("llama", folders, text, open_backend("cpu"))
+    run.out = tmp_path
+    run.step(1, LR)
+    run.save(1)
+    path, names = tmp_path / "step_000001", run.program.params
+    assert set(safe_open(path / "model.safetensors", "np").keys()) == {n for n in names if names[n].trainable}
+    (path / "frozen.safetensors").unlink()
+    save_file({name: np.array(values) for name, values in run.params().items()}, path / "model.safetensors")
+    again, *_ = trainer("llama", folders, text, open_backend("cpu"))
+    again.out = tmp_path
+    assert again.resume() == 1
+    for one in (run, again):
+        one.step(2, LR)
+    for name, values in run.params().items():
+        np.testing.assert_array_equal(values, again.params()[name])
+    again.save(2)
+    assert (tmp_path / "step_000002" / "frozen.safetensors").exists() and open_source(tmp_path).path.name[-1] == "2"
 
 
 def test_a_checkpoint_with_another_lora_does_not_resume(folders, text, tmp_path):

@@ -15,6 +15,15 @@ def model_is_not_flushed():
     forget(lambda path: path.endswith("model.safetensors"))
 
 
+def frozen_is_not_flushed():
+    forget(lambda path: path.endswith("frozen.safetensors"))
+
+
+def links_are_not_flushed():
+    """The bytes of a checkpoint are flushed, but the names in its folder only when it has its own."""
+    forget(lambda path: "/.step_" in path and os.path.isdir(path))
+
+
 def log_is_not_flushed():
     forget(lambda path: path.endswith("log.jsonl"))
 

@@ -42,7 +42,9 @@
 #endif
 
 typedef struct __ptrace_syscall_info Info;
-typedef enum { NONE, OPEN, WRITE, TRUNCATE, RENAME, EXCHANGE, UNLINK, MKDIR, RMDIR, FSYNC, MARK, UNKNOWN } Kind;
+typedef enum {
+  NONE, OPEN, WRITE, TRUNCATE, RENAME, EXCHANGE, UNLINK, MKDIR, RMDIR, FSYNC, LINK, MARK, UNKNOWN
+} Kind;
 typedef struct {
   Kind kind;
   char path[PATH_MAX], other[PATH_MAX]; /* absolute */
@@ -191,8 +193,14 @@ static Kind classify(pid_t pid, const Info *in, Call *call) {
     return (a[2] & PROT_WRITE) && (a[3] & MAP_SHARED) && path_of(pid, (int)a[4], call->path) ? UNKNOWN : NONE;
   if (nr == SYS_sendfile || nr == SYS_fallocate) return path_of(pid, (int)a[0], call->path) ? UNKNOWN : NONE;
   if (nr == SYS_copy_file_range || nr == SYS_splice) return path_of(pid, (int)a[2], call->path) ? UNKNOWN : NONE;
-  if (nr == SYS_link) return resolve(pid, cwd, a[1], call->path) ? UNKNOWN : NONE;
-  if (nr == SYS_linkat) return resolve(pid, (int)a[2], a[3], call->path) ? UNKNOWN : NONE;
+  if (nr == SYS_link || nr == SYS_linkat) {
+    int at = nr == SYS_linkat;
+    int from = resolve(pid, at ? (int)a[0] : cwd, a[at], call->path);
+    if (!resolve(pid, at ? (int)a[2] : cwd, at ? a[3] : a[1], call->other)) return NONE;
+    if (from && !(at && a[4] & ~AT_SYMLINK_FOLLOW)) return LINK;
+    strcpy(call->path, call->other);
+    return UNKNOWN;
+  }
   if (nr == SYS_symlink) return resolve(pid, cwd, a[1], call->path) ? UNKNOWN : NONE;
   if (nr == SYS_symlinkat) return resolve(pid, (int)a[1], a[2], call->path) ? UNKNOWN : NONE;
   return NONE;
@@ -209,14 +217,14 @@ static void put_path(const char *path) {
 
 static void record(const Call *call, long long result, long nr) {
   static const char *names[] = {0,        0,        "write", "truncate", "rename", "exchange",
-                                "unlink", "mkdir", "rmdir", "fsync",    "mark"};
+                                "unlink", "mkdir", "rmdir", "fsync",  "link",     "mark"};
   if (call->kind == UNKNOWN) fprintf(journal, "unknown %ld", nr);
   else if (call->kind == OPEN) fputs(call->existed ? "truncate 0" : "create", journal);
   else fputs(names[call->kind], journal);
   if (call->kind == WRITE) fprintf(journal, " %lld %lld", call->at, result);
   if (call->kind == TRUNCATE) fprintf(journal, " %lld", call->size);
   put_path(call->path);
-  if (call->kind == RENAME || call->kind == EXCHANGE) put_path(call->other);
+  if (call->kind == RENAME || call->kind == EXCHANGE || call->kind == LINK) put_path(call->other);
   fputc('\n', journal);
   if (call->kind == WRITE) {
     fwrite(call->data, 1, result, journal);

@@ -1,8 +1,8 @@
 """What a folder holds after a kill or a power cut in front of any call of a journal that powercut.c wrote.
 
 A kill leaves all that was done. A power cut leaves what was flushed, and any part of the rest: the bytes of a file
-since its last fsync, and the names in a folder (made, renamed, removed) since the folder's last fsync. A rename keeps
-both its names or neither, and so does an exchange.
+since its last fsync, and the names in a folder (made, linked, renamed, removed) since the folder's last fsync. A rename
+keeps both its names or neither, and so does an exchange.
 """
 
 import random
@@ -111,6 +111,9 @@ class Disk:
             node, other = source.now[old], to.now.get(new) if kind == "exchange" else None
             source.set(self.number, old, other)
             to.set(self.number, new, node)
+        elif kind == "link":  # both names lead to one file, whose bytes survive or are lost for both
+            to, new = self.parent(path)
+            to.set(self.number, new, self.find(sizes.pop()))
         elif kind in ("create", "mkdir", "unlink", "rmdir"):
             folder, name = self.parent(path)
             folder.set(self.number, name, {"create": File, "mkdir": Folder}.get(kind, lambda: None)())

@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -25,6 +25,7 @@ TRAIN = (
     "--micro-batch 2 --threads 1 --val-every 2 --val-tokens 32 --sample-every 3 "
     f"--sample-tokens 4 --save-every 2 --resume auto --steps {STEPS}"
 ).split()
+LORA = ("--lora-rank", "2")
 TIMES = ("seconds", "tokens_per_second", "mfu")
 # the command under powercut.c marks in the journal when a save and when the verb have returned
 MARKED = """
@@ -106,9 +107,9 @@ def record(tool: Path, where: Path, scenario: Scenario, mutant: str, kill: int =
 # scenarios ------------------------------------------------------------------------------------------------------------
 
 
-def train(tool: Path, work: Path) -> Scenario:
-    """A run from its first step to its last."""
-    argv = ["train", *TRAIN, "--train", str(data(work)), "--out", "disk/run"]
+def train(tool: Path, work: Path, tune: Sequence[str] = ()) -> Scenario:
+    """A run from its first step to its last. tune: what learns in it, if not all"""
+    argv = ["train", *TRAIN, *tune, "--train", str(data(work)), "--out", "disk/run"]
     whole = below(done(work / "whole", {}, [*argv, "--keep-last", "0"]), "run")  # every checkpoint
     return Scenario(
         [*argv, "--keep-last", "2"],
@@ -118,9 +119,9 @@ def train(tool: Path, work: Path) -> Scenario:
     )
 
 
-def resume(tool: Path, work: Path) -> Scenario:
+def resume(tool: Path, work: Path, tune: Sequence[str] = ()) -> Scenario:
     """The same run, killed once already, when it had just saved step 4."""
-    fresh = train(tool, work)
+    fresh = train(tool, work, tune)
     disk, found = record(tool, work / "first", fresh, "")
     for call in found[: [str(call) for call in found].index("mark ./:4")]:
         disk.do(call)
@@ -203,6 +204,8 @@ def report(tool: Path, work: Path) -> Scenario:
 SCENARIOS: dict[str, Callable[[Path, Path], Scenario]] = {
     "train": train,
     "resume": resume,
+    "lora": lambda tool, work: train(tool, work, LORA),
+    "lora-resume": lambda tool, work: resume(tool, work, LORA),
     "convert-hf": lambda tool, work: convert(tool, work, "hf"),
     "convert-llmc": lambda tool, work: convert(tool, work, "llmc"),
     "convert-handgrad": lambda tool, work: convert(tool, work, "handgrad"),
@@ -247,8 +250,8 @@ def steps_of(tree: Tree) -> dict[int, str]:
 def wrong_run(tree: Tree, marks: set[str], whole: Tree) -> str:
     """What is wrong with a run folder that something stopped."""
     for step, name in steps_of(tree).items():
-        for file in ("model.safetensors", "state.rank00.safetensors"):
-            if tree.get(f"{name}/{file}") != whole[f"step_{step:06d}/{file}"]:
+        for file, content in below(whole, f"step_{step:06d}").items():
+            if file.endswith(".safetensors") and tree.get(f"{name}/{file}") != content:
                 return f"{name} has DONE, but not its {file}"
         try:
             if json.loads(tree.get(f"{name}/run.json") or b"")["step"] != step:
@@ -266,8 +269,8 @@ def wrong_run(tree: Tree, marks: set[str], whole: Tree) -> str:
 
 def wrong_end(tree: Tree, whole: Tree) -> str:
     """What is wrong with a run that was stopped, resumed and ended."""
-    kept = [f"step_{STEPS:06d}/model.safetensors", f"step_{STEPS:06d}/state.rank00.safetensors", "sample.txt"]
-    wrong = [path for path in [*kept, "main.log"] if tree.get(path) != whole[path]]
+    kept = [path for path in whole if path.startswith(f"step_{STEPS:06d}/") and path.endswith(".safetensors")]
+    wrong = [path for path in [*kept, "sample.txt", "main.log"] if tree.get(path) != whole[path]]
     pairs = zip_longest(log_of(tree), log_of(whole))
     wrong += [f"log.jsonl: {mine!r} for {theirs!r}" for mine, theirs in pairs if mine != theirs][:1]
     wrong += [path for path in ("report.html", "run.json", "config.json") if not tree.get(path)]

@@ -34,11 +34,12 @@ def stopped(*words):
     [
         (["train"], 25, 3),
         (["resume"], 8, 1),
+        (["lora", "lora-resume"], 5, 1),
         (["convert-hf", "convert-llmc", "convert-handgrad"], 6, 1),
         (["data-text", "data-replace"], 8, 1),
         (["report"], 3, 1),
     ],
-    ids=["train", "resume", "convert", "data", "report"],
+    ids=["train", "resume", "lora", "convert", "data", "report"],
 )
 def test_every_state_that_a_kill_or_a_power_cut_leaves_is_restored(scenarios, repeats, kills):
     code, out = stopped(*scenarios, "--repeats", repeats, "--kills", kills, "--mixtures", 1)
@@ -50,6 +51,8 @@ def test_every_state_that_a_kill_or_a_power_cut_leaves_is_restored(scenarios, re
     ("mutant", "scenarios", "problem"),
     [
         ("model_is_not_flushed", ["train"], "has DONE, but not its model.safetensors; .*, names kept, bytes lost"),
+        ("frozen_is_not_flushed", ["lora"], "has DONE, but not its frozen.safetensors; .*, names kept, bytes lost"),
+        ("links_are_not_flushed", ["lora"], "has DONE, but not its frozen.safetensors; .*, free"),
         ("log_is_not_flushed", ["train"], "the log lacks lines of the 2 steps .*, names kept, bytes lost"),
         ("flushed_after_the_rename", ["train"], "has DONE, but not its .*, names kept, bytes lost"),
         ("done_before_the_files", ["train"], "has DONE, but not its model.safetensors; .*, kept"),
@@ -104,6 +107,17 @@ def test_a_rename_survives_with_both_names_or_with_neither(replay):
         disk.do(replay.Call(line.split(), data))
     left = {tuple(tree) for _, tree in replay.cuts(disk, random.Random(0), 50)}
     assert left == {("old",), ("new",)}
+
+
+def test_two_names_of_a_file_share_its_bytes_and_survive_one_by_one(replay):
+    made = [("create ./a", b""), ("write 0 3 ./a", b"new"), ("fsync .", b""), ("link ./a ./b", b"")]
+    assert cut(replay, made) == {
+        "kept": {"a": b"new", "b": b"new"},
+        "lost": {"a": b""},
+        "names kept, bytes lost": {"a": b"", "b": b""},
+        "bytes kept, names lost": {"a": b"new"},
+    }
+    assert cut(replay, [*made, ("fsync ./b", b"")])["lost"] == {"a": b"new"}
 
 
 def test_an_exchange_survives_whole_or_not_at_all(replay):

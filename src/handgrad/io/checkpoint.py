@@ -2,13 +2,15 @@
 
     step_000500/
         model.safetensors           parameters, by name
+        frozen.safetensors          those that do not learn, if there are any
         state.rank00.safetensors    optimizer state and all else that a bit-exact resume needs
         run.json                    {"step": 500, ...}: configuration, scalars, versions
         DONE                        empty; a folder without it is no checkpoint
 
 Saving step 500, and what is left if it is killed between two lines:
 
-    1  write .step_000500.tmp-<pid>/{model, state}, then run.json, flush all    a temporary folder: never read
+    1  write .step_000500.tmp-<pid>/{model, state, frozen}, then run.json,      a temporary folder: never read
+       flush all
     2  have the caller flush what belongs to it, such as the log                the same
     3  write DONE in it, flush DONE and the folder                              the same
     4  if step_000500 exists, rename it to step_000500.old                      .old, complete: read as step 500
@@ -22,15 +24,21 @@ folder its name back if its step is gone. Only one process saves into a run fold
 
 Weights or state that are not finite are no checkpoint: nothing can be trained from them, and they would be the newest.
 
+Frozen parameters are on disk once: their file is a hard link to that of the newest checkpoint, if every byte of it is
+what would be written. So each checkpoint is complete, whichever others are deleted, and a file that was damaged, or
+whose values have changed, is written anew. What a disk damages after that, it damages in all that share the file.
+
 `Writer` saves in a thread of its own, while training continues.
 """
 
 import json
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +52,7 @@ from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.json_file import read_object
 
 MODEL = "model.safetensors"
+FROZEN = "frozen.safetensors"
 STATE = "state.rank00.safetensors"
 META = "run.json"
 DONE = "DONE"
@@ -81,6 +90,7 @@ def save(
     state: Mapping[str, np.ndarray],
     meta: dict,
     *,
+    frozen: Collection[str] = (),
     keep_last: int = 1,
     keep_every: int = 0,
     keep: Collection[int] = (),
@@ -93,6 +103,7 @@ def save(
     tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written without a
         copy; others are copied first
     meta: what JSON can hold; "step" is added
+    frozen: names of tensors that do not change from checkpoint to checkpoint, in a file that they share
     keep_last, keep_every, keep: see `prune`;  best: the step that the link `best` leads to, which is kept, too
     when_read: called once, when the system has all arrays and they may change again
     before_done: called once, when all but DONE is on disk: whatever must not be missing beside the checkpoint
@@ -119,8 +130,9 @@ def save(
         make_folder(out_dir)
         _clean(out_dir)
         building.mkdir()
-        _write_tensors(building / MODEL, tensors)
+        _write_tensors(building / MODEL, {name: tensors[name] for name in tensors if name not in frozen})
         _write_tensors(building / STATE, state)
+        _share_tensors(building / FROZEN, {name: tensors[name] for name in tensors if name in frozen}, newest(out_dir))
         when_read()
         _complete_folder(building, text, before_done)
         _give_name(building, final)
@@ -145,8 +157,8 @@ def _dumped(meta: dict) -> str:
 
 def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -> None:
     """Adds run.json and DONE to the tensors; DONE is the last file, and all are on disk when this returns."""
-    flush(folder / MODEL)
-    flush(folder / STATE)
+    for file in folder.iterdir():  # a link, too: a copy of the checkpoint that it leads to may never have been flushed
+        flush(file)
     for name, content in ((META, meta), (DONE, "")):
         if name == DONE:
             before_done()
@@ -243,7 +255,8 @@ def load(path: str | Path, expected: Expected) -> "Tensors":
     Raises HandgradError if `path` is no complete checkpoint, the file is damaged, or a tensor is missing, unexpected,
     or of another shape or type. All are checked here, before the first is read.
     """
-    return Tensors(_checked_folder(path) / MODEL, expected)
+    files = [_checked_folder(path) / MODEL, Path(path) / FROZEN]
+    return Tensors(files if os.path.lexists(files[1]) else files[:1], expected)
 
 
 def load_state(path: str | Path, expected: Expected, others: bool = False) -> "Tensors":
@@ -251,7 +264,7 @@ def load_state(path: str | Path, expected: Expected, others: bool = False) -> "T
 
     others: there may be more of them
     """
-    return Tensors(_checked_folder(path) / STATE, expected, others)
+    return Tensors([_checked_folder(path) / STATE], expected, others)
 
 
 def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
@@ -322,22 +335,25 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, keep: Col
 
 
 class Tensors(Mapping):
-    """The tensors of one safetensors file: name -> array, a fresh copy read from disk at each access."""
+    """The tensors of safetensors files: name -> array, a fresh copy read from disk at each access."""
 
-    def __init__(self, path: Path, expected: Expected, others: bool = False):
-        self._path = path
-        # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
-        require_file(path, "a checkpoint's tensors", "checkpoint", OLDER)
-        self._file = _readable(path, safe_open, path, "np", backend="pread")
-        names = set(_readable(path, self._file.keys))
+    def __init__(self, paths: Sequence[Path], expected: Expected, others: bool = False):
+        self._places: dict[str, tuple[Path, Any]] = {}  # name: its file, which is open
+        for path in paths:
+            # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
+            require_file(path, "a checkpoint's tensors", "checkpoint", OLDER)
+            file = _readable(path, safe_open, path, "np", backend="pread")
+            self._places |= {name: (path, file) for name in _readable(path, file.keys)}
+        where, names = " or ".join(map(str, paths)), self._places.keys()
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing:
-            raise HandgradError("checkpoint", f"{path} must hold the tensor {missing[0]!r}", _more("no such", missing))
+            raise HandgradError("checkpoint", f"{where} must hold the tensor {missing[0]!r}", _more("no such", missing))
         if extra and not others:
-            rule = f"{path} must hold only the {len(expected)} expected tensors"
+            rule = f"{where} must hold only the {len(expected)} expected tensors"
             raise HandgradError("checkpoint", rule, _more(f"also {extra[0]!r}", extra), hint="is it another model's?")
         for name, (shape, dtype) in expected.items():
-            header = _readable(path, self._file.get_slice, name)
+            path, file = self._places[name]
+            header = _readable(path, file.get_slice, name)
             found = _spec(header.get_shape(), _DTYPES.get(header.get_dtype(), header.get_dtype()))
             if found != _spec(shape, np.dtype(dtype).name):
                 rule = f"tensor {name!r} in {path} must be {_spec(shape, np.dtype(dtype).name)}"
@@ -347,7 +363,8 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
-        return _readable(self._path, self._file.get_tensor, name)
+        path, file = self._places[name]
+        return _readable(path, file.get_tensor, name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor
@@ -388,6 +405,31 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     }
     serialize_file(specs, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; use the umask, as for run.json
+
+
+def _share_tensors(path: Path, tensors: Mapping[str, np.ndarray], last: Path | None) -> None:
+    """Writes a file of tensors, if there are any; a link to that of the checkpoint `last` if it holds the same."""
+    if tensors and last is not None and _holds(last / FROZEN, tensors):
+        with suppress(OSError):  # a disk without links, or a file of another user
+            os.link((last / FROZEN).resolve(), path)
+            return
+    if tensors:
+        _write_tensors(path, tensors)
+
+
+def _holds(path: Path, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file holds exactly these tensors, byte for byte."""
+    try:
+        held = Tensors([path], {name: (array.shape, array.dtype) for name, array in tensors.items()})
+        return all(_is_same(held[name], array) for name, array in tensors.items())
+    except HandgradError:
+        return False
+
+
+def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape and type have the same bytes; compares a piece at a time."""
+    x, y = (np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in (a, b))
+    return all(np.array_equal(x[at : at + _PIECE], y[at : at + _PIECE]) for at in range(0, x.size, _PIECE))
 
 
 def _checked_folder(path: str | Path) -> Path:

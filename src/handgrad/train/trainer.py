@@ -382,6 +382,7 @@ class Trainer:
             "keep_every": keep_every,
         }
         kept |= {"keep": keep, "best": best, "before_done": on_disk}
+        kept["frozen"] = {name for name, info in self.program.params.items() if not info.trainable}
         self._writer.save(self._folder(), step, params, held, meta, **kept)
         if wait:
             self.wait_saved()
