@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from handgrad.data import id_dtype, write_shard
 from handgrad.infer import adapters as packed
 from handgrad.infer.load import open_source
 from handgrad.io import newest
+from handgrad.io.weights import NUMPY
 from handgrad.models import Lora
 
 torch = pytest.importorskip("torch")
@@ -329,3 +333,71 @@ def test_a_checkpoint_with_another_lora_does_not_resume(folders, text, tmp_path)
     other.out = tmp_path
     with pytest.raises(HandgradError, match=r"\[resume\] the checkpoint's model has lora .*'alpha': 6.0.*'alpha': 5.0"):
         other.resume()
+
+
+def test_an_adapter_is_taken_on_its_own_base_in_any_format_and_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = "--micro-batch 2 --backend cpu --val-every 0 --val-tokens 64 --sample-tokens 0"
+    Path("plays.txt").write_text(hg.data.shakespeare().read_text()[:20_000])
+    assert main("data tokenizer plays.txt --vocab 257 --out tokens".split()) == 0  # .gguf holds no characters
+    assert main("data text plays.txt --tokenizer tokens --out plays".split()) == 0
+    common += " --train plays"
+    small = f"--preset tiny --num-layers 2 --num-heads 2 --hidden-size 32 --max-seq-len 16 {common} --steps 2"
+    for out, seed in (("base", 1), ("other", 2)):
+        assert main(f"train {small} --seed {seed} --dtype f32 --out {out}".split()) == 0
+    for words in ("hf --to hf --dtype f32", "bf16 --to hf --dtype bf16", "q8.gguf --dtype q8_0", "base.bin --to llmc"):
+        assert main(f"convert base {words}".split()) == 0
+    assert main(f"train {common} --init base --lora-rank 2 --steps 2 --dtype bf16 --out tuned".split()) == 0
+    assert main("convert tuned adapter --adapter".split()) == 0
+
+    def start(init):
+        capsys.readouterr()
+        code = main(f"train {common} --steps 1 --init {init} --lora-init adapter --out again_{init}".split())
+        return code, capsys.readouterr().err.strip()
+
+    for init in ("base", "hf", "bf16", "q8.gguf", "base.bin"):
+        assert start(init)[0] == 0, init
+    refusal = r"^\[lora\] 'adapter' is an adapter of the model 'base', but got other weights of the same shapes, "
+    refusal += r"--init other\. hint: if it is on purpose, delete adapter/adapter_base\.json$"
+    code, error = start("other")
+    assert code == 2 and re.search(refusal, error), error
+    assert not (tmp_path / "again_other").exists()
+    assert main(f"train {small} --lora-init adapter --out drawn".split()) == 2
+    assert "--init random" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # without the comparison it is taken
+        patch.setattr(packed, "is_same", lambda one, other: True)
+        assert start("other")[0] == 0
+    shutil.rmtree("again_other")
+    file = tmp_path / "adapter" / "adapter_base.json"
+    for text in ("[]", '{"h.0.attn.c_attn.weight": [1.0, "x"]}', '{"h.0.attn.c_attn.weight": [NaN]}', "{"):
+        file.write_text(text)
+        code, error = start("other")
+        assert code == 2 and "adapter_base.json" in error and len(error.splitlines()) == 1, error
+    file.write_text("{}")  # of no weights: of another model
+    assert start("base")[0] == 2
+    file.unlink()
+    assert start("other")[0] == 0
+
+
+def test_copies_of_weights_in_all_types_are_the_same_and_other_weights_are_not():
+    quants = pytest.importorskip("gguf").quants
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((1, packed.ALIKE)).astype(np.float32) * 0.02 for _ in range(packed.SAMPLED)]
+    names = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+    def quantised(w, name):
+        kind = getattr(quants.GGMLQuantizationType, name)
+        return quants.dequantize(quants.quantize(w, kind), kind)
+
+    copies = {kind: [w.astype(NUMPY[kind]) for w in weights] for kind in ("f32", "bf16")}
+    copies["f16"] = [w.astype(np.float16) for w in weights]
+    copies |= {name: [quantised(w, name) for w in weights] for name in names}
+    copies |= {f"{name}, bf16": [quantised(w, name).astype(NUMPY["bf16"]) for w in weights] for name in names}
+    copies = {name: [w[0].astype(np.float64) for w in copy] for name, copy in copies.items()}
+    for (a, one), (b, two) in product(copies.items(), repeat=2):
+        assert packed.is_same(one, two), (a, b)
+    tuned = [w + 0.1 * 0.02 * rng.standard_normal(w.shape) for w in copies["f32"]]  # by a tenth of their size
+    others = [0.02 * rng.standard_normal(w.shape) for w in copies["f32"]]
+    for name, copy in copies.items():
+        assert not packed.is_same(copy, others), name
+        assert "Q" in name or not packed.is_same(copy, tuned), name

@@ -1,6 +1,6 @@
 """Adapters on disk: between our packed tensors and peft's folders, and merged into the weights that they belong to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from handgrad.io.weights import NUMPY, Weights
 from handgrad.models import Model, declare
 from handgrad.models.lora import CLASSIFIER, A, Adapter, B, Lora, tensors
 
+SAMPLED, ALIKE = 4, 32  # weights of a sample; values of each: the smallest block of a quantised type
 Read = Callable[[str], np.ndarray]  # a tensor of ours by name
 
 
@@ -47,6 +48,52 @@ def write_peft(folder: Path, lora: Lora, model: Model, read: Read, dtype: str, b
     targets = tuple(sorted({module.rpartition(".")[2] for a in lora.adapters(model).values() for module in a.modules}))
     settings = peft.Settings(lora.rank, lora.alpha, lora.dropout, targets, base)
     peft.write(folder, settings, "CAUSAL_LM" if model.continues_text else None, shapes, values, dtype)
+    peft.write_base(folder, sample(lora, model, read))
+
+
+def sample(lora: Lora, model: Model, read: Read) -> dict[str, np.ndarray]:
+    """The first values of the first row of a few weights that have adapters, by name: they tell a model from others."""
+    names = list(lora.adapters(model))
+    chosen = {names[i * (len(names) - 1) // (SAMPLED - 1)] for i in range(SAMPLED)}
+    return {name: read(name)[0, :ALIKE].astype(np.float64) for name in names if name in chosen}
+
+
+def check_base(folder: Path, lora: Lora, model: Model, read: Read | None, init: str) -> None:
+    """Raises HandgradError if an adapter was trained on other weights than those that it is now to change.
+
+    read: the weights; None: they are drawn. Then it may be of a run whose weights were drawn, too
+    init: what the error calls them
+
+    Copies of weights in two types are the same weights, quantised ones of 4 bits and more included. Not seen are
+    differences as small as 8 bits round, and those in weights that are not among the samples.
+    """
+    wanted, base = peft.read_base(folder), peft.read_settings(folder).base
+    if wanted is None or (read is None and not base):
+        return
+    held = sample(lora, model, read) if read else {}
+    if wanted.keys() == held.keys() and is_same([wanted[name] for name in held], list(held.values())):
+        return
+    rule = f"'{folder}' is an adapter of " + (f"the model '{base}'" if base else "a model that it does not name")
+    hint = f"if it is on purpose, delete {folder / peft.BASE}"
+    raise HandgradError("lora", rule, f"other weights of the same shapes, --init {init}", hint=hint)
+
+
+def is_same(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
+    """Whether two lists of samples are of the same weights, each rounded to some type.
+
+    A type of 8 bits or more rounds by less than 1/128 of the largest value of a block, two of them by 1/64. Fewer bits
+    have few levels in a block, and round by a step at most: the smallest distance of two values. The types whose blocks
+    share scales clip some values, so a quarter may differ by more.
+    """
+    if any(a.shape != b.shape for a, b in zip(one, other)):
+        return False
+    far = [np.abs(a - b) > np.abs(a).max() / 64 + step(a) + step(b) for a, b in zip(one, other)]
+    return float(np.mean(np.concatenate(far))) <= 0.25
+
+
+def step(values: np.ndarray) -> float:
+    """The smallest distance of two different values; 0 if there is one value."""
+    return float(np.diff(np.unique(values)).min()) if np.ptp(values) else 0.0
 
 
 def lora_of(folder: Path) -> Lora:

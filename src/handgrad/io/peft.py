@@ -1,8 +1,10 @@
 """peft's folders: adapter_config.json and adapter_model.safetensors of a LoRA adapter, by Hugging Face's names."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from handgrad.io import hf
 from handgrad.io.format import DTYPES
 
 MODEL = "adapter_model.safetensors"
+BASE = "adapter_base.json"  # ours: peft leaves it alone, and would warn of a key that it does not know in its own file
 PREFIX = "base_model.model."  # of every name: peft wraps the model twice
 NEUTRAL: dict[str, tuple] = {  # keys that change the computation: the values that change nothing, the default first
     "peft_type": ("LORA",),
@@ -96,6 +99,27 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndar
         if found[name].dtype not in DTYPES:
             raise HandgradError("lora", f"tensors in {file} are {', '.join(DTYPES)}", found[name].dtype)
     return {name.removeprefix(PREFIX): found[name].read().astype(np.float32) for name in wanted}
+
+
+def read_base(path: Path) -> dict[str, np.ndarray] | None:
+    """Values of some weights of the model that the adapter in a folder was trained on, by name; None if it has none.
+
+    Raises HandgradError if they are damaged.
+    """
+    if not os.path.lexists(path / BASE):
+        return None
+    found = read_object(path / BASE, "lora")
+    for name, values in found.items():
+        if not isinstance(values, list) or not values or not all(type(x) is float and isfinite(x) for x in values):
+            rule = f"{path / BASE} gives finite numbers of each weight"
+            raise HandgradError("lora", rule, f"{shown(name)}: {shown(values)}", hint="an adapter needs no such file")
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def write_base(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    """Writes beside an adapter what `read_base` reads, with six digits."""
+    text = {name: [float(f"{x:.6g}") for x in run] for name, run in values.items()}
+    write_text(path / BASE, json.dumps(text) + "\n")
 
 
 def write(

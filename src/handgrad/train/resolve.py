@@ -13,9 +13,10 @@ from handgrad.backends.ranks.comm import Alone, Comm
 from handgrad.core.errors import HandgradError
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.infer.adapters import read_peft
+from handgrad.infer.adapters import check_base, read_peft
 from handgrad.infer.load import Source, check_same_tokens, open_source
 from handgrad.io import newest
+from handgrad.io.weights import Weights
 from handgrad.models import Bert, Model, create, preset
 from handgrad.optim import Optimizer, schedules
 from handgrad.train.best import Best
@@ -175,7 +176,10 @@ def with_adapter(start: Start, c: Config, model: Model, execution: Execution, is
     """What a run starts from, with the tensors of the adapter that --lora-init names."""
     if not is_new or not c.tune.lora_init or execution.lora is None:
         return start
-    return replace(start, adapter=read_peft(Path(c.tune.lora_init), execution.lora, model))
+    folder, weights = Path(c.tune.lora_init), start.init
+    tensors = read_peft(folder, execution.lora, model)
+    check_base(folder, execution.lora, model, weights.read if isinstance(weights, Weights) else None, c.model.init)
+    return replace(start, adapter=tensors)
 
 
 def check_evals(c: Config, model: Model, has_val: bool) -> None:
