@@ -303,6 +303,23 @@ def test_resume_of_a_llama_is_bit_exact_on_any_number_of_ranks(kind, world, fold
         assert files[0].read_bytes() == files[1].read_bytes() and files[1].samefile(files[2])
 
 
+def test_a_run_on_changing_numbers_of_ranks_keeps_one_file_of_frozen_weights(folders, text, tmp_path):
+    """With zero 3 they are gathered from the ranks: the same bytes."""
+
+    def work(comm):
+        changes = {"micro_batch": BATCH // comm.world, "zero": 3 * (comm.world > 1)}
+        run, *_ = trainer("llama", folders, text, CpuBackend(1, comm), **changes)
+        run.out = tmp_path
+        step = run.resume() + 1
+        run.step(step, LR)
+        run.save(step)
+
+    for world in (2, 1, 2):
+        on_ranks(world, work)
+    files = [path.stat().st_ino for path in tmp_path.glob("step_*/frozen.safetensors")]
+    assert len(files) == 3 and len(set(files)) == 1
+
+
 def test_a_checkpoint_with_the_base_among_its_weights_resumes(folders, text, tmp_path):
     """As earlier versions wrote them: one file of weights, frozen or not."""
     run, *_ = trainer("llama", folders, text, open_backend("cpu"))
