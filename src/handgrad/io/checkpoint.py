@@ -100,8 +100,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint and returns its folder, `out_dir`/step_<6 digits>; then prunes (see `prune`).
 
-    tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer. C-contiguous arrays are written without a
-        copy; others are copied first
+    tensors, state: name -> array, float32, bfloat16 (ml_dtypes) or integer; copied first unless C-contiguous
     meta: what JSON can hold; "step" is added
     frozen: names of tensors that do not change from checkpoint to checkpoint, in a file that they share
     keep_last, keep_every, keep: see `prune`;  best: the step that the link `best` leads to, which is kept, too
@@ -130,9 +129,8 @@ def save(
         make_folder(out_dir)
         _clean(out_dir)
         building.mkdir()
-        _write_tensors(building / MODEL, {name: tensors[name] for name in tensors if name not in frozen})
+        _write_weights(building, tensors, frozen, newest(out_dir))
         _write_tensors(building / STATE, state)
-        _share_tensors(building / FROZEN, {name: tensors[name] for name in tensors if name in frozen}, newest(out_dir))
         when_read()
         _complete_folder(building, text, before_done)
         _give_name(building, final)
@@ -407,14 +405,17 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it private; use the umask, as for run.json
 
 
-def _share_tensors(path: Path, tensors: Mapping[str, np.ndarray], last: Path | None) -> None:
-    """Writes a file of tensors, if there are any; a link to that of the checkpoint `last` if it holds the same."""
-    if tensors and last is not None and _holds(last / FROZEN, tensors):
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], frozen: Collection[str], last: Path | None) -> None:
+    """Writes weights into a folder; those in `frozen` as a link to the file of the checkpoint `last`, if that holds the
+    same."""
+    _write_tensors(folder / MODEL, {name: array for name, array in tensors.items() if name not in frozen})
+    still = {name: array for name, array in tensors.items() if name in frozen}
+    if still and last is not None and _holds(last / FROZEN, still):
         with suppress(OSError):  # a disk without links, or a file of another user
-            os.link((last / FROZEN).resolve(), path)
+            os.link((last / FROZEN).resolve(), folder / FROZEN)
             return
-    if tensors:
-        _write_tensors(path, tensors)
+    if still:
+        _write_tensors(folder / FROZEN, still)
 
 
 def _holds(path: Path, tensors: Mapping[str, np.ndarray]) -> bool:
