@@ -17,8 +17,9 @@ from handgrad.infer.load import open_source
 from handgrad.io import gguf, hf
 from handgrad.io.format import Format
 from handgrad.io.gguf_file import NUMBER_OF, TYPES, open_file
-from handgrad.models import GPT2, declare
+from handgrad.models import GPT2, Gemma, build_from_file, declare
 from handgrad.models import shapes as shapes_of
+from handgrad.models.gemma_format import FULL, SLIDING
 from handgrad.tokenizers.gguf import RULES
 
 package = pytest.importorskip("gguf")
@@ -26,6 +27,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, head_dim=16, num_attention_heads=4)
+GEMMA_FORM = Format(**Gemma.hugging_face)
+BASES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in ((SLIDING, 9e3), (FULL, 2e5))}
 TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 5}
 CASES = {
     "llama": ("llama", {}),
@@ -33,6 +36,16 @@ CASES = {
     "heads of another width": ("llama", {"head_dim": 32}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+}
+GEMMA = dict(num_hidden_layers=4, num_key_value_heads=2, sliding_window=7, query_pre_attn_scalar=16)
+GEMMAS = {  # layers that see the whole text; llama.cpp's default is every sixth
+    f"gemma3, {name}": GEMMA | changes
+    for name, changes in {
+        "every third": {"layer_types": [SLIDING, SLIDING, FULL, SLIDING], "tie_word_embeddings": True},
+        "every sixth": {"num_hidden_layers": 7, "rope_parameters": BASES, "tie_word_embeddings": False},
+        "none": {"layer_types": [SLIDING] * 4},
+        "every second": {"layer_types": [SLIDING, FULL] * 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    }.items()
 }
 
 
@@ -48,6 +61,22 @@ def made(folder, case, dtype=torch.float32):
     kind, changes = CASES[case]
     torch_model(kind, **SIZES | changes).to(dtype).save_pretrained(folder / "in")
     return read(folder / "in")
+
+
+def gemma(case, **changes):
+    """transformers' model, its norms far from 1."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = transformers.Gemma3TextConfig(**sizes | GEMMAS[case] | changes)
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.05, 0.3)
+    return model
+
+
+def gemma_weights(folder, case, **changes):
+    gemma(case, **changes).save_pretrained(folder / "in")
+    return open_source(folder / "in").weights
 
 
 def again(path, form=FORM):
@@ -67,6 +96,51 @@ def test_a_model_in_and_out_is_bit_exact(tmp_path, case):
         for name in weights.shapes:
             values = weights.tensor(name)
             assert found.tensor(name).dtype == values.dtype and np.array_equal(found.tensor(name), values)
+
+
+@pytest.mark.parametrize("case", GEMMAS)
+def test_a_gemma_in_and_out_is_bit_exact(tmp_path, case):
+    """A norm multiplies by what the file holds, as here: 1 and more than Hugging Face's weight."""
+    weights = gemma_weights(tmp_path, case)
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    found = open_source(tmp_path / "x.gguf").weights
+    assert found.fields == weights.fields and found.shapes == weights.shapes
+    for name in weights.shapes:
+        assert np.array_equal(found.tensor(name), weights.tensor(name)), name
+    stored = {tensor.name: tensor.data for tensor in package.GGUFReader(tmp_path / "x.gguf").tensors}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").model.layers[1]
+    for name, norm in (("post_ffw_norm", theirs.post_feedforward_layernorm), ("attn_q_norm", theirs.self_attn.q_norm)):
+        assert np.array_equal(stored[f"blk.1.{name}.weight"], norm.weight.detach().numpy() + np.float32(1))
+
+
+def test_a_gemma_that_llama_cpp_would_scale_otherwise_is_refused(tmp_path):
+    weights = gemma_weights(tmp_path, "gemma3, none", query_pre_attn_scalar=20)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a model whose query_size is 16, but got 20."
+    weights = gemma_weights(tmp_path, "gemma3, none", layer_types=[FULL] * 4)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a Gemma 3 some of whose layers have a window, but got global_every 1."
+    # the one that has 62 layers
+    weights = gemma_weights(tmp_path, "gemma3, none", num_hidden_layers=62, layer_types=None, num_attention_heads=2)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a model whose query_size is 32, but got 16."
+    weights = replace(weights, fields=weights.fields | {"query_size": 32})
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert open_source(tmp_path / "x.gguf").model.query_size == 32
+
+
+def test_what_a_gemma_leaves_out_is_as_llama_cpp_takes_it(tmp_path):
+    """Files of earlier versions have neither the pattern nor the base of layers with a window."""
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, gemma_weights(tmp_path, "gemma3, every third"), "f32", TOKENIZER)
+    file = open_file(tmp_path / "x.gguf")
+
+    def without(*keys):
+        return replace(file, metadata={key: x for key, x in file.metadata.items() if not key.endswith(keys)})
+
+    fields = gguf.read_fields(without("sliding_window_pattern", "rope.freq_base_swa", "rope.freq_base"), GEMMA_FORM)
+    assert (fields["global_every"], fields["local_theta"], fields["rope_theta"]) == (6, 1e4, 1e4)
+    fields = gguf.read_fields(without("attention.sliding_window"), GEMMA_FORM)
+    assert "whose window is at least 1, but got 0." in told(build_from_file, Gemma, fields, "gguf", "x")
 
 
 def test_only_the_architecture_llama_has_its_rows_reordered(tmp_path):
@@ -117,7 +191,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
     torch_model("mistral").save_pretrained(tmp_path / "in")
     line = told(gguf.write, tmp_path / "x.gguf", FORM, read(tmp_path / "in"), "f32", TOKENIZER)
     assert line == "[gguf] llama.cpp runs a model whose window is 0, but got 4096."
-    form = replace(FORM, gguf={**FORM.gguf, "requires": {}})
+    form = replace(FORM, gguf={**FORM.gguf, "fixed": lambda _: {}})
     line = told(gguf.write, tmp_path / "x.gguf", form, read(tmp_path / "in"), "f32", TOKENIZER)
     assert "runs a model of the kind llama or qwen2 or qwen3, but got mistral, which its files cannot" in line
     line = told(gguf.write, tmp_path / "x.gguf", replace(FORM, gguf=None), read(tmp_path / "in"), "f32", TOKENIZER)
@@ -466,9 +540,9 @@ def test_other_files_with_its_name_are_refused(tmp_path):
         path.write_bytes(raw)
         assert "begins with GGUF, but got other bytes. hint" in told(open_source, path)
     path.write_bytes(header([("general.architecture", 8, text("mamba"))], []))
-    assert "has the model_type" in told(open_source, path)
+    assert "has the architecture gpt2 or llama or" in told(open_source, path)
     path.rename(tmp_path / "model")  # by its first bytes
-    assert "has the model_type" in told(open_source, tmp_path / "model")
+    assert "has the architecture" in told(open_source, tmp_path / "model")
 
 
 def test_quantised_files_need_the_package(tmp_path, monkeypatch):
@@ -492,14 +566,17 @@ def next_token(path, ids, count=5):
     return [(t["id"], t["logprob"]) for t in done["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | GEMMAS)
 def test_llama_cpp_computes_the_same(tmp_path, case):
-    kind, changes = CASES[case]
-    sizes = SIZES | changes | {"vocab_size": 50304, "max_position_embeddings": 256}
-    model = torch_model(kind, **sizes)
+    if case in GEMMAS:
+        model, form = gemma(case, vocab_size=50304), GEMMA_FORM
+    else:
+        kind, changes = CASES[case]
+        model = torch_model(kind, **SIZES | changes | {"vocab_size": 50304, "max_position_embeddings": 256})
+        form = FORM
     model.save_pretrained(tmp_path / "in")
     about = tokenizers.to_gguf(tokenizers.gpt2(), 50304)
-    gguf.write(tmp_path / "x.gguf", FORM, read(tmp_path / "in"), "f32", about)
+    gguf.write(tmp_path / "x.gguf", form, open_source(tmp_path / "in").weights, "f32", about)
     ids = np.random.default_rng(0).integers(0, 50000, 200).tolist()
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0, -1].log_softmax(0)
