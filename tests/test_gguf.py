@@ -20,6 +20,7 @@ from handgrad.io.gguf_file import NUMBER_OF, TYPES, open_file
 from handgrad.models import GPT2, Gemma, build_from_file, declare
 from handgrad.models import shapes as shapes_of
 from handgrad.models.gemma_format import FULL, SLIDING
+from handgrad.tokenizers.file import FileTokenizer, put_before
 from handgrad.tokenizers.gguf import RULES
 
 package = pytest.importorskip("gguf")
@@ -338,6 +339,91 @@ def test_tokenizers_in_and_out_give_the_same_ids(tmp_path, pre):
     assert "has at most the" in line
 
 
+WORDS = {  # what merges make, with a score; a Gemma lists spaces and line breaks as user-defined tokens, first
+    "\n\n": 0, "▁▁": 0, "▁▁▁": 0, "▁t": -1, "he": -2, "▁the": -3, "th": -4, "ere": -5, "re": -6, "▁a": -7, "▁there": -8,
+    "in": -9, "he▁": -10, "ll": -11, "▁the▁": -12, "日é": -13,
+}  # fmt: skip
+
+
+def like_gemmas(merges=None, begins=True):
+    """A tokenizer as Gemma's tokenizer.json has it, and its scores: its merges are all pairs that make a token."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", "\n", *"abcdehilnortz日é", *WORDS]
+    tokens[tokens.index("<0x09>")] = "\t"
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if merges is None:
+        cuts = [(t[:i], t[i:]) for t in sorted(WORDS, key=lambda t: -WORDS[t]) for i in range(len(t) - 1, 0, -1)]
+        merges = [pair for pair in cuts if vocab.keys() >= set(pair)]
+    model = tokenizers_library.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    library = tokenizers_library.Tokenizer(model)
+    library.normalizer = tokenizers_library.normalizers.Replace(" ", "▁")
+    library.pre_tokenizer = tokenizers_library.pre_tokenizers.Split(" ", "merged_with_previous")
+    steps = tokenizers_library.decoders
+    library.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse()])
+    library.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    library.add_tokens([tokenizers_library.AddedToken("\n\n", normalized=False)])
+    if begins:
+        put_before(library, "<bos>")
+    return FileTokenizer(library, "like Gemma's", (1,))
+
+
+SCORED = "the there   in he  \n\n\n all日é\tthe 1\U0001f600a<bos>zé "
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_tokenizer_with_scores_in_and_out_gives_the_same_ids(begins):
+    ours = like_gemmas(begins=begins)
+    about = tokenizers.to_gguf(ours, ours.vocab_size + 2)
+    kinds = about["tokenizer.ggml.token_type"]
+    assert (kinds[:5], kinds[-2:]) == ([3, 3, 3, 2, 6], [5, 5]) and kinds[
+        about["tokenizer.ggml.tokens"].index("\n\n")
+    ] == 4
+    assert about["tokenizer.ggml.add_bos_token"] is begins and about["tokenizer.ggml.bos_token_id"] == (
+        2 if begins else 1
+    )
+    rng = np.random.default_rng(0)
+    texts = [SCORED, *("".join(rng.choice(list(" theraeilnz日\n"), 40)) for _ in range(200))]
+    for told_spaces in (False, True):  # llama.cpp's own converter writes spaces of user-defined tokens as such
+        if told_spaces:
+            at = about["tokenizer.ggml.tokens"].index("▁▁")
+            about["tokenizer.ggml.tokens"][at], about["tokenizer.ggml.token_type"][at] = "  ", 4
+        found = tokenizers.from_gguf(about, "x")
+        assert (found.vocab_size, found.ends, found.begins) == (ours.vocab_size, (1,), ours.begins)
+        for text in texts:
+            for special in (False, True):
+                assert found.encode(text, special).tolist() == ours.encode(text, special).tolist()
+            assert found.decode(found.encode(text)) == text
+    assert tokenizers.to_gguf(tokenizers.from_gguf(about, "x"), ours.vocab_size)["tokenizer.ggml.model"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("merges", "line"),
+    [
+        ([("h", "e"), ("r", "e")], "llama.cpp merges any two neighbours whose text is a token, but got no merge of "),
+        ([("e", "re"), ("h", "e"), ("er", "e")], "llama.cpp has one score for all merges that make a token"),
+    ],
+)
+def test_merges_that_scores_cannot_say_are_refused(monkeypatch, merges, line):
+    if line.endswith("make a token"):
+        monkeypatch.setitem(WORDS, "er", -20)
+    assert line in told(tokenizers.to_gguf, like_gemmas(merges), 400)
+
+
+def test_scores_that_lie_are_one_line():
+    about = tokenizers.to_gguf(like_gemmas(), 400)
+    for changes, part in (
+        ({"scores": None}, "gives a score for each of 400 tokens, but got None."),
+        ({"scores": [0.0] * 399}, "gives a score for each of 400 tokens"),
+        ({"add_space_prefix": True}, "or llama without add_space_prefix, but got llama of the kind default."),
+        (
+            {"tokens": ["x" * 257, *map(str, range(399))], "token_type": [1] * 400},
+            "at most 256 characters, and 4,194,304",
+        ),
+    ):
+        changed = about | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+        assert part in told(tokenizers.from_gguf, changed, "x")
+
+
 def test_too_many_special_tokens_are_refused():
     about = {"model": "gpt2", "pre": "gpt-2", "tokens": [f"t{i}" for i in range(65537)], "token_type": [3] * 65537}
     about = {f"tokenizer.ggml.{key}": x for key, x in (about | {"merges": []}).items()}
@@ -347,13 +433,16 @@ def test_too_many_special_tokens_are_refused():
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"model": "llama"}, "has a tokenizer gpt2 of the kind gpt-2 or smollm or llama-bpe or qwen2, but got llama"),
+        (
+            {"model": "llama"},
+            "of the kind gpt-2 or smollm or llama-bpe or qwen2, or llama without add_space_prefix, but",
+        ),
         ({"pre": "falcon"}, "but got gpt2 of the kind falcon."),
         ({"pre": None}, "but got gpt2 of the kind None."),
         ({"pre": ["gpt-2"]}, "but got gpt2 of the kind ['gpt-2']."),
         ({"tokens": None}, "lists the texts tokenizer.ggml.tokens, but got None."),
         ({"merges": np.zeros(3)}, "lists the texts tokenizer.ggml.merges, but got"),
-        ({"token_type": [1]}, "but got 3 tokens, 1 types, 1 merges."),
+        ({"token_type": [1]}, "but got 3 tokens, 1 types."),
         ({"tokens": ["a", "a", "b"]}, "lists tokens, each once"),
         ({"merges": ["a b c"]}, "merges of two"),
         ({"merges": ["a z"]}, "must describe a tokenizer"),
@@ -584,6 +673,15 @@ def test_llama_cpp_computes_the_same(tmp_path, case):
     assert [id for id, _ in found] == want.topk(len(found)).indices.tolist()
     # its cache holds keys and values in float16
     assert all(abs(log - want[id]) < 2.0**-9 for id, log in found)
+
+
+def test_llama_cpp_cuts_text_alike(tmp_path):
+    """With a tokenizer that has scores: the text itself is the prompt."""
+    ours = like_gemmas()
+    weights = gemma_weights(tmp_path, "gemma3, every third", vocab_size=ours.vocab_size)
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", tokenizers.to_gguf(ours, ours.vocab_size))
+    by_text = next_token(tmp_path / "x.gguf", SCORED)
+    assert by_text == next_token(tmp_path / "x.gguf", [*ours.begins, *ours.encode(SCORED, special=True).tolist()])
 
 
 def test_llama_cpp_computes_the_same_gpt2(gpt2, tmp_path):
