@@ -2,6 +2,7 @@
 
 import json
 import struct
+import urllib.request
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,8 +13,8 @@ from test_llama_format import FORM, LLAMA3, read, shapes, torch_model
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.infer import convert
-from handgrad.infer.load import open_source
+from handgrad.infer import Sampling, convert
+from handgrad.infer.load import load_run, open_source
 from handgrad.io import gguf, hf
 from handgrad.io.format import Format
 from handgrad.io.gguf_file import NUMBER_OF, TYPES, open_file
@@ -370,6 +371,11 @@ def like_gemmas(merges=None, begins=True):
 SCORED = "the there   in he  \n\n\n all日é\tthe 1\U0001f600a<bos>zé "
 
 
+def texts():
+    rng = np.random.default_rng(0)
+    return [SCORED, *("".join(rng.choice(list(" theraeilnz日\n"), 40)) for _ in range(200))]
+
+
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_tokenizer_with_scores_in_and_out_gives_the_same_ids(begins):
     ours = like_gemmas(begins=begins)
@@ -381,15 +387,13 @@ def test_a_tokenizer_with_scores_in_and_out_gives_the_same_ids(begins):
     assert about["tokenizer.ggml.add_bos_token"] is begins and about["tokenizer.ggml.bos_token_id"] == (
         2 if begins else 1
     )
-    rng = np.random.default_rng(0)
-    texts = [SCORED, *("".join(rng.choice(list(" theraeilnz日\n"), 40)) for _ in range(200))]
     for told_spaces in (False, True):  # llama.cpp's own converter writes spaces of user-defined tokens as such
         if told_spaces:
             at = about["tokenizer.ggml.tokens"].index("▁▁")
             about["tokenizer.ggml.tokens"][at], about["tokenizer.ggml.token_type"][at] = "  ", 4
         found = tokenizers.from_gguf(about, "x")
         assert (found.vocab_size, found.ends, found.begins) == (ours.vocab_size, (1,), ours.begins)
-        for text in texts:
+        for text in texts():
             for special in (False, True):
                 assert found.encode(text, special).tolist() == ours.encode(text, special).tolist()
             assert found.decode(found.encode(text)) == text
@@ -645,13 +649,24 @@ def test_quantised_files_need_the_package(tmp_path, monkeypatch):
 # other programs -------------------------------------------------------------------------------------------------------
 
 
-def next_token(path, ids, count=5):
-    """llama.cpp's most likely tokens behind a text: [(id, log of the probability)]."""
+def serve(path, exact=False):
     llama = pytest.importorskip("xllamacpp", reason="no llama.cpp")
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.warmup, settings.n_parallel = str(path), 256, False, 1
+    if exact:
+        settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    return llama.Server(settings)
+
+
+def ask(server, verb, asked):
+    with urllib.request.urlopen(f"{server.listening_address}/{verb}", json.dumps(asked).encode()) as answer:
+        return json.load(answer)
+
+
+def next_token(path, ids, count=5):
+    """llama.cpp's most likely tokens behind a text: [(id, log of the probability)]."""
     asked = {"prompt": ids, "n_predict": 1, "max_tokens": 1, "temperature": 0.0, "logprobs": count, "n_probs": count}
-    done = llama.Server(settings).handle_completions(asked)
+    done = serve(path).handle_completions(asked)
     return [(t["id"], t["logprob"]) for t in done["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
 
 
@@ -675,13 +690,47 @@ def test_llama_cpp_computes_the_same(tmp_path, case):
     assert all(abs(log - want[id]) < 2.0**-9 for id, log in found)
 
 
+@pytest.mark.parametrize("case", ["gemma3, every third", "gemma3, every sixth"])
+def test_llama_cpp_continues_a_gemma_alike(tmp_path, case):
+    """Greedy tokens of a float32 file, with keys and values in float32 as well: many windows long.
+
+    llama.cpp looks GELU up by float16 inputs: 2^-11 of a value at most, 0.4 of it in root mean square, once a layer.
+    Where the texts part, three standard deviations of the difference of two logits decide between the tokens.
+    """
+    ours = like_gemmas()
+    model = gemma(case, vocab_size=ours.vocab_size)
+    model.model.embed_tokens.weight.data *= 0.02  # else the last token alone decides, and the text repeats it
+    for layer in model.model.layers:  # attention that sees few tokens
+        layer.self_attn.q_norm.weight.data += 4
+    model.save_pretrained(tmp_path / "in")
+    weights = open_source(tmp_path / "in").weights
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", tokenizers.to_gguf(ours, ours.vocab_size))
+    ids = [*ours.begins, *ours.encode(SCORED).tolist()]
+    asked = {"prompt": ids, "n_predict": 60, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    theirs = ask(serve(tmp_path / "x.gguf", exact=True), "completion", asked)["tokens"]
+    engine, _ = load_run(tmp_path / "x.gguf", "f32")
+    mine = list(engine.generate(ids, 60, Sampling(temperature=0.0)))
+    same = next((i for i, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), len(mine))
+    assert len(theirs) == 60 and same > 20 and len(set(mine[:same])) > 3
+    if same < 60:
+        engine.position = 0
+        logits = engine.logits(ids + mine[:same])
+        margin = 3 * 2**0.5 * logits.std() * 0.4 * 2.0**-11 * weights.fields["num_layers"] ** 0.5
+        assert logits[mine[same]] - logits[theirs[same]] < margin
+
+
 def test_llama_cpp_cuts_text_alike(tmp_path):
-    """With a tokenizer that has scores: the text itself is the prompt."""
+    """With a tokenizer that has scores."""
     ours = like_gemmas()
     weights = gemma_weights(tmp_path, "gemma3, every third", vocab_size=ours.vocab_size)
     gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", tokenizers.to_gguf(ours, ours.vocab_size))
-    by_text = next_token(tmp_path / "x.gguf", SCORED)
-    assert by_text == next_token(tmp_path / "x.gguf", [*ours.begins, *ours.encode(SCORED, special=True).tolist()])
+    server = serve(tmp_path / "x.gguf")
+    for content in texts():
+        asked = {"content": content, "add_special": True, "parse_special": True}
+        assert ask(server, "tokenize", asked)["tokens"] == [
+            *ours.begins,
+            *ours.encode(content, special=True).tolist(),
+        ], content
 
 
 def test_llama_cpp_computes_the_same_gpt2(gpt2, tmp_path):
