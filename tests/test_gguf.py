@@ -633,7 +633,7 @@ def test_other_files_with_its_name_are_refused(tmp_path):
         path.write_bytes(raw)
         assert "begins with GGUF, but got other bytes. hint" in told(open_source, path)
     path.write_bytes(header([("general.architecture", 8, text("mamba"))], []))
-    assert "has the architecture gpt2 or llama or" in told(open_source, path)
+    assert "has the architecture gemma3 or gpt2 or llama or" in told(open_source, path)
     path.rename(tmp_path / "model")  # by its first bytes
     assert "has the architecture" in told(open_source, tmp_path / "model")
 

@@ -15,7 +15,7 @@ from handgrad.core.errors import HandgradError
 
 SPACE = "\u2581"  # what a space is written as
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# Bounds of what is tried as merges. Gemma's 262,144 tokens have 1.9 million characters.
+# Bounds of what is tried as merges: 16 characters for each token of Gemma's, the largest vocabulary in use.
 MOST_TOKEN, MOST_CHARACTERS = 256, 1 << 22
 
 
