@@ -48,6 +48,7 @@ class Layout:
     tensors: their tensor without .weight or .bias, {} for the number of a block: the name in GGUF
     implies: what config.json must say besides
     defaults: what llama.cpp takes for a key that a file leaves out, where transformers takes another value
+    encode: from our fields: what `keys` names and a folder's config.json says otherwise
     fixed: from our fields: those that no key gives, with the only values that llama.cpp computes
     interleaved: architectures whose rotation turns neighbours, not halves, and the key with the heads of each tensor
         whose rows are therefore in another order
@@ -58,6 +59,7 @@ class Layout:
     tensors: Mapping[str, str]
     implies: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
     fixed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
     interleaved: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -277,7 +279,8 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
 
 def _metadata(form: Format, layout: Layout, fields: Mapping[str, Any], arch: str) -> dict[str, Any]:
     """The keys of a file that describe its model."""
-    config, told = form.config(fields), {"general.type": "model", "general.quantization_version": 2}
+    config = form.config(fields) | dict(layout.encode(fields))
+    told: dict[str, Any] = {"general.type": "model", "general.quantization_version": 2}
     told[f"{arch}.vocab_size"] = fields["vocab_size"]
     for key, theirs in layout.keys.items():
         at, last = _inside(config, theirs)

@@ -93,7 +93,6 @@ def _encode(fields: Fields) -> dict[str, Any]:
     return {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
         "layer_types": _types(fields["num_layers"], fields["global_every"]),
-        "_sliding_window_pattern": fields["global_every"],
     }
 
 
@@ -135,6 +134,7 @@ GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
     },
     # a file without a window: all layers would see the whole text
     "defaults": {"attention.sliding_window": 0, "rope.freq_base": 1e4},
+    "encode": lambda fields: {"_sliding_window_pattern": fields["global_every"]},
     "fixed": _fixed,
 }
 
