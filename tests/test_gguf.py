@@ -2,6 +2,7 @@
 
 import json
 import struct
+import urllib.request
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,13 +13,15 @@ from test_llama_format import FORM, LLAMA3, read, shapes, torch_model
 from handgrad import tokenizers
 from handgrad.cli.__main__ import main
 from handgrad.core.errors import HandgradError
-from handgrad.infer import convert
-from handgrad.infer.load import open_source
+from handgrad.infer import Sampling, convert
+from handgrad.infer.load import load_run, open_source
 from handgrad.io import gguf, hf
 from handgrad.io.format import Format
 from handgrad.io.gguf_file import NUMBER_OF, TYPES, open_file
-from handgrad.models import GPT2, declare
+from handgrad.models import GPT2, Gemma, build_from_file, declare
 from handgrad.models import shapes as shapes_of
+from handgrad.models.gemma_format import FULL, SLIDING
+from handgrad.tokenizers.file import FileTokenizer, put_before
 from handgrad.tokenizers.gguf import RULES
 
 package = pytest.importorskip("gguf")
@@ -26,6 +29,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, head_dim=16, num_attention_heads=4)
+GEMMA_FORM = Format(**Gemma.hugging_face)
+BASES = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in ((SLIDING, 9e3), (FULL, 2e5))}
 TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.eos_token_id": 5}
 CASES = {
     "llama": ("llama", {}),
@@ -33,6 +38,16 @@ CASES = {
     "heads of another width": ("llama", {"head_dim": 32}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+}
+GEMMA = dict(num_hidden_layers=4, num_key_value_heads=2, sliding_window=7, query_pre_attn_scalar=16)
+GEMMAS = {  # layers that see the whole text; llama.cpp's default is every sixth
+    f"gemma3, {name}": GEMMA | changes
+    for name, changes in {
+        "every third": {"layer_types": [SLIDING, SLIDING, FULL, SLIDING], "tie_word_embeddings": True},
+        "every sixth": {"num_hidden_layers": 7, "rope_parameters": BASES, "tie_word_embeddings": False},
+        "none": {"layer_types": [SLIDING] * 4},
+        "every second": {"layer_types": [SLIDING, FULL] * 2, "head_dim": 32, "query_pre_attn_scalar": 32},
+    }.items()
 }
 
 
@@ -48,6 +63,22 @@ def made(folder, case, dtype=torch.float32):
     kind, changes = CASES[case]
     torch_model(kind, **SIZES | changes).to(dtype).save_pretrained(folder / "in")
     return read(folder / "in")
+
+
+def gemma(case, **changes):
+    """transformers' model, its norms far from 1."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = transformers.Gemma3TextConfig(**sizes | GEMMAS[case] | changes)
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.05, 0.3)
+    return model
+
+
+def gemma_weights(folder, case, **changes):
+    gemma(case, **changes).save_pretrained(folder / "in")
+    return open_source(folder / "in").weights
 
 
 def again(path, form=FORM):
@@ -67,6 +98,51 @@ def test_a_model_in_and_out_is_bit_exact(tmp_path, case):
         for name in weights.shapes:
             values = weights.tensor(name)
             assert found.tensor(name).dtype == values.dtype and np.array_equal(found.tensor(name), values)
+
+
+@pytest.mark.parametrize("case", GEMMAS)
+def test_a_gemma_in_and_out_is_bit_exact(tmp_path, case):
+    """A norm multiplies by what the file holds, as here: 1 and more than Hugging Face's weight."""
+    weights = gemma_weights(tmp_path, case)
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    found = open_source(tmp_path / "x.gguf").weights
+    assert found.fields == weights.fields and found.shapes == weights.shapes
+    for name in weights.shapes:
+        assert np.array_equal(found.tensor(name), weights.tensor(name)), name
+    stored = {tensor.name: tensor.data for tensor in package.GGUFReader(tmp_path / "x.gguf").tensors}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").model.layers[1]
+    for name, norm in (("post_ffw_norm", theirs.post_feedforward_layernorm), ("attn_q_norm", theirs.self_attn.q_norm)):
+        assert np.array_equal(stored[f"blk.1.{name}.weight"], norm.weight.detach().numpy() + np.float32(1))
+
+
+def test_a_gemma_that_llama_cpp_would_scale_otherwise_is_refused(tmp_path):
+    weights = gemma_weights(tmp_path, "gemma3, none", query_pre_attn_scalar=20)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a model whose query_size is 16, but got 20."
+    weights = gemma_weights(tmp_path, "gemma3, none", layer_types=[FULL] * 4)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a Gemma 3 some of whose layers have a window, but got global_every 1."
+    # the one that has 62 layers
+    weights = gemma_weights(tmp_path, "gemma3, none", num_hidden_layers=62, layer_types=None, num_attention_heads=2)
+    line = told(gguf.write, tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert line == "[gguf] llama.cpp runs a model whose query_size is 32, but got 16."
+    weights = replace(weights, fields=weights.fields | {"query_size": 32})
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", TOKENIZER)
+    assert open_source(tmp_path / "x.gguf").model.query_size == 32
+
+
+def test_what_a_gemma_leaves_out_is_as_llama_cpp_takes_it(tmp_path):
+    """Files of earlier versions have neither the pattern nor the base of layers with a window."""
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, gemma_weights(tmp_path, "gemma3, every third"), "f32", TOKENIZER)
+    file = open_file(tmp_path / "x.gguf")
+
+    def without(*keys):
+        return replace(file, metadata={key: x for key, x in file.metadata.items() if not key.endswith(keys)})
+
+    fields = gguf.read_fields(without("sliding_window_pattern", "rope.freq_base_swa", "rope.freq_base"), GEMMA_FORM)
+    assert (fields["global_every"], fields["local_theta"], fields["rope_theta"]) == (6, 1e4, 1e4)
+    fields = gguf.read_fields(without("attention.sliding_window"), GEMMA_FORM)
+    assert "whose window is at least 1, but got 0." in told(build_from_file, Gemma, fields, "gguf", "x")
 
 
 def test_only_the_architecture_llama_has_its_rows_reordered(tmp_path):
@@ -117,7 +193,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
     torch_model("mistral").save_pretrained(tmp_path / "in")
     line = told(gguf.write, tmp_path / "x.gguf", FORM, read(tmp_path / "in"), "f32", TOKENIZER)
     assert line == "[gguf] llama.cpp runs a model whose window is 0, but got 4096."
-    form = replace(FORM, gguf={**FORM.gguf, "requires": {}})
+    form = replace(FORM, gguf={**FORM.gguf, "fixed": lambda _: {}})
     line = told(gguf.write, tmp_path / "x.gguf", form, read(tmp_path / "in"), "f32", TOKENIZER)
     assert "runs a model of the kind llama or qwen2 or qwen3, but got mistral, which its files cannot" in line
     line = told(gguf.write, tmp_path / "x.gguf", replace(FORM, gguf=None), read(tmp_path / "in"), "f32", TOKENIZER)
@@ -264,6 +340,94 @@ def test_tokenizers_in_and_out_give_the_same_ids(tmp_path, pre):
     assert "has at most the" in line
 
 
+WORDS = {  # what merges make, with a score; a Gemma lists spaces and line breaks as user-defined tokens, first
+    "\n\n": 0, "▁▁": 0, "▁▁▁": 0, "▁t": -1, "he": -2, "▁the": -3, "th": -4, "ere": -5, "re": -6, "▁a": -7, "▁there": -8,
+    "in": -9, "he▁": -10, "ll": -11, "▁the▁": -12, "日é": -13,
+}  # fmt: skip
+
+
+def like_gemmas(merges=None, begins=True):
+    """A tokenizer as Gemma's tokenizer.json has it, and its scores: its merges are all pairs that make a token."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", "\n", *"abcdehilnortz日é", *WORDS]
+    tokens[tokens.index("<0x09>")] = "\t"
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if merges is None:
+        cuts = [(t[:i], t[i:]) for t in sorted(WORDS, key=lambda t: -WORDS[t]) for i in range(len(t) - 1, 0, -1)]
+        merges = [pair for pair in cuts if vocab.keys() >= set(pair)]
+    model = tokenizers_library.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    library = tokenizers_library.Tokenizer(model)
+    library.normalizer = tokenizers_library.normalizers.Replace(" ", "▁")
+    library.pre_tokenizer = tokenizers_library.pre_tokenizers.Split(" ", "merged_with_previous")
+    steps = tokenizers_library.decoders
+    library.decoder = steps.Sequence([steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse()])
+    library.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    library.add_tokens([tokenizers_library.AddedToken("\n\n", normalized=False)])
+    if begins:
+        put_before(library, "<bos>")
+    return FileTokenizer(library, "like Gemma's", (1,))
+
+
+SCORED = "the there   in he  \n\n\n all日é\tthe 1\U0001f600a<bos>zé "
+
+
+def texts():
+    rng = np.random.default_rng(0)
+    return [SCORED, *("".join(rng.choice(list(" theraeilnz日\n"), 40)) for _ in range(200))]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_tokenizer_with_scores_in_and_out_gives_the_same_ids(begins):
+    ours = like_gemmas(begins=begins)
+    about = tokenizers.to_gguf(ours, ours.vocab_size + 2)
+    kinds = about["tokenizer.ggml.token_type"]
+    assert (kinds[:5], kinds[-2:]) == ([3, 3, 3, 2, 6], [5, 5]) and kinds[
+        about["tokenizer.ggml.tokens"].index("\n\n")
+    ] == 4
+    assert about["tokenizer.ggml.add_bos_token"] is begins and about["tokenizer.ggml.bos_token_id"] == (
+        2 if begins else 1
+    )
+    for told_spaces in (False, True):  # llama.cpp's own converter writes spaces of user-defined tokens as such
+        if told_spaces:
+            at = about["tokenizer.ggml.tokens"].index("▁▁")
+            about["tokenizer.ggml.tokens"][at], about["tokenizer.ggml.token_type"][at] = "  ", 4
+        found = tokenizers.from_gguf(about, "x")
+        assert (found.vocab_size, found.ends, found.begins) == (ours.vocab_size, (1,), ours.begins)
+        for text in texts():
+            for special in (False, True):
+                assert found.encode(text, special).tolist() == ours.encode(text, special).tolist()
+            assert found.decode(found.encode(text)) == text
+    assert tokenizers.to_gguf(tokenizers.from_gguf(about, "x"), ours.vocab_size)["tokenizer.ggml.model"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("merges", "line"),
+    [
+        ([("h", "e"), ("r", "e")], "llama.cpp merges any two neighbours whose text is a token, but got no merge of "),
+        ([("e", "re"), ("h", "e"), ("er", "e")], "llama.cpp has one score for all merges that make a token"),
+    ],
+)
+def test_merges_that_scores_cannot_say_are_refused(monkeypatch, merges, line):
+    if line.endswith("make a token"):
+        monkeypatch.setitem(WORDS, "er", -20)
+    assert line in told(tokenizers.to_gguf, like_gemmas(merges), 400)
+
+
+def test_scores_that_lie_are_one_line():
+    about = tokenizers.to_gguf(like_gemmas(), 400)
+    for changes, part in (
+        ({"scores": None}, "gives a score for each of 400 tokens, but got None."),
+        ({"scores": [0.0] * 399}, "gives a score for each of 400 tokens"),
+        ({"add_space_prefix": True}, "or llama without add_space_prefix, but got llama of the kind default."),
+        (
+            {"tokens": ["x" * 257, *map(str, range(399))], "token_type": [1] * 400},
+            "at most 256 characters, and 4,194,304",
+        ),
+    ):
+        changed = about | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+        assert part in told(tokenizers.from_gguf, changed, "x")
+
+
 def test_too_many_special_tokens_are_refused():
     about = {"model": "gpt2", "pre": "gpt-2", "tokens": [f"t{i}" for i in range(65537)], "token_type": [3] * 65537}
     about = {f"tokenizer.ggml.{key}": x for key, x in (about | {"merges": []}).items()}
@@ -273,13 +437,16 @@ def test_too_many_special_tokens_are_refused():
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"model": "llama"}, "has a tokenizer gpt2 of the kind gpt-2 or smollm or llama-bpe or qwen2, but got llama"),
+        (
+            {"model": "llama"},
+            "of the kind gpt-2 or smollm or llama-bpe or qwen2, or llama without add_space_prefix, but",
+        ),
         ({"pre": "falcon"}, "but got gpt2 of the kind falcon."),
         ({"pre": None}, "but got gpt2 of the kind None."),
         ({"pre": ["gpt-2"]}, "but got gpt2 of the kind ['gpt-2']."),
         ({"tokens": None}, "lists the texts tokenizer.ggml.tokens, but got None."),
         ({"merges": np.zeros(3)}, "lists the texts tokenizer.ggml.merges, but got"),
-        ({"token_type": [1]}, "but got 3 tokens, 1 types, 1 merges."),
+        ({"token_type": [1]}, "but got 3 tokens, 1 types."),
         ({"tokens": ["a", "a", "b"]}, "lists tokens, each once"),
         ({"merges": ["a b c"]}, "merges of two"),
         ({"merges": ["a z"]}, "must describe a tokenizer"),
@@ -466,9 +633,9 @@ def test_other_files_with_its_name_are_refused(tmp_path):
         path.write_bytes(raw)
         assert "begins with GGUF, but got other bytes. hint" in told(open_source, path)
     path.write_bytes(header([("general.architecture", 8, text("mamba"))], []))
-    assert "has the model_type" in told(open_source, path)
+    assert "has the architecture gemma3 or gpt2 or llama or" in told(open_source, path)
     path.rename(tmp_path / "model")  # by its first bytes
-    assert "has the model_type" in told(open_source, tmp_path / "model")
+    assert "has the architecture" in told(open_source, tmp_path / "model")
 
 
 def test_quantised_files_need_the_package(tmp_path, monkeypatch):
@@ -482,24 +649,38 @@ def test_quantised_files_need_the_package(tmp_path, monkeypatch):
 # other programs -------------------------------------------------------------------------------------------------------
 
 
-def next_token(path, ids, count=5):
-    """llama.cpp's most likely tokens behind a text: [(id, log of the probability)]."""
+def serve(path, exact=False):
     llama = pytest.importorskip("xllamacpp", reason="no llama.cpp")
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.warmup, settings.n_parallel = str(path), 256, False, 1
+    if exact:
+        settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    return llama.Server(settings)
+
+
+def ask(server, verb, asked):
+    with urllib.request.urlopen(f"{server.listening_address}/{verb}", json.dumps(asked).encode()) as answer:
+        return json.load(answer)
+
+
+def next_token(path, ids, count=5):
+    """llama.cpp's most likely tokens behind a text: [(id, log of the probability)]."""
     asked = {"prompt": ids, "n_predict": 1, "max_tokens": 1, "temperature": 0.0, "logprobs": count, "n_probs": count}
-    done = llama.Server(settings).handle_completions(asked)
+    done = serve(path).handle_completions(asked)
     return [(t["id"], t["logprob"]) for t in done["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | GEMMAS)
 def test_llama_cpp_computes_the_same(tmp_path, case):
-    kind, changes = CASES[case]
-    sizes = SIZES | changes | {"vocab_size": 50304, "max_position_embeddings": 256}
-    model = torch_model(kind, **sizes)
+    if case in GEMMAS:
+        model, form = gemma(case, vocab_size=50304), GEMMA_FORM
+    else:
+        kind, changes = CASES[case]
+        model = torch_model(kind, **SIZES | changes | {"vocab_size": 50304, "max_position_embeddings": 256})
+        form = FORM
     model.save_pretrained(tmp_path / "in")
     about = tokenizers.to_gguf(tokenizers.gpt2(), 50304)
-    gguf.write(tmp_path / "x.gguf", FORM, read(tmp_path / "in"), "f32", about)
+    gguf.write(tmp_path / "x.gguf", form, open_source(tmp_path / "in").weights, "f32", about)
     ids = np.random.default_rng(0).integers(0, 50000, 200).tolist()
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0, -1].log_softmax(0)
@@ -507,6 +688,49 @@ def test_llama_cpp_computes_the_same(tmp_path, case):
     assert [id for id, _ in found] == want.topk(len(found)).indices.tolist()
     # its cache holds keys and values in float16
     assert all(abs(log - want[id]) < 2.0**-9 for id, log in found)
+
+
+@pytest.mark.parametrize("case", ["gemma3, every third", "gemma3, every sixth"])
+def test_llama_cpp_continues_a_gemma_alike(tmp_path, case):
+    """Greedy tokens of a float32 file, with keys and values in float32 as well: many windows long.
+
+    llama.cpp looks GELU up by float16 inputs: 2^-11 of a value at most, 0.4 of it in root mean square, once a layer.
+    Where the texts part, three standard deviations of the difference of two logits decide between the tokens.
+    """
+    ours = like_gemmas()
+    model = gemma(case, vocab_size=ours.vocab_size)
+    model.model.embed_tokens.weight.data *= 0.02  # else the last token alone decides, and the text repeats it
+    for layer in model.model.layers:  # attention that sees few tokens
+        layer.self_attn.q_norm.weight.data += 4
+    model.save_pretrained(tmp_path / "in")
+    weights = open_source(tmp_path / "in").weights
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", tokenizers.to_gguf(ours, ours.vocab_size))
+    ids = [*ours.begins, *ours.encode(SCORED).tolist()]
+    asked = {"prompt": ids, "n_predict": 60, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    theirs = ask(serve(tmp_path / "x.gguf", exact=True), "completion", asked)["tokens"]
+    engine, _ = load_run(tmp_path / "x.gguf", "f32")
+    mine = list(engine.generate(ids, 60, Sampling(temperature=0.0)))
+    same = next((i for i, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), len(mine))
+    assert len(theirs) == 60 and same > 20 and len(set(mine[:same])) > 3
+    if same < 60:
+        engine.position = 0
+        logits = engine.logits(ids + mine[:same])
+        margin = 3 * 2**0.5 * logits.std() * 0.4 * 2.0**-11 * weights.fields["num_layers"] ** 0.5
+        assert logits[mine[same]] - logits[theirs[same]] < margin
+
+
+def test_llama_cpp_cuts_text_alike(tmp_path):
+    """With a tokenizer that has scores."""
+    ours = like_gemmas()
+    weights = gemma_weights(tmp_path, "gemma3, every third", vocab_size=ours.vocab_size)
+    gguf.write(tmp_path / "x.gguf", GEMMA_FORM, weights, "f32", tokenizers.to_gguf(ours, ours.vocab_size))
+    server = serve(tmp_path / "x.gguf")
+    for content in texts():
+        asked = {"content": content, "add_special": True, "parse_special": True}
+        assert ask(server, "tokenize", asked)["tokens"] == [
+            *ours.begins,
+            *ours.encode(content, special=True).tolist(),
+        ], content
 
 
 def test_llama_cpp_computes_the_same_gpt2(gpt2, tmp_path):

@@ -29,6 +29,7 @@ from handgrad.models import (
     Model,
     build_from_file,
     declare,
+    family_of_architecture,
     family_of_model_type,
     from_dict,
     shapes,
@@ -301,7 +302,7 @@ def _llmc(path: Path) -> Source:
 
 def _gguf(path: Path) -> Source:
     file = open_file(path)
-    family = family_of_model_type(file.architecture, path)
+    family = family_of_architecture(file.architecture, path)
     form = Format(**family.hugging_face)
     model = build_from_file(family, gguf.read_fields(file, form), "gguf", path)
     weights = gguf.read(file, form, asdict(model), shapes(declare(model)))

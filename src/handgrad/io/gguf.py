@@ -47,7 +47,9 @@ class Layout:
     keys: behind "<architecture>.": their key of config.json, "a.b" for b inside a. Several may be one
     tensors: their tensor without .weight or .bias, {} for the number of a block: the name in GGUF
     implies: what config.json must say besides
-    requires: our field: the value without which llama.cpp would compute another model
+    defaults: what llama.cpp takes for a key that a file leaves out, where transformers takes another value
+    encode: from our fields: what `keys` names and a folder's config.json says otherwise
+    fixed: from our fields: those that no key gives, with the only values that llama.cpp computes
     interleaved: architectures whose rotation turns neighbours, not halves, and the key with the heads of each tensor
         whose rows are therefore in another order
     """
@@ -56,7 +58,9 @@ class Layout:
     keys: Mapping[str, str]
     tensors: Mapping[str, str]
     implies: Mapping[str, Any] = field(default_factory=dict)
-    requires: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    encode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
+    fixed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
     interleaved: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def name(self, theirs: str) -> str:
@@ -88,7 +92,8 @@ class Layout:
 
 def read_fields(file: File, form: Format) -> dict[str, Any]:
     """The fields of our model that a file gives, unchecked. Raises HandgradError for metadata that we do not know."""
-    return format.read_fields(form, _config(file, form), "gguf", file.path)
+    fields = format.read_fields(form, _config(file, form), "gguf", file.path)
+    return fields | dict(_layout(file, form).fixed(fields))
 
 
 def read(file: File, form: Format, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -154,7 +159,8 @@ def _config(file: File, form: Format) -> dict[str, Any]:
     if arch not in kinds:
         raise HandgradError("gguf", f"{path} has the architecture {' or '.join(kinds)}", shown(arch))
     config: dict[str, Any] = {"model_type": kinds[arch], **layout.implies}
-    told = {key.removeprefix(f"{arch}."): x for key, x in file.metadata.items() if key.startswith(f"{arch}.")}
+    given = {key.removeprefix(f"{arch}."): x for key, x in file.metadata.items() if key.startswith(f"{arch}.")}
+    told = {**layout.defaults, **given}
     for key, value in told.items():
         value = value.tolist() if isinstance(value, np.ndarray) else value
         if key in NEUTRAL and value in NEUTRAL[key] or key == "vocab_size":
@@ -237,7 +243,7 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
         rule = f"a .gguf scales rotary positions by {', '.join(f'{k} {v}' for k, v in LLAMA3.items())}"
         raise HandgradError("gguf", rule, scaling)
     form = layout.renamed(form)
-    for ours, value in layout.requires.items():
+    for ours, value in layout.fixed(fields).items():
         if fields[ours] != value:
             raise HandgradError("gguf", f"llama.cpp runs a model whose {ours} is {value}", fields[ours])
     if form.model_type(fields) not in layout.architectures:
@@ -273,7 +279,8 @@ def write(path: Path, form: Format, weights: Weights, dtype: str, tokenizer: Map
 
 def _metadata(form: Format, layout: Layout, fields: Mapping[str, Any], arch: str) -> dict[str, Any]:
     """The keys of a file that describe its model."""
-    config, told = form.config(fields), {"general.type": "model", "general.quantization_version": 2}
+    config = form.config(fields) | dict(layout.encode(fields))
+    told: dict[str, Any] = {"general.type": "model", "general.quantization_version": 2}
     told[f"{arch}.vocab_size"] = fields["vocab_size"]
     for key, theirs in layout.keys.items():
         at, last = _inside(config, theirs)

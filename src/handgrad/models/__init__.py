@@ -8,7 +8,16 @@ from handgrad.models.lora import Lora
 from handgrad.models.model import Batch, EncoderDecoder, Model, declare, forward_logits, forward_loss, shapes
 from handgrad.models.neox import GPTNeoX
 from handgrad.models.presets import gpt2, names, preset
-from handgrad.models.registry import build_from_file, create, family, family_of_model_type, from_dict, register, to_dict
+from handgrad.models.registry import (
+    build_from_file,
+    create,
+    family,
+    family_of_architecture,
+    family_of_model_type,
+    from_dict,
+    register,
+    to_dict,
+)
 from handgrad.models.t5 import T5
 
 __all__ = [
@@ -31,6 +40,7 @@ __all__ = [
     "gpt2",
     "create",
     "names",
+    "family_of_architecture",
     "family_of_model_type",
     "preset",
     "register",

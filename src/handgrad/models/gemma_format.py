@@ -23,6 +23,18 @@ IN_BLOCK = {
     "ln_mlp": "post_feedforward_layernorm",
 }
 
+LAYERS_27B = 62  # llama.cpp knows Gemma 3 27B, whose scores are scaled otherwise, by its number of layers
+
+
+def _fixed(fields: Fields) -> dict[str, object]:
+    """What scales the scores, which no key of a .gguf gives. llama.cpp stops at a pattern without a window."""
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    if fields["global_every"] == 1:
+        raise HandgradError("gguf", "llama.cpp runs a Gemma 3 some of whose layers have a window", "global_every 1")
+    if fields["num_layers"] != LAYERS_27B or type(width) is not int or type(heads) is not int or heads < 1:
+        return {"query_size": fields["head_size"]}
+    return {"query_size": width // heads}
+
 
 def _only(_: Fields) -> dict[str, tuple]:
     """Keys of config.json that change the computation: the values that we compute, their default first."""
@@ -84,6 +96,48 @@ def _encode(fields: Fields) -> dict[str, Any]:
     }
 
 
+GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
+    "architectures": {"gemma3_text": "gemma3"},
+    "keys": {
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "attention.sliding_window": "sliding_window",
+        "attention.sliding_window_pattern": "_sliding_window_pattern",
+        "rope.dimension_count": "head_dim",
+        "rope.freq_base": f"rope_parameters.{FULL}.rope_theta",
+        "rope.freq_base_swa": f"rope_parameters.{SLIDING}.rope_theta",
+    },
+    "tensors": {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
+        "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
+        "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
+        "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
+        "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
+        "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
+        "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+        "model.layers.{}.post_attention_layernorm": "blk.{}.post_attention_norm",
+        "model.layers.{}.pre_feedforward_layernorm": "blk.{}.ffn_norm",
+        "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
+        "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
+        "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+        "model.layers.{}.post_feedforward_layernorm": "blk.{}.post_ffw_norm",
+    },
+    # a file without a window: all layers would see the whole text
+    "defaults": {"attention.sliding_window": 0, "rope.freq_base": 1e4},
+    "encode": lambda fields: {"_sliding_window_pattern": fields["global_every"]},
+    "fixed": _fixed,
+}
+
 HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
     "model_types": {"gemma3_text": "Gemma3ForCausalLM"},
     "fields": {
@@ -113,4 +167,5 @@ HUGGING_FACE: Mapping[str, Any] = {  # see io.format.Format
     "shifted": r".*(ln_\w+|_norm)\.weight",
     "ignored": r"lm_head\.weight",  # of a tied head
     "tied": ("tie_embeddings", "wte.weight", "lm_head.weight"),
+    "gguf": GGUF,
 }

@@ -76,7 +76,7 @@ GGUF: Mapping[str, Any] = {  # see io.gguf.Layout
         "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
         "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
     },
-    "requires": {"window": 0},
+    "fixed": lambda _: {"window": 0},
     "interleaved": {"llama": {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}},
 }
 

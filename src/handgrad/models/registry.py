@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from handgrad.core.errors import HandgradError
+from handgrad.core.json_file import shown
 from handgrad.models.model import Model
 
 FAMILIES: dict[str, type[Model]] = {}
@@ -51,6 +52,15 @@ def family_of_model_type(model_type: object, source: object) -> type[Model]:
     if not isinstance(model_type, str) or model_type not in types:
         raise HandgradError("hf", f"{source} has the model_type {' or '.join(types)}", repr(model_type))
     return types[model_type]
+
+
+def family_of_architecture(architecture: str, source: object) -> type[Model]:
+    """The family that llama.cpp calls by this name. Raises HandgradError that names the source."""
+    layouts = {cls: cls.hugging_face.get("gguf") or {} for cls in FAMILIES.values()}
+    types = {name: cls for cls, layout in layouts.items() for name in layout.get("architectures", {}).values()}
+    if architecture not in types:
+        raise HandgradError("gguf", f"{source} has the architecture {' or '.join(types)}", shown(architecture))
+    return types[architecture]
 
 
 def _model_types(cls: type[Model]) -> set[str]:
