@@ -145,7 +145,9 @@ def _encoded(encoder: ChatEncoder, found: Sequence[Chat], on_error: str) -> list
 def _learnable(where: str, ids: np.ndarray, mask: np.ndarray) -> EncodedRow:
     if not mask[1:].any():
         rule = f"{where}: a row must have a token of the assistant's"
-        raise HandgradError("data", rule, f"none of {ids.size}", hint="an empty reply? leave the row out")
+        raise HandgradError(
+            "data", rule, f"none of {ids.size}", hint="an empty reply, or weights of 0? leave the row out"
+        )
     return EncodedRow(where, ids, mask)
 
 
