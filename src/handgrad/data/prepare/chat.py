@@ -166,7 +166,7 @@ def prepare_chat(
 ) -> dict:
     """Writes shards, marks, the template, meta.json and SHA256SUMS of chats into `out_dir`; returns the meta.json.
 
-    files, val: JSON lines, JSON lists or Parquet tables, one path or several; val are the validation set
+    files, val: JSON lines, JSON lists, CSV or Parquet tables, one path or several; val are the validation set
     tokenizer, encoder: a `handgrad.tokenizers.Tokenizer`, and a `handgrad.tokenizers.ChatEncoder` made with it
     val_fraction: without `val`, share of the rows that becomes val, evenly spread; at least one unless 0; None: 0.05
     on_error: "stop" at a row that is no chat to learn, or "skip" and count such rows
