@@ -66,6 +66,11 @@ class Packing:
                 at = stop
         return ids, marks
 
+    def first_prompt(self) -> list[int]:
+        """Returns the ids of the first row up to the first that is the assistant's, as it is asked for a reply."""
+        ids, marks = self.gather([0], 1)
+        return ids[0, : 1 + int(np.argmax(marks[0, 1:] == LEARNED))].tolist()
+
     def _pack(self, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (starts of rows, ids taken of each, where each window's rows begin and end), window by window."""
         marks = shard.read()

@@ -157,6 +157,14 @@ def is_all_chat(data: hg_data.Data) -> bool:
     return len(chats_in(data)) == (len(data.sets) if isinstance(data, hg_data.Mixture) else 1)
 
 
+def chat_prompt(data: hg_data.Data, val: hg_data.Data | None) -> list[int]:
+    """The tokens that ask for the first reply of the validation rows, of the others if there are none; [] for texts."""
+    if not is_all_chat(data):
+        return []
+    packing = chats_in(val if val is not None and is_all_chat(val) else data)[0].packing
+    return packing.first_prompt() if packing else []
+
+
 def _is_chat(paths: list[Path]) -> bool:
     """Whether these shards are chat data."""
     meta = hg_data.common_meta(paths)

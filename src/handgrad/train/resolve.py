@@ -28,6 +28,7 @@ from handgrad.train.config import (
     RanksConfig,
 )
 from handgrad.train.datasets import (
+    chat_prompt,
     chats_in,
     is_all_chat,
     labels_of,
@@ -66,6 +67,7 @@ class Run:
     best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
+    ends             token ids that end one; none: its length does
     hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
     peak_flops       FLOP/s of the hardware of all ranks in this precision, None if unknown
@@ -84,6 +86,7 @@ class Run:
     best: Best
     val: hg_data.Data | None
     prompt: list[int]
+    ends: set[int]
     hellaswag: list[evals.Item]
     telemetry: Telemetry | None
     flops_per_token: int
@@ -109,9 +112,9 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
     check_evals(c, model, any(one.val for one in found))
-    prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(found, c.data.mix, data, model, tokenizer)
+    prompt, template = sample_prompt(c, model, tokenizer, data, val), template_of(paths_of(found), brought)
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -141,7 +144,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         config=c,
         out=out,
         tokenizer=tokenizer,
-        template=template_of(paths_of(found), brought),
+        template=template,
         trainer=trainer,
         lr=lr,
         momentum=momentum,
@@ -149,6 +152,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
+        ends={*tokenizer.ends, *template.ends} if is_all_chat(data) else set(),
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
         flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
@@ -317,6 +321,16 @@ def execution_of(
         guard=guard,
         zero=h.zero,
     )
+
+
+def sample_prompt(
+    c: Config, model: Model, tokenizer: tokenizers.Tokenizer, data: hg_data.Data, val: hg_data.Data | None
+) -> list[int]:
+    """The tokens that every sample begins with; none for a run without samples."""
+    if not c.eval.sample_tokens or not model.continues_text:
+        return []
+    asked = [] if c.eval.prompt else chat_prompt(data, val)
+    return asked or prompt_ids(tokenizer, c.eval.prompt)
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
