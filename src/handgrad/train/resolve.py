@@ -30,6 +30,7 @@ from handgrad.train.config import (
 from handgrad.train.datasets import (
     chat_prompt,
     chats_in,
+    command_for,
     is_all_chat,
     labels_of,
     paths_of,
@@ -105,7 +106,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, found = settle_data(c, out, comm)
     tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
-    c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels)
+    c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels, paths_of(found))
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, found, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
@@ -191,7 +192,7 @@ def check_evals(c: Config, model: Model, has_val: bool) -> None:
 
 
 def find_start(
-    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...], shards: list[Path]
 ) -> tuple[Config, Start, Model | None, str, tokenizers.OwnTemplate]:
     """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any,
     what it brings for chats).
@@ -209,7 +210,11 @@ def find_start(
     if drawn and last is None:
         return c, Start(c.run.seed, m.init), None, "", tokenizers.OwnTemplate()
     source = open_source(m.init if last is None else str(last))
-    added = check_same_tokens(source, tokenizer)
+    try:
+        added = check_same_tokens(source, tokenizer)
+    except HandgradError as error:
+        hint = command_for(shards, c.data.train, m.init if last is None else str(out), source)
+        raise HandgradError(error.where, error.rule, error.got, hint=hint) from None
     if labels and last is None:
         source = for_labels(source, labels, c.run.seed)
     if getattr(source.model, "labels", ()) != labels:
