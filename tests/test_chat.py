@@ -121,6 +121,43 @@ def test_replies_of_a_prompt_are_not_learned(made, name, tmp_path):
             assert ids.tolist() == want["input_ids"] and mask.tolist() == learned and 0 < sum(learned)
 
 
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_weight_of_0_leaves_a_message_out_of_the_loss(made, name, tmp_path):
+    """Ids are those without weights; the mask is that of a prompt up to there, and that of the chat that ends before."""
+    (tmp_path / "plain.jinja").write_text(unmarked(name))
+
+    def weighted(*weights):
+        return [m if w is None else m | {"weight": w} for m, w in zip(MESSAGES, weights, strict=True)]
+
+    for template in (name, str(tmp_path / "plain.jinja")):
+        ours = encoder(made[name], template)
+        chats = [weighted(0, None, 0, None, 1), weighted(None, 1, 1, None, 0.0), weighted(None, None, 1, None, 1)]
+        rows = [("", chat, None, 0) for chat in chats] + [("", MESSAGES, None, 3), ("", MESSAGES, None, 0)]
+        first, second, both, prompted, plain = ours.encode(rows)
+        [(start, learned)] = ours.encode([("", MESSAGES[:3], None, 0)])
+        assert all(ids.tolist() == plain[0].tolist() for ids, _ in (first, second, both))
+        assert first[1].tolist() == prompted[1].tolist() and both[1].tolist() == plain[1].tolist()
+        learned = np.append(learned, np.zeros(len(plain[0]) - len(start), learned.dtype))
+        assert second[1].tolist() == learned.tolist()
+        assert 0 < first[1].sum() < plain[1].sum() and (first[1] + second[1]).tolist() == plain[1].tolist()
+
+
+def test_weights_and_templates(made, tmp_path):
+    """A template never sees a weight; one that joins messages in a block cannot leave one of them out."""
+    (tmp_path / "json.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+    )
+    joined = "{% generation %}{% for m in messages[1:] %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    (tmp_path / "joined.jinja").write_text(joined)
+    chats = [[REPLY | {"weight": w}, REPLY] for w in (0, 1)]
+    [(ids, mask), (same, _)] = encoder(made["chatml"], str(tmp_path / "json.jinja")).encode(
+        [("a row", chat, None, 0) for chat in chats]
+    )
+    assert ids.tolist() == same.tolist() and mask.tolist() == [0] * (len(ids) // 2) + [1] * (len(ids) // 2)
+    with pytest.raises(HandgradError, match="a row: a weight of 0 takes a template .*, but got 1 for 2"):
+        encoder(made["chatml"], str(tmp_path / "joined.jinja")).encode([("a row", [USER, *chats[0]], None, 0)])
+
+
 def test_tool_calls_are_learned(made, tmp_path):
     """As Qwen2.5 writes them. Its own template has no blocks, and no line for a content that is empty."""
     source = """{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content if m.content }}
@@ -293,6 +330,22 @@ BAD = {
     "content": ([{"messages": [USER | {"content": None}]}], "line 2: the content of message 1 is a text, but got null"),
     "no reply": ([{"messages": [USER]}], "line 2: a row must have a token of the assistant's, but got none of"),
     "prompt": ([{"prompt": "a", "completion": ["b"]}], "line 2: the content of message 2 is a text, but got a list"),
+    "weight": (
+        [{"messages": [USER, REPLY | {"weight": 2}]}],
+        "line 2: the weight of message 2 is 0 or 1, but got 2\\. hint",
+    ),
+    "weight in words": (
+        [{"messages": [USER, REPLY | {"weight": "0"}]}],
+        "line 2: the weight .* 0 or 1, but got a text",
+    ),
+    "weight is no number": (
+        [{"messages": [USER, REPLY | {"weight": False}]}],
+        "line 2: the weight .*, but got true or false",
+    ),
+    "nothing but weights of 0": (
+        [{"messages": [USER, REPLY | {"weight": 0}]}],
+        "line 2: a row must have a token of the assistant's, but got none of .*, or weights of 0",
+    ),
     "tools": (
         [{"messages": [USER, REPLY], "tools": [{"name": "f"}]}],
         "line 2: the template chatml has no place for tools",

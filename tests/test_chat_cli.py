@@ -256,6 +256,26 @@ def test_a_run_and_its_exports_have_the_template(run, name, tmp_path):
         assert set(open_source(folder).tokenizer().ends) == {264, 266}
 
 
+@pytest.mark.parametrize("words, said", [((), "row 0"), (("--prompt", "Hello us"), "Hello us")])
+def test_a_run_ends_with_an_answer(run, tmp_path, capfd, words, said):
+    """To the first row of the validation set; it is that of `handgrad chat`, whose prompt has the same ids."""
+    rows = [{"prompt": f"row {n}", "completion": "us"} for n in range(40)]
+    base, chats = str(run / "base"), str(tmp_path / "chats")
+    source = write_rows(tmp_path / "a.jsonl", rows[1:]), "--val", write_rows(tmp_path / "b.jsonl", rows[:2])
+    assert main(["data", "chat", *source, "--model", base, "--out", chats]) == 0
+    sizes = "--steps 40 --micro-batch 4 --seq-len 64 --batch-tokens 256 --lr 1e-2 --threads 1 --dtype f32".split()
+    words = ["--sample-every", "39", "--sample-tokens", "9", *words]
+    assert main(["train", "--init", base, "--train", chats, "--out", f"{tmp_path}/run", *sizes, *words]) == 0
+    text = (tmp_path / "run" / "sample.txt").read_text()
+    shown = capfd.readouterr().out
+    assert shown.count(said) == 2 and f"\n{text}" in shown
+    if words[-2] != "--prompt":
+        assert text == "<|im_start|>user:row 0<|im_end|>assistant:us\n"  # the end of a turn ends it
+        assert "<|im_end|>assistant:us" in (tmp_path / "run" / "report.html").read_text().replace("&lt;", "<").replace(
+            "&gt;", ">"
+        )
+
+
 def test_what_a_gguf_holds_is_what_its_package_reads(run, tmp_path):
     """And a model of the converted run folder keeps the template, too."""
     package = pytest.importorskip("gguf")

@@ -337,6 +337,15 @@ def test_rows_of_chats_padded(folder, tmp_path, capsys):
         assert json.loads((out / "config.json").read_text())["data"]["packing"] == packing
     assert "48 rows in 48 windows, 4" in said["none"] and "48 rows in 48" not in said["best_fit"]
     assert ("--packing best_fit puts several" in said["none"], "--packing" in said["best_fit"]) == (True, False)
+    shorter = re.search(r"; --seq-len (\d+) --batch-tokens (\d+) pads every row to the longest", said["none"])
+    size, tokens = map(int, shorter.groups())
+    longest = json.loads((folder / "meta.json").read_text())["chat"]["longest"]
+    assert size % 16 == 0 and size - 16 < longest - 1 <= size and tokens == 4 * size
+    out = tmp_path / "short"
+    assert train(config(folder, out, packing="none", steps=1, seq_len=size, batch_tokens=tokens)) == 0
+    assert "cut" not in (said := " ".join(capsys.readouterr().out.split())) and "pads every row" not in said
+    first = [log(tmp_path / name)[0]["loss"] for name in ("none", "short")]
+    assert abs(first[0] - first[1]) < 1e-6  # the same four rows
     assert abs(val["none"] - val["best_fit"]) < 0.1  # of weights one step apart, on other rows
     with pytest.raises(HandgradError, match="--packing none is for chat data, whose rows it pads, but got shakespeare"):
         train(config("shakespeare", tmp_path / "text", packing="none"), quiet=True)

@@ -244,6 +244,38 @@ def test_a_bert_learns_to_classify(here, capsys):
     assert json.loads(Path("hf/eval.json").read_text())["hf"]["val"]["acc"] == result["acc"]
 
 
+def test_special_tokens_are_read_as_the_data_have_them(here, capsys):
+    """By the flag, tokens; without, plain text. [PAD] would end a text, and goes."""
+    with Path("texts.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "the [SEP] cat [PAD] go [MASK]", "label": "one"}) + "\n")
+    assert prepare("--special-tokens") == prepare("--replace", "--out", "plain") == 0
+    model = Bert(60, T, 1, 2, 8, 12, mlm=False, pooler=True, labels=("one", "two"))
+    run = hg.Trainer(
+        model, hg.optim.AdamW(), batch_of(model), execution=hg.Execution(6, threads=1, backend="cpu"), out="run"
+    )
+    for step in (1, 2, 3):
+        run.step(step, 1e-1)
+    run.save(3)
+    run.close()
+    texts, rows = [json.loads(line)["text"] for line in Path("texts.jsonl").read_text().splitlines()], {}
+    for folder, is_special in (("data", True), ("plain", False)):
+        encoder = hg.load_encoder("run", backend="cpu", threads=1, special_tokens=is_special)
+        rows[folder] = sorted(encoder.read(text)[0, 1:-1].tolist() for text in texts)
+        shards = [hg.data.open_shard(path).read() for path in sorted(Path(folder).glob("*_0*.bin"))]
+        records = np.concatenate(shards).reshape(-1, T - 1)[:, 1:]
+        assert rows[folder] == sorted(record[record > 0].tolist() for record in records.astype(int))
+    the, cat, go = (VOCAB.index(word) for word in ("the", "cat", "go"))
+    assert [the, 7, cat, go, 8] in rows["data"] and [the, 7, cat, go, 8] not in rows["plain"]
+    Path("a.txt").write_text(texts[-1] + "\n")
+    capsys.readouterr()
+    for verb, key in (("classify", "probability"), ("embed", "embedding")):
+        said = []
+        for flags in ([], ["--special-tokens"]):
+            assert main([verb, "run", "a.txt", "--backend", "cpu", "--threads", "1", *flags]) == 0
+            said.append(json.loads(capsys.readouterr().out)[key])
+        assert said[0] != said[1]
+
+
 def test_accuracy_counts_every_text_once(here):
     """By `Trainer`, in batches that the last one does not fill, on another set, in the log as well."""
     assert prepare("--val-fraction", "0.3") == 0

@@ -1,5 +1,7 @@
 """Rows for added tokens: a model to start from gets the mean of its rows for them, in the table and in a head of its own."""
 
+import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,8 +24,6 @@ TINY = dict(num_layers=1, num_heads=2, hidden_size=16)
 
 def saved(folder, model, tokenizer=BASE, dtype="f32"):
     """A checkpoint of random weights, with rows of padding that are no zeros, in a run folder with this tokenizer."""
-    import json
-
     import ml_dtypes
 
     rng, kind = np.random.default_rng(0), {"f32": np.float32, "bf16": ml_dtypes.bfloat16}[dtype]
@@ -136,3 +136,50 @@ def test_a_family_with_special_tokens_of_its_own_is_refused(tmp_path):
     with pytest.raises(HandgradError, match="a t5 gets no new rows: its special tokens are the last of its vocabulary"):
         with_new_rows(source, check_same_tokens(source, tokenizers.extend(BASE, SPECIAL)))
     assert Path(tmp_path / "m").exists()
+
+
+def test_data_of_another_tokenizer_are_refused_with_the_command(tmp_path, monkeypatch, capsys):
+    """Each command that is suggested makes data that the model takes."""
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "my model", MODELS[0][0])
+    Path("a.txt").write_text(TEXT)
+    Path("a.jsonl").write_text(
+        "".join(
+            json.dumps({"text": line, "prompt": line, "completion": line}) + "\n"
+            for line in TEXT.split("\n")
+            if line.strip()
+        )
+    )
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content + '<|endoftext|>' }}{% endfor %}")
+    other = tokenizers.train([TEXT[::-1]], 280)
+    Path("other").mkdir()
+    tokenizers.to_folder(other, "other")
+    flags = "--steps 1 --micro-batch 1 --seq-len 16 --backend cpu --threads 1 --sample-tokens 0".split()
+    more = {"text": [], "jsonl": ["--val-tokens", "99"], "chat": ["--template", "t.jinja"]}
+    for recipe, source in (("text", "a.txt"), ("jsonl", "a.jsonl"), ("chat", "a.jsonl")):
+        made = [
+            *(["--model"] if recipe == "chat" else ["--tokenizer"]),
+            "other",
+            "--out",
+            f"of {recipe}",
+            *more[recipe],
+        ]
+        assert main(["data", recipe, source, *made]) == 0
+        capsys.readouterr()
+        train = ["train", "--init", "my model", "--train", f"of {recipe}", "--out", f"run {recipe}", *flags]
+        assert main(train) == 2
+        said = capsys.readouterr().err
+        assert (
+            said.count("\n") == 1
+            and "of the data's tokenizer.json of 280 tokens, not the model's of 300. hint: " in said
+        )
+        words = shlex.split(said.split("hint: handgrad ")[1])
+        words[words.index("FILE...")] = source
+        assert main([*words, *more[recipe]]) == 0 and main(train) == 0
+    assert main(["train", "--init", "my model", "--out", "plays run", *flags]) == 2  # characters
+    command, then = capsys.readouterr().err.split("hint: handgrad ")[1].split(", then ")
+    assert main(shlex.split(command)) == 0 and then == "--train plays\n"
+    assert main(["train", "--init", "my model", "--out", "plays run", *then.split(), *flags]) == 0
+    saved(tmp_path / "of gpt2", replace(MODELS[0][0], vocab_size=50257), tokenizers.gpt2())
+    assert main(["train", "--init", "of gpt2", "--train", "of text", "--out", "g", *flags]) == 2
+    assert "hint: handgrad data text FILE... --tokenizer gpt2 --out 'of text' --replace\n" in capsys.readouterr().err

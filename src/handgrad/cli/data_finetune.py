@@ -27,7 +27,7 @@ class Labelled(Shards):
     """Files with one labelled text per row."""
 
     files: Files = ()
-    """.parquet, .json or JSON lines, with rows such as {"text": "Too long.", "label": "bad"}"""
+    """.parquet, .csv, .tsv, .json or JSON lines, with rows such as {"text": "Too long.", "label": "bad"}"""
     val: MoreFiles = ()
     """files that become the validation set, whole"""
     val_fraction: float | None = None
@@ -51,7 +51,7 @@ class Chats:
     """Chats to fine-tune a model on: rows with messages, or with a prompt and a completion."""
 
     files: Files = ()
-    """.parquet, .json or JSON lines; JSON may be .gz, .xz, .bz2 or .zst"""
+    """.parquet, .csv, .tsv, .json or JSON lines; all but .parquet may be .gz, .xz, .bz2 or .zst"""
     model: str = ""
     """the model that will learn them, a folder or hf:NAME; or a tokenizer: a folder, a tokenizer.json, gpt2"""
     template: str = ""

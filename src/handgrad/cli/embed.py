@@ -29,6 +29,8 @@ class Reading:
     """UTF-8, a text a line; -: standard input"""
     context: int = 0
     """tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads"""
+    special_tokens: bool = False
+    """a special token spelled out in a text, such as [SEP], is that token; else it is plain text"""
     dtype: Literal["saved", "f32", "bf16"] = "saved"
     """working dtype; saved: the one it was trained in"""
     backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
@@ -71,7 +73,8 @@ def main(argv: list[str]) -> int:
 
 def open_encoder(a: Reading, verb: str) -> TextEncoder:
     """The model of a command line."""
-    return load_encoder(a.run, a.dtype, a.backend, a.threads, whole(verb, "--context", a.context, 0))
+    context, special = whole(verb, "--context", a.context, 0), a.special_tokens
+    return load_encoder(a.run, a.dtype, a.backend, a.threads, context, special_tokens=special)
 
 
 def read_lines(file: str, verb: str) -> list[str]:

@@ -26,7 +26,7 @@ class Packing:
     ends: windows in the shards up to each
     rows, cut, dropped: rows in all; those longer than a window, which keep its length from their beginning; of these,
         the ones whose beginning holds nothing of the assistant's, which no window has
-    filled: fraction of the windows that holds rows
+    filled: fraction of the windows that holds rows;  longest: ids of the longest row in them
 
     Raises HandgradError for another method, if a shard's marks are missing or damaged, or no row can be learned from.
     """
@@ -42,6 +42,7 @@ class Packing:
             rule = f"one of {self.rows:,} rows must have a token of the assistant's among its first {length:,}"
             raise HandgradError("data", rule, "none", hint="use a longer seq_len")
         self.filled = sum(int(sizes.sum()) for _, sizes, _ in self._packed) / (self.ends[-1] * length)
+        self.longest = max(int(sizes.max(initial=0)) for _, sizes, _ in self._packed)
         marks = self._marks  # not self: a cycle would keep the files open until the collector runs
         self._open = lru_cache(_OPEN_SHARDS)(lambda index: (shards[index].open(), marks[index].open()))
 
@@ -65,6 +66,11 @@ class Packing:
                 opened_marks.read_into(marks[row, at:stop], start)
                 at = stop
         return ids, marks
+
+    def first_prompt(self) -> list[int]:
+        """Returns the ids of the first row up to the first that is the assistant's, as it is asked for a reply."""
+        ids, marks = self.gather([0], 1)
+        return ids[0, : 1 + int(np.argmax(marks[0, 1:] == LEARNED))].tolist()
 
     def _pack(self, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (starts of rows, ids taken of each, where each window's rows begin and end), window by window."""

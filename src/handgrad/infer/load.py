@@ -245,7 +245,8 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
             rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
-            raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
+            sizes = f"of {tokenizer.vocab_size:,} tokens, not the model's of {own.vocab_size:,}"
+            raise HandgradError("model", rule, f"{theirs!r} of the data's {tokenizer.name} {sizes}")
     added = range(own.vocab_size, tokenizer.vocab_size)
     if not tokenizers.added_ids(tokenizer) >= set(added):
         rule = f"data for {source.path} are made with its tokenizer of {own.vocab_size:,} tokens, or one that adds some"

@@ -35,15 +35,23 @@ def special_ids(model: Bert, tokenizer: tokenizers.Tokenizer | None) -> dict[str
 
 
 def load_encoder(
-    path: str | Path, dtype: str = "saved", backend: str = "auto", threads: int = 0, context: int = 0, ema: bool = False
+    path: str | Path,
+    dtype: str = "saved",
+    backend: str = "auto",
+    threads: int = 0,
+    context: int = 0,
+    ema: bool = False,
+    special_tokens: bool = False,
 ) -> "TextEncoder":
     """The BERT that `open_source` opens, ready to read texts.
 
     dtype: "f32", "bf16", or "saved" for the one it was trained in
     context: tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads
     ema: the average of its weights
+    special_tokens: a special token spelled out in a text is that token; else it is plain text
 
-    Raises HandgradError for another model, if something is missing, or if the model reads fewer tokens.
+    Raises HandgradError for another model, if something is missing, if the model reads fewer tokens, or if its
+    tokenizer has no special tokens to read.
     """
     source = open_source(path, ema)
     model = source.model
@@ -55,7 +63,8 @@ def load_encoder(
     opened = open_backend(backend, threads)
     steps, most = lengths(context or model.max_seq_len), max(BATCH_TOKENS, opened.head_rows)
     programs = [record(model, Program(DTYPES[kind]), max(most // T, 1), T) for T in steps]
-    return TextEncoder(source, model, kind, steps, programs, in_arena(source, kind, opened, programs), opened)
+    arena = in_arena(source, kind, opened, programs)
+    return TextEncoder(source, model, kind, steps, programs, arena, opened, special_tokens)
 
 
 def record(model: Bert, p: Program, batch_size: int, seq_len: int) -> Program:
@@ -88,9 +97,11 @@ class TextEncoder:
         programs: Sequence[Program],
         arena: Arena,
         backend: Backend,
+        special_tokens: bool = False,
     ):
         self.source, self.model, self.dtype, self.backend = source, model, dtype, backend
-        self.tokenizer, self.labels = source.tokenizer(), model.labels
+        self.tokenizer, self.labels, self.special_tokens = source.tokenizer(), model.labels, special_tokens
+        tokenizers.check_special(self.tokenizer, special_tokens)
         self._special = special_ids(model, self.tokenizer)
         self._lengths, self._programs, self._arena = steps, programs, arena
         self._bound: dict[int, Executable] = {}
@@ -106,7 +117,9 @@ class TextEncoder:
         The end of a text that is too long is cut off; of a pair that of the longer text.
         """
         cls, sep = self._special["[CLS]"], self._special["[SEP]"]
-        parts = [self.tokenizer.encode(part) for part in ((text,) if isinstance(text, str) else text)]
+        texts = (text,) if isinstance(text, str) else text
+        parts = [self.tokenizer.encode(part, self.special_tokens) for part in texts]
+        parts = [ids[ids != self._special["[PAD]"]] for ids in parts]  # as in data: it would end the text
         sizes, most = [len(part) for part in parts], self.context - 1 - len(parts)
         kept = [min(sizes[0], most)] if len(parts) == 1 else longest_first(sizes[0], sizes[1], most)
         self.num_cut += sum(sizes) > most

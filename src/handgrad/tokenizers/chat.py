@@ -29,7 +29,9 @@ CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>|</?s>|<[be]os>")  # what can only
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 Message = Mapping[str, Any]
 Chat = tuple[str, Sequence[Message], Sequence[Any] | None, int]
-"""Its place for errors, its messages, the tools it may use, and how many of the first messages are a prompt's."""
+"""Its place for errors, its messages, the tools it may use, and how many of the first messages are a prompt's.
+
+An assistant's message with a "weight" of 0 is not learned, either."""
 Span = tuple[int, int]  # of characters
 
 
@@ -78,7 +80,7 @@ class ChatEncoder:
         self.ends = self._find_ends()
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's, 0 for those of a prompt) of each chat.
+        """Returns (ids (n,) int32, mask (n,) uint8: 1 for the assistant's that are learned) of each chat.
 
         A special token that a message spells becomes that token, as in transformers. Raises HandgradError, with the
         chat's place, if the template cannot write it or its turns cannot be told apart.
@@ -152,20 +154,28 @@ class ChatEncoder:
     def _write(
         self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, num_prompt: int
     ) -> tuple[str, list[Span]]:
-        """Returns the text of a chat, and which of it is the assistant's, but for its first `num_prompt` messages."""
+        """Returns the text of a chat, and which of it is the assistant's, but for its first `num_prompt` messages and
+        those of weight 0."""
         if tools and "tools" not in self.source:
             raise HandgradError("chat", f"{where}: the template {self.name} has no place for tools", "a row with tools")
-        marks = _marks([messages, tools])
+        marks, replies = _marks([messages, tools]), [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+        silent = {n for n in replies if messages[n].get("weight") == 0}
+        messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
         self._check_calls(where, messages, tools)
         if not self._has_blocks:
             text = self._render(where, messages, tools)
-            turns = [n for n, message in enumerate(messages) if n >= num_prompt and message["role"] == "assistant"]
+            turns = [n for n in replies if n >= num_prompt and n not in silent]
             return text, [self._turn(where, text, messages, tools, place, marks[0]) for place in turns]
         text, spans = "", []
         for place, piece in enumerate(re.split(f"[{marks}]", self._render(where, messages, tools, marks))):
             spans += [(len(text), len(text) + len(piece))] if place % 2 else []
             text += piece
-        return text, spans[self._blocks(where, messages[:num_prompt], tools, marks) :]
+        if silent and len(spans) != len(replies):
+            rule = f"{where}: a weight of 0 takes a template that writes a block for each message of the assistant's"
+            raise HandgradError("chat", rule, f"{len(spans)} for {len(replies)}", hint="another --template")
+        first = self._blocks(where, messages[:num_prompt], tools, marks)
+        left = {number for number, place in enumerate(replies) if place in silent}
+        return text, [span for number, span in enumerate(spans) if number >= first and number not in left]
 
     def _blocks(self, where: str, messages: Sequence[Message], tools: Sequence[Any] | None, marks: str) -> int:
         """Returns how many blocks the template writes of a prompt."""

@@ -314,7 +314,8 @@ class EvalConfig:
     sample_tokens: int = 256
     """tokens of a sample; 0: no samples"""
     prompt: str = ""
-    """start of every sample; empty: a line break, or the end-of-text token if the data cannot spell one"""
+    """start of every sample; empty: a line break, or the end-of-text token if the data cannot spell one; of chats what
+    asks for the first reply of the validation rows"""
 
     def __post_init__(self) -> None:
         _check(self, 0, "val_every val_tokens patience eval_every sample_every sample_tokens")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ from handgrad import evals, tokenizers
 from handgrad.backends.ranks.comm import Comm
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import Labelled
+from handgrad.infer.load import Source
 from handgrad.infer.texts import special_ids
 from handgrad.models import T5, Bert, Model
 from handgrad.train.config import PACKAGED, Config
 from handgrad.train.ranks import on_rank_0
+
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")  # files of which a folder has one to be a --tokenizer
+FROM_FILES = ("text", "jsonl", "json", "parquet", "labels")  # recipes of handgrad data
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,27 @@ def labels_of(found: list[Shards]) -> tuple[str, ...]:
     return known.labels if known else ()
 
 
+def command_for(paths: list[Path], train: str, model: str, source: Source) -> str:
+    """The command that makes these shards with the tokenizer of a model, as far as their meta.json and its files tell.
+
+    train: the setting that names the shards;  model: the word that names the source, whose tokenizer can be read
+    """
+    meta = hg_data.common_meta(paths)
+    folder, about = (meta[0], meta[1].get("source")) if meta else (paths[0].parent, None)
+    recipe = about.get("recipe") if isinstance(about, dict) else None
+    out = f"--out {quote(str(folder))} --replace"
+    if recipe == "chat":
+        return f"handgrad data chat FILE... --model {quote(model)} {out}"
+    held = [
+        p for p in (Path(model), source.path, source.path.parent) if any((p / name).is_file() for name in TOKENIZERS)
+    ]
+    word = "gpt2" if source.tokenizer().name == "gpt2" else quote(str(held[0])) if held else "TOKENIZER"
+    if train == PACKAGED:
+        return f"handgrad data {PACKAGED} --tokenizer {word} --out plays, then --train plays"
+    files = "RECIPE FILE..." if recipe in (None, "tokens") else recipe + " FILE..." * (recipe in FROM_FILES)
+    return f"handgrad data {files} --tokenizer {word} {out}"
+
+
 def training_data(
     c: Config, found: list[Shards], model: Model, world: int, tokenizer: tokenizers.Tokenizer
 ) -> hg_data.Data:
@@ -155,6 +181,14 @@ def chats_in(data: hg_data.Data) -> list[hg_data.Tokens]:
 def is_all_chat(data: hg_data.Data) -> bool:
     """Whether every sequence is of chats, so that a loss is the mean over the assistant's tokens alone."""
     return len(chats_in(data)) == (len(data.sets) if isinstance(data, hg_data.Mixture) else 1)
+
+
+def chat_prompt(data: hg_data.Data, val: hg_data.Data | None) -> list[int]:
+    """The tokens that ask for the first reply of the validation rows, of the others if there are none; [] for texts."""
+    if not is_all_chat(data):
+        return []
+    packing = chats_in(val if val is not None and is_all_chat(val) else data)[0].packing
+    return packing.first_prompt() if packing else []
 
 
 def _is_chat(paths: list[Path]) -> bool:

@@ -233,7 +233,7 @@ def sample(run: Run) -> str:
     c, drawable = run.config, run.tokenizer.drawable()  # the model may have more rows
     sampling = replace(SAMPLING, seed=c.run.seed)
     try:
-        ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, drawable=drawable)
+        ids = run.trainer.generate(run.prompt, c.eval.sample_tokens, sampling, run.ends, drawable)
         return run.tokenizer.decode([*run.prompt, *ids])
     except RankError:
         raise

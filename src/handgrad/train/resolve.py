@@ -29,7 +29,9 @@ from handgrad.train.config import (
     RanksConfig,
 )
 from handgrad.train.datasets import (
+    chat_prompt,
     chats_in,
+    command_for,
     is_all_chat,
     labels_of,
     paths_of,
@@ -67,6 +69,7 @@ class Run:
     best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
+    ends             token ids that end one; none: its length does
     hellaswag        its questions; none: it is not evaluated
     flops_per_token  of forward and backward, by the model's own count
     peak_flops       FLOP/s of the hardware of all ranks in this precision, None if unknown
@@ -85,6 +88,7 @@ class Run:
     best: Best
     val: hg_data.Data | None
     prompt: list[int]
+    ends: set[int]
     hellaswag: list[evals.Item]
     telemetry: Telemetry | None
     flops_per_token: int
@@ -103,16 +107,16 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
     c, found = settle_data(c, out, comm)
     tokenizer, labels = tokenizer_of(paths_of(found)), labels_of(found)
     c = replace(c, tune=settled(c.tune, is_resumed=bool(c.run.resume) and newest(out) is not None))
-    c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels)
+    c, start, source, new_rows, brought = find_start(c, out, tokenizer, labels, paths_of(found))
     model = find_model(c, tokenizer, source, labels)
     data = training_data(c, found, model, comm.world, tokenizer)
     asked, c = c.run, complete(c, model, data, out)
     r, o, h = c.run, c.optim, c.compute
     lr = schedule_of(c)
     check_evals(c, model, any(one.val for one in found))
-    prompt = prompt_ids(tokenizer, c.eval.prompt) if c.eval.sample_tokens and model.continues_text else []
     hellaswag = evals.read_items("hellaswag", c.eval.hellaswag, tokenizer) if c.eval.hellaswag else []
     val = validation_data(found, c.data.mix, data, model, tokenizer)
+    prompt, template = sample_prompt(c, model, tokenizer, data, val), template_of(paths_of(found), brought)
     precision = precision_of(h)
     wanted = {"val": val is not None, "sample": bool(prompt), "score": bool(hellaswag)}
     extra_programs = tuple(name for name, is_wanted in wanted.items() if is_wanted)
@@ -142,7 +146,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         config=c,
         out=out,
         tokenizer=tokenizer,
-        template=template_of(paths_of(found), brought),
+        template=template,
         trainer=trainer,
         lr=lr,
         momentum=momentum,
@@ -150,6 +154,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
+        ends={*tokenizer.ends, *template.ends} if is_all_chat(data) else set(),
         hellaswag=hellaswag,
         telemetry=Telemetry(backend.pci_bus) if c.log.telemetry_every and comm.rank == 0 else None,
         flops_per_token=flops_per_token(model, trainer.program, execution.micro_batch, data.seq_len),
@@ -191,7 +196,7 @@ def check_evals(c: Config, model: Model, has_val: bool) -> None:
 
 
 def find_start(
-    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...] = ()
+    c: Config, out: Path, tokenizer: tokenizers.Tokenizer, labels: tuple[str, ...], shards: list[Path]
 ) -> tuple[Config, Start, Model | None, str, tokenizers.OwnTemplate]:
     """(the settings, what the run starts from, the model on disk if there is one, which rows are new in it, if any,
     what it brings for chats).
@@ -209,7 +214,11 @@ def find_start(
     if drawn and last is None:
         return c, Start(c.run.seed, m.init), None, "", tokenizers.OwnTemplate()
     source = open_source(m.init if last is None else str(last))
-    added = check_same_tokens(source, tokenizer)
+    try:
+        added = check_same_tokens(source, tokenizer)
+    except HandgradError as error:
+        hint = command_for(shards, c.data.train, m.init if last is None else str(out), source)
+        raise HandgradError(error.where, error.rule, error.got, hint=hint) from None
     if labels and last is None:
         source = for_labels(source, labels, c.run.seed)
     if getattr(source.model, "labels", ()) != labels:
@@ -321,6 +330,16 @@ def execution_of(
         guard=guard,
         zero=h.zero,
     )
+
+
+def sample_prompt(
+    c: Config, model: Model, tokenizer: tokenizers.Tokenizer, data: hg_data.Data, val: hg_data.Data | None
+) -> list[int]:
+    """The tokens that every sample begins with; none for a run without samples."""
+    if not c.eval.sample_tokens or not model.continues_text:
+        return []
+    asked = [] if c.eval.prompt else chat_prompt(data, val)
+    return asked or prompt_ids(tokenizer, c.eval.prompt)
 
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:

@@ -14,6 +14,7 @@ from handgrad.train.resolve import Run
 
 RANKS = tuple(f.name for f in fields(RanksConfig))  # settings of a command, not of a run
 PLACES = ("out", "resume", "config", "verbose", *RANKS)  # settings that the other lines tell
+TILE = 16  # rows of a matrix that tensor cores and vector units take at once
 MOST = 8  # ranks whose processes are named
 
 
@@ -42,7 +43,7 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
     console.print(table)
     steps, packings = run.steps, [one.packing for one in chats_in(run.trainer.data) if one.packing]
     if any(packing.method == "none" and packing.filled < 0.5 for packing in packings):
-        hint = "--packing best_fit puts several rows into one"
+        hint = f"--packing best_fit puts several rows into one{shorter_windows(run.trainer.data)}"
         console.print(f" padding takes more of the chats' windows than their rows do: {hint}", soft_wrap=True)
     if run.config.data.train == f"./{PACKAGED}":
         console.print(f" trains on the folder {PACKAGED} here, not on the text in the package", soft_wrap=True)
@@ -52,6 +53,15 @@ def show(run: Run, given: Config, processes: list[int]) -> None:
     elif (run.config.optim.warmup or 0) >= steps:
         console.print(f" all {steps} steps are warm-up; a smaller --warmup lets the rate decay", soft_wrap=True)
     console.print()
+
+
+def shorter_windows(d: Data) -> str:
+    """The flags of the shortest windows that hold every padded row, and as many of them in a step."""
+    if isinstance(d, Mixture) or d.packing is None:
+        return ""
+    size = -(-max(d.packing.longest - 1, 1) // TILE) * TILE
+    flags = f"--seq-len {size} --batch-tokens {size * d.sequences}"
+    return f"; {flags} pads every row to the longest" * (size < d.seq_len)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -145,7 +145,9 @@ def _encoded(encoder: ChatEncoder, found: Sequence[Chat], on_error: str) -> list
 def _learnable(where: str, ids: np.ndarray, mask: np.ndarray) -> EncodedRow:
     if not mask[1:].any():
         rule = f"{where}: a row must have a token of the assistant's"
-        raise HandgradError("data", rule, f"none of {ids.size}", hint="an empty reply? leave the row out")
+        raise HandgradError(
+            "data", rule, f"none of {ids.size}", hint="an empty reply, or weights of 0? leave the row out"
+        )
     return EncodedRow(where, ids, mask)
 
 
@@ -164,7 +166,7 @@ def prepare_chat(
 ) -> dict:
     """Writes shards, marks, the template, meta.json and SHA256SUMS of chats into `out_dir`; returns the meta.json.
 
-    files, val: JSON lines, JSON lists or Parquet tables, one path or several; val are the validation set
+    files, val: JSON lines, JSON lists, CSV or Parquet tables, one path or several; val are the validation set
     tokenizer, encoder: a `handgrad.tokenizers.Tokenizer`, and a `handgrad.tokenizers.ChatEncoder` made with it
     val_fraction: without `val`, share of the rows that becomes val, evenly spread; at least one unless 0; None: 0.05
     on_error: "stop" at a row that is no chat to learn, or "skip" and count such rows

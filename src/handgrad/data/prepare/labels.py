@@ -45,7 +45,8 @@ class Columns:
         """All of every row, for the reader of a file."""
         names = tuple(name for name in (self.text, self.label, self.pair) if name)
         flags = "--column, --label and --pair" if self.pair else "--column and --label"
-        return Wanted(take, (names,), f"{flags} name other columns", on_error=on_error)
+        numbers = (self.label,) if self.are_numbers else ()
+        return Wanted(take, (names,), f"{flags} name other columns", numbers=numbers, on_error=on_error)
 
 
 def prepare_labels(
@@ -67,7 +68,7 @@ def prepare_labels(
 ) -> dict:
     """Writes shards of labelled texts (see `build`); returns the content of meta.json, which names the labels.
 
-    files: JSON lines, JSON lists or Parquet tables;  val: the same, for validation
+    files: JSON lines, JSON lists, CSV or Parquet tables;  val: the same, for validation
     pad_id: the tokenizer's [PAD]
     val_fraction: without `val`, about this share of the texts, by their hash: a text that occurs twice is in one part,
         and so are pairs with the same first text; None: 0.1

@@ -91,4 +91,13 @@ def _message(message: Any, number: int, where: str) -> dict[str, Any]:
     if not isinstance(message["content"], str):
         rule = f"{where}: the content of message {number} is a text"
         raise HandgradError("data", rule, json_kind(message["content"]))
+    _check_weight(message.get("weight"), number, where)
     return {key: value for key, value in message.items() if value is not None}
+
+
+def _check_weight(weight: Any, number: int, where: str) -> None:
+    """Raises HandgradError for a weight that is none of OpenAI's. Which weights count: `ChatEncoder`."""
+    if weight is None or (not isinstance(weight, bool) and weight in (0, 1)):
+        return
+    got = shown(weight) if json_kind(weight) == "a number" else json_kind(weight)
+    raise HandgradError("data", f"{where}: the weight of message {number} is 0 or 1", got)

@@ -3,12 +3,14 @@
 The first takes the path of a file and yields (bytes of the file covered so far, Job). It runs in the process that
 writes the shards and reads as little as possible. The second runs in a worker process and yields documents.
 
-Files of rows are read in three formats, JSON lines, JSON lists and Parquet tables, by one rule: what a document is, and
-what becomes of a row that has none, is `Wanted`.
+Files of rows are read in four formats, JSON lines, JSON lists, CSV and Parquet tables, by one rule: what a document is,
+and what becomes of a row that has none, is `Wanted`.
 """
 
+import csv
 import io
 import json
+import math
 import random
 import re
 import tarfile
@@ -41,6 +43,7 @@ LONGEST_ARCHIVE = 2**28  # bytes of an .xz that is read whole
 LONGEST_LIST = 2**30  # bytes of a JSON list, which is read whole
 BLANK_LINES = "\n\n"
 COLUMN = "--column names another column"
+SEPARATORS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
 
 
 def statements(path: Path) -> Iterator[tuple[int, Job]]:
@@ -79,8 +82,8 @@ class Wanted:
 
     take: (row, its place for errors) -> a document, None for a row that belongs to another part; raises HandgradError
         for a row that is none
-    layouts: columns, all of one of which a Parquet table must have;  hint: if it has not
-    also: columns that are read if it has them
+    layouts: columns, all of one of which a table (Parquet, CSV) must have;  hint: if it has not
+    also: columns that are read if it has them;  numbers: columns whose texts are numbers where a table has but texts
     on_error: "stop" at the first row that `take` refuses, "skip" and count such rows, or "replace" bytes that are no
         UTF-8 by U+FFFD and skip what `take` still refuses
     """
@@ -89,6 +92,7 @@ class Wanted:
     layouts: tuple[tuple[str, ...], ...]
     hint: str = ""
     also: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     on_error: str = "stop"
 
     def columns(self, path: Path, names: Sequence[str]) -> list[str]:
@@ -136,9 +140,10 @@ def _with_hint(error: HandgradError) -> HandgradError:
 
 
 def rows_of(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
-    """The rows of a file in the format that its name ends in: .parquet; .json, where [ begins a list; else JSON lines.
+    """The rows of a file in the format that its name ends in: .parquet; .csv and .tsv; .json, where [ begins a list;
+    else JSON lines.
 
-    JSON may be compressed. Raises HandgradError if the file is missing.
+    All but Parquet may be compressed. Raises HandgradError if the file is missing.
     """
     size = require_file(path, "a source", "data")
     if path.suffix == ".parquet":
@@ -149,7 +154,7 @@ def rows_of(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
             begin = Unfolding(path, raw, size, path.suffix).read(BLOCK_BYTES)
         if begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             return json_list(path, wanted)
-    return numbered_lines(path, wanted)
+    return separated(path, wanted, plain.suffix) if plain.suffix in SEPARATORS else numbered_lines(path, wanted)
 
 
 def json_lines(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
@@ -236,6 +241,105 @@ def _listed(path: Path, wanted: Wanted) -> Iterator[Any]:
         yield Damage(replaced=count)
     for number, row in enumerate(rows):
         yield from taken(wanted.take, row, f"{path}, row {number}", wanted.on_error)
+
+
+def separated(path: Path, wanted: Wanted, ending: str) -> Iterator[tuple[int, Job]]:
+    """CSV or TSV, plain or compressed, whose first row names the columns. A row may take several lines, so rows are
+    found here, and an error names the line where its row begins.
+
+    Damage in a row of several lines is an error in any case: a quote is amiss, and where a row ends is unknown.
+    """
+    lines, found = _Lines(path), list[tuple[int, list[str], str]]()
+    rows = _separated_rows(path, lines, csv.reader(lines, delimiter=SEPARATORS[ending][0], strict=True))
+    number, names, problem = next(rows, (1, [], ""))
+    if problem or not names:
+        got = problem or "none"
+        raise HandgradError("data", f"{path}, line {number}: the first row must name the columns", got)
+    if len(names) == 1 and re.search("[,;\t]", names[0]):
+        raise HandgradError("data", f"{path} must have {SEPARATORS[ending][1]} between fields", names[0])
+    columns = wanted.columns(path, names)
+    if twice := [name for name in columns if names.count(name) > 1]:
+        raise HandgradError("data", f"{path} must have one column {twice[0]!r}", names.count(twice[0]))
+    about, size = (tuple(names), columns, wanted), 0
+    for row in rows:
+        found.append(row)
+        size += sum(map(len, row[1]))
+        if size >= BLOCK_BYTES:
+            yield lines.read, Job(_separated, (path, found, *about))
+            found, size = [], 0
+    yield lines.read, Job(_separated, (path, found, *about))
+
+
+class _Lines:
+    """The lines of a file as text, for csv.
+
+    read: bytes of the file so far;  problem: of a line since it was last cleared, empty if there is none
+    """
+
+    def __init__(self, path: Path):
+        self._lines = ((read, line) for read, _, lines in blocks(path) for line in lines)
+        self.read, self.problem, self._encoding = 0, "", "utf-8-sig"  # a BOM may begin the first
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.read, line = next(self._lines)
+        encoding, self._encoding = self._encoding, "utf-8"
+        try:
+            return line.decode(encoding)
+        except UnicodeDecodeError as error:
+            self.problem = one_line(error)
+            return line.decode(encoding, "replace")
+
+
+def _separated_rows(path: Path, lines: _Lines, reader: Any) -> Iterator[tuple[int, list[str], str]]:
+    """Yields (line where it begins, fields, what is wrong with it) of each row that is not blank."""
+    fields: list[str] | None = []
+    while fields is not None:
+        first, lines.problem, usual = reader.line_num + 1, "", csv.field_size_limit(LONGEST_DOCUMENT)
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            if reader.line_num > first:
+                hint = "a quote in a field is doubled, and the field stands in quotes"
+                raise HandgradError("data", f"{path}, line {first}: must be CSV", one_line(error), hint=hint) from None
+            fields, lines.problem = [], one_line(error)
+        finally:
+            csv.field_size_limit(usual)  # a setting of the whole process
+        if fields or lines.problem:
+            yield first, fields or [], lines.problem
+
+
+def _separated(
+    path: Path, rows: Iterable[tuple[int, list[str], str]], names: Sequence[str], columns: Sequence[str], wanted: Wanted
+) -> Iterator[Any]:
+    def take(row: tuple[list[str], str], where: str) -> Any:
+        fields, problem = row
+        if problem:
+            raise HandgradError("data", f"{where}: must be CSV", problem)
+        if len(fields) != len(names):
+            rule = f"{where}: a row must have the {len(names)} fields of the first"
+            raise HandgradError("data", rule, len(fields))
+        found: dict[str, Any] = {name: value or None for name, value in zip(names, fields) if name in columns}
+        found |= {name: _number(found[name]) for name in wanted.numbers if found.get(name)}
+        return wanted.take(found, where)
+
+    for number, *row in rows:
+        yield from taken(take, row, f"{path}, line {number}", wanted.on_error)
+
+
+def _number(text: str) -> float | str:
+    """Returns the number that a text spells, else the text.
+
+    >>> _number(" -1.5e1"), _number("1_0"), _number("nan")
+    (-15.0, '1_0', 'nan')
+    """
+    try:
+        number = float(text if "_" not in text else "")
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
 
 
 def table(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
