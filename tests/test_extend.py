@@ -403,3 +403,30 @@ def test_another_optimizer_leaves_the_schedule_of_momentum(tmp_path):
     assert settings([*flags, "adamw"]).optim.momentum_warmup == 0
     assert settings([*flags, "muon"]).optim.momentum_warmup == 0.5
     assert settings([*flags, "adamw", "--momentum-warmup", "0.25"]).optim.momentum_warmup == 0.25  # refused later
+
+
+ADAMW = {"optimizer": "adamw", "schedule": "cosine", "final": 0.1, "weight_decay": 0.1, "steps": 4}
+WSD = ADAMW | {"schedule": "wsd", "cooldown": 0.5}
+
+
+@pytest.mark.parametrize("of_file", [False, True], ids=["flags", "file"])
+@pytest.mark.parametrize(
+    "saved, given, wanted",
+    [
+        (ADAMW, {"optimizer": "lion", "weight_decay": 0.1}, {"weight_decay": 0.1}),
+        (ADAMW, {"optimizer": "lion"}, {"weight_decay": None}),
+        (ADAMW, {"schedule": "linear", "final": 0.1}, {"final": 0.1}),
+        (ADAMW, {"schedule": "linear"}, {"final": None}),
+        (ADAMW, {"optimizer": "schedule_free", "schedule": "cosine"}, {"schedule": "cosine"}),
+        (WSD, {"schedule": "cosine"}, {"cooldown": None}),
+    ],
+)
+def test_a_setting_that_is_given_stays_whatever_the_former_had(tmp_path, saved, given, wanted, of_file):
+    """Settings of the former optimizer or schedule are left, whether flags or a file name the other one; what they give
+    is kept, also the value that the former had."""
+    write_text(tmp_path / "config.json", json.dumps(asdict(from_names(saved))))
+    write_text(tmp_path / "given.json", json.dumps(given))
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    more = ["--config", str(tmp_path / "given.json")] if of_file else flags
+    found = settings(["--resume", "auto", "--out", str(tmp_path), "--fresh-optimizer", *more]).optim
+    assert {name: getattr(found, name) for name in wanted} == wanted
