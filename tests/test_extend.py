@@ -110,6 +110,21 @@ def test_extended_run_is_the_longer_run_bit_for_bit(words, copied, tmp_path):
     assert open_source(copied / "cooled_000008").path.name == "cooled_000008"
 
 
+@pytest.mark.parametrize(
+    ("settings", "branch"),
+    [(dict(schedule="constant", cooldown=None), 5), (dict(cooldown=2), 5), (dict(cooldown=4), 4)],
+    ids=["momentum", "momentum first", "rate first"],
+)
+def test_an_extended_run_goes_on_from_before_momentum_falls(words, tmp_path, settings, branch):
+    """Its checkpoint is kept as that of a cooldown, and a rise in a fraction of the steps stays as long as it was."""
+    own = settings | dict(optimizer="sgd", momentum_cooldown=3)
+    assert train(config(words, tmp_path / "run", momentum_warmup=0.25, **own), quiet=True) == 0
+    assert names(tmp_path / "run") == [f"step_{branch:06d}", "step_000008"]
+    assert train(config(words, tmp_path / "whole", steps=16, momentum_warmup=2, **own), quiet=True) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--extend", "--steps", "16"]) == 0
+    assert files(tmp_path / "run" / "step_000016") == files(tmp_path / "whole" / "step_000016")
+
+
 def test_resume_without_extend_is_another_run(words, copied, tmp_path):
     """The comparison above can fail: from the cooled weights the rate jumps."""
     assert train(longer(config(words, copied), 16), quiet=True) == 0
@@ -150,6 +165,7 @@ def test_an_extension_that_is_killed_is_resumed(words, copied, monkeypatch):
             [],
             "[resume] --extend keeps the schedule of the run, wsd, but got lin",
         ),
+        ("--steps 16", "constant", [], "; and a warm-up within the run, but got constant with a warm-up of 9 steps."),
         ("--steps 16", "wsd", [4], "[resume] the run goes on from a checkpoint of step 4 or before, but got none in"),
     ],
 )
@@ -157,6 +173,8 @@ def test_extension_that_cannot_be_is_refused(copied, capsys, flags, schedule, lo
     saved = json.loads((copied / "config.json").read_text())
     if schedule == "cosine":
         saved["optim"] |= {"schedule": "cosine", "cooldown": None, "cooldown_shape": "", "final": 0.1}
+    if schedule == "constant":
+        saved["optim"] |= {"schedule": "constant", "cooldown": None, "cooldown_shape": "", "final": 1.0, "warmup": 9}
     (copied / "config.json").write_text(json.dumps(saved))
     for step in lost:
         shutil.rmtree(copied / f"step_{step:06d}")
