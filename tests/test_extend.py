@@ -18,9 +18,10 @@ from handgrad.core.disk import write_text
 from handgrad.data import id_dtype, write_shard
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint
-from handgrad.optim import AdamW
+from handgrad.optim import AdamW, Muon
 from handgrad.train.best import Best
 from handgrad.train.config import from_names, num_tokens
+from handgrad.train.outliers import Guard
 from handgrad.train.report.read import read_run
 from handgrad.train.run import train
 from handgrad.train.schedule import num_steps
@@ -368,6 +369,57 @@ def test_a_fresh_state_corrects_its_bias_from_its_own_first_update(words, tmp_pa
     with trainer_closed(trainer(words, tmp_path, optim)) as run:
         with pytest.raises(hg.HandgradError, match="state_since as a step from 0 to 3, but got 9"):
             run.resume()
+
+
+@pytest.mark.parametrize(
+    ("saved", "other", "text"),
+    [
+        (AdamW(), AdamW(moments="bf16"), r"'m\.\S+' in \S+ must be bfloat16 \(\d+, 16\), but got float32"),
+        (Muon(), Muon(second_beta=0.9), r"must hold the tensor 'state.squares.\S+', but got no such"),
+        (Muon(second_beta=0.9), Muon(), r"must hold only the \d+ expected tensors, but got also 'state.squares"),
+    ],
+)
+def test_other_settings_of_an_optimizer_name_the_way_out(words, tmp_path, saved, other, text):
+    with trainer_closed(trainer(words, tmp_path, saved)) as run:
+        run.step(1, 1e-2)
+        run.save(1)
+    hint = "hint: the optimizer's settings are those of the checkpoint, or --fresh-optimizer takes the weights alone"
+    with trainer_closed(trainer(words, tmp_path, other)) as run:
+        with pytest.raises(hg.HandgradError, match=text + ".*" + hint):
+            run.resume()
+        assert run.resume(fresh=True) == 1
+
+
+def test_no_step_lies_before_the_state(words, tmp_path):
+    """Bias corrections of AdamW would divide by zero, and Adafactor's and Muon's weights would be no numbers."""
+    with trainer_closed(trainer(words, tmp_path, AdamW())) as run:
+        for step in (1, 2):
+            run.step(step, 1e-2)
+        run.save(2)
+    with trainer_closed(trainer(words, tmp_path, AdamW())) as run:
+        run.resume(fresh=True)
+        with pytest.raises(hg.HandgradError, match=r"\[train\] step is a number from 3 on, but got 2"):
+            run.step(2, 1e-2)
+        assert math.isfinite(run.step(3, 1e-2).loss)
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_loss_beyond_float32_with_finite_gradients_is_skipped_if_the_log_says_so(words, is_guarded, monkeypatch):
+    """Without a guard the norm's kernel decides, and it updates: the step must not say otherwise."""
+    data = hg.data.tokens(f"{words}/train_*.bin", 8, 32, seed=5)
+    execution = hg.Execution(4, backend="cpu", guard=Guard(loss_z=9.0 * is_guarded))
+    run = hg.Trainer(hg.models.GPT2(97, 8, 1, 2, 16), AdamW(), data, execution=execution)
+    fetch = run.arena.fetch_scalars
+    monkeypatch.setattr(run.arena, "fetch_scalars", lambda p: lambda: SimpleNamespace(**fields_of(fetch(p)())))
+    before = {name: np.array(a) for name, a in run.params().items()}
+    result = run.step(1, 1e-2)
+    assert (result.loss, result.skipped) == (math.inf, "loss is inf" if is_guarded else "")
+    assert all(np.array_equal(a, before[name]) for name, a in run.params().items()) == is_guarded
+
+
+def fields_of(scalars):
+    """The step scalars that a step reads, with a loss that a regression's square may have."""
+    return {"loss_sum": math.inf, "grad_norm": float(scalars.grad_norm), "exposed_ns": int(scalars.exposed_ns)}
 
 
 class trainer_closed:

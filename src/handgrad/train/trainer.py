@@ -127,9 +127,10 @@ class Trainer:
         """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
         (None: its own). The data of a step depend on its number alone.
 
-        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
+        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite, and for a step
+        before the optimizer's state began.
         """
-        step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
+        step, lr = whole_number("train", "step", step, self.state_since + 1), real("train", "lr", lr, 0.0)
         momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
         journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
@@ -211,9 +212,10 @@ class Trainer:
 
     def _skip_reason(self, loss: float, norm: float) -> str:
         """Why this update must not happen, or nothing."""
-        for name, value in (("loss", loss), ("grad_norm", norm)):
-            if not np.isfinite(value):
-                return f"{name} is {value}"
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            if np.isfinite(norm) and not self.execution.guard.is_on:  # a loss beyond float32: the norm's kernel updated
+                return ""
+            return f"grad_norm is {norm}" if np.isfinite(loss) else f"loss is {loss}"
         scores = [outliers.add(value) for outliers, value in zip(self._outliers.values(), (loss, norm))]
         for (name, outliers), value, z in zip(self._outliers.items(), (loss, norm), scores):
             if z > outliers.limit > 0:
