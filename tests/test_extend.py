@@ -18,7 +18,7 @@ from handgrad.core.disk import write_text
 from handgrad.data import id_dtype, write_shard
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint
-from handgrad.optim import AdamW, Muon
+from handgrad.optim import SGD, AdamW, Ema, Muon
 from handgrad.train.best import Best
 from handgrad.train.config import from_names, num_tokens
 from handgrad.train.outliers import Guard
@@ -388,6 +388,13 @@ def test_other_settings_of_an_optimizer_name_the_way_out(words, tmp_path, saved,
         with pytest.raises(hg.HandgradError, match=text + ".*" + hint):
             run.resume()
         assert run.resume(fresh=True) == 1
+
+
+@pytest.mark.parametrize("optim", [AdamW(), Ema(SGD(0.0))])
+def test_a_momentum_that_is_not_read_is_refused(words, tmp_path, optim):
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        with pytest.raises(hg.HandgradError, match=rf"\[train\] {type(optim).__name__} reads no momentum, but got 0.9"):
+            run.step(1, 1e-2, momentum=0.9)
 
 
 def test_no_step_lies_before_the_state(words, tmp_path):

@@ -127,9 +127,11 @@ class Trainer:
         """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
         (None: its own). The data of a step depend on its number alone.
 
-        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite, and for a step
-        before the optimizer's state began.
+        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite, for a step before
+        the optimizer's state began, and for a momentum that the optimizer does not read.
         """
+        if momentum is not None and getattr(self.optim, "scheduled_momentum", None) is None:
+            raise HandgradError("train", f"{type(self.optim).__name__} reads no momentum", momentum)
         step, lr = whole_number("train", "step", step, self.state_since + 1), real("train", "lr", lr, 0.0)
         momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
         journal = self._open_journal()
