@@ -18,7 +18,7 @@ from handgrad.core.disk import write_text
 from handgrad.data import id_dtype, write_shard
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint
-from handgrad.optim import SGD, AdamW, Ema, Muon
+from handgrad.optim import SGD, AdamW, Ema, Muon, ScheduleFree
 from handgrad.train.best import Best
 from handgrad.train.config import from_names, num_tokens
 from handgrad.train.outliers import Guard
@@ -388,6 +388,35 @@ def test_other_settings_of_an_optimizer_name_the_way_out(words, tmp_path, saved,
         with pytest.raises(hg.HandgradError, match=text + ".*" + hint):
             run.resume()
         assert run.resume(fresh=True) == 1
+
+
+@pytest.mark.parametrize("optim", [AdamW(weight_decay=0.0, clip=0.0), ScheduleFree(weight_decay=0.0, clip=0.0)])
+def test_bias_corrections_count_updates_and_no_skipped_step(words, tmp_path, optim, monkeypatch):
+    """The first update moves weights by the learning rate, also after three steps whose gradients are no numbers. With
+    these counted, schedule_free, whose second moment starts too small, would move them by nearly 2 of it."""
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        numbers, start = run.program.segments.norm_update, run._run
+
+        def broken(executable, segment, *more):
+            if segment == numbers:
+                run.arena.vector("grad")[:4] = np.nan
+            start(executable, segment, *more)
+
+        monkeypatch.setattr(run, "_run", broken)
+        assert all(run.step(step, 0.25).skipped for step in (1, 2, 3))
+        monkeypatch.undo()
+        run.save(3)
+        check_first_update(run)
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        assert run.resume() == run.state_since == 3
+        check_first_update(run)
+
+
+def check_first_update(run):
+    before = {name: np.array(a, np.float32) for name, a in run.params().items()}
+    run.step(4, 0.25)
+    moved = np.abs(np.concatenate([(a - before[name]).ravel() for name, a in run.params().items()]).astype(float))
+    assert np.quantile(moved[moved > 0.01], [0.1, 0.9]) == pytest.approx([0.25, 0.25], rel=2**-7)  # bf16 weights
 
 
 @pytest.mark.parametrize("optim", [AdamW(), Ema(SGD(0.0))])

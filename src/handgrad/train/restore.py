@@ -44,7 +44,7 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_since(saved: dict[str, Any], path: Path, fresh: bool) -> int:
-    """Steps before the optimizer's state began anew, which bias corrections do not count.
+    """Steps that bias corrections do not count: before the optimizer's state began anew, and skipped ones.
 
     Raises HandgradError if run.json gives none that can be.
     """

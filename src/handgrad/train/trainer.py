@@ -112,7 +112,7 @@ class Trainer:
         self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
         self._momentum = getattr(optim, "scheduled_momentum", None) or 0.0
-        self.state_since = 0  # steps before the optimizer's state began anew
+        self.state_since = 0  # steps that bias corrections do not count: before the state began anew, and skipped ones
         self.saved: dict[str, Any] = {}  # the run.json of the checkpoint that it was resumed from
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
@@ -154,6 +154,7 @@ class Trainer:
             self._pending.wait()  # at most one step in flight, so skip decisions stay in step order
             if journal is not None:
                 journal.write()
+            self.arena.write_scalars(self.program, state_since=self.state_since)  # another one if it was skipped
         if self.backend.is_asynchronous:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
@@ -172,6 +173,7 @@ class Trainer:
             skipped = self._skip_reason(loss, norm)
             self.last_loss = loss
             self.skips = self.skips + 1 if skipped else 0
+            self.state_since += bool(skipped)
             return loss, norm, skipped, self.skips
 
         self._pending = result = Step(finish)
