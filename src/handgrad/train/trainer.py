@@ -33,7 +33,7 @@ from handgrad.train.average import Average
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.optimizers import optimizer_name
-from handgrad.train.outliers import Outliers
+from handgrad.train.outliers import Outliers, skip_reason
 from handgrad.train.record import record
 from handgrad.train.restore import check_model, restore, state_since
 from handgrad.train.shards import GRAD, PARAM, state, whole
@@ -111,7 +111,6 @@ class Trainer:
         self.last_step = 0
         self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
-        self._momentum = getattr(optim, "scheduled_momentum", None) or 0.0
         self.state_since = 0  # steps that bias corrections do not count: before the state began anew, and skipped ones
         self.saved: dict[str, Any] = {}  # the run.json of the checkpoint that it was resumed from
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
@@ -127,13 +126,10 @@ class Trainer:
         """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
         (None: its own). The data of a step depend on its number alone.
 
-        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite, for a step before
-        the optimizer's state began, and for a momentum that the optimizer does not read.
+        Raises HandgradError, before anything runs, for a number out of range, and a momentum that is not read.
         """
-        if momentum is not None and getattr(self.optim, "scheduled_momentum", None) is None:
-            raise HandgradError("train", f"{type(self.optim).__name__} reads no momentum", momentum)
         step, lr = whole_number("train", "step", step, self.state_since + 1), real("train", "lr", lr, 0.0)
-        momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
+        momentum = checks.momentum_of(self.optim, momentum)
         journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         waited = self._average.hide()
@@ -154,7 +150,6 @@ class Trainer:
             self._pending.wait()  # at most one step in flight, so skip decisions stay in step order
             if journal is not None:
                 journal.write()
-            self.arena.write_scalars(self.program, state_since=self.state_since)  # another one if it was skipped
         if self.backend.is_asynchronous:
             self._writer.check()
         else:  # a checkpoint reads the weights in place
@@ -170,10 +165,9 @@ class Trainer:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
             result.exposed = 1e-9 * (int(scalars().exposed_ns) - self._exposed_ns)
             self._exposed_ns = int(scalars().exposed_ns)
-            skipped = self._skip_reason(loss, norm)
+            skipped = skip_reason(self._outliers, loss, norm, self.execution.guard.is_on)
             self.last_loss = loss
-            self.skips = self.skips + 1 if skipped else 0
-            self.state_since += bool(skipped)
+            self._count(skipped)
             return loss, norm, skipped, self.skips
 
         self._pending = result = Step(finish)
@@ -214,17 +208,12 @@ class Trainer:
             self._journal.close()
             self._journal, self._resumed_at = None, self.last_step
 
-    def _skip_reason(self, loss: float, norm: float) -> str:
-        """Why this update must not happen, or nothing."""
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            if np.isfinite(norm) and not self.execution.guard.is_on:  # a loss beyond float32: the norm's kernel updated
-                return ""
-            return f"grad_norm is {norm}" if np.isfinite(loss) else f"loss is {loss}"
-        scores = [outliers.add(value) for outliers, value in zip(self._outliers.values(), (loss, norm))]
-        for (name, outliers), value, z in zip(self._outliers.items(), (loss, norm), scores):
-            if z > outliers.limit > 0:
-                return f"{name} {value:.4g} is {z:.1f} standard deviations above the last {len(outliers.window)}"
-        return ""
+    def _count(self, skipped: str) -> None:
+        """Counts an update, or that it was skipped; bias corrections do not count those."""
+        self.skips = self.skips + 1 if skipped else 0
+        if skipped:
+            self.state_since += 1
+            self.arena.write_scalars(self.program, state_since=self.state_since)
 
     def trace(self, after: Callable[[Call, float], None]) -> None:
         """Runs a step on the inputs that lie in the arena, call by call; `after` sees each call and its seconds.
