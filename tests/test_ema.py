@@ -139,6 +139,18 @@ def test_generate_eval_and_convert_read_the_average(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("[model] --ema is for runs of handgrad train --ema, but got ")
 
 
+def test_the_average_of_a_run_in_float64_is_read(shards, tmp_path):
+    """The ref backend stores float64."""
+    run = trainer(shards, Ema(AdamW(), DECAY), out=tmp_path / "run", backend=RefBackend())
+    run.step(1, LR)
+    run.save(1)
+    found = open_source(tmp_path / "run", ema=True).weights
+    for name, mean in averages(run).items():
+        rows = found.shapes[name][0]  # without those that pad the vocabulary
+        assert mean.dtype == np.float64 and np.array_equal(found.tensor(name, "f32"), mean[:rows].astype(np.float32))
+    run.close()
+
+
 def test_explain_shows_the_average(capsys):
     assert main(["explain", "tiny", "--backend", "ref", "--ema", "0.999", "--calls"]) == 0
     with_it = capsys.readouterr().out

@@ -18,9 +18,10 @@ from handgrad.core.disk import write_text
 from handgrad.data import id_dtype, write_shard
 from handgrad.infer.load import open_source
 from handgrad.io import checkpoint
-from handgrad.optim import AdamW
+from handgrad.optim import SGD, AdamW, Ema, Muon, ScheduleFree
 from handgrad.train.best import Best
 from handgrad.train.config import from_names, num_tokens
+from handgrad.train.outliers import Guard
 from handgrad.train.report.read import read_run
 from handgrad.train.run import train
 from handgrad.train.schedule import num_steps
@@ -110,6 +111,21 @@ def test_extended_run_is_the_longer_run_bit_for_bit(words, copied, tmp_path):
     assert open_source(copied / "cooled_000008").path.name == "cooled_000008"
 
 
+@pytest.mark.parametrize(
+    ("settings", "branch"),
+    [(dict(schedule="constant", cooldown=None), 5), (dict(cooldown=2), 5), (dict(cooldown=4), 4)],
+    ids=["momentum", "momentum first", "rate first"],
+)
+def test_an_extended_run_goes_on_from_before_momentum_falls(words, tmp_path, settings, branch):
+    """Its checkpoint is kept as that of a cooldown, and a rise in a fraction of the steps stays as long as it was."""
+    own = settings | dict(optimizer="sgd", momentum_cooldown=3)
+    assert train(config(words, tmp_path / "run", momentum_warmup=0.25, **own), quiet=True) == 0
+    assert names(tmp_path / "run") == [f"step_{branch:06d}", "step_000008"]
+    assert train(config(words, tmp_path / "whole", steps=16, momentum_warmup=2, **own), quiet=True) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--extend", "--steps", "16"]) == 0
+    assert files(tmp_path / "run" / "step_000016") == files(tmp_path / "whole" / "step_000016")
+
+
 def test_resume_without_extend_is_another_run(words, copied, tmp_path):
     """The comparison above can fail: from the cooled weights the rate jumps."""
     assert train(longer(config(words, copied), 16), quiet=True) == 0
@@ -150,6 +166,7 @@ def test_an_extension_that_is_killed_is_resumed(words, copied, monkeypatch):
             [],
             "[resume] --extend keeps the schedule of the run, wsd, but got lin",
         ),
+        ("--steps 16", "constant", [], "; and a warm-up within the run, but got constant with a warm-up of 9 steps."),
         ("--steps 16", "wsd", [4], "[resume] the run goes on from a checkpoint of step 4 or before, but got none in"),
     ],
 )
@@ -157,6 +174,8 @@ def test_extension_that_cannot_be_is_refused(copied, capsys, flags, schedule, lo
     saved = json.loads((copied / "config.json").read_text())
     if schedule == "cosine":
         saved["optim"] |= {"schedule": "cosine", "cooldown": None, "cooldown_shape": "", "final": 0.1}
+    if schedule == "constant":
+        saved["optim"] |= {"schedule": "constant", "cooldown": None, "cooldown_shape": "", "final": 1.0, "warmup": 9}
     (copied / "config.json").write_text(json.dumps(saved))
     for step in lost:
         shutil.rmtree(copied / f"step_{step:06d}")
@@ -352,6 +371,93 @@ def test_a_fresh_state_corrects_its_bias_from_its_own_first_update(words, tmp_pa
             run.resume()
 
 
+@pytest.mark.parametrize(
+    ("saved", "other", "text"),
+    [
+        (AdamW(), AdamW(moments="bf16"), r"'m\.\S+' in \S+ must be bfloat16 \(\d+, 16\), but got float32"),
+        (Muon(), Muon(second_beta=0.9), r"must hold the tensor 'state.squares.\S+', but got no such"),
+        (Muon(second_beta=0.9), Muon(), r"must hold only the \d+ expected tensors, but got also 'state.squares"),
+    ],
+)
+def test_other_settings_of_an_optimizer_name_the_way_out(words, tmp_path, saved, other, text):
+    with trainer_closed(trainer(words, tmp_path, saved)) as run:
+        run.step(1, 1e-2)
+        run.save(1)
+    hint = "hint: the optimizer's settings are those of the checkpoint, or --fresh-optimizer takes the weights alone"
+    with trainer_closed(trainer(words, tmp_path, other)) as run:
+        with pytest.raises(hg.HandgradError, match=text + ".*" + hint):
+            run.resume()
+        assert run.resume(fresh=True) == 1
+
+
+@pytest.mark.parametrize("optim", [AdamW(weight_decay=0.0, clip=0.0), ScheduleFree(weight_decay=0.0, clip=0.0)])
+def test_bias_corrections_count_updates_and_no_skipped_step(words, tmp_path, optim, monkeypatch):
+    """The first update moves weights by the learning rate, also after three steps whose gradients are no numbers. With
+    these counted, schedule_free, whose second moment starts too small, would move them by nearly 2 of it."""
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        numbers, start = run.program.segments.norm_update, run._run
+
+        def broken(executable, segment, *more):
+            if segment == numbers:
+                run.arena.vector("grad")[:4] = np.nan
+            start(executable, segment, *more)
+
+        monkeypatch.setattr(run, "_run", broken)
+        assert all(run.step(step, 0.25).skipped for step in (1, 2, 3))
+        monkeypatch.undo()
+        run.save(3)
+        check_first_update(run)
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        assert run.resume() == run.state_since == 3
+        check_first_update(run)
+
+
+def check_first_update(run):
+    before = {name: np.array(a, np.float32) for name, a in run.params().items()}
+    run.step(4, 0.25)
+    moved = np.abs(np.concatenate([(a - before[name]).ravel() for name, a in run.params().items()]).astype(float))
+    assert np.quantile(moved[moved > 0.01], [0.1, 0.9]) == pytest.approx([0.25, 0.25], rel=2**-7)  # bf16 weights
+
+
+@pytest.mark.parametrize("optim", [AdamW(), Ema(SGD(0.0))])
+def test_a_momentum_that_is_not_read_is_refused(words, tmp_path, optim):
+    with trainer_closed(trainer(words, tmp_path, optim)) as run:
+        with pytest.raises(hg.HandgradError, match=rf"\[train\] {type(optim).__name__} reads no momentum, but got 0.9"):
+            run.step(1, 1e-2, momentum=0.9)
+
+
+def test_no_step_lies_before_the_state(words, tmp_path):
+    """Bias corrections of AdamW would divide by zero, and Adafactor's and Muon's weights would be no numbers."""
+    with trainer_closed(trainer(words, tmp_path, AdamW())) as run:
+        for step in (1, 2):
+            run.step(step, 1e-2)
+        run.save(2)
+    with trainer_closed(trainer(words, tmp_path, AdamW())) as run:
+        run.resume(fresh=True)
+        with pytest.raises(hg.HandgradError, match=r"\[train\] step is a number from 3 on, but got 2"):
+            run.step(2, 1e-2)
+        assert math.isfinite(run.step(3, 1e-2).loss)
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_loss_beyond_float32_with_finite_gradients_is_skipped_if_the_log_says_so(words, is_guarded, monkeypatch):
+    """Without a guard the norm's kernel decides, and it updates: the step must not say otherwise."""
+    data = hg.data.tokens(f"{words}/train_*.bin", 8, 32, seed=5)
+    execution = hg.Execution(4, backend="cpu", guard=Guard(loss_z=9.0 * is_guarded))
+    run = hg.Trainer(hg.models.GPT2(97, 8, 1, 2, 16), AdamW(), data, execution=execution)
+    fetch = run.arena.fetch_scalars
+    monkeypatch.setattr(run.arena, "fetch_scalars", lambda p: lambda: SimpleNamespace(**fields_of(fetch(p)())))
+    before = {name: np.array(a) for name, a in run.params().items()}
+    result = run.step(1, 1e-2)
+    assert (result.loss, result.skipped) == (math.inf, "loss is inf" if is_guarded else "")
+    assert all(np.array_equal(a, before[name]) for name, a in run.params().items()) == is_guarded
+
+
+def fields_of(scalars):
+    """The step scalars that a step reads, with a loss that a regression's square may have."""
+    return {"loss_sum": math.inf, "grad_norm": float(scalars.grad_norm), "exposed_ns": int(scalars.exposed_ns)}
+
+
 class trainer_closed:
     """Closes a trainer at the end of a block, so that the next one may write into its folder."""
 
@@ -403,3 +509,30 @@ def test_another_optimizer_leaves_the_schedule_of_momentum(tmp_path):
     assert settings([*flags, "adamw"]).optim.momentum_warmup == 0
     assert settings([*flags, "muon"]).optim.momentum_warmup == 0.5
     assert settings([*flags, "adamw", "--momentum-warmup", "0.25"]).optim.momentum_warmup == 0.25  # refused later
+
+
+ADAMW = {"optimizer": "adamw", "schedule": "cosine", "final": 0.1, "weight_decay": 0.1, "steps": 4}
+WSD = ADAMW | {"schedule": "wsd", "cooldown": 0.5}
+
+
+@pytest.mark.parametrize("of_file", [False, True], ids=["flags", "file"])
+@pytest.mark.parametrize(
+    "saved, given, wanted",
+    [
+        (ADAMW, {"optimizer": "lion", "weight_decay": 0.1}, {"weight_decay": 0.1}),
+        (ADAMW, {"optimizer": "lion"}, {"weight_decay": None}),
+        (ADAMW, {"schedule": "linear", "final": 0.1}, {"final": 0.1}),
+        (ADAMW, {"schedule": "linear"}, {"final": None}),
+        (ADAMW, {"optimizer": "schedule_free", "schedule": "cosine"}, {"schedule": "cosine"}),
+        (WSD, {"schedule": "cosine"}, {"cooldown": None}),
+    ],
+)
+def test_a_setting_that_is_given_stays_whatever_the_former_had(tmp_path, saved, given, wanted, of_file):
+    """Settings of the former optimizer or schedule are left, whether flags or a file name the other one; what they give
+    is kept, also the value that the former had."""
+    write_text(tmp_path / "config.json", json.dumps(asdict(from_names(saved))))
+    write_text(tmp_path / "given.json", json.dumps(given))
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    more = ["--config", str(tmp_path / "given.json")] if of_file else flags
+    found = settings(["--resume", "auto", "--out", str(tmp_path), "--fresh-optimizer", *more]).optim
+    assert {name: getattr(found, name) for name in wanted} == wanted

@@ -147,6 +147,10 @@ def test_momentum_rises_and_falls():
     assert schedules.momentum(0, 10)(1) == schedules.momentum(0, 10)(10) == 0.95
     with pytest.raises(HandgradError, match="momentum rises and falls within the 300 steps of the run"):
         schedules.momentum(300, 300, 1)
+    with pytest.raises(
+        HandgradError, match=r"\[schedule\] a momentum that rises from 0.85 is at least that, but got 0.5"
+    ):
+        schedules.momentum(2, 10, peak=0.5)
 
 
 def test_schedules_at_known_points():

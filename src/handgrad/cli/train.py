@@ -41,15 +41,18 @@ def settings(argv: list[str]) -> Config:
     named = from_file(Path(alone.run.config)) if alone.run.config else {}
     if length(alone):  # of a file or a saved run there is another
         named = {name: value for name, value in named.items() if name not in LENGTHS}
-    c = parse(Config, argv, "train", from_names(named)) if named else alone
+    file = from_names(named)
+    c = parse(Config, argv, "train", file) if named else alone
     saved = saved_settings(c) if c.run.resume else None
     if named or saved is not None:
         values = flat(asdict(saved)) if saved else {}
-        if length(alone) or length(from_names(named)):
+        if length(alone) or length(file):
             values = {name: value for name, value in values.items() if name not in LENGTHS}
         base = leave_sizes(from_names(values | named), alone)
+        if saved is not None:
+            base = replace(base, optim=leave_settings(base.optim, saved.optim, file.optim))
         c = parse(Config, argv, "train", base)
-        c = replace(c, optim=leave_settings(c.optim, base.optim))
+        c = replace(c, optim=leave_settings(c.optim, base.optim, alone.optim))
     return c
 
 
@@ -58,8 +61,12 @@ def length(c: Config) -> bool:
     return c.run.steps is not None or bool(c.run.tokens or c.run.epochs)
 
 
-def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
-    """The settings of another schedule or optimizer than in `base`: those of the former go back to their defaults."""
+def leave_settings(o: OptimConfig, base: OptimConfig, given: OptimConfig) -> OptimConfig:
+    """The settings of another schedule or optimizer than in `base`: those of the former go back to their defaults,
+    unless they are given, also with the value that the former had.
+
+    given: over the defaults, what asks for another one: the flags, or a file
+    """
     names: set[str] = set()
     if o.schedule != base.schedule:
         names |= {"final", *SCHEDULE_SETTINGS}
@@ -67,8 +74,7 @@ def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
         names |= {"momentum_warmup", "momentum_cooldown", *own_settings()}
     if (o.optimizer == SCHEDULE_FREE) != (base.optimizer == SCHEDULE_FREE):
         names |= {"schedule", "final", *SCHEDULE_SETTINGS}
-    left = {name: getattr(OptimConfig, name) for name in names if getattr(o, name) == getattr(base, name)}
-    return replace(o, **left)
+    return replace(o, **{name: getattr(given, name) for name in names})
 
 
 def from_file(path: Path) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from handgrad.ops.schedule_free.reference import average
 Read = Callable[[str], np.ndarray]  # a parameter by its name
 
 
-def ema(folder: Path, program: Program, read: Read) -> Read:
+def ema(folder: Path, program: Program, read: Read, saved: dict) -> Read:
     """Returns what reads a parameter's moving average, float32. A frozen parameter has none: `read` reads it.
 
-    Raises HandgradError if the checkpoint holds no average.
+    saved: the checkpoint's run.json. Raises HandgradError if the checkpoint holds no average.
     """
-    held = _state(folder, program, {checkpoint.EMA: "float32"})
+    held = _state(folder, program, {checkpoint.EMA: _float_of(saved)})
     if not held:
         raise HandgradError("model", "--ema is for runs of handgrad train --ema", f"no average in '{folder}'")
     return lambda name: held[key] if (key := f"{checkpoint.EMA}.{name}") in held else read(name)
@@ -35,7 +35,7 @@ def schedule_free(folder: Path, program: Program, read: Read, saved: dict) -> Re
     if not isinstance(beta1, float) or not 0.0 < beta1 < 1.0:
         rule = f"{folder}/run.json gives interpolation as a number between 0 and 1"
         raise HandgradError("checkpoint", rule, repr(beta1), hint=checkpoint.OLDER)
-    held = _state(folder, program, {"z": "float64" if saved.get("stored") == "float64" else "float32", "low": "int16"})
+    held = _state(folder, program, {"z": _float_of(saved), "low": "int16"})
 
     def read_x(name: str) -> np.ndarray:
         z, low, y = f"z.{name}", f"low.{name}", read(name)
@@ -45,6 +45,11 @@ def schedule_free(folder: Path, program: Program, read: Read, saved: dict) -> Re
         return average(join_weight(y, held[low]) if low in held else y, held[z], beta1)
 
     return read_x
+
+
+def _float_of(saved: dict) -> str:
+    """The dtype of a float32 vector in a checkpoint: the ref backend stores float64."""
+    return "float64" if saved.get("stored") == "float64" else "float32"
 
 
 def _state(folder: Path, program: Program, kinds: dict[str, str]) -> Mapping[str, np.ndarray]:

@@ -270,7 +270,7 @@ def _run(folder: Path, ema: bool) -> Source:
     expected = {name: (info.tensor.shape, stored) for name, info in program.params.items()}
     read: averages.Read = checkpoint.load(folder, expected).__getitem__
     if ema:
-        read = averages.ema(folder, program, read)
+        read = averages.ema(folder, program, read, saved)
     elif saved.get("interpolation") is not None:
         read = averages.schedule_free(folder, program, read, saved)
     ends = tokenizers.id_list(saved.get("ends"), f"{folder}/run.json gives ends")

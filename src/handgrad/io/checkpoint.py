@@ -60,6 +60,7 @@ BEST = "best"  # a link to the checkpoint with the lowest validation loss
 EMA = "ema"  # begins the names of an average of the weights in the state
 COOLED = "cooled_"  # begins the name of a checkpoint that an extended run has set aside: no resume takes it
 OLDER = "delete this folder (or its DONE file) to resume from the previous checkpoint"
+ANOTHER = "is it another model's?"
 Expected = Mapping[str, tuple[tuple[int, ...], DTypeLike]]  # name: shape, dtype
 _STEP = re.compile(r"step_(\d{6,})(\.old)?")
 _DTYPES = {  # safetensors' name: numpy's
@@ -257,12 +258,12 @@ def load(path: str | Path, expected: Expected) -> "Tensors":
     return Tensors(files if os.path.lexists(files[1]) else files[:1], expected)
 
 
-def load_state(path: str | Path, expected: Expected, others: bool = False) -> "Tensors":
+def load_state(path: str | Path, expected: Expected, others: bool = False, hint: str = ANOTHER) -> "Tensors":
     """Returns the tensors of the optimizer state in checkpoint `path`; otherwise as `load`.
 
-    others: there may be more of them
+    others: there may be more of them;  hint: of the error of a tensor that is missing, unexpected or of another kind
     """
-    return Tensors([_checked_folder(path) / STATE], expected, others)
+    return Tensors([_checked_folder(path) / STATE], expected, others, hint)
 
 
 def load_meta(path: str | Path, expected: Mapping[str, type] | None = None) -> dict:
@@ -335,7 +336,7 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int = 0, *, keep: Col
 class Tensors(Mapping):
     """The tensors of safetensors files: name -> array, a fresh copy read from disk at each access."""
 
-    def __init__(self, paths: Sequence[Path], expected: Expected, others: bool = False):
+    def __init__(self, paths: Sequence[Path], expected: Expected, others: bool = False, hint: str = ANOTHER):
         self._places: dict[str, tuple[Path, Any]] = {}  # name: its file, which is open
         for path in paths:
             # pread, not mmap: with mmap, pages that were read stay in the process's memory after the array is dropped
@@ -345,17 +346,18 @@ class Tensors(Mapping):
         where, names = " or ".join(map(str, paths)), self._places.keys()
         missing, extra = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing:
-            raise HandgradError("checkpoint", f"{where} must hold the tensor {missing[0]!r}", _more("no such", missing))
+            rule = f"{where} must hold the tensor {missing[0]!r}"
+            raise HandgradError("checkpoint", rule, _more("no such", missing), hint=hint)
         if extra and not others:
             rule = f"{where} must hold only the {len(expected)} expected tensors"
-            raise HandgradError("checkpoint", rule, _more(f"also {extra[0]!r}", extra), hint="is it another model's?")
+            raise HandgradError("checkpoint", rule, _more(f"also {extra[0]!r}", extra), hint=hint)
         for name, (shape, dtype) in expected.items():
             path, file = self._places[name]
             header = _readable(path, file.get_slice, name)
             found = _spec(header.get_shape(), _DTYPES.get(header.get_dtype(), header.get_dtype()))
             if found != _spec(shape, np.dtype(dtype).name):
                 rule = f"tensor {name!r} in {path} must be {_spec(shape, np.dtype(dtype).name)}"
-                raise HandgradError("checkpoint", rule, found, hint="is it another model's?")
+                raise HandgradError("checkpoint", rule, found, hint=hint)
         self._names = dict.fromkeys(expected)
 
     def __getitem__(self, name: str) -> np.ndarray:

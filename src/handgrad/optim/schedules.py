@@ -200,10 +200,14 @@ def settled_until(kind: str, steps: int, cooldown: float | None = None, decay_ev
 def momentum(warmup: float, steps: int, cooldown: float = 0, *, peak: float = 0.95, start: float = 0.85) -> Schedule:
     """Momentum of a step: a line from `start` to `peak` over `warmup` steps, and back over the last `cooldown` steps.
 
+    Raises HandgradError if it does not rise, or has no room for both.
+
     >>> at = momentum(300, 1000, cooldown=50)
     >>> [round(at(step), 6) for step in (1, 151, 301, 950, 975, 1000)]
     [0.85, 0.9, 0.95, 0.95, 0.9, 0.85]
     """
+    if peak < start:
+        raise HandgradError("schedule", f"a momentum that rises from {start:g} is at least that", peak)
     rise, fall = length("momentum-warmup", warmup, steps), length("momentum-cooldown", cooldown, steps)
     if min(rise, fall) < 0 or rise + fall > steps:
         rule = f"momentum rises and falls within the {steps} steps of the run"

@@ -6,6 +6,7 @@ import numpy as np
 
 from handgrad.backends.base import Arena, Backend, Executable
 from handgrad.core.errors import HandgradError
+from handgrad.core.number import real
 from handgrad.core.op import Call
 from handgrad.core.precision import Precision
 from handgrad.core.tensor import IGNORE_INDEX, Role, Tensor
@@ -25,6 +26,14 @@ def check_kinds(optim: Any, data: Any, execution: Any) -> None:
     for name, value, needed, example in kinds:
         if not hasattr(value, needed):
             raise HandgradError("train", f"{name} is, for example, {example}", repr(value))
+
+
+def momentum_of(optim: Any, momentum: float | None) -> float:
+    """The momentum of a step, the optimizer's own if it is None. Raises HandgradError for one that is not read."""
+    own = getattr(optim, "scheduled_momentum", None)
+    if momentum is not None and own is None:
+        raise HandgradError("train", f"{type(optim).__name__} reads no momentum", momentum)
+    return real("train", "momentum", (own or 0.0) if momentum is None else momentum, 0.0)
 
 
 def micro_batches(data: Data, micro_batch: int, world: int = 1) -> int:

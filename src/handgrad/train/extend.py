@@ -6,15 +6,15 @@ from pathlib import Path
 from handgrad.core.disk import flush
 from handgrad.core.errors import HandgradError
 from handgrad.io import checkpoint
-from handgrad.optim import schedules
 from handgrad.train.config import Config
-from handgrad.train.schedule import schedule_name
+from handgrad.train.schedule import settled_steps
 
 LOG = "log.jsonl"
 
 
 def branch_step(saved: Config | None, c: Config, out: Path) -> int:
-    """The last step of a saved run whose state an extension with these settings shares: before its cooldown.
+    """The last step of a saved run whose state an extension with these settings shares: before its cooldown,
+    and before momentum falls.
 
     Raises HandgradError if the schedule depends on the length from its first step, or is another one, or the run
     becomes no longer.
@@ -24,12 +24,12 @@ def branch_step(saved: Config | None, c: Config, out: Path) -> int:
     o, before, steps = saved.optim, saved.run.steps, c.run.steps or 0
     if steps <= before:
         raise HandgradError("resume", f"--extend makes a run longer: --steps is above its {before}", steps)
-    begin = schedules.settled_until(schedule_name(o), before, o.cooldown, o.decay_every)
+    begin = settled_steps(saved)
     if not begin:
         rule = "--extend needs a schedule whose rate does not depend on the length: wsd, constant or inverse_sqrt"
-        rule += ", or step with --decay-every in steps"
+        rule += ", or step with --decay-every in steps; and a warm-up within the run"
         hint = f"--resume {out} --steps {steps} without it: the rate jumps, and the log says how"
-        raise HandgradError("resume", rule, o.schedule, hint=hint)
+        raise HandgradError("resume", rule, f"{o.schedule} with a warm-up of {o.warmup} steps", hint=hint)
     if c.optim.schedule != o.schedule:
         raise HandgradError("resume", f"--extend keeps the schedule of the run, {o.schedule}", c.optim.schedule)
     return begin

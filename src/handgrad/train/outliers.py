@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handgrad.core.number import real
@@ -41,3 +42,18 @@ class Outliers:
         mean = math.fsum(self.window) / WINDOW
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in self.window) / WINDOW)
         return (value - mean) / deviation if deviation > 0 else 0.0
+
+
+def skip_reason(outliers: Mapping[str, Outliers], loss: float, norm: float, is_guarded: bool) -> str:
+    """Why a step's update does not happen, or nothing. outliers: of "loss" and "grad_norm"."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        if math.isfinite(norm) and not is_guarded:  # a loss beyond float32: the norm's kernel updated
+            return ""
+        return f"grad_norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    values = {"loss": loss, "grad_norm": norm}
+    scores = {name: found.add(values[name]) for name, found in outliers.items()}
+    for name, found in outliers.items():
+        if scores[name] > found.limit > 0:
+            what = f"{scores[name]:.1f} standard deviations above the last {len(found.window)}"
+            return f"{name} {values[name]:.4g} is {what}"
+    return ""

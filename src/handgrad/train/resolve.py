@@ -50,7 +50,7 @@ from handgrad.train.optimizers import optimizer_of, optimizer_settings
 from handgrad.train.outliers import Guard
 from handgrad.train.ranks import on_rank_0
 from handgrad.train.record import flops_per_token
-from handgrad.train.schedule import momentum_of, num_steps, schedule_name, schedule_of, steps_of
+from handgrad.train.schedule import momentum_of, num_steps, schedule_name, schedule_of, settled_steps, steps_of
 from handgrad.train.start import Start
 from handgrad.train.telemetry import Telemetry
 from handgrad.train.trainer import Trainer
@@ -65,7 +65,7 @@ class Run:
     template         of the chats among the data, else the one that the model brings
     lr               learning rate of a step
     momentum         momentum of a step, None where it is the optimizer's own
-    branch           the step before the cooldown of wsd, whose checkpoint is kept for --extend; else 0
+    branch           the step before the cooldown of wsd, or of momentum, whose checkpoint is kept for --extend; else 0
     best             the lowest validation loss so far
     val              validation data, or None
     prompt           token ids that every sample begins with; none: no samples
@@ -150,7 +150,7 @@ def resolve(c: Config, out: Path, comm: Comm = Alone()) -> Run:
         trainer=trainer,
         lr=lr,
         momentum=momentum,
-        branch=schedules.settled_until(o.schedule, steps_of(c), o.cooldown) if o.schedule == "wsd" else 0,
+        branch=settled_steps(c) % steps_of(c),  # none at the end
         best=Best.of(trainer.saved, out),
         val=val,
         prompt=prompt,
@@ -294,6 +294,7 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
     o = replace(c.optim, schedule=kind)
     own = {name: v for name, v in schedules.own_settings(kind).items() if getattr(o, name) is None}
     warmup = min(100, steps // 10) if o.warmup is None else schedules.length("warmup", o.warmup, steps)
+    rise = schedules.length("momentum-warmup", o.momentum_warmup, steps)
     run = replace(c.run, out=str(out), steps=steps, tokens="", epochs=0.0, extend=False, fresh_optimizer=False)
     found: dict[str, Any] = {"backend": resolve_name(c.compute.backend)}
     found["dtype"] = best_dtype(found["backend"]) if c.compute.dtype == "auto" else c.compute.dtype
@@ -302,7 +303,7 @@ def complete(c: Config, model: Model, data: hg_data.Data, out: Path) -> Config:
         c,
         model=replace(c.model, family=model.family, **settings_of(model)),
         data=replace(c.data, seq_len=data.seq_len, batch_tokens=data.batch_tokens, documents=bounds),
-        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup} | own),
+        optim=replace(o, **optimizer_settings(optimizer_of(o)) | {"warmup": warmup, "momentum_warmup": rise} | own),
         run=run,
         compute=replace(c.compute, **found),
         ranks=RanksConfig(),

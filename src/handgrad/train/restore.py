@@ -18,6 +18,7 @@ from handgrad.train.optimizers import optimizer_name
 from handgrad.train.shards import PARAM, expected, expected_state
 from handgrad.train.start import COPIES, write_copy, write_weight
 
+FRESH = "--fresh-optimizer takes the weights alone and starts the state anew"
 WEIGHTS = ("low", EMA)  # vectors that belong to the weights, whatever the optimizer
 
 
@@ -43,7 +44,7 @@ def flat_fields(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_since(saved: dict[str, Any], path: Path, fresh: bool) -> int:
-    """Steps before the optimizer's state began anew, which bias corrections do not count.
+    """Steps that bias corrections do not count: before the optimizer's state began anew, and skipped ones.
 
     Raises HandgradError if run.json gives none that can be.
     """
@@ -66,17 +67,16 @@ def state_names(path: Path, mine: list[str], saved: dict[str, Any], optim: Optim
     if fresh:
         return [name for name in mine if name in held and vector(name) in WEIGHTS]
     theirs, own = saved.get("optimizer"), optimizer_name(optim)
-    hint = "--fresh-optimizer takes the weights alone and starts the state anew"
     if theirs not in (None, own):
-        raise HandgradError("resume", f"the checkpoint's optimizer is {theirs}", own, context=str(path), hint=hint)
+        raise HandgradError("resume", f"the checkpoint's optimizer is {theirs}", own, context=str(path), hint=FRESH)
     share, other = getattr(optim, "interpolation", None), saved.get("interpolation")
     if share != other:  # of the average it would make another one
-        raise HandgradError("resume", f"the checkpoint's beta1 is {other}", share, context=str(path), hint=hint)
+        raise HandgradError("resume", f"the checkpoint's beta1 is {other}", share, context=str(path), hint=FRESH)
     # a state that is missing is named where it is read
     vectors, found = (sorted({vector(name) for name in names} - {EMA, STATE}) for names in (mine, held))
     if vectors != found:
         rule = f"the state of {own} with these settings is {', '.join(vectors)}"
-        raise HandgradError("resume", rule, ", ".join(found) or "none", context=str(path), hint=hint)
+        raise HandgradError("resume", rule, ", ".join(found) or "none", context=str(path), hint=FRESH)
     return [name for name in mine if name in held or vector(name) != EMA]
 
 
@@ -95,7 +95,8 @@ def restore(arena: Arena, p: Program, path: Path, saved: dict[str, Any], optim: 
     names = state_names(path, list(mine), saved, optim, fresh)
     weights = checkpoint.load(path, expected(arena, p, [PARAM], prefix=False))
     is_part = fresh or any(vector(name) == EMA for name in checkpoint.state_names(path) - mine.keys())
-    held = checkpoint.load_state(path, {name: mine[name] for name in names}, others=is_part)
+    hint = f"the optimizer's settings are those of the checkpoint, or {FRESH}"
+    held = checkpoint.load_state(path, {name: mine[name] for name in names}, others=is_part, hint=hint)
     zeros = ((name, np.zeros(*mine[name])) for name in mine if name not in held)
     for key, values in chain(((f"{PARAM}.{name}", w) for name, w in weights.items()), held.items(), zeros):
         kind, _, name = key.partition(".")

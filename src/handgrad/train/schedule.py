@@ -33,6 +33,15 @@ def schedule_of(c: Config) -> schedules.Schedule:
     return schedules.schedule(kind, o.lr, warmup, steps, o.final, **schedule_settings(o))
 
 
+def settled_steps(c: Config) -> int:
+    """The last step of complete settings whose rate and momentum do not depend on the length of the run; 0: none."""
+    o, steps = c.optim, steps_of(c)
+    if (o.warmup or 0) > steps:  # the rise has been shortened
+        return 0
+    falls = steps - schedules.length("momentum-cooldown", o.momentum_cooldown, steps)
+    return min(schedules.settled_until(schedule_name(o), steps, o.cooldown, o.decay_every), falls)
+
+
 def schedule_name(o: OptimConfig) -> ScheduleName:
     """The schedule of these settings. Where it is left out: schedule_free averages, so it needs no decay."""
     return o.schedule or ("constant" if o.optimizer == SCHEDULE_FREE else "cosine")

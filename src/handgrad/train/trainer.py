@@ -33,7 +33,7 @@ from handgrad.train.average import Average
 from handgrad.train.execution import Execution, for_data
 from handgrad.train.journal import Journal, recorded_settings
 from handgrad.train.optimizers import optimizer_name
-from handgrad.train.outliers import Outliers
+from handgrad.train.outliers import Outliers, skip_reason
 from handgrad.train.record import record
 from handgrad.train.restore import check_model, restore, state_since
 from handgrad.train.shards import GRAD, PARAM, state, whole
@@ -111,8 +111,7 @@ class Trainer:
         self.last_step = 0
         self._exposed_ns = 0  # up to the last step that was awaited
         self.last_loss = math.nan  # of the last step that was awaited
-        self._momentum = getattr(optim, "scheduled_momentum", None) or 0.0
-        self.state_since = 0  # steps before the optimizer's state began anew
+        self.state_since = 0  # steps that bias corrections do not count: before the state began anew, and skipped ones
         self.saved: dict[str, Any] = {}  # the run.json of the checkpoint that it was resumed from
         self.passed_over = ""  # what `resume` says of checkpoints that it did not take
         self.arena.write_scalars(train, seed=start.seed)
@@ -127,10 +126,10 @@ class Trainer:
         """One optimizer step (counted from 1) at this learning rate and, for an optimizer that schedules it, momentum
         (None: its own). The data of a step depend on its number alone.
 
-        Raises HandgradError, before anything runs, for a learning rate that is negative or not finite.
+        Raises HandgradError, before anything runs, for a number out of range, and a momentum that is not read.
         """
-        step, lr = whole_number("train", "step", step, 1), real("train", "lr", lr, 0.0)
-        momentum = real("train", "momentum", self._momentum if momentum is None else momentum, 0.0)
+        step, lr = whole_number("train", "step", step, self.state_since + 1), real("train", "lr", lr, 0.0)
+        momentum = checks.momentum_of(self.optim, momentum)
         journal = self._open_journal()
         begin, sequences, names = self.backend.mark(), self.execution.micro_batch, self.program.inputs
         waited = self._average.hide()
@@ -166,9 +165,9 @@ class Trainer:
             loss, norm = float(scalars().loss_sum) / counts, float(scalars().grad_norm)
             result.exposed = 1e-9 * (int(scalars().exposed_ns) - self._exposed_ns)
             self._exposed_ns = int(scalars().exposed_ns)
-            skipped = self._skip_reason(loss, norm)
+            skipped = skip_reason(self._outliers, loss, norm, self.execution.guard.is_on)
             self.last_loss = loss
-            self.skips = self.skips + 1 if skipped else 0
+            self._count(skipped)
             return loss, norm, skipped, self.skips
 
         self._pending = result = Step(finish)
@@ -209,16 +208,12 @@ class Trainer:
             self._journal.close()
             self._journal, self._resumed_at = None, self.last_step
 
-    def _skip_reason(self, loss: float, norm: float) -> str:
-        """Why this update must not happen, or nothing."""
-        for name, value in (("loss", loss), ("grad_norm", norm)):
-            if not np.isfinite(value):
-                return f"{name} is {value}"
-        scores = [outliers.add(value) for outliers, value in zip(self._outliers.values(), (loss, norm))]
-        for (name, outliers), value, z in zip(self._outliers.items(), (loss, norm), scores):
-            if z > outliers.limit > 0:
-                return f"{name} {value:.4g} is {z:.1f} standard deviations above the last {len(outliers.window)}"
-        return ""
+    def _count(self, skipped: str) -> None:
+        """Counts an update, or that it was skipped; bias corrections do not count those."""
+        self.skips = self.skips + 1 if skipped else 0
+        if skipped:
+            self.state_since += 1
+            self.arena.write_scalars(self.program, state_since=self.state_since)
 
     def trace(self, after: Callable[[Call, float], None]) -> None:
         """Runs a step on the inputs that lie in the arena, call by call; `after` sees each call and its seconds.
