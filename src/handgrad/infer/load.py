@@ -228,7 +228,11 @@ def load(
 def check_continues(source: Source, where: str) -> None:
     """Raises HandgradError(where) for a model that does not predict the next token."""
     if not source.model.continues_text:
-        raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
+        writes = isinstance(source.model, EncoderDecoder)
+        hint = (
+            "handgrad generate writes about a prompt" if writes else "handgrad embed and handgrad classify read texts"
+        )
+        raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path), hint=hint)
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
@@ -240,15 +244,16 @@ def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:
         own = source.tokenizer()
     except HandgradError:
         return range(0)
+    hint = f"handgrad data RECIPE --tokenizer {source.path}"
     for id in range(min(own.vocab_size, tokenizer.vocab_size)):
         mine, theirs = own.bytes_of(id), tokenizer.bytes_of(id)
         if mine != theirs:
             rule = f"data for {source.path} are made with its tokenizer {own.name}, to which {id} is {mine!r}"
-            raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}")
+            raise HandgradError("model", rule, f"{theirs!r} of {tokenizer.name}", hint=hint)
     added = range(own.vocab_size, tokenizer.vocab_size)
     if not tokenizers.added_ids(tokenizer) >= set(added):
         rule = f"data for {source.path} are made with its tokenizer of {own.vocab_size:,} tokens, or one that adds some"
-        raise HandgradError("model", rule, f"{tokenizer.vocab_size:,} of {tokenizer.name}")
+        raise HandgradError("model", rule, f"{tokenizer.vocab_size:,} of {tokenizer.name}", hint=hint)
     return added
 
 

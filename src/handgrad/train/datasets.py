@@ -230,7 +230,14 @@ def _labels(model: Bert, id_of: Mapping[str, int], known: Labelled | None) -> hg
     where they are pairs."""
     if known is None or known.labels != model.labels:
         rule = f"the texts have the labels of the model, {', '.join(model.labels)}"
-        raise HandgradError("data", rule, ", ".join(known.labels) if known else "none")
+        hint = "" if known else "a bert without labels learns from texts without"
+        raise HandgradError("data", rule, ", ".join(known.labels) if known else "none", hint=hint)
+    if known.record + 1 > model.max_seq_len:
+        rule, hint = (
+            f"the model reads at most {model.max_seq_len} tokens",
+            f"handgrad data labels --seq-len {model.max_seq_len}",
+        )
+        raise HandgradError("model", rule, f"labelled texts of up to {known.record + 1}", hint=hint)
     if known.pairs and model.num_types < 2:
         raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
     return hg_data.Labels(

@@ -211,7 +211,8 @@ def find_start(
     if getattr(source.model, "labels", ()) != labels:
         known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
         rule = f"the texts have the labels of {source.path}, {known}"
-        raise HandgradError("model", rule, ", ".join(labels) or "none")
+        hint = "" if labels else "start from a model without labels"
+        raise HandgradError("model", rule, ", ".join(labels) or "none", hint=hint)
     template = template_with_ends(source)
     if drawn:
         return c, Start(c.run.seed), None, "", template
