@@ -60,7 +60,7 @@ def test_convert_between_all_formats(model, tmp_path, capsys):
     assert out.splitlines()[0].startswith("no tokenizer: ")
     needs = "it converts without one; handgrad generate and eval need a tokenizer beside the new model"
     assert out.splitlines()[1] == needs
-    assert "deep/run: 36,324 parameters, f32, from " in out and "--init" in out
+    assert "deep/run, a run folder: 36,324 parameters, f32, from " in out and "--init" in out
     assert names(tmp_path / "deep") == ["run"] and names(tmp_path / "deep" / "run") == ["step_000000"]
     assert main(["convert", str(tmp_path / "deep" / "run"), str(tmp_path / "folder")]) == 0  # handgrad's becomes hf
     assert names(tmp_path / "folder") == ["config.json", "model.safetensors"]

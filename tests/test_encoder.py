@@ -172,7 +172,9 @@ def test_other_models_embed_nothing(here):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
         "gpt2"
     )
-    with pytest.raises(HandgradError, match=r"\[embed\] a bert reads whole texts, but got a gpt2"):
+    with pytest.raises(
+        HandgradError, match=r"\[model\] a bert reads whole texts, but got a gpt2. hint: handgrad generate"
+    ):
         hg.load_encoder("gpt2")
 
 

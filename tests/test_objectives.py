@@ -511,7 +511,7 @@ def test_errors_of_spans(tmp_path):
         data.Spans(first_sentinel=99, **ids)
     with pytest.raises(HandgradError, match="keeps a token before each of"):
         data.Spans(first_sentinel=999, rate=0.8, mean=1, **ids)
-    with pytest.raises(HandgradError, match=f"source_len=20.* have seq_len {SPANS.seq_len}, but got 20"):
+    with pytest.raises(HandgradError, match=f"sources of 20.* have targets of seq_len {SPANS.seq_len}, but got 20"):
         data.tokens(write(tmp_path), 20, 20, objective=SPANS)
     data.write_shard(tmp_path / "train_9.bin", [[V - 5] * 50], U16)
     with pytest.raises(HandgradError, match=f"train_9.bin must hold ids below the vocabulary size {V - 5}"):

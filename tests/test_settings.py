@@ -89,5 +89,5 @@ def test_the_family_is_that_of_the_preset(tmp_path, capsys, monkeypatch):
 def test_an_unknown_family_is_refused_before_the_run_folder_is_made(tmp_path, capsys):
     assert main(["train", "--family", "gpt9", "--out", str(tmp_path / "run")]) == 2
     names = ", ".join(registry.FAMILIES)
-    assert capsys.readouterr().err == f"[model] a family is one of {names}, but got 'gpt9'.\n"
+    assert capsys.readouterr().err == f"[model] a family is one of {names}, but got 'gpt9'. hint: did you mean gpt2?\n"
     assert not (tmp_path / "run").exists()

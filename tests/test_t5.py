@@ -475,7 +475,9 @@ def test_it_writes_about_a_text_but_continues_none(words, capsys):
     assert loaded.tokenizer.encode("ab<extra_id_0>h").tolist()[2:] == [109, loaded.tokenizer.encode("h")[0], 110]
     assert len(loaded.engine.drawable) == 111
     assert train("--steps 1 --seq-len 16 --out other") == 2
-    assert "the targets of Spans(source_len=32) have seq_len 8, but got 16" in capsys.readouterr().err
+    assert (
+        "sources of 32 tokens have targets of seq_len 8, but got 16. hint: leave seq_len out" in capsys.readouterr().err
+    )
 
 
 def test_explain_and_profile(capsys):

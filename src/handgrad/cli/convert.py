@@ -26,6 +26,13 @@ OF_A_MODEL = (
     *hf.TOKENIZER,
 )
 
+WRITTEN = {
+    "hf": "a Hugging Face folder",
+    "adapter": "an adapter for peft",
+    "handgrad": "a run folder",
+    "llmc": "a model for llm.c",
+    "gguf": "a model for llama.cpp",
+}
 FOREIGN = set(".pt .pth .ckpt .safetensors .ggml .onnx .npz .npy .h5 .pkl .pickle .msgpack .zip .tar .gz".split())
 
 
@@ -94,7 +101,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise HandgradError("convert", f"cannot write '{dst}': {error.strerror or error}") from None
     count = num_adapter_params(source) if a.adapter else sum(map(math.prod, source.weights.shapes.values()))
-    print(f"{dst}: {count:,} parameters, {dtype}, from {source.path}")
+    kind = "adapter" if a.adapter else to
+    print(f"{dst}, {WRITTEN[kind]}: {count:,} parameters, {dtype}, from {source.path}")
     if step:
         print(f"resume: handgrad train --resume {dst} --steps N --train DATA")
     elif to not in ("hf", "gguf"):

@@ -11,7 +11,7 @@ from handgrad import data, tokenizers
 from handgrad.cli.data_shards import Shards, bar
 from handgrad.cli.data_tokenizer import Files, MoreFiles, tokenizer_of
 from handgrad.core.errors import HandgradError
-from handgrad.infer.load import open_source
+from handgrad.infer.load import check_continues, open_source
 from handgrad.io import newest
 from handgrad.models.model import USUAL_SEQ_LEN
 from handgrad.train.config import ComputeConfig
@@ -171,6 +171,7 @@ def model_of(word: str) -> tuple[tokenizers.Tokenizer, tokenizers.OwnTemplate, i
         folder = Path(word).parent if word.endswith(".json") else Path(word)
         return tokenizer_of(word), tokenizers.template_in_folder(folder), USUAL_SEQ_LEN
     source = open_source(word)
+    check_continues(source, "chat")
     return source.tokenizer(), source.template(), source.model.usual_seq_len
 
 

@@ -16,7 +16,8 @@ class Shards:
     out: str = ""
     """output folder; empty: plays for shakespeare, data for your own files, else the name of the data set"""
     tokenizer: str = "gpt2"
-    """gpt2, chars (an id per character), a tokenizer.json, BERT's vocab.txt, or a folder with one"""
+    """gpt2, chars (an id per character), a tokenizer.json, BERT's vocab.txt, a folder with one, or
+    a model: a run, a .gguf, hf:NAME"""
     special_tokens: bool = False
     """a special token spelled out in the text, such as <|endoftext|>, is that token; else it is plain text"""
     shard_tokens: int = 100_000_000

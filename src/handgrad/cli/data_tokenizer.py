@@ -14,6 +14,9 @@ from handgrad import data, tokenizers
 from handgrad.core.disk import make_folder, require_file
 from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.replace import replace, restore, staged
+from handgrad.infer.load import open_source
+from handgrad.io import checkpoint, newest
+from handgrad.io.gguf_file import is_gguf
 
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
 MoreFiles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
@@ -119,6 +122,9 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
         return tokenizers.gpt2()
     if word == "chars":
         return tokenizers.chars(data.read_text(texts))
+    is_model = os.path.isfile(word) and (word.endswith(".bin") or is_gguf(Path(word)))
+    if is_model or word.startswith("hf:"):
+        return open_source(word).tokenizer()
     near = "" if os.path.exists(word) else did_you_mean(word, ["gpt2", "chars"])
     if near:
         rule = "--tokenizer is gpt2, chars, a file tokenizer.json or a folder that holds one"
@@ -126,6 +132,8 @@ def tokenizer_of(word: str, texts: Sequence[str | Path] = ()) -> tokenizers.Toke
     if not os.path.isdir(word):
         return tokenizers.from_file(word)
     found = tokenizers.from_folder(word)
+    if found is None and (newest(Path(word)) or checkpoint.is_checkpoint(Path(word))):  # such as one of characters
+        return open_source(word).tokenizer()
     if found is None:
         hint = "handgrad data tokenizer makes one"
         raise HandgradError(

@@ -11,11 +11,11 @@ from handgrad.backends.cuda.planner import GPUS, MEMORY_MIB, PRODUCT_NAMES, RESE
 from handgrad.backends.ranks.comm import Planned
 from handgrad.cli.flags import parse
 from handgrad.cli.ranks import names_gpus
+from handgrad.cli.sizes import model_of
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
 from handgrad.core.plan import MIB
 from handgrad.core.precision import Precision
-from handgrad.models import preset
 from handgrad.train.config import ComputeConfig, ModelConfig, OptimConfig, OptimizerName, TuneConfig
 from handgrad.train.explain import explain
 from handgrad.train.optimizers import optimizer_of
@@ -31,7 +31,8 @@ class Explain:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
     llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
-    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base;
+    or a model on disk: a run, a Hugging Face folder, a .gguf, a .bin, hf:NAME, whose sizes it takes"""
     calls: bool = False
     """print every call too, with its shapes, offsets, kernel and source line"""
     gpu: Annotated[Literal["a100", "4090", "h100", "h200", "b200"] | None, tyro.conf.arg(metavar="GPU")] = None
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
     """Prints the page."""
     a = parse(Explain, argv, "explain")
     changes = {name: getattr(a, name) for name in ("vocab_size", "dropout") if getattr(a, name)}
-    model = preset(a.model, a.family, **changes)
+    model = model_of(a.model, a.family, **changes)
     seq_len = whole("explain", "--seq-len", a.seq_len, 0) or model.usual_seq_len
     whole("explain", "--batch-tokens", a.batch_tokens, 0)
     least = whole("explain", "--ranks", a.ranks, 1) * a.compute.micro_batch * seq_len

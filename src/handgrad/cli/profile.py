@@ -16,9 +16,9 @@ from handgrad.backends.ranks.comm import Comm
 from handgrad.backends.ranks.startup import open_comm
 from handgrad.cli.flags import parse
 from handgrad.cli.ranks import requested_ranks
+from handgrad.cli.sizes import model_of
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
-from handgrad.models import preset
 from handgrad.optim import AdamW
 from handgrad.train.config import ComputeConfig, ModelConfig, RanksConfig
 from handgrad.train.datasets import objective_of
@@ -35,7 +35,8 @@ class Profiling:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "gpt2"
     """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, d6 .. d84 (or any d<layers>), gpt3:c384 .. gpt3:c12288,
     llama3.2-1b, llama3.1-8b, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, gemma3-270m,
-    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base"""
+    bert-base, pythia-70m, pythia-160m, pythia-410m, t5-small, t5-base, t5-v1.1-small, t5-v1.1-base;
+    or a model on disk: a run, a Hugging Face folder, a .gguf, a .bin, hf:NAME, whose sizes it takes"""
     steps: int = 3
     """whole steps, and as many timed call by call; the table shows medians"""
     by: Literal["op", "phase", "block", "call"] = "op"
@@ -66,7 +67,9 @@ def profile_on(comm: Comm, a: Profiling) -> int:
         raise HandgradError("profile", "--steps is at least 1", a.steps)
     if a.trace and not os.path.isdir(Path(a.trace).absolute().parent):
         raise HandgradError("profile", "--trace names a file in a folder that exists", f"'{a.trace}'")
-    model = preset(a.model, a.family, **({"vocab_size": a.vocab_size} if a.vocab_size else {}))
+    model = model_of(a.model, a.family, **({"vocab_size": a.vocab_size} if a.vocab_size else {}))
+    if getattr(model, "labels", ()):  # random ids are no labels
+        raise HandgradError("profile", "a step of masked tokens, spans or next tokens is timed", "a classifier")
     precision, execution = precision_of(h), execution_of(h, ())
     backend = open_backend(h.backend, h.threads, precision, comm)
     T = whole("profile", "--seq-len", a.seq_len, 0) or model.usual_seq_len

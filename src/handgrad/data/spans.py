@@ -88,8 +88,9 @@ class Spans:
 
     def window(self, seq_len: int) -> tuple[int, int]:
         if seq_len != self.seq_len:
-            rule = f"the targets of Spans(source_len={self.source_len}) have seq_len {self.seq_len}"
-            raise HandgradError("data", rule, seq_len)
+            rule = f"sources of {self.source_len} tokens have targets of seq_len {self.seq_len}"
+            hint = "leave seq_len out: it follows from the model's max_seq_len, the length of sources"
+            raise HandgradError("data", rule, seq_len, hint=hint)
         return self.raw_len, self.raw_len
 
     def tokens(self, seq_len: int) -> int:

@@ -18,6 +18,7 @@ from handgrad.io import checkpoint, gguf, hf, llmc
 from handgrad.io.format import Format
 from handgrad.io.weights import NUMPY, with_rows
 from handgrad.models import GPT2, declare, to_dict
+from handgrad.models.registry import FAMILIES
 from handgrad.ops.adamw.reference import split_weight
 
 SETTINGS = "config.json"  # of a run folder
@@ -75,12 +76,16 @@ def to_llmc(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokeni
 
 def to_gguf(source: Source, file: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> None:
     """Writes a .gguf, which llama.cpp runs. dtype: "f32", "f16", "bf16" or "q8_0"."""
-    if not source.model.hugging_face:
-        raise HandgradError("convert", f"llama.cpp has no model of the family '{source.model.family}'")
+    form = Format(**source.model.hugging_face) if source.model.hugging_face else None
+    if form is None or form.gguf is None:
+        known = [cls.family for cls in FAMILIES.values() if cls.hugging_face.get("gguf")]
+        raise HandgradError(
+            "convert", f"a .gguf holds a {' or a '.join(known)}", f"a {source.model.family}", hint="--to hf"
+        )
     if tokenizer is None:
         raise HandgradError("convert", "a .gguf holds a tokenizer", "a model without one", hint="--to hf needs none")
     about = tokenizers.to_gguf(tokenizer, source.model.vocab_size, source.template())
-    gguf.write(file, Format(**source.model.hugging_face), source.weights, dtype, about)
+    gguf.write(file, form, source.weights, dtype, about)
 
 
 def to_run(source: Source, folder: Path, dtype: str, tokenizer: tokenizers.Tokenizer | None) -> int:

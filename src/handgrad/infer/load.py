@@ -229,7 +229,11 @@ def load(
 def check_continues(source: Source, where: str) -> None:
     """Raises HandgradError(where) for a model that does not predict the next token."""
     if not source.model.continues_text:
-        raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path))
+        writes = isinstance(source.model, EncoderDecoder)
+        hint = (
+            "handgrad generate writes about a prompt" if writes else "handgrad embed and handgrad classify read texts"
+        )
+        raise HandgradError(where, f"a {source.model.family} continues no texts", str(source.path), hint=hint)
 
 
 def check_same_tokens(source: Source, tokenizer: tokenizers.Tokenizer) -> range:

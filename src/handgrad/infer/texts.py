@@ -56,7 +56,8 @@ def load_encoder(
     source = open_source(path, ema)
     model = source.model
     if not isinstance(model, Bert):
-        raise HandgradError("embed", "a bert reads whole texts", f"a {model.family}")
+        hint = f"handgrad generate, for a {model.family}"
+        raise HandgradError("model", "a bert reads whole texts", f"a {model.family}", hint=hint)
     if context and not 3 <= context <= model.max_seq_len:
         raise HandgradError("embed", f"context lies in 3 .. {model.max_seq_len} tokens", context)
     kind = source.weights.dtype if dtype == "saved" else dtype

@@ -118,7 +118,10 @@ class Bert:
         """The rows to predict (B predictions, C) of the encoder's output; trains the next-sentence head. With labels,
         the rows (B, C) that the classifier reads."""
         if g.trains and not (self.mlm or self.labels):
-            raise HandgradError("train", "a BERT that is trained has the head of masked tokens, or labels", "neither")
+            hint = "handgrad data labels makes texts with labels"
+            raise HandgradError(
+                "train", "a BERT that is trained has the head of masked tokens, or labels", "neither", hint=hint
+            )
         x = self.encode(g, data)
         if self.labels:
             return self.pool(g, x, data)

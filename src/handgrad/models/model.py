@@ -299,6 +299,7 @@ def head_columns(model: Any) -> int:
 def check_heads(model: Any) -> None:
     """Raises HandgradError unless groups of query heads share a key head, and rotary positions turn all columns."""
     if model.num_heads % model.num_kv_heads:
-        raise HandgradError("model", f"num_kv_heads divides the {model.num_heads} heads", model.num_kv_heads)
+        hint = "give num_kv_heads, too: a preset's stays where num_heads changes"
+        raise HandgradError("model", f"num_kv_heads divides the {model.num_heads} heads", model.num_kv_heads, hint=hint)
     if model.head_size % 2:
         raise HandgradError("model", "head_size is even: its columns are rotated in pairs", model.head_size)

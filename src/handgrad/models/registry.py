@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from handgrad.core.errors import HandgradError
+from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.json_file import shown
 from handgrad.models.model import Model
 
@@ -29,7 +29,8 @@ def register(cls: Family) -> Family:
 def family(name: object) -> type[Model]:
     """The family of this name. Raises HandgradError for an unknown one."""
     if not isinstance(name, str) or name not in FAMILIES:
-        raise HandgradError("model", f"a family is one of {', '.join(FAMILIES)}", repr(name))
+        hint = _named_otherwise(name.lower()) if isinstance(name, str) else ""
+        raise HandgradError("model", f"a family is one of {', '.join(FAMILIES)}", repr(name), hint=hint)
     return FAMILIES[name]
 
 
@@ -65,6 +66,14 @@ def family_of_architecture(architecture: str, source: object) -> type[Model]:
 
 def _model_types(cls: type[Model]) -> set[str]:
     return set(cls.hugging_face.get("model_types", ()))
+
+
+def _named_otherwise(word: str) -> str:
+    """The hint for a model that Hugging Face's library calls by this name, or by one that begins with it."""
+    types = {
+        name: cls.family for cls in FAMILIES.values() for name in _model_types(cls) if word and name.startswith(word)
+    }
+    return f"{min(types)} is of the family {types[min(types)]}" if types else did_you_mean(word, FAMILIES)
 
 
 def to_dict(model: Model) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def find_template(word: str, own: OwnTemplate) -> tuple[str, str]:
     names = ", ".join(TEMPLATES)
     if not word and not own.source:
         hint = f"--template is one of {names}, or a file, for a model that has its special tokens"
+        hint += "; without one, handgrad generate continues texts"
         raise HandgradError("chat", f"{own.place} holds a chat template, in {CONFIG} or {OWN}", "none", hint=hint)
     if not word:
         return own.name, own.source

@@ -15,13 +15,11 @@ from handgrad import evals, tokenizers
 from handgrad.backends.ranks.comm import Comm
 from handgrad.core.errors import HandgradError
 from handgrad.data.meta import Labelled
-from handgrad.infer.load import Source
 from handgrad.infer.texts import special_ids
 from handgrad.models import T5, Bert, Model
 from handgrad.train.config import PACKAGED, Config
 from handgrad.train.ranks import on_rank_0
 
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "merges.txt")  # files of which a folder has one to be a --tokenizer
 FROM_FILES = ("text", "jsonl", "json", "parquet", "labels")  # recipes of handgrad data
 
 
@@ -95,10 +93,10 @@ def labels_of(found: list[Shards]) -> tuple[str, ...]:
     return known.labels if known else ()
 
 
-def command_for(paths: list[Path], train: str, model: str, source: Source) -> str:
-    """The command that makes these shards with the tokenizer of a model, as far as their meta.json and its files tell.
+def command_for(paths: list[Path], train: str, model: str) -> str:
+    """The command that makes these shards with the tokenizer of a model, as far as their meta.json tells.
 
-    train: the setting that names the shards;  model: the word that names the source, whose tokenizer can be read
+    train: the setting that names the shards;  model: what names the model on disk
     """
     meta = hg_data.common_meta(paths)
     folder, about = (meta[0], meta[1].get("source")) if meta else (paths[0].parent, None)
@@ -106,14 +104,10 @@ def command_for(paths: list[Path], train: str, model: str, source: Source) -> st
     out = f"--out {quote(str(folder))} --replace"
     if recipe == "chat":
         return f"handgrad data chat FILE... --model {quote(model)} {out}"
-    held = [
-        p for p in (Path(model), source.path, source.path.parent) if any((p / name).is_file() for name in TOKENIZERS)
-    ]
-    word = "gpt2" if source.tokenizer().name == "gpt2" else quote(str(held[0])) if held else "TOKENIZER"
     if train == PACKAGED:
-        return f"handgrad data {PACKAGED} --tokenizer {word} --out plays, then --train plays"
+        return f"handgrad data {PACKAGED} --tokenizer {quote(model)} --out plays, then --train plays"
     files = "RECIPE FILE..." if recipe in (None, "tokens") else recipe + " FILE..." * (recipe in FROM_FILES)
-    return f"handgrad data {files} --tokenizer {word} {out}"
+    return f"handgrad data {files} --tokenizer {quote(model)} {out}"
 
 
 def training_data(
@@ -264,7 +258,14 @@ def _labels(model: Bert, id_of: Mapping[str, int], known: Labelled | None) -> hg
     where they are pairs."""
     if known is None or known.labels != model.labels:
         rule = f"the texts have the labels of the model, {', '.join(model.labels)}"
-        raise HandgradError("data", rule, ", ".join(known.labels) if known else "none")
+        hint = "" if known else "a bert without labels learns from texts without"
+        raise HandgradError("data", rule, ", ".join(known.labels) if known else "none", hint=hint)
+    if known.record + 1 > model.max_seq_len:
+        rule, hint = (
+            f"the model reads at most {model.max_seq_len} tokens",
+            f"handgrad data labels --seq-len {model.max_seq_len}",
+        )
+        raise HandgradError("model", rule, f"labelled texts of up to {known.record + 1}", hint=hint)
     if known.pairs and model.num_types < 2:
         raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
     return hg_data.Labels(

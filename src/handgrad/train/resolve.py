@@ -217,14 +217,15 @@ def find_start(
     try:
         added = check_same_tokens(source, tokenizer)
     except HandgradError as error:
-        hint = command_for(shards, c.data.train, m.init if last is None else str(out), source)
+        hint = command_for(shards, c.data.train, m.init if last is None else str(out))
         raise HandgradError(error.where, error.rule, error.got, hint=hint) from None
     if labels and last is None:
         source = for_labels(source, labels, c.run.seed)
     if getattr(source.model, "labels", ()) != labels:
         known = ", ".join(getattr(source.model, "labels", ())) or "no labels"
         rule = f"the texts have the labels of {source.path}, {known}"
-        raise HandgradError("model", rule, ", ".join(labels) or "none")
+        hint = "" if labels else "start from a model without labels"
+        raise HandgradError("model", rule, ", ".join(labels) or "none", hint=hint)
     template = template_with_ends(source)
     if drawn:
         return c, Start(c.run.seed), None, "", template

@@ -15,7 +15,9 @@ from handgrad.backends.ranks.startup import open_comm
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, one_line
 from handgrad.core.output import Output, redirected
+from handgrad.data import Data
 from handgrad.io import checkpoint, newest
+from handgrad.models import EncoderDecoder, Model
 from handgrad.train.config import Config
 from handgrad.train.extend import set_aside
 from handgrad.train.folder import Lock, changes, claim, describe, run_folder, saved_settings
@@ -212,6 +214,15 @@ def add_note(error: BaseException, what: str, failure: Exception) -> None:
         error.add_note(f"And {what}: {one_line(failure)}")
 
 
+def reader(model: Model, out: str, data: Data) -> str:
+    """The command that reads texts with a model that continues none."""
+    if isinstance(model, EncoderDecoder):
+        return f"generate: handgrad generate {out} --prompt TEXT"
+    if getattr(model, "labels", ()):
+        return f"classify: handgrad classify {out} FILE{' --pair' * getattr(data.objective, 'pairs', False)}"
+    return f"embed: handgrad embed {out} FILE"
+
+
 def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
     """The last lines, below the live line, which has ended."""
     out, last = run.out, run.trainer.last_step
@@ -222,11 +233,9 @@ def farewell(run: Run, log: Log, is_finished: bool, text: str) -> None:
             log.say(f"chat: handgrad chat {out}")
         elif run.trainer.model.continues_text:
             log.say(f"generate: handgrad generate {out} --prompt TEXT")
-        elif getattr(run.trainer.model, "labels", ()):
-            pair = " --pair" * getattr(run.trainer.data.objective, "pairs", False)
-            log.say(f"evaluate: handgrad eval {out}; classify: handgrad classify {out} FILE{pair}")
-        elif run.val is not None:
-            log.say(f"evaluate: handgrad eval {out}")
+        else:
+            evaluate = f"evaluate: handgrad eval {out}; " if run.val is not None else ""
+            log.say(evaluate + reader(run.trainer.model, str(out), run.trainer.data))
     else:
         log.say(f"stopped after step {last}, saved in {out}")
         log.say(f"resume: handgrad train --resume {out}")
