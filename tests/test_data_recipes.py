@@ -346,8 +346,8 @@ def test_p12_resume_after_kill_is_bit_exact(tmp_path, monkeypatch, workers):
     read = []
     table = recipes.table
 
-    def noting(path, wanted):
-        for end, job in table(path, wanted):
+    def noting(path, parser):
+        for end, job in table(path, parser):
             yield end, Job(partial(noted, job), ())
 
     def noted(job):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tomllib
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from handgrad.backends.ranks.startup import open_comm
-from handgrad.cli.flags import flags, parse
+from handgrad.cli.flags import flags, full_names, parse
 from handgrad.cli.names import ALIASES, hint_for
 from handgrad.cli.ranks import requested_ranks
 from handgrad.core.disk import require_file
@@ -48,9 +49,17 @@ def settings(argv: list[str]) -> Config:
         if length(alone) or length(from_names(named)):
             values = {name: value for name, value in values.items() if name not in LENGTHS}
         base = leave_sizes(from_names(values | named), alone)
+        if saved:
+            base = replace(base, optim=leave_settings(base.optim, saved.optim, named.keys()))
         c = parse(Config, argv, "train", base)
-        c = replace(c, optim=leave_settings(c.optim, base.optim))
+        c = replace(c, optim=leave_settings(c.optim, base.optim, named_by(argv)))
     return c
+
+
+def named_by(argv: list[str]) -> set[str]:
+    """The names of the settings that a command line gives, whatever their values."""
+    flags = (word.partition("=")[0] for word in full_names(Config, argv) if word.startswith("--"))
+    return {flag[2:].removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def length(c: Config) -> bool:
@@ -58,8 +67,11 @@ def length(c: Config) -> bool:
     return c.run.steps is not None or bool(c.run.tokens or c.run.epochs)
 
 
-def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
-    """The settings of another schedule or optimizer than in `base`: those of the former go back to their defaults."""
+def leave_settings(o: OptimConfig, base: OptimConfig, named: Collection[str]) -> OptimConfig:
+    """The settings of another schedule or optimizer than in `base`: those of the former go back to their defaults.
+
+    named: those that are given on purpose, which stay even if they equal the former
+    """
     names: set[str] = set()
     if o.schedule != base.schedule:
         names |= {"final", *SCHEDULE_SETTINGS}
@@ -67,8 +79,7 @@ def leave_settings(o: OptimConfig, base: OptimConfig) -> OptimConfig:
         names |= {"momentum_warmup", "momentum_cooldown", *own_settings()}
     if (o.optimizer == SCHEDULE_FREE) != (base.optimizer == SCHEDULE_FREE):
         names |= {"schedule", "final", *SCHEDULE_SETTINGS}
-    left = {name: getattr(OptimConfig, name) for name in names if getattr(o, name) == getattr(base, name)}
-    return replace(o, **left)
+    return replace(o, **{name: getattr(OptimConfig, name) for name in names.difference(named)})
 
 
 def from_file(path: Path) -> dict[str, Any]:
