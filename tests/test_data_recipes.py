@@ -384,6 +384,13 @@ def test_resume_restarts_when_settings_changed(tmp_path, monkeypatch):
     (out / ".preparing" / "progress.json").write_text("{")
     run(out, "fineweb", source=source, shard_tokens=1500)
     assert everything(out) == everything(whole)
+    for value in (2**70, -1, "1"):
+        interrupted(shard_tokens=1500)
+        saved = json.loads((out / ".preparing" / "progress.json").read_text())
+        saved["done"]["ids"] = value
+        (out / ".preparing" / "progress.json").write_text(json.dumps(saved))
+        run(out, "fineweb", source=source, shard_tokens=1500)
+        assert everything(out) == everything(whole)
     interrupted(shard_tokens=1500)
     (source / "001_00000.parquet").unlink()
     run(out, "fineweb", source=source, shard_tokens=1500, replace=True)

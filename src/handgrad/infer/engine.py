@@ -95,7 +95,9 @@ class Engine:
             ids = ids[len(part) :]
         for token in ids:
             self._step(1, [token], 1)
-        return self._arena.read(self._decode.outputs["logits"])[0, : self.model.vocab_size].astype(np.float32, copy=False)
+        return self._arena.read(self._decode.outputs["logits"])[0, : self.model.vocab_size].astype(
+            np.float32, copy=False
+        )
 
     def _step(self, which: int, ids: list[int], count: int) -> None:
         """Runs prefill (0) or decode (1) and keeps the first `count` of its tokens in the cache."""

@@ -111,8 +111,8 @@ def prepare_labels(
 class Records:
     """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record.
 
-    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts, and a line break divides
-        them: lone surrogates at their ends would pair up
+    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts once its surrogates are
+        paired or replaced, and a line break divides them: lone surrogates at their ends would pair up
     """
 
     inner: Encoder
@@ -226,4 +226,6 @@ def _document(
     low, high = share
     if not low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
         return None
-    return f"{index[label]} {len(text)} {text}\n{second}" if columns.pair else f"{index[label]} {text}"
+    if not columns.pair:
+        return f"{index[label]} {text}"
+    return f"{index[label]} {len(repaired(text)[0])} {text}\n{second}"
