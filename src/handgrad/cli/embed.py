@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from handgrad.cli.compute import Compute
 from handgrad.cli.flags import parse
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
@@ -29,12 +30,7 @@ class Reading:
     """UTF-8, a text a line; -: standard input"""
     context: int = 0
     """tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """working dtype; saved: the one it was trained in"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    threads: int = 0
-    """CPU threads; 0: the physical cores that this process may use"""
+    compute: Compute = field(default_factory=Compute)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 def open_encoder(a: Reading, verb: str) -> TextEncoder:
     """The model of a command line."""
-    return load_encoder(a.run, a.dtype, a.backend, a.threads, whole(verb, "--context", a.context, 0))
+    return load_encoder(a.run, *a.compute.settings, whole(verb, "--context", a.context, 0))
 
 
 def read_lines(file: str, verb: str) -> list[str]:

@@ -1,4 +1,8 @@
-"""longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read."""
+"""longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read.
+
+data prepares pairs and infer reads them. Neither may import the other, tokenizers has no pairs, and a model's share of
+tokens for texts is no matter of models; so the rule lies below them all.
+"""
 
 
 def longest_first(first: int, second: int, most: int) -> tuple[int, int]:
