@@ -1,7 +1,7 @@
 """longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read.
 
-data prepares pairs and infer reads them. Neither may import the other, tokenizers has no pairs, and a model's share of
-tokens for texts is no matter of models; so the rule lies below them all.
+data prepares pairs and infer reads them. Neither imports the other, and the only rooms that both may import are ops,
+which are kernels, and core.
 """
 
 
