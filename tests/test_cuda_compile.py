@@ -211,6 +211,17 @@ def test_an_empty_report_does_not_corrupt_python(monkeypatch, tmp_path):
     assert report == "" and cubin.startswith(b"\x7fELF") and bytes([32])[0] == 32
 
 
+@pytest.mark.parametrize("name", ["cuda.cu", "part.cuh", "shared.h"])
+def test_a_changed_file_has_another_key(tmp_path, name):
+    """The kernel's own, and headers beside it, those that it shares with C among them."""
+    for file in ("cuda.cu", "part.cuh", "shared.h"):
+        (tmp_path / file).write_text("// one\n")
+    before = Source(str(tmp_path / "cuda.cu"), "sm_90a", ()).key
+    assert Source(str(tmp_path / "cuda.cu"), "sm_90a", ()).key == before
+    (tmp_path / name).write_text("// another\n")
+    assert Source(str(tmp_path / "cuda.cu"), "sm_90a", ()).key != before
+
+
 def test_spills_are_detected(tmp_path):
     """For a kernel that must spill, and for one that indexes a local array."""
     sums = " ".join(f"float a{i} = x[{i} * n];" for i in range(80))

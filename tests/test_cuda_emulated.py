@@ -252,13 +252,26 @@ GOOD = {
     "shared": "__shared__ float s[64]; s[63 - t] = x[t]; __syncthreads(); y[t] = s[63 - t];",
     "dynamic": "HG_SHARED(float, s); s[63 - t] = x[t]; __syncthreads(); y[63 - t] = s[t];",
     "early return": "if (t < 32) { y[t] = x[t]; return; } __syncthreads(); y[t] = __shfl_sync(0xffffffffu, x[t], t % 32);",
-    "shuffles": "float v = __shfl_down_sync(0xffffffffu, x[t], 1); v = t % 32 == 31 ? x[t] + 1 : v; y[t] = __shfl_up_sync(0xffffffffu, v, 1); if (t % 32 == 0) y[t] = x[t];",
+    "shuffles": (
+        "float v = __shfl_down_sync(0xffffffffu, x[t], 1); v = t % 32 == 31 ? x[t] + 1 : v; "
+        "y[t] = __shfl_up_sync(0xffffffffu, v, 1); if (t % 32 == 0) y[t] = x[t];"
+    ),
     "sub-warp": "float v = __shfl_xor_sync(0xffffffffu, x[t], 3, 4); y[t] = __shfl_sync(0xffffffffu, v, 3 - t % 4, 4);",
-    "votes": "unsigned b = __ballot_sync(0xffffffffu, t & 1); y[t] = x[t] + (b != 0xaaaaaaaau) + __all_sync(0xffffffffu, t & 1) + !__any_sync(0xffffffffu, t & 1);",
+    "votes": (
+        "unsigned b = __ballot_sync(0xffffffffu, t & 1); "
+        "y[t] = x[t] + (b != 0xaaaaaaaau) + __all_sync(0xffffffffu, t & 1) + !__any_sync(0xffffffffu, t & 1);"
+    ),
     "half a warp": "if (t % 32 < 16) y[t] = __shfl_xor_sync(0x0000ffffu, __shfl_xor_sync(0x0000ffffu, x[t], 8), 8); else y[t] = x[t];",
     "reduce": "__shared__ float room[32]; y[t] = x[t] + block_reduce<64>(t < 32 ? 1.0f : -1.0f, Sum(), 0.0f, room);",
-    "async": "__shared__ __align__(16) float s[64]; if (t % 4 == 0) copy_async(s + t, x + t); copy_async_commit(); copy_async_wait<0>(); __syncthreads(); y[t] = s[t];",
-    "two groups": "__shared__ __align__(16) float s[64]; if (t < 16) { copy_async(s + 4 * t, x + 4 * t, false); copy_async_commit(); copy_async_wait<0>(); copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_commit(); copy_async_wait<1>(); } __syncthreads(); y[t] = s[t];",
+    "async": (
+        "__shared__ __align__(16) float s[64]; if (t % 4 == 0) copy_async(s + t, x + t); "
+        "copy_async_commit(); copy_async_wait<0>(); __syncthreads(); y[t] = s[t];"
+    ),
+    "two groups": (
+        "__shared__ __align__(16) float s[64]; if (t < 16) { copy_async(s + 4 * t, x + 4 * t, false); "
+        "copy_async_commit(); copy_async_wait<0>(); copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); "
+        "copy_async_commit(); copy_async_wait<1>(); } __syncthreads(); y[t] = s[t];"
+    ),
 }
 
 
@@ -294,7 +307,8 @@ def test_an_mma_on_tensor_cores(tmp_path):
 FAULTS = {
     "a barrier that some threads never reach": (
         "if (t < 40) __syncthreads(); else __syncwarp(); y[t] = x[t];",
-        "stuck, 0 of 64 threads have returned; thread 0 at __syncthreads, cuda.cu:4; thread 40 in a warp collective of lanes ffffffff at cuda.cu:4",
+        "stuck, 0 of 64 threads have returned; thread 0 at __syncthreads, cuda.cu:4; "
+        "thread 40 in a warp collective of lanes ffffffff at cuda.cu:4",
     ),
     "two barriers": (
         "if (t < 32) {\n__syncthreads();\n} else {\n__syncthreads();\n}\ny[t] = x[t];",
@@ -345,9 +359,18 @@ def test_a_fault_ends_the_launch(tmp_path, name):
 RACES = {
     "no barrier": "__shared__ float s[64]; s[t] = x[t]; y[63 - t] = s[63 - t];",
     "no barrier between a warp's writes": "__shared__ float s[64]; s[t] = x[t]; y[t ^ 1] = s[t ^ 1];",
-    "no wait for a copy": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); __syncthreads(); y[t] = s[t];",
-    "a wait that leaves its own group out": "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); copy_async_commit(); copy_async_wait<1>(); __syncthreads(); y[t] = s[t];",
-    "a buffer reused too early": "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];",
+    "no wait for a copy": (
+        "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); "
+        "copy_async_commit(); __syncthreads(); y[t] = s[t];"
+    ),
+    "a wait that leaves its own group out": (
+        "__shared__ __align__(16) float s[64]; if (t < 16) copy_async(s + 4 * t, x + 4 * t); "
+        "copy_async_commit(); copy_async_wait<1>(); __syncthreads(); y[t] = s[t];"
+    ),
+    "a buffer reused too early": (
+        "__shared__ float s[1]; if (t == 0) s[0] = 5; __syncthreads(); float v = s[0]; "
+        "if (t == 63) s[0] = 7; y[t] = v - 5 + x[t];"
+    ),
     "uninitialised shared memory": "HG_SHARED(float, s); y[t] = x[t] + s[t] * 0;",
 }
 

@@ -309,13 +309,13 @@ def test_names_that_cannot_be(tmp_path, name):
         assert str(error.value).isprintable()
 
 
-def test_halves_of_characters_are_replaced(tmp_path, capsys):
+def test_lone_surrogates_are_replaced(tmp_path, capsys):
     """As tiktoken does: U+FFFD for each; an escaped pair is its character. Their number is told and recorded."""
     rows = [r'{"text": "\ud800 x"}', r'{"text": "a\udc00\ud83d\ude00"}', '{"text": "plain \ufffd"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
     out = tmp_path / "out"
     assert main(f"data jsonl {tmp_path}/a.jsonl --val-tokens 0 --out {out} --workers 1".split()) == 0
-    assert "halves of characters in the text, now U+FFFD: 2" in capsys.readouterr().out
+    assert "lone surrogates in the text, now U+FFFD: 2" in capsys.readouterr().out
     ids = data.open_shard(out / "train_000000.bin").read().tolist()
     gpt2 = tokenizers.gpt2()
     assert ids[:3] == [50256, 4210, 2124]

@@ -68,9 +68,7 @@ def test_damaged_json_lines_are_counted(ending, on_error, texts, counts, capsys)
     assert {name: data.read_meta("d").get(name) for name in counts} == counts
     out = capsys.readouterr().out
     assert f"rows without text, left out: {counts['skipped']}" in out
-    assert ("bytes that are no UTF-8, and halves of characters in the text, now U+FFFD: 1" in out) is (
-        "replaced" in counts
-    )
+    assert ("bytes that are no UTF-8, and lone surrogates in the text, now U+FFFD: 1" in out) is ("replaced" in counts)
 
 
 def test_a_damaged_row_stops_with_one_line(here):

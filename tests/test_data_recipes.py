@@ -346,8 +346,8 @@ def test_p12_resume_after_kill_is_bit_exact(tmp_path, monkeypatch, workers):
     read = []
     table = recipes.table
 
-    def noting(path, wanted):
-        for end, job in table(path, wanted):
+    def noting(path, parser):
+        for end, job in table(path, parser):
             yield end, Job(partial(noted, job), ())
 
     def noted(job):
@@ -384,6 +384,13 @@ def test_resume_restarts_when_settings_changed(tmp_path, monkeypatch):
     (out / ".preparing" / "progress.json").write_text("{")
     run(out, "fineweb", source=source, shard_tokens=1500)
     assert everything(out) == everything(whole)
+    for value in (2**70, -1, "1"):
+        interrupted(shard_tokens=1500)
+        saved = json.loads((out / ".preparing" / "progress.json").read_text())
+        saved["done"]["ids"] = value
+        (out / ".preparing" / "progress.json").write_text(json.dumps(saved))
+        run(out, "fineweb", source=source, shard_tokens=1500)
+        assert everything(out) == everything(whole)
     interrupted(shard_tokens=1500)
     (source / "001_00000.parquet").unlink()
     run(out, "fineweb", source=source, shard_tokens=1500, replace=True)

@@ -364,6 +364,25 @@ def test_sums_are_in_the_order_of_the_ranks(world, size):
     assert all(np.array_equal(x, want) for x in on_ranks(world, work))
 
 
+def test_collectives_of_matrices():
+    """Elements count, not rows. A size that does not fit, and an array whose copy would be filled, are errors."""
+
+    def work(comm):
+        share, full = np.full((3, 5), comm.rank + 1.0), np.zeros((2, 3, 5))
+        comm.all_gather(share, full)
+        total, part = full * (comm.rank + 1), np.zeros((3, 5))
+        comm.reduce_scatter(total, part)
+        comm.all_reduce(total)
+        for args, message in (((share, full[:1]), "fill an array"), ((share[:, :1], full[:1, :, :2]), "contiguous")):
+            with pytest.raises(ValueError, match=message):
+                comm.all_gather(*args)
+        return full[:, 0, 0].tolist(), part[0, 0], total.ravel().tolist()
+
+    ours = [on_ranks(2, work)[rank] for rank in (0, 1)]
+    assert [rank[:2] for rank in ours] == [([1.0, 2.0], 3.0), ([1.0, 2.0], 6.0)]
+    assert all(rank[2] == [3.0] * 15 + [6.0] * 15 for rank in ours)
+
+
 def test_error_of_a_rank_reaches_those_that_wait():
     def work(comm):
         if comm.rank == 1:

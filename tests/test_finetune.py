@@ -44,5 +44,7 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     print(said)
     found = dict(re.findall(r"(\w+) (\d+) of 50", said))
+    # Ten runs of other seeds and instruction sets missed 1 word of 1,000: an error rate below 0.5 % (95 % confidence), at
+    # which more than 5 of 50 are wrong once in 10^6 runs. A model that has not learned a task is right on none.
     assert found.keys() == {"capitals", "backwards"} and all(int(count) >= 45 for count in found.values()), said
     assert not set(Path("capitals.jsonl").read_text().split('"')) & set(Path("questions.txt").read_text().split("\n"))

@@ -312,7 +312,7 @@ def test_p1_tokenizers_are_written_and_read(tmp_path):
 
 
 def test_p1_a_tokenizer_file_of_the_library(tmp_path):
-    """Byte-level BPE spells bytes by characters; a token of half a character keeps its bytes."""
+    """Byte-level BPE spells bytes by characters; a token of some bytes of a character keeps them."""
     tokenizers.to_folder(tokenizers.gpt2(), tmp_path)
     file = tokenizers.from_file(tmp_path / "tokenizer.json")
     assert [file.bytes_of(id) for id in range(50257)] == [tokenizers.gpt2().bytes_of(id) for id in range(50257)]

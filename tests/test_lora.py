@@ -251,6 +251,8 @@ def test_memory_of_adapters_is_what_they_and_the_frozen_weights_need():
     adapters = L * r * ((C + C) + 2 * (C + kv) + (C + C) + 2 * (C + F) + (F + C))
     base = 128256 * C + L * (C * C * 2 + 2 * kv * C + 3 * C * F + 2 * C) + C
     assert page.program.num_trainable == adapters == 11_272_192  # peft's count for this model and rank
+    assert "adapters      11,272,192, of rank 16 beside 112 matrices\n" in str(page)
+    assert "adapters " not in str(hg.explain(model, 512, execution=replace(execution, lora=None), remedies=False))
     region = page.plan.region
     assert region["params"][1] == 2 * (base + adapters)
     assert region["state"][1] == (4 + 4 + 2) * adapters  # m, v, low halves

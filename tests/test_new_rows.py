@@ -182,4 +182,6 @@ def test_data_of_another_tokenizer_are_refused_with_the_command(tmp_path, monkey
     assert main(["train", "--init", "my model", "--out", "plays run", *then.split(), *flags]) == 0
     saved(tmp_path / "of gpt2", replace(MODELS[0][0], vocab_size=50257), tokenizers.gpt2())
     assert main(["train", "--init", "of gpt2", "--train", "of text", "--out", "g", *flags]) == 2
-    assert "hint: handgrad data text FILE... --tokenizer 'of gpt2' --out 'of text' --replace\n" in capsys.readouterr().err
+    assert (
+        "hint: handgrad data text FILE... --tokenizer 'of gpt2' --out 'of text' --replace\n" in capsys.readouterr().err
+    )

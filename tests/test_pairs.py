@@ -81,6 +81,22 @@ def test_records_equal_the_inputs_of_transformers(rows, capsys):
     assert sorted(found) == sorted(want) and meta["pairs"] is True
 
 
+def test_surrogates_at_the_ends_of_texts(tmp_path):
+    """A lone one is U+FFFD, though the other text begins with its counterpart; two that json leaves apart are paired."""
+    vocab = "[PAD] [UNK] [CLS] [SEP] [MASK] cat go hello \N{GRINNING FACE}".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+    texts = [rb'"cat \ud83d", "text2": "\ude00 go"', b'"cat \xed\xa0\xbd\xed\xb8\x80", "text2": "go hello"']
+    rows = [b'{"label": %d, "text": %b}' % row for row in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(rows))
+    own, columns = tokenizers.from_file(tmp_path / "vocab.txt"), hg.data.Columns(pair="text2")
+    how = dict(columns=columns, val_fraction=0, seq_len=9)
+    meta = hg.data.prepare_labels([tmp_path / "pairs.jsonl"], tmp_path / "data", own, 0, **how)
+    found = hg.data.open_shard(tmp_path / "data" / "train_000000.bin").read().reshape(-1, 8)
+    cat, go, hello, face = range(5, 9)  # WordPiece leaves U+FFFD out
+    assert found.tolist() == [[0, cat, 0, go, 0, 0, 0, 0], [1, cat, face, 0, go, hello, 0, 0]]
+    assert meta["replaced"] == 2
+
+
 def test_the_longer_text_is_cut_as_by_transformers(rows):
     classifier()
     tokenizer = theirs()

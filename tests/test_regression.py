@@ -170,6 +170,14 @@ def test_one_set_has_one_list_of_numbers(rows, capsys):
     assert main([*train.split(), "data,data2"]) == 0
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**128, float("nan"), float("inf"), True, "1", None])
+def test_a_meta_with_other_values_is_refused(value):
+    meta = {"labels": ["value"], "record": 15, "values": [1.0, value]}
+    with pytest.raises(HandgradError, match="data/meta.json must hold numbers as 'values'"):
+        hg.data.labelled(meta, "data")
+    assert hg.data.labelled(meta | {"values": [1.0, 2]}, "data").values == (1.0, 2.0)
+
+
 def test_correlations_equal_pytorch():
     rng = np.random.default_rng(0)
     right = rng.integers(0, 5, 50).astype(float)

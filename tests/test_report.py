@@ -154,6 +154,15 @@ DAMAGED = [("config.json", "{"), ("config.json", "[]"), ("run.json", "3"), ("run
 DAMAGED += [("run.json", "[" * 99_999)]
 
 
+def test_numbers_that_no_float_or_step_holds_are_left_out(tmp_path):
+    run = run_folder(tmp_path / "a", [3.0] * 2, summary={"params": 10**400, "tokens": 7}, hellaswag=0.25)
+    later = {f"step_{digits}": {"hellaswag": {"acc_llmc": 0.5}} for digits in ("9" * 19, "9" * 5000)}
+    (run / "eval.json").write_text(json.dumps(later))
+    path = write_report(run)
+    assert drawn(path)["HellaSwag accuracy, %"]["series"][0]["x"] == [1, 2]
+    assert "tokens seen" in path.read_text()
+
+
 @pytest.mark.parametrize(("name", "text"), DAMAGED)
 def test_a_damaged_file_is_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)

@@ -333,4 +333,28 @@ def test_a_change_of_the_optimizer_changes_the_schedule(tmp_path):
         for name, wanted in ((saved, ("wsd", 0.1)), (other, (None, None))):
             found = settings([*flags, name]).optim
             assert (found.schedule, found.final) == wanted
-        assert settings([*flags, other, "--schedule", "linear"]).optim.schedule == "linear"
+        for words, wanted in (
+            ("--schedule linear", ("linear", None, None)),
+            ("--schedule wsd", ("wsd", None, None)),  # as saved: a flag counts all the same
+            ("--optim.schedule=wsd --final 0.1 --cooldown 0.5", ("wsd", 0.1, 0.5)),
+        ):
+            found = settings([*flags, other, *words.split()]).optim
+            assert (found.schedule, found.final, found.cooldown) == wanted, words
+
+
+def test_a_file_that_changes_the_optimizer_changes_the_schedule(tmp_path):
+    """What a --config names counts over saved settings as flags do, and flags count over both."""
+    file = tmp_path / "mine.json"
+    flags = ["--resume", "auto", "--out", str(tmp_path), "--fresh-optimizer", "--config", str(file)]
+    held = {"optimizer": "adamw", "schedule": "wsd", "final": 0.1, "steps": 4}
+    write_text(tmp_path / "config.json", json.dumps({"model": {}, "data": {}, "run": {}, "optim": held}))
+    for named, words, wanted in (
+        ({}, [], ("wsd", 0.1)),
+        ({"optimizer": "schedule_free"}, [], (None, None)),
+        ({"optimizer": "schedule_free", "schedule": "wsd"}, [], ("wsd", None)),
+        ({"optimizer": "schedule_free", "schedule": "wsd"}, ["--optimizer", "adamw"], (None, None)),
+        ({"optimizer": "schedule_free"}, ["--final=0.1"], (None, 0.1)),
+    ):
+        write_text(file, json.dumps(named))
+        found = settings([*flags, *words]).optim
+        assert (found.schedule, found.final) == wanted, (named, words)

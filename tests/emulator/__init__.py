@@ -424,7 +424,8 @@ class Library:
     """One cuda.cu, compiled for the host."""
 
     def __init__(self, file: Path, defines: tuple[str, ...]):
-        texts = [*sorted(file.parent.glob("*.cu*")), *sorted(INCLUDE.glob("*.cuh")), HERE / "emulator.h"]
+        own = sorted([*file.parent.glob("*.cu*"), *file.parent.glob("*.h")])
+        texts = [*own, *sorted(INCLUDE.glob("*.cuh")), HERE / "emulator.h"]
         text = "".join(path.read_text() for path in texts)
         command = [*FLAGS, *defines, f"-I{INCLUDE}", f"-I{HERE}", f"-I{file.parent}", "-x", "c++", str(file)]
         self.runtime, self.file = runtime(), file

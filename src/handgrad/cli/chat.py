@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import tyro
 
+from handgrad.cli.compute import Compute
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
@@ -42,12 +43,7 @@ class Chats:
     """tokens that the model sees at most; 0: its longest, and 2048 at most for a Llama"""
     ema: bool = False
     """the average of the weights that train --ema keeps"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """working dtype; saved: the one it was trained in"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    threads: int = 0
-    """CPU threads; 0: the physical cores that this process may use"""
+    compute: Compute = field(default_factory=Compute)
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +56,7 @@ def main(argv: list[str]) -> int:
     source = open_source(a.run, a.ema)
     encoder = encoder_of(source, a.template, a.system)
     source = replace(source, tokenizer=lambda: encoder.tokenizer)  # which took a while to read
-    loaded = Loaded(*engine_of(source, a.dtype, a.backend, a.threads, context))
+    loaded = Loaded(*engine_of(source, *a.compute.settings, context))
     chat = Chat(loaded, encoder, a.system, a.max_tokens, sampling)
     on_terminal = sys.stdin.isatty()
     if on_terminal:

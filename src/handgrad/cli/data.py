@@ -174,8 +174,8 @@ def make(recipe: str, argv: list[str]) -> None:
         count = len(meta[split]["shards"])
         print(f"{split:6} {meta[split]['tokens']:>13,} tokens in {count} shard{'s' * (count != 1)}")
     if "replaced" in meta:
-        bad = "bytes that are no UTF-8, and halves" if a.get("on_error") == "replace" else "halves"
-        print(f"{bad} of characters in the text, now U+FFFD: {meta['replaced']:,}")
+        bad = "bytes that are no UTF-8, and lone" if a.get("on_error") == "replace" else "lone"
+        print(f"{bad} surrogates in the text, now U+FFFD: {meta['replaced']:,}")
     if "skipped" in meta:
         print(
             f"{'lines that are no UTF-8' if recipe == 'text' else 'rows without text'}, left out: {meta['skipped']:,}"

@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from handgrad.cli.compute import Compute
 from handgrad.cli.flags import parse
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
@@ -31,12 +32,7 @@ class Reading:
     """tokens of a text that are read, [CLS] and [SEP] counted; 0: as many as the model reads"""
     special_tokens: bool = False
     """a special token spelled out in a text, such as [SEP], is that token; else it is plain text"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """working dtype; saved: the one it was trained in"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    threads: int = 0
-    """CPU threads; 0: the physical cores that this process may use"""
+    compute: Compute = field(default_factory=Compute)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def main(argv: list[str]) -> int:
 def open_encoder(a: Reading, verb: str) -> TextEncoder:
     """The model of a command line."""
     context, special = whole(verb, "--context", a.context, 0), a.special_tokens
-    return load_encoder(a.run, a.dtype, a.backend, a.threads, context, special_tokens=special)
+    return load_encoder(a.run, *a.compute.settings, context, special_tokens=special)
 
 
 def read_lines(file: str, verb: str) -> list[str]:

@@ -3,9 +3,9 @@
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from handgrad import data as hg_data
 from handgrad import evals
+from handgrad.cli.compute import Compute
 from handgrad.cli.flags import parse
 from handgrad.core.disk import write_text
 from handgrad.core.errors import HandgradError, did_you_mean
@@ -50,12 +51,7 @@ class Eval:
     """file that the results are added to; empty: eval.json beside the model"""
     ema: bool = False
     """the average of the weights that train --ema keeps"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """working dtype; saved: the one it was trained in"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    threads: int = 0
-    """CPU threads; 0: the physical cores that this process may use"""
+    compute: Compute = field(default_factory=Compute)
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 def open_model(a: Eval) -> Opened:
     """The model, ready to score texts, to classify them if it has labels, or to find what is hidden of them."""
-    model, how = open_source(a.run).model, (a.dtype, a.backend, a.threads)
+    model, how = open_source(a.run).model, a.compute.settings
     if getattr(model, "labels", ()):
         return load_encoder(a.run, *how, ema=a.ema)
     if model.continues_text:

@@ -1,11 +1,12 @@
 """handgrad generate RUN: continues or answers a prompt with the newest checkpoint of a run folder, streaming it."""
 
 import sys
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import tyro
 
+from handgrad.cli.compute import Compute
 from handgrad.cli.flags import parse
 from handgrad.core.errors import HandgradError
 from handgrad.core.number import whole
@@ -39,12 +40,7 @@ class Generate:
     """the average of the weights that train --ema keeps"""
     special_tokens: bool = False
     """a special token spelled out in the prompt, such as <|endoftext|>, is that token; else it is plain text"""
-    dtype: Literal["saved", "f32", "bf16"] = "saved"
-    """working dtype; saved: the one it was trained in"""
-    backend: Literal["auto", "cpu", "cuda", "ref"] = "auto"
-    """auto: cuda where there is a GPU, else cpu; cpu: C kernels; ref: numpy in float64, slow"""
-    threads: int = 0
-    """CPU threads; 0: the physical cores that this process may use"""
+    compute: Compute = field(default_factory=Compute)
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +53,7 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt() if a.prompt == "-" else a.prompt
     if prompt == "":
         raise HandgradError("generate", "a prompt holds at least one character", "an empty one")
-    loaded = load(a.run, a.dtype, a.backend, a.threads, whole("generate", "--context", a.context, 0), a.ema)
+    loaded = load(a.run, *a.compute.settings, whole("generate", "--context", a.context, 0), a.ema)
     pieces = loaded.stream(prompt, a.max_tokens, **asdict(sampling), stop=a.stop, special_tokens=a.special_tokens)
     if loaded.model.continues_text:
         print("\n" if prompt is None else prompt, end="", flush=True)

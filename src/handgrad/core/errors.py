@@ -16,7 +16,7 @@ class HandgradError(Exception):
 
     The command line prints it and exits with status 2. Values and names come from files that anybody may have written,
     so the message is printable whatever they hold: line breaks, escape sequences of terminals, marks that change the
-    direction of text and halves of characters become escapes, and long values and names lose their middle.
+    direction of text and lone surrogates become escapes, and long values and names lose their middle.
 
     >>> print(HandgradError("data", "token shards start with magic 20240520", 7, hint="handgrad data text FILE"))
     [data] token shards start with magic 20240520, but got 7. hint: handgrad data text FILE

@@ -1,4 +1,8 @@
-"""longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read."""
+"""longest_first: how a pair of texts that is too long is truncated, alike where it is prepared and where it is read.
+
+data prepares pairs and infer reads them. Neither imports the other, and the only rooms that both may import are ops,
+which are kernels, and core.
+"""
 
 
 def longest_first(first: int, second: int, most: int) -> tuple[int, int]:

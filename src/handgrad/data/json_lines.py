@@ -1,4 +1,4 @@
-"""Files of JSON lines, read within the bounds of a source: a damaged line is named, half a character is replaced."""
+"""Files of JSON lines, read within the bounds of a source: a damaged line is named, a lone surrogate is replaced."""
 
 import json
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 from handgrad.core.errors import HandgradError
 from handgrad.data.prepare.bounds import blocks
 
-# half a character in JSON: an escape, or bytes that json accepts
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-_HALVES = re.compile("[\ud800-\udfff]")
+# a surrogate in JSON: an escape, or bytes that json accepts
+_ENCODED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -20,7 +20,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if line.strip():
             where = f"{path}, line {number}"
             row = json_object(json_row(line, where), where)
-            yield where, whole_row(row) if _HALF.search(line) else row
+            yield where, whole_row(row) if _ENCODED_SURROGATE.search(line) else row
 
 
 def json_row(line: bytes, where: str) -> object:
@@ -47,13 +47,13 @@ def json_kind(value: object) -> str:
 
 
 def whole_row(row: dict) -> dict:
-    """Returns `row` with U+FFFD for every lone half of a character in its texts.
+    """Returns `row` with U+FFFD for every lone surrogate in its texts.
 
     >>> whole_row({"text": ["a \\ud800"]})
     {'text': ['a \ufffd']}
     """
     said = json.dumps(row, ensure_ascii=False, default=str)
-    return json.loads(repaired(said)[0]) if _HALVES.search(said) else row
+    return json.loads(repaired(said)[0]) if _SURROGATE.search(said) else row
 
 
 def replaced(raw: bytes) -> tuple[str, int]:
@@ -67,14 +67,14 @@ def replaced(raw: bytes) -> tuple[str, int]:
 
 
 def repaired(text: str) -> tuple[str, int]:
-    """Returns (`text` with U+FFFD for every lone half of a character, their number), as tiktoken reads it.
+    """Returns (`text` with U+FFFD for every lone surrogate, their number), as tiktoken reads it.
 
-    An escape in JSON can produce such a half; two that belong together become their character.
+    An escape in JSON can produce one; two that are a pair become their character.
 
     >>> repaired("a \\ud800 b")[1], repaired("\\ud83d\\ude00") == ("\\U0001f600", 0)
     (1, True)
     """
-    if not _HALVES.search(text):
+    if not _SURROGATE.search(text):
         return text, 0
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return whole, whole.count("\N{REPLACEMENT CHARACTER}") - text.count("\N{REPLACEMENT CHARACTER}")

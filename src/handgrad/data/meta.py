@@ -1,7 +1,6 @@
 """meta.json: what `handgrad data` records beside shards, and which tokenizer made the shards of several folders."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from handgrad.core.disk import require_file
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import MOST_OF_TOKENIZER, read_object
+from handgrad.core.number import F32_MAX
 
 META = "meta.json"
 VALUE = "value"  # the only label of a regression
@@ -63,7 +63,7 @@ def labelled(meta: dict | None, source: object) -> Labelled | None:
         is_whole = _is_list_of((str,), found) and len(set(found)) == len(found) > 1
     else:
         what, found = "numbers as 'values'", values
-        is_whole = _is_list_of((int, float), found) and len(found) > 0 and all(map(math.isfinite, found))
+        is_whole = _is_list_of((int, float), found) and len(found) > 0 and all(abs(one) <= F32_MAX for one in found)
     if not is_whole or type(record) is not int or record < 2:
         rule = f"{source}/{META} must hold {what}, and the ids of a 'record'"
         raise HandgradError("data", rule, "another", hint="make it again: handgrad data labels --replace")

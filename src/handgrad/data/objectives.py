@@ -1,6 +1,6 @@
 """Objective: what a window of raw ids becomes. Causal: the next token. Chat: the assistant's next token."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -13,6 +13,11 @@ from handgrad.data.shards import BEGINS, LEARNED
 
 # what stands in rows that hold no sequence; 0 in all other arrays. last -1: the row sees nothing
 EMPTY = {"targets": IGNORE_INDEX, "nsp_targets": IGNORE_INDEX, "rows": -1, "last": -1}
+
+
+def num_targets(batch: Mapping[str, np.ndarray]) -> int:
+    """Returns how many targets of a batch count: its losses are divided by this."""
+    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))
 
 
 class Objective(Protocol):

@@ -15,7 +15,7 @@ from handgrad.core.program import Program
 from handgrad.core.tensor import IGNORE_INDEX
 from handgrad.data import Data
 from handgrad.evals.metrics import Metric, mean, ratio
-from handgrad.evals.scoring import HEAD_ROWS
+from handgrad.evals.scoring import HEAD_ROWS, likeliest, padded
 from handgrad.infer.load import Source, in_arena, open_source
 from handgrad.models import Bert, Model
 from handgrad.tokenizers import Tokenizer
@@ -68,12 +68,10 @@ class Denoiser:
         found = np.zeros(len(hidden), np.int64)
         for at in range(0, len(hidden), HEAD_ROWS):
             part = hidden[at : at + HEAD_ROWS]
-            rows = np.zeros((HEAD_ROWS, hidden.shape[1]), hidden.dtype)
-            rows[: len(part)] = part
-            self.arena.write(self.logits.inputs["x"], rows)
+            self.arena.write(self.logits.inputs["x"], padded(part))
             self.bound[1].run()
-            logits = self.arena.fetch(self.logits.outputs["logits"])()[: len(part), : self.source.model.vocab_size]
-            found[at : at + len(part)] = logits.astype(np.float32).argmax(axis=1)
+            logits = self.arena.fetch(self.logits.outputs["logits"])()[: len(part)]
+            found[at : at + len(part)] = likeliest(logits, self.source.model.vocab_size)
         return found
 
 

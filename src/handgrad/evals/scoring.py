@@ -144,16 +144,12 @@ class Scorer:
 
     def _judge(self, x: np.ndarray, targets: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
         """(losses, whether the target is the likeliest token) of up to HEAD_ROWS rows; all False unless `greedy`."""
-        count = len(targets)
-        rows = np.zeros((HEAD_ROWS, x.shape[1]), x.dtype)
-        rows[:count] = x
-        wanted = np.full(HEAD_ROWS, IGNORE_INDEX, np.int32)
-        wanted[:count] = targets
-        losses = self._start(LOSSES, "losses", x=rows, targets=wanted)()[:count].astype(np.float32)
-        if not greedy:
-            return losses, np.zeros(count, bool)
-        logits = self._start(LOGITS, "logits", x=rows)()[:count, : self.model.vocab_size]
-        return losses, logits.astype(np.float32).argmax(axis=1) == targets
+        count, rows = len(targets), padded(x)
+        losses = self._start(LOSSES, "losses", x=rows, targets=padded(targets, IGNORE_INDEX))()[:count]
+        hits = np.zeros(count, bool)
+        if greedy:
+            hits = likeliest(self._start(LOGITS, "logits", x=rows)()[:count], self.model.vocab_size) == targets
+        return losses.astype(np.float32), hits
 
     def _start(self, which: int, output: str, **inputs: np.ndarray) -> Callable[[], np.ndarray]:
         """Starts a program on these inputs, and binds it at first use; calling the result waits for the output."""
@@ -164,6 +160,18 @@ class Scorer:
             self._arena.write(program.inputs[name], values)
         self._bound[which].run()
         return self._arena.fetch(program.outputs[output])
+
+
+def padded(rows: np.ndarray, value: int = 0) -> np.ndarray:
+    """Returns up to HEAD_ROWS rows, and rows of `value` after them: as many as a program of the head reads."""
+    found = np.full((HEAD_ROWS, *rows.shape[1:]), value, rows.dtype)
+    found[: len(rows)] = rows
+    return found
+
+
+def likeliest(logits: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns the likeliest token (n) of each row of logits (n, padded vocabulary)."""
+    return logits[:, :vocab_size].astype(np.float32).argmax(axis=1)
 
 
 def _pieces(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

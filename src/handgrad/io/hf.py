@@ -284,7 +284,7 @@ def _index(path: Path) -> dict[str, str]:
 
 def _is_name(value: object) -> bool:
     """Whether it can be the name of a file in a folder."""
-    # printable: no NUL, no line break, no half of a surrogate pair
+    # printable: no NUL, no line break, no lone surrogate
     return isinstance(value, str) and Path(value).name == value and value.isprintable()
 
 

@@ -9,7 +9,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.number import real
 from handgrad.core.op import Call
 from handgrad.core.precision import Precision
-from handgrad.core.tensor import IGNORE_INDEX, Role, Tensor
+from handgrad.core.tensor import Role, Tensor
 from handgrad.data import Data
 from handgrad.models import Model
 
@@ -74,11 +74,6 @@ def check_validation(run: Executable | None, data: Any, seq_len: int) -> Executa
     if data.seq_len != seq_len:
         raise HandgradError("train", f"validation data has the run's seq_len {seq_len}", data.seq_len)
     return run
-
-
-def num_targets(batch: dict[str, np.ndarray]) -> int:
-    """How many targets of a micro-batch count."""
-    return int(np.count_nonzero(batch["targets"] != IGNORE_INDEX))
 
 
 def check_fills(count: int, tensor: Tensor) -> None:

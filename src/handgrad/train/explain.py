@@ -13,6 +13,7 @@ from handgrad.core.plan import MIB, Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Program
 from handgrad.models import Model
+from handgrad.models.lora import adapter_params
 from handgrad.optim import AdamW, Optimizer
 from handgrad.train.execution import Execution
 from handgrad.train.record import flops_per_token, head_chunks, head_rows, logits_row_bytes, record, record_train
@@ -53,6 +54,16 @@ class Explanation:
         """Every call with its shapes, offsets, source line and the kernel that it is bound to."""
         return listing(self.program, self.plan, self.note)
 
+    def _adapters(self) -> list[str]:
+        """The line of the adapters, none without them. The parameters of a block contain theirs."""
+        p = self.program
+        if not p.adapters:
+            return []
+        count = sum(p.params[name].tensor.size for name in adapter_params(p))
+        ranks = ", ".join(sorted({str(adapter.rank) for adapter in p.adapters.values()}))
+        matrices = sum(len(adapter.modules) for adapter in p.adapters.values())
+        return [f"adapters      {count:,}, of rank {ranks} beside {matrices} matrices"]
+
     def __str__(self) -> str:
         p, at = self.program, self.plan
         calls = {phase: sum(c.phase == phase for c in p.calls) for phase in dict.fromkeys(c.phase for c in p.calls)}
@@ -60,6 +71,7 @@ class Explanation:
             f"parameters    {p.num_params - p.num_padding:,}, and {p.num_padding:,} of padded vocabulary rows"
             f" ({p.flat_size:,} with alignment)",
             f"trainable     {p.num_trainable:,}",
+            *self._adapters(),
             f"calls         {', '.join(f'{n} {phase}' for phase, n in calls.items())}",
             f"flops         {self.flops_per_token / 1e6:,.1f} M a token,"
             f" {self.flops_per_token * self.rows / 1e9:,.1f} G a micro-batch",

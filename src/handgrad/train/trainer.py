@@ -23,6 +23,7 @@ from handgrad.core.plan import Plan
 from handgrad.core.precision import Precision
 from handgrad.core.program import Segment
 from handgrad.data import Data
+from handgrad.data.objectives import num_targets
 from handgrad.evals import Scorer
 from handgrad.infer import Engine, Sampling
 from handgrad.io import checkpoint
@@ -139,7 +140,7 @@ class Trainer:
             )
             for k in range(self.accumulation)
         ]
-        counts = max(int(self.comm.total(sum(checks.num_targets(b) for b in batches))), 1)  # of all ranks
+        counts = max(int(self.comm.total(sum(num_targets(b) for b in batches))), 1)  # of all ranks
         self.arena.write_scalars(self.program, step=step, lr=lr, loss_scale=1.0 / counts, momentum=momentum)
         segments = self.program.segments
         for k, b in enumerate(batches):
@@ -248,7 +249,7 @@ class Trainer:
         for b in data.sweep(self.execution.micro_batch, max_tokens, *mine, names=names):
             self._start(run, b)
             total += float(self.arena.fetch_scalars(run.program)().loss_sum)  # of all ranks
-            counts += checks.num_targets(b)
+            counts += num_targets(b)
             if "logits" in run.program.outputs:
                 hits += int((self.arena.fetch(run.program.outputs["logits"])().argmax(axis=1) == b["targets"]).sum())
         of = max(self.comm.total(counts), 1)

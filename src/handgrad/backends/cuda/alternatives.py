@@ -26,7 +26,8 @@ class Alternatives:
         self._graphs, self._planner = graphs, planner
         library = cudnn.library() if planner.gpu.has_library_attention else None
         attention = None if library is None else library.backend_version()
-        kernels = [path.read_text() for path in sorted(PACKAGE.rglob("*.cu*"))]  # changed kernels are autotuned again
+        files = sorted([*PACKAGE.rglob("*.cu*"), *(PACKAGE / "ops").rglob("*.h")])
+        kernels = [path.read_text() for path in files]  # changed kernels are autotuned again
         self._file = cache.key("alternatives", version, attention, graphs.device.name, *kernels) + ".json"
         self._known: dict[str, int] = {} if planner.gpu.deterministic else json.loads(cache.load(self._file) or b"{}")
 

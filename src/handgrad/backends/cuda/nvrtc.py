@@ -35,7 +35,7 @@ class Source:
     def key(self) -> str:
         """The cache's name of the cubin: a hash of everything it depends on."""
         headers = [p.read_text() for p in sorted(INCLUDE.glob("*.cuh"))]
-        own = [p.read_text() for p in sorted(Path(self.path).parent.glob("*.cuh"))]
+        own = [p.read_text() for p in sorted(Path(self.path).parent.glob("*.*h"))]
         return cache.key("cubin", compiler(), self.arch, self.defines, Path(self.path).read_text(), *headers, *own)
 
 

@@ -86,19 +86,22 @@ class Comm(ABC):
     def reduce_scatter(self, full: np.ndarray, share: np.ndarray, adds: bool = False) -> None:
         """share = this rank's part of the sum over ranks of `full`, or += if `adds`.
 
-        full: (world * n);  share: (n), which may be that part of `full` itself
+        full: (world * n);  share: (n), which may be that part of `full` itself; both of any shape
         """
+        full, share = self._flat_pair(full, share)
         self._reduce(full, [r * share.size for r in range(self.world + 1)], share, adds)
 
     def all_reduce(self, x: np.ndarray) -> None:
-        """x (n) = the sum over ranks of x."""
+        """x = the sum over ranks of x, of any shape."""
+        x = _flat(x)
         bounds = [x.size * r // self.world for r in range(self.world + 1)]
         self._reduce(x, bounds, x[bounds[self.rank] : bounds[self.rank + 1]], False)
         parts = [x[a:b] for a, b in zip(bounds, bounds[1:])]
         self._chunked_all_to_all([parts[self.rank]] * self.world, parts, max(part.nbytes for part in parts))
 
     def all_gather(self, share: np.ndarray, full: np.ndarray) -> None:
-        """full (world * n) = the shares (n) of all ranks; `share` may be the own part of `full`."""
+        """full (world * n) = the shares (n) of all ranks; `share` may be the own part of `full`; both of any shape."""
+        full, share = self._flat_pair(full, share)
         parts = [full[r * share.size : (r + 1) * share.size] for r in range(self.world)]
         if parts[self.rank].ctypes.data != share.ctypes.data:
             parts[self.rank][...] = share
@@ -139,6 +142,12 @@ class Comm(ABC):
         self._chunked_all_to_all(send, received, max(sizes) * piece.itemsize)
         return [piece, *received[1:]] if self.rank == 0 else []
 
+    def _flat_pair(self, full: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both as vectors in the same memory. Raises ValueError unless `full` has the size of all shares."""
+        if full.size != self.world * share.size:
+            raise ValueError(f"{self.world} shares of {share.size} elements fill an array, but got one of {full.size}")
+        return _flat(full), _flat(share)
+
     def _chunked_all_to_all(self, send: Sequence[np.ndarray], receive: Sequence[np.ndarray], most: int) -> None:
         """`all_to_all` in chunks: MPI counts in 31 bits. most: bytes of the largest message of any rank."""
         sends, receives = [_bytes(a) for a in send], [_bytes(a) for a in receive]
@@ -165,7 +174,14 @@ class Comm(ABC):
 
 def _bytes(a: np.ndarray) -> np.ndarray:
     """The memory of a contiguous array."""
-    return a.reshape(-1).view(np.uint8)
+    return _flat(a).view(np.uint8)
+
+
+def _flat(a: np.ndarray) -> np.ndarray:
+    """A contiguous array as a vector in the same memory. Raises ValueError for any other: a copy would be filled."""
+    if not a.flags.c_contiguous:
+        raise ValueError(f"ranks exchange contiguous arrays, but got strides {a.strides} of shape {a.shape}")
+    return a.reshape(-1)
 
 
 class Alone(Comm):

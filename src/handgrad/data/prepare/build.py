@@ -23,6 +23,7 @@ import numpy as np
 from handgrad.core.disk import flush, make_folder, require_file, write_text, write_whole
 from handgrad.core.errors import HandgradError
 from handgrad.core.json_file import read_object
+from handgrad.core.number import I64_MAX
 from handgrad.data.meta import META, read_meta, sha256_of
 from handgrad.data.prepare.workers import Damage, Encoder, Job, tokenize
 from handgrad.data.shards import id_dtype, open_shard, write_shard
@@ -243,7 +244,9 @@ def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
     try:
         saved = read_object(building / _PROGRESS, "data", most=2**26)
         done = _Done(**saved["done"])
-        fits = saved["plan"] == plan and all(_is_intact(building, out_dir, **shard) for shard in done.shards)
+        counts = (done.part, done.job, done.ids, done.skipped, done.replaced)
+        fits = saved["plan"] == plan and all(type(count) is int and 0 <= count <= I64_MAX for count in counts)
+        fits = fits and all(_is_intact(building, out_dir, **shard) for shard in done.shards)
     except (HandgradError, OSError, KeyError, TypeError):
         fits = False
     if fits:
@@ -254,9 +257,10 @@ def _resumed(building: Path, out_dir: Path, plan: str) -> _Done:
 
 
 def _is_intact(building: Path, out_dir: Path, split: str, name: str, tokens: int, sha256: str) -> bool:
-    if not (building / name).exists():  # the earlier run was killed after moving it
-        return (out_dir / name).is_file() and sha256_of(out_dir / name) == sha256
-    return open_shard(building / name).count == tokens
+    if (building / name).exists():
+        return open_shard(building / name).count == tokens
+    moved = out_dir / name  # the earlier run was killed after moving it
+    return moved.is_file() and open_shard(moved).count == tokens and sha256_of(moved) == sha256
 
 
 def _write(

@@ -20,7 +20,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.data.meta import sha256_of
 from handgrad.data.prepare.build import Progress, check_replaces, claimed, install
 from handgrad.data.prepare.messages import Chat, chats
-from handgrad.data.prepare.readers import rows_of, taken
+from handgrad.data.prepare.readers import parse_row, rows_of
 from handgrad.data.prepare.recipes import check_on_error, share_of_val
 from handgrad.data.prepare.text import paths_of
 from handgrad.data.prepare.workers import Damage, Encoder
@@ -139,7 +139,7 @@ def _encoded(encoder: ChatEncoder, found: Sequence[Chat], on_error: str) -> list
 
     with suppress(HandgradError):
         return [_learnable(chat[0], *pair) for chat, pair in zip(found, encoder.encode(found), strict=True)]
-    return [row for chat in found for row in taken(one, chat, chat[0], on_error)]
+    return [row for chat in found for row in parse_row(one, chat, chat[0], on_error)]
 
 
 def _learnable(where: str, ids: np.ndarray, mask: np.ndarray) -> EncodedRow:

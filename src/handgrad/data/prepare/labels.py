@@ -20,7 +20,7 @@ from handgrad.data.json_lines import json_kind, json_object, repaired
 from handgrad.data.meta import VALUE
 from handgrad.data.prepare.build import Part, Progress, Settings, build
 from handgrad.data.prepare.hub import local_part
-from handgrad.data.prepare.readers import Take, Wanted, rows_of, text_in
+from handgrad.data.prepare.readers import Parse, RowParser, rows_of, text_in
 from handgrad.data.prepare.recipes import WORKER_BYTES, check_on_error, share_of_val
 from handgrad.data.prepare.workers import Damage, Encoder
 
@@ -41,12 +41,12 @@ class Columns:
     pair: str = ""
     are_numbers: bool = False
 
-    def wanted(self, take: Take, on_error: str) -> Wanted:
+    def parser(self, parse: Parse, on_error: str) -> RowParser:
         """All of every row, for the reader of a file."""
         names = tuple(name for name in (self.text, self.label, self.pair) if name)
         flags = "--column, --label and --pair" if self.pair else "--column and --label"
         numbers = (self.label,) if self.are_numbers else ()
-        return Wanted(take, (names,), f"{flags} name other columns", numbers=numbers, on_error=on_error)
+        return RowParser(parse, (names,), f"{flags} name other columns", numbers=numbers, on_error=on_error)
 
 
 def prepare_labels(
@@ -88,7 +88,7 @@ def prepare_labels(
 
     def parts(paths: Sequence[Path], split: str, low: float, high: float) -> list[Part]:
         document = partial(_document, columns=columns, index=index, share=(low, high))
-        jobs = partial(rows_of, wanted=columns.wanted(document, on_error))
+        jobs = partial(rows_of, parser=columns.parser(document, on_error))
         return [local_part(path, jobs, split) for path in paths]
 
     found = parts(files, "train", share, 1.0) + parts(val or files, "val", 0.0, 1.0 if val else share)
@@ -112,8 +112,8 @@ def prepare_labels(
 class Records:
     """An `Encoder` of documents "INDEX TEXT", where INDEX is that of the label: each becomes a record.
 
-    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts, and a line break divides
-        them: halves of a character at their ends would join
+    pairs: documents are "INDEX LENGTH TEXTS", where LENGTH is that of the first of two texts once its surrogates are
+        paired or replaced, and a line break divides them: lone surrogates at their ends would pair up
     """
 
     inner: Encoder
@@ -175,9 +175,9 @@ def _labels(paths: Sequence[Path], columns: Columns, on_error: str, most: int) -
 
     Raises HandgradError for fewer than two labels, or more than `most`.
     """
-    wanted, labels, skipped = columns.wanted(partial(_row, columns=columns), on_error), set(), 0
+    parser, labels, skipped = columns.parser(partial(_row, columns=columns), on_error), set(), 0
     for path in paths:
-        for _, job in rows_of(path, wanted):
+        for _, job in rows_of(path, parser):
             for found in job.read(*job.arguments):
                 if isinstance(found, Damage):
                     skipped += found.skipped
@@ -227,4 +227,6 @@ def _document(
     low, high = share
     if not low <= zlib.crc32(json.dumps(text).encode()) / 2**32 < high:
         return None
-    return f"{index[label]} {len(text)} {text}\n{second}" if columns.pair else f"{index[label]} {text}"
+    if not columns.pair:
+        return f"{index[label]} {text}"
+    return f"{index[label]} {len(repaired(text)[0])} {text}\n{second}"

@@ -12,7 +12,7 @@ from handgrad.core.errors import HandgradError, did_you_mean
 from handgrad.core.json_file import shown
 from handgrad.data.json_lines import json_kind, json_object, whole_row
 from handgrad.data.prepare.bounds import LONGEST_DOCUMENT
-from handgrad.data.prepare.readers import Wanted
+from handgrad.data.prepare.readers import RowParser
 
 ROLES = ("system", "user", "assistant", "tool")
 LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
@@ -21,9 +21,9 @@ SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # other
 Chat = tuple[str, list[dict[str, Any]], list[Any] | None, int]  # place for errors, messages, tools, those of a prompt
 
 
-def chats(on_error: str) -> Wanted:
+def chats(on_error: str) -> RowParser:
     """A chat from every row of a file, for its reader."""
-    return Wanted(chat_in, LAYOUTS, also=("input", "tools"), on_error=on_error)
+    return RowParser(chat_in, LAYOUTS, optional=("input", "tools"), on_error=on_error)
 
 
 def chat_in(row: object, where: str) -> Chat:

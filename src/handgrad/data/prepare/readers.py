@@ -4,7 +4,7 @@ The first takes the path of a file and yields (bytes of the file covered so far,
 writes the shards and reads as little as possible. The second runs in a worker process and yields documents.
 
 Files of rows are read in four formats, JSON lines, JSON lists, CSV and Parquet tables, by one rule: what a document is,
-and what becomes of a row that has none, is `Wanted`.
+and what becomes of a row that has none, is `RowParser`.
 """
 
 import csv
@@ -73,39 +73,40 @@ def _stories(path: Path, seed: int) -> Iterator[str]:
     yield from texts
 
 
-Take = Callable[[Any, str], Any]
+Parse = Callable[[Any, str], Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowParser:
     """What a recipe makes of the rows of a file, whichever its format. It is sent to worker processes.
 
-    take: (row, its place for errors) -> a document, None for a row that belongs to another part; raises HandgradError
+    parse: (row, its place for errors) -> a document, None for a row that belongs to another part; raises HandgradError
         for a row that is none
     layouts: columns, all of one of which a table (Parquet, CSV) must have;  hint: if it has not
-    also: columns that are read if it has them;  numbers: columns whose texts are numbers where a table has but texts
-    on_error: "stop" at the first row that `take` refuses, "skip" and count such rows, or "replace" bytes that are no
-        UTF-8 by U+FFFD and skip what `take` still refuses
+    optional: columns that are read if it has them
+    numbers: columns whose texts are numbers where a table has but texts
+    on_error: "stop" at the first row that `parse` refuses, "skip" and count such rows, or "replace" bytes that are no
+        UTF-8 by U+FFFD and skip what `parse` still refuses
     """
 
-    take: Take
+    parse: Parse
     layouts: tuple[tuple[str, ...], ...]
     hint: str = ""
-    also: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     on_error: str = "stop"
 
     def columns(self, path: Path, names: Sequence[str]) -> list[str]:
         """Returns those to read of a table with these names. Raises HandgradError if it lacks some."""
         if not any(set(layout) <= set(names) for layout in self.layouts):
-            wanted = ", or ".join(" and ".join(map(repr, layout)) for layout in self.layouts)
-            raise HandgradError("data", f"{path} must have a column {wanted}", ", ".join(names), hint=self.hint)
-        return [name for name in dict.fromkeys((*chain(*self.layouts), *self.also)) if name in names]
+            needed = ", or ".join(" and ".join(map(repr, layout)) for layout in self.layouts)
+            raise HandgradError("data", f"{path} must have a column {needed}", ", ".join(names), hint=self.hint)
+        return [name for name in dict.fromkeys((*chain(*self.layouts), *self.optional)) if name in names]
 
 
-def texts(column: str, on_error: str = "stop", bare: bool = False) -> Wanted:
+def texts(column: str, on_error: str = "stop", bare: bool = False) -> RowParser:
     """The text under `column`; bare: a row may be the text itself."""
-    return Wanted(partial(text_in, column=column, bare=bare), ((column,),), COLUMN, on_error=on_error)
+    return RowParser(partial(text_in, column=column, bare=bare), ((column,),), COLUMN, on_error=on_error)
 
 
 def text_in(row: object, where: str, column: str, bare: bool = False) -> str:
@@ -123,10 +124,10 @@ def text_in(row: object, where: str, column: str, bare: bool = False) -> str:
     return row[column]
 
 
-def taken(take: Take, row: Any, where: str, on_error: str) -> list[Any]:
-    """Returns what `take` makes of a row, and the damage if that is an error. Raises it to "stop", with a hint."""
+def parse_row(parse: Parse, row: Any, where: str, on_error: str) -> list[Any]:
+    """Returns what `parse` makes of a row, and the damage if that is an error. Raises it to "stop", with a hint."""
     try:
-        found = take(row, where)
+        found = parse(row, where)
     except HandgradError as error:
         if on_error == "stop":
             raise _with_hint(error) from None
@@ -139,7 +140,7 @@ def _with_hint(error: HandgradError) -> HandgradError:
     return HandgradError(error.where, error.rule, error.got, hint=hint)
 
 
-def rows_of(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+def rows_of(path: Path, parser: RowParser) -> Iterator[tuple[int, Job]]:
     """The rows of a file in the format that its name ends in: .parquet; .csv and .tsv; .json, where [ begins a list;
     else JSON lines.
 
@@ -147,31 +148,31 @@ def rows_of(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
     """
     size = require_file(path, "a source", "data")
     if path.suffix == ".parquet":
-        return table(path, wanted)
+        return table(path, parser)
     plain = path.with_suffix("") if path.suffix in OPEN else path
     if plain.suffix == ".json":
         with readable(path), path.open("rb") as raw:
             begin = Unfolding(path, raw, size, path.suffix).read(BLOCK_BYTES)
         if begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return json_list(path, wanted)
-    return separated(path, wanted, plain.suffix) if plain.suffix in SEPARATORS else numbered_lines(path, wanted)
+            return json_list(path, parser)
+    return separated(path, parser, plain.suffix) if plain.suffix in SEPARATORS else numbered_lines(path, parser)
 
 
-def json_lines(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+def json_lines(path: Path, parser: RowParser) -> Iterator[tuple[int, Job]]:
     """JSON lines, plain or compressed. A job is a range of a plain file, so an error names the byte of its line.
 
     Compressed files are not seekable, so they are decompressed here.
     """
     if path.suffix in OPEN:
-        yield from numbered_lines(path, wanted)
+        yield from numbered_lines(path, parser)
         return
     size = path.stat().st_size
     for start in range(0, size, BLOCK_BYTES):
         stop = min(start + BLOCK_BYTES, size)
-        yield stop, Job(_lines_between, (path, start, stop, wanted))
+        yield stop, Job(_lines_between, (path, start, stop, parser))
 
 
-def _lines_between(path: Path, start: int, stop: int, wanted: Wanted) -> Iterator[Any]:
+def _lines_between(path: Path, start: int, stop: int, parser: RowParser) -> Iterator[Any]:
     """Yields the documents of the lines that begin in bytes start..stop."""
     with readable(path), path.open("rb") as file:
         if start:
@@ -181,35 +182,35 @@ def _lines_between(path: Path, start: int, stop: int, wanted: Wanted) -> Iterato
         while at < stop and (line := file.readline(LONGEST_DOCUMENT + 1)):
             checked_line(line, path, at)
             if line.strip():
-                yield from _line(line, f"{path}, line at byte {at}", wanted)
+                yield from _line(line, f"{path}, line at byte {at}", parser)
             at += len(line)
 
 
-def numbered_lines(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+def numbered_lines(path: Path, parser: RowParser) -> Iterator[tuple[int, Job]]:
     """JSON lines, plain or compressed. They are read here, so an error names the number of its line."""
     number = 1
     for read, _, lines in blocks(path):
-        yield read, Job(_lines, (path, lines, number, wanted))
+        yield read, Job(_lines, (path, lines, number, parser))
         number += len(lines)
 
 
-def _lines(path: Path, lines: Iterable[bytes], first: int, wanted: Wanted) -> Iterator[Any]:
+def _lines(path: Path, lines: Iterable[bytes], first: int, parser: RowParser) -> Iterator[Any]:
     for number, line in enumerate(lines, first):
         if line.strip():
-            yield from _line(line, f"{path}, line {number}", wanted)
+            yield from _line(line, f"{path}, line {number}", parser)
 
 
-def _line(line: bytes, where: str, wanted: Wanted) -> list[Any]:
+def _line(line: bytes, where: str, parser: RowParser) -> list[Any]:
     """Returns the document of a line of JSON, and its damage."""
 
-    def take(raw: bytes, where: str) -> Any:
-        return wanted.take(json_row(raw, where), where)
+    def parse(raw: bytes, where: str) -> Any:
+        return parser.parse(json_row(raw, where), where)
 
-    found = taken(take, line, where, wanted.on_error)
-    whole, count = replaced(line) if wanted.on_error == "replace" and _is_skipped(found) else ("", 0)
+    found = parse_row(parse, line, where, parser.on_error)
+    whole, count = replaced(line) if parser.on_error == "replace" and _is_skipped(found) else ("", 0)
     if not count:
         return found
-    again = taken(take, whole.encode(), where, wanted.on_error)
+    again = parse_row(parse, whole.encode(), where, parser.on_error)
     return again if _is_skipped(again) else [*again, Damage(replaced=count)]
 
 
@@ -217,15 +218,15 @@ def _is_skipped(found: list[Any]) -> bool:
     return bool(found) and isinstance(found[0], Damage)
 
 
-def json_list(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+def json_list(path: Path, parser: RowParser) -> Iterator[tuple[int, Job]]:
     """A JSON list, plain or compressed, as one job: a list that is no JSON is an error, as where a row ends is unknown.
 
     Rows count from 0.
     """
-    yield path.stat().st_size, Job(_listed, (path, wanted))
+    yield path.stat().st_size, Job(_listed, (path, parser))
 
 
-def _listed(path: Path, wanted: Wanted) -> Iterator[Any]:
+def _listed(path: Path, parser: RowParser) -> Iterator[Any]:
     hint = "one object a line may be of any size: jq -c '.[]' FILE > FILE.jsonl"
     with readable(path), path.open("rb") as raw:
         size = path.stat().st_size
@@ -233,17 +234,17 @@ def _listed(path: Path, wanted: Wanted) -> Iterator[Any]:
         if len(content) > LONGEST_LIST:
             rule = f"{path}: a JSON list must have at most {LONGEST_LIST:,} bytes"
             raise HandgradError("data", rule, f"{max(size, len(content)):,}", hint=hint)
-        whole, count = replaced(content) if wanted.on_error == "replace" else (content, 0)
+        whole, count = replaced(content) if parser.on_error == "replace" else (content, 0)
         rows = json.loads(whole)
     if not isinstance(rows, list):
         raise HandgradError("data", f"{path} must hold a JSON list", json_kind(rows), hint="handgrad data jsonl FILE")
     if count:
         yield Damage(replaced=count)
     for number, row in enumerate(rows):
-        yield from taken(wanted.take, row, f"{path}, row {number}", wanted.on_error)
+        yield from parse_row(parser.parse, row, f"{path}, row {number}", parser.on_error)
 
 
-def separated(path: Path, wanted: Wanted, ending: str) -> Iterator[tuple[int, Job]]:
+def separated(path: Path, parser: RowParser, ending: str) -> Iterator[tuple[int, Job]]:
     """CSV or TSV, plain or compressed, whose first row names the columns. A row may take several lines, so rows are
     found here, and an error names the line where its row begins.
 
@@ -257,10 +258,10 @@ def separated(path: Path, wanted: Wanted, ending: str) -> Iterator[tuple[int, Jo
         raise HandgradError("data", f"{path}, line {number}: the first row must name the columns", got)
     if len(names) == 1 and re.search("[,;\t]", names[0]):
         raise HandgradError("data", f"{path} must have {SEPARATORS[ending][1]} between fields", names[0])
-    columns = wanted.columns(path, names)
+    columns = parser.columns(path, names)
     if twice := [name for name in columns if names.count(name) > 1]:
         raise HandgradError("data", f"{path} must have one column {twice[0]!r}", names.count(twice[0]))
-    about, size = (tuple(names), columns, wanted), 0
+    about, size = (tuple(names), columns, parser), 0
     for row in rows:
         found.append(row)
         size += sum(map(len, row[1]))
@@ -312,9 +313,13 @@ def _separated_rows(path: Path, lines: _Lines, reader: Any) -> Iterator[tuple[in
 
 
 def _separated(
-    path: Path, rows: Iterable[tuple[int, list[str], str]], names: Sequence[str], columns: Sequence[str], wanted: Wanted
+    path: Path,
+    rows: Iterable[tuple[int, list[str], str]],
+    names: Sequence[str],
+    columns: Sequence[str],
+    parser: RowParser,
 ) -> Iterator[Any]:
-    def take(row: tuple[list[str], str], where: str) -> Any:
+    def parse(row: tuple[list[str], str], where: str) -> Any:
         fields, problem = row
         if problem:
             raise HandgradError("data", f"{where}: must be CSV", problem)
@@ -322,11 +327,11 @@ def _separated(
             rule = f"{where}: a row must have the {len(names)} fields of the first"
             raise HandgradError("data", rule, len(fields))
         found: dict[str, Any] = {name: value or None for name, value in zip(names, fields) if name in columns}
-        found |= {name: _number(found[name]) for name in wanted.numbers if found.get(name)}
-        return wanted.take(found, where)
+        found |= {name: _number(found[name]) for name in parser.numbers if found.get(name)}
+        return parser.parse(found, where)
 
     for number, *row in rows:
-        yield from taken(take, row, f"{path}, line {number}", wanted.on_error)
+        yield from parse_row(parse, row, f"{path}, line {number}", parser.on_error)
 
 
 def _number(text: str) -> float | str:
@@ -342,29 +347,29 @@ def _number(text: str) -> float | str:
     return number if math.isfinite(number) else text
 
 
-def table(path: Path, wanted: Wanted) -> Iterator[tuple[int, Job]]:
+def table(path: Path, parser: RowParser) -> Iterator[tuple[int, Job]]:
     """A Parquet file, one job per row group. Rows count from 0."""
     with readable(path), parquet().ParquetFile(path) as file:
         names, about = file.schema_arrow.names, file.metadata
         sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-    columns, size, first = wanted.columns(path, names), path.stat().st_size, 0
+    columns, size, first = parser.columns(path, names), path.stat().st_size, 0
     for group, count in enumerate(sizes):
-        yield size * (group + 1) // len(sizes), Job(_rows, (path, group, first, columns, wanted))
+        yield size * (group + 1) // len(sizes), Job(_rows, (path, group, first, columns, parser))
         first += count
 
 
-def _rows(path: Path, group: int, first: int, columns: Sequence[str], wanted: Wanted) -> Iterator[Any]:
+def _rows(path: Path, group: int, first: int, columns: Sequence[str], parser: RowParser) -> Iterator[Any]:
     for _ in batches(path, group, columns):
         pass  # refuses a row group that unfolds to too much before its first rows are tokenized, at 1/20 of their time
     number = first
     for batch in batches(path, group, columns):
-        for index, (row, damage) in enumerate(_objects(path, batch, wanted.on_error)):
+        for index, (row, damage) in enumerate(_objects(path, batch, parser.on_error)):
             where = f"{path}, row {number + index}"
             longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
             if longest > LONGEST_DOCUMENT:
                 rule = f"{where}: a text must have at most {LONGEST_DOCUMENT:,} characters"
                 raise HandgradError("data", rule, f"{longest:,}")
-            yield from [damage] if damage.skipped else taken(wanted.take, row, where, wanted.on_error)
+            yield from [damage] if damage.skipped else parse_row(parser.parse, row, where, parser.on_error)
             if damage.replaced:
                 yield damage
         number += batch.num_rows

@@ -224,13 +224,13 @@ def _parts(
     if recipe == "tinystories":
         return _tinystories(source, own.building)
     if recipe in FINEWEB:
-        jobs = partial(table, wanted=texts("text"))
+        jobs = partial(table, parser=texts("text"))
         return _published(source, FINEWEB[recipe], (f"sample/{sample}T/*.parquet",), ("*.parquet",), jobs)
     if recipe == "openwebtext":
         patterns, also = ("plain_text/*.parquet", "subsets/*.tar"), ("*.parquet", "*.tar", "*.xz")
         return _published(source, "Skylion007/openwebtext", patterns, also, _openwebtext)
     if recipe in _ROWS:
-        rows = partial(_ROWS[recipe], wanted=texts(own.column, own.on_error, bare=recipe == "json"))
+        rows = partial(_ROWS[recipe], parser=texts(own.column, own.on_error, bare=recipe == "json"))
         return [local_part(file, rows) for file in files]
     if recipe == "tokens":
         ids = partial(token_ids, raw=own.raw, vocab_size=own.vocab_size)

@@ -56,7 +56,7 @@ class Damage:
     """What a reader did not yield as it is in the source.
 
     skipped: rows without text, or lines that are no UTF-8, which were left out
-    replaced: bytes that are no UTF-8, and halves of characters, now U+FFFD
+    replaced: bytes that are no UTF-8, and lone surrogates, now U+FFFD
     """
 
     skipped: int = 0

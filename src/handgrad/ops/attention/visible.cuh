@@ -85,7 +85,7 @@ struct View {
 };
 
 #if BUCKETS
-#include "buckets.cuh"
+#include "buckets.h"
 enum { DISTANCES = 2 * FAR + 1 };
 
 // Of a distance key - query.

@@ -13,7 +13,7 @@ from typing import Any
 from handgrad.train.log_file import abbreviated
 from handgrad.train.log_text import clock, short
 from handgrad.train.report.curves import curves, running_mean
-from handgrad.train.report.read import Run
+from handgrad.train.report.read import Run, number
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 OWN = ("run.out", "run.resume")  # settings that no two runs share
@@ -112,8 +112,8 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
     if scores := run.hellaswag():
         found["HellaSwag"] = f"{100 * scores.values[-1]:.1f} %", f"step {scores.steps[-1]:,}"
     for key, name in {"params": "parameters", "tokens": "tokens seen"}.items():
-        if isinstance(run.summary.get(key), int):
-            found[name] = short(run.summary[key]), f"{run.summary[key]:,}"
+        if isinstance(count := run.summary.get(key), int) and number(count) is not None:
+            found[name] = short(count), f"{count:,}"
     if (rate := run.median("tokens_per_second")) is not None:
         mfu = run.median("mfu")
         found["throughput"] = short(rate), f"tokens per second{f', {100 * mfu:.1f} % MFU' if mfu else ''}, median"

@@ -102,7 +102,7 @@ class Run:
             task = tasks.get("hellaswag") if isinstance(tasks, Mapping) else None
             value = number(task.get("acc_llmc") if isinstance(task, Mapping) else None)
             step = checkpoint.removeprefix("step_")
-            if value is not None and step.isdecimal():
+            if value is not None and step.isdecimal() and len(step) < 19:  # below 2^63
                 found[int(step)] = value
         return Points(np.array(sorted(found), np.int64), np.array([found[step] for step in sorted(found)], float))
 
