@@ -22,15 +22,15 @@ MISTAKES = [  # a command in the folder of the page, what it says
     ("chat t5", r"\[chat\] a t5 continues no texts, .* hint: handgrad generate writes about a prompt"),
     ("data chat texts.txt --model t5 --template chatml", r"\[chat\] a t5 continues no texts"),
     ("classify gpt texts.txt", r"\[model\] a bert reads whole texts, but got a gpt2. hint: handgrad generate"),
-    ("convert bert out.gguf", r"\[convert\] a .gguf holds a gpt2 or a llama or a gemma, but got a bert. hint: --to hf"),
-    ("convert t5 out.gguf", r"\[convert\] a .gguf holds a gpt2 or a llama or a gemma, but got a t5. hint: --to hf"),
+    ("convert bert out.gguf", r"\[convert\] a .gguf holds a gemma or a gpt2 or a llama, but got a bert. hint: --to hf"),
+    ("convert t5 out.gguf", r"\[convert\] a .gguf holds a gemma or a gpt2 or a llama, but got a t5. hint: --to hf"),
     (
         "train --init t5 --train book --seq-len 9",
         r"sources of 64 tokens have targets of seq_len 14, but got 9. hint: leave",
     ),
     (
         "train --init bert --train gptdata",
-        r"but got b'\S+ of \S+ hint: handgrad data text FILE... --tokenizer bert --out gptdata --replace",
+        r"but got b'\S+ of the data's chars .* hint: handgrad data text FILE... --tokenizer bert --out gptdata --replace",
     ),
     (
         "train --init bert --train long",

@@ -14,13 +14,13 @@ FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1700,
     "backends": 4600,
-    "train": 4220,
+    "train": 4315,
     "optim": 680,
-    "data tokenizers": 4150,
-    "io": 1420,
+    "data tokenizers": 4330,
+    "io": 1450,
     "evals": 670,
-    "infer": 960,
-    "cli": 2060,
+    "infer": 1010,
+    "cli": 2110,
 }
 OP, ATTENTION, MODEL = 725, 2800, 250
 FUNCTION, KERNEL = 60, 90  # lines of a Python function, docstring included; of a CPU or GPU kernel

@@ -268,7 +268,7 @@ def test_a_run_ends_with_an_answer(run, tmp_path, capfd, words, said):
     assert main(["train", "--init", base, "--train", chats, "--out", f"{tmp_path}/run", *sizes, *words]) == 0
     text = (tmp_path / "run" / "sample.txt").read_text()
     shown = capfd.readouterr().out
-    assert shown.count(said) == 2 and f"\n{text}" in shown
+    assert shown.count(said) >= 2 and f"\n{text}" in shown  # the model may write it, too
     if words[-2] != "--prompt":
         assert text == "<|im_start|>user:row 0<|im_end|>assistant:us\n"  # the end of a turn ends it
         assert "<|im_end|>assistant:us" in (tmp_path / "run" / "report.html").read_text().replace("&lt;", "<").replace(

@@ -157,7 +157,7 @@ def test_ranks_train_and_evaluate_as_one(shards, zero):
         val, found = hg.data.tokens(shards, 8, 32), []
         for step in (1, 2, 3):
             found.append(run.step(step, rate(step)).loss)
-            text = sample(SimpleNamespace(trainer=run, tokenizer=Words, prompt=[1], config=CONFIG))
+            text = sample(SimpleNamespace(trainer=run, tokenizer=Words, prompt=[1], ends=set(), config=CONFIG))
             assert bool(text) == (comm.rank == 0 or zero == 3)
             found.append(run.evaluate(val, 128))
         sizes = [run.plan.vectors[name].size for name in ("z", "v")]

@@ -120,9 +120,8 @@ def save(
     _check_keep(keep_last, keep_every)
     out_dir = Path(out_dir)
     final = out_dir / f"step_{step:06d}"
-    building = temporary(final)
+    building, good = temporary(final), newest(out_dir)
     text = _dumped({**meta, "step": step})
-    good = newest(out_dir)
     hint = f"resume from {good}, which is whole, with a lower learning rate" if good else "a lower learning rate"
     for name, array in (*tensors.items(), *state.items()):
         check_finite(f"step {step}", name, array, hint)
