@@ -7,7 +7,7 @@ from handgrad.backends import best_dtype, open_backend, resolve_name
 from handgrad.cli.__main__ import main
 from handgrad.cli.flags import parse
 from handgrad.core.dtypes import BF16, F32
-from handgrad.models import GPT2, registry
+from handgrad.models import GPT2, Lora, registry
 from handgrad.train.config import Config
 from handgrad.train.resolve import resolve
 
@@ -38,6 +38,11 @@ def test_precision_in_the_planners_terms(words, working, tf32, splits):
             lambda: Execution(1, recompute="all"),
             "[execution] recompute is one of none, act, act_norm, block, but got 'all'.",
         ),
+        (
+            lambda: Execution(1, train_only="h.*"),
+            "[execution] train_only is a tuple of patterns, but got 'h.*'. hint: ('h.*',)",
+        ),
+        (lambda: Lora(4, targets="qkv"), "[lora] targets is a tuple of names, but got 'qkv'. hint: ('qkv',)"),
         (lambda: Execution(1, check="inf"), "[execution] check is one of off, nan, but got 'inf'."),
         (
             lambda: Execution(1, extra_programs=("val", "vale")),

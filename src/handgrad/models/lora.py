@@ -71,6 +71,8 @@ class Lora:
         object.__setattr__(self, "rank", whole("lora", "rank", self.rank, 1))
         object.__setattr__(self, "alpha", real("lora", "alpha", self.alpha, 0.0))
         object.__setattr__(self, "dropout", real("lora", "dropout", self.dropout, 0.0))
+        if isinstance(self.targets, str):  # whose letters would be targets
+            raise HandgradError("lora", "targets is a tuple of names", repr(self.targets), hint=f"({self.targets!r},)")
         object.__setattr__(self, "targets", tuple(self.targets))
         if not self.alpha:
             raise HandgradError("lora", "alpha is positive: with 0 nothing learns", self.alpha)

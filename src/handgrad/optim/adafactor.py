@@ -6,7 +6,7 @@ from handgrad.core.dtypes import F32
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
 from handgrad.ops import adafactor
-from handgrad.optim.adamw import DECAY, PLAIN, decays
+from handgrad.optim.adamw import DECAY, by_decay
 from handgrad.optim.checks import check_reals
 from handgrad.optim.slices import declare_low, gather, pieces, sizes_of
 
@@ -38,8 +38,8 @@ class Adafactor:
 
     @property
     def groups(self) -> Groups:
-        """The groups of parameters that decay and that do not, in this order in every block."""
-        return Groups((DECAY, PLAIN), decays)
+        """As `by_decay`."""
+        return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:
         """Declares the low halves; the states of a parameter are declared where it is updated."""

@@ -21,6 +21,12 @@ def decays(param: Param) -> str:
     return DECAY if len(param.tensor.shape) > 1 else PLAIN
 
 
+def by_decay(weight_decay: float) -> Groups:
+    """The groups of parameters that decay and that do not, in this order in every block."""
+    rules = {DECAY: f"weight decay {weight_decay:g}", PLAIN: "no weight decay"} if weight_decay else {}
+    return Groups((DECAY, PLAIN), decays, rules)
+
+
 @dataclass(frozen=True)
 class AdamW:
     """AdamW's hyperparameters; the learning rate is a step scalar.
@@ -53,8 +59,8 @@ class AdamW:
 
     @property
     def groups(self) -> Groups:
-        """The groups of parameters that decay and that do not, in this order in every block."""
-        return Groups((DECAY, PLAIN), decays)
+        """As `by_decay`."""
+        return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:
         """Declares the moments m and v, with a scale per block if they are of 8 bits, and the low halves."""

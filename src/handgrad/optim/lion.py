@@ -6,7 +6,7 @@ from handgrad.core.dtypes import F32
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
 from handgrad.ops import lion
-from handgrad.optim.adamw import DECAY, PLAIN, decays
+from handgrad.optim.adamw import DECAY, by_decay
 from handgrad.optim.checks import check_betas, check_reals
 from handgrad.optim.slices import declare_low, slices
 
@@ -32,8 +32,8 @@ class Lion:
 
     @property
     def groups(self) -> Groups:
-        """The groups of parameters that decay and that do not, in this order in every block."""
-        return Groups((DECAY, PLAIN), decays)
+        """As `by_decay`."""
+        return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:
         """Declares m in float32 and the low halves."""

@@ -7,7 +7,7 @@ from handgrad.core.errors import HandgradError
 from handgrad.core.params import Bucket, Groups
 from handgrad.core.program import Program
 from handgrad.ops import schedule_free, schedule_free_average, schedule_free_count
-from handgrad.optim.adamw import DECAY, PLAIN, decays
+from handgrad.optim.adamw import DECAY, by_decay
 from handgrad.optim.checks import check_betas, check_eps, check_reals
 from handgrad.optim.slices import Slices, declare_low, slices
 
@@ -51,8 +51,8 @@ class ScheduleFree:
 
     @property
     def groups(self) -> Groups:
-        """The groups of parameters that decay and that do not, in this order in every block."""
-        return Groups((DECAY, PLAIN), decays)
+        """As `by_decay`."""
+        return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:
         """Declares z and v in float32 and the low halves, and appends the call that counts the step."""

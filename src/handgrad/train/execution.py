@@ -65,6 +65,9 @@ class Execution:
             raise HandgradError("execution", "head_bytes is not negative", self.head_bytes)
         if whole("execution", "zero", self.zero, 0) not in STAGES:
             raise HandgradError("execution", f"zero is one of {', '.join(map(str, STAGES))}", self.zero)
+        if isinstance(self.train_only, str):  # whose letters would be patterns
+            rule = "train_only is a tuple of patterns"
+            raise HandgradError("execution", rule, repr(self.train_only), hint=f"({self.train_only!r},)")
         object.__setattr__(self, "train_only", tuple(self.train_only))
         if self.train_only and self.lora:
             rule = "adapters alone learn beside a frozen model: train_only goes without lora"

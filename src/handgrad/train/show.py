@@ -106,7 +106,8 @@ def groups(run: Run) -> list[tuple[str, str]]:
     for group, rule in run.trainer.optim.groups.rules.items():
         tensors = [p.tensor for b in run.trainer.program.buckets if b.group == group for p in b.members]
         size = f"{sum(t.size for t in tensors):,} parameters in {len(tensors)} tensors"
-        lines.append(("" if lines else "optimizer", f"{group}: {size}; {rule}"))
+        if tensors:
+            lines.append(("" if lines else "optimizer", f"{group}: {size}; {rule}"))
     return lines
 
 

@@ -85,7 +85,7 @@ struct View {
 };
 
 #if BUCKETS
-#include "buckets.h"
+#include "buckets.cuh"
 enum { DISTANCES = 2 * FAR + 1 };
 
 // Of a distance key - query.

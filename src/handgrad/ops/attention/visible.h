@@ -1,8 +1,7 @@
 // visible: which keys a query sees, and biases by distance. flash.h and cpu.c skip tiles that no query sees.
 //                                                                                                 math: README.md §2
-// source    own work
+// source    own work; buckets after Raffel et al. 2020 (T5)
 #pragma once
-#include "buckets.h"
 
 typedef struct {
   int64_t T, S, position;       // queries and keys of a sequence; position of its first query
@@ -87,6 +86,19 @@ static const Seen *seen_columns(Seen *part, const Seen *all, RowsSee see, const 
   if (see.every.begin <= key && key + BC <= see.every.end) return all;
   seen_part(part, from, to, (int)key, n);
   return part;
+}
+
+#define FAR 128  // distances from here on share a bucket
+
+// The bucket of a distance n among `count`: exact below count / 2, then by its logarithm. Powers instead of logarithms:
+// products of small whole numbers are exact, so that all engines agree on the borders.
+static int distance_bucket(int n, int count) {
+  int exact = count / 2, bucket = exact;
+  double power = 1.0, bound = (double)FAR / exact;
+  if (n < exact) return n;
+  for (int i = exact; i < count; i++) power *= (double)n / exact;
+  for (; bucket + 1 < count && power >= bound; bucket++) bound *= (double)FAR / exact;
+  return bucket;
 }
 
 // bucket (2 FAR + 1): of the distances key - query from -FAR to FAR.
