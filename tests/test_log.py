@@ -409,6 +409,17 @@ def test_a_run_that_stops_early_leaves_its_last_state(tmp_path, monkeypatch, wid
     assert final.startswith("3/1000  loss 2.0000") and "0:00 in all\n" in final and "left" not in final
 
 
+def test_the_figures_of_a_last_step_that_is_validated_stand_once(tmp_path, monkeypatch):
+    def run():
+        with RunLog(tmp_path, 2) as log:
+            write(log, [1])
+            write(log, [2], val_loss=4.5)
+
+    text = on_a_terminal(monkeypatch, 80, run).replace("\r", "")
+    assert text.count("step 2/2 | loss 3.0000 | val 4.5000") == 1
+    assert text.rpartition("step ")[2].startswith("2/2  0:00 in all")
+
+
 def test_every_printed_line_is_whole_on_a_terminal(tmp_path, monkeypatch):
     def run():
         with RunLog(tmp_path, 100_000) as log:

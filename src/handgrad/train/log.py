@@ -282,6 +282,8 @@ class RunLog:
         assert self._first is not None  # `step` sets it before it shows a line
         step, (first, began) = line["step"], self._first
         shown = parts(line | self._val, self.total_steps)
+        if is_over and "val_loss" in line:  # its figures have been printed
+            shown = {"step": shown["step"]}
         if is_over or step >= self.total_steps:
             shown["time"] = clock(now) + " in all"
         elif step > first:
