@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "handgrad"
 FILE = 350
 BUDGETS = {  # folders that share a budget: lines
     "core": 1700,
-    "backends": 4600,
+    "backends": 4610,
     "train": 4315,
-    "optim": 680,
+    "optim": 690,
     "data tokenizers": 4330,
     "io": 1450,
     "evals": 670,

@@ -59,26 +59,38 @@ def weights(run):
     return {name: real(name, w) for name, w in joined.items()}
 
 
+def matrices(run, found):
+    """The same with q, k and v apart, each of which has a factor and means of its own."""
+    apart = {}
+    for name, array in found.items():
+        rows = [rows for rows, _ in run.program.params[name].parts][:-1]
+        apart |= (
+            {f"{name}.{k}": part for k, part in enumerate(np.split(array, np.cumsum(rows)))} if rows else {name: array}
+        )
+    return apart
+
+
 def both(folder, optim, make_judge, lr, dtype="f32", master=True, momentum=None):
     """(ours, the judge's, the start) after 50 steps; momentum: of a step, if it is scheduled. The judge has weights of its own, in float64, and the gradients
     of our steps: of a whole GPT-2, with tied weights and padding."""
     torch = pytest.importorskip("torch")
     run = trainer(folder, optim, dtype, master)
-    start = weights(run)
+    apart = lambda found: matrices(run, found)  # noqa: E731
+    start = apart(weights(run))
     theirs = {name: torch.nn.Parameter(torch.tensor(w, dtype=torch.float64)) for name, w in start.items()}
     judge = make_judge(torch, [{"params": [w], "weight_decay": 0.1 if w.ndim > 1 else 0.0} for w in theirs.values()])
     for step in range(1, STEPS + 1):
         result = run.step(step, lr, momentum(step) if momentum else None)
         assert math.isfinite(result.loss)
-        grads = run.grads()
+        grads = apart({name: real(name, grad) for name, grad in run.grads().items()})
         for name, w in theirs.items():
-            w.grad = torch.tensor(np.array(real(name, grads[name]), np.float64))
+            w.grad = torch.tensor(np.array(grads[name], np.float64))
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(theirs.values(), optim.clip)
         for group in judge.param_groups:
             group |= {"lr": lr} | ({"momentum": momentum(step)} if momentum else {})
         judge.step()
-    return weights(run), {name: w.detach().numpy() for name, w in theirs.items()}, start
+    return apart(weights(run)), {name: w.detach().numpy() for name, w in theirs.items()}, start
 
 
 def sgd(torch, groups, **kind):
@@ -207,7 +219,8 @@ def state_bytes(run, optim, dtype):
     n, aligned = run.program.flat_size, lambda size: -(-size // 256) * 256
     low = [2 * n] if dtype == "bf16" else []
     if isinstance(optim, Adafactor):
-        shapes = [info.tensor.shape for info in run.program.params.values()]
+        params = [(info.tensor.shape, [rows for rows, _ in info.parts]) for info in run.program.params.values()]
+        shapes = [(n, *shape[1:]) for shape, rows in params for n in rows or shape[:1]]
         vectors = low + [4 * m for s in shapes for m in (s if len(s) == 2 else (1, *s))]
     elif isinstance(optim, AdamW):
         each = {"f32": [4 * n], "bf16": [2 * n], "int8": [n, 4 * n // 128]}[optim.moments]

@@ -51,21 +51,18 @@ class Adafactor:
         found, grads = pieces(g, bucket), gather(g, bucket, g.slice("grad", bucket))
         factors = sizes_of(g, bucket, found) if self.scale_parameter else [None] * len(found)
         for piece, factor in zip(found, factors):
-            tensor = piece.param.tensor
-            name, shape = tensor.name, tensor.shape
-            rows = 1 if len(shape) == 1 else shape[0]  # a vector is a matrix of one row
-            columns = tensor.size // rows
+            rows, columns = piece.shape if len(piece.shape) == 2 else (1, piece.shape[0])  # a vector is one row
+            row, col = g.state(f"row.{piece.name}", (rows,), F32), g.state(f"col.{piece.name}", (columns,), F32)
             g.emit(
                 adafactor,
-                g.within(grads, piece.place, tensor.size),
+                g.within(grads, piece.place, rows * columns),
                 factor,
-                into=piece.into
-                | {"row": g.state(f"row.{name}", (rows,), F32), "col": g.state(f"col.{name}", (columns,), F32)},
+                into=piece.into | {"row": row, "col": col},
                 first=piece.first,
                 start=piece.start,
                 M=rows,
                 K=columns,
-                count=piece.param.size,
+                count=piece.count,
                 relative_step=self.relative_step,
                 decay=BETA_DECAY,
                 eps=EPS,

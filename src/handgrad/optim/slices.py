@@ -1,6 +1,8 @@
 """What one rank updates of a bucket: slices, by the names that update ops have for them, and a piece of each parameter.
 And what ranks send each other where an update needs whole parameters: values of a bucket, sizes."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from handgrad.core.dtypes import F32, I16
@@ -17,16 +19,21 @@ Slices = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements of a parameter that this rank updates: all of them, or those in its share, maybe none.
+    """The elements of a parameter that this rank updates: all of them, or those in its share, maybe none. Of one that
+    stacks several matrices (`Param.parts`: q, k and v) each is a parameter of its own.
 
-    place  where the parameter starts in its bucket
+    name   of the parameter, with the number of the matrix
+    shape  of the whole; count: its elements that are no padding
+    place  where it starts in its bucket
     first  its first element here
     start  the place of that element in the flat order of all parameters
     into   `slices` of these elements
     grad   their gradients
     """
 
-    param: Param
+    name: str
+    shape: tuple[int, ...]
+    count: int
     place: int
     first: int
     start: int
@@ -48,16 +55,32 @@ def slices(g: Program, bucket: Bucket) -> Slices:
 
 
 def pieces(g: Program, bucket: Bucket) -> list[Piece]:
-    """The piece of every parameter of a bucket."""
+    """The pieces of every parameter of a bucket."""
     grad, held, share = g.slice("grad", bucket), slices(g, bucket), g.share_start(bucket)
     found = []
     for param, (tensor, place) in zip(bucket.members, bucket.places()):
         _, low, high = g.vectors["param"].piece(tensor, g.ranks.shares(1))
-        start = bucket.start + place + low if low < high else share
-        span = start - share, high - low
-        into = {name: t and g.within(t, *span) for name, t in held.items()}
-        found.append(Piece(param, place, low, start, into, g.within(grad, *span)))
+        for name, shape, begin in _matrices(param):
+            end = begin + math.prod(shape)
+            first, last = max(low, begin), min(high, end)
+            start = bucket.start + place + first if first < last else share
+            span = start - share, max(last - first, 0)
+            into = {key: t and g.within(t, *span) for key, t in held.items()}
+            count = param.size if shape == tensor.shape else end - begin
+            found.append(Piece(name, shape, count, place + begin, first - begin, start, into, g.within(grad, *span)))
     return found
+
+
+def _matrices(param: Param) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yields (name, shape, first element) of each matrix that a parameter stacks; of the parameter, if it is one or if
+    some begin where vector instructions of four numbers cannot."""
+    name, shape, row = param.tensor.name, param.tensor.shape, 0
+    if len(param.parts) < 2 or any(rows * shape[1] % 4 for rows, _ in param.parts):
+        yield name, shape, 0
+        return
+    for k, (rows, _) in enumerate(param.parts):
+        yield f"{name}.{k}", (rows, shape[1]), row * shape[1]
+        row += rows
 
 
 def gather(g: Program, bucket: Bucket, share: Tensor) -> Tensor:
@@ -78,7 +101,7 @@ def sizes_of(g: Program, bucket: Bucket, found: list[Piece]) -> list[Tensor]:
     begin = g.ranks.rank * count if world > 1 else 0
     for k, piece in enumerate(found):
         y, least = g.within(sizes, begin + k, 1), LEAST_RMS if world == 1 else 0.0
-        g.emit(rms, piece.into["p"], piece.into.get("low"), into={"y": y}, count=piece.param.size, least=least)
+        g.emit(rms, piece.into["p"], piece.into.get("low"), into={"y": y}, count=piece.count, least=least)
     if world > 1:
         _exchange(g, g.within(sizes, begin, count), sizes)
         each = g.part_of(sizes, 0, f"{sizes.name} of ranks", (world, count), Role.ACT)
