@@ -215,7 +215,7 @@ def test_an_adapter_has_the_tokenizer_and_the_template_of_a_whole_model(folder, 
     run, adapter, whole = (tmp_path / name for name in ("run", "adapter", "whole"))
     assert train(config(folder, run, steps=1, val_every=0, lora_rank=2), quiet=True) == 0
     assert main(["convert", str(run), str(adapter), "--adapter"]) == main(["convert", str(run), str(whole)]) == 0
-    own = {"adapter_config.json", "adapter_model.safetensors"}
+    own = {"adapter_base.json", "adapter_config.json", "adapter_model.safetensors"}
     files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.name not in own}
     assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert files == {name: (whole / name).read_bytes() for name in files}
