@@ -237,7 +237,10 @@ def test_p14_training_starts_from_any_model(run, tmp_path, capsys):
         assert part in capsys.readouterr().err and not (tmp_path / "none").exists()
     torch_model(50257, 20, 1, 2, 4).save_pretrained(tmp_path / "gpt2")
     assert main(["train", *data, "--init", str(tmp_path / "gpt2"), "--out", str(tmp_path / "none")]) == 2
-    assert "are made with its tokenizer gpt2, to which 0 is b'!', but got b'\\n' of chars." in capsys.readouterr().err
+    assert (
+        "are made with its tokenizer gpt2, to which 0 is b'!', but got b'\\n' of the data's chars "
+        in capsys.readouterr().err
+    )
 
 
 # tokenizers -----------------------------------------------------------------------------------------------------------
