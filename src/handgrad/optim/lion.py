@@ -32,7 +32,7 @@ class Lion:
 
     @property
     def groups(self) -> Groups:
-        """As `by_decay`."""
+        """The parameters that decay, and those that do not."""
         return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:

@@ -43,7 +43,7 @@ class SGD:
 
     @property
     def groups(self) -> Groups:
-        """As `by_decay`."""
+        """The parameters that decay, and those that do not."""
         return by_decay(self.weight_decay)
 
     def declare(self, g: Program) -> None:

@@ -261,10 +261,8 @@ def _labels(model: Bert, id_of: Mapping[str, int], known: Labelled | None) -> hg
         hint = "" if known else "a bert without labels learns from texts without"
         raise HandgradError("data", rule, ", ".join(known.labels) if known else "none", hint=hint)
     if known.record + 1 > model.max_seq_len:
-        rule, hint = (
-            f"the model reads at most {model.max_seq_len} tokens",
-            f"handgrad data labels --seq-len {model.max_seq_len}",
-        )
+        rule = f"the model reads at most {model.max_seq_len} tokens"
+        hint = f"handgrad data labels --seq-len {model.max_seq_len}"
         raise HandgradError("model", rule, f"labelled texts of up to {known.record + 1}", hint=hint)
     if known.pairs and model.num_types < 2:
         raise HandgradError("model", "pairs of texts take a bert with two types of tokens", model.num_types)
