@@ -155,7 +155,7 @@ def _dumped(meta: dict) -> str:
 
 def _complete_folder(folder: Path, meta: str, before_done: Callable[[], None]) -> None:
     """Adds run.json and DONE to the tensors; DONE is the last file, and all are on disk when this returns."""
-    for file in folder.iterdir():  # a link, too: a copy of the checkpoint that it leads to may never have been flushed
+    for file in folder.iterdir():  # the linked one, too: it may be in a copied run folder, never flushed
         flush(file)
     for name, content in ((META, meta), (DONE, "")):
         if name == DONE:

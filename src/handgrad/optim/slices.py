@@ -72,8 +72,8 @@ def pieces(g: Program, bucket: Bucket) -> list[Piece]:
 
 
 def _matrices(param: Param) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yields (name, shape, first element) of each matrix that a parameter stacks; of the parameter, if it is one or if
-    some begin where vector instructions of four numbers cannot."""
+    """Yields (name, shape, first element) of each matrix that a parameter stacks; of the whole parameter, if it stacks
+    none or a size is no multiple of the four elements that kernels load at once."""
     name, shape, row = param.tensor.name, param.tensor.shape, 0
     if len(param.parts) < 2 or any(rows * shape[1] % 4 for rows, _ in param.parts):
         yield name, shape, 0

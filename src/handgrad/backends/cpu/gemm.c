@@ -28,7 +28,7 @@ enum {
   DOT_ROWS = 4,
 };
 static const double SMALL = 5e5;             // multiply-adds; below this, waking threads costs more than it saves
-static const double SMALL_READ = 5e4;        // the same for dot products, in numbers of B: reading them is what takes time
+static const double SMALL_READ = 5e4;        // elements of B; the same for dot products, whose time is that of reading B
 static const int64_t STREAM_BYTES = 1 << 20; // a larger result is evicted from the caches before it is read
 
 // ---- epilogue: bias, activation, rounding to real ------------------------------------------------------------------
